@@ -1,0 +1,30 @@
+"""Fused Triton kernels for HuggingFace models, delivered through DeepSpeed.
+
+Importing this package patches nothing and imports neither torch nor triton nor deepspeed: names load on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+_HOME = {
+    "rms_norm": "ds_fused.ops",
+    "glu": "ds_fused.ops",
+    "rope": "ds_fused.ops",
+    "cross_entropy": "ds_fused.ops",
+    "linear_cross_entropy": "ds_fused.ops",
+    "apply": "ds_fused.policies",
+    "install": "ds_fused.engine.install",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ds_fused' has no attribute {name!r}; it has {', '.join(_HOME)}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME]
