@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Everything that wants a GPU, in one go of under ten minutes: kernel tests, benchmark, launch constants.
+# usage, from the repository's root:   OUT=DIR [WHEELS=DIR] bash benchmarks/gpu_session.sh [tests] [run] [tune]
+# No argument: all three. WHEELS: wheels of what the machine lacks, installed without network and beside its own packages.
+# Each part has its own time limit and none stops the others. OUT gets machine.txt, tests.txt, run.txt, ops.csv, ops.md,
+# tune.txt and tune.csv.
+set -uo pipefail
+
+: "${OUT:?OUT must name the folder for the results}"
+parts=${*:-tests run tune}
+# together 9 min 20 s; what is killed keeps what it had written
+TESTS_SECONDS=${TESTS_SECONDS:-200} RUN_SECONDS=${RUN_SECONDS:-240} TUNE_SECONDS=${TUNE_SECONDS:-120}
+mkdir -p "$OUT"
+cd "$(dirname "$0")/.."
+
+if [ -n "${WHEELS:-}" ]; then
+  # without dependencies: no wheel may bring another torch or triton
+  site=$(mktemp -d)
+  python3 -m pip install -q --no-index --no-deps --no-compile --target "$site" "$WHEELS"/*.whl || exit 1
+  export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+fi
+# ds_fused is run from the checkout; an interpreter setting left in the environment would test no GPU
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+unset TRITON_INTERPRET
+
+{ nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm,temperature.gpu,power.limit --format=csv
+  python3 -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
+  python3 -c 'import transformers, liger_kernel; print("transformers", transformers.__version__)'
+  python3 -c 'import pytest; print("pytest", pytest.__version__)'
+} >"$OUT/machine.txt" 2>&1
+cat "$OUT/machine.txt"
+
+# part NAME SECONDS COMMAND...: output to NAME.txt, its end shown
+part() {
+  local name=$1 seconds=$2; shift 2
+  case " $parts " in *" $name "*) ;; *) return 0 ;; esac
+  local start=$SECONDS
+  # the margin is for the interpreter to write its last lines
+  timeout --signal=INT --kill-after=10 "$seconds" "$@" >"$OUT/$name.txt" 2>&1
+  local code=$?
+  echo "== $name: exit $code after $((SECONDS - start)) s$([ $code -eq 124 ] && echo ' (time limit)')"
+}
+
+part tests "$TESTS_SECONDS" python3 -m pytest tests/ops -q -p no:cacheprovider --durations=10
+part run "$RUN_SECONDS" python3 benchmarks/run.py --out "$OUT" --seconds $((RUN_SECONDS - 15))
+part tune "$TUNE_SECONDS" python3 benchmarks/tune.py --out "$OUT" --seconds $((TUNE_SECONDS - 20))
+
+# the reply may carry only the end of the output: what matters most comes last
+for name in tune run tests; do
+  [ -f "$OUT/$name.txt" ] && { echo "== $name"; tail -n 45 "$OUT/$name.txt" | cut -c 1-200; }
+done
+exit 0

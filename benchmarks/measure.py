@@ -1,0 +1,150 @@
+"""The instruments: device time, host time, memory, distance from the truth, and the machine's ceilings."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], object]
+
+# larger than any L2, so that no call finds its inputs there
+FLUSH_BYTES = 256 * 2**20
+POISON_BYTES = 8 * 2**30
+LEAST_CALLS, MOST_CALLS = 5, 1000
+HOST_CALLS, HOST_BATCHES = 100, 5
+
+
+class Instruments:
+    """What depends on the device. On a CPU everything runs, the wall clock replaces events and peaks are unknown."""
+
+    def __init__(self, device: str, rep_ms: float) -> None:
+        self.device = torch.device(device)
+        self.rep_ms = rep_ms
+        self.on_gpu = self.device.type == "cuda"
+        self._flush = torch.empty(FLUSH_BYTES if self.on_gpu else 1, dtype=torch.int8, device=self.device)
+
+    def wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def alive(self) -> bool:
+        """False after an illegal access: from then on every call of this process fails."""
+        try:
+            self.wait()
+            return torch.zeros(1, device=self.device).item() == 0.0
+        except RuntimeError:
+            return False
+
+    def name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.on_gpu else "CPU (no timing here means anything)"
+
+    def _one_ms(self, call: Call, prepare: Call) -> Callable[[], float]:
+        """Starts one timed call; the returned function reads its time, after wait()."""
+        prepare()
+        self._flush.zero_()
+        if not self.on_gpu:
+            start = time.perf_counter()
+            call()
+            ms = (time.perf_counter() - start) * 1e3
+            return lambda: ms
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        return lambda: begin.elapsed_time(end)
+
+    def median_ms(self, call: Call, prepare: Call = lambda: None) -> float:
+        """Median time of one call on the device.
+
+        The method of triton.testing.do_bench (events around each call, L2 flushed before it), with one step more:
+        ``prepare`` runs before each call, outside the timed region. It restores what an in-place kernel destroyed,
+        so that such a kernel is timed on real data and is not charged for a copy.
+        """
+
+        def run(n: int) -> float:
+            readings = [self._one_ms(call, prepare) for _ in range(n)]
+            self.wait()
+            return statistics.median(reading() for reading in readings)
+
+        estimate = run(3)
+        return run(min(max(int(self.rep_ms / max(estimate, 1e-3)), LEAST_CALLS), MOST_CALLS))
+
+    def host_us(self, call: Call, prepare: Call = lambda: None) -> float:
+        """Wall-clock time of Python and launches per call, with the device left to run behind."""
+        batches = []
+        for _ in range(HOST_BATCHES):
+            prepare()
+            self.wait()
+            start = time.perf_counter()
+            for _ in range(HOST_CALLS):
+                call()
+            batches.append((time.perf_counter() - start) / HOST_CALLS * 1e6)
+        self.wait()
+        return statistics.median(batches)
+
+    def peak_mib(self, call: Call, prepare: Call = lambda: None) -> float | None:
+        """Memory that one call needs beyond what is there before it, its results included."""
+        if not self.on_gpu:
+            return None
+        prepare()
+        self.wait()
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        call()
+        self.wait()
+        return (torch.cuda.max_memory_allocated(self.device) - before) / 2**20
+
+    def poison(self) -> None:
+        """NaN in the memory that the next call will be given: an element that it doesn't write is found out."""
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+            free, _ = torch.cuda.mem_get_info(self.device)
+            # left in the allocator's cache, from which the next blocks are cut
+            torch.full((min(POISON_BYTES, free // 2) // 4,), torch.nan, device=self.device)
+
+    def release(self) -> None:
+        if self.on_gpu:
+            # what failed is still held by its traceback's frames
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def _matmul_tflops(self, m: int, k: int, n: int, generator: torch.Generator) -> float:
+        a = torch.randn(m, k, generator=generator, device=self.device, dtype=torch.bfloat16)
+        b = torch.randn(n, k, generator=generator, device=self.device, dtype=torch.bfloat16)
+        return 2 * m * k * n / self.median_ms(lambda: a @ b.T) / 1e9
+
+    def ceilings(self) -> dict[str, float]:
+        """This very card's limits: TB/s read and written by a copy, bf16 TFLOP/s of two matrix products."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        n_bytes, square, head = (
+            (2**30, (8192, 8192, 8192), (8192, 4096, 128256)) if self.on_gpu else (2**20, (64, 64, 64), (64, 32, 256))
+        )
+        source = torch.randint(0, 100, (n_bytes,), dtype=torch.int8, generator=generator, device=self.device)
+        target = torch.empty_like(source)
+        return {
+            "copy_tb_s": 2 * n_bytes / self.median_ms(lambda: target.copy_(source)) / 1e9,
+            "matmul_tflop_s": self._matmul_tflops(*square, generator),
+            "lm_head_tflop_s": self._matmul_tflops(*head, generator),
+        }
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """||got - wanted|| / ||wanted||; NaN anywhere gives NaN."""
+    if got.shape != wanted.shape:
+        raise ValueError(f"shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}")
+    distance = torch.linalg.vector_norm(got.detach().float() - wanted.float()).item()
+    size = torch.linalg.vector_norm(wanted.float()).item()
+    return distance / size if size else distance
+
+
+def worst_error(got: Sequence[Tensor], wanted: Sequence[Tensor], names: Sequence[str]) -> tuple[float, str]:
+    """The largest relative error and the tensor it belongs to; NaN counts as largest."""
+    if len(got) != len(wanted):
+        raise ValueError(f"{len(got)} tensors, wanted {len(wanted)}")
+    errors = [(relative_error(g, w), name) for g, w, name in zip(got, wanted, names, strict=True)]
+    return max(errors, key=lambda error: (error[0] != error[0], error[0]))

@@ -1,0 +1,139 @@
+"""Rows, the ratios between them, and the two files they become: ops.csv and ops.md."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+OK = "ok"
+CEILING = "ceiling"  # not an op: the bare work that the op can't do without
+OURS = "ds_fused"
+LIGER = "liger"
+
+
+@dataclass
+class Row:
+    op: str
+    variant: str
+    shape: str
+    launch_bound: bool
+    provider: str
+    status: str = OK  # or "ceiling", or why there is no number
+    forward_ms: float | None = None
+    full_ms: float | None = None  # forward + backward
+    forward_share: float | None = None  # floor / measured; 1.0 is as fast as the ceiling allows
+    full_share: float | None = None
+    peak_mib: float | None = None  # of forward + backward, beyond the inputs
+    host_forward_us: float | None = None
+    host_full_us: float | None = None
+    worst_error: float | None = None  # relative L2 against fp32, over outputs and gradients
+    worst_of: str = ""
+    best_rival: str = ""
+    over_best_rival: float | None = None  # the rival's time / ours, forward + backward; above 1 we are faster
+    over_liger: float | None = None
+    note: str = ""
+
+    @property
+    def case(self) -> tuple[str, str, str]:
+        return self.op, self.variant, self.shape
+
+    @property
+    def ours(self) -> bool:
+        return self.provider.split()[0] == OURS
+
+    @property
+    def cost(self) -> float | None:
+        """What is compared: where launches dominate, the host's time."""
+        return self.host_full_us if self.launch_bound else self.full_ms
+
+
+def compare(rows: Sequence[Row]) -> None:
+    """Fills the ratios of our rows from the rivals of the same case; rows without a right answer take no part."""
+    for row in rows:
+        if not (row.ours and row.status == OK and row.cost):
+            continue
+        rivals = {
+            rival.provider: rival.cost
+            for rival in rows
+            if rival.case == row.case and rival.status == OK and rival.cost and not rival.ours
+        }
+        if rivals:
+            row.best_rival = min(rivals, key=rivals.__getitem__)
+            row.over_best_rival = rivals[row.best_rival] / row.cost
+        if LIGER in rivals:
+            row.over_liger = rivals[LIGER] / row.cost
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def write_csv(path: Path, header: Mapping[str, str], rows: Sequence[Row]) -> None:
+    names = [field.name for field in fields(Row)]
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        file.writelines(f"# {key}: {value}\n" for key, value in header.items())
+        writer = csv.writer(file)
+        writer.writerow(names)
+        writer.writerows([_text(getattr(row, name)) for name in names] for row in rows)
+    partial.replace(path)
+
+
+def read_csv(path: Path) -> tuple[dict[str, str], list[Row]]:
+    """The file's header and rows; (nothing, nothing) if it isn't there."""
+    if not path.exists():
+        return {}, []
+    lines = path.read_text().splitlines()
+    comments = [line[2:] for line in lines if line.startswith("# ")]
+    header = dict(comment.split(": ", 1) for comment in comments)
+    rows = []
+    for record in csv.DictReader(lines[len(comments) :]):
+        values: dict[str, object] = {}
+        for field in fields(Row):
+            text = record[field.name]
+            if field.type == "bool":
+                values[field.name] = text == "True"
+            elif field.type == "float | None":
+                values[field.name] = float(text) if text else None
+            else:
+                values[field.name] = text
+        rows.append(Row(**values))
+    return header, rows
+
+
+COLUMNS = (
+    ("provider", lambda row: row.provider),
+    ("forward ms", lambda row: _cell(row.forward_ms, "{:.3f}")),
+    ("fwd+bwd ms", lambda row: _cell(row.full_ms, "{:.3f}")),
+    ("share of floor", lambda row: _cell(row.full_share, "{:.0%}")),
+    ("peak MiB", lambda row: _cell(row.peak_mib, "{:.0f}")),
+    ("host us", lambda row: _cell(row.host_full_us, "{:.0f}")),
+    ("error", lambda row: _cell(row.worst_error, "{:.1e}") + (f" {row.worst_of}" if row.worst_of else "")),
+    ("best rival / ours", lambda row: _cell(row.over_best_rival, "{:.2f}x") + f" {row.best_rival}".rstrip()),
+    ("liger / ours", lambda row: _cell(row.over_liger, "{:.2f}x")),
+    ("note", lambda row: row.note if row.status in (OK, CEILING) else f"**{row.status}** {row.note}".strip()),
+)
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def markdown(header: Mapping[str, str], rows: Sequence[Row]) -> str:
+    """One table per case, fastest first; refused and failed providers last, with their reason."""
+    lines = ["# Single ops", ""] + [f"- {key}: {value}" for key, value in header.items()]
+    ops = list(dict.fromkeys(row.case[:2] for row in rows))
+    cases = dict.fromkeys(row.case for row in rows)
+    for case in sorted(cases, key=lambda case: ops.index(case[:2])):
+        mine = [row for row in rows if row.case == case]
+        title = " ".join(part for part in case if part) + (" (launch-bound)" if mine[0].launch_bound else "")
+        lines += ["", f"## {title}", ""]
+        lines.append("| " + " | ".join(name for name, _ in COLUMNS) + " |")
+        lines.append("|" + " --- |" * len(COLUMNS))
+        mine.sort(key=lambda row: (row.status not in (OK, CEILING), row.cost or float("inf")))
+        lines += ["| " + " | ".join(cell(row).replace("|", "/") for _, cell in COLUMNS) + " |" for row in mine]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,262 @@
+"""Times every op against its rivals, on one device and in one run: ``python benchmarks/run.py``.
+
+Per case and provider: is the answer right (against the HuggingFace code in fp32 on the same inputs), then time of
+forward and of forward + backward, memory, and for launch-bound sizes the host's time. A wrong answer gets no time.
+Results are written after every provider; ``--resume`` goes on where a run ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# run as a script: find this folder's modules and the package beside it, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cases import CASES, Case, Inputs
+from benchmarks.measure import Instruments, worst_error
+from benchmarks.results import CEILING, Row, compare, markdown, read_csv, write_csv
+from benchmarks.rivals import Provider
+
+# bf16 operands give 1e-3 to 1e-2; more than this is another function, not another rounding
+LARGEST_ERROR = 2e-2
+REFERENCE = "hf_eager"
+BARE = "bare GEMMs"
+LEFT_OUT = "left out"
+SEED = 1234
+
+
+def differentiated(inputs: Inputs) -> dict[str, Tensor]:
+    return {name: t for name, t in inputs.tensors.items() if t.requires_grad}
+
+
+def full_call(forward: Callable[[], object], inputs: Inputs) -> Callable[[], tuple[Tensor, ...]]:
+    """Forward and backward. autograd.grad, not backward(): nothing accumulates and nothing is copied into .grad."""
+    leaves = list(differentiated(inputs).values())
+    upstream = [inputs.tensors[name] for name in inputs.upstream] or None
+
+    def full() -> tuple[Tensor, ...]:
+        outputs = forward()
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return *outputs, *torch.autograd.grad(outputs, leaves, upstream)
+
+    return full
+
+
+def reference(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
+    """Outputs and gradients of the HuggingFace code on the same inputs in fp32."""
+
+    def upcast(t: Tensor) -> Tensor:
+        if not t.is_floating_point():
+            return t
+        if isinstance(t, nn.Parameter):
+            return nn.Parameter(t.detach().float())
+        return t.detach().float().requires_grad_(t.requires_grad)
+
+    exact = Inputs({name: upcast(t) for name, t in inputs.tensors.items()}, inputs.upstream)
+    results = full_call(case.providers[REFERENCE].build(exact.tensors), exact)()
+    return tuple(t.detach() for t in results)
+
+
+def floors_ms(case: Case, shape: tuple[int, ...], ceilings: dict[str, float]) -> tuple[float, float]:
+    """The least time that forward, and forward + backward, can take on this card."""
+    work, rate = (
+        (case.bytes(*shape), ceilings["copy_tb_s"]) if case.bytes else (case.flops(*shape), ceilings["lm_head_tflop_s"])
+    )
+    return work[0] / rate / 1e9, work[1] / rate / 1e9
+
+
+def measure(
+    row: Row,
+    provider: Provider,
+    inputs: Inputs,
+    wanted: tuple[Tensor, ...],
+    floors: tuple[float, float],
+    on: Instruments,
+) -> None:
+    """Fills the row, or its status with the reason why not."""
+    saved = {name: inputs.tensors[name].detach().clone() for name in provider.overwrites}
+
+    def restore() -> None:
+        with torch.no_grad():
+            for name, value in saved.items():
+                inputs.tensors[name].copy_(value)
+
+    row.note = provider.note
+    forward = provider.build(inputs.tensors)
+    full = full_call(forward, inputs)
+    try:
+        on.poison()
+        outputs = [f"output {i}" for i in range(len(wanted) - len(differentiated(inputs)))]
+        names = outputs + [f"d{name}" for name in differentiated(inputs)]
+        row.worst_error, row.worst_of = worst_error(full(), wanted, names)
+        if not row.worst_error <= LARGEST_ERROR:
+            row.status = f"wrong: {row.worst_of} is off by {row.worst_error:.2g}, allowed {LARGEST_ERROR:g}"
+            return
+        on.release()
+        row.peak_mib = on.peak_mib(full, restore)
+        row.forward_ms = on.median_ms(forward, restore)
+        row.full_ms = on.median_ms(full, restore)
+        if row.launch_bound:
+            row.host_forward_us = on.host_us(forward, restore)
+            row.host_full_us = on.host_us(full, restore)
+        else:
+            row.forward_share = floors[0] / row.forward_ms
+            row.full_share = floors[1] / row.full_ms
+    finally:
+        restore()
+
+
+def measure_bare(row: Row, inputs: Inputs, floors: tuple[float, float], on: Instruments) -> None:
+    """The three GEMMs of a linear cross entropy with nothing between them: what its time can be compared with."""
+    x, weight = (inputs.tensors[name].detach() for name in ("x", "weight"))
+    dz = torch.randn(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    row.status, row.note = CEILING, "x @ W.T, dz @ W, dz.T @ x"
+    row.forward_ms = on.median_ms(lambda: x @ weight.T)
+    row.full_ms = on.median_ms(lambda: (x @ weight.T, dz @ weight, dz.T @ x))
+    row.forward_share, row.full_share = floors[0] / row.forward_ms, floors[1] / row.full_ms
+
+
+def plan(args: argparse.Namespace) -> Iterator[tuple[Case, tuple[int, ...], bool]]:
+    """(case, shape, launch-bound): every op's first shape, then the others, so that --seconds cuts off the least."""
+    chosen = [case for case in CASES if not args.ops or case.op in args.ops]
+    yield from ((case, case.tiny if args.tiny else case.sweep[0], False) for case in chosen)
+    if not (args.tiny or args.quick):
+        yield from ((case, shape, False) for case in chosen for shape in case.sweep[1:])
+    yield from ((case, case.tiny if args.tiny else case.launch_bound, True) for case in chosen)
+
+
+def without(argv: list[str], *options: str) -> list[str]:
+    """The arguments without these options and their values."""
+    taken = [i for i, a in enumerate(argv) if a.split("=")[0] in options]
+    values = [i + 1 for i in taken if "=" not in argv[i] and argv[i] != "--resume"]
+    return [a for i, a in enumerate(argv) if i not in taken + values]
+
+
+def environment(on: Instruments) -> dict[str, str]:
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    return {
+        "device": on.name(),
+        "versions": ", ".join(
+            f"{name} {version(name)}" for name in ("torch", "triton", "transformers", "liger-kernel")
+        ),
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": shlex.join(["python", "benchmarks/run.py", *without(sys.argv[1:], "--resume", "--out")]),
+        "method": f"bf16, median over {on.rep_ms:g} ms of calls, L2 flushed before each, forward builds its graph",
+    }
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ops", nargs="+", choices=sorted({case.op for case in CASES}), help="only these")
+    parser.add_argument("--providers", nargs="+", help="only these (the first word of a provider's name)")
+    parser.add_argument("--out", type=Path, help="folder of ops.csv and ops.md; default benchmarks/results/DEVICE")
+    parser.add_argument("--quick", action="store_true", help="one shape per op and shorter measurements")
+    parser.add_argument(
+        "--tiny", action="store_true", help="tiny shapes: shows that everything runs, times nothing real"
+    )
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no provider after this long")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that are there, measure the rest")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no GPU here; --device cpu --tiny shows that everything runs")
+    if args.device == "cpu" and not args.tiny:
+        parser.error("--device cpu wants --tiny: a CPU's times say nothing about a kernel")
+    return args
+
+
+def restart(args: argparse.Namespace, argv: list[str], seconds: float) -> None:
+    """Replaces this process, whose device context is dead, by one that resumes."""
+    kept = without(argv, "--resume", "--seconds")
+    limit = [] if args.seconds == float("inf") else ["--seconds", str(seconds)]
+    sys.stdout.flush()
+    # the dead context's memory stays taken while a descriptor of the driver is open
+    os.closerange(3, 4096)
+    os.execv(sys.executable, [sys.executable, __file__, *kept, *limit, "--resume"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    start = time.monotonic()
+    args = arguments(argv)
+    on = Instruments(args.device, rep_ms=1 if args.tiny else 30 if args.quick else 100)
+    folder = re.sub(r"[^a-z0-9]+", "-", on.name().lower()).strip("-")
+    out = args.out or Path(__file__).parent / "results" / folder
+    out.mkdir(parents=True, exist_ok=True)
+
+    header, rows = read_csv(out / "ops.csv") if args.resume else ({}, [])
+    header.pop(LEFT_OUT, None)
+    if not header:
+        ceilings = on.ceilings()
+        header = environment(on) | {key: f"{value:.4g}" for key, value in ceilings.items()}
+    ceilings = {key: float(header[key]) for key in ("copy_tb_s", "matmul_tflop_s", "lm_head_tflop_s")}
+    print("\n".join(f"{key}: {value}" for key, value in header.items()), flush=True)
+    done = {(*row.case, row.provider) for row in rows}
+    left = []
+
+    def keep(row: Row) -> None:
+        rows.append(row)
+        compare(rows)
+        write_csv(out / "ops.csv", header, rows)
+        (out / "ops.md").write_text(markdown(header, rows))
+        times = f"{row.forward_ms:9.3f} {row.full_ms:9.3f} ms" if row.full_ms else row.status
+        print(f"{time.monotonic() - start:6.0f} s  {' '.join(row.case):45} {row.provider:25} {times}", flush=True)
+
+    for case, shape, launch_bound in plan(args):
+        label = "x".join(map(str, shape)) + (" launch" if launch_bound else "")
+        names = [*case.providers, *([BARE] if case.flops and not launch_bound else [])]
+        if args.providers:
+            names = [name for name in names if name.split()[0] in args.providers]
+        names = [name for name in names if (case.op, case.variant, label, name) not in done]
+        inputs = wanted = None
+        on.release()
+        for name in names:
+            row = Row(case.op, case.variant, label, launch_bound, name)
+            if time.monotonic() - start > args.seconds:
+                left.append(" ".join((*row.case, name)))
+                continue
+            try:
+                floors = floors_ms(case, shape, ceilings)
+                if inputs is None:
+                    torch.compiler.reset()
+                    inputs = case.inputs(torch.Generator(on.device).manual_seed(SEED), *shape)
+                    wanted = reference(case, inputs)
+                if name == BARE:
+                    measure_bare(row, inputs, floors, on)
+                else:
+                    measure(row, case.providers[name], inputs, wanted, floors, on)
+            except Exception as error:  # a provider that can't run is a result; the run goes on
+                row.status = (
+                    f"failed: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:160]}"
+                )
+            keep(row)
+            if not on.alive():
+                restart(args, list(sys.argv[1:] if argv is None else argv), args.seconds - (time.monotonic() - start))
+    if left:
+        header[LEFT_OUT] = f"{len(left)} after {args.seconds:g} s: " + "; ".join(left)
+        write_csv(out / "ops.csv", header, rows)
+        (out / "ops.md").write_text(markdown(header, rows))
+        print(f"left out: {header[LEFT_OUT]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

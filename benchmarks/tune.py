@@ -1,0 +1,235 @@
+"""Finds the launch constants of an op on this device: ``python benchmarks/tune.py``.
+
+A search names an op's constants and the values to try; every combination is put in place, checked against the answer
+of the constants in the file, and timed. Prints the best per shape and direction, and what the file's constants give.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import importlib
+import itertools
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+# run as a script: find this folder's modules and the package beside it, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import CASES, Inputs
+from benchmarks.measure import Instruments, relative_error
+from benchmarks.run import SEED, full_call
+
+LARGEST_ERROR = 1e-2
+SHOWN = 4
+
+# one combination: constant -> value; options are an op's arguments, the others attributes of its module
+Choice = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Search:
+    op: str
+    variant: str
+    direction: str  # "forward", "backward" or "both"
+    shapes: tuple[tuple[int, ...], ...]
+    constants: Mapping[str, tuple]  # attribute of ds_fused.ops.<op> -> values
+    options: Mapping[str, tuple] | None = None  # argument of the op -> values
+
+    def choices(self) -> list[Choice]:
+        axes = {**self.constants, **(self.options or {})}
+        return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+@dataclass(frozen=True)
+class PerThread:
+    """Stands in for ds_fused.ops._triton.warps_for with another number of elements per thread."""
+
+    elements: int
+
+    def __call__(self, elements: int, per_thread: int = 16, most: int = 32) -> int:
+        from ds_fused.ops._triton import warps_for
+
+        return warps_for(elements, self.elements, most)
+
+    def __str__(self) -> str:
+        return f"{self.elements}/thread"
+
+
+PER_THREAD = (PerThread(8), PerThread(16), PerThread(32))
+NORM_SHAPES = ((8192, 4096), (16384, 8192), (262144, 128))
+LOSS_SHAPES = ((8192, 128256), (8192, 32000))
+
+SEARCHES = (
+    # constants of a tile matter only where several rows share one
+    Search(
+        "rms_norm", "before_weight", "forward", NORM_SHAPES,
+        {"TILE_FWD": (2048, 4096, 8192), "warps_for": PER_THREAD},
+    ),
+    Search(
+        "rms_norm", "before_weight", "backward", NORM_SHAPES,
+        {"TILE_BWD": (2048, 4096, 8192), "warps_for": PER_THREAD, "WARPS_PER_MULTIPROCESSOR": (16, 32, 64)},
+    ),
+    Search(
+        "glu", "silu", "forward", ((8192, 14336),),
+        {"BLOCK": (1024, 2048, 4096, 8192), "NUM_WARPS": (2, 4, 8, 16)},
+    ),
+    Search(
+        "glu", "silu", "backward", ((8192, 14336),),
+        {"BLOCK": (1024, 2048, 4096, 8192), "NUM_WARPS": (2, 4, 8, 16)},
+    ),
+    Search(
+        "rope", "", "both", ((4, 4096, 32, 8, 128), (1, 32768, 64, 8, 128)),
+        {"TILE_PAIRS": (512, 1024, 2048, 4096), "NUM_WARPS": (1, 2, 4, 8)},
+    ),
+    Search(
+        "cross_entropy", "", "forward", LOSS_SHAPES,
+        {"FWD_BLOCK": (2048, 4096, 8192), "FWD_STAGES": (1, 2, 3, 4), "FWD_PER_THREAD": (8, 16, 32)},
+    ),
+    Search(
+        "cross_entropy", "", "backward", LOSS_SHAPES,
+        {"BWD_BLOCK": (1024, 2048, 4096, 8192), "BWD_PER_THREAD": (8, 16, 32)},
+    ),
+    Search(
+        "linear_cross_entropy", "", "both", ((8192, 4096, 128256),),
+        {}, options={"chunk_mb": (256, 512, 1024, 2048), "keep_mb": (0, 1024)},
+    ),
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def in_place(op: str, choice: Choice) -> Iterator[None]:
+    """The op's module with these constants, and as it was afterwards."""
+    module = importlib.import_module(f"ds_fused.ops.{op}")
+    before = {name: getattr(module, name) for name in choice}
+    try:
+        for name, value in choice.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+def calls(op: str, variant: str, inputs: Inputs, options: Choice) -> Callable[[], object]:
+    """Our forward on these inputs with these options."""
+    import ds_fused.ops
+
+    t = inputs.tensors
+    if op == "linear_cross_entropy":
+        return partial(ds_fused.ops.linear_cross_entropy, t["x"], t["weight"], t["labels"], **options)
+    case = next(case for case in CASES if (case.op, case.variant) == (op, variant))
+    return case.providers["ds_fused"].build(t)
+
+
+def timed(search: Search, inputs: Inputs, choice: Choice, wanted: tuple[Tensor, ...], on: Instruments) -> float:
+    """Milliseconds of the direction; ValueError where the answer is another one."""
+    options = {name: choice[name] for name in search.options or {}}
+    with in_place(search.op, {name: choice[name] for name in search.constants}):
+        forward = calls(search.op, search.variant, inputs, options)
+        full = full_call(forward, inputs)
+        error = max(relative_error(got, want) for got, want in zip(full(), wanted, strict=True))
+        if not error <= LARGEST_ERROR:
+            raise ValueError(f"answer is off by {error:.2g}")
+        if search.direction == "forward":
+            return on.median_ms(forward)
+        if search.direction == "both":
+            return on.median_ms(full)
+        outputs = forward()
+        leaves = [t for t in inputs.tensors.values() if t.requires_grad]
+        upstream = [inputs.tensors[name] for name in inputs.upstream] or None
+        return on.median_ms(lambda: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True))
+
+
+def current(search: Search) -> Choice:
+    """What the files say now: constants from the module, options left to the op's own defaults."""
+    module = importlib.import_module(f"ds_fused.ops.{search.op}")
+    return {name: getattr(module, name) for name in search.constants}
+
+
+def explore(search: Search, shape: tuple[int, ...], seconds: float, on: Instruments) -> list[tuple[float, str]]:
+    """(ms, constants) of every combination that there was time for, fastest first; failures come last with inf."""
+    start = time.monotonic()
+    case = next(case for case in CASES if (case.op, case.variant) == (search.op, search.variant))
+    inputs = case.inputs(torch.Generator(on.device).manual_seed(SEED), *shape)
+    wanted = tuple(t.detach() for t in full_call(calls(search.op, search.variant, inputs, {}), inputs)())
+    now = timed(Search(search.op, search.variant, search.direction, (), {}), inputs, {}, wanted, on)
+    file_says = ", ".join(f"{name}={_name(value)}" for name, value in current(search).items()) or "defaults"
+    found = [(now, f"as in the file: {file_says}")]
+    choices = search.choices()
+    random.Random(SEED).shuffle(choices)  # what a short time leaves out is spread evenly
+    for tried, choice in enumerate(choices):
+        if time.monotonic() - start > seconds:
+            found.append((float("inf"), f"{len(choices) - tried} combinations not tried: out of time"))
+            break
+        label = ", ".join(f"{name}={_name(value)}" for name, value in choice.items())
+        try:
+            found.append((timed(search, inputs, choice, wanted, on), label))
+        except Exception as error:  # a combination that can't run is a result
+            found.append(
+                (float("inf"), f"{label}: {type(error).__name__}: {(str(error) or '-').splitlines()[0][:100]}")
+            )
+    return sorted(found)
+
+
+def _name(value: object) -> str:
+    return getattr(value, "__name__", str(value))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ops", nargs="+", choices=sorted({search.op for search in SEARCHES}))
+    parser.add_argument("--seconds", type=float, default=170.0, help="for all searches together")
+    parser.add_argument("--out", type=Path, help="folder of tune.csv, every combination with its time")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes on the CPU: shows that everything runs")
+    args = parser.parse_args(argv)
+    if not args.tiny and not torch.cuda.is_available():
+        parser.error("no GPU here; --tiny shows that everything runs")
+
+    on = Instruments("cpu", 1) if args.tiny else Instruments("cuda", 30)
+    end = time.monotonic() + args.seconds
+    tiny = {(case.op, case.variant): case.tiny for case in CASES}
+    work = [
+        (search, shape)
+        for search in SEARCHES
+        if not args.ops or search.op in args.ops
+        for shape in ((tiny[search.op, search.variant],) if args.tiny else search.shapes)
+    ]
+    rows = []
+    for done, (search, shape) in enumerate(work):
+        # what a search doesn't need goes to those after it
+        share = (end - time.monotonic()) / (len(work) - done)
+        title = f"{search.op} {search.variant} {search.direction} {'x'.join(map(str, shape))}".replace("  ", " ")
+        print(f"\n{title}", flush=True)
+        try:
+            found = explore(search, shape, share, on)
+        except Exception as error:  # the other ops are still worth their time
+            print(f"  failed: {type(error).__name__}: {(str(error) or '-').splitlines()[0]}", flush=True)
+            continue
+        finally:
+            on.release()
+        best = [line for line in found if line[0] < float("inf")]
+        for ms, label in best[:SHOWN] + [line for line in best[SHOWN:] if line[1].startswith("as in")]:
+            print(f"  {ms:9.4f} ms  {label}")
+        for ms, label in found[len(best) :]:
+            print(f"  {ms:9} ms  {label}")
+        rows += [(title, f"{ms:.5g}", label) for ms, label in found]
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            with (args.out / "tune.csv").open("w", newline="") as file:
+                file.write(f"# device: {on.name()}\n# torch {torch.__version__}\n")
+                csv.writer(file).writerows([("search", "ms", "constants"), *rows])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

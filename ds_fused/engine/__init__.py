@@ -1,0 +1,1 @@
+"""Everything that says "deepspeed": the JSON block, the hooks, op builders, rank agreement, launcher, policies."""

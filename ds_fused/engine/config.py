@@ -1,0 +1,114 @@
+"""The ``ds_fused`` block of a DeepSpeed config, read once and typed.
+
+    "ds_fused": {"enabled": true, "rope": false, "fused_linear_cross_entropy": {"chunk_mb": 256}}
+
+The keys that switch ops, and the options they take, come from the registry of ops. Whatever is malformed is one
+ValueError that names the key, what came and what may stand there.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from ds_fused.ops.registry import OPS, Option
+
+# key -> default
+SWITCHES = {
+    # whether anything of ds_fused happens; has to be said
+    "enabled": None,
+    # raise where a requested kind of layer is not in the model
+    "strict": False,
+    # compare every replacement with the original before it is used
+    "verify": True,
+    # print on rank 0 what was replaced, and what was not and why
+    "report": True,
+}
+# key -> what it may be, the default first
+CHOICES = {
+    # after a fused loss: compute the logits when they are read, or in the forward as well
+    "logits": ("defer", "keep"),
+    # evaluation with labels: fused too, or as without ds_fused
+    "eval": ("defer", "stock"),
+}
+OP_OPTIONS: Mapping[str, Mapping[str, Option]] = MappingProxyType({key: op.options for op in OPS for key in op.keys})
+KEYS = (*SWITCHES, *CHOICES, *OP_OPTIONS)
+
+_WORDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """A block that was found well-formed."""
+
+    enabled: bool
+    strict: bool
+    verify: bool
+    report: bool
+    logits: str
+    eval: str
+    wanted: Mapping[str, Mapping[str, object]]  # JSON key that is on -> the options given for it
+
+
+def parse(block: object) -> Config:
+    """The block as a `Config`; ValueError where it is malformed."""
+    if not isinstance(block, Mapping):
+        raise ValueError(f'ds_fused must be an object such as {{"enabled": true}}, got {_shown(block)}')
+    for key in block:
+        _check_known("ds_fused", key, KEYS)
+    if "enabled" not in block:
+        # neither silently on nor silently off
+        raise ValueError(f"ds_fused.enabled is missing: say true or false beside {', '.join(block) or 'nothing else'}")
+
+    switches = {key: _typed(f"ds_fused.{key}", block.get(key, default), bool) for key, default in SWITCHES.items()}
+    choices = {key: _chosen(f"ds_fused.{key}", block.get(key, allowed[0]), allowed) for key, allowed in CHOICES.items()}
+    wanted = {}
+    for key in OP_OPTIONS:
+        options = _options(key, block.get(key, True))
+        if options is not None:
+            wanted[key] = MappingProxyType(options)
+    return Config(**switches, **choices, wanted=MappingProxyType(wanted))
+
+
+def _options(key: str, value: object) -> dict[str, object] | None:
+    """The options given for an op; {} for true, None for false."""
+    if isinstance(value, bool):
+        return {} if value else None
+    known = OP_OPTIONS[key]
+    if not isinstance(value, Mapping):
+        options = f" or an object of {', '.join(known)}" if known else ""
+        raise ValueError(f"ds_fused.{key} must be true or false{options}, got {_shown(value)}")
+    for name in value:
+        _check_known(f"ds_fused.{key}", name, known)
+    return {name: _typed(f"ds_fused.{key}.{name}", given, known[name].type) for name, given in value.items()}
+
+
+def _check_known(where: str, key: object, known: Iterable[str]) -> None:
+    known = list(known)
+    if key in known:
+        return
+    near = difflib.get_close_matches(str(key), known, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise ValueError(f"{where}: unknown key {key!r}{hint}; known keys: {', '.join(known) or 'none'}")
+
+
+def _typed(where: str, value: object, kind: type) -> object:
+    # bool is an int in Python, but not in JSON; an integer is a number in both
+    accepted = (int, float) if kind is float else (kind,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{where} must be {_WORDS[kind]}, got {_shown(value)}")
+    if kind in (int, float) and not value >= 0:
+        raise ValueError(f"{where} must not be negative, got {value!r}")
+    return value
+
+
+def _chosen(where: str, value: object, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{where} must be {' or '.join(map(repr, allowed))}, got {_shown(value)}")
+    return value
+
+
+def _shown(value: object) -> str:
+    return f"{value!r} ({type(value).__name__})"

@@ -1,0 +1,185 @@
+"""Where ``deepspeed.initialize`` meets us: two methods of ``DeepSpeedEngine``, the base of every training engine.
+
+``__init__``: read the ``ds_fused`` block before anything happens; report when all is done.
+``_configure_distributed_model``: replace right before it. By then AutoTP and AutoEP have put their own layers in place
+(earlier, they would replace ours by stock ones); the cast, ZeRO's hooks and the optimizer are still to come.
+
+Without a block, or with ``"enabled": false``, both are the originals and nothing of us is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+import os
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    from ds_fused.engine.config import Config
+
+BLOCK = "ds_fused"
+
+log = logging.getLogger("ds_fused")
+
+
+def hook(engine_module: ModuleType) -> None:
+    """``deepspeed.runtime.engine`` was imported: wrap the two methods, once."""
+    cls = engine_module.DeepSpeedEngine
+    if hasattr(cls.__init__, "_ds_fused_hook"):
+        return
+    # both looked up before either is replaced: half a hook would be worse than none
+    init, configure = cls.__init__, cls._configure_distributed_model
+    cls.__init__ = _wrapped_init(init)
+    cls._configure_distributed_model = _wrapped_configure(configure)
+
+
+def _wrapped_init(original):
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def __init__(self, *args, **kwargs):
+        # some callers pass config_class by position
+        config_class = signature.bind(self, *args, **kwargs).arguments.get("config_class")
+        block = (getattr(config_class, "_param_dict", None) or {}).get(BLOCK, _ABSENT)
+        if block is _ABSENT or (isinstance(block, dict) and block.get("enabled") is False):
+            return original(self, *args, **kwargs)
+
+        # past nn.Module.__setattr__: its own __init__ has not run yet
+        self.__dict__["_ds_fused_config"] = _parsed(block)
+        try:
+            original(self, *args, **kwargs)
+        except BaseException:
+            report = self.__dict__.get("ds_fused_report")
+            if report is not None:
+                # the model outlives the engine that was not to be; the error that matters is the one on its way
+                with contextlib.suppress(Exception):
+                    report.restore()
+            raise
+        _finish(self)
+        return None
+
+    __init__._ds_fused_hook = True
+    return __init__
+
+
+def _wrapped_configure(original):
+    @functools.wraps(original)
+    def _configure_distributed_model(self, model):
+        config = self.__dict__.get("_ds_fused_config")
+        if config is not None:
+            _replace(self, model, config)
+        return original(self, model)
+
+    return _configure_distributed_model
+
+
+_ABSENT = object()
+
+
+def _parsed(block: object) -> Config:
+    from ds_fused.engine.agreement import Agreement
+    from ds_fused.engine.builders import why_not
+
+    try:
+        no_triton = why_not()
+        if no_triton is not None:
+            raise RuntimeError(f"ds_fused is enabled in the DeepSpeed config, but its kernels can't run: {no_triton}")
+        from ds_fused.engine.config import parse
+
+        return parse(block)
+    except Exception as e:
+        Agreement().failed(e)
+        raise
+
+
+def _replace(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config) -> None:
+    from ds_fused.engine import builders, zero3
+    from ds_fused.engine.agreement import Agreement
+    from ds_fused.policies import plan
+    from ds_fused.policies.report import Left
+
+    agree = Agreement()
+    try:
+        builders.enlist()
+        wanted, left = _loadable(config)
+        if engine.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            _say(engine, "no GPU: on CPU tensors every op runs its PyTorch reference")
+        dtype = training_dtype(engine)
+        asked = {**vars(config), "wanted": {key: dict(options) for key, options in config.wanted.items()}}
+        asked |= {"device": engine.device.type, "dtype": str(dtype)}
+        report = plan.apply(
+            model,
+            wanted,
+            device=engine.device,
+            dtype=dtype,
+            verify=config.verify,
+            strict=config.strict,
+            logits=config.logits,
+            eval=config.eval,
+            whole_weight=zero3.whole_weight_of(engine),
+            agree=lambda decisions: agree({"config": asked, **decisions}),
+        )
+    except BaseException as e:
+        agree.failed(e)
+        raise
+    report.left = (*report.left, *(Left(key, 1, reason) for key, reason in left.items()))
+    engine.__dict__["ds_fused_report"] = report
+
+
+def _loadable(config: Config) -> tuple[dict[str, object], dict[str, str]]:
+    """The wanted keys whose op loads through its builder, and key -> reason for the others."""
+    from ds_fused.engine.builders import builders
+    from ds_fused.ops.registry import OPS
+
+    wanted, left = dict(config.wanted), {}
+    for op in OPS:
+        builder = builders()[op.name]()
+        keys = [key for key in op.keys if key in wanted]
+        if keys and builder.is_compatible():
+            builder.load()
+            continue
+        for key in keys:
+            del wanted[key]
+            left[key] = f"its op builder is not compatible: {builder.error_log}"
+    return wanted, left
+
+
+def training_dtype(engine: DeepSpeedEngine) -> torch.dtype:
+    """What layers will compute in once DeepSpeed has cast the parameters, which is after the replacement."""
+    import torch
+
+    if engine.fp16_enabled():
+        return torch.float16
+    if engine.bfloat16_enabled():
+        return torch.bfloat16
+    if engine.torch_autocast_enabled():
+        return engine.torch_autocast_dtype()
+    return torch.float32
+
+
+def _finish(engine: DeepSpeedEngine) -> None:
+    config, report = engine.__dict__["_ds_fused_config"], engine.__dict__.get("ds_fused_report")
+    if report is None:
+        raise RuntimeError(
+            f"ds_fused is enabled, but {type(engine).__name__} builds its model without "
+            "DeepSpeedEngine._configure_distributed_model, where the layers are replaced"
+        )
+    undone = [f"{len(claim.paths)} x {claim.original}" for claim in report.recheck()]
+    if undone:
+        line = f"replaced, but undone by something else before deepspeed.initialize ended: {', '.join(undone)}"
+        if config.strict:
+            raise RuntimeError(f"ds_fused: {line}")
+        _say(engine, line)
+    if config.report and engine.global_rank == 0:
+        print(report, flush=True)
+
+
+def _say(engine: DeepSpeedEngine, line: str) -> None:
+    if engine.global_rank == 0:
+        log.warning("ds_fused: %s", line)

@@ -1,0 +1,84 @@
+"""Our replacements as DeepSpeed policies, for those who inject through ``deepspeed.module_inject.replace_module``.
+
+    for policy in policies_for(model):
+        replace_module(model, policy._orig_layer_class, replace_layer, policy)
+
+``deepspeed.initialize`` does not go this way: ``replace_module`` leaves an attribute on every module that it visits,
+and knows neither reports nor undoing. The layers end up the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable
+
+import torch
+from deepspeed.module_inject.policy import DSPolicy
+from torch import nn
+
+from ds_fused.modules.swap import is_fused, original_class, swap, why_not
+from ds_fused.policies.bodies import Body, Reading
+from ds_fused.policies.families import find
+
+log = logging.getLogger("ds_fused")
+
+
+class FusedLayerPolicy(DSPolicy):
+    """One class of layer and the body it gets. DeepSpeed makes an instance per layer, or an empty one to ask it."""
+
+    _orig_layer_class: type[nn.Module]
+    body: Body
+
+    def __init__(self, client_module: nn.Module | None = None, **_options: object) -> None:
+        super().__init__()
+        self.client_module = client_module
+
+    def match(self, module: nn.Module) -> bool:
+        return type(module) is self._orig_layer_class
+
+    def match_replaced(self, module: nn.Module) -> bool:
+        return is_fused(module) and original_class(module) is self._orig_layer_class
+
+    def apply(self, module: nn.Module, enable_cuda_graph: bool = False) -> nn.Module:
+        """The same module, behaving as the fused layer; unchanged, with a line in the log, where that can't be."""
+        reading = why_not(module) or self.body.read(module)
+        if isinstance(reading, Reading):
+            differs = self._differs(module, reading)
+            if differs is None:
+                swap(module, self.body.mixin, **reading.state)
+                return module
+            reading = differs
+        log.warning("ds_fused: a %s stays as it is: %s", type(module).__name__, reading)
+        return module
+
+    def attention(self, *_: object) -> None:
+        """For policies that rebuild a whole block from its weights; ours changes one layer and hands out none."""
+
+    @classmethod
+    def _differs(cls, module: nn.Module, reading: Reading) -> str | None:
+        """What the replacement would compute otherwise, by the proof; once for layers that are alike."""
+        first = next((p for p in module.parameters() if p.is_floating_point()), None)
+        device, dtype = (torch.device("cpu"), torch.float32) if first is None else (first.device, first.dtype)
+        kind: Hashable = (device, dtype, tuple(reading.state.items()), cls.body.alike(module))
+        if kind not in cls._proofs:
+            cls._proofs[kind] = cls.body.prove(module, cls.body.mixin, reading.state, device, dtype)
+        return cls._proofs[kind]
+
+
+def policies_for(model: nn.Module) -> list[type[FusedLayerPolicy]]:
+    """A policy for each class of layer in the model that a family names."""
+    found = {}
+    for module in model.modules():
+        cls = type(module)
+        body = find(cls)
+        if isinstance(body, Body) and cls not in found and not is_fused(module):
+            members = {"_orig_layer_class": cls, "body": body, "_proofs": {}}
+            found[cls] = type(f"Fused{cls.__name__}Policy", (FusedLayerPolicy,), members)
+    return list(found.values())
+
+
+def replace_layer(
+    child: nn.Module, policy: type[FusedLayerPolicy], layer_id: int, prefix: str = "", state_dict: dict | None = None
+) -> nn.Module:
+    """The ``replace_fn`` for ``replace_module``."""
+    return policy(child).apply(child)

@@ -1,0 +1,8 @@
+"""What a layer becomes: mix-ins that borrow a live layer's state and own none, and the exchange of a layer's class.
+
+Also the table of ops, for the rooms above that may not look past this one.
+"""
+
+from ds_fused.ops.registry import OPS
+
+__all__ = ["OPS"]

@@ -1,0 +1,296 @@
+"""Logits that nobody has computed: the head's input, the head, and what the model did to its output since.
+
+``DeferredLogits`` lives inside the model's forward. The head returns it instead of computing; the model's own code runs
+on over it, and what a causal LM does to logits before its loss is recorded:
+
+    logits = head(hidden)                     # postponed
+    logits = cap * tanh(logits / cap)         # recorded: Gemma 2's softcap, Granite's division, Cohere's scale
+    loss = loss_function(logits, labels)      # linear_cross_entropy(hidden, head.weight, labels, ...)
+
+Every chain of such steps is ``outer * z`` or ``outer * tanh(z)`` with ``z = inner * head(hidden)``. Any other operation
+computes the real logits, by the head's own call, and goes on with those, so the result is always right.
+
+It is a plain object and no tensor, because torch.compile traces through it, which it does not through a tensor subclass
+without values. What leaves the forward after a fused loss has the opposite needs and is a tensor (``on_demand.py``).
+
+Memory: it holds ``hidden``; once read, the logits as well. It refers to nothing that refers to it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# one recorded step: the name of what happened to the logits, and its operand
+Step = tuple[str, Any]
+
+
+class HeadCall:
+    """One postponed call of the head, shared by every ``DeferredLogits`` that derives from it."""
+
+    __slots__ = ("_base", "_base_version", "autocast", "dtype", "head", "hidden", "on_demand")
+
+    def __init__(self, head: nn.Module, hidden: Tensor) -> None:
+        device = hidden.device.type
+        self.head = head
+        self.hidden = hidden  # [..., H]
+        self.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        # autocast leaves fp64 alone
+        self.dtype = hidden.dtype if self.autocast is None or hidden.dtype == torch.float64 else self.autocast
+        # set once a loss was computed: what the head returned beside it, for whoever reads the logits later
+        self.on_demand: Tensor | None = None
+        self._base: Tensor | None = None
+        self._base_version = 0
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.hidden.shape[:-1], self.head.out_features))
+
+    def base(self) -> Tensor:
+        """What the head returns, [..., V]: its real call, with every hook it has (ZeRO-3 gathers the weight there)."""
+        # written to since (an in-place step on it): what derives from it needs the head's output once more
+        if self._base is None or _version(self._base) != self._base_version:
+            self._base = nn.Module.__call__(self.head, self.hidden)
+            self._base_version = _version(self._base)
+        return self._base
+
+
+def _version(x: Tensor) -> int:
+    # tensors made in inference mode count no versions, and nothing can be differentiated through them
+    return 0 if x.is_inference() else x._version
+
+
+def replay(logits: Tensor, steps: tuple[Step, ...]) -> Tensor:
+    """The recorded steps on real logits, each as the model wrote it."""
+    for name, operand in steps:
+        if name == "mul":
+            logits = logits * operand
+        elif name == "div":
+            logits = logits / operand
+        elif name == "tanh":
+            logits = logits.tanh()
+        else:
+            logits = logits.to(operand)
+    return logits
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+class DeferredLogits:
+    """``steps`` applied to the output of a postponed head call. See the file's text."""
+
+    __slots__ = ("_real", "call", "capped", "dtype", "inner", "outer", "steps")
+
+    def __init__(self, call: HeadCall) -> None:
+        self.call = call
+        self.steps: tuple[Step, ...] = ()
+        self.dtype = call.dtype
+        self.capped = False
+        self.inner = 1.0
+        self.outer = 1.0
+        self._real: Tensor | None = None
+
+    # what a fused loss needs
+
+    @property
+    def hidden(self) -> Tensor:
+        return self.call.hidden
+
+    @property
+    def head(self) -> nn.Module:
+        return self.call.head
+
+    def scale_and_softcap(self) -> tuple[float, float | None] | None:
+        """The op's (logit_scale, softcap): ``softcap * tanh(logit_scale * head(x) / softcap)``, if it has one."""
+        if not self.capped:
+            return self.inner, None
+        if self.outer <= 0.0:
+            return None
+        return self.inner * self.outer, self.outer
+
+    def is_real(self) -> bool:
+        """Whether the logits exist by now. The model may have written to them: steps don't tell their values then."""
+        return self._real is not None
+
+    def materialise(self) -> Tensor:
+        """The real logits, with their graph. To be called inside the forward that postponed them."""
+        if self._real is None:
+            self._real = replay(self.call.base(), self.steps)
+        return self._real
+
+    # what is recorded
+
+    def _step(self, name: str, operand: Any = None) -> DeferredLogits | Tensor:
+        if self._real is not None:
+            return replay(self._real, ((name, operand),))
+        new = DeferredLogits(self.call)
+        new.steps = (*self.steps, (name, operand))
+        new.dtype = operand if name == "to" else self.dtype
+        new.capped, new.inner, new.outer = self.capped, self.inner, self.outer
+        if name == "tanh":
+            new.capped = True
+        elif name in ("mul", "div"):
+            factor = float(operand) if name == "mul" else 1.0 / float(operand)
+            if self.capped:
+                new.outer *= factor
+            else:
+                new.inner *= factor
+        return new
+
+    def __mul__(self, other: Any) -> Any:
+        return self._step("mul", other) if _is_number(other) else self.materialise() * other
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Any:
+        return self._step("div", other) if _is_number(other) and other != 0 else self.materialise() / other
+
+    def mul(self, other: Any) -> Any:
+        return self * other
+
+    def div(self, other: Any) -> Any:
+        return self / other
+
+    def tanh(self) -> Any:
+        # a second tanh is no softcap
+        return self.materialise().tanh() if self.capped else self._step("tanh")
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs:
+            (target,) = args
+            if isinstance(target, torch.dtype) and target.is_floating_point:
+                return self if target == self.dtype else self._step("to", target)
+            # "cuda" names no index and may be another device than ours: only the whole name is known to change nothing
+            if isinstance(target, (torch.device, str)) and torch.device(target) == self.device:
+                return self
+        return self.materialise().to(*args, **kwargs)
+
+    def float(self) -> Any:
+        return self.to(torch.float32)
+
+    def contiguous(self) -> DeferredLogits:
+        return self
+
+    # what needs no values
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.call.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    @property
+    def ndim(self) -> int:
+        return self.hidden.ndim
+
+    @property
+    def requires_grad(self) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        return self.hidden.requires_grad or any(p.requires_grad for p in self.head.parameters())
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def is_floating_point(self) -> bool:
+        return True
+
+    def is_contiguous(self) -> bool:
+        return True
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"DeferredLogits(shape={tuple(self.shape)}, dtype={self.dtype}, steps={self.steps})"
+
+    # everything else
+
+    def __getattr__(self, name: str) -> Any:
+        # dunder look-ups are questions about the type (copy, pickle, arrays), and our own slots are set in __init__
+        if name.startswith("__") or name in DeferredLogits.__slots__:
+            raise AttributeError(name)
+        return getattr(self.materialise(), name)
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        method = _RECORDED.get(func)
+        if method is not None and isinstance(args[0], cls) and not kwargs:
+            return method(*args)
+        if func in (torch.mul, torch.multiply) and len(args) == 2 and not kwargs:
+            return args[1] * args[0]
+        return func(*materialised(args), **materialised(kwargs))
+
+
+def materialised(value: Any) -> Any:
+    """``value`` with every ``DeferredLogits`` in it computed."""
+    if isinstance(value, DeferredLogits):
+        return value.materialise()
+    if isinstance(value, (tuple, list)):
+        items = [materialised(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if type(value) is dict:
+        return {key: materialised(item) for key, item in value.items()}
+    return value
+
+
+_RECORDED: dict[Callable, Callable] = {
+    torch.tanh: DeferredLogits.tanh,
+    torch.mul: DeferredLogits.__mul__,
+    torch.multiply: DeferredLogits.__mul__,
+    torch.div: DeferredLogits.__truediv__,
+    torch.divide: DeferredLogits.__truediv__,
+    torch.true_divide: DeferredLogits.__truediv__,
+    torch.numel: DeferredLogits.numel,
+    torch.is_floating_point: DeferredLogits.is_floating_point,
+}
+
+
+def _on_real(function: Callable) -> Callable:
+    def computed(self: DeferredLogits, *args: Any) -> Any:
+        return function(self.materialise(), *materialised(args))
+
+    return computed
+
+
+def _reflected(function: Callable) -> Callable:
+    def computed(self: DeferredLogits, other: Any) -> Any:
+        return function(other, self.materialise())
+
+    return computed
+
+
+# Python looks operators up on the type, past __getattr__
+for _name in ("add", "sub", "pow", "matmul", "mod", "floordiv", "and", "or", "xor"):
+    _function = getattr(operator, f"__{_name}__")
+    setattr(DeferredLogits, f"__{_name}__", _on_real(_function))
+    setattr(DeferredLogits, f"__r{_name}__", _reflected(_function))
+for _name in ("lt", "le", "gt", "ge", "eq", "ne", "getitem", "setitem", "neg", "abs", "invert"):
+    setattr(DeferredLogits, f"__{_name}__", _on_real(getattr(operator, f"__{_name}__")))
+for _name, _builtin in (
+    ("iter", iter),
+    ("float", float),
+    ("int", int),
+    ("bool", bool),
+    ("array", lambda x, *a: x.__array__(*a)),
+):
+    setattr(DeferredLogits, f"__{_name}__", _on_real(_builtin))
+# 1 / logits has no recorded form
+DeferredLogits.__rtruediv__ = _reflected(operator.truediv)
+# __eq__ compares values, as a tensor's does; identity stays the hash
+DeferredLogits.__hash__ = object.__hash__

@@ -1,0 +1,244 @@
+"""The lm head whose call is postponed until the loss is known, and the scope in which it may be.
+
+    forward of the model, labels given        Scope: the head is armed
+        logits = lm_head(hidden)              Head.__call__: DeferredLogits; no hook fires, nothing is computed
+        loss = loss_function(logits, labels)  CausalLMLoss: lm_head's own nn.Module.__call__ runs linear_cross_entropy
+    end of the forward                        Scope: what no loss consumed is computed, the rest leaves on demand
+
+The loss runs inside the head's own call, so whatever acts on layers through hooks acts on it as on any other layer:
+ZeRO-3 gathers the head's weight there and releases it after. Outside such a forward the head is an ordinary Linear.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ds_fused.modules.deferred import DeferredLogits, HeadCall, materialised
+from ds_fused.modules.on_demand import WholeWeight, on_demand, with_steps
+from ds_fused.ops import cross_entropy, linear_cross_entropy
+
+
+@dataclasses.dataclass(frozen=True)
+class LossArguments:
+    """What the head needs besides its input to return the loss instead of logits."""
+
+    labels: Tensor  # [M], shifted
+    reduction: str
+    ignore_index: int
+    logit_scale: float
+    softcap: float | None
+    options: Mapping[str, Any]  # chunk_mb, keep_mb
+
+
+class Head:
+    """Mix-in for an ``nn.Linear`` that is a model's head."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    _ds_fused_scope: Scope
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # a postponed call must fire no hook; the call that computes is nn.Module's own
+        if self._ds_fused_scope.armed() and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            return DeferredLogits(HeadCall(self, args[0]))
+        return nn.Module.__call__(self, *args, **kwargs)
+
+    def forward(self, input: Tensor, loss: LossArguments | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if loss is None:
+            return super().forward(input)
+        value = linear_cross_entropy(
+            input.reshape(-1, input.shape[-1]),
+            self.weight,
+            loss.labels,
+            bias=self.bias,
+            ignore_index=loss.ignore_index,
+            reduction=loss.reduction,
+            softcap=loss.softcap,
+            logit_scale=loss.logit_scale,
+            **loss.options,
+        )
+        # beside the loss, so that hooks which act on a layer's outputs (ZeRO-3's) see a gradient to the logits too
+        return value, on_demand(HeadCall(self, input), self._ds_fused_scope.whole_weight)
+
+
+class Scope:
+    """Hooks on the model that owns the head: they arm it for a forward that was given labels, and see that forward out.
+
+    ``labels_at``: position of ``labels`` in the forward's signature.
+    ``logits``: "defer" computes logits that leave the forward when they are read, "keep" within the forward.
+    ``eval``: "defer" treats the eval mode as training, "stock" leaves it alone.
+    ``whole_weight(head)``: the context of a later read, in which the head's weight is whole.
+    """
+
+    def __init__(
+        self,
+        labels_at: int | None,
+        *,
+        logits: str = "defer",
+        eval: str = "defer",
+        whole_weight: WholeWeight = nullcontext,
+    ) -> None:
+        self.labels_at = labels_at
+        self.logits = logits
+        self.eval = eval
+        self.whole_weight = whole_weight
+        # one for each forward that is running, innermost last: a forward may be called within another
+        self._modes: list[str] = []
+        self._handles: list[Any] = []
+
+    def attach(self, owner: nn.Module) -> None:
+        self._handles = [
+            owner.register_forward_pre_hook(self.enter, with_kwargs=True),
+            # always_call: a forward that raises must disarm the head as well
+            owner.register_forward_hook(self.leave, with_kwargs=True, always_call=True),
+        ]
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def armed(self) -> bool:
+        return bool(self._modes) and self._modes[-1] == "defer"
+
+    def stock(self) -> bool:
+        """Whether the forward that is running is to be left alone."""
+        return bool(self._modes) and self._modes[-1] == "stock"
+
+    def enter(self, owner: nn.Module, args: tuple, kwargs: dict) -> None:
+        labels = kwargs.get("labels")
+        if labels is None and self.labels_at is not None and len(args) > self.labels_at:
+            labels = args[self.labels_at]
+        if not owner.training and self.eval == "stock":
+            self._modes.append("stock")
+        else:
+            self._modes.append("plain" if labels is None else "defer")
+
+    def leave(self, owner: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        if self._modes.pop() != "defer":
+            return None
+        return self._settle(output)
+
+    def _settle(self, value: Any) -> Any:
+        """The output with each ``DeferredLogits`` in it replaced by a tensor, at its place."""
+        if isinstance(value, DeferredLogits):
+            if value.call.on_demand is not None and not value.is_real() and self.logits == "defer":
+                return _steps_on_demand(value)
+            return value.materialise()
+        if isinstance(value, tuple):
+            items = [self._settle(item) for item in value]
+            if all(new is old for new, old in zip(items, value, strict=True)):
+                return value
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if isinstance(value, list):
+            value[:] = [self._settle(item) for item in value]
+        elif isinstance(value, dict):
+            # also HF's ModelOutput, which keeps its attributes and its keys in step on assignment
+            for key, item in list(value.items()):
+                settled = self._settle(item)
+                if settled is not item:
+                    value[key] = settled
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            for field in dataclasses.fields(value):
+                item = getattr(value, field.name, None)
+                if isinstance(item, DeferredLogits):
+                    object.__setattr__(value, field.name, self._settle(item))
+        return value
+
+
+# a tensor subclass without storage is nothing for a compiled graph: what leaves is made outside of it
+@torch.compiler.disable
+def _steps_on_demand(logits: DeferredLogits) -> Tensor:
+    return with_steps(logits.call.on_demand, logits.steps)
+
+
+class CausalLMLoss:
+    """Stands where a model's ``ForCausalLMLoss`` stood: the same arguments, the same value, by the fused ops.
+
+    ``linear``: options of linear_cross_entropy for logits that are still deferred; None leaves that op off.
+    ``real``: whether cross_entropy takes real logits.
+    Whatever neither takes goes to ``original``.
+    """
+
+    def __init__(self, original: Callable[..., Tensor], scope: Scope) -> None:
+        self.original = original
+        self.scope = scope
+        self.linear: Mapping[str, Any] | None = None
+        self.real = False
+
+    # one break in a compiled graph, instead of several within the ops (checks of labels, choice of kernels)
+    @torch.compiler.disable
+    def __call__(
+        self,
+        logits: Any,
+        labels: Tensor | None,
+        vocab_size: int,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        fused = self._fused(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels)
+        if fused is not None:
+            return fused
+        return self.original(
+            materialised(logits),
+            labels,
+            vocab_size,
+            num_items_in_batch=num_items_in_batch,
+            ignore_index=ignore_index,
+            shift_labels=shift_labels,
+            **kwargs,
+        )
+
+    def _fused(
+        self,
+        logits: Any,
+        labels: Tensor | None,
+        vocab_size: int,
+        num_items_in_batch: Tensor | int | None,
+        ignore_index: int,
+        shift_labels: Tensor | None,
+    ) -> Tensor | None:
+        """The loss, or None where the original has to say it (or to say what is wrong with the arguments)."""
+        if self.scope.stock() or not isinstance(logits, (DeferredLogits, Tensor)) or logits.shape[-1] != vocab_size:
+            return None
+        if shift_labels is None:
+            if labels is None:
+                return None
+            # token n predicts n + 1; the last one predicts nothing
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        if shift_labels.numel() * vocab_size != logits.numel() or shift_labels.dtype != torch.int64:
+            return None
+        shift_labels = shift_labels.reshape(-1).to(logits.device)
+        reduction = "mean" if num_items_in_batch is None else "sum"
+
+        shape = logits.scale_and_softcap() if isinstance(logits, DeferredLogits) else None
+        # logits that the model computed meanwhile may have been written to, and cost their memory already
+        if self.linear is not None and shape is not None and not logits.is_real():
+            scale, softcap = shape
+            arguments = LossArguments(shift_labels, reduction, ignore_index, scale, softcap, self.linear)
+            # the head's own call, past the one that postpones
+            loss, logits.call.on_demand = nn.Module.__call__(logits.head, logits.hidden, loss=arguments)
+        elif self.real:
+            logits = materialised(logits)
+            loss = cross_entropy(
+                logits.reshape(-1, vocab_size), shift_labels, ignore_index=ignore_index, reduction=reduction
+            )
+        else:
+            return None
+
+        # as stock, whose logits become fp32 before the loss
+        loss = loss.float()
+        if num_items_in_batch is None:
+            return loss
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        return loss / num_items_in_batch

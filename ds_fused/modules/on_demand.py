@@ -1,0 +1,284 @@
+"""The logits in a model's output after a fused loss: a tensor that computes its values when somebody reads them.
+
+Code that receives a model's output asks ``isinstance(x, torch.Tensor)`` before it does anything (HF Trainer's
+``nested_detach`` and ``nested_concat``, Accelerate's ``gather_for_metrics`` and ``pad_across_processes``, DeepSpeed's
+backward hooks on outputs), and hands it to C++ (collectives, ``data_ptr`` for a kernel). A plain object fails all of
+those; so this is a tensor subclass without storage, and it is the tensor that the logits would have been:
+
+- what needs no values (shape, dtype, device, hooks) computes nothing, and a cast or a detached one stays on demand;
+- any other operation, from Python or from C++, computes the values once and runs on them;
+- it has a place in the autograd graph, next to the loss, as an output of the head's own call. A gradient that comes to
+  it, also through a custom autograd function, goes on to the hidden states and the head's weight, and under ZeRO-3 it
+  passes the same hooks as the loss, which gather the weight for it.
+
+One thing can differ from logits computed in the forward, and not silently: after an optimizer step they are those of
+the new weight, and reading them warns.
+
+Memory: hidden states [..., H] instead of logits [..., V], and both after a read; freed with the output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ds_fused.modules.deferred import HeadCall, Step, replay
+
+log = logging.getLogger("ds_fused")
+
+WholeWeight = Callable[[nn.Module], contextlib.AbstractContextManager]
+
+# spread over the weight, these tell whether it is the one that the loss saw: a step of an optimizer changes nearly all
+SAMPLED_ELEMENTS = 256
+
+
+def sample(weight: Tensor) -> Tensor:
+    """A copy of a few elements, without waiting for the device."""
+    flat = weight.detach().reshape(-1)
+    # odd: no power of two between samples, or they would all lie in one column
+    return flat[:: (flat.numel() // SAMPLED_ELEMENTS) | 1].clone()
+
+
+class Source:
+    """The values behind one or more ``LogitsOnDemand``, and what they look like. Computed once, without a graph."""
+
+    __slots__ = ("__weakref__", "_compute", "_values", "device", "dtype", "shape")
+
+    def __init__(
+        self, compute: Callable[[], Tensor], shape: torch.Size, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._compute: Callable[[], Tensor] | None = compute
+        self._values: Tensor | None = None
+        self.shape = shape
+        self.dtype = dtype
+        self.device = device
+
+    def values(self) -> Tensor:
+        if self._values is None:
+            with torch.no_grad():
+                self._values = self._compute()
+            # lets go of the hidden states
+            self._compute = None
+        return self._values
+
+    def after(self, steps: tuple[Step, ...]) -> Source:
+        """The values with recorded steps on them."""
+        dtype = next((operand for name, operand in reversed(steps) if name == "to"), self.dtype)
+        return Source(lambda: replay(self.values(), steps), self.shape, dtype, self.device)
+
+
+class _Read:
+    """How the logits of one forward are computed: head(hidden), under the forward's autocast."""
+
+    __slots__ = ("autocast", "head", "hidden", "sample", "whole_weight")
+
+    def __init__(self, call: HeadCall, whole_weight: WholeWeight) -> None:
+        self.head = call.head
+        self.hidden = call.hidden.detach()
+        self.autocast = call.autocast
+        self.sample = sample(call.head.weight) if call.head.weight.requires_grad else None
+        self.whole_weight = whole_weight
+
+    def __call__(self) -> Tensor:
+        _say_who_reads(_caller())
+        # not the head's own call: outside the model's forward its hooks have no place in ZeRO-3's order of gathering
+        with torch.inference_mode(self.hidden.is_inference()), torch.no_grad(), self.whole_weight(self.head):
+            weight = self.head.weight
+            if self.sample is not None and not torch.equal(sample(weight).to(self.sample), self.sample):
+                log.warning(
+                    "ds_fused: these logits are read after the head's weight changed, so they are those of the new "
+                    'weight; read them before the optimizer steps, or set "logits": "keep" in the ds_fused block'
+                )
+            return self.logits(self.hidden, weight, self.head.bias)
+
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        with torch.autocast(hidden.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            return F.linear(hidden, weight, bias)
+
+
+class _Logits(torch.autograd.Function):
+    """Gives on-demand logits their place in the graph; computes nothing unless a gradient comes."""
+
+    @staticmethod
+    def forward(
+        ctx, read: _Read, source: Source, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> LogitsOnDemand:
+        ctx.read = read
+        ctx.save_for_backward(hidden, weight, bias)
+        return LogitsOnDemand(source)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dlogits: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *_gradients(ctx.read.logits, ctx.saved_tensors, ctx.needs_input_grad[2:], dlogits)
+
+
+class _Steps(torch.autograd.Function):
+    """Recorded steps on on-demand logits, which stay on demand."""
+
+    @staticmethod
+    def forward(ctx, logits: LogitsOnDemand, steps: tuple[Step, ...]) -> LogitsOnDemand:
+        ctx.source = logits._source
+        ctx.steps = steps
+        return LogitsOnDemand(logits._source.after(steps))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dlogits: Tensor) -> tuple[Tensor, None]:
+        if all(name == "to" for name, _ in ctx.steps):
+            return dlogits.to(ctx.source.dtype), None
+        before = ctx.source.values()
+        return *_gradients(lambda x: replay(x, ctx.steps), (before,), (True,), dlogits), None
+
+
+def _gradients(
+    function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], wanted: tuple[bool, ...], dy: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of ``function(*inputs)`` for the inputs that are wanted, by computing it once more."""
+    leaves = [None if x is None else x.detach().requires_grad_(w) for x, w in zip(inputs, wanted, strict=True)]
+    with torch.enable_grad():
+        y = function(*leaves)
+    grads = iter(torch.autograd.grad(y, [x for x, w in zip(leaves, wanted, strict=True) if w], dy))
+    return tuple(next(grads) if w else None for w in wanted)
+
+
+class _Values(torch.autograd.Function):
+    """From on-demand logits to a plain tensor of their values."""
+
+    @staticmethod
+    def forward(ctx, logits: LogitsOnDemand) -> Tensor:
+        # an alias: writing to it is seen by later reads, as it would be in a tensor
+        return logits._source.values().detach()
+
+    @staticmethod
+    def backward(ctx, dlogits: Tensor) -> Tensor:
+        return dlogits
+
+
+class LogitsOnDemand(torch.Tensor):
+    """See the file's text."""
+
+    _source: Source
+    _real: Tensor | None
+
+    @staticmethod
+    def __new__(cls, source: Source) -> LogitsOnDemand:
+        self = torch.Tensor._make_wrapper_subclass(cls, source.shape, dtype=source.dtype, device=source.device)
+        self._source = source
+        self._real = None
+        return self
+
+    def values(self) -> Tensor:
+        """The logits as a plain tensor, part of the graph when this one is."""
+        if not (torch.is_grad_enabled() and self.requires_grad):
+            return self._source.values()
+        if self._real is None:
+            self._real = _Values.apply(self)
+        return self._real
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        # printing a model's output is no reason to compute it
+        return f"LogitsOnDemand(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _FACTS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func in _DETACH:
+            return cls(args[0]._source)
+        if func in _SAME and len(args) == 1 and not kwargs:
+            return args[0]
+        if func in _NEW:
+            # a fresh tensor of the same dtype and place
+            return func(torch.empty(0, dtype=args[0].dtype, device=args[0].device), *args[1:], **kwargs)
+        dtype = _cast_only(func, args, kwargs)
+        if dtype is not None:
+            return args[0] if dtype == args[0].dtype else _Steps.apply(args[0], (("to", dtype),))
+        args, kwargs = tree_map_only(cls, cls.values, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
+        # reached from C++, below autograd: collectives, saved tensors
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return cls(args[0]._source)
+        args, kwargs = tree_map_only(cls, lambda x: x._source.values(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _cast_only(func: Callable, args: tuple, kwargs: dict) -> torch.dtype | None:
+    """The dtype, if the call is a cast of on-demand logits to a floating dtype and nothing else."""
+    if kwargs or not isinstance(args[0], LogitsOnDemand):
+        return None
+    if func in _CASTS and len(args) == 1:
+        return _CASTS[func]
+    if func is torch.Tensor.to and len(args) == 2:
+        if isinstance(args[1], torch.dtype) and args[1].is_floating_point:
+            return args[1]
+        if isinstance(args[1], (str, torch.device)) and torch.device(args[1]) == args[0].device:
+            return args[0].dtype
+    return None
+
+
+_CASTS = {torch.Tensor.float: torch.float32, torch.Tensor.half: torch.float16, torch.Tensor.bfloat16: torch.bfloat16}
+_DETACH = {torch.detach, torch.Tensor.detach, torch.Tensor.data.__get__}
+_SAME = {torch.Tensor.contiguous}
+_NEW = {getattr(torch.Tensor, name) for name in ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")}
+# questions about the tensor, and its place in the graph: attributes, then methods
+_ATTRIBUTES = """
+    shape dtype device layout ndim names nbytes itemsize is_cuda is_cpu is_xpu is_meta is_sparse is_sparse_csr is_mkldnn
+    is_nested is_quantized requires_grad grad grad_fn is_leaf output_nr retains_grad _version
+    _base _backward_hooks _post_accumulate_grad_hooks
+"""
+_METHODS = """
+    size stride dim ndimension numel nelement element_size storage_offset get_device is_contiguous is_floating_point
+    is_complex is_signed is_inference register_hook retain_grad __len__ __hash__
+"""
+# not every version of PyTorch has them all
+_FACTS = {getattr(torch.Tensor, name).__get__ for name in _ATTRIBUTES.split() if hasattr(torch.Tensor, name)}
+_FACTS |= {getattr(torch.Tensor, name) for name in _METHODS.split() if hasattr(torch.Tensor, name)}
+_FACTS |= {torch.numel, torch.is_floating_point, torch.is_complex, torch.is_inference}
+_FACTS |= {torch.Tensor.grad.__set__, torch.Tensor._backward_hooks.__set__}
+
+
+def on_demand(call: HeadCall, whole_weight: WholeWeight) -> LogitsOnDemand:
+    """The output of a postponed head call, on demand. To be called where the weight is whole: in the head's forward."""
+    read = _Read(call, whole_weight)
+    source = Source(read, call.shape, call.dtype, call.hidden.device)
+    return _Logits.apply(read, source, call.hidden, call.head.weight, call.head.bias)
+
+
+def with_steps(logits: LogitsOnDemand, steps: tuple[Step, ...]) -> LogitsOnDemand:
+    """On-demand logits with what the model did to them."""
+    return _Steps.apply(logits, steps) if steps else logits
+
+
+def _caller() -> str:
+    """file:line of whoever reads, the first frame that is neither ours nor torch's."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("ds_fused", "torch"):
+        frame = frame.f_back
+    return "C++" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+@functools.cache
+def _say_who_reads(caller: str) -> None:
+    """One line for each place that reads, from the first rank."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
+    log.warning(
+        "ds_fused: %s reads the logits of a forward whose loss was fused; they are computed now. "
+        'Where that is too late (sharded weights), set "logits": "keep" in the ds_fused block',
+        caller,
+    )

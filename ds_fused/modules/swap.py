@@ -1,0 +1,136 @@
+"""Exchange the behaviour of one live layer: ``module.__class__ = Fused<Original>``.
+
+Nothing that the layer holds changes. Parameters keep their identity and so do hooks, tied weights, optimizer groups,
+``ds_id``, adapters and state-dict keys; only the class, and with it ``forward``, is another one. The built class keeps
+the original's ``__name__``, ``__qualname__`` and ``__module__``, so whoever recognises layers by class name (leaf
+modules and policies of DeepSpeed, ``architectures`` in a saved config, a sharding plan) recognises them still; ``repr``
+says Fused.
+
+A mix-in is a class with a ``forward`` and no state of its own. One that needs the original's code to build its forward
+offers ``_ds_fused_members(original) -> dict``, which becomes part of the built class.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+
+# one class per (mix-in, original): all layers share it, and `type(a) is type(b)` holds between them as before
+_BUILT: dict[tuple[type, type], type] = {}
+
+
+def fused_class(mixin: type, cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that is ``cls`` with the behaviour of ``mixin``; built once for each pair."""
+    built = _BUILT.get((mixin, cls))
+    if built is None:
+        members = {
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
+            "__reduce_ex__": _reduce,
+            "_get_name": _fused_name,
+            "_ds_fused_mixin": mixin,
+            "_ds_fused_original": cls,
+        }
+        if hasattr(mixin, "_ds_fused_members"):
+            members.update(mixin._ds_fused_members(cls))
+        built = type(cls)(cls.__name__, (mixin, cls), members)
+        _BUILT[mixin, cls] = built
+    return built
+
+
+def swap(module: nn.Module, mixin: type, **state: object) -> None:
+    """Give ``module`` the behaviour of ``mixin``; ``state`` becomes attributes that ``unswap`` removes again."""
+    reason = why_not(module)
+    if reason is not None:
+        raise ValueError(f"swap: {type(module).__name__} can't be swapped: {reason}")
+    taken = [name for name in state if hasattr(module, name)]
+    if taken:
+        raise ValueError(f"swap: {type(module).__name__} already has an attribute {taken[0]!r}")
+    module.__class__ = fused_class(mixin, type(module))
+    for name, value in state.items():
+        # past nn.Module.__setattr__: this is a plain attribute, never a parameter or a child
+        module.__dict__[name] = value
+    module.__dict__["_ds_fused_state"] = tuple(state)
+
+
+def unswap(module: nn.Module) -> None:
+    """Undo ``swap``: the exact original class, and none of our attributes."""
+    cls = type(module)
+    if "_ds_fused_original" not in cls.__dict__:
+        if is_fused(module):
+            # e.g. FSDP2 or parametrize built their class over ours; taking ours out from below would break theirs
+            raise ValueError(f"unswap: {cls.__name__} was given another class after the swap; undo that first")
+        raise ValueError(f"unswap: {cls.__name__} is not a swapped layer")
+    for name in module.__dict__.pop("_ds_fused_state", ()):
+        module.__dict__.pop(name, None)
+    module.__class__ = cls._ds_fused_original
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether the layer's behaviour is ours, also where another class was built over it since."""
+    return hasattr(type(module), "_ds_fused_original")
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class the layer had before any swap."""
+    return getattr(type(module), "_ds_fused_original", type(module))
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why a swap of this layer would do nothing, or undo what somebody else did; None when it may be swapped."""
+    if is_fused(module):
+        return "ds_fused has swapped it already"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is a ScriptModule, whose forward is compiled"
+    # by name: importing torch._dynamo costs seconds, and a model that holds such a module has imported it
+    if any(cls.__name__ == "OptimizedModule" and cls.__module__.startswith("torch.") for cls in type(module).__mro__):
+        return "it is a torch.compile wrapper (compile after the swap instead)"
+    owner = patched_by(module)
+    if owner is not None:
+        return f"{owner} has patched its forward"
+    if "forward" in vars(module):
+        return f"its instance has a forward of its own, from {_home(vars(module)['forward'])}"
+    return None
+
+
+_OTHERS = {"liger_kernel": "Liger", "deepspeed": "DeepSpeed"}
+
+
+def patched_by(module: nn.Module) -> str | None:
+    """The library, of those that also replace layers, which the forward that would run comes from."""
+    forward = vars(module).get("forward", type(module).forward)
+    return owner_of(forward) or owner_of(type(module))
+
+
+def owner_of(thing: object) -> str | None:
+    """Liger or DeepSpeed where a function or class is theirs."""
+    return _OTHERS.get(_home(thing).partition(".")[0])
+
+
+def _home(thing: object) -> str:
+    """The module that a function or class was written in; functools.wraps gives a wrapper the wrapped one's name."""
+    thing = getattr(thing, "__func__", thing)  # a bound method
+    thing = thing.func if isinstance(thing, functools.partial) else thing
+    return getattr(thing, "__globals__", {}).get("__name__") or getattr(thing, "__module__", None) or ""
+
+
+def _fused_name(self: nn.Module) -> str:
+    """What ``repr(model)`` shows."""
+    return f"Fused{type(self)._ds_fused_original.__name__}"
+
+
+def _reduce(self: nn.Module, protocol: int) -> tuple:
+    """Copy and pickle by (mix-in, original): the built class shares the original's name and can't be found by it."""
+    cls = type(self)
+    if "_ds_fused_original" not in cls.__dict__:
+        return object.__reduce_ex__(self, protocol)
+    state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+    return _renew, (cls._ds_fused_mixin, cls._ds_fused_original), state
+
+
+def _renew(mixin: type, cls: type[nn.Module]) -> nn.Module:
+    built = fused_class(mixin, cls)
+    return built.__new__(built)

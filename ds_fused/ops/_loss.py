@@ -1,0 +1,143 @@
+"""What the two cross entropies share beside the kernels: options, checks, reduction, the softmax pass in PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The loss as a number of each token's logits; the reduction over tokens is not its business."""
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+
+def reduced(loss: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """[N] losses by token to what `reduction` names. The mean is over tokens that count, NaN where none does."""
+    if reduction == "none":
+        return loss.view(labels.shape)
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / (labels != ignore_index).sum()
+
+
+def check_loss(
+    op: str,
+    options: LossOptions,
+    labels: Tensor,
+    reduction: str,
+    shape: torch.Size,  # of the tokens
+    n_vocab: int,
+    device: torch.device,
+) -> None:
+    """One clear error for each bad argument. Labels are judged on the device where the host would have to wait."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{op}: reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
+    if not 0.0 <= options.label_smoothing <= 1.0:
+        raise ValueError(f"{op}: label_smoothing is {options.label_smoothing}; it must lie in [0, 1]")
+    if options.softcap is not None and not options.softcap > 0.0:
+        raise ValueError(f"{op}: softcap is {options.softcap}; it must be positive, or None for no cap")
+    if not 0 < n_vocab < 2**31:
+        raise ValueError(f"{op}: a vocabulary of {n_vocab}; columns are counted in int32, so 1 to {2**31 - 1} fit")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{op}: labels are {labels.dtype}; they must be int64 or int32")
+    if labels.shape != shape:
+        raise ValueError(f"{op}: labels {tuple(labels.shape)} must have the shape of the tokens, {tuple(shape)}")
+    if labels.device != device:
+        raise ValueError(f"{op}: labels are on {labels.device}, the scores on {device}; they must share a device")
+    fits = ((labels >= 0) & (labels < n_vocab)) | (labels == options.ignore_index)
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(
+            fits.all(), f"{op}: a label lies outside [0, {n_vocab}) and is not ignore_index {options.ignore_index}"
+        )
+    elif not fits.all():
+        raise ValueError(
+            f"{op}: label {int(labels[~fits][0])} lies outside [0, {n_vocab}) "
+            f"and is not ignore_index {options.ignore_index}"
+        )
+
+
+def cross_entropy_fwd_torch(
+    logits: Tensor,
+    labels: Tensor,
+    loss: Tensor,
+    lse: Tensor,
+    options: LossOptions,
+    *,
+    n_vocab: int,
+    first_id: int = 0,
+    is_first: bool = True,
+    is_last: bool = True,
+) -> None:
+    """cross_entropy_fwd without kernels: the same arguments, [N, n_cols] and [N]."""
+    smoothing = options.label_smoothing
+    for rows in _row_blocks(logits):
+        z, _ = _capped_torch(logits[rows].to(loss.dtype), options)
+        col, here = _columns_torch(labels[rows], first_id, z.shape[1])
+        picked = torch.where(here, (1.0 - smoothing) * z.gather(1, col[:, None])[:, 0], 0.0)
+        if smoothing:
+            picked = picked + smoothing / n_vocab * z.sum(1)
+        # finite where a whole slab is -inf, since -inf - -inf is not a number
+        peak = z.amax(1).clamp_min(torch.finfo(z.dtype).min)
+        if not is_first:
+            picked, peak = picked + loss[rows], torch.maximum(peak, lse[0, rows])
+        total = (z - peak[:, None]).exp_().sum(1)
+        if not is_first:
+            total += lse[1, rows].exp() * (lse[0, rows] - peak).exp()
+        rest = total.log()
+        whole = peak + rest
+        ignored = labels[rows] == options.ignore_index
+        lse[0, rows], lse[1, rows] = peak.masked_fill(ignored, 0.0), rest.masked_fill(ignored, 0.0)
+        done = (peak - picked) + rest + options.z_loss * whole * whole if is_last else picked
+        loss[rows] = done.masked_fill(ignored, 0.0)
+
+
+def cross_entropy_bwd_torch(
+    dloss: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    dlogits: Tensor,
+    options: LossOptions,
+    *,
+    n_vocab: int,
+    first_id: int = 0,
+) -> None:
+    """cross_entropy_bwd without kernels."""
+    smoothing = options.label_smoothing
+    for rows in _row_blocks(logits):
+        z, slope = _capped_torch(logits[rows].to(lse.dtype), options)
+        col, here = _columns_torch(labels[rows], first_id, z.shape[1])
+        peak, rest = lse[:, rows, None]
+        on_softmax = 1.0 + 2.0 * options.z_loss * (peak + rest)
+        dz = (z - peak).sub_(rest).exp_().mul_(on_softmax).sub_(smoothing / n_vocab)
+        dz.scatter_add_(1, col[:, None], torch.where(here, smoothing - 1.0, 0.0).to(dz.dtype)[:, None])
+        dz.mul_(dloss[rows, None]).mul_(slope)
+        dlogits[rows] = dz.masked_fill_((labels[rows] == options.ignore_index)[:, None], 0.0).to(dlogits.dtype)
+
+
+def _row_blocks(logits: Tensor) -> list[slice]:
+    """Rows in parts of about a million logits: the wide copies of one part stay in the caches of a CPU."""
+    step = max(1, 2**20 // logits.shape[1])
+    return [slice(start, start + step) for start in range(0, logits.shape[0], step)]
+
+
+def _capped_torch(x: Tensor, options: LossOptions) -> tuple[Tensor, Tensor | float]:
+    z = x * options.logit_scale
+    if options.softcap is None:
+        return z, options.logit_scale
+    t = torch.tanh(z / options.softcap)
+    return options.softcap * t, options.logit_scale * (1.0 - t * t)
+
+
+def _columns_torch(labels: Tensor, first_id: int, n_cols: int) -> tuple[Tensor, Tensor]:
+    """Each label's column, and whether this slab has it; an index that is safe to read in any case."""
+    col = labels.long() - first_id
+    return col.clamp(0, n_cols - 1), (col >= 0) & (col < n_cols)

@@ -1,0 +1,98 @@
+"""What the op files share: which tensors kernels can run on, rows, device guards, sizes of blocks and grids."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+from torch import Tensor
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+KERNEL_DEVICES = ("cuda", "xpu")  # an AMD device calls itself cuda in PyTorch
+LANES = 64 if torch.version.hip else 32  # threads of a warp
+
+_multiprocessors: dict[torch.device, int] = {}
+
+
+def runs_kernels(*tensors: Tensor) -> bool:
+    """Whether kernels can take these tensors; where not, an op runs its PyTorch reference.
+
+    CPU tensors can under ``TRITON_INTERPRET=1``, set before triton is imported. The variable is asked at every call, so
+    that one process can run both ways (a CPU only; a GPU never asks).
+    """
+    device = tensors[0].device
+    for tensor in tensors[1:]:
+        if tensor.device != device:
+            return False  # the reference then fails as any PyTorch code does, naming both devices
+    if device.type in KERNEL_DEVICES:
+        return True
+    # a graph can't hold the interpreter, nor trace the reading of its variable
+    return device.type == "cpu" and not torch.compiler.is_compiling() and triton.knobs.runtime.interpret
+
+
+def check_dtypes(op: str, **tensors: Tensor | None) -> None:
+    """Kernels compute in fp32, so wider floats and integers would lose bits silently."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in KERNEL_DTYPES:
+            raise ValueError(f"{op}: {name} is {tensor.dtype}; kernels exist for bfloat16, float16 and float32")
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[..., D] -> [N, D] with neighbouring columns: a view where one row stride can say it, else a copy."""
+    if x.ndim > 2:
+        rows = x.flatten(0, -2)
+    else:
+        rows = x if x.ndim == 2 else x.reshape(1, -1)
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make that the tensor's. Free where it is already (the usual case)."""
+    device = x.device
+    if device.type == "cpu" or torch.compiler.is_compiling():  # a compiled graph brings its own guard
+        return nullcontext()
+    backend = torch.xpu if device.type == "xpu" else torch.cuda
+    if backend.current_device() == device.index:
+        return nullcontext()
+    return backend.device(device)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast has a matrix product on x's device compute in; None where it is off."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def multiprocessors(x: Tensor) -> int:
+    """How many blocks run side by side at least; the size of a persistent grid is a multiple of it."""
+    device = x.device
+    if device.type == "cpu":
+        return 1  # the interpreter: small tests then reach the second turn of a persistent loop
+    if torch.compiler.is_compiling():
+        return _ask_multiprocessors(device)
+    count = _multiprocessors.get(device)
+    if count is None:
+        count = _multiprocessors[device] = _ask_multiprocessors(device)
+    return count
+
+
+def _ask_multiprocessors(device: torch.device) -> int:
+    if device.type == "xpu":
+        return torch.xpu.get_device_properties(device).gpu_subslice_count
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def cdiv(n: int, size: int) -> int:
+    """How many blocks hold n. For launchers: triton.cdiv wraps its arguments, which takes microseconds."""
+    return -(-n // size)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that holds n (1 for 0): a tile's side."""
+    return 1 << (n - 1).bit_length() if n > 1 else 1
+
+
+def warps_for(elements: int, per_thread: int = 16) -> int:
+    """Warps for a tile so that each thread holds about `per_thread` elements; at most 1024 threads."""
+    return min(1024 // LANES, max(1, power_of_2(elements // (LANES * per_thread))))

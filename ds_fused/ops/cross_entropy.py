@@ -1,0 +1,317 @@
+"""Cross entropy of materialised logits, and the softmax pass that linear_cross_entropy shares.
+
+Per token, with ``z = softcap * tanh(logit_scale * logits / softcap)`` (or ``logit_scale * logits``):
+
+    lse  = logsumexp(z)
+    loss = lse - (1 - label_smoothing) * z[label] - label_smoothing * mean(z) + z_loss * lse**2
+    dz   = dloss * (softmax(z) * (1 + 2 * z_loss * lse) - (1 - label_smoothing) * onehot - label_smoothing / V)
+
+Ignored tokens: loss and gradient are exactly zero and their logits are never read.
+
+Saved for backward: the logits (no copy of them) and lse, 8 bytes a token: it is held as two numbers, the maximum and
+the rest, since one fp32 would round exp(z - lse) by 1e-5 where the logits are some hundreds.
+Traffic per logit: forward 1 read; backward 1 read + 1 write, over the logits themselves with ``overwrite_logits``.
+
+Sizes: N tokens (every leading dimension, flattened), V vocabulary. A *slab* is part of the vocabulary: the pass may see
+the columns of a row in several slabs, one after the other; loss and lse carry the running state in between.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ds_fused.ops._loss import LossOptions, check_loss, reduced
+from ds_fused.ops._triton import check_dtypes, on_device, power_of_2, rows_of, runs_kernels, warps_for
+
+# not yet measured. forward: one program walks one row, STAGES blocks of it are in flight; backward: one program a block
+FWD_BLOCK, FWD_STAGES, FWD_PER_THREAD = 4096, 3, 16
+BWD_BLOCK, BWD_PER_THREAD = 4096, 16
+
+
+def cross_entropy_reference(
+    logits: Tensor,  # [..., V]
+    labels: Tensor,  # [...]
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    overwrite_logits: bool = False,  # a permission that plain PyTorch makes no use of
+) -> Tensor:
+    """What this file computes, in PyTorch: the specification, the CPU path and the yardstick of the tests."""
+    z = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
+    flat = labels.reshape(-1).long()
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    loss = F.cross_entropy(z, flat, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
+    if z_loss:
+        loss = loss + z_loss * torch.where(flat == ignore_index, 0.0, torch.logsumexp(z, -1) ** 2)
+    return reduced(loss, labels, ignore_index, reduction)
+
+
+@triton.jit
+def _tanh(x):
+    # of x near 0 the quotient would keep few bits; what the series leaves out is below 1e-7 of the value
+    s = x * x
+    tail = s * (0.13333333333333333 - s * (0.05396825396825397 - s * (0.021869488536155203 - s * 0.008863235529902197)))
+    series = x * (1.0 + s * (tail - 0.3333333333333333))
+    q = tl.exp(-2.0 * tl.abs(x))
+    quotient = (1.0 - q) / (1.0 + q)
+    return tl.where(s < 0.09, series, tl.where(x < 0.0, -quotient, quotient))
+
+
+@triton.jit
+def _capped(x, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Raw logits to (z, dz/dx), both fp32."""
+    z = x * logit_scale
+    slope = logit_scale
+    if HAS_SOFTCAP:
+        t = _tanh(z / softcap)
+        z = softcap * t
+        slope = logit_scale * (1.0 - t * t)
+    return z, slope
+
+
+@triton.jit
+def _online(top, total, z):
+    """Each lane's running maximum and sum of exponentials, with one exponential an element: either z or top is the new
+    maximum, whose exponential is 1."""
+    e = tl.exp(-tl.abs(z - top))
+    total = tl.where(z > top, total * e + 1.0, total + e)
+    return tl.maximum(z, top), total
+
+
+@triton.jit
+def _cross_entropy_fwd_kernel(
+    logits_ptr,  # [N, n_cols]
+    labels_ptr, loss_ptr,  # [N]
+    lse_ptr,  # [2, N]: peak and rest
+    logits_stride, lse_stride,
+    n_cols, first_id,  # the columns are the vocabulary ids first_id, first_id + 1, ...
+    ignore_index,
+    logit_scale, softcap, z_loss, on_label, on_each,  # weights of z[label] and of every z
+    HAS_SOFTCAP: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+    IS_FIRST: tl.constexpr, IS_LAST: tl.constexpr,  # slab of the row
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + row)
+    if label == ignore_index:
+        tl.store(loss_ptr + row, 0.0)
+        tl.store(lse_ptr + row, 0.0)
+        tl.store(lse_ptr + lse_stride + row, 0.0)
+    else:
+        row_ptr = logits_ptr + row * logits_stride
+        cols = tl.arange(0, BLOCK)
+        # finite, since -inf - -inf is not a number; no logit lies below it
+        top = tl.full([BLOCK], -1e38, tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        each = tl.zeros([BLOCK], tl.float32)
+        # whole blocks carry no mask: one on an odd n_cols would cut every load down to single elements
+        n_whole = (n_cols // BLOCK) * BLOCK
+        for start in tl.range(0, n_whole, BLOCK, num_stages=STAGES):
+            z, _ = _capped(tl.load(row_ptr + start + cols).to(tl.float32), logit_scale, softcap, HAS_SOFTCAP)
+            top, total = _online(top, total, z)
+            if HAS_SMOOTHING:
+                each += z
+        if n_whole < n_cols:
+            mask = n_whole + cols < n_cols
+            x = tl.load(row_ptr + n_whole + cols, mask=mask, other=0.0).to(tl.float32)
+            z, _ = _capped(x, logit_scale, softcap, HAS_SOFTCAP)
+            # after the cap, which would make a small finite number of -inf
+            top, total = _online(top, total, tl.where(mask, z, float("-inf")))
+            if HAS_SMOOTHING:
+                each += tl.where(mask, z, 0.0)
+
+        peak = tl.max(top, 0)
+        total_sum = tl.sum(total * tl.exp(top - peak), 0)
+        col = label.to(tl.int64) - first_id
+        here = (col >= 0) & (col < n_cols)
+        x = tl.load(row_ptr + col, mask=here, other=0.0).to(tl.float32)
+        z, _ = _capped(x, logit_scale, softcap, HAS_SOFTCAP)
+        picked = tl.where(here, on_label * z, 0.0)
+        if HAS_SMOOTHING:
+            picked += on_each * tl.sum(each, 0)
+
+        # between slabs `loss` holds what is picked so far, peak and rest are those of the columns so far
+        if not IS_FIRST:
+            picked += tl.load(loss_ptr + row)
+            before, rest_before = tl.load(lse_ptr + row), tl.load(lse_ptr + lse_stride + row)
+            most = tl.maximum(before, peak)
+            total_sum = total_sum * tl.exp(peak - most) + tl.exp(rest_before) * tl.exp(before - most)
+            peak = most
+        rest = tl.log(total_sum)
+        tl.store(lse_ptr + row, peak)
+        tl.store(lse_ptr + lse_stride + row, rest)
+        if IS_LAST:
+            lse = peak + rest
+            # this order keeps the bits of a small loss under large logits
+            tl.store(loss_ptr + row, (peak - picked) + rest + z_loss * lse * lse)
+        else:
+            tl.store(loss_ptr + row, picked)
+
+
+@triton.jit
+def _cross_entropy_bwd_kernel(
+    dloss_ptr, labels_ptr,  # [N]
+    lse_ptr,  # [2, N]: peak and rest
+    logits_ptr, dlogits_ptr,  # [N, n_cols], may be one and the same
+    dloss_stride, lse_stride, logits_stride, dlogits_stride,
+    n_cols, n_blocks, first_id,
+    ignore_index,
+    logit_scale, softcap, z_loss, on_label, on_each,
+    HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid // n_blocks
+    start = (pid % n_blocks).to(tl.int32) * BLOCK
+    cols = start + tl.arange(0, BLOCK)
+    mask = cols < n_cols
+    whole = start + BLOCK <= n_cols
+    in_ptr = logits_ptr + row * logits_stride
+    out_ptr = dlogits_ptr + row * dlogits_stride
+
+    label = tl.load(labels_ptr + row)
+    if label == ignore_index:
+        # zeros, whatever the upstream gradient is: with all tokens ignored the mean's is infinite
+        tl.store(out_ptr + cols, tl.zeros([BLOCK], tl.float32), mask=mask)
+    else:
+        dloss = tl.load(dloss_ptr + row * dloss_stride).to(tl.float32)
+        peak, rest = tl.load(lse_ptr + row), tl.load(lse_ptr + lse_stride + row)
+        col = label.to(tl.int64) - first_id
+        on_softmax = 1.0 + 2.0 * z_loss * (peak + rest)
+        if whole:  # without a mask: see the forward
+            z, slope = _capped(tl.load(in_ptr + cols).to(tl.float32), logit_scale, softcap, HAS_SOFTCAP)
+            dz = tl.exp((z - peak) - rest) * on_softmax - on_each - tl.where(cols == col, on_label, 0.0)
+            tl.store(out_ptr + cols, dloss * dz * slope)
+        else:
+            x = tl.load(in_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+            z, slope = _capped(x, logit_scale, softcap, HAS_SOFTCAP)
+            dz = tl.exp((z - peak) - rest) * on_softmax - on_each - tl.where(cols == col, on_label, 0.0)
+            tl.store(out_ptr + cols, dloss * dz * slope, mask=mask)
+
+
+def cross_entropy_fwd(
+    logits: Tensor,  # [N, n_cols]: one slab of the vocabulary, or all of it
+    labels: Tensor,  # [N]
+    loss: Tensor,  # [N] fp32, written; between slabs the state
+    lse: Tensor,  # [2, N] fp32, likewise
+    options: LossOptions,
+    *,
+    n_vocab: int,
+    first_id: int = 0,
+    is_first: bool = True,
+    is_last: bool = True,
+) -> None:
+    n, n_cols = logits.shape
+    if n == 0:
+        return
+    block = min(FWD_BLOCK, power_of_2(n_cols))
+    smoothing = options.label_smoothing
+    with on_device(logits):
+        _cross_entropy_fwd_kernel[(n,)](
+            logits, labels, loss, lse, logits.stride(0), lse.stride(0),
+            n_cols, first_id, options.ignore_index,
+            float(options.logit_scale), float(options.softcap or 1.0), float(options.z_loss),
+            1.0 - smoothing, smoothing / n_vocab,
+            HAS_SOFTCAP=options.softcap is not None, HAS_SMOOTHING=smoothing > 0.0,
+            IS_FIRST=is_first, IS_LAST=is_last,
+            BLOCK=block, STAGES=FWD_STAGES, num_warps=warps_for(block, FWD_PER_THREAD),
+        )  # fmt: skip
+
+
+def cross_entropy_bwd(
+    dloss: Tensor,  # [N], any stride: an expanded scalar is not copied
+    logits: Tensor,  # [N, n_cols]
+    labels: Tensor,
+    lse: Tensor,  # [2, N], over all slabs
+    dlogits: Tensor,  # [N, n_cols], written; may be logits itself
+    options: LossOptions,
+    *,
+    n_vocab: int,
+    first_id: int = 0,
+) -> None:
+    n, n_cols = logits.shape
+    if n == 0:
+        return
+    block = min(BWD_BLOCK, power_of_2(n_cols))
+    n_blocks = triton.cdiv(n_cols, block)
+    smoothing = options.label_smoothing
+    with on_device(logits):
+        _cross_entropy_bwd_kernel[(n * n_blocks,)](
+            dloss, labels, lse, logits, dlogits,
+            dloss.stride(0), lse.stride(0), logits.stride(0), dlogits.stride(0),
+            n_cols, n_blocks, first_id, options.ignore_index,
+            float(options.logit_scale), float(options.softcap or 1.0), float(options.z_loss),
+            1.0 - smoothing, smoothing / n_vocab,
+            HAS_SOFTCAP=options.softcap is not None,
+            BLOCK=block, num_warps=warps_for(block, BWD_PER_THREAD),
+        )  # fmt: skip
+
+
+class CrossEntropyFunction(torch.autograd.Function):
+    """Logits [N, V] and labels [N] to one loss a token [N], fp32: any reduction or weighting goes on top."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor, options: LossOptions, overwrite: bool) -> Tensor:
+        n, n_vocab = logits.shape
+        loss, lse = (logits.new_empty(size, dtype=torch.float32) for size in (n, (2, n)))
+        cross_entropy_fwd(logits, labels, loss, lse, options, n_vocab=n_vocab)
+        ctx.save_for_backward(logits, labels, lse)
+        ctx.options, ctx.overwrite, ctx.overwritten = options, overwrite, False
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss: Tensor) -> tuple[Tensor, None, None, None]:
+        if ctx.overwritten:
+            raise RuntimeError(
+                "cross_entropy: a second backward, but the first wrote the gradient over the logits; "
+                "pass overwrite_logits=False to keep them"
+            )
+        logits, labels, lse = ctx.saved_tensors
+        if ctx.overwrite:
+            dlogits = logits.detach()
+            ctx.overwritten = True
+            # whoever else saved these logits gets autograd's error instead of a wrong gradient
+            torch.autograd.graph.increment_version(logits)
+        else:
+            dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        cross_entropy_bwd(dloss, logits, labels, lse, dlogits, ctx.options, n_vocab=logits.shape[1])
+        return dlogits, None, None, None
+
+
+def cross_entropy(
+    logits: Tensor,  # [..., V]
+    labels: Tensor,  # [...] int64 or int32
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    overwrite_logits: bool = False,
+) -> Tensor:
+    """``F.cross_entropy(softcap * tanh(logits / softcap), labels) + z_loss * logsumexp(...) ** 2``, in fp32.
+
+    ``overwrite_logits``: the backward may write the gradient over the logits. Only for logits whose producer keeps
+    nothing of them (a matrix product's output); a second backward through them then raises.
+    """
+    if logits.ndim == 0:
+        raise ValueError("cross_entropy: logits must be [..., vocabulary], got a scalar")
+    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
+    check_loss("cross_entropy", options, labels, reduction, logits.shape[:-1], logits.shape[-1], logits.device)
+    if not runs_kernels(logits, labels):
+        return cross_entropy_reference(
+            logits, labels, ignore_index=ignore_index, reduction=reduction,
+            label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+        )  # fmt: skip
+    check_dtypes("cross_entropy", logits=logits)
+    loss = CrossEntropyFunction.apply(rows_of(logits), labels.reshape(-1), options, overwrite_logits)
+    return reduced(loss, labels, ignore_index, reduction)

@@ -1,0 +1,345 @@
+"""Head and loss in one: ``cross_entropy(logit_scale * F.linear(x, weight, bias), labels)`` without the whole logits.
+
+The logits exist as tiles: a *chunk* of tokens times a *slab* of vocabulary rows. Per tile the forward runs one matrix
+product and one softmax pass (cross_entropy.py), which leaves loss and lse of each token; the backward makes the tile
+again, or takes it from those that were kept, turns it into dlogits in place and multiplies it into dx and dweight.
+
+What is summed over tiles is summed in fp32, and only then rounded: dx over slabs [M, H], dweight over chunks [n, H]. So
+a whole weight is cut along its vocabulary while M < V, which needs no fp32 copy of dweight, and along the tokens else.
+
+Saved for backward: x and weight themselves, lse (8 bytes a token), and the tiles that fit `keep_mb`.
+Work: 6 MHV FLOPs for kept tiles, 8 for the others. Traffic of the softmax pass: as cross_entropy.
+
+Sizes: M tokens (every leading dimension of x, flattened), H hidden, V vocabulary, n rows of a slab.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ds_fused.ops._loss import LossOptions, check_loss, cross_entropy_bwd_torch, cross_entropy_fwd_torch, reduced
+from ds_fused.ops._triton import autocast_dtype, check_dtypes, rows_of, runs_kernels
+from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd, cross_entropy_reference
+from ds_fused.ops.slabs import WeightSlabs, WholeWeight
+
+# not yet measured. a side of a tile shorter than this starves the matrix products, whatever chunk_mb says
+LEAST_SIDE = 2048
+# sides are whole tiles of the matrix products
+SIDE_STEP = 256
+# elements: rows of logits start on a cache line, so the softmax pass reads 16 bytes at a time for odd vocabularies too
+ROW_STEP = 64
+
+
+def linear_cross_entropy_reference(
+    x: Tensor,  # [..., H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [...]
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """What this file computes, in PyTorch and with all logits at once: the specification and the tests' yardstick."""
+    logits = F.linear(x, weight, bias)
+    return cross_entropy_reference(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale,
+        labels,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+    )
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the logits [M, V] are cut. A function of shapes and options alone: no rank may decide by its data."""
+
+    tokens: int  # of a chunk
+    rows: int  # of a slab
+    kept: int  # tiles kept for backward: the first ones, slab by slab
+
+
+def tiling(
+    n_tokens: int,
+    n_vocab: int,
+    itemsize: int,
+    chunk_bytes: int,
+    keep_bytes: int,
+    *,
+    dx: bool,
+    dweight: bool,
+    slab_rows: int | None = None,  # where the weight comes in slabs of its own
+) -> Tiling:
+    """Tiles of at most about `chunk_bytes`, cut so that little fp32 scratch is needed (see the top of the file)."""
+    tokens, rows = max(n_tokens, 1), slab_rows or n_vocab
+    if slab_rows is not None or tokens * rows * itemsize > max(chunk_bytes, keep_bytes):
+        if slab_rows is None and dweight and (tokens < n_vocab or not dx):
+            rows = _side(n_vocab, chunk_bytes // (tokens * itemsize))
+        tokens = _side(tokens, chunk_bytes // (rows * itemsize))
+    n_tiles = -(-n_vocab // rows) * -(-n_tokens // tokens)
+    return Tiling(tokens, rows, min(n_tiles, keep_bytes // (tokens * _row_stride(rows) * itemsize)))
+
+
+def _side(size: int, fits: int) -> int:
+    """Even parts of `size`, none above what fits: a small rest costs as many passes over the weight as a full part."""
+    most = max(LEAST_SIDE, fits // SIDE_STEP * SIDE_STEP)
+    if size <= most:
+        return size
+    parts = -(-size // most)
+    return -(-size // (parts * SIDE_STEP)) * SIDE_STEP
+
+
+def _row_stride(rows: int) -> int:
+    # torch.compile takes whole tensors only for the `out` of a product
+    return rows if torch.compiler.is_compiling() else -(-rows // ROW_STEP) * ROW_STEP
+
+
+def _tile_room(x: Tensor, tiles: Tiling) -> Tensor:
+    return x.new_empty(tiles.tokens * _row_stride(tiles.rows))
+
+
+def _tile(room: Tensor, n_tokens: int, n_rows: int) -> Tensor:
+    """[tokens, n] at the start of its room, rows strided; smaller ones of the last chunk and slab too."""
+    stride = _row_stride(n_rows)
+    return room[: n_tokens * stride].view(n_tokens, stride)[:, :n_rows]
+
+
+def _product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
+    """out = a @ b, or out += a @ b: summed in fp32 and rounded once, to out's dtype."""
+    if out.dtype != a.dtype and not (a.is_cuda and out.dtype == torch.float32):
+        a, b = a.to(_wide(a)), b.to(_wide(b))  # no such product here: the operands are widened instead
+    if out.dtype == a.dtype:
+        if add:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+    elif out.dtype == torch.float32:
+        if add:
+            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        # autocast to the other half precision; what is summed is wide
+        assert not add
+        out.copy_(torch.mm(a, b))
+
+
+def _logits(room: Tensor, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ rows.T + bias, written into the room of a tile."""
+    z = _tile(room, x.shape[0], rows.shape[0])
+    if bias is None:
+        torch.mm(x, rows.t(), out=z)
+    else:
+        torch.addmm(bias, x, rows.t(), out=z)
+    return z
+
+
+def _of_slab(whole: Tensor, ids: Tensor | int, n: int) -> Tensor:
+    """The entries of a [V] vector that belong to a slab; a view where the ids just count up."""
+    return whole[ids : ids + n] if isinstance(ids, int) else whole[ids]
+
+
+class _Slab:
+    """A gathered slab as the softmax pass sees it: where its columns are in the vocabulary, and each token's label."""
+
+    def __init__(
+        self, slabs: WeightSlabs, k: int, x: Tensor, bias: Tensor | None, labels: Tensor, options: LossOptions
+    ):
+        rows, self.ids = slabs.gather(k)
+        n_vocab = slabs.shape[0]
+        self.rows = rows.to(x.dtype)  # under autocast the weight has its own
+        self.bias = None if bias is None else _of_slab(bias, self.ids, rows.shape[0]).to(x.dtype)
+        self.labels, self.options = labels, options
+        self.place = {"n_vocab": n_vocab, "first_id": self.ids if isinstance(self.ids, int) else 0}
+        if not isinstance(self.ids, int):
+            # labels become columns once here, so that the kernels never look up an id: -1 elsewhere, -2 ignored
+            column = torch.full((n_vocab,), -1, dtype=torch.int64, device=x.device)
+            column[self.ids] = torch.arange(rows.shape[0], device=x.device)
+            here = column[labels.long().clamp(0, n_vocab - 1)]
+            self.labels = torch.where(labels == options.ignore_index, -2, here)
+            self.options = replace(options, ignore_index=-2)
+
+
+class LinearCrossEntropyFunction(torch.autograd.Function):
+    """x [M, H], a weight [V, H] and labels [M] to one loss a token [M], fp32: any reduction or weighting goes on top.
+
+    `weight` is what autograd knows of the head: the weight itself (then `slabs` is None), or, where slabs bring their
+    gradient home themselves, an empty anchor that requires grad if they do.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        slabs: WeightSlabs | None,
+        tiles: Tiling,
+        options: LossOptions,
+    ) -> Tensor:
+        n_tokens = x.shape[0]
+        softmax_fwd = cross_entropy_fwd if runs_kernels(x) else cross_entropy_fwd_torch
+        source = WholeWeight(weight, tiles.rows) if slabs is None else slabs
+        loss, lse = (x.new_empty(size, dtype=_wide(x)) for size in (n_tokens, (2, n_tokens)))
+        kept: list[Tensor] = []
+        room = None
+        for k in range(len(source)):
+            slab = _Slab(source, k, x, bias, labels, options)
+            for start in range(0, n_tokens, tiles.tokens):
+                chunk = slice(start, start + tiles.tokens)
+                if len(kept) < tiles.kept:
+                    kept.append(_tile_room(x, tiles))
+                elif room is None:
+                    room = _tile_room(x, tiles)
+                z = _logits(kept[-1] if room is None else room, x[chunk], slab.rows, slab.bias)
+                last = k == len(source) - 1
+                softmax_fwd(
+                    z, slab.labels[chunk], loss[chunk], lse[:, chunk], slab.options,
+                    **slab.place, is_first=k == 0, is_last=last,
+                )  # fmt: skip
+        ctx.save_for_backward(x, weight, bias, labels, lse, *kept)
+        ctx.slabs, ctx.tiles, ctx.options, ctx.overwritten = slabs, tiles, options, False
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.overwritten:
+            raise RuntimeError(
+                "linear_cross_entropy: a second backward, but the first wrote the gradient over the logits it had "
+                "kept; pass keep_mb=0 to compute them again each time"
+            )
+        x, weight, bias, labels, lse, *kept = ctx.saved_tensors
+        ctx.overwritten = bool(kept)
+        tiles, n_tokens = ctx.tiles, x.shape[0]
+        softmax_bwd = cross_entropy_bwd if runs_kernels(x) else cross_entropy_bwd_torch
+        source = WholeWeight(weight, tiles.rows) if ctx.slabs is None else ctx.slabs
+        wants_dx, wants_dweight, wants_dbias = ctx.needs_input_grad[:3]
+
+        # dlogits @ weight is summed over slabs, dlogits.T @ x over chunks: fp32 where there is more than one
+        dx = torch.empty_like(x, dtype=_wide(x) if len(source) > 1 else None) if wants_dx else None
+        dbias = torch.zeros_like(bias, dtype=_wide(x)) if wants_dbias else None
+        room = None
+        for k in range(len(source)):
+            slab = _Slab(source, k, x, bias, labels, ctx.options)
+            dw = source.gradient(k) if wants_dweight else None
+            dw_sum = dw
+            if wants_dweight and n_tokens > tiles.tokens and dw.dtype != _wide(x):
+                dw_sum = torch.empty_like(dw, dtype=_wide(x))
+            for start in range(0, n_tokens, tiles.tokens):
+                chunk = slice(start, start + tiles.tokens)
+                if kept:
+                    z = _tile(kept.pop(0), x[chunk].shape[0], slab.rows.shape[0])
+                else:
+                    if room is None:
+                        room = _tile_room(x, tiles)
+                    z = _logits(room, x[chunk], slab.rows, slab.bias)
+                dz = z  # in place: nobody else has the tile
+                softmax_bwd(dloss[chunk], z, slab.labels[chunk], lse[:, chunk], dz, slab.options, **slab.place)
+                if wants_dx:
+                    _product(dx[chunk], dz, slab.rows, add=k > 0)
+                if wants_dweight:
+                    _product(dw_sum, dz.t(), x[chunk], add=start > 0)
+                if wants_dbias:
+                    _add_dbias(dbias, slab.ids, dz)
+            if wants_dweight:
+                if n_tokens == 0:
+                    dw.zero_()
+                elif dw_sum is not dw:
+                    dw.copy_(dw_sum)
+                source.scatter(k, dw)
+        if wants_dweight:
+            source.finish()
+        return (
+            None if dx is None else dx.to(x.dtype),
+            source.grad if wants_dweight and ctx.slabs is None else None,
+            None if dbias is None else dbias.to(bias.dtype),
+            None, None, None, None,
+        )  # fmt: skip
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """fp32; fp64 where plain PyTorch runs in it."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _add_dbias(dbias: Tensor, ids: Tensor | int, dz: Tensor) -> None:
+    part = dz.sum(0, dtype=dbias.dtype)
+    if isinstance(ids, int):
+        dbias[ids : ids + part.shape[0]] += part
+    else:
+        dbias.index_add_(0, ids, part)
+
+
+def linear_cross_entropy(
+    x: Tensor,  # [..., H]
+    weight: Tensor | WeightSlabs,  # [V, H]
+    labels: Tensor,  # [...] int64 or int32
+    *,
+    bias: Tensor | None = None,  # [V]
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_mb: int = 512,
+    keep_mb: int = 1024,
+) -> Tensor:
+    """``cross_entropy(logit_scale * F.linear(x, weight, bias), labels, ...)``; the logits never exist as a whole.
+
+    ``chunk_mb``: MiB of logits that are worked on at a time. ``keep_mb``: MiB of logits kept for backward; the rest is
+    computed again. Logits that fit it whole are not cut. Kept logits make way for their gradient, so a second
+    backward raises unless ``keep_mb=0``.
+    """
+    op = "linear_cross_entropy"
+    slabs = None if isinstance(weight, Tensor) else weight
+    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    n_vocab = _checked_vocabulary(op, x, weight, bias)
+    check_loss(op, options, labels, reduction, x.shape[:-1], n_vocab, x.device)
+    if chunk_mb <= 0 or keep_mb < 0:
+        raise ValueError(f"{op}: chunk_mb={chunk_mb} must be positive and keep_mb={keep_mb} not negative")
+    autocast = autocast_dtype(x)
+    for name, dtype in (("weight", weight.dtype), ("bias", bias.dtype if bias is not None else x.dtype)):
+        if autocast is None and dtype != x.dtype:
+            raise ValueError(f"{op}: x is {x.dtype} and {name} is {dtype}; outside autocast they must be the same")
+    if runs_kernels(x):
+        check_dtypes(op, x=x, weight=torch.empty(0, dtype=weight.dtype))
+
+    # casts of x are autograd's; the weight is cast slab by slab inside, since a cast copy would live until backward
+    rows = rows_of(x.to(autocast or x.dtype))
+    handle = weight if slabs is None else x.new_empty(0, requires_grad=slabs.requires_grad)
+    training = torch.is_grad_enabled()
+    tiles = tiling(
+        rows.shape[0], n_vocab, rows.element_size(), int(chunk_mb * 2**20),
+        int(keep_mb * 2**20) if training and any(t is not None and t.requires_grad for t in (x, handle, bias)) else 0,
+        dx=training and x.requires_grad, dweight=training and handle.requires_grad,
+        slab_rows=slabs.slab_rows if slabs is not None else None,
+    )  # fmt: skip
+    loss = LinearCrossEntropyFunction.apply(rows, handle, bias, labels.reshape(-1), slabs, tiles, options)
+    return reduced(loss, labels, ignore_index, reduction)
+
+
+def _checked_vocabulary(op: str, x: Tensor, weight: Tensor | WeightSlabs, bias: Tensor | None) -> int:
+    """V, once x [..., H], weight [V, H] and bias [V] fit together on one device."""
+    if x.ndim == 0 or len(weight.shape) != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"{op}: x {tuple(x.shape)} and weight {tuple(weight.shape)} must be [..., H] and [V, H]")
+    n_vocab = weight.shape[0]
+    if bias is not None and bias.shape != (n_vocab,):
+        raise ValueError(f"{op}: bias {tuple(bias.shape)} must be one number for each of the {n_vocab} rows of weight")
+    for name, device in (("weight", weight.device), ("bias", bias.device if bias is not None else x.device)):
+        if device != x.device:
+            raise ValueError(f"{op}: {name} is on {device}, x on {x.device}; they must share a device")
+    return n_vocab

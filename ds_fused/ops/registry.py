@@ -1,0 +1,81 @@
+"""The table of ops. JSON keys, op builders, tests, benchmarks and the README's table are derived from it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType, ModuleType
+from typing import NamedTuple
+
+from ds_fused.ops.cross_entropy import cross_entropy, cross_entropy_reference
+from ds_fused.ops.glu import glu, glu_reference
+from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from ds_fused.ops.rms_norm import rms_norm, rms_norm_reference
+from ds_fused.ops.rope import rope, rope_reference
+
+
+class Option(NamedTuple):
+    """An option that the JSON object of a key accepts; a keyword argument of the op's function."""
+
+    type: type
+    default: object
+    doc: str
+
+
+@dataclass(frozen=True)
+class Op:
+    """One row: a public function, its specification in PyTorch and the JSON keys that switch it on."""
+
+    name: str
+    function: Callable[..., object]
+    reference: Callable[..., object]
+    keys: tuple[str, ...]
+    summary: str
+    options: Mapping[str, Option] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def module(self) -> ModuleType:
+        """The op's file (``ds_fused.ops.<name>`` as an attribute is the function)."""
+        return sys.modules[self.function.__module__]
+
+
+OPS: tuple[Op, ...] = (
+    Op(
+        "rms_norm",
+        rms_norm,
+        rms_norm_reference,
+        ("rms_norm",),
+        "root-mean-square norm; weight offset, both cast orders",
+    ),
+    Op("rope", rope, rope_reference, ("rope",), "rotary embedding of q and k in one launch"),
+    Op("glu", glu, glu_reference, ("swiglu", "geglu"), "gated linear unit: silu, gelu tanh, gelu exact"),
+    Op(
+        "cross_entropy",
+        cross_entropy,
+        cross_entropy_reference,
+        ("cross_entropy",),
+        "cross entropy of logits; the gradient may overwrite them",
+    ),
+    Op(
+        "linear_cross_entropy",
+        linear_cross_entropy,
+        linear_cross_entropy_reference,
+        ("fused_linear_cross_entropy",),
+        "lm head and cross entropy without the whole logits",
+        MappingProxyType(
+            {
+                "chunk_mb": Option(int, 512, "MiB of logits that are worked on at a time"),
+                "keep_mb": Option(int, 1024, "MiB of logits kept for backward instead of being computed again"),
+            }
+        ),
+    ),
+)
+
+
+def op(name: str) -> Op:
+    """The row of that name."""
+    for row in OPS:
+        if row.name == name:
+            return row
+    raise ValueError(f"no op {name!r}; there are {', '.join(row.name for row in OPS)}")

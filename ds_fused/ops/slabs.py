@@ -1,0 +1,89 @@
+"""A head's weight as slabs: groups of vocabulary rows that come and go one at a time.
+
+linear_cross_entropy needs of a weight only some rows and their vocabulary ids, whose order does not matter to
+log-sum-exp. So a weight may be whole (`WholeWeight`), or sharded over ranks and gathered slab by slab.
+
+Sizes: V vocabulary, H hidden, n rows of one slab.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class WeightSlabs(Protocol):
+    """The head's weight, each of its V rows in exactly one slab.
+
+    The op calls, in a forward: ``gather(0), gather(1), ...``; in a backward where `requires_grad`:
+    ``gather(0), scatter(0, dw), gather(1), ...``, then ``finish()``; the same where there are no tokens at all. So the
+    number and order of collectives depend on the weight alone.
+    """
+
+    shape: tuple[int, int]  # V, H
+    slab_rows: int  # the most rows that any slab has
+    dtype: torch.dtype  # the weight's own: of gathered rows and of gradients
+    device: torch.device
+    requires_grad: bool
+
+    def __len__(self) -> int:
+        """How many slabs."""
+        ...
+
+    def gather(self, k: int) -> tuple[Tensor, Tensor | int]:
+        """Rows [n, H] of slab k and their ids [n] (int64), or, where the ids just count up, the first of them.
+
+        Padding rows must be left out. The op reads the rows until it asks for another slab.
+        """
+        ...
+
+    def gradient(self, k: int) -> Tensor:
+        """Room [n, H] for the gradient of slab k, in the weight's dtype; the op writes every element, then scatters."""
+        ...
+
+    def scatter(self, k: int, dw: Tensor) -> None:
+        """The gradient of slab k, complete over this rank's tokens, in the tensor that gradient(k) gave."""
+        ...
+
+    def finish(self) -> None:
+        """All slabs are scattered: hand the gradient to its owner."""
+        ...
+
+
+class WholeWeight:
+    """A weight that is all here, cut into slabs of neighbouring rows. Its gradient is `grad`.
+
+    It is a view of the moment: made anew in forward and in backward, because under ZeRO-3 the storage of a parameter
+    is exchanged between the two.
+    """
+
+    def __init__(self, weight: Tensor, slab_rows: int) -> None:
+        self.weight = weight.detach()
+        self.shape = tuple(weight.shape)
+        self.slab_rows = slab_rows
+        self.dtype = weight.dtype
+        self.device = weight.device
+        self.requires_grad = weight.requires_grad
+        self.grad: Tensor | None = None
+
+    def __len__(self) -> int:
+        return -(-self.shape[0] // self.slab_rows)
+
+    def gather(self, k: int) -> tuple[Tensor, int]:
+        return self._rows(self.weight, k), k * self.slab_rows
+
+    def gradient(self, k: int) -> Tensor:
+        if self.grad is None:
+            self.grad = torch.empty_like(self.weight, memory_format=torch.contiguous_format)
+        return self._rows(self.grad, k)
+
+    def scatter(self, k: int, dw: Tensor) -> None:
+        """Nothing to do: `dw` is a view of `grad`."""
+
+    def finish(self) -> None:
+        """Nothing to do: autograd carries `grad` on."""
+
+    def _rows(self, whole: Tensor, k: int) -> Tensor:
+        return whole[k * self.slab_rows : (k + 1) * self.slab_rows]

@@ -1,0 +1,5 @@
+"""Which layer becomes what: the table of families, and one walker that plans, proves, commits, reports and restores."""
+
+from ds_fused.policies.plan import apply
+
+__all__ = ["apply"]

@@ -1,0 +1,299 @@
+"""The loss of any causal LM: which model owns a head whose call can wait for the loss, and what stands in the way.
+
+One mechanism serves every class whose forward says ``self.loss_function(logits, labels, vocab_size, ...)``; no family
+is named here. Around such a model three things change, and ``restore`` undoes each:
+
+- the head, an exact ``nn.Linear``, becomes ``modules.head.Head``;
+- two hooks on the model arm the head for forwards that are given labels (``Scope``);
+- ``model.loss_function``, which transformers offers for exchanging, becomes a ``CausalLMLoss`` around the original.
+
+``logits``, ``eval`` and ``whole_weight`` are those of ``Scope``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ds_fused.modules.deferred import DeferredLogits, HeadCall
+from ds_fused.modules.head import CausalLMLoss, Head, Scope
+from ds_fused.modules.on_demand import WholeWeight
+from ds_fused.modules.swap import fused_class, is_fused, swap, unswap, why_not
+from ds_fused.policies.proof import compare, randn
+from ds_fused.policies.report import Claim, Left
+
+LINEAR = "fused_linear_cross_entropy"
+REAL = "cross_entropy"
+
+
+@dataclass(eq=False)
+class Site:
+    """A head and the models that compute a loss from it. ``owner`` is the outermost of them that is given labels."""
+
+    owner: nn.Module
+    head: nn.Module
+    losses: Mapping[nn.Module, CausalLMLoss]
+    scope: Scope
+    users: int = 0
+    before: list[tuple[nn.Module, bool, object]] = field(default_factory=list)
+
+    def enter(self) -> None:
+        """One more claim is in place here; the first one puts hooks and loss functions on."""
+        self.users += 1
+        if self.users > 1:
+            return
+        self.scope.attach(self.owner)
+        for model, loss in self.losses.items():
+            self.before.append((model, "_loss_function" in vars(model), vars(model).get("_loss_function")))
+            model.loss_function = loss
+
+    def leave(self) -> None:
+        self.users -= 1
+        if self.users:
+            return
+        self.scope.detach()
+        for model, had_own, own in self.before:
+            if had_own:
+                model.loss_function = own
+            else:
+                del model._loss_function
+        self.before.clear()
+
+    def in_place(self) -> bool:
+        return all(model.loss_function is loss for model, loss in self.losses.items())
+
+
+@dataclass(eq=False)
+class LinearClaim:
+    """The head's call waits for the loss: linear_cross_entropy, and no logits."""
+
+    site: Site
+    paths: tuple[str, ...]
+    options: Mapping[str, object]
+    key: str = LINEAR
+    original: str = "torch.nn.modules.linear.Linear"
+    replacement: str = "linear_cross_entropy, logits deferred"
+
+    def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        options = tuple(sorted(self.options.items()))
+        for original in {loss.original for loss in self.site.losses.values()}:
+            differs = _linear_differs(original, self.site.head.bias is not None, options, device, dtype)
+            if differs is not None:
+                return differs
+        return None
+
+    def commit(self) -> None:
+        swap(self.site.head, Head, _ds_fused_scope=self.site.scope)
+        for loss in self.site.losses.values():
+            loss.linear = dict(self.options)
+        self.site.enter()
+
+    def restore(self) -> None:
+        self.site.leave()
+        for loss in self.site.losses.values():
+            loss.linear = None
+        unswap(self.site.head)
+
+    def in_place(self) -> bool:
+        return isinstance(self.site.head, Head) and _is_live(self.site.head) and self.site.in_place()
+
+    def watched(self) -> tuple[type, ...]:
+        return (fused_class(Head, nn.Linear),)
+
+
+@dataclass(eq=False)
+class RealClaim:
+    """Logits that exist go to cross_entropy instead of to ForCausalLMLoss."""
+
+    site: Site
+    paths: tuple[str, ...]
+    original: str
+    key: str = REAL
+    replacement: str = "cross_entropy, where logits exist"
+
+    def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        for original in {loss.original for loss in self.site.losses.values()}:
+            differs = _real_differs(original, device, dtype)
+            if differs is not None:
+                return differs
+        return None
+
+    def commit(self) -> None:
+        for loss in self.site.losses.values():
+            loss.real = True
+        self.site.enter()
+
+    def restore(self) -> None:
+        self.site.leave()
+        for loss in self.site.losses.values():
+            loss.real = False
+
+    def in_place(self) -> bool:
+        return self.site.in_place()
+
+    def watched(self) -> tuple[type, ...]:
+        # a function, not a layer
+        return ()
+
+
+def claim_loss(
+    model: nn.Module,
+    wanted: Mapping[str, Mapping[str, object]],
+    *,
+    logits: str = "defer",
+    eval: str = "defer",
+    whole_weight: WholeWeight = nullcontext,
+) -> tuple[list[Claim], list[Left]]:
+    """What can be done about the loss of ``model`` with the keys that are on, and what can't. Changes nothing."""
+    for name, value, known in (("logits", logits, ("defer", "keep")), ("eval", eval, ("defer", "stock"))):
+        if value not in known:
+            raise ValueError(f"apply: {name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+    if LINEAR not in wanted and REAL not in wanted:
+        return [], []
+
+    claims: list[Claim] = []
+    left: list[Left] = []
+    names = {id(module): name for name, module in model.named_modules()}
+    for head, models in _heads(model):
+        path = names.get(id(head), "output embeddings")
+        reasons = {id(m): _why_not_loss(m) for m in models}
+        usable = [m for m in models if reasons[id(m)] is None]
+        if not usable:
+            left.append(Left(f"loss of {type(models[0]).__name__}", 1, reasons[id(models[0])]))
+            continue
+        # a wrapper that hands its labels on may compute no loss itself: the scope is the outermost that knows labels
+        owner = next(m for m in models if _labels_at(type(m)) is not None)
+        scope = Scope(_labels_at(type(owner)), logits=logits, eval=eval, whole_weight=whole_weight)
+        losses = {m: CausalLMLoss(m.loss_function, scope) for m in usable}
+        site = Site(owner, head, losses, scope)
+        if LINEAR in wanted:
+            reason = _why_not_head(head)
+            if reason is None:
+                claims.append(LinearClaim(site, (path,), wanted[LINEAR]))
+            else:
+                left.append(Left(f"head {path}", 1, reason))
+        if REAL in wanted:
+            original = next(iter(losses.values())).original
+            where = tuple(names[id(m)] for m in usable)
+            claims.append(RealClaim(site, where, f"{original.__module__}.{original.__qualname__}"))
+    return claims, left
+
+
+def _heads(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+    """Each output embedding with the models that have it, outermost first."""
+    found: dict[int, tuple[nn.Module, list[nn.Module]]] = {}
+    for module in model.modules():
+        # asked of the class: wrappers (PEFT, DeepSpeed) show what they wrap, and to set it on them changes nothing
+        if not isinstance(getattr(type(module), "loss_function", None), property):
+            continue
+        head = module.get_output_embeddings() if hasattr(type(module), "get_output_embeddings") else None
+        if isinstance(head, nn.Module):
+            found.setdefault(id(head), (head, []))[1].append(module)
+    yield from found.values()
+
+
+def _labels_at(cls: type) -> int | None:
+    """Position of ``labels`` among the forward's arguments after self; None if it takes none."""
+    names = list(inspect.signature(cls.forward).parameters)
+    return names.index("labels") - 1 if "labels" in names else None
+
+
+def _why_not_loss(model: nn.Module) -> str | None:
+    if _labels_at(type(model)) is None:
+        return "its forward takes no labels"
+    # of any base: a subclass of the user's may call super().forward
+    forwards = [inspect.unwrap(vars(cls)["forward"]) for cls in type(model).__mro__ if "forward" in vars(cls)]
+    if not any("loss_function" in getattr(getattr(f, "__code__", None), "co_names", ()) for f in forwards):
+        return "its forward computes the loss itself"
+    loss = model.loss_function
+    if isinstance(loss, CausalLMLoss):
+        return "ds_fused has exchanged its loss already"
+    if getattr(loss, "__name__", None) != "ForCausalLMLoss" or loss.__module__ != "transformers.loss.loss_utils":
+        name = getattr(loss, "__qualname__", type(loss).__qualname__)
+        return f"its loss is {getattr(loss, '__module__', '?')}.{name}, not ForCausalLMLoss"
+    return None
+
+
+def _why_not_head(head: nn.Module) -> str | None:
+    if is_fused(head):
+        return "ds_fused has swapped it already"
+    cls = type(head)
+    if cls.__module__.startswith("peft."):
+        return f"PEFT wraps it ({cls.__name__}); the logits are computed"
+    if cls is not nn.Linear:
+        return f"it is a {cls.__module__}.{cls.__qualname__}, no plain Linear; the logits are computed"
+    reason = why_not(head)
+    if reason is not None:
+        return reason
+    if head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks:
+        return "it has hooks, which expect the logits"
+    # DTensor, torchao's quantised tensors
+    kind = type(head.weight.data)
+    if kind is not Tensor or not head.weight.is_floating_point():
+        return f"its weight is a {kind.__qualname__} of {head.weight.dtype}"
+    return None
+
+
+def _is_live(head: nn.Module) -> bool:
+    """Whether the swapped head's own forward is the one that runs."""
+    return "forward" not in vars(head)
+
+
+# the proof: a small head with random labels, some ignored, through the whole mechanism, against the original loss
+TOKENS, WIDTH, VOCAB = 37, 64, 131
+
+
+def _labels(device: torch.device) -> Tensor:
+    labels = torch.randint(VOCAB, (2, TOKENS), generator=torch.Generator().manual_seed(5))
+    labels[:, ::7] = -100
+    return labels.to(device)
+
+
+@functools.cache
+def _linear_differs(
+    original: Callable[..., Tensor], bias: bool, options: tuple, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    names = ("x", "weight", "bias") if bias else ("x", "weight")
+    tensors = {"x": randn(1, 2, TOKENS, WIDTH), "weight": randn(2, VOCAB, WIDTH) / WIDTH**0.5, "bias": randn(3, VOCAB)}
+    tensors = {name: tensors[name] for name in names}
+
+    def steps(logits: Tensor | DeferredLogits) -> Tensor | DeferredLogits:
+        # what models do to logits: Granite's and Cohere's scale, then Gemma 2's softcap
+        return torch.tanh(logits * 0.7 / 5.0) * 5.0
+
+    def stock(t: Mapping[str, Tensor]) -> Tensor:
+        return original(steps(F.linear(t["x"], t["weight"], t.get("bias"))), _labels(t["x"].device), VOCAB)
+
+    def fused(t: Mapping[str, Tensor]) -> Tensor:
+        head = nn.Linear(WIDTH, VOCAB, bias=bias, device="meta")
+        head._parameters.update({name: t[name] for name in names[1:]})
+        scope = Scope(None)
+        swap(head, Head, _ds_fused_scope=scope)
+        loss = CausalLMLoss(original, scope)
+        loss.linear = dict(options)
+        logits = steps(DeferredLogits(HeadCall(head, t["x"])))
+        value = loss(logits, _labels(t["x"].device), VOCAB)
+        assert logits.call.on_demand is not None
+        return value
+
+    return compare(stock, fused, tensors, dict.fromkeys(tensors, dtype), device)
+
+
+@functools.cache
+def _real_differs(original: Callable[..., Tensor], device: torch.device, dtype: torch.dtype) -> str | None:
+    def stock(t: Mapping[str, Tensor]) -> Tensor:
+        return original(t["logits"], _labels(t["logits"].device), VOCAB)
+
+    def fused(t: Mapping[str, Tensor]) -> Tensor:
+        loss = CausalLMLoss(original, Scope(None))
+        loss.real = True
+        return loss(t["logits"], _labels(t["logits"].device), VOCAB)
+
+    return compare(stock, fused, {"logits": randn(4, 2, TOKENS, VOCAB)}, {"logits": dtype}, device)

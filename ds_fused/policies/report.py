@@ -1,0 +1,178 @@
+"""What was replaced, what was left and why: the outcome of ``apply``, printed once and kept for undoing it."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import nn
+
+log = logging.getLogger("ds_fused")
+
+
+class Claim(Protocol):
+    """One decision: these layers, all of one class, get this replacement. Nothing changes before ``commit``."""
+
+    key: str  # the JSON key that asked for it
+    paths: tuple[str, ...]  # the layers' names in the model
+    original: str  # qualified name of their class
+    replacement: str  # what they become, in a word
+
+    def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """None when the replacement computes what the original does, else what differed. Changes nothing."""
+
+    def commit(self) -> None: ...
+
+    def restore(self) -> None: ...
+
+    def in_place(self) -> bool:
+        """Whether every layer of the claim still has what ``commit`` gave it."""
+
+    def watched(self) -> tuple[type, ...]:
+        """The classes whose forward the first step has to call, if the claim is live; () when there are none."""
+
+
+@dataclass(frozen=True)
+class Left:
+    """Layers that stay stock, and the reason."""
+
+    what: str
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Replaced:
+    key: str
+    original: str
+    replacement: str
+    count: int
+
+
+@dataclass
+class Report:
+    """The outcome of one ``apply`` on one model."""
+
+    model: nn.Module
+    claims: Sequence[Claim]  # those that were committed
+    left: Sequence[Left]
+    seconds: float
+    watch: Watch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.watch = Watch(self.model, self.claims)
+
+    @property
+    def replaced(self) -> tuple[Replaced, ...]:
+        """One row for each kind of layer, in the order of the plan."""
+        rows = Counter()
+        for claim in self.claims:
+            rows[claim.key, claim.original, claim.replacement] += len(claim.paths)
+        return tuple(Replaced(*row, count) for row, count in rows.items())
+
+    def restore(self) -> None:
+        """Undo everything, last first; the model is stock again, and a second call finds nothing to do."""
+        self.watch.stop()
+        claims, self.claims = self.claims, ()
+        for claim in reversed(claims):
+            claim.restore()
+
+    def recheck(self) -> list[Claim]:
+        """The claims that somebody undid since the commit, by another class or by a forward on the instance."""
+        return [claim for claim in self.claims if not claim.in_place()]
+
+    def verify_live(self) -> list[Claim]:
+        """The claims whose replacement never ran in the model's first forward; warns once. [] while there was none yet.
+
+        Every model checks itself when its first forward ends; this is for who wants the answer.
+        """
+        return list(self.watch.silent)
+
+    def __str__(self) -> str:
+        lines = [f"ds_fused: {sum(row.count for row in self.replaced)} layers replaced in {self.seconds:.1f} s"]
+        table = [
+            (f"{row.count} x", row.key, row.original.rpartition(".")[2], f"-> {row.replacement}")
+            for row in self.replaced
+        ]
+        widths = [max(len(row[i]) for row in table) for i in range(3)] if table else ()
+        lines += [
+            "  " + " ".join((row[0].rjust(widths[0]), row[1].ljust(widths[1]), row[2].ljust(widths[2]), row[3]))
+            for row in table
+        ]
+        lines += [f"  left {row.count} x {row.what}: {row.reason}" for row in self.left]
+        return "\n".join(lines)
+
+
+class Watch:
+    """Whether the replacements ran in the first forward: a swap that nobody calls would be silent.
+
+    The counters exist during that one forward only, so that neither later steps nor a compiled graph sees them.
+    """
+
+    def __init__(self, model: nn.Module, claims: Sequence[Claim]) -> None:
+        self.silent: list[Claim] = []
+        self._claims = [claim for claim in claims if claim.watched()]
+        self._called: set[type] = set()
+        self._counted: list[tuple[type, object]] = []  # class, its own forward or None where it inherits one
+        self._hooks = []
+        if self._claims:
+            self._hooks = [
+                model.register_forward_pre_hook(lambda model, _: self._start(model)),
+                model.register_forward_hook(lambda _, __, output: self._end(output), always_call=True),
+            ]
+
+    def stop(self) -> None:
+        """Take hooks and counters out, verdict or not."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._uncount()
+
+    def _uncount(self) -> None:
+        for cls, own in reversed(self._counted):
+            if own is None:
+                del cls.forward
+            else:
+                cls.forward = own
+        self._counted = []
+
+    def _start(self, model: nn.Module) -> None:
+        if torch.compiler.is_compiling() or _compiled(model):
+            return  # counters would be traced into the graph, and taking them out would compile it again
+        for cls in {cls for claim in self._claims for cls in claim.watched()}:
+            own = cls.__dict__.get("forward")
+            self._counted.append((cls, own))
+            cls.forward = _counting(cls, own or cls.forward, self._called)
+
+    def _end(self, output: object) -> None:
+        if torch.compiler.is_compiling() or not self._counted:
+            return
+        self._uncount()
+        if output is None:
+            return  # the forward raised, which says nothing about the swap: the next one is the first
+        self.stop()
+        self.silent = [claim for claim in self._claims if not self._called.intersection(claim.watched())]
+        if self.silent:
+            kinds = ", ".join(f"{claim.original.rpartition('.')[2]} ({claim.key})" for claim in self.silent)
+            log.warning(
+                "ds_fused: replaced, but not called in the first forward: %s; they ran unfused or not at all", kinds
+            )
+
+
+def _counting(cls: type, forward: object, called: set[type]) -> object:
+    def counting(self, *args, **named):
+        called.add(cls)
+        return forward(self, *args, **named)
+
+    return counting
+
+
+def _compiled(model: nn.Module) -> bool:
+    return any(
+        module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+        for module in model.modules()
+    )

@@ -1,0 +1,279 @@
+"""Trains a causal language model from HuggingFace on text files with DeepSpeed, on any number of ranks.
+
+    deepspeed --config ds.json launch/train.py --model FOLDER_OR_NAME --text FILE_OR_FOLDER --out runs/first
+    deepspeed launch/train.py --deepspeed_config ds.json --model ... --text ... --out ...
+
+Everything about the optimizer, precision, batch sizes and ZeRO stands in the DeepSpeed JSON. Text is tokenized, joined
+and cut into blocks of equal length; the tail of every file is held out. In --out: metrics.jsonl, checkpoints/, and what
+DeepSpeed's own monitor writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sys
+import time
+from functools import lru_cache
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from toolchain import missing_build_tools
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.integrations import HfDeepSpeedConfig
+
+
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_off = argparse.BooleanOptionalAction
+    parser.add_argument("--model", required=True, help="a folder in HuggingFace's format, or a hub name")
+    parser.add_argument("--random_weights", action=on_off, default=False, help="read only the config of --model")
+    parser.add_argument("--tokenizer", help="a folder or a hub name, where it is not that of --model")
+    parser.add_argument("--zero_init", action=on_off, default=True, help="ZeRO-3: build the model already sharded")
+    parser.add_argument("--gradient_checkpointing", action=on_off, default=False)
+    parser.add_argument("--text", nargs="+", required=True, help="text files, or folders of *.txt")
+    parser.add_argument("--block", type=int, default=1024, help="tokens in one sequence")
+    parser.add_argument("--held_out", type=float, default=0.05, help="share of every file kept for evaluation")
+    parser.add_argument("--eval_blocks", type=int, default=64, help="held-out sequences used, spread evenly")
+    parser.add_argument("--steps", type=int, required=True, help="optimizer steps, counted from the very first start")
+    parser.add_argument("--eval_every", type=int, default=0, help="steps; 0: only before and after")
+    parser.add_argument("--save_every", type=int, default=0, help="steps; 0: never")
+    parser.add_argument("--log_every", type=int, default=1, help="steps")
+    parser.add_argument("--resume", action=on_off, default=False, help="go on from the newest checkpoint in --out")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="the run's folder")
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
+    deepspeed.add_config_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def use_gloo_alone_where_nothing_compiles() -> None:
+    """On CPU ranks DeepSpeed compiles a faster communication op; without a compiler it would stop instead."""
+    missing = missing_build_tools() if get_accelerator().device_name() == "cpu" else []
+    if missing:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        say(f"DeepSpeed's CPU communication op is left out, gloo does its work: there is no {', no '.join(missing)}")
+
+
+def load_model(args: argparse.Namespace) -> torch.nn.Module:
+    hf_deepspeed = HfDeepSpeedConfig(args.deepspeed_config) if args.deepspeed_config else None
+    dtype = torch.float32
+    if hf_deepspeed and hf_deepspeed.is_true("bf16.enabled"):
+        dtype = torch.bfloat16
+    elif hf_deepspeed and hf_deepspeed.is_true("fp16.enabled"):
+        dtype = torch.float16
+    if not args.zero_init:
+        # transformers shards a model while it is built for as long as this object lives
+        hf_deepspeed = None
+    if args.random_weights:
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model), dtype=dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    model.config.use_cache = False
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def text_files(places: list[str]) -> list[Path]:
+    files: list[Path] = []
+    for place in map(Path, places):
+        found = sorted(place.rglob("*.txt")) if place.is_dir() else [place]
+        if not found or not found[0].is_file():
+            raise FileNotFoundError(f"--text {place}: neither a file nor a folder with *.txt in it")
+        files += found
+    return files
+
+
+def token_blocks(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """The training blocks [N, block] and the held-out blocks [M, block], the same on every rank."""
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    train: list[int] = []
+    held_out: list[int] = []
+    for file in text_files(args.text):
+        ids = tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+        # one cut per file, so that no held-out line has its neighbours in the training part
+        cut = len(ids) - int(len(ids) * args.held_out)
+        train += ids[:cut] + end
+        held_out += ids[cut:] + end
+    blocks = [
+        torch.tensor(ids[: len(ids) // args.block * args.block]).view(-1, args.block) for ids in (train, held_out)
+    ]
+    for name, part in zip(("training", "held-out"), blocks, strict=True):
+        if not len(part):
+            raise ValueError(f"the {name} text is shorter than one block of {args.block} tokens")
+    every = max(1, len(blocks[1]) // args.eval_blocks)
+    return blocks[0], blocks[1][::every][: args.eval_blocks]
+
+
+@lru_cache(maxsize=2)
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch))
+
+
+def micro_batch(engine: deepspeed.DeepSpeedEngine, blocks: Tensor, seed: int, step: int, micro: int) -> Tensor:
+    """This rank's blocks of one micro step; a pure function of its arguments, so a resumed run sees the same data."""
+    size = engine.train_micro_batch_size_per_gpu()
+    first = step * engine.train_batch_size() + (micro * dist.get_world_size() + dist.get_rank()) * size
+    places = range(first, first + size)
+    rows = [epoch_order(len(blocks), seed, place // len(blocks))[place % len(blocks)] for place in places]
+    return blocks[torch.stack(rows)].to(engine.device)
+
+
+@torch.no_grad()
+def held_out_loss(engine: deepspeed.DeepSpeedEngine, blocks: Tensor) -> float:
+    """Mean loss per token over all ranks. Every rank runs the same number of forwards, as ZeRO-3 needs."""
+    world, rank, size = dist.get_world_size(), dist.get_rank(), engine.train_micro_batch_size_per_gpu()
+    total = torch.zeros(2, dtype=torch.float64)  # loss summed over tokens, tokens
+    engine.eval()
+    for first in range(0, len(blocks), size * world):
+        mine = blocks[first + rank * size : first + (rank + 1) * size]
+        # a rank without a share repeats the first blocks and does not count them
+        ids = (mine if len(mine) else blocks[:1]).to(engine.device)
+        loss = engine(input_ids=ids, labels=ids).loss
+        tokens = len(mine) * (blocks.shape[1] - 1)
+        total += torch.tensor([loss.item() * tokens, tokens], dtype=torch.float64)
+    engine.train()
+    total = total.to(engine.device)
+    dist.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+
+def mean_over_ranks(value: Tensor) -> float:
+    value = value.clone()
+    dist.all_reduce(value)
+    return value.item() / dist.get_world_size()
+
+
+def peak_memory_gb() -> float:
+    """The most memory any rank has used: the accelerator's, or the process's where the CPU trains."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    else:
+        peak = accelerator.max_memory_allocated()
+    peak = torch.tensor(float(peak), device=accelerator.current_device_name())
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return peak.item() / 2**30
+
+
+def say(text: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+class Journal:
+    """metrics.jsonl, DeepSpeed's monitor and the terminal, on rank 0."""
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, args: argparse.Namespace):
+        self.engine, self.path = engine, args.out / "metrics.jsonl"
+        self.is_first = dist.get_rank() == 0
+        here = engine.global_steps
+        if self.is_first:
+            # what lies behind the checkpoint that this run goes on from will be written again
+            old = self.path.read_text().splitlines(keepends=True) if args.resume and self.path.exists() else []
+            whole = [line for line in old if line.endswith("}\n")]
+            self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= here))
+        self.bar = tqdm(
+            total=args.steps, initial=here, unit="step", disable=not (self.is_first and sys.stderr.isatty())
+        )
+
+    def row(self, **values: float) -> None:
+        if self.is_first:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": self.engine.global_steps, **values}) + "\n")
+
+    def step(self, loss: float, tokens_per_s: float, memory_gb: float) -> None:
+        engine = self.engine
+        grad_norm = float(engine.get_global_grad_norm() or 0.0)
+        lr = engine.get_lr()[0]
+        self.row(loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=tokens_per_s, memory_gb=memory_gb)
+        self.bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{tokens_per_s:.0f}", memory=f"{memory_gb:.2f}GB")
+        say(
+            f"step {engine.global_steps:>5}/{self.bar.total}  loss {loss:.4f}  grad norm {grad_norm:.3f}  "
+            f"{tokens_per_s:.0f} tokens/s  {memory_gb:.2f} GB"
+        )
+
+    def held_out(self, loss: float) -> None:
+        self.row(held_out_loss=loss)
+        say(f"step {self.engine.global_steps:>5}/{self.bar.total}  held-out loss {loss:.4f}")
+        if self.engine.monitor.enabled:
+            self.engine.monitor.write_events([("Train/Samples/held_out_loss", loss, self.engine.global_samples)])
+
+
+def train(args: argparse.Namespace) -> None:
+    set_seed(args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    train_blocks, eval_blocks = token_blocks(args)
+    model = load_model(args)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=args.deepspeed_config)
+    checkpoints = args.out / "checkpoints"
+    if args.resume and (checkpoints / "latest").is_file():
+        engine.load_checkpoint(str(checkpoints))
+        say(f"resumed from {checkpoints / (checkpoints / 'latest').read_text()}")
+    journal = Journal(engine, args)
+    tokens_per_step = engine.train_batch_size() * args.block
+    say(
+        f"{sum(getattr(p, 'ds_numel', p.numel()) for p in model.parameters()) / 1e6:.1f} M parameters, "
+        f"{dist.get_world_size()} ranks, {tokens_per_step} tokens a step, "
+        f"{len(train_blocks)} training and {len(eval_blocks)} held-out blocks of {args.block} tokens"
+    )
+
+    before = after = held_out_loss(engine, eval_blocks)
+    journal.held_out(before)
+    engine.train()
+    began = last = time.perf_counter()
+    first_step = logged = engine.global_steps
+    loss_sum = torch.zeros((), device=engine.device)
+    for step in range(engine.global_steps, args.steps):
+        micro_steps = engine.gradient_accumulation_steps()
+        for micro in range(micro_steps):
+            ids = micro_batch(engine, train_blocks, args.seed, step, micro)
+            loss = engine(input_ids=ids, labels=ids).loss
+            engine.backward(loss)
+            engine.step()
+            loss_sum += loss.detach().float() / micro_steps
+        journal.bar.update()
+        done = step + 1
+        if done % args.log_every == 0 or done == args.steps:
+            mean, memory = mean_over_ranks(loss_sum / (done - logged)), peak_memory_gb()
+            now = time.perf_counter()
+            journal.step(mean, tokens_per_step * (done - logged) / (now - last), memory)
+            loss_sum.zero_()
+            last, logged = now, done
+        if args.save_every and (done % args.save_every == 0 or done == args.steps):
+            engine.save_checkpoint(str(checkpoints))
+        if done == args.steps or (args.eval_every and done % args.eval_every == 0):
+            after = held_out_loss(engine, eval_blocks)
+            journal.held_out(after)
+        # saving and evaluating do not count as training speed
+        if done == logged:
+            last = time.perf_counter()
+    journal.bar.close()
+    seconds, memory = time.perf_counter() - began, peak_memory_gb()
+    journal.row(held_out_before=before, held_out_after=after, seconds=seconds, memory_gb=memory)
+    say(
+        f"held-out loss {before:.4f} -> {after:.4f} in {args.steps - first_step} steps, {seconds:.1f} s, "
+        f"peak memory {memory:.2f} GB a rank"
+    )
+
+
+def main() -> None:
+    args = parse_options()
+    use_gloo_alone_where_nothing_compiles()
+    deepspeed.init_distributed()
+    train(args)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""The benchmark judges before it times, survives what can't run, and goes on where it ended. On a CPU, tiny shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# benchmarks/ is no installed package
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks import cases, run
+from benchmarks.measure import Instruments, relative_error, worst_error
+from benchmarks.results import OK, Row, compare, markdown, read_csv, write_csv
+from benchmarks.rivals import Provider
+
+ROOT = Path(__file__).parents[2]
+GLU = next(case for case in cases.CASES if case.name == "glu silu")
+
+
+def half(t):
+    """A GLU that is wrong by a factor of two."""
+    return lambda: 0.5 * torch.nn.functional.silu(t["gate"]) * t["up"]
+
+
+def broken(t):
+    raise RuntimeError("no such\nlibrary")
+
+
+def destructive(t):
+    """Its output is right, but it ruins an input that backward needs."""
+
+    def call():
+        y = torch.nn.functional.silu(t["gate"]) * t["up"]
+        assert t["gate"].isfinite().all()
+        t["gate"].data.fill_(torch.nan)
+        return y
+
+    return call
+
+
+@pytest.fixture
+def tiny_run(tmp_path, monkeypatch):
+    """Runs the benchmark in this process on given cases and returns the rows by provider."""
+
+    def tiny_run(case, *more: str) -> dict[str, Row]:
+        monkeypatch.setattr(run, "CASES", (case,))
+        assert run.main(["--device", "cpu", "--tiny", "--out", str(tmp_path), *more]) == 0
+        rows = read_csv(tmp_path / "ops.csv")[1]
+        return {row.provider: row for row in rows if not row.launch_bound}
+
+    return tiny_run
+
+
+def test_every_case_runs(tmp_path):
+    """The command itself, without the providers that want a GPU or a compiler."""
+    command = [sys.executable, "benchmarks/run.py", "--device", "cpu", "--tiny", "--out", str(tmp_path)]
+    command += ["--providers", "ds_fused", "hf_eager", "torch", "bare"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    header, rows = read_csv(tmp_path / "ops.csv")
+    assert {row.case[:2] for row in rows} == {(case.op, case.variant) for case in cases.CASES}
+    assert [(row.case, row.provider, row.status) for row in rows if row.status not in (OK, "ceiling")] == []
+    assert all(row.forward_ms > 0 and row.full_ms > 0 for row in rows)
+    assert all(row.over_best_rival > 0 for row in rows if row.ours)
+    assert {"device", "versions", "date", "command", "copy_tb_s", "lm_head_tflop_s"} <= set(header)
+    text = (tmp_path / "ops.md").read_text()
+    assert all(f"## {case.name}" in text for case in cases.CASES)
+
+
+def test_wrong_and_broken_providers_get_a_reason_and_no_time(tiny_run):
+    providers = {
+        "hf_eager": GLU.providers["hf_eager"],
+        "half": Provider(half),
+        "broken": Provider(broken),
+    }
+    rows = tiny_run(dataclasses.replace(GLU, providers=providers))
+    assert rows["half"].status.startswith("wrong: ") and rows["half"].full_ms is None
+    assert rows["half"].worst_error == pytest.approx(0.5, rel=0.02)
+    assert rows["broken"].status == "failed: RuntimeError: no such"
+    assert rows["hf_eager"].status == OK
+
+
+def test_what_a_provider_overwrites_is_restored(tiny_run):
+    providers = {
+        "destructive": Provider(destructive, overwrites=("gate",)),
+        "hf_eager": GLU.providers["hf_eager"],
+    }
+    rows = tiny_run(dataclasses.replace(GLU, providers=providers, launch_bound=(1, 1)))
+    # backward reads the ruined gate, so the answer is wrong; the rival after it still finds the inputs as they were
+    assert rows["destructive"].status.startswith("wrong: dgate is off by nan")
+    assert rows["hf_eager"].status == OK
+
+    on = Instruments("cpu", rep_ms=1)
+    gate, calls = torch.ones(3), []
+
+    def call():
+        calls.append(gate.sum().item())
+        gate.zero_()
+
+    on.median_ms(call, prepare=lambda: gate.fill_(1.0))
+    assert set(calls) == {3.0}
+
+
+def test_resume_keeps_rows_and_measures_the_rest(tiny_run):
+    first = tiny_run(GLU, "--providers", "hf_eager")
+    both = tiny_run(GLU, "--providers", "hf_eager", "ds_fused", "--resume")
+    assert both["hf_eager"] == first["hf_eager"]
+    assert both["ds_fused"].best_rival == "hf_eager"
+
+
+def test_a_dead_device_costs_one_row(tmp_path):
+    """After an illegal access nothing in that process works: the run goes on in a new one."""
+    arguments = ["--device", "cpu", "--tiny", "--ops", "glu", "--providers", "hf_eager", "torch", "ds_fused"]
+    arguments += ["--out", str(tmp_path), "--seconds", "500"]
+    program = "import sys; from benchmarks import measure, run; measure.Instruments.alive = lambda on: False; "
+    program += "run.main(sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = read_csv(tmp_path / "ops.csv")[1]
+    assert [row.provider for row in rows] == ["ds_fused", "hf_eager"] * 4
+    assert done.stdout.count(b"device: ") == 2
+
+
+def test_what_time_did_not_allow_is_named(tiny_run, tmp_path):
+    assert tiny_run(GLU, "--providers", "hf_eager", "--seconds", "0") == {}
+    header, _ = read_csv(tmp_path / "ops.csv")
+    assert "glu silu 5x48 hf_eager" in header["left out"]
+    assert set(tiny_run(GLU, "--providers", "hf_eager", "--resume")) == {"hf_eager"}
+    assert "left out" not in read_csv(tmp_path / "ops.csv")[0]
+
+
+def test_ratios_come_from_right_answers_only():
+    def row(provider: str, ms: float | None, status: str = OK) -> Row:
+        return Row("glu", "silu", "1x1", False, provider, status, full_ms=ms)
+
+    rows = [row("ds_fused", 2.0), row("ds_fused other", 1.0), row("compile", 3.0), row("liger", 4.0)]
+    rows += [row("cheat", 0.1, "wrong: dup is off by 1, allowed 0.02"), row("bare GEMMs", 0.5, "ceiling")]
+    compare(rows)
+    assert (rows[0].best_rival, rows[0].over_best_rival, rows[0].over_liger) == ("compile", 1.5, 2.0)
+    assert rows[1].over_best_rival == 3.0
+    assert rows[2].over_best_rival is None
+    text = markdown({}, rows)
+    assert text.index("| ds_fused other") < text.index("| compile") < text.index("| cheat")
+
+
+def test_csv_round_trip(tmp_path):
+    rows = [Row("glu", "silu", "1x1", True, "liger", 'failed: a, "b"', note="in place, on x", peak_mib=1.5)]
+    write_csv(tmp_path / "ops.csv", {"device": "none: really"}, rows)
+    assert read_csv(tmp_path / "ops.csv") == ({"device": "none: really"}, rows)
+    assert read_csv(tmp_path / "nothing.csv") == ({}, [])
+
+
+def test_errors():
+    one = torch.ones(4)
+    assert relative_error(one * 1.5, one) == pytest.approx(0.5)
+    assert relative_error(one, torch.zeros(4)) == 2.0
+    nan = torch.tensor([1.0, torch.nan, 1.0, 1.0])
+    error, name = worst_error([one * 9, nan], [one, one], ["y", "dx"])
+    assert name == "dx" and not error <= 1e9
+    with pytest.raises(ValueError, match="shape"):
+        relative_error(torch.ones(1, 4), one)
+
+
+def test_a_cpu_run_must_be_tiny(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--device", "cpu"])
+    assert "--tiny" in capsys.readouterr().err
+
+
+def test_tune_tries_constants_and_leaves_them_as_they_were(tmp_path):
+    """Every search, on CPU references: the answers agree whatever the constants are."""
+    import ds_fused.ops  # noqa: F401
+    from benchmarks import tune
+
+    glu = sys.modules["ds_fused.ops.glu"]
+    before = glu.BLOCK
+    assert tune.main(["--tiny", "--seconds", "10", "--out", str(tmp_path)]) == 0
+    assert before == glu.BLOCK
+    text = (tmp_path / "tune.csv").read_text()
+    for search in tune.SEARCHES:
+        assert f"{search.op} {search.variant} {search.direction}".replace("  ", " ") in text
+        assert set(search.constants) <= set(vars(sys.modules[f"ds_fused.ops.{search.op}"]))
+    assert "Error" not in text

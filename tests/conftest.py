@@ -1,0 +1,52 @@
+"""Where tests run: markers, the device, and Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+OPS = Path(__file__).parent / "ops"
+
+# Triton decides when it is imported whether kernels are interpreted, the ops ask at every call: so one process holds
+# kernels that run on CPU tensors, and only tests/ops lets them (pytest_runtest_setup).
+if not HAS_GPU:
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise pytest.UsageError("triton was imported before tests/conftest.py: start pytest with TRITON_INTERPRET=1")
+    os.environ["TRITON_INTERPRET"] = "1"
+    import interpreter  # imports triton while the variable is set
+
+    interpreter.correct()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="the full products too (marker all)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if "gpu" in item.keywords and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if "all" in item.keywords and not config.getoption("--all"):
+            item.add_marker(pytest.mark.skip(reason="a long product: --all"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before any fixture, so that what a fixture starts elsewhere (ranks, scripts) never inherits the interpreter."""
+    if HAS_GPU:
+        return
+    if OPS in item.path.parents:
+        os.environ["TRITON_INTERPRET"] = "1"
+    else:
+        os.environ.pop("TRITON_INTERPRET", None)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU where there is one, else the CPU (in tests/ops: its interpreter)."""
+    return torch.device("cuda", torch.cuda.current_device()) if HAS_GPU else torch.device("cpu")

@@ -1,0 +1,149 @@
+"""What two ranks see of the hook on DeepSpeedEngine. Prints one JSON line per case; test_engine.py judges them."""
+
+import json
+import sys
+
+import deepspeed
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+deepspeed.init_distributed()
+rank = deepspeed.comm.get_rank()
+ON = {"enabled": True}
+
+
+def case(name, act):
+    said = {}
+    try:
+        act(said)
+    except Exception as e:
+        said["error"] = f"{type(e).__name__}: {e}"
+    print("SAID " + json.dumps({"case": name, **said}), flush=True)
+
+
+def llama():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+
+
+def config(stage=0, block=None, **more):
+    made = {
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "zero_allow_untested_optimizer": True,
+        # nothing persistent, so that the head really is gone outside its forward
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        **more,
+    }
+    return made if block is None else made | {"ds_fused": block}
+
+
+def batch(i):
+    generator = torch.Generator().manual_seed(10 * i + rank)
+    return torch.randint(0, 96, (2, 12), generator=generator)
+
+
+def is_stock(model):
+    return not any(hasattr(type(m), "_ds_fused_original") for m in model.modules())
+
+
+def disabled(said):
+    for block in (None, {"enabled": False}):
+        model = llama()
+        engine, *_ = deepspeed.initialize(model=model, config=config(block=block))
+        assert is_stock(model) and not hasattr(engine, "ds_fused_report")
+    said["ours"] = sorted(name for name in sys.modules if name.startswith("ds_fused."))
+
+
+def train(stage, block, said):
+    engine, *_ = deepspeed.initialize(model=llama(), config=config(stage, block))
+    said["losses"], said["logits"] = [], []
+    for i in range(3):
+        out = engine(input_ids=batch(i), labels=batch(i))
+        said["logits"].append(out.logits.float().square().sum().item())
+        engine.backward(out.loss)
+        engine.step()
+        said["losses"].append(out.loss.item())
+    if block:
+        said["replaced"] = {row.key: row.count for row in engine.ds_fused_report.replaced}
+        said["undone"] = len(engine.ds_fused_report.recheck())
+        said["silent"] = len(engine.ds_fused_report.verify_live())
+    return engine
+
+
+def read_alone(said):
+    from ds_fused.engine import zero3
+
+    zero3.PATIENCE_SECONDS = 1.0
+    engine = train(3, ON, {})
+    out = engine(input_ids=batch(5), labels=batch(5))
+    engine.backward(out.loss)
+    # until here DeepSpeed may keep the head whole; now it is sharded again
+    if rank == 0:
+        try:
+            out.logits.sum().item()
+        except RuntimeError as e:
+            said["alone"] = str(e)
+    engine.step()
+    zero3.PATIENCE_SECONDS = 60.0
+    # the job goes on, and so do reads by all
+    out = engine(input_ids=batch(6), labels=batch(6))
+    said["together"] = list(out.logits.argmax(-1).shape)
+
+
+def by_position(said):
+    model, conf = llama(), config(block=ON)
+    DeepSpeedEngine(None, model, None, None, None, None, None, None, None, conf, DeepSpeedConfig(conf))
+    said["stock"] = is_stock(model)
+
+
+def malformed_here(said):
+    deepspeed.initialize(model=llama(), config=config(block=ON | {"rms_nrom": True}))
+
+
+def malformed_on_one(said):
+    deepspeed.initialize(model=llama(), config=config(block=ON | ({"strict": 1} if rank else {})))
+
+
+def other_ops_on_one(said):
+    model = llama()
+    try:
+        deepspeed.initialize(model=model, config=config(block=ON | ({"rope": False} if rank else {})))
+    finally:
+        said["stock"] = is_stock(model)
+
+
+def strict(said):
+    deepspeed.initialize(model=torch.nn.Linear(4, 4), config=config(block=ON | {"strict": True}))
+
+
+def broken_engine(said):
+    model = llama()
+    try:
+        deepspeed.initialize(model=model, config=config(block=ON, optimizer={"type": "NoSuchOptimizer"}))
+    finally:
+        said["stock"] = is_stock(model)
+
+
+def pipeline(said):
+    layers = [LayerSpec(torch.nn.Linear, 32, 32), LayerSpec(LlamaRMSNorm, 32), LayerSpec(torch.nn.Linear, 32, 1)]
+    model = PipelineModule(layers=layers, num_stages=1, loss_fn=torch.nn.functional.mse_loss)
+    engine, *_ = deepspeed.initialize(model=model, config=config(block=ON))
+    engine.train_batch(iter([(torch.ones(2, 32), torch.ones(2, 1))]))
+    said["replaced"] = {row.key: row.count for row in engine.ds_fused_report.replaced}
+
+
+case("disabled", disabled)
+for stage in (0, 3):
+    case(f"stock {stage}", lambda said, stage=stage: train(stage, None, said) and None)
+    case(f"fused {stage}", lambda said, stage=stage: train(stage, ON, said) and None)
+case("keep 3", lambda said: train(3, ON | {"logits": "keep", "report": False}, said) and None)
+for act in (read_alone, by_position, malformed_here, malformed_on_one, other_ops_on_one):
+    case(act.__name__, act)
+for act in (strict, broken_engine, pipeline):
+    case(act.__name__, act)

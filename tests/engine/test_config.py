@@ -1,0 +1,113 @@
+"""The ds_fused block: what is accepted, and that every malformed one is one error that helps."""
+
+import re
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+from ds_fused.engine.config import KEYS, parse
+from ds_fused.ops.registry import OPS
+
+OP_KEYS = [key for op in OPS for key in op.keys]
+
+
+def test_enabled_means_every_op():
+    config = parse({"enabled": True})
+    assert list(config.wanted) == OP_KEYS
+    assert all(options == {} for options in config.wanted.values())
+    assert (config.strict, config.verify, config.report) == (False, True, True)
+    assert (config.logits, config.eval) == ("defer", "defer")
+
+
+def test_keys_come_from_the_registry():
+    assert set(OP_KEYS) < set(KEYS)
+
+
+@pytest.mark.parametrize("key", OP_KEYS)
+def test_each_op_can_be_switched_off(key):
+    assert key not in parse({"enabled": True, key: False}).wanted
+
+
+def test_options_reach_the_op():
+    wanted = parse({"enabled": True, "fused_linear_cross_entropy": {"chunk_mb": 256}}).wanted
+    assert wanted["fused_linear_cross_entropy"] == {"chunk_mb": 256}
+
+
+def test_everything_can_be_said():
+    block = {"enabled": False, "strict": True, "verify": False, "report": False, "logits": "keep", "eval": "stock"}
+    config = parse(block | dict.fromkeys(OP_KEYS, False))
+    assert {name: getattr(config, name) for name in block} == block
+    assert config.wanted == {}
+
+
+def test_a_config_does_not_change():
+    config = parse({"enabled": True})
+    with pytest.raises(FrozenInstanceError):
+        config.strict = True
+    with pytest.raises(TypeError):
+        config.wanted["rope"] = {}
+
+
+# block, and what the error must name: the key, what came, what may stand there
+MALFORMED = [
+    # the block itself
+    (True, "ds_fused", "True", "object"),
+    (None, "ds_fused", "None", "object"),
+    ("on", "ds_fused", "'on'", "object"),
+    ([], "ds_fused", "[]", "object"),
+    (1, "ds_fused", "1", "object"),
+    # whether it is on must be said
+    ({}, "ds_fused.enabled", "missing", "true or false"),
+    ({"rope": True}, "ds_fused.enabled", "rope", "true or false"),
+    # keys that don't exist: typing errors, other libraries' words, DeepSpeed's own
+    ({"enabled": True, "rms_nrom": True}, "'rms_nrom'", "did you mean 'rms_norm'", "known keys"),
+    ({"enabled": True, "RMS_NORM": True}, "'RMS_NORM'", "known keys", "rms_norm"),
+    ({"enable": True}, "'enable'", "did you mean 'enabled'", "known keys"),
+    ({"enabled": True, "flash_attention": True}, "'flash_attention'", "known keys", "rope"),
+    ({"enabled": True, "linear_cross_entropy": True}, "did you mean", "fused_linear_cross_entropy", "known keys"),
+    ({"enabled": True, "stage": 3}, "'stage'", "known keys", "strict"),
+    ({"enabled": True, "": True}, "''", "known keys", "enabled"),
+    ({"enabled": True, 7: True}, "7", "known keys", "enabled"),
+    # switches that are no booleans
+    ({"enabled": "true"}, "ds_fused.enabled", "'true' (str)", "true or false"),
+    ({"enabled": 1}, "ds_fused.enabled", "1 (int)", "true or false"),
+    ({"enabled": "auto"}, "ds_fused.enabled", "'auto'", "true or false"),
+    ({"enabled": None}, "ds_fused.enabled", "None", "true or false"),
+    ({"enabled": True, "strict": 0}, "ds_fused.strict", "0 (int)", "true or false"),
+    ({"enabled": True, "verify": "no"}, "ds_fused.verify", "'no'", "true or false"),
+    ({"enabled": True, "report": {}}, "ds_fused.report", "{}", "true or false"),
+    # choices
+    ({"enabled": True, "logits": "sealed"}, "ds_fused.logits", "'sealed'", "'defer' or 'keep'"),
+    ({"enabled": True, "logits": True}, "ds_fused.logits", "True", "'defer' or 'keep'"),
+    ({"enabled": True, "logits": ["keep"]}, "ds_fused.logits", "['keep']", "'defer' or 'keep'"),
+    ({"enabled": True, "eval": "fused"}, "ds_fused.eval", "'fused'", "'defer' or 'stock'"),
+    ({"enabled": True, "eval": None}, "ds_fused.eval", "None", "'defer' or 'stock'"),
+    # ops
+    ({"enabled": True, "rope": "yes"}, "ds_fused.rope", "'yes'", "true or false"),
+    ({"enabled": True, "rms_norm": 1}, "ds_fused.rms_norm", "1 (int)", "true or false"),
+    ({"enabled": True, "swiglu": None}, "ds_fused.swiglu", "None", "true or false"),
+    ({"enabled": True, "cross_entropy": []}, "ds_fused.cross_entropy", "[]", "true or false"),
+    # options of ops
+    ({"enabled": True, "rope": {"interleaved": True}}, "ds_fused.rope", "'interleaved'", "known keys: none"),
+    ({"enabled": True, "fused_linear_cross_entropy": {"chunk": 1}}, "'chunk'", "did you mean 'chunk_mb'", "keep_mb"),
+    ({"enabled": True, "fused_linear_cross_entropy": 512}, "fused_linear_cross_entropy", "512", "object of chunk_mb"),
+    ({"enabled": True, "fused_linear_cross_entropy": {"chunk_mb": "512"}}, "chunk_mb", "'512' (str)", "an integer"),
+    ({"enabled": True, "fused_linear_cross_entropy": {"chunk_mb": 0.5}}, "chunk_mb", "0.5 (float)", "an integer"),
+    ({"enabled": True, "fused_linear_cross_entropy": {"keep_mb": True}}, "keep_mb", "True (bool)", "an integer"),
+    ({"enabled": True, "fused_linear_cross_entropy": {"keep_mb": -1}}, "keep_mb", "-1", "negative"),
+]
+
+
+@pytest.mark.parametrize(("block", "named"), [(block, named) for block, *named in MALFORMED], ids=repr)
+def test_malformed(block, named):
+    with pytest.raises(ValueError, match="^ds_fused") as error:
+        parse(block)
+    for text in named:
+        assert text in str(error.value)
+    assert not re.search(r"\n", str(error.value))
+
+
+def test_unknown_key_names_all_known_ones():
+    with pytest.raises(ValueError, match="known keys") as error:
+        parse({"enabled": True, "nothing": 1})
+    assert all(key in str(error.value) for key in KEYS)

@@ -1,0 +1,166 @@
+"""The hook on DeepSpeedEngine, seen from two CPU ranks: swap, report, agreement, errors, ZeRO-3 reads."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ds_fused.engine import initialize
+from tests.launching import launch
+
+
+@pytest.fixture(scope="module")
+def outputs() -> list[str]:
+    return [e.output for e in launch(Path(__file__).with_name("engine_ranks.py"), ranks=2, timeout=240)]
+
+
+@pytest.fixture(scope="module")
+def cases(outputs) -> list[dict[str, dict]]:
+    """Per rank: case -> what it said."""
+    lines = [[json.loads(line[5:]) for line in o.splitlines() if line.startswith("SAID ")] for o in outputs]
+    return [{said.pop("case"): said for said in rank} for rank in lines]
+
+
+def test_without_a_block_nothing_of_us_is_imported(cases):
+    for rank in cases:
+        assert rank["disabled"] == {"ours": ["ds_fused.autoload", "ds_fused.engine", "ds_fused.engine.initialize"]}
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_fused_trains_as_stock(cases, stage):
+    for rank in cases:
+        stock, fused = rank[f"stock {stage}"], rank[f"fused {stage}"]
+        assert fused["losses"] == pytest.approx(stock["losses"], rel=1e-5)
+        # read after a fused loss, by every rank
+        assert fused["logits"] == pytest.approx(stock["logits"], rel=1e-4)
+        assert fused["replaced"]["rms_norm"] == 5
+        assert fused["replaced"]["fused_linear_cross_entropy"] == 1
+        assert fused["undone"] == fused["silent"] == 0
+
+
+def test_logits_kept(cases):
+    for rank in cases:
+        assert rank["keep 3"]["logits"] == pytest.approx(rank["stock 3"]["logits"], rel=1e-4)
+
+
+def test_zero3_logits_read_on_one_rank_only(cases):
+    assert '"logits": "keep"' in cases[0]["read_alone"]["alone"]
+    assert "on 1 of 2 ranks within 1 s" in cases[0]["read_alone"]["alone"]
+    assert "alone" not in cases[1]["read_alone"]
+    for rank in cases:
+        assert rank["read_alone"]["together"] == [2, 12]
+
+
+def test_config_class_by_position(cases):
+    assert [rank["by_position"] for rank in cases] == [{"stock": False}] * 2
+
+
+def test_a_malformed_block(cases):
+    for rank in cases:
+        assert rank["malformed_here"]["error"].startswith("ValueError: ds_fused: unknown key 'rms_nrom'")
+
+
+def test_a_block_malformed_on_one_rank(cases):
+    assert cases[1]["malformed_on_one"]["error"].startswith("ValueError: ds_fused.strict must be")
+    assert "rank 1 failed: ValueError: ds_fused.strict" in cases[0]["malformed_on_one"]["error"]
+
+
+def test_ranks_that_decide_differently(cases):
+    for rank in cases:
+        assert "the ranks decided differently" in rank["other_ops_on_one"]["error"]
+        assert "rank 1 has decisions.claims" in rank["other_ops_on_one"]["error"]
+        assert rank["other_ops_on_one"]["stock"]
+
+
+def test_strict_and_nothing_matched(cases):
+    for rank in cases:
+        assert rank["strict"]["error"].startswith("ValueError")
+        assert "rms_norm" in rank["strict"]["error"]
+
+
+def test_a_model_outlives_an_engine_that_failed(cases):
+    for rank in cases:
+        assert "NoSuchOptimizer" in rank["broken_engine"]["error"]
+        assert rank["broken_engine"]["stock"]
+
+
+def test_the_pipeline_engine(cases):
+    for rank in cases:
+        assert rank["pipeline"] == {"replaced": {"rms_norm": 1}}
+
+
+def test_the_report_is_printed_by_rank_0_alone(outputs):
+    # fused 0 and 3, read_alone, by_position, pipeline; not "keep 3", which says "report": false
+    assert outputs[0].count("layers replaced in") == 5
+    assert "layers replaced in" not in outputs[1]
+    assert "no GPU: on CPU tensors every op runs its PyTorch reference" in outputs[0]
+
+
+@pytest.mark.parametrize(
+    ("on", "expected"),
+    [
+        ("fp16_enabled", torch.float16),
+        ("bfloat16_enabled", torch.bfloat16),
+        ("torch_autocast_enabled", torch.bfloat16),
+        ("none", torch.float32),
+    ],
+)
+def test_the_dtype_that_layers_will_compute_in(on, expected):
+    names = ("fp16_enabled", "bfloat16_enabled", "torch_autocast_enabled")
+    engine = SimpleNamespace(**{name: lambda name=name: name == on for name in names})
+    engine.torch_autocast_dtype = lambda: torch.bfloat16
+    assert initialize.training_dtype(engine) is expected
+
+
+def fake_engine_module():
+    class DeepSpeedEngine:
+        def __init__(self, args, model, config_class=None):
+            self.args = args
+            self.global_rank = 0
+            self._configure_distributed_model(model)
+
+        def _configure_distributed_model(self, model):
+            self.module = model
+
+    return SimpleNamespace(DeepSpeedEngine=DeepSpeedEngine)
+
+
+def test_hooking_twice_is_hooking_once():
+    module = fake_engine_module()
+    initialize.hook(module)
+    once = module.DeepSpeedEngine.__init__, module.DeepSpeedEngine._configure_distributed_model
+    initialize.hook(module)
+    assert (module.DeepSpeedEngine.__init__, module.DeepSpeedEngine._configure_distributed_model) == once
+
+
+def test_an_engine_that_never_comes_by_says_so():
+    module = fake_engine_module()
+    initialize.hook(module)
+
+    class Other(module.DeepSpeedEngine):
+        def _configure_distributed_model(self, model):
+            self.module = model
+
+    with pytest.raises(RuntimeError, match="Other builds its model without"):
+        Other(None, None, SimpleNamespace(_param_dict={"ds_fused": {"enabled": True}}))
+
+
+def test_half_a_hook_is_none():
+    """A DeepSpeed whose engine no longer has the method that the swap goes before."""
+    module = fake_engine_module()
+    del module.DeepSpeedEngine._configure_distributed_model
+    init = module.DeepSpeedEngine.__init__
+    with pytest.raises(AttributeError):
+        initialize.hook(module)
+    assert module.DeepSpeedEngine.__init__ is init
+
+
+def test_without_triton_the_error_says_so(monkeypatch):
+    module = fake_engine_module()
+    initialize.hook(module)
+    monkeypatch.setattr("ds_fused.engine.builders.why_not", lambda: "Triton can't be imported (...)")
+    config = SimpleNamespace(_param_dict={"ds_fused": {"enabled": True}})
+    with pytest.raises(RuntimeError, match="ds_fused is enabled .* Triton can't be imported"):
+        module.DeepSpeedEngine(None, None, config)

@@ -1,0 +1,144 @@
+"""train.py as the user starts it: on CPU ranks, with a tiny model, through real processes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from launching import REPO, launch
+from transformers import AutoTokenizer
+
+TRAIN = REPO / "launch" / "train.py"
+
+
+def ds_config(folder: Path, stage: int, micro_batch: int, accumulate: int = 1) -> Path:
+    config = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": 1.0,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "zero_optimization": {"stage": stage},
+        "tensorboard": {"enabled": True, "output_path": str(folder), "job_name": "tensorboard"},
+    }
+    path = folder / "ds.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture
+def train(tmp_path: Path, tiny_model: Path, text: Path):
+    """Runs train.py into a folder and returns what metrics.jsonl holds, with rank 0's output."""
+
+    def run(name: str, *more: str, ranks: int, stage: int, micro_batch: int, accumulate: int = 1, **env: str):
+        out = tmp_path / name
+        out.mkdir(exist_ok=True)
+        config = ds_config(out, stage, micro_batch, accumulate)
+        options = ["--model", tiny_model, "--text", text, "--block", 32, "--eval_blocks", 5, "--steps", 4, "--out", out]
+        ended = launch(TRAIN, *map(str, options), "--deepspeed_config", str(config), *more, ranks=ranks, env=env)
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        return rows, ended[0].output
+
+    return run
+
+
+def losses(rows: list[dict]) -> list[float]:
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+# 2 ranks x 1 against 1 rank x 1 accumulated twice: one global batch, so one curve; 5 held-out blocks leave a rank
+# without a share in the last round
+def test_two_ranks_under_zero3_resume_and_one_rank_agree(train, tmp_path):
+    rows, output = train("whole", "--save_every", "2", ranks=2, stage=3, micro_batch=1)
+    curve = losses(rows)
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+    held_out = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
+    assert len(held_out) == 2 and held_out[1] < held_out[0]
+    assert {"lr", "grad_norm", "tokens_per_s", "memory_gb"} <= rows[1].keys()
+    assert f"held-out loss {held_out[0]:.4f} -> {held_out[1]:.4f} in 4 steps" in output
+    assert list((tmp_path / "whole" / "tensorboard").glob("events.out.tfevents.*"))
+
+    # the same run, cut off later than step 2, in the midst of a line
+    (tmp_path / "resumed").mkdir()
+    shutil.copy(tmp_path / "whole/metrics.jsonl", tmp_path / "resumed")
+    with (tmp_path / "resumed/metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    shutil.copytree(tmp_path / "whole/checkpoints/global_step2", tmp_path / "resumed/checkpoints/global_step2")
+    (tmp_path / "resumed/checkpoints/latest").write_text("global_step2")
+    resumed, output = train("resumed", "--resume", ranks=2, stage=3, micro_batch=1)
+    assert "resumed from" in output
+    assert losses(resumed) == curve
+
+    alone, _ = train("alone", "--no-zero_init", ranks=1, stage=0, micro_batch=1, accumulate=2)
+    assert losses(alone) == pytest.approx(curve, rel=1e-5)
+    assert [row["held_out_loss"] for row in alone if "held_out_loss" in row] == pytest.approx(held_out, rel=1e-5)
+
+
+def test_random_weights_on_a_machine_without_a_compiler(train):
+    options = ("random", "--random_weights", "--gradient_checkpointing")
+    rows, output = train(*options, ranks=1, stage=3, micro_batch=2, CXX="no-such-compiler")
+    # a fresh model guesses evenly over 257 tokens
+    assert rows[0]["held_out_loss"] == pytest.approx(5.55, abs=0.1)
+    assert "DeepSpeed's CPU communication op is left out, gloo does its work: there is no C++ compiler" in output
+
+
+@pytest.fixture
+def functions(monkeypatch: pytest.MonkeyPatch):
+    # as a script it finds its neighbours
+    monkeypatch.syspath_prepend(str(TRAIN.parent))
+    return importlib.import_module("train")
+
+
+def test_text_that_is_not_there_or_too_short_is_named(functions, tiny_model, text, tmp_path):
+    with pytest.raises(FileNotFoundError, match="--text .*nowhere: neither a file nor a folder with"):
+        functions.text_files([str(tmp_path / "nowhere")])
+    options = ["--model", str(tiny_model), "--text", str(text), "--steps", "1", "--out", str(tmp_path)]
+    with pytest.raises(ValueError, match="the held-out text is shorter than one block of 4096 tokens"):
+        functions.token_blocks(functions.parse_options([*options, "--block", "4096"]))
+
+
+def test_the_held_out_part_is_the_tail_of_every_file(functions, tiny_model, text, tmp_path):
+    options = ["--model", str(tiny_model), "--text", str(text), "--steps", "1", "--out", str(tmp_path)]
+    options += ["--block", "1", "--held_out", "0.25", "--eval_blocks", "1000000"]
+    train, held_out = functions.token_blocks(functions.parse_options(options))
+    # one token per byte, and one behind each of the four parts
+    assert len(train) + len(held_out) == sum(file.stat().st_size for file in text.iterdir()) + 4
+    tail = (text / "b.txt").read_bytes()[-10:]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    assert tokenizer.decode(held_out.flatten().tolist()).encode().endswith(tail + b"<end>")
+
+
+def test_every_block_comes_once_in_an_epoch_whatever_the_ranks(functions, monkeypatch):
+    blocks = torch.arange(12).view(12, 1)
+
+    def seen(world: int, size: int, micro_steps: int, steps: range) -> list[list[int]]:
+        monkeypatch.setattr(functions.dist, "get_world_size", lambda: world)
+        engine = SimpleNamespace(
+            train_micro_batch_size_per_gpu=lambda: size,
+            train_batch_size=lambda: world * size * micro_steps,
+            device="cpu",
+        )
+        batches = []
+        for step in steps:
+            batch = []
+            for micro in range(micro_steps):
+                for rank in range(world):
+                    monkeypatch.setattr(functions.dist, "get_rank", lambda rank=rank: rank)
+                    batch += functions.micro_batch(engine, blocks, 0, step, micro).flatten().tolist()
+            batches.append(batch)
+        return batches
+
+    epoch = seen(world=1, size=4, micro_steps=1, steps=range(3))
+    assert sorted(sum(epoch, [])) == list(range(12))
+    assert epoch == seen(world=2, size=1, micro_steps=2, steps=range(3))
+    assert epoch[1:] == seen(world=4, size=1, micro_steps=1, steps=range(1, 3))
+    # another epoch, another order
+    assert epoch != seen(world=1, size=4, micro_steps=1, steps=range(3, 6))
+
+
+def test_the_script_has_never_heard_of_us():
+    assert "fused" not in TRAIN.read_text()

@@ -1,0 +1,134 @@
+"""Start N ranks of a real script on the CPU, wait for them, and hand back what they said.
+
+Used by every test that needs more than one process. `launch` starts the ranks itself (what torchrun would set in the
+environment, without its agent process); `start` runs any one command in the same prepared environment. Both end all
+they started, grandchildren included, when the time is up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one process ended: its exit status and its output, stdout and stderr as one text."""
+
+    status: int
+    output: str
+
+
+def launch(
+    script: str | Path,
+    *args: str,
+    ranks: int = 2,
+    timeout: float = 120,
+    cwd: Path = REPO,
+    env: Mapping[str, str] | None = None,
+    expect_success: bool = True,
+) -> list[Ended]:
+    """Run `script` on `ranks` CPU ranks (gloo) and return how each ended, in rank order.
+
+    With `expect_success` one failed rank fails the test, which then shows every rank's output.
+    """
+    address = {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    address["MASTER_PORT"] = str(free_port())
+    command = [sys.executable, "-u", str(script), *args]
+    started = [
+        _Started(command, cpu_environment(RANK=str(rank), LOCAL_RANK=str(rank), **address, **(env or {})), cwd)
+        for rank in range(ranks)
+    ]
+    ended = _wait(started, timeout)
+    assert not expect_success or not any(e.status for e in ended), _shown(ended)
+    return ended
+
+
+def start(command: Sequence[str | Path], *, timeout: float = 120, cwd: Path = REPO, **env: str) -> Ended:
+    """Run one command to its end, whatever its status."""
+    return _wait([_Started(command, cpu_environment(**env), cwd)], timeout)[0]
+
+
+def cpu_environment(**more: str) -> dict[str, str]:
+    """A copy of this process's environment in which DeepSpeed trains on the CPU and nothing reaches out."""
+    env = dict(os.environ)
+    # what an outer launcher or another test may have left there
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TRITON_INTERPRET"):
+        env.pop(name, None)
+    env |= {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        # DeepSpeed looks for ninja on PATH, where a venv that is not activated has no place
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)]),
+    }
+    return env | more
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class _Started:
+    """One running process, its output in a file: a full pipe would stop a rank that the others wait for."""
+
+    def __init__(self, command: Sequence[str | Path], env: Mapping[str, str], cwd: Path):
+        self.output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `ended`)
+        self.process = subprocess.Popen(
+            [str(c) for c in command],
+            env=dict(env),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            # a session of its own, so that ending it ends its children
+            start_new_session=True,
+        )
+
+    def end(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def ended(self) -> Ended:
+        with self.output as f:
+            f.seek(0)
+            return Ended(self.process.returncode, f.read().decode(errors="replace"))
+
+
+def _wait(started: Sequence[_Started], timeout: float) -> list[Ended]:
+    deadline = time.monotonic() + timeout
+    first_failure = None
+    while any(s.process.poll() is None for s in started):
+        now = time.monotonic()
+        if first_failure is None and any(s.process.returncode for s in started):
+            first_failure = now
+        # ranks that wait for one that failed would wait for ever; what they say in the meantime is worth having
+        if now > deadline or (first_failure is not None and now > first_failure + 20):
+            break
+        time.sleep(0.05)
+    too_late = first_failure is None and any(s.process.poll() is None for s in started)
+    for s in started:
+        s.end()
+    ended = [s.ended() for s in started]
+    assert not too_late, f"not ended after {timeout:g} s\n{_shown(ended)}"
+    return ended
+
+
+def _shown(ended: Sequence[Ended]) -> str:
+    return "\n".join(f"--- process {i} ended with status {e.status}\n{e.output}" for i, e in enumerate(ended))

@@ -1,0 +1,491 @@
+"""Deferred logits without a model: what is recorded, what computes, what the tensor after the forward is good for."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import logging
+import pickle
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ds_fused.modules.deferred import DeferredLogits, HeadCall
+from ds_fused.modules.head import CausalLMLoss, Head, Scope
+from ds_fused.modules.on_demand import LogitsOnDemand
+from ds_fused.modules.swap import swap, unswap
+
+VOCAB, WIDTH = 23, 8
+
+
+def cross_entropy_of_logits(logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None):
+    """Stands for transformers' ForCausalLMLoss."""
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    logits = logits.float().view(-1, vocab_size)
+    loss = F.cross_entropy(logits, shift_labels.reshape(-1), ignore_index=ignore_index, reduction=reduction)
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+class Model(nn.Module):
+    """A causal LM reduced to its head; ``between`` is what it does to its logits."""
+
+    def __init__(self, between=lambda logits: logits, bias: bool = False, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCAB, bias=bias)
+        self.between = between
+        self.loss_function = cross_entropy_of_logits
+        self.to(dtype)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None, **kwargs):
+        logits = self.between(self.head(self.body(x)))
+        loss = None if labels is None else self.loss_function(logits, labels, VOCAB, **kwargs)
+        return {"loss": loss, "logits": logits}
+
+    def fuse(self, **options) -> Model:
+        scope = Scope(1, **options)
+        swap(self.head, Head, _ds_fused_scope=scope)
+        scope.attach(self)
+        self.loss_function = CausalLMLoss(cross_entropy_of_logits, scope)
+        self.loss_function.linear = {}
+        return self
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.randint(VOCAB, (2, 5), generator=generator)
+    labels[0, 2] = -100
+    return torch.randn(2, 5, WIDTH, generator=generator), labels
+
+
+def pair(between=lambda logits: logits, bias: bool = False, **options) -> tuple[Model, Model]:
+    return Model(between, bias), Model(between, bias).fuse(**options)
+
+
+def gradients(model: nn.Module, value: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    value.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def same_gradients(stock: Model, fused: Model, of) -> None:
+    x, labels = batch()
+    wanted, got = gradients(stock, of(stock(x, labels))), gradients(fused, of(fused(x, labels)))
+    assert wanted.keys() == got.keys()
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-5, atol=1e-6)
+
+
+RECORDED = {
+    "nothing": lambda z: z,
+    "float": lambda z: z.float(),
+    "granite": lambda z: z / 3.0,
+    "cohere": lambda z: 0.5 * z,
+    "gemma2": lambda z: torch.tanh(z / 2.0) * 2.0,
+    "method tanh, nothing after": lambda z: (z * 1.5).tanh(),
+    "scale, cap, scale": lambda z: torch.mul((z / 4).contiguous().tanh(), 3).to(torch.float32),
+    "in-place division": lambda z: z.__truediv__(2),
+}
+NOT_RECORDED = {
+    "shift by a tensor": lambda z: z + torch.ones(VOCAB),
+    "tanh twice": lambda z: z.tanh().tanh(),
+    "negative cap": lambda z: z.tanh() * -2.0,
+    "scale by a tensor": lambda z: z * torch.full((), 0.7),
+    "functional": lambda z: F.log_softmax(z, dim=-1),
+    "slice": lambda z: z[..., :VOCAB],
+    "divided": lambda z: 1.0 / (z * z + 1.0),
+    "method": lambda z: z.clamp(max=0.3),
+    "list": lambda z: torch.stack([z, z]).mean(0),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_steps_are_fused(name: str, bias: bool) -> None:
+    stock, fused = pair(RECORDED[name], bias)
+    x, labels = batch()
+    wanted, got = stock(x, labels), fused(x, labels)
+    assert isinstance(got["logits"], LogitsOnDemand), "no loss was fused"
+    torch.testing.assert_close(got["loss"], wanted["loss"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got["logits"].detach().clone(), wanted["logits"].detach(), rtol=0, atol=0)
+    same_gradients(stock, fused, lambda out: out["loss"])
+    # and through logits that are read after the forward
+    same_gradients(stock, fused, lambda out: out["loss"] + out["logits"].square().mean())
+
+
+@pytest.mark.parametrize("name", NOT_RECORDED)
+def test_any_other_operation_computes_real_logits(name: str) -> None:
+    stock, fused = pair(NOT_RECORDED[name])
+    x, labels = batch()
+    wanted, got = stock(x, labels), fused(x, labels)
+    assert type(got["logits"]) is Tensor
+    torch.testing.assert_close(got["loss"], wanted["loss"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got["logits"], wanted["logits"], rtol=0, atol=0)
+    same_gradients(stock, fused, lambda out: out["loss"])
+
+
+def test_logits_that_the_model_writes_to_are_used_as_written() -> None:
+    def mask(z):
+        z[..., 3] = -5.0
+        return z
+
+    stock, fused = pair(mask)
+    x, labels = batch()
+    torch.testing.assert_close(fused(x, labels)["loss"], stock(x, labels)["loss"])
+    same_gradients(stock, fused, lambda out: out["loss"])
+
+
+def test_a_copy_made_before_the_write_keeps_its_values() -> None:
+    def mask(z):
+        scaled = z * 2.0
+        z.zero_()
+        return scaled
+
+    stock, fused = pair(mask)
+    x, labels = batch()
+    torch.testing.assert_close(fused(x, labels)["loss"], stock(x, labels)["loss"])
+
+
+def test_questions_about_deferred_logits_compute_nothing() -> None:
+    head = Model().fuse().head
+    logits = DeferredLogits(HeadCall(head, torch.randn(2, 5, WIDTH)))
+    assert logits.shape == (2, 5, VOCAB) and logits.size(-1) == VOCAB and logits.size() == logits.shape
+    assert logits.dim() == logits.ndim == 3 and len(logits) == 2 and logits.numel() == torch.numel(logits) == 10 * VOCAB
+    assert logits.dtype == torch.float32 and logits.device.type == "cpu" and torch.is_floating_point(logits)
+    assert logits.requires_grad and logits.is_contiguous() and "steps" in repr(logits)
+    assert logits.to("cpu") is logits and logits.float() is logits and logits.to(torch.bfloat16).dtype == torch.bfloat16
+    assert not logits.is_real()
+    with torch.no_grad():
+        assert not logits.requires_grad
+
+
+def test_without_labels_the_forward_is_stock() -> None:
+    stock, fused = pair()
+    x, _ = batch()
+    out = fused(x)
+    assert type(out["logits"]) is Tensor and torch.equal(out["logits"], stock(x)["logits"])
+
+
+def test_labels_but_no_loss_gives_real_logits() -> None:
+    stock, fused = pair(RECORDED["gemma2"])
+    x, labels = batch()
+    for model in (stock, fused):
+        model.forward_with_loss, model.calls = model.loss_function, 0
+        model.loss_function = lambda logits, labels, vocab: None
+    wanted, got = stock(x, labels), fused(x, labels)
+    assert type(got["logits"]) is Tensor and torch.equal(got["logits"], wanted["logits"])
+    same_gradients(stock, fused, lambda out: out["logits"].square().mean())
+
+
+def test_labels_by_position() -> None:
+    stock, fused = pair()
+    x, labels = batch()
+    assert isinstance(fused(x, labels)["logits"], LogitsOnDemand)
+    assert isinstance(fused(x, labels=labels)["logits"], LogitsOnDemand)
+    assert type(fused(x, None)["logits"]) is Tensor
+
+
+def test_a_forward_that_raises_disarms_the_head() -> None:
+    _, fused = pair(lambda logits: logits.no_such_attribute if fused.broken else logits)
+    x, labels = batch()
+    fused.broken = True
+    with pytest.raises(AttributeError, match="no_such_attribute"):
+        fused(x, labels)
+    fused.broken = False
+    assert type(fused.head(x)) is Tensor
+    assert type(fused(x)["logits"]) is Tensor
+    assert isinstance(fused(x, labels)["logits"], LogitsOnDemand)
+
+
+def test_a_forward_within_a_forward() -> None:
+    stock, fused = pair()
+    x, labels = batch()
+
+    def peek(logits):
+        if not fused.inside:
+            fused.inside = True
+            fused.seen = [fused(x)["logits"], fused(x, labels)["logits"]]
+            fused.inside = False
+        return logits
+
+    fused.inside, fused.between = False, peek
+    out = fused(x, labels)
+    assert type(fused.seen[0]) is Tensor and isinstance(fused.seen[1], LogitsOnDemand)
+    assert isinstance(out["logits"], LogitsOnDemand)
+    torch.testing.assert_close(out["loss"], stock(x, labels)["loss"])
+
+
+def test_hooks_of_the_head_fire_once_and_around_the_loss() -> None:
+    _, fused = pair()
+    x, labels = batch()
+    seen = []
+    fused.head.register_forward_pre_hook(lambda module, args: seen.append("before"))
+    fused.head.register_forward_hook(lambda module, args, out: seen.append(type(out)))
+    fused(x, labels)
+    assert seen == ["before", tuple]
+    seen.clear()
+    fused(x)
+    assert seen == ["before", Tensor]
+
+
+def test_keep_and_stock() -> None:
+    x, labels = batch()
+    stock, fused = pair(logits="keep")
+    got, wanted = fused(x, labels), stock(x, labels)
+    assert type(got["logits"]) is Tensor and torch.equal(got["logits"], wanted["logits"])
+    same_gradients(stock, fused, lambda out: out["loss"] + out["logits"].square().mean())
+
+    stock, fused = pair(eval="stock")
+    assert isinstance(fused(x, labels)["logits"], LogitsOnDemand)
+    out = fused.eval()(x, labels)
+    assert type(out["logits"]) is Tensor and torch.equal(out["loss"], stock.eval()(x, labels)["loss"])
+    _, fused = pair()
+    assert isinstance(fused.eval()(x, labels)["logits"], LogitsOnDemand)
+
+
+def test_where_in_the_output_logits_stand() -> None:
+    _, fused = pair()
+    x, labels = batch()
+    plain = fused.forward
+    for place in (
+        lambda out: (out["loss"], out["logits"]),
+        lambda out: [out["loss"], (out["logits"],)],
+        lambda out: {"inner": {"logits": out["logits"]}, "loss": out["loss"]},
+        lambda out: out["logits"],
+    ):
+        fused.forward = lambda *a, place=place, **k: place(plain(*a, **k))
+        leaves = torch.utils._pytree.tree_leaves(fused(x, labels))
+        assert any(isinstance(leaf, LogitsOnDemand) for leaf in leaves)
+        assert all(isinstance(leaf, Tensor) for leaf in leaves)
+
+
+# the tensor after the forward
+
+
+def logits_of(model: Model) -> Tensor:
+    return model(*batch())["logits"]
+
+
+def computed(logits: LogitsOnDemand) -> bool:
+    return logits._source._values is not None
+
+
+def saved_and_loaded(logits: Tensor) -> Tensor:
+    file = io.BytesIO()
+    torch.save(logits.detach(), file)
+    file.seek(0)
+    return torch.load(file)
+
+
+USES = {
+    "argmax": lambda z: z.argmax(-1),
+    "slice": lambda z: z[..., :-1, :].contiguous(),
+    "arithmetic": lambda z: 1 - 2 * z / 3,
+    "softmax": lambda z: F.softmax(z, dim=-1),
+    "cat": lambda z: torch.cat([z, z]),
+    "iteration": lambda z: list(z)[1],
+    "cast": lambda z: z.bfloat16().float() + 0,
+    "numpy": lambda z: torch.from_numpy(z.detach().cpu().numpy()),
+    "tolist": lambda z: torch.tensor(z.tolist()),
+    "deepcopy": lambda z: copy.deepcopy(z.detach()),
+    "pickle": lambda z: pickle.loads(pickle.dumps(z.detach())),
+    "save": saved_and_loaded,
+    "out of a list": lambda z: torch.stack([z.detach() for _ in range(2)]),
+    "data": lambda z: z.data + 0,
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_logits_after_the_forward_act_as_the_tensor_they_would_have_been(name: str) -> None:
+    stock, fused = pair()
+    wanted, got = USES[name](logits_of(stock)), USES[name](logits_of(fused))
+    assert type(got) is Tensor
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+def test_questions_about_logits_after_the_forward_compute_nothing() -> None:
+    stock, fused = pair()
+    real, late = logits_of(stock), logits_of(fused)
+    assert isinstance(late, Tensor)
+    for ask in (
+        lambda z: (z.shape, z.size(), z.size(1), z.stride(), z.ndim, z.dim(), z.numel(), len(z)),
+        lambda z: (z.dtype, z.device, z.layout, z.is_cuda, z.requires_grad, z.is_leaf, z.is_contiguous()),
+        lambda z: (z.is_floating_point(), torch.is_floating_point(z), z.element_size(), z.nbytes),
+        lambda z: (z.detach().requires_grad, z.bfloat16().dtype, z.to(torch.float16).dtype, z.to("cpu").shape),
+        lambda z: (z.new_zeros(2, 3).tolist(), z.new_full((1,), 4.0).dtype),
+    ):
+        assert ask(late) == ask(real)
+    assert late.grad_fn is not None and late.float() is late and late.contiguous() is late
+    assert "LogitsOnDemand" in repr(late) and {late: 1}[late] == 1
+    late.register_hook(lambda grad: grad)
+    assert not computed(late)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return z * z
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> Tensor:
+        (z,) = ctx.saved_tensors
+        return 2 * z * dy
+
+
+class Passed(torch.autograd.Function):
+    """What DeepSpeed does to every tensor that a module returns."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor) -> Tensor:
+        return z.detach()
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> Tensor:
+        return dy
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda z: z.log_softmax(-1)[..., 0].sum(),
+        lambda z: Doubled.apply(z).sum(),
+        lambda z: Doubled.apply(z.to(torch.float64)).sum().float(),
+        lambda z: Passed.apply(z).square().sum(),
+        lambda z: Passed.apply(Passed.apply(z).float()).square().sum(),
+    ],
+    ids=["op", "function", "cast then function", "passed on", "passed on twice"],
+)
+@pytest.mark.parametrize("step", ["nothing", "gemma2"])
+def test_a_gradient_to_logits_after_the_forward(of, step: str) -> None:
+    stock, fused = pair(RECORDED[step], bias=True)
+    same_gradients(stock, fused, lambda out: of(out["logits"]))
+
+
+def test_writing_to_logits_after_the_forward() -> None:
+    stock, fused = pair()
+
+    def written(out):
+        z = out["logits"]
+        z[..., 2] = 0.0
+        return z.square().sum()
+
+    same_gradients(stock, fused, written)
+    late = logits_of(fused).detach()
+    late[0, 0, 0] = 7.0
+    assert late[0, 0, 0] == 7.0
+
+
+def test_passing_logits_on_computes_nothing() -> None:
+    _, fused = pair()
+    late = Passed.apply(logits_of(fused))
+    assert isinstance(late, LogitsOnDemand) and late.requires_grad and not computed(late)
+
+
+def test_a_collective_reads_the_values(tmp_path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        stock, fused = pair()
+        wanted, late = logits_of(stock).detach(), logits_of(fused).detach()
+        gathered = [torch.empty_like(late)]
+        torch.distributed.all_gather(gathered, late)
+        torch.testing.assert_close(gathered[0], wanted, rtol=0, atol=0)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_autocast_of_the_forward_holds_for_a_later_read() -> None:
+    stock, fused = pair(bias=True)
+    x, labels = batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wanted, got = stock(x, labels), fused(x, labels)
+    assert got["logits"].dtype == wanted["logits"].dtype == torch.bfloat16
+    assert got["loss"].dtype == wanted["loss"].dtype == torch.float32
+    assert torch.equal(got["logits"].clone(), wanted["logits"])
+
+
+def test_half_precision_loss_is_fp32() -> None:
+    stock, fused = Model(dtype=torch.bfloat16), Model(dtype=torch.bfloat16).fuse()
+    x, labels = batch()
+    got = fused(x.bfloat16(), labels)
+    assert got["loss"].dtype == torch.float32
+    torch.testing.assert_close(got["loss"], stock(x.bfloat16(), labels)["loss"], rtol=2e-2, atol=2e-2)
+
+
+def test_reading_says_who_reads_once(caplog: pytest.LogCaptureFixture) -> None:
+    _, fused = pair()
+    with caplog.at_level(logging.WARNING, "ds_fused"):
+        for _ in range(2):
+            logits_of(fused).sum()
+    assert [record.getMessage().count(__file__) for record in caplog.records] == [1]
+
+
+def test_reading_after_a_step_warns(caplog: pytest.LogCaptureFixture) -> None:
+    _, fused = pair()
+    x, labels = batch()
+    out = fused(x, labels)
+    out["loss"].backward()
+    torch.optim.SGD(fused.parameters(), lr=0.1).step()
+    with caplog.at_level(logging.WARNING, "ds_fused"):
+        out["logits"].sum()
+    assert any("after the head's weight changed" in record.getMessage() for record in caplog.records)
+
+
+def test_a_read_goes_through_whole_weight() -> None:
+    entered = []
+
+    class Whole:
+        def __init__(self, head: nn.Module) -> None:
+            self.head = head
+
+        def __enter__(self) -> None:
+            entered.append(self.head)
+
+        def __exit__(self, *error: object) -> None:
+            entered.append("left")
+
+    _, fused = pair(whole_weight=Whole)
+    late = logits_of(fused)
+    assert entered == []
+    late.sum(), late.argmax()
+    assert entered == [fused.head, "left"]
+
+
+def test_the_output_frees_what_it_holds() -> None:
+    _, fused = pair(RECORDED["gemma2"])
+    x, labels = batch()
+    gc.collect()
+    gc.disable()
+    try:
+        out = fused(x, labels)
+        held = [weakref.ref(out["logits"]), weakref.ref(out["logits"]._source)]
+        out["loss"].backward()
+        out["logits"].argmax(-1)
+        del out
+        assert [ref() for ref in held] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_a_deep_copy_is_fused_on_its_own() -> None:
+    stock, fused = pair()
+    twin = copy.deepcopy(fused)
+    x, labels = batch()
+    assert isinstance(twin(x, labels)["logits"], LogitsOnDemand)
+    assert twin.head._ds_fused_scope is not fused.head._ds_fused_scope
+    assert type(fused.head(x)) is Tensor
+    same_gradients(stock, twin, lambda out: out["loss"])
+
+
+def test_unswapped_head_is_a_plain_linear() -> None:
+    _, fused = pair()
+    before = set(vars(nn.Linear(1, 1)))
+    unswap(fused.head)
+    assert type(fused.head) is nn.Linear and set(vars(fused.head)) == before

@@ -1,0 +1,170 @@
+"""Compiles every kernel of ds_fused.ops for targets that need not be there, and prints what came out as JSON.
+
+    python tests/ops/compile_all.py cuda:80:32 cuda:90:32 hip:gfx942:64
+
+Needs a process of its own, without TRITON_INTERPRET. The ops are called as users call them, on CPU tensors: launches
+are compiled, with the real block sizes, and not run. A kernel that no example reaches is reported under "unreached".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+import ds_fused.ops as ops
+import ds_fused.ops._triton as shared
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.ones(shape, dtype=dtype, requires_grad=True)
+
+
+def rms_norm() -> None:
+    half, full = torch.bfloat16, torch.float32
+    for n, d, x_dtype, weight_dtype, cast in (
+        (64, 128, half, half, "before_weight"),  # Qwen3's q_norm: many rows in a tile
+        (2, 4096, half, half, "before_weight"),
+        (2, 4096, half, full, "after_weight"),
+        (2, 16384, full, full, "before_weight"),  # the widest whole row of the backward
+        (2, 32768, half, half, "after_weight"),  # the widest of the forward; walked backward
+        (2, 65536, half, half, "before_weight"),
+    ):
+        x, weight = leaf(n, d, dtype=x_dtype), leaf(d, dtype=weight_dtype)
+        ops.rms_norm(x, weight, cast=cast, offset=float(cast == "after_weight")).sum().backward()
+    ops.rms_norm(leaf(2, 4096), None).sum().backward()
+
+
+def glu() -> None:
+    for act in ("silu", "gelu_tanh", "gelu"):
+        ops.glu(leaf(2, 4096), leaf(2, 4096), act).sum().backward()
+    ops.glu(*leaf(2, 8192).chunk(2, -1)).sum().backward()
+    ops.glu(leaf(2, 4096, dtype=torch.float32), leaf(2, 4096, dtype=torch.float32)).sum().backward()
+
+
+def rope() -> None:
+    for d, r, interleaved, dtype in (
+        (128, 128, False, torch.bfloat16),
+        (128, 64, True, torch.bfloat16),
+        (96, 80, False, torch.float32),
+    ):
+        cos = torch.ones(1, 3, r, dtype=dtype)
+        q, k = leaf(1, 3, 32, d, dtype=dtype).transpose(1, 2), leaf(1, 3, 8, d, dtype=dtype).transpose(1, 2)
+        torch.autograd.backward([y.sum() for y in ops.rope(q, k, cos, cos, interleaved=interleaved)])
+
+
+def cross_entropy() -> None:
+    labels = torch.zeros(2, dtype=torch.int64)
+    for dtype in (torch.bfloat16, torch.float32):
+        ops.cross_entropy(leaf(2, 128256, dtype=dtype), labels).backward()
+    options = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0}
+    ops.cross_entropy(leaf(2, 50257), labels, **options).backward()
+
+
+def linear_cross_entropy() -> None:
+    labels = torch.zeros(2, dtype=torch.int64)
+    ops.linear_cross_entropy(leaf(2, 8), leaf(32000, 8), labels).backward()
+    options = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0, "logit_scale": 0.5}
+    ops.linear_cross_entropy(leaf(2, 8), leaf(50257, 8), labels, bias=leaf(50257), **options).backward()
+
+
+EXAMPLES: tuple[Callable[[], None], ...] = (rms_norm, glu, rope, cross_entropy, linear_cross_entropy)
+
+
+def kernels() -> set[str]:
+    """Every kernel of the package by its rule of names: a jitted function that ends in _kernel."""
+    found = set()
+    for info in pkgutil.iter_modules(ops.__path__):
+        module = import_module(f"{ops.__name__}.{info.name}")
+        found |= {value.__name__ for value in vars(module).values() if isinstance(value, JITFunction)}
+    return {name for name in found if name.endswith("_kernel")}
+
+
+class Elsewhere:
+    """A driver of a device that is not there: enough of one to compile for it."""
+
+    def __init__(self, target: GPUTarget, index: int) -> None:
+        self.target, self.index = target, index
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.index  # triton keeps compiled kernels per device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def spilled_bytes(target: GPUTarget, asm: dict[str, str | bytes]) -> int | None:
+    """Registers that went to memory, as the assembler (NVIDIA) or the code object's notes (AMD) tell."""
+    if target.backend == "hip":
+        found = re.search(r"\.private_segment_fixed_size:\s*(\d+)", asm["amdgcn"])
+        return int(found.group(1)) if found else None
+    command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name=sm_{target.arch}{'a' if target.arch >= 90 else ''}"]
+    done = subprocess.run([*command, "-o", os.devnull, "/dev/stdin"], input=asm["ptx"], capture_output=True, text=True)
+    found = re.search(r"(\d+) bytes spill stores", done.stderr)
+    return int(found.group(1)) if found else None
+
+
+def compile_all(target: GPUTarget, index: int) -> dict[str, object]:
+    """All examples for one target."""
+    compiled: dict[str, dict[str, object]] = {}
+    stock_run = JITFunction.run
+
+    def run(self: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> object:
+        kernel = stock_run(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash not in compiled:
+            binary = kernel.asm["hsaco" if target.backend == "hip" else "cubin"]
+            compiled[kernel.hash] = {
+                "kernel": self.__name__,
+                "bytes": len(binary),
+                "warps": kernel.metadata.num_warps,
+                "shared": kernel.metadata.shared,
+                "spilled": spilled_bytes(target, kernel.asm),
+                "constants": {k: v for k, v in kwargs.items() if isinstance(v, (bool, int, float, str))},
+            }
+        return kernel
+
+    triton.runtime.driver.set_active(Elsewhere(target, index))
+    shared.LANES = target.warp_size
+    JITFunction.run = run
+    try:
+        for example in EXAMPLES:
+            example()
+    finally:
+        JITFunction.run = stock_run
+    rows = sorted(compiled.values(), key=lambda row: (row["kernel"], str(row["constants"])))
+    return {
+        "examples": [example.__name__ for example in EXAMPLES],
+        "compiled": rows,
+        "unreached": sorted(kernels() - {row["kernel"] for row in rows}),
+    }
+
+
+def main(names: list[str]) -> None:
+    if triton.knobs.runtime.interpret:
+        sys.exit(f"{Path(__file__).name}: TRITON_INTERPRET is set, there is nothing to compile")
+    os.environ["TRITON_INTERPRET"] = "1"  # after the kernels were made: only so that ops take CPU tensors to them
+    results = {}
+    for index, name in enumerate(names):
+        backend, arch, lanes = name.split(":")
+        target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(lanes))
+        results[name] = compile_all(target, index)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,208 @@
+"""cross_entropy: loss and gradient against fp64 with every option, what is never read, what may be overwritten."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import as_accurate, nan_filled, randn
+
+from ds_fused.ops.cross_entropy import cross_entropy, cross_entropy_reference
+
+op_file = importlib.import_module("ds_fused.ops.cross_entropy")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# each alone, then all at once: they meet in one formula
+OPTIONS = [
+    {},
+    {"label_smoothing": 0.1},
+    {"z_loss": 0.01},
+    {"softcap": 2.0},
+    {"label_smoothing": 0.3, "z_loss": 0.02, "softcap": 5.0, "reduction": "sum", "ignore_index": 3},
+]
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """Blocks so small that a row of 71 has whole ones and a rest."""
+    monkeypatch.setattr(op_file, "FWD_BLOCK", 32)
+    monkeypatch.setattr(op_file, "BWD_BLOCK", 32)
+
+
+def some_labels(*shape, n_vocab, device, ignore_index=-100):
+    generator = torch.Generator().manual_seed(sum(shape) + n_vocab)
+    labels = torch.randint(0, n_vocab, shape, generator=generator)
+    labels.view(-1)[1::3] = ignore_index
+    labels.view(-1)[-1] = n_vocab - 1  # in the rest of the row
+    return labels.to(device)
+
+
+def judged(shape, dtype, device, labels_dtype=torch.int64, **options):
+    ignore_index = options.get("ignore_index", -100)
+    labels = some_labels(*shape[:-1], n_vocab=shape[-1], device=device, ignore_index=ignore_index).to(labels_dtype)
+    logits = 3 * randn(*shape, device=device)
+    as_accurate(cross_entropy, cross_entropy_reference, [logits, labels], dtype, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 2, 4097)])  # least; odd; one column over a block
+def test_cross_entropy(shape, dtype, device):
+    judged(shape, dtype, device, reduction="none")
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_options(options, dtype, device, blocks):
+    judged((2, 2, 71), dtype, device, **options)
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_vocab", [1, 31, 32, 33, 96])  # around a block, and a row without a rest
+def test_full_product(n_vocab, dtype, reduction, options, device, blocks):
+    judged((4, n_vocab), dtype, device, **{**options, "reduction": reduction, "ignore_index": -100})
+
+
+def test_int32_labels(device):
+    judged((3, 7), torch.bfloat16, device, labels_dtype=torch.int32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, OPTIONS[-1]])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(511, 128256), (63, 50257)])  # Llama-3; GPT-2, where no row starts aligned
+def test_real_sizes(shape, dtype, options, device):
+    judged(shape, dtype, device, **options)
+
+
+@pytest.mark.gpu
+def test_over_two_to_the_31_elements(device):
+    logits = torch.randn(16800, 128256, device=device, dtype=torch.bfloat16).requires_grad_()
+    labels = torch.randint(0, 128256, (16800,), device=device)
+    loss = cross_entropy(logits, labels, reduction="none")
+    (dlogits,) = torch.autograd.grad(loss, logits, torch.ones_like(loss))
+    for rows in (slice(0, 4), slice(-4, None)):
+        part = logits.detach()[rows].double().requires_grad_()
+        exact = cross_entropy_reference(part, labels[rows], reduction="none")
+        (dexact,) = torch.autograd.grad(exact, part, torch.ones_like(exact))
+        assert (loss[rows] - exact).abs().max() < 1e-4
+        assert (dlogits[rows] - dexact).abs().max() < 2**-8  # one rounding of p - 1
+
+
+def test_rows_apart_and_columns_apart(device):
+    labels = some_labels(5, n_vocab=9, device=device)
+    wide = randn(5, 20, device=device).bfloat16()
+    for logits in (wide[:, 3:12], randn(9, 5, device=device).bfloat16().t()):
+        as_accurate(cross_entropy, cross_entropy_reference, [logits, labels], torch.bfloat16)
+
+
+def test_softcap_does_not_reach_the_padding(device, blocks):
+    # a cap on -inf is -softcap: with logits far below, padding columns would take all the weight
+    logits, labels = -5 * torch.ones(2, 33, device=device), torch.tensor([32, 0], device=device)
+    loss = cross_entropy(logits, labels, softcap=5.0)
+    torch.testing.assert_close(loss.cpu(), torch.tensor(33.0).log())
+
+
+def test_large_logits_keep_a_small_loss(device, blocks):
+    logits = randn(12, 40, device=device) - 100
+    logits[:, 5], logits[:, 6] = 300.0, torch.linspace(280, 299, 12)
+    labels = torch.full((12,), 5, device=device)
+    as_accurate(cross_entropy, cross_entropy_reference, [logits, labels], torch.float32, reduction="none")
+
+
+def test_masked_vocabulary(device, blocks):
+    logits = randn(3, 71, device=device)
+    logits[:, 32:] = float("-inf")  # whole blocks, as a padded vocabulary has
+    as_accurate(
+        cross_entropy, cross_entropy_reference, [logits, torch.tensor([0, 31, 4], device=device)], torch.float32
+    )
+
+
+def test_ignored_rows_are_zero_and_not_read(device):
+    logits = randn(4, 7, device=device).float()
+    logits[1] = float("nan")
+    logits.requires_grad_()
+    labels = torch.tensor([1, -100, 3, -100], device=device)
+    loss = cross_entropy(logits, labels, reduction="none", z_loss=0.1)
+    with nan_filled():
+        (dlogits,) = torch.autograd.grad(loss, logits, torch.tensor([1.0, float("inf"), 1.0, 2.0], device=device))
+    assert not loss[1::2].any() and not dlogits[1::2].any()
+    assert loss[0::2].isfinite().all() and dlogits[0::2].abs().sum(1).all()
+
+
+def test_all_ignored(device):
+    logits = randn(3, 7, device=device).bfloat16().requires_grad_()
+    labels = torch.full((3,), -100, device=device)
+    for reduction, is_right in (("mean", torch.isnan), ("sum", torch.logical_not)):
+        loss = cross_entropy(logits, labels, reduction=reduction)
+        (dlogits,) = torch.autograd.grad(loss, logits)
+        assert is_right(loss) and not dlogits.any()
+
+
+def test_empty_batch(device):
+    logits = torch.empty(0, 7, device=device, requires_grad=True)
+    labels = torch.empty(0, dtype=torch.int64, device=device)
+    assert cross_entropy(logits, labels).isnan()
+    loss = cross_entropy(logits, labels, reduction="sum")
+    loss.backward()
+    assert loss == 0 and logits.grad.shape == (0, 7)
+
+
+def test_overwritten_logits(device):
+    weight = randn(7, 3, device=device).float().requires_grad_()
+    x, labels = randn(5, 3, device=device).float(), some_labels(5, n_vocab=7, device=device)
+    (expected,) = torch.autograd.grad(cross_entropy(F.linear(x, weight), labels), weight)
+    logits = F.linear(x, weight)
+    loss = cross_entropy(logits, labels, overwrite_logits=True)
+    before, version = logits.detach().clone(), logits._version
+    (dweight,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    assert torch.equal(dweight, expected)
+    assert not torch.equal(logits, before) and logits._version > version
+    with pytest.raises(RuntimeError, match="cross_entropy: a second backward.*overwrite_logits=False"):
+        loss.backward()
+
+
+def test_overwriting_what_the_producer_kept_is_an_error(device):
+    x = randn(3, 7, device=device).float().requires_grad_()
+    loss = cross_entropy(torch.tanh(x), torch.tensor([0, 1, 2], device=device), overwrite_logits=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_second_backward_without_overwriting(device):
+    logits = randn(3, 7, device=device).float().requires_grad_()
+    loss = cross_entropy(logits, torch.tensor([0, 1, 2], device=device))
+    first, second = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_plain_path_is_the_reference(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    logits, labels = randn(3, 7, device="cpu"), torch.tensor([0, -100, 6])
+    assert torch.equal(cross_entropy(logits, labels), cross_entropy_reference(logits, labels))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": torch.tensor([0, 7])}, r"label 7 lies outside \[0, 7\)"),
+        ({"labels": torch.tensor([-1, 0])}, "label -1 lies outside"),
+        ({"labels": torch.tensor([0, 1, 2])}, r"labels \(3,\) must have the shape of the tokens, \(2,\)"),
+        ({"labels": torch.tensor([0.0, 1.0])}, "labels are torch.float32; they must be int64 or int32"),
+        ({"labels": torch.tensor([0, 1], device="meta")}, "labels are on meta"),
+        ({"reduction": "avg"}, "reduction is 'avg'; it must be 'mean', 'sum' or 'none'"),
+        ({"label_smoothing": 1.5}, "label_smoothing is 1.5"),
+        ({"softcap": 0.0}, "softcap is 0.0"),
+        ({"logits": torch.zeros(2, 7, dtype=torch.float64)}, "logits is torch.float64"),
+        ({"logits": torch.zeros(2, 0)}, "a vocabulary of 0"),
+        ({"logits": torch.zeros(())}, "got a scalar"),
+        ({"logits": torch.zeros(1).expand(2, 2**31)}, "columns are counted in int32"),
+    ],
+)
+def test_errors(changes, message, monkeypatch):
+    arguments = {"logits": torch.zeros(2, 7), "labels": torch.tensor([0, 1]), **changes}
+    with pytest.raises(ValueError, match=f"cross_entropy: .*{message}"):
+        cross_entropy(arguments.pop("logits"), arguments.pop("labels"), **arguments)

@@ -1,0 +1,111 @@
+"""glu: both passes against fp64, in place on the halves of a chunk."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import as_accurate, randn, same_bits
+
+from ds_fused.ops.glu import ACTS, BLOCK, glu, glu_reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (2, 3, 1025)])  # one element; odd; several blocks, the last one short
+def test_glu(shape, dtype, act, device):
+    inputs = [randn(*shape, device=device, seed=seed) for seed in (0, 1)]
+    as_accurate(glu, glu_reference, inputs, dtype, act=act)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(511, 14336), (63, 28672)])  # Llama-3-8B and 70B, an odd number of tokens
+def test_glu_of_real_sizes(shape, dtype, act, device):
+    inputs = [randn(*shape, device=device, seed=seed) for seed in (0, 1)]
+    as_accurate(glu, glu_reference, inputs, dtype, act=act)
+
+
+@pytest.mark.parametrize("d", [5, BLOCK + 1])  # columns under and over one block
+def test_halves_of_a_chunk_are_read_in_place(d, device):
+    gate, up = randn(2, 2, 2 * d, device=device).bfloat16().chunk(2, dim=-1)
+    as_accurate(glu, glu_reference, [gate, up], torch.bfloat16)
+
+
+def test_columns_apart_are_copied(device):
+    gate = randn(7, 3, device=device).bfloat16().t()
+    as_accurate(glu, glu_reference, [gate, randn(3, 7, device=device)], torch.bfloat16)
+
+
+def test_mixed_dtypes_promote(device):
+    gate, up = randn(3, 7, device=device).bfloat16(), randn(3, 7, device=device, seed=1).float()
+    as_accurate(glu, glu_reference, [gate, up], torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's, in the interpreter
+def test_large_values_stay_finite(device):
+    # exp(-x) of the sigmoid overflows at -100; act and slope are 0 and 1 there
+    gate = torch.tensor([-1e4, -100.0, -30.0, 0.0, 30.0, 100.0, 1e4], device=device)
+    for act in ACTS:
+        as_accurate(glu, glu_reference, [gate, torch.ones_like(gate)], torch.float32, act=act)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (2, 0, 3)])
+def test_empty(shape, device):
+    as_accurate(glu, glu_reference, [randn(*shape, device=device)] * 2, torch.float32)
+
+
+def test_one_frozen_input(device):
+    inputs = [randn(3, 7, device=device, seed=seed) for seed in (0, 1)]
+    as_accurate(glu, glu_reference, inputs, torch.float32, frozen=(1,))
+
+
+@pytest.mark.gpu
+def test_more_elements_than_int32(device):
+    n, d = 2**18 + 1, 2**13  # 2^31 + 2^13 elements, 4 GiB each
+    gate = torch.randn(n, d, dtype=torch.bfloat16, device=device).requires_grad_()
+    up = torch.randn(n, d, dtype=torch.bfloat16, device=device).requires_grad_()
+    y = glu(gate, up)
+    y.backward(up.detach())
+    tail = [x.detach()[-3:].clone().requires_grad_() for x in (gate, up)]
+    y_tail = glu(*tail)
+    y_tail.backward(tail[1].detach())
+    assert same_bits(y[-3:].detach(), y_tail.detach())
+    assert same_bits(gate.grad[-3:], tail[0].grad)
+    assert same_bits(up.grad[-3:], tail[1].grad)
+
+
+@pytest.mark.gpu
+def test_compiles_to_one_graph(device):
+    gate, up = (randn(65, 257, device=device, seed=seed).bfloat16().requires_grad_() for seed in (0, 1))
+    compiled = torch.compile(lambda a, b: glu(a, b) * 2, fullgraph=True)
+    got, wanted = compiled(gate, up), glu(gate, up) * 2
+    assert torch.equal(got, wanted)
+    dys = [torch.autograd.grad(y.sum(), (gate, up)) for y in (got, wanted)]
+    assert all(torch.equal(a, b) for a, b in zip(*dys, strict=True))
+
+
+def test_errors_name_the_argument(device):
+    x = torch.ones(2, 3, device=device)
+    with pytest.raises(ValueError, match=r"glu: gate \(2, 3\) and up \(2, 4\)"):
+        glu(x, torch.ones(2, 4, device=device))
+    with pytest.raises(ValueError, match="glu: act is 'relu'; known are silu"):
+        glu(x, x, "relu")
+    with pytest.raises(ValueError, match="glu: gate is torch.float64"):
+        glu(x.double(), x.double())
+
+
+def test_a_second_derivative_is_refused(device):
+    x = torch.ones(2, 3, device=device, requires_grad=True)
+    (dx,) = torch.autograd.grad(glu(x, x).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_without_the_interpreter_a_cpu_runs_the_reference(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    gate, up = randn(3, 7, device="cpu").float(), randn(3, 7, device="cpu", seed=1).float()
+    assert same_bits(glu(gate, up), glu_reference(gate, up))
+    assert glu(gate.double(), up.double()).dtype == torch.float64

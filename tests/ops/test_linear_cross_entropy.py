@@ -1,0 +1,403 @@
+"""linear_cross_entropy: loss and all gradients against fp64 however the logits are cut, and what it costs in memory."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from accuracy import as_accurate, nan_filled, randn
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ds_fused.ops._triton import runs_kernels
+from ds_fused.ops.linear_cross_entropy import (
+    Tiling,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    tiling,
+)
+
+op_file = importlib.import_module("ds_fused.ops.linear_cross_entropy")
+MB = 2**-20  # chunk_mb and keep_mb in bytes
+# one tile; slabs of 4 rows made again; slabs of which some are kept; every logit kept
+CUTS = [
+    {"chunk_mb": 1, "keep_mb": 0},
+    {"chunk_mb": MB, "keep_mb": 0},
+    {"chunk_mb": MB, "keep_mb": 180 * MB},
+    {"chunk_mb": MB, "keep_mb": 1},
+]
+EVERYTHING = {"label_smoothing": 0.3, "z_loss": 0.02, "softcap": 5.0, "logit_scale": 0.7, "ignore_index": 3}
+
+
+@pytest.fixture(params=["kernels", "plain"], autouse=True)
+def where(request, monkeypatch, device):
+    """Both softmax passes: the kernels (on a GPU, or interpreted), and PyTorch on a CPU."""
+    monkeypatch.setattr(op_file, "LEAST_SIDE", 4)
+    monkeypatch.setattr(op_file, "SIDE_STEP", 2)
+    monkeypatch.setattr(op_file, "ROW_STEP", 4)
+    if request.param == "plain":
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        return torch.device("cpu")
+    return device
+
+
+only_plain = pytest.mark.parametrize("where", ["plain"], indirect=True)
+only_kernels = pytest.mark.parametrize("where", ["kernels"], indirect=True)
+
+
+def ours(x, weight, labels, bias=None, **options):
+    return linear_cross_entropy(x, weight, labels, bias=bias, **options)
+
+
+def theirs(x, weight, labels, bias=None, chunk_mb=0, keep_mb=0, **options):
+    return linear_cross_entropy_reference(x, weight, labels, bias=bias, **options)
+
+
+def some(m, h, v, device, ignore_index=-100, labels_dtype=torch.int64):
+    generator = torch.Generator().manual_seed(m + v)
+    labels = torch.randint(0, v, (m,), generator=generator)
+    labels[1::4] = ignore_index
+    labels = labels.to(device, labels_dtype)
+    return [2 * randn(m, h, device=device), randn(v, h, device=device), labels, randn(v, device=device)]
+
+
+def judged(where, dtype, sizes=(11, 5, 29), bias=True, frozen=(), **options):
+    inputs = some(*sizes, where, options.get("ignore_index", -100))
+    as_accurate(ours, theirs, inputs if bias else inputs[:3], dtype, frozen=frozen, **options)
+
+
+def test_tiling(monkeypatch):
+    monkeypatch.undo()  # the sides of real life
+    cut = dict(dx=True, dweight=True)
+    # Llama-3-8B, 8192 tokens: along the vocabulary, in even parts; two of the four are kept
+    assert tiling(8192, 128256, 2, 512 * 2**20, 1024 * 2**20, **cut) == Tiling(8192, 32256, 2)
+    assert tiling(8192, 128256, 2, 512 * 2**20, 2048 * 2**20, **cut) == Tiling(8192, 128256, 1)
+    # more tokens than vocabulary: along the tokens, so that the fp32 sum is the smaller one
+    assert tiling(65536, 32000, 2, 512 * 2**20, 0, **cut) == Tiling(8192, 32000, 0)
+    # a frozen weight needs no fp32 sum at all along the tokens; nor does a frozen trunk along the vocabulary
+    assert tiling(8192, 128256, 2, 512 * 2**20, 0, dx=True, dweight=False) == Tiling(2048, 128256, 0)
+    assert tiling(65536, 32000, 2, 512 * 2**20, 0, dx=False, dweight=True) == Tiling(65536, 4096, 0)
+    # slabs of their own are cut along the tokens
+    assert tiling(8192, 128256, 2, 128 * 2**20, 0, **cut, slab_rows=16032) == Tiling(4096, 16032, 0)
+    assert tiling(0, 7, 2, 1, 0, **cut) == Tiling(1, 7, 0)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuts(dtype, cut, where):
+    interpreted = torch.device("cpu") == where and runs_kernels(torch.empty(0))
+    judged(where, dtype, sizes=(5, 3, 23) if interpreted else (11, 5, 29), reduction="none", **cut)
+
+
+@only_plain
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("options", [{}, {"reduction": "sum"}, *({k: v} for k, v in EVERYTHING.items()), EVERYTHING])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_options(dtype, options, cut, where):
+    judged(where, dtype, **options, **cut)
+
+
+@only_kernels
+@pytest.mark.parametrize("cut", CUTS[:3:2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_options_in_kernels(dtype, cut, where):
+    judged(where, dtype, sizes=(5, 3, 23), **EVERYTHING, **cut)
+
+
+# along the tokens: fp32 sums of dweight. 11 tokens in 4, 4, 3; of the chunks none or the first is kept
+@pytest.mark.parametrize("keep_mb", [0, 100 * MB])
+def test_more_tokens_than_vocabulary(keep_mb, where):
+    judged(where, torch.bfloat16, sizes=(11, 5, 7), bias=False, reduction="none", chunk_mb=MB, keep_mb=keep_mb)
+
+
+@only_plain
+@pytest.mark.parametrize("frozen", [(0,), (1,), (3,), (0, 1), (1, 3), (0, 3)])
+@pytest.mark.parametrize("cut", CUTS)
+def test_frozen(frozen, cut, where):
+    judged(where, torch.bfloat16, frozen=frozen, **cut)
+
+
+def test_int32_labels_and_leading_dimensions(where):
+    x, weight, labels, _ = some(6, 5, 23, where, labels_dtype=torch.int32)
+    x = x.view(3, 2, 5).transpose(0, 1)  # not contiguous
+    as_accurate(ours, theirs, [x, weight, labels.view(2, 3)], torch.bfloat16, reduction="none", **CUTS[2])
+
+
+@only_plain
+def test_dweight_is_as_good_as_one_product(where):
+    # 64 chunks, each rounded to bf16 when added, would be several times worse
+    x, weight, labels, _ = some(512, 16, 48, where)
+    as_accurate(ours, theirs, [x, weight, labels], torch.bfloat16, reduction="sum", chunk_mb=8 * 96 * MB, keep_mb=0)
+
+
+@only_plain
+def test_accumulation_over_micro_batches(where):
+    x, weight, labels, _ = some(24, 5, 29, where)
+    expected = torch.autograd.grad(theirs(x, weight.requires_grad_(), labels), weight)[0]
+    head = weight.detach().float().requires_grad_()
+    count = (labels != -100).sum()
+    for part in range(4):
+        rows = slice(6 * part, 6 * part + 6)
+        (ours(x[rows].float(), head, labels[rows], reduction="sum", **CUTS[2]) / count).backward()
+    torch.testing.assert_close(head.grad.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_fp16_under_a_loss_scale(where):
+    x, weight, labels, _ = (t.half() if t.is_floating_point() else t for t in some(5, 5, 23, where))
+    x.requires_grad_(), weight.requires_grad_()
+    (1024.0 * ours(x, weight, labels, **CUTS[1])).backward()
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    (1024.0 * theirs(*wide, labels)).backward()
+    for mine, exact in zip((x.grad, weight.grad), (t.grad for t in wide), strict=True):
+        assert mine.isfinite().all()
+        assert (mine - exact).abs().max() < 4e-3 * exact.abs().max()
+
+
+def test_ignored_tokens_are_exactly_zero(where):
+    x, weight, labels, _ = some(5, 5, 23, where)
+    x, weight = x.bfloat16(), weight.bfloat16().requires_grad_()
+    x[1::4] = float("nan")  # their logits are NaN, and nobody looks
+    x.requires_grad_()
+    loss = ours(x, weight, labels, reduction="none", **CUTS[2])
+    with nan_filled():
+        (dx,) = torch.autograd.grad(loss.sum(), x)
+    assert not loss[1::4].any() and not dx[1::4].any() and loss.isfinite().all() and dx.isfinite().all()
+
+
+def test_all_ignored(where):
+    x, weight, labels, bias = (t.requires_grad_() if t.is_floating_point() else t for t in some(5, 3, 13, where))
+    x, weight, bias = (t.detach().float().requires_grad_() for t in (x, weight, bias))
+    labels = torch.full_like(labels, -100)
+    loss = ours(x, weight, labels, bias, **CUTS[1])
+    loss.backward()
+    assert loss.isnan() and not any(t.grad.any() for t in (x, weight, bias))
+
+
+@pytest.mark.parametrize("cut", CUTS[:2])
+def test_empty_batch(cut, where):
+    x, weight = torch.empty(0, 3, device=where, requires_grad=True), torch.ones(13, 3, device=where, requires_grad=True)
+    labels = torch.empty(0, dtype=torch.int64, device=where)
+    assert ours(x, weight, labels, **cut).isnan()
+    with nan_filled():
+        ours(x, weight, labels, reduction="sum", **cut).backward()
+    assert x.grad.shape == (0, 3) and not weight.grad.any()
+
+
+def test_second_backward(where):
+    x, weight, labels, _ = (t.float() if t.is_floating_point() else t for t in some(5, 3, 23, where))
+    weight.requires_grad_()
+    loss = ours(x, weight, labels, **CUTS[1])
+    first, second = (torch.autograd.grad(loss, weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    loss = ours(x, weight, labels, **CUTS[2])
+    assert torch.equal(torch.autograd.grad(loss, weight, retain_graph=True)[0], first)
+    with pytest.raises(RuntimeError, match="linear_cross_entropy: a second backward.*keep_mb=0"):
+        loss.backward()
+
+
+@only_plain
+@pytest.mark.parametrize("cut", CUTS)
+def test_storage_of_the_weight_may_change_between_the_passes(cut, where):
+    # as ZeRO-3 does it: released after the forward, gathered into other memory before the backward
+    x, weight, labels, _ = (t.float() if t.is_floating_point() else t for t in some(11, 5, 29, where))
+    weight = torch.nn.Parameter(weight)
+    expected = torch.autograd.grad(theirs(x, weight, labels), weight)[0]
+    loss = ours(x, weight, labels, **cut)
+    full = weight.data.clone()
+    weight.data.fill_(float("nan"))
+    weight.data = torch.empty(0)
+    weight.data = full
+    loss.backward()
+    torch.testing.assert_close(weight.grad, expected)
+
+
+@only_plain
+@pytest.mark.parametrize("cut", CUTS)
+def test_autocast(cut, where):
+    def autocasted(f):
+        def run(*args, **options):
+            with torch.autocast(where.type, dtype=torch.bfloat16, enabled=args[0].dtype != torch.float64):
+                return f(*args, **options)
+
+        return run
+
+    inputs = some(11, 5, 29, where)
+    inputs = [t.bfloat16().double() if t.is_floating_point() else t for t in inputs]  # so that fp64 sees what bf16 sees
+    as_accurate(autocasted(ours), autocasted(theirs), inputs, torch.float32, **cut)
+
+
+class ThreeSlabs:
+    """The weight as ZeRO-3 might bring it: rows in another order, in uneven parts, gone when the next part comes."""
+
+    def __init__(self, weight: Tensor, requires_grad: bool = True) -> None:
+        order = torch.randperm(len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device)
+        self.owner = weight
+        self.weight, self.ids = weight.detach(), torch.tensor_split(order, [9, 20])
+        self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
+        self.slab_rows, self.requires_grad = max(len(ids) for ids in self.ids), requires_grad
+        self.grad, self.calls, self.rows = torch.full_like(self.weight, float("nan")), [], None
+
+    def __len__(self) -> int:
+        return 3
+
+    def gather(self, k: int) -> tuple[Tensor, Tensor]:
+        self.calls.append(f"gather {k}")
+        if self.rows is not None:
+            self.rows.fill_(float("nan"))
+        self.rows = self.weight[self.ids[k]]
+        return self.rows, self.ids[k]
+
+    def gradient(self, k: int) -> Tensor:
+        return torch.full_like(self.rows, float("nan"))
+
+    def scatter(self, k: int, dw: Tensor) -> None:
+        self.calls.append(f"scatter {k}")
+        self.grad[self.ids[k]] = dw
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+        self.owner.grad = self.grad
+
+
+def in_slabs(x, weight, labels, bias=None, **options):
+    return linear_cross_entropy(x, ThreeSlabs(weight, weight.requires_grad), labels, bias=bias, **options)
+
+
+@pytest.mark.parametrize("cut", CUTS[:3])
+@pytest.mark.parametrize("options", [{"reduction": "none"}, {**EVERYTHING, "ignore_index": 0}])
+def test_slabs(options, cut, where):
+    sizes = (6, 3, 29)
+    inputs = some(*sizes, where, options.get("ignore_index", -100))
+    for dtype in (torch.float32, torch.bfloat16):
+        as_accurate(in_slabs, theirs, inputs, dtype, **options, **cut)
+
+
+@only_plain
+@pytest.mark.parametrize(("frozen", "ends"), [((1,), 0), ((0,), 1), ((0, 3), 1)])
+def test_frozen_slabs(frozen, ends, where):
+    as_accurate(in_slabs, theirs, some(6, 3, 29, where), torch.float32, frozen=frozen, **CUTS[1])
+
+
+@only_plain
+@pytest.mark.parametrize("n_tokens", [0, 6])
+def test_slabs_are_called_in_an_order_that_no_token_changes(n_tokens, where):
+    x, weight, labels, _ = (t.float() if t.is_floating_point() else t for t in some(6, 3, 29, where))
+    slabs = ThreeSlabs(weight)
+    loss = linear_cross_entropy(x[:n_tokens], slabs, labels[:n_tokens], reduction="sum")
+    loss.backward()
+    gathers = ["gather 0", "gather 1", "gather 2"]
+    backward = [call for k in range(3) for call in (f"gather {k}", f"scatter {k}")]
+    assert slabs.calls == [*gathers, *backward, "finish"]
+    assert slabs.grad.isfinite().all()
+
+
+@only_plain
+@pytest.mark.parametrize("cut", CUTS)
+def test_compiled_without_graph_breaks(cut, where):
+    x, weight, labels, bias = (t.float() if t.is_floating_point() else t for t in some(11, 5, 29, where))
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+
+    def step(x, weight, labels, bias):
+        return ours(x, weight, labels, bias, **cut)
+
+    expected = torch.autograd.grad(step(x, weight, labels, bias), leaves)
+    torch.compiler.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for mine, exact in zip(torch.autograd.grad(compiled(x, weight, labels, bias), leaves), expected, strict=True):
+        torch.testing.assert_close(mine, exact)
+
+
+class Allocations(TorchDispatchMode):
+    """The storages that operations made, in elements and dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, tuple[int, torch.dtype, Tensor]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(t, Tensor):
+                storage = t.untyped_storage()
+                # holding the tensor keeps its address from being used again
+                self.seen.setdefault(storage.data_ptr(), (storage.nbytes() // t.element_size(), t.dtype, t))
+        return result
+
+
+@only_plain
+@pytest.mark.parametrize(
+    ("m", "v", "sums"),
+    [(96, 800, 0), (800, 96, 1)],  # along the vocabulary no dweight in fp32; along the tokens one
+)
+def test_scratch_is_bounded(m, v, sums, where, monkeypatch):
+    h = 64
+    x, weight, labels, _ = some(m, h, v, where)
+    x, weight = x.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
+    lent = {t.untyped_storage().data_ptr() for t in (x, weight)}
+    # the plain passes and products make fp32 copies of a tile, which the kernels don't: let them be the smaller matter
+    monkeypatch.setattr(op_file, "LEAST_SIDE", 32)
+    with Allocations() as made:
+        ours(x, weight, labels, chunk_mb=MB, keep_mb=0).backward()
+    sizes = [(n, dtype) for at, (n, dtype, _) in made.seen.items() if at not in lent]
+    assert max(n for n, dtype in sizes) <= max(v * h, m * h)  # M x V is more than any
+    assert m * v > max(v * h, m * h)
+    assert sum(n >= v * h and dtype == torch.float32 for n, dtype in sizes) <= sums
+    assert sum(n >= v * h for n, _ in sizes) == 1 + sums + (m > v)  # dweight, its sum; dx is larger where M > V
+
+
+@only_plain
+def test_nothing_is_kept_where_no_gradient_is_wanted(where):
+    x, weight, labels, _ = (t.float() if t.is_floating_point() else t for t in some(64, 8, 128, where))
+    weight.requires_grad_()
+    with torch.no_grad(), Allocations() as made:
+        ours(x, weight, labels, chunk_mb=MB, keep_mb=1)
+    assert max(n for n, _, _ in made.seen.values()) <= 4 * 128 + 512  # one chunk of 4 tokens
+
+
+@only_plain
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": torch.tensor([0, 7])}, r"label 7 lies outside \[0, 7\)"),
+        ({"labels": torch.tensor([[0, 1]])}, r"labels \(1, 2\) must have the shape of the tokens, \(2,\)"),
+        ({"weight": torch.zeros(7, 4)}, r"x \(2, 3\) and weight \(7, 4\) must be \[..., H\] and \[V, H\]"),
+        ({"weight": torch.zeros(7, 3, dtype=torch.bfloat16)}, "x is torch.float32 and weight is torch.bfloat16"),
+        ({"bias": torch.zeros(3)}, r"bias \(3,\) must be one number for each of the 7 rows"),
+        ({"bias": torch.zeros(7, dtype=torch.float16)}, "x is torch.float32 and bias is torch.float16"),
+        ({"weight": torch.zeros(7, 3, device="meta")}, "weight is on meta, x on cpu"),
+        ({"reduction": "avg"}, "reduction is 'avg'"),
+        ({"chunk_mb": 0}, "chunk_mb=0 must be positive"),
+        ({"keep_mb": -1}, "keep_mb=-1 not negative"),
+    ],
+)
+def test_errors(changes, message, where):
+    arguments = {"x": torch.zeros(2, 3), "weight": torch.zeros(7, 3), "labels": torch.tensor([0, 1]), **changes}
+    with pytest.raises(ValueError, match=f"linear_cross_entropy: .*{message}"):
+        linear_cross_entropy(arguments.pop("x"), arguments.pop("weight"), arguments.pop("labels"), **arguments)
+
+
+@pytest.mark.gpu
+@only_kernels
+@pytest.mark.parametrize("keep_mb", [0, 256, 1024])
+def test_real_size(keep_mb, where, monkeypatch):
+    monkeypatch.undo()  # the sides of real life
+    x, weight, labels, _ = some(2048, 4096, 128256, where)
+    inputs = [x, 0.02 * weight, labels]
+    as_accurate(ours, theirs, inputs, torch.bfloat16, chunk_mb=128, keep_mb=keep_mb, reduction="sum")
+
+
+@pytest.mark.gpu
+@only_kernels
+def test_memory_of_a_real_size(where, monkeypatch):
+    monkeypatch.undo()
+    x = torch.randn(8192, 4096, device=where, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(128256, 4096, device=where, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(0, 128256, (8192,), device=where)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    linear_cross_entropy(x, weight, labels, chunk_mb=256, keep_mb=0).backward()
+    outputs = (x.numel() + weight.numel()) * 2
+    peak = torch.cuda.max_memory_allocated() - before - outputs
+    # one tile, dx in fp32, and a little for cuBLAS and the allocator
+    assert peak < 256 * 2**20 + x.numel() * 4 + 96 * 2**20

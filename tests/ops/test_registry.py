@@ -1,0 +1,55 @@
+"""The registry's rows hold what everybody derives from them."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+import ds_fused
+import ds_fused.ops as ops
+from ds_fused.ops.registry import OPS, op
+
+
+def test_one_word_everywhere():
+    assert sorted(ops.__all__) == sorted(row.name for row in OPS)
+    for row in OPS:
+        assert row.function.__name__ == row.name
+        assert row.reference.__name__ == f"{row.name}_reference"
+        assert row.module.__name__ == f"ds_fused.ops.{row.name}"
+        assert getattr(ops, row.name) is row.function is getattr(ds_fused, row.name)
+
+
+def test_keys_are_unique():
+    keys = [key for row in OPS for key in row.keys]
+    assert len(keys) == len(set(keys))
+    assert set(keys) == {"rms_norm", "rope", "swiglu", "geglu", "cross_entropy", "fused_linear_cross_entropy"}
+
+
+def test_options_are_arguments_of_the_function():
+    for row in OPS:
+        parameters = inspect.signature(row.function).parameters
+        for name, option in row.options.items():
+            assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+            assert parameters[name].default == option.default
+            assert isinstance(option.default, option.type)
+
+
+def test_a_reference_takes_what_its_op_takes():
+    for row in OPS:
+        assert [*inspect.signature(row.reference).parameters] == [
+            name for name in inspect.signature(row.function).parameters if name not in row.options
+        ]
+
+
+def test_rows_are_frozen():
+    with pytest.raises(FrozenInstanceError):
+        OPS[0].name = "other"
+    with pytest.raises(TypeError):
+        OPS[0].options["new"] = 1
+
+
+def test_an_unknown_op_names_the_known_ones():
+    with pytest.raises(ValueError, match="no op 'layer_norm'; there are rms_norm, rope"):
+        op("layer_norm")

@@ -1,0 +1,186 @@
+"""rms_norm: both cast orders against fp64, the partial sums of dweight, rows too wide for a tile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import as_accurate, randn, same_bits
+
+import ds_fused.ops.registry as registry
+from ds_fused.ops.rms_norm import CASTS, rms_norm, rms_norm_reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FILE = registry.op("rms_norm").module
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+# one element; odd; more rows than the persistent grid has, the last tile short; just over a power of two
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (5, 67, 33), (7, 1025)])
+def test_rms_norm(shape, dtype, cast, device):
+    inputs = [randn(*shape, device=device), randn(shape[-1], device=device)]
+    # eps that counts: dx of one column is a difference of equal terms otherwise, noise in any dtype
+    as_accurate(rms_norm, rms_norm_reference, inputs, dtype, eps=0.5, cast=cast)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 1023, 32, 128),  # Qwen3's q_norm
+        (4095, 896),  # Qwen2-0.5B
+        (2049, 4096),  # Llama-3-8B
+        (513, 16384),  # the widest that backward takes whole
+        (513, 16385),
+        (65, 40960),  # walked forward too
+    ],
+)
+def test_rms_norm_of_real_sizes(shape, dtype, cast, device):
+    inputs = [randn(*shape, device=device), randn(shape[-1], device=device)]
+    as_accurate(rms_norm, rms_norm_reference, inputs, dtype, cast=cast)
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_too_wide_for_a_tile_are_walked(dtype, cast, device, monkeypatch):
+    monkeypatch.setattr(FILE, "WHOLE_ROW_FWD", 8)
+    monkeypatch.setattr(FILE, "WHOLE_ROW_BWD", 8)
+    monkeypatch.setattr(FILE, "WALK_BLOCK", 16)
+    # 41 columns are three blocks, the last one short; the interpreter's four programs take more than one row
+    inputs = [randn(6, 41, device=device), randn(41, device=device)]
+    as_accurate(rms_norm, rms_norm_reference, inputs, dtype, cast=cast, offset=1.0)
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_offset(cast, device):
+    inputs = [randn(5, 33, device=device), randn(33, device=device)]
+    as_accurate(rms_norm, rms_norm_reference, inputs, torch.bfloat16, cast=cast, offset=1.0)
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_without_weight(cast, device):
+    as_accurate(rms_norm, rms_norm_reference, [randn(5, 33, device=device), None], torch.bfloat16, cast=cast)
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("x_dtype, weight_dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_weight_of_another_dtype(x_dtype, weight_dtype, cast, device):
+    inputs = [randn(5, 33, device=device).to(x_dtype), randn(33, device=device).to(weight_dtype)]
+    as_accurate(rms_norm, rms_norm_reference, inputs, x_dtype, cast=cast)
+
+
+def test_the_normalised_row_is_rounded_before_the_weight(device):
+    # bit for bit, so that a swapped model computes what the stock one does
+    x, weight = randn(64, 33, device=device).bfloat16(), randn(33, device=device).bfloat16()
+    wide = x.float()
+    x_hat = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+    stock, unrounded = weight * x_hat.bfloat16(), (weight.float() * x_hat).bfloat16()
+    y = rms_norm(x, weight)
+    assert (y != stock).float().mean() < 0.01  # 1/rms may differ in its last fp32 bit
+    assert (y != unrounded).float().mean() > 0.05
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,)])
+def test_frozen(frozen, device):
+    inputs = [randn(5, 33, device=device), randn(33, device=device)]
+    as_accurate(rms_norm, rms_norm_reference, inputs, torch.float32, frozen=frozen)
+
+
+def test_frozen_weight_costs_no_partial_sums(device, monkeypatch):
+    monkeypatch.setattr(FILE, "_sum_partials_kernel", None)
+    x = randn(5, 33, device=device).float().requires_grad_()
+    rms_norm(x, torch.ones(33, device=device)).sum().backward()
+    assert x.grad is not None
+
+
+def test_strided_rows(device):
+    x = randn(6, 2, 33, device=device).bfloat16()
+    for view in (x[:, 1], x[::2], x.transpose(0, 1), x[..., 1:], x[:1].expand(4, 2, 33)):  # read in place, or copied
+        as_accurate(rms_norm, rms_norm_reference, [view, randn(view.shape[-1], device=device)], torch.bfloat16)
+    columns = randn(33, 6, device=device).bfloat16().t()
+    as_accurate(rms_norm, rms_norm_reference, [columns, randn(66, device=device)[::2]], torch.bfloat16)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5), (5, 0)])
+def test_empty(shape, device):
+    inputs = [randn(*shape, device=device), randn(shape[-1], device=device)]
+    as_accurate(rms_norm, rms_norm_reference, inputs, torch.float32)
+
+
+def test_a_row_of_zeros(device):
+    x = randn(3, 33, device=device)
+    x[1] = 0
+    as_accurate(rms_norm, rms_norm_reference, [x, randn(33, device=device)], torch.float32, eps=1e-5)
+
+
+@pytest.mark.gpu
+def test_more_elements_than_int32(device):
+    n, d = 2**20 + 1, 2**11  # 2^31 + 2^11 elements, 4 GiB each
+    x = torch.randn(n, d, dtype=torch.bfloat16, device=device).requires_grad_()
+    weight = torch.randn(d, device=device)
+    y = rms_norm(x, weight.bfloat16())
+    y.backward(x.detach())
+    tail = x.detach()[-3:].clone().requires_grad_()
+    y_tail = rms_norm(tail, weight.bfloat16())
+    y_tail.backward(tail.detach())
+    assert same_bits(y[-3:].detach(), y_tail.detach())
+    assert same_bits(x.grad[-3:], tail.grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_runs_on_the_tensors_own_device():
+    inputs = [randn(5, 33, device="cuda:1"), randn(33, device="cuda:1")]
+    assert torch.cuda.current_device() == 0
+    as_accurate(rms_norm, rms_norm_reference, inputs, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", [257, 40960])  # a whole row; a walked one
+def test_compiles_to_one_graph(d, device):
+    x, weight = (randn(*shape, device=device).bfloat16().requires_grad_() for shape in ((65, d), (d,)))
+    compiled = torch.compile(lambda x, weight: rms_norm(x, weight) * 2, fullgraph=True)
+    got, wanted = compiled(x, weight), rms_norm(x, weight) * 2
+    assert torch.equal(got, wanted)
+    grads = [torch.autograd.grad(y.sum(), (x, weight)) for y in (got, wanted)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.gpu
+def test_compiles_without_weight(device):
+    x = randn(65, 257, device=device).bfloat16().requires_grad_()
+    compiled = torch.compile(lambda x: rms_norm(x, None) * 2, fullgraph=True)
+    got, wanted = compiled(x), rms_norm(x, None) * 2
+    assert torch.equal(got, wanted)
+    assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in (got, wanted)))
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_captures_it(device):
+    x, weight = randn(65, 257, device=device).bfloat16(), randn(257, device=device).bfloat16()
+    wanted = rms_norm(x, weight)  # compiles the kernel before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = rms_norm(x, weight)
+    graph.replay()
+    assert torch.equal(y, wanted)
+
+
+def test_errors_name_the_argument(device):
+    x = torch.ones(2, 3, device=device)
+    with pytest.raises(ValueError, match=r"rms_norm: weight \(4,\) .* x \(2, 3\)"):
+        rms_norm(x, torch.ones(4, device=device))
+    with pytest.raises(ValueError, match=r"rms_norm: weight \(0,\)"):  # a ZeRO-3 shard that nobody gathered
+        rms_norm(x, torch.ones(0, device=device))
+    with pytest.raises(ValueError, match="rms_norm: cast is 'llama'; known are before_weight"):
+        rms_norm(x, None, cast="llama")
+    with pytest.raises(ValueError, match="rms_norm: x is torch.int64"):
+        rms_norm(x.long(), None)
+
+
+def test_without_the_interpreter_a_cpu_runs_the_reference(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    x, weight = randn(5, 33, device="cpu").bfloat16(), randn(33, device="cpu").bfloat16()
+    assert same_bits(rms_norm(x, weight), rms_norm_reference(x, weight))

@@ -1,0 +1,69 @@
+"""The helpers that op files share, and the interpreter that judges them on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import ds_fused.ops._triton as shared
+
+
+@triton.jit
+def _round_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    for start in range(0, n, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + cols, mask=cols < n, other=0.0)
+        tl.store(y_ptr + cols, x.to(tl.bfloat16).to(tl.float32), mask=cols < n)
+
+
+def test_kernels_round_to_bf16_as_pytorch_does(device):
+    # triton's own interpreter cuts off (tests/interpreter.py)
+    x = torch.linspace(-3, 3, 1001, device=device)
+    y = torch.empty_like(x)
+    _round_kernel[(1,)](x, y, x.numel(), BLOCK=256)
+    assert torch.equal(y, x.bfloat16().float())
+
+
+def test_kernels_run_here(device):
+    assert shared.runs_kernels(torch.empty(1, device=device))
+    assert not shared.runs_kernels(torch.empty(1, device=device), torch.empty(1, device="meta"))
+
+
+@pytest.mark.parametrize(
+    "make, copies",
+    [
+        (lambda x: x, False),  # [2, 3, 4, 5] without gaps
+        (lambda x: x[..., 1:4], False),  # columns of wider rows
+        (lambda x: x[:, :, 1], False),  # every fourth row
+        (lambda x: x[0, 0, 0], False),  # a vector is one row
+        (lambda x: x[:1, :1, :1].expand(2, 3, 4, 5), False),  # one row, read many times
+        (lambda x: x.transpose(1, 2), True),
+        (lambda x: x.transpose(2, 3), True),
+        (lambda x: x[:0], False),
+        (lambda x: x[..., :0], False),
+        (lambda x: x[0, 0, 0, 0], False),  # a number
+    ],
+)
+def test_rows_of(make, copies, device):
+    x = make(torch.arange(120.0, device=device).view(2, 3, 4, 5))
+    rows = shared.rows_of(x)
+    assert rows.ndim == 2 and rows.shape[1] == (x.shape[-1] if x.ndim else 1)
+    assert torch.equal(rows.reshape(x.shape), x)
+    if x.numel():
+        assert (rows.data_ptr() != x.data_ptr()) == copies
+
+
+def test_sizes():
+    assert [shared.power_of_2(n) for n in (0, 1, 2, 3, 1024, 1025)] == [1, 1, 2, 4, 1024, 2048]
+    assert [shared.cdiv(n, 4) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]
+    assert shared.warps_for(1) == 1
+    assert shared.warps_for(1 << 20) * shared.LANES == 1024
+
+
+def test_autocast_dtype(device):
+    x = torch.empty(1, device=device)
+    assert shared.autocast_dtype(x) is None
+    with torch.autocast(device.type, torch.bfloat16):
+        assert shared.autocast_dtype(x) is torch.bfloat16

@@ -1,0 +1,591 @@
+"""The loss of real causal LMs, tiny: fused against stock in loss and every gradient, and whatever is left alone."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import types
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.trainer_pt_utils import EvalLoopContainer, nested_detach
+
+from ds_fused.modules.head import CausalLMLoss
+from ds_fused.modules.on_demand import LogitsOnDemand
+from ds_fused.policies.loss import LINEAR, REAL, claim_loss
+
+VOCAB = 61
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# what each adds: nothing; softcap; division; scale; a bias; tied weights under other names
+FAMILIES = {
+    "Llama": {},
+    "Gemma2": {"final_logit_softcapping": 1.5, "head_dim": 8},
+    "Granite": {"logits_scaling": 3.0},
+    "Cohere": {"logit_scale": 0.25},
+    "Phi": {"num_key_value_heads": 2},
+    "GPT2": {"n_embd": 16, "n_layer": 1, "n_head": 2},
+}
+
+
+def build(family: str = "Llama", **config) -> nn.Module:
+    settings = getattr(transformers, f"{family}Config")(**SIZES | FAMILIES.get(family, {}) | config)
+    settings._attn_implementation = "eager"
+    torch.manual_seed(0)
+    cls = getattr(transformers, f"{family}LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")
+    model = cls(settings).train()
+    if family == "GPT2":
+        # no dropout: both models must compute the same
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    return model
+
+
+def fuse(model: nn.Module, keys: tuple[str, ...] = (LINEAR,), **options):
+    """The claims, proved and committed, and what was left."""
+    claims, left = claim_loss(model, {key: {} for key in keys}, **options)
+    for claim in claims:
+        assert claim.prove(torch.device("cpu"), torch.float32) is None
+    for claim in claims:
+        claim.commit()
+        assert claim.in_place()
+    return claims, left
+
+
+def pair(family: str = "Llama", keys: tuple[str, ...] = (LINEAR,), options: dict | None = None, **config):
+    stock = build(family, **config)
+    fused = copy.deepcopy(stock)
+    claims, left = fuse(fused, keys, **options or {})
+    assert left == [] and len(claims) == len(keys)
+    return stock, fused
+
+
+def batch(shape: tuple[int, int] = (2, 9)) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCAB, shape, generator=generator)
+    labels = ids.clone()
+    labels[:, :2] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def compare(stock: nn.Module, fused: nn.Module, logits: type = LogitsOnDemand, **inputs) -> None:
+    """Loss, logits and all gradients."""
+    results = []
+    for model in (stock, fused):
+        model.zero_grad()
+        out = model(**inputs)
+        loss, found = (out.loss, out.logits) if isinstance(out, transformers.utils.ModelOutput) else out[:2]
+        if loss.requires_grad:
+            loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append((loss, found, gradients))
+    (loss, found, gradients), (our_loss, our_found, our_gradients) = results
+    assert type(our_found) is logits and our_loss.dtype == loss.dtype and our_loss.shape == loss.shape
+    torch.testing.assert_close(our_loss, loss, rtol=1e-6, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(our_found.clone(), found, rtol=1e-6, atol=1e-6)
+    assert our_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(our_gradients[name], gradient, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_stock(family: str) -> None:
+    compare(*pair(family), **batch())
+
+
+def test_what_a_trainer_passes() -> None:
+    stock, fused = pair()
+    inputs = batch()
+    shifted = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
+    for extra in (
+        {"num_items_in_batch": 7},
+        {"num_items_in_batch": torch.tensor(7)},
+        {"shift_labels": shifted},
+        {"shift_labels": shifted.reshape(-1), "num_items_in_batch": 5},
+        {"ignore_index": 4},
+        {"attention_mask": torch.ones_like(inputs["input_ids"])},
+        {"return_dict": False},
+        {"use_cache": False},
+    ):
+        compare(stock, fused, **inputs, **extra)
+
+
+def test_logits_to_keep() -> None:
+    stock, fused = pair()
+    inputs = batch()
+    inputs["labels"] = inputs["labels"][:, -4:]
+    compare(stock, fused, **inputs, logits_to_keep=4)
+
+
+def test_all_labels_ignored() -> None:
+    stock, fused = pair()
+    inputs = batch()
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    assert fused(**inputs).loss.isnan()
+    compare(stock, fused, **inputs)
+    compare(stock, fused, **inputs, num_items_in_batch=3)
+
+
+def test_what_stock_refuses_is_refused() -> None:
+    stock, fused = pair()
+    inputs = batch()
+    for bad in (inputs["labels"][:, :4], inputs["labels"].to(torch.int32)):
+        inputs["labels"] = bad
+        with pytest.raises((ValueError, RuntimeError)) as theirs:
+            stock(**inputs)
+        with pytest.raises(theirs.type) as ours:
+            fused(**inputs)
+        assert str(ours.value) == str(theirs.value)
+
+
+def test_labels_by_position() -> None:
+    stock, fused = pair()
+    inputs = batch()
+    names = list(inspect.signature(type(stock).forward).parameters)[1:]
+    names = names[: names.index("labels") + 1]
+    arguments = [inputs.get(name) for name in names]
+    out = fused(*arguments)
+    assert isinstance(out.logits, LogitsOnDemand)
+    torch.testing.assert_close(out.loss, stock(*arguments).loss)
+
+
+def test_autocast() -> None:
+    stock, fused = pair("Gemma2")
+    inputs = batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wanted, got = stock(**inputs), fused(**inputs)
+    assert isinstance(got.logits, LogitsOnDemand) and got.logits.dtype == wanted.logits.dtype
+    assert got.loss.dtype == torch.float32
+    torch.testing.assert_close(got.loss, wanted.loss, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(got.logits.clone(), wanted.logits)
+
+
+def test_auxiliary_loss_of_experts() -> None:
+    stock, fused = pair(
+        "Mixtral", num_local_experts=2, num_experts_per_tok=1, output_router_logits=True, router_aux_loss_coef=0.1
+    )
+    compare(stock, fused, **batch())
+
+
+def test_eval_with_labels_and_without() -> None:
+    stock, fused = pair()
+    inputs = batch()
+    with torch.no_grad():
+        compare(stock.eval(), fused.eval(), **inputs)
+        out = fused(input_ids=inputs["input_ids"])
+    assert type(out.logits) is Tensor and torch.equal(out.logits, stock(input_ids=inputs["input_ids"]).logits)
+
+
+def test_keep_and_stock() -> None:
+    inputs = batch()
+    compare(*pair(options={"logits": "keep"}), logits=Tensor, **inputs)
+    stock, fused = pair(options={"eval": "stock"})
+    assert isinstance(fused(**inputs).logits, LogitsOnDemand)
+    out = fused.eval()(**inputs)
+    assert type(out.logits) is Tensor and torch.equal(out.loss, stock.eval()(**inputs).loss)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_generate(mode: str) -> None:
+    stock, fused = pair()
+    ids = batch()["input_ids"]
+    wanted, got = (getattr(m, mode)().generate(ids, max_new_tokens=3, do_sample=False) for m in (stock, fused))
+    assert torch.equal(wanted, got)
+
+
+def test_inputs_as_embeddings_and_a_frozen_head() -> None:
+    stock, fused = pair()
+    inputs = batch()
+    embedded = stock.get_input_embeddings()(inputs["input_ids"]).detach()
+    for model in (stock, fused):
+        model.lm_head.weight.requires_grad_(False)
+    compare(stock, fused, inputs_embeds=embedded, labels=inputs["labels"])
+
+
+def test_a_frozen_trunk() -> None:
+    stock, fused = pair(tie_word_embeddings=False)
+    for model in (stock, fused):
+        model.model.requires_grad_(False)
+    compare(stock, fused, **batch())
+
+
+# real logits: cross_entropy
+
+
+def test_cross_entropy_where_logits_exist() -> None:
+    stock, fused = pair("Gemma2", keys=(REAL,))
+    for extra in ({}, {"num_items_in_batch": 7}, {"return_dict": False}):
+        compare(stock, fused, logits=Tensor, **batch(), **extra)
+
+
+def test_both_keys_and_each_restored_alone() -> None:
+    stock = build()
+    fused = copy.deepcopy(stock)
+    (linear, real), _ = fuse(fused, (LINEAR, REAL))
+    compare(stock, fused, **batch())
+    linear.restore()
+    assert type(fused.lm_head) is nn.Linear and isinstance(fused.loss_function, CausalLMLoss) and real.in_place()
+    compare(stock, fused, logits=Tensor, **batch())
+    real.restore()
+    assert fused.loss_function is stock.loss_function
+
+
+# what a step allocates
+
+
+class LargestTensor(TorchDispatchMode):
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        self.elements = max(self.elements, *sizes, 0)
+        return out
+
+
+def test_no_logits_exist_in_a_step() -> None:
+    vocab, shape = 4096, (4, 1024)
+    model = build(vocab_size=vocab, tie_word_embeddings=True)
+    inputs = batch(shape)
+    claims, _ = claim_loss(model, {LINEAR: {"chunk_mb": 1, "keep_mb": 0}})
+    claims[0].commit()
+    model.model.layers = nn.ModuleList()  # attention's scores are large as well, and not the matter here
+    with LargestTensor() as seen:
+        out = model(**inputs)
+        out.loss.backward()
+        out.logits.float().detach(), out.logits.shape
+    # the op's chunks are of at least 2048 tokens
+    assert seen.elements <= 2048 * vocab < shape[0] * shape[1] * vocab
+    with LargestTensor() as seen:
+        out.logits.argmax(-1)
+    assert seen.elements == shape[0] * shape[1] * vocab
+
+
+# heads and losses that are left alone
+
+
+def left_alone(model: nn.Module, reason: str) -> None:
+    claims, left = fuse(model)
+    assert claims == [] and [entry.count for entry in left] == [1]
+    assert reason in left[0].reason, left
+
+
+def test_a_head_of_the_users_own_class() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    model = build()
+    model.lm_head = Scaled(16, VOCAB, bias=False)
+    left_alone(model, "Scaled")
+
+
+def test_a_head_with_a_forward_or_hooks_of_its_own() -> None:
+    model = build()
+    model.lm_head.forward = types.MethodType(lambda self, x: nn.Linear.forward(self, x) * 2, model.lm_head)
+    left_alone(model, "forward of its own")
+    model = build()
+    model.lm_head.register_forward_hook(lambda module, args, out: out)
+    left_alone(model, "hooks")
+
+
+def test_a_parametrized_head() -> None:
+    model = build(tie_word_embeddings=False)
+    torch.nn.utils.parametrizations.weight_norm(model.lm_head)
+    left_alone(model, "Linear")
+
+
+def test_a_loss_of_the_users_own() -> None:
+    model = build()
+    model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.square().mean()
+    left_alone(model, "not ForCausalLMLoss")
+    assert type(model(**batch()).logits) is Tensor
+
+
+def test_a_forward_that_computes_the_loss_itself() -> None:
+    class Own(transformers.LlamaPreTrainedModel):
+        def __init__(self, config) -> None:
+            super().__init__(config)
+            self.lm_head = nn.Linear(16, VOCAB)
+
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+            return nn.functional.cross_entropy(self.lm_head(x), labels)
+
+    left_alone(Own(build().config), "computes the loss itself")
+
+
+def test_a_model_without_a_head_is_nobodys_matter() -> None:
+    assert claim_loss(nn.Linear(2, 2), {LINEAR: {}, REAL: {}}) == ([], [])
+    assert claim_loss(build().model, {LINEAR: {}}) == ([], [])
+    assert claim_loss(build(), {}) == ([], [])
+
+
+def test_an_encoder_with_a_masked_loss() -> None:
+    settings = transformers.ModernBertConfig(**SIZES | {"num_key_value_heads": 2, "global_attn_every_n_layers": 1})
+    claims, left = claim_loss(transformers.ModernBertForMaskedLM(settings), {LINEAR: {}})
+    assert claims == [] and "ForMaskedLMLoss" in left[0].reason
+
+
+@pytest.mark.parametrize("option", ["logits", "eval"])
+def test_unknown_option(option: str) -> None:
+    with pytest.raises(ValueError, match=f"{option} must be one of 'defer', .*'later'"):
+        claim_loss(build(), {LINEAR: {}}, **{option: "later"})
+
+
+def test_a_subclass_that_reads_logits_in_its_forward() -> None:
+    class Penalised(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.loss = out.loss + 1e-2 * out.logits.float().logsumexp(-1).square().mean()
+            return out
+
+    stock = build()
+    stock.__class__ = Penalised
+    fused = copy.deepcopy(stock)
+    fuse(fused)
+    # inside the forward the logits are computed, so what leaves is a real tensor
+    compare(stock, fused, logits=Tensor, **batch())
+
+
+def test_a_subclass_with_a_loss_on_its_own_logits() -> None:
+    class Own(transformers.LlamaForCausalLM):
+        def forward(self, input_ids, labels=None, **kwargs):
+            logits = self.lm_head(self.model(input_ids).last_hidden_state)
+            loss = nn.functional.cross_entropy(logits.view(-1, VOCAB), labels.view(-1))
+            return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+    stock = build()
+    stock.__class__ = Own
+    fused = copy.deepcopy(stock)
+    fuse(fused)
+    compare(stock, fused, logits=Tensor, **batch())
+
+
+# adapters
+
+
+@pytest.mark.parametrize("target", ["q_proj", "lm_head"])
+def test_peft(target: str) -> None:
+    peft = pytest.importorskip("peft")
+    # the adapters' second matrices are zero at first, which would hide half of the gradients
+    config = peft.LoraConfig(r=2, target_modules=[target, "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    torch.manual_seed(0)
+    stock = peft.get_peft_model(build(), config)
+    fused = copy.deepcopy(stock)
+    claims, left = fuse(fused)
+    if target == "lm_head":
+        assert claims == [] and "PEFT" in left[0].reason
+        compare(stock, fused, logits=Tensor, **batch())
+    else:
+        assert left == [] and claims[0].paths == ("base_model.model.lm_head",)
+        compare(stock, fused, **batch())
+        with fused.disable_adapter():
+            assert isinstance(fused(**batch()).logits, LogitsOnDemand)
+
+
+def test_peft_keeps_a_trained_copy_of_the_head() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    stock = peft.get_peft_model(build(), config)
+    fused = copy.deepcopy(stock)
+    claims, left = fuse(fused)
+    assert claims == [] and "PEFT" in left[0].reason
+    compare(stock, fused, logits=Tensor, **batch())
+
+
+# after the forward: what trainers do with the output
+
+
+def test_prediction_step_of_the_trainer() -> None:
+    """Trainer.prediction_step and evaluation_loop, with compute_metrics, in their own helpers."""
+    stock, fused = pair()
+    found = []
+    for model in (stock, fused):
+        gathered = EvalLoopContainer(do_nested_concat=True, padding_index=-100)
+        for length in (9, 7):
+            with torch.no_grad():
+                out = model.eval()(**batch((2, length)))
+            logits = tuple(v for k, v in out.items() if k not in ("loss", "past_key_values"))
+            (logits,) = nested_detach(logits)
+            gathered.add(logits)
+        found.append(gathered.get_arrays())
+    assert type(found[0]) is type(found[1]) and found[1].shape == (4, 9, VOCAB)
+    torch.testing.assert_close(torch.from_numpy(found[1]), torch.from_numpy(found[0]))
+
+
+def test_trainer_from_end_to_end(tmp_path) -> None:
+    """Training and evaluation with compute_metrics: log history and weights as stock."""
+    rows = [{key: value[0] for key, value in batch((1, length)).items()} for length in (9, 9, 9, 9)]
+    seen = []
+    for model in pair():
+        arguments = transformers.TrainingArguments(
+            tmp_path,
+            max_steps=2,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-2,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            save_strategy="no",
+            disable_tqdm=True,
+            seed=0,
+        )
+        trainer = transformers.Trainer(
+            model,
+            arguments,
+            train_dataset=rows,
+            eval_dataset=rows,
+            compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+        )
+        trainer.train()
+        metrics = trainer.evaluate()
+        seen.append([metrics["eval_loss"], metrics["eval_accuracy"], *(p.detach().sum() for p in model.parameters())])
+    torch.testing.assert_close(torch.tensor(seen[1]), torch.tensor(seen[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_accelerate_on_outputs() -> None:
+    operations = pytest.importorskip("accelerate.utils.operations")
+    stock, fused = pair()
+    wanted = stock(**batch())
+    for use in (
+        lambda out: operations.convert_to_fp32(out),
+        lambda out: operations.gather(out),
+        lambda out: operations.pad_across_processes(out, dim=1),
+        lambda out: operations.recursively_apply(lambda x: x, out, error_on_other_type=True),
+        lambda out: operations.send_to_device(dict(out), torch.device("cpu")),
+    ):
+        got = use(fused(**batch()))
+        torch.testing.assert_close(got["logits"].detach().clone(), wanted.logits.detach())
+
+
+def test_half_precision_outputs_are_converted_without_computing() -> None:
+    operations = pytest.importorskip("accelerate.utils.operations")
+    fused = build().bfloat16()
+    fuse(fused)
+    out = operations.convert_to_fp32(fused(**batch()))
+    assert out["logits"].dtype == torch.float32 and isinstance(out["logits"], LogitsOnDemand)
+    assert out["logits"]._source._values is None
+    out["logits"].sum().backward()
+    assert fused.lm_head.weight.grad is not None
+
+
+# undoing, copying, saving
+
+
+def test_restore_leaves_no_trace() -> None:
+    model = build()
+    keys = {name: set(vars(module)) for name, module in model.named_modules()}
+    hooks = {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
+    parameters = dict(model.named_parameters())
+    loss, state = model.loss_function, set(model.state_dict())
+    claims, _ = fuse(model, (LINEAR, REAL))
+    assert set(model.state_dict()) == state
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+    kept = model(**batch())
+    for claim in reversed(claims):
+        claim.restore()
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == keys
+    assert {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()} == hooks
+    assert type(model.lm_head) is nn.Linear and model.loss_function is loss
+    assert type(model(**batch()).logits) is Tensor
+    # an output from before can still be read
+    assert kept.logits.argmax(-1).shape == (2, 9)
+
+
+def test_a_loss_function_of_the_instance_comes_back() -> None:
+    model = build()
+    own = type(model).loss_function.fget(model)
+    model.loss_function = own
+    claims, _ = fuse(model)
+    claims[0].restore()
+    assert vars(model)["_loss_function"] is own
+
+
+def test_saving(tmp_path) -> None:
+    stock, fused = pair()
+    fused.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded.lm_head) is nn.Linear and type(loaded) is type(stock)
+    for name, p in loaded.named_parameters():
+        assert torch.equal(p, stock.get_parameter(name))
+
+
+def test_a_claim_notices_that_it_was_undone() -> None:
+    model = build()
+    claims, _ = fuse(model)
+    model.loss_function = lambda *args, **kwargs: None
+    assert not claims[0].in_place()
+
+
+def test_torch_compile() -> None:
+    stock, fused = pair("Gemma2")
+    compiled = torch.compile(fused, backend="eager")
+    inputs = batch()
+    wanted, got = stock(**inputs), compiled(**inputs)
+    torch.testing.assert_close(got.loss, wanted.loss)
+    torch.testing.assert_close(got.logits.clone(), wanted.logits)
+    got.loss.backward()
+    wanted.loss.backward()
+    for p, q in zip(fused.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6)
+    ids = inputs["input_ids"]
+    torch.testing.assert_close(compiled(input_ids=ids).logits, stock(input_ids=ids).logits)
+
+
+def test_a_copy_is_fused_on_its_own() -> None:
+    stock, fused = pair("Gemma2")
+    twin = copy.deepcopy(fused)
+    compare(stock, twin, **batch())
+    assert twin.loss_function is not fused.loss_function
+    compare(stock, fused, **batch())
+
+
+def test_a_wrong_replacement_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ds_fused.modules import head
+    from ds_fused.policies import loss
+
+    claims, _ = claim_loss(build(), {LINEAR: {}, REAL: {}})
+    for function in ("linear_cross_entropy", "cross_entropy"):
+        right = getattr(head, function)
+        monkeypatch.setattr(head, function, lambda *args, right=right, **kwargs: right(*args, **kwargs) * 1.001)
+    for cached in (loss._linear_differs, loss._real_differs):
+        cached.cache_clear()
+    try:
+        for claim in claims:
+            for dtype in (torch.float32, torch.bfloat16):
+                assert "differs" in claim.prove(torch.device("cpu"), dtype)
+    finally:
+        for cached in (loss._linear_differs, loss._real_differs):
+            cached.cache_clear()
+
+
+def test_the_proof_costs_no_random_numbers_and_runs_once() -> None:
+    claims, _ = claim_loss(build(), {LINEAR: {}, REAL: {}})
+    state = torch.get_rng_state()
+    for claim in claims:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert claim.prove(torch.device("cpu"), dtype) is None
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_reading_names_the_reader(caplog: pytest.LogCaptureFixture) -> None:
+    _, fused = pair()
+    with caplog.at_level(logging.WARNING, "ds_fused"):
+        fused(**batch()).logits.sum()
+    assert sum(__file__ in record.getMessage() for record in caplog.records) == 1

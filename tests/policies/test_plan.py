@@ -1,0 +1,258 @@
+"""From wish to report: keys and options, strictness, conflicts, agreement, all or nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+import ds_fused
+from ds_fused.policies import plan as plan_file
+from ds_fused.policies.plan import SwapClaim, plan
+from tests.policies.tiny import FAMILIES, LAYER_KEYS, LLAMA, SIZES, batch, classes, counts, step
+
+GEMMA = next(family for family in FAMILIES if family.name == "Gemma")
+
+
+def test_everything_is_on_by_default() -> None:
+    report = ds_fused.apply(LLAMA.make())
+    assert counts(report) == LLAMA.counts | {"fused_linear_cross_entropy": 1, "cross_entropy": 1}
+    assert list(report.left) == []
+
+
+def test_switches_and_wanted() -> None:
+    assert "rope" not in counts(ds_fused.apply(LLAMA.make(), rope=False))
+    assert counts(ds_fused.apply(LLAMA.make(), {"rope": True})) == {"rope": 2}
+    assert counts(ds_fused.apply(LLAMA.make(), {"rope": True}, swiglu=True)) == {"rope": 2, "swiglu": 2}
+    assert counts(ds_fused.apply(LLAMA.make(), {"geglu": True})) == {}
+    assert counts(ds_fused.apply(LLAMA.make(), {"fused_linear_cross_entropy": {"chunk_mb": 256}})) == {
+        "fused_linear_cross_entropy": 1
+    }
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"rmsnorm": True}, ["rmsnorm", "rms_norm", "fused_linear_cross_entropy"]),
+        ({"rms_norm": 1}, ["rms_norm", "1", "True"]),
+        ({"rms_norm": {"eps": 1e-6}}, ["rms_norm", "eps", "none"]),
+        ({"fused_linear_cross_entropy": {"chunks": 2}}, ["chunks", "chunk_mb", "keep_mb"]),
+        ({"fused_linear_cross_entropy": {"chunk_mb": "2"}}, ["chunk_mb", "'2'", "int"]),
+        ({"fused_linear_cross_entropy": {"chunk_mb": True}}, ["chunk_mb", "True", "int"]),
+        ({"logits": "drop"}, ["logits", "'drop'", "'defer'", "'keep'"]),
+        ({"eval": True}, ["eval", "True", "'defer'", "'stock'"]),
+    ],
+)
+def test_wrong_wishes_are_errors_that_name_the_known(wrong: dict, words: list[str]) -> None:
+    model = LLAMA.make()
+    with pytest.raises(ValueError) as error:
+        ds_fused.apply(model, **wrong)
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert classes(model) == classes(LLAMA.make())
+
+
+def test_strict() -> None:
+    # alternatives count for each other: a Llama has no geglu, and that is no miss
+    ds_fused.apply(LLAMA.make(), strict=True)
+    model = LLAMA.make()
+    with pytest.raises(ValueError, match="geglu"):
+        ds_fused.apply(model, {"geglu": True, "rope": True}, strict=True)
+    assert classes(model) == classes(LLAMA.make())
+    with pytest.raises(ValueError, match="nothing matched swiglu, geglu(.|\n)*MixtralExperts"):
+        mixtral = next(family for family in FAMILIES if family.name == "Mixtral")
+        ds_fused.apply(mixtral.make(), strict=True)
+
+
+def test_strict_counts_what_the_proof_let_pass() -> None:
+    class Squared(LlamaRMSNorm):
+        def forward(self, hidden_states):  # noqa: ANN001, ANN202
+            return super().forward(hidden_states) ** 2
+
+    model = LLAMA.make()
+    for module in model.modules():
+        if isinstance(module, LlamaRMSNorm):
+            module.__class__ = Squared
+    with pytest.raises(ValueError, match="nothing matched rms_norm(.|\n)*Squared"):
+        ds_fused.apply(model, strict=True)
+
+
+def test_unknown_type_is_said_in_one_line_and_its_loss_is_fused() -> None:
+    model = transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**SIZES))
+    report = ds_fused.apply(model)
+    assert counts(report) == {"fused_linear_cross_entropy": 1, "cross_entropy": 1}
+    assert [row.reason for row in report.left] == [
+        "no family known for model_type olmo2: norms, rope and mlps left; the loss is fused anyway"
+    ]
+    report = ds_fused.apply(transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**SIZES)), LAYER_KEYS)
+    assert "the loss" not in report.left[0].reason
+    assert "olmo2" in str(report)
+
+
+def test_strangers_in_a_known_model_are_named() -> None:
+    class GatedRMSNorm(nn.Module):
+        pass
+
+    model = LLAMA.make()
+    model.extra = nn.ModuleList([GatedRMSNorm(), GatedRMSNorm()])
+    report = ds_fused.apply(model, LAYER_KEYS)
+    assert [(row.what, row.count, row.reason) for row in report.left] == [
+        ("GatedRMSNorm", 2, "no family names this class")
+    ]
+
+
+def test_a_shared_layer_is_claimed_once() -> None:
+    model = LLAMA.make()
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    assert counts(ds_fused.apply(model, {"swiglu": True})) == {"swiglu": 1}
+
+
+def test_root_keeps_its_class() -> None:
+    mlp = LlamaMLP(LLAMA.make().config)
+    assert counts(ds_fused.apply(mlp)) == {}
+    assert type(mlp) is LlamaMLP
+
+
+def test_two_claims_on_one_layer_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LLAMA.make()
+    path = "model.layers.0.mlp"
+
+    def claim_loss(model: nn.Module, wanted: object, **_: object) -> tuple[list, list]:
+        again = SwapClaim("fused_linear_cross_entropy", plan_file.find(LlamaRMSNorm), {}, model)
+        again.add(path, model.get_submodule(path))
+        return [again], []
+
+    monkeypatch.setattr(plan_file, "claim_loss", claim_loss)
+    with pytest.raises(ValueError, match=f"{path} is claimed twice: swiglu -> glu, fused_linear_cross_entropy"):
+        ds_fused.apply(model)
+    assert classes(model) == classes(LLAMA.make())
+
+
+def test_plan_changes_nothing_and_is_the_same_twice() -> None:
+    model = LLAMA.make()
+    wanted = {key: {} for key in LAYER_KEYS}
+    first, second = plan(model, wanted), plan(model, wanted)
+    assert [(c.key, c.original, c.paths) for c in first.claims] == [(c.key, c.original, c.paths) for c in second.claims]
+    assert classes(model) == classes(LLAMA.make())
+
+
+def test_ranks_agree_before_anything_changes() -> None:
+    model, seen = LLAMA.make(), []
+
+    def agree(decisions: dict) -> None:
+        seen.append(decisions)
+        raise RuntimeError("rank 1 differs")
+
+    with pytest.raises(RuntimeError, match="rank 1 differs"):
+        ds_fused.apply(model, agree=agree)
+    assert classes(model) == classes(LLAMA.make())
+    assert json.loads(json.dumps(seen[0])) == seen[0]
+    assert {claim["key"] for claim in seen[0]["claims"]} == {"rms_norm", "rope", "swiglu"} | {
+        "fused_linear_cross_entropy",
+        "cross_entropy",
+    }
+    assert all(claim["proven"] for claim in seen[0]["claims"])
+    again: list[dict] = []
+    ds_fused.apply(LLAMA.make(), agree=again.append)
+    assert again == seen
+
+
+def test_commit_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LLAMA.make()
+    real, calls = plan_file.swap, []
+
+    def fails_at_the_fourth(module: nn.Module, mixin: type, **state: object) -> None:
+        calls.append(module)
+        if len(calls) == 4:
+            raise MemoryError
+        real(module, mixin, **state)
+
+    monkeypatch.setattr(plan_file, "swap", fails_at_the_fourth)
+    with pytest.raises(MemoryError):
+        ds_fused.apply(model, LAYER_KEYS)
+    assert classes(model) == classes(LLAMA.make())
+
+
+def test_twice_on_one_model() -> None:
+    model = LLAMA.make()
+    first = ds_fused.apply(model, LAYER_KEYS)
+    second = ds_fused.apply(model, LAYER_KEYS)
+    assert counts(second) == {}
+    assert {row.reason for row in second.left} == {"ds_fused has swapped it already"}
+    second.restore()
+    assert counts(first) == LLAMA.counts and first.recheck() == []
+
+
+def test_another_model_in_the_process_stays_stock() -> None:
+    other = LLAMA.make()
+    before = step(other)
+    ds_fused.apply(LLAMA.make())
+    after = step(other)
+    assert torch.equal(before[0], after[0])
+    assert classes(other) == classes(LLAMA.make())
+
+
+def test_report_is_a_table() -> None:
+    text = str(ds_fused.apply(LLAMA.make(), LAYER_KEYS))
+    lines = text.splitlines()
+    assert lines[0].startswith("ds_fused: 9 layers replaced in ")
+    assert [line.split() for line in lines[1:]] == [
+        ["2", "x", "rope", "LlamaAttention", "->", "rope"],
+        ["2", "x", "swiglu", "LlamaMLP", "->", "glu"],
+        ["5", "x", "rms_norm", "LlamaRMSNorm", "->", "rms_norm"],
+    ]
+    assert "0 layers replaced" in str(ds_fused.apply(LLAMA.make(), {}))
+
+
+def test_restore_twice_and_recheck() -> None:
+    model = LLAMA.make()
+    report = ds_fused.apply(model)
+    assert report.recheck() == []
+    model.model.norm.forward = model.model.norm.forward
+    assert [claim.key for claim in report.recheck()] == ["rms_norm"]
+    del model.model.norm.forward
+    model.model.layers[0].mlp = LlamaMLP(model.config)
+    assert [claim.key for claim in report.recheck()] == ["swiglu"]
+    report.restore()
+    report.restore()
+    assert report.recheck() == [] and report.replaced == ()
+    assert classes(model) == classes(LLAMA.make())
+
+
+def test_first_step_confirms_and_leaves_no_counters(caplog: pytest.LogCaptureFixture) -> None:
+    model = LLAMA.make()
+    report = ds_fused.apply(model, LAYER_KEYS)
+    hooked = len(model._forward_hooks) + len(model._forward_pre_hooks)
+    assert hooked == 2
+    fused = {type(m): dict(vars(type(m))) for m in model.modules() if hasattr(type(m), "_ds_fused_original")}
+    step(model)
+    assert report.verify_live() == [] and not caplog.messages
+    assert not model._forward_hooks and not model._forward_pre_hooks
+    assert {cls: dict(vars(cls)) for cls in fused} == fused
+
+
+def test_first_step_warns_of_what_nobody_called(caplog: pytest.LogCaptureFixture) -> None:
+    model = LLAMA.make()
+    report = ds_fused.apply(model, LAYER_KEYS)
+    for layer in model.model.layers:
+        stock = LlamaMLP(model.config)
+        layer.mlp.forward = stock.forward  # planted after the swap: ours is bypassed
+    step(model)
+    step(model)
+    assert [claim.key for claim in report.verify_live()] == ["swiglu"]
+    assert len(caplog.messages) == 1 and "LlamaMLP (swiglu)" in caplog.messages[0]
+
+
+def test_a_first_step_that_fails_does_not_count(caplog: pytest.LogCaptureFixture) -> None:
+    model = LLAMA.make()
+    report = ds_fused.apply(model, LAYER_KEYS)
+    with pytest.raises(ValueError, match="input_ids"):
+        model()
+    assert report.verify_live() == [] and not caplog.messages
+    assert len(model._forward_pre_hooks) == 1  # the next one is the first
+    model(**batch())
+    assert report.verify_live() == [] and not caplog.messages
+    assert not model._forward_pre_hooks

@@ -1,0 +1,151 @@
+"""Real scripts that never heard of ds_fused, on two CPU ranks: with the flag on they compute what they do with it off.
+
+{script} x {ZeRO 0, 3} x {flag on, off} x {`deepspeed --config`, `torchrun`}. The same files run under both launchers;
+torchrun gives them the DeepSpeed JSON in the way each kind of script has for that.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from functools import cache
+from pathlib import Path
+
+import material
+import pytest
+from launching import REPO, free_port, start
+
+USERS = Path(__file__).parent / "users"
+SCRIPTS = ("plain_labels", "plain_logits", "accelerate_loop", "hf_trainer", "trl_sft")
+STAGES = (0, 3)
+LAUNCHERS = ("deepspeed", "torchrun")
+
+TRAINING = {
+    "--max_steps": 4,
+    "--per_device_train_batch_size": 2,
+    "--per_device_eval_batch_size": 2,
+    "--gradient_accumulation_steps": 2,
+    "--learning_rate": 1e-2,
+    "--logging_steps": 1,
+    "--eval_strategy": "steps",
+    "--eval_steps": 2,
+    "--save_strategy": "no",
+    "--report_to": "none",
+    "--disable_tqdm": "true",
+    # without a GPU, the Trainer starts DeepSpeed's process group only when it is told which
+    "--ddp_backend": "gloo",
+}
+
+
+def launchers_of(script: str, stage: int) -> str:
+    """The launcher of the quick subset: they take turns, so that each script and each stage meets both."""
+    return LAUNCHERS[(SCRIPTS.index(script) + STAGES.index(stage)) % 2]
+
+
+each = pytest.mark.parametrize(
+    ("script", "stage", "launcher"),
+    [
+        pytest.param(
+            script,
+            stage,
+            launcher,
+            id=f"{script}-zero{stage}-{launcher}",
+            marks=[] if launcher == launchers_of(script, stage) else [pytest.mark.all],
+        )
+        for script in SCRIPTS
+        for stage in STAGES
+        for launcher in LAUNCHERS
+    ],
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory):
+    """run(script, stage, launcher, fused) -> what the script measured, and what it printed. Each is started once."""
+    folder = tmp_path_factory.mktemp("scripts")
+    material.make(str(folder / "model"))
+
+    def config_of(stage: int, fused: bool) -> Path:
+        config = {
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": 2,
+            "gradient_clipping": 1.0,
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "ds_fused": {"enabled": fused},
+        }
+        file = folder / f"zero{stage}_{'fused' if fused else 'stock'}.json"
+        file.write_text(json.dumps(config))
+        return file
+
+    def arguments_of(script: str, out: Path) -> list[str]:
+        if script not in ("hf_trainer", "trl_sft"):
+            return []
+        model = {"hf_trainer": "--model", "trl_sft": "--model_name_or_path"}[script]
+        more = {model: folder / "model", "--output_dir": out} | TRAINING
+        if script == "trl_sft":
+            # SFTConfig's default is bf16, which without a GPU is refused
+            more["--bf16"] = "false"
+        return [str(word) for pair in more.items() for word in pair]
+
+    @cache
+    def run(script: str, stage: int, launcher: str, fused: bool) -> tuple[dict, str]:
+        config = config_of(stage, fused)
+        out = folder / f"{script}_zero{stage}_{launcher}_{fused}"
+        env = {"LOSSES": str(out) + ".json", "PYTHONPATH": str(REPO)}
+        words = [str(USERS / f"{script}.py"), *arguments_of(script, out)]
+        tools = Path(sys.executable).parent
+        if launcher == "deepspeed":
+            command = [tools / "deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())]
+            if script == "plain_logits":
+                # its parser knows --steps and --settings, and refuses the --local_rank that DeepSpeed adds by itself
+                command.append("--no_local_rank")
+            command += ["--config", config]
+        else:
+            command = [tools / "torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())]
+            if script == "plain_labels":
+                words += ["--deepspeed_config", str(config)]
+            elif script == "plain_logits":
+                words += ["--settings", str(config)]
+            else:
+                # what `accelerate launch` sets
+                env |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config)}
+        ended = start([*command, *words], timeout=240, cwd=folder, **env)
+        assert ended.status == 0, ended.output
+        return json.loads(Path(env["LOSSES"]).read_text()), ended.output
+
+    return run
+
+
+@each
+def test_on_equals_off(run, script, stage, launcher):
+    (off, _), (on, _) = run(script, stage, launcher, False), run(script, stage, launcher, True)
+    assert on.keys() == off.keys()
+    for what, values in off.items():
+        assert values, f"the script measured no {what}"
+        # fp32, summed in another order, over at most 8 updates
+        assert flat(on[what]) == pytest.approx(flat(values), rel=2e-5, abs=1e-7), what
+    # a loss that stands still would be the same with any gradient
+    losses = flat(off["losses"])
+    assert losses[-1] < losses[0] - 0.5
+
+
+@each
+def test_report_is_printed_when_on_only(run, script, stage, launcher):
+    (_, off), (_, on) = run(script, stage, launcher, False), run(script, stage, launcher, True)
+    assert "ds_fused:" not in off
+    assert on.count("layers replaced in") == 1, on
+    for key in ("rms_norm", "rope", "swiglu"):
+        assert f" {key} " in on
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_never_mention_ds_fused(script):
+    assert "fused" not in (USERS / f"{script}.py").read_text().lower()
+
+
+def flat(values: object) -> list[float]:
+    if isinstance(values, list):
+        return [number for value in values for number in flat(value)]
+    assert math.isfinite(values)
+    return [float(values)]

@@ -1,0 +1,168 @@
+"""The README's tables against the code, and its blocks by running them: it cannot drift."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from launching import REPO, start
+
+README = (REPO / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    return [shlex.split(line) for block in blocks("bash") for line in block.splitlines()]
+
+
+def assert_table(header: str, rows: Iterable[Iterable[object]]) -> None:
+    """The table under that header holds these rows; otherwise the message is the table that should stand there."""
+    rule = "|" + "---|" * (header.count("|") - 1)
+    wanted = "\n".join([header, rule, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+    start_at = README.find(header)
+    assert start_at >= 0, f"README.md has no table {header}"
+    found = README[start_at:].split("\n\n")[0].rstrip()
+    assert found == wanted, f"README.md should have\n{wanted}"
+
+
+def test_the_table_of_ops_is_the_registry():
+    from ds_fused.ops.registry import OPS
+
+    rows = [(f"`{op.name}`", ", ".join(f"`{key}`" for key in op.keys), op.summary) for op in OPS]
+    assert_table("| op | JSON key | what it is |", rows)
+
+
+def test_the_table_of_the_json_block_is_the_parser():
+    from ds_fused.engine.config import CHOICES, OP_OPTIONS, SWITCHES, parse
+
+    default = parse({"enabled": True})
+    words = {
+        "logits": 'after a fused loss, logits are computed when they are read ("defer") or in the forward ("keep")',
+        "eval": 'whether an evaluation\'s loss is fused too ("defer") or left alone ("stock")',
+    }
+    rows = []
+    for key, meaning in SWITCHES.items():
+        given = "must be given" if key == "enabled" else json.dumps(getattr(default, key))
+        rows.append((f"`{key}`", "true, false", given, re.sub(r" \(default \w+\)$", "", meaning)))
+    for key, choices in CHOICES.items():
+        rows.append(
+            (f"`{key}`", ", ".join(json.dumps(c) for c in choices), json.dumps(getattr(default, key)), words[key])
+        )
+    for key, options in OP_OPTIONS.items():
+        value = "true, false" + (", or an object" if options else "")
+        rows.append((f"`{key}`", value, json.dumps(key in default.wanted), "this op"))
+        for name, option in options.items():
+            kind = {int: "an integer", float: "a number", bool: "true, false", str: "a string"}[option.type]
+            rows.append((f"`{key}.{name}`", kind, json.dumps(option.default), option.doc))
+    assert_table("| key | value | default | meaning |", rows)
+
+
+def test_the_table_of_models_is_the_table_of_families():
+    from ds_fused.policies.families import FAMILIES
+
+    rows = []
+    for family, layers in FAMILIES.items():
+        cells: dict[str, list[str]] = {"rms_norm": [], "glu": [], "rope": []}
+        for layer, body in layers.items():
+            # instead of a body, a pair says why such layers are left
+            name = "glu" if isinstance(body, tuple) else body.name
+            cells[name].append(f"stays stock: `{layer}`" if isinstance(body, tuple) else f"`{layer}`")
+        rows.append((f"`{family}`", *(", ".join(cell) or "none" for cell in cells.values())))
+    assert_table("| family | rms_norm | glu | rope |", rows)
+
+
+def test_every_folder_that_is_named_exists():
+    section = README.partition("## How it works")[2].partition("\n## ")[0]
+    named = [
+        name for line in section.splitlines() if line.startswith("| `") for name in re.findall("`([a-z_/]+)`", line)
+    ]
+    assert "ds_fused/ops" in named
+    assert [name for name in named if not (REPO / name).is_dir()] == []
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_a_python_block_runs(code):
+    ended = start([sys.executable, "-c", code])
+    assert ended.status == 0, ended.output
+
+
+def test_a_json_block_is_a_config():
+    from ds_fused.engine.config import parse
+
+    given = [json.loads(text) for text in blocks("json")]
+    assert given
+    for config in given:
+        assert parse(config["ds_fused"]).enabled
+
+
+def test_every_command_is_of_a_kind_that_is_tested_below():
+    kinds = {"python launch/quickstart.py", "python -m launch", "pip install", "deepspeed --config"}
+    assert {" ".join(c[:3]) if c[1] == "-m" else " ".join(c[:2]) for c in commands()} == kinds
+
+
+def test_the_quickstart_commands_are_understood(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPO / "launch"))
+    import quickstart
+
+    done = []
+    monkeypatch.setattr(quickstart, "install", lambda gpus: None)
+    monkeypatch.setattr(quickstart, "count_gpus", lambda: 0)
+    monkeypatch.setattr(quickstart, "train", lambda gpus: done.append("train") or 0)
+    monkeypatch.setattr(quickstart, "test", lambda more: done.append(["test", *more]) or 0)
+    for command in commands():
+        if command[:2] == ["python", "launch/quickstart.py"]:
+            assert quickstart.main(command[2:]) == 0
+    assert done == ["train", ["test"], ["test", "--all"]]
+
+
+def test_the_launch_commands_compose():
+    sys.path.insert(0, str(REPO))
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    import launch.__main__  # noqa: F401  (registers the resolver)
+    from launch.render import Host, local
+
+    host = Host(gpus=2, cores=8, bin="/bin", path="/bin", free_port=1)
+    for command in commands():
+        if command[:3] == ["python", "-m", "launch"]:
+            with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
+                cfg = compose("config", overrides=["folder=/runs/a", *command[3:]])
+            assert local(OmegaConf.to_container(cfg, resolve=True), "c.json", host).command
+
+
+def test_the_deepspeed_commands_are_understood(tmp_path: Path, monkeypatch):
+    from deepspeed.launcher import runner
+
+    from ds_fused import install
+
+    install()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ds.json").write_text(blocks("json")[0])
+    monkeypatch.syspath_prepend(str(REPO / "launch"))
+    from train import parse_options
+
+    for command in commands():
+        if command[0] == "deepspeed":
+            args = runner.parse_args(command[1:])
+            assert args.config == str(tmp_path / "ds.json")
+            if "launch/train.py" in command:
+                options = parse_options(command[command.index("launch/train.py") + 1 :])
+                assert isinstance(options, argparse.Namespace) and options.steps == 100
+
+
+def test_what_pip_installs_is_this_project():
+    pyproject = (REPO / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'readme = "README.md"' in pyproject
+    for command in commands():
+        if command[0] == "pip":
+            assert command[1:] == ["install", "-e", "."]

@@ -1,0 +1,38 @@
+"""What a case is made of: the model, its first weights and its batches, the same on every rank and in the judge."""
+
+from __future__ import annotations
+
+import torch
+from products import LENGTH, RANKS, ROWS, SIZES, STEPS
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+IGNORED = -100
+
+
+def config_of(tied: bool) -> LlamaConfig:
+    # 0.3: at the usual 0.02 so small a model's logits are all but zero, and no error in its layers would show
+    return LlamaConfig(**SIZES, tie_word_embeddings=tied, initializer_range=0.3, use_cache=False)
+
+
+def first_weights(tied: bool) -> dict[str, Tensor]:
+    """Every value is exact in bf16, so that runs of all dtypes begin at one point."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config_of(tied))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.uniform_(0.5, 1.5)
+    return {name: w.detach().bfloat16().float() for name, w in model.named_parameters()}
+
+
+def batches(accumulation: int) -> list[list[list[tuple[Tensor, Tensor]]]]:
+    """[step][micro batch][rank] -> ids, labels [ROWS, LENGTH]. Some labels are ignored, on each rank another number."""
+    draw = torch.Generator().manual_seed(1)
+
+    def batch() -> tuple[Tensor, Tensor]:
+        ids = torch.randint(SIZES["vocab_size"], (ROWS, LENGTH), generator=draw)
+        ignored = torch.rand(ROWS, LENGTH, generator=draw) < 0.2
+        return ids, ids.masked_fill(ignored, IGNORED)
+
+    return [[[batch() for _ in range(RANKS)] for _ in range(accumulation)] for _ in range(STEPS)]

@@ -1,0 +1,130 @@
+"""One rank of tests/zero: trains every case named on the command line, stock and fused, and saves what came out.
+
+    ranks.py OUT CASE...
+
+OUT/CASE.pt holds {"stock": run, "fused": run}; a run is {"losses", "norms", "weights"} or {"error"}.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections import Counter
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import deepspeed
+import jobs
+import products
+import torch
+import torch.distributed as dist
+from transformers import LlamaForCausalLM
+
+import ds_fused
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def json_of(case: products.Case, fused: bool) -> dict:
+    config = {
+        "train_micro_batch_size_per_gpu": products.ROWS,
+        "gradient_accumulation_steps": case.accumulation,
+        "gradient_clipping": products.CLIP,
+        "zero_optimization": {"stage": case.stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": case.dtype == "bf16"},
+    }
+    if fused:
+        config["ds_fused"] = {"enabled": True}
+    return config
+
+
+def model_of(case: products.Case, config: dict) -> torch.nn.Module:
+    weights = jobs.first_weights(case.tied)
+    scope = deepspeed.zero.Init(config_dict_or_path=config, dtype=DTYPES[case.dtype]) if case.init else nullcontext()
+    with scope:
+        model = LlamaForCausalLM(jobs.config_of(case.tied))
+    for name, weight in model.named_parameters():
+        with (
+            deepspeed.zero.GatheredParameters(weight, modifier_rank=0) if case.init else nullcontext(),
+            torch.no_grad(),
+        ):
+            if weight.numel():
+                weight.copy_(weights[name])
+    return model
+
+
+def whole(weight: torch.nn.Parameter, stage: int) -> torch.Tensor:
+    """The fp32 weight that the optimizer holds."""
+    full = deepspeed.utils.safe_get_full_fp32_param(weight) if stage else None
+    return (weight.detach() if full is None else full).float().cpu().clone()
+
+
+def replaced(engine: deepspeed.DeepSpeedEngine) -> dict[str, int]:
+    """JSON key -> how many modules it replaced."""
+    counts = Counter()
+    for row in engine.ds_fused_report.replaced:
+        counts[row.key] += row.count
+    return dict(counts)
+
+
+def train(case: products.Case, fused: bool) -> dict:
+    rank = dist.get_rank()
+    config = json_of(case, fused)
+    model = model_of(case, config)
+    lr = products.LEARNING_RATE[case.optimizer]
+    optimizer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[case.optimizer](model.parameters(), lr=lr)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    losses, norms = [], []
+    for step in jobs.batches(case.accumulation):
+        mine = []
+        for micro in step:
+            ids, labels = micro[rank]
+            loss = engine(input_ids=ids, labels=labels).loss
+            engine.backward(loss)
+            mine.append(loss.detach().float())
+            if engine.is_gradient_accumulation_boundary() and case.stage == 0 and case.dtype == "fp32":
+                # this one engine keeps no norm, but its reduced gradients lie whole on every rank until the step
+                square = sum(w.grad.double().pow(2).sum() for w in engine.module.parameters())
+            engine.step()
+        both = [torch.empty(case.accumulation) for _ in range(products.RANKS)]
+        dist.all_gather(both, torch.stack(mine))
+        losses.append(torch.stack(both, dim=1).flatten().tolist())  # micro batch by micro batch, rank by rank
+        norm = engine.get_global_grad_norm()
+        norms.append(float(square.sqrt() if norm is None else norm))
+    run = {
+        "losses": losses,
+        "norms": norms,
+        "weights": {name: whole(w, case.stage) for name, w in engine.module.named_parameters()},
+        "state": sorted(engine.module.state_dict()),
+        "class": type(engine.module).__name__,
+        "replaced": replaced(engine) if fused else {},
+    }
+    engine.destroy()
+    return run
+
+
+def attempt(case: products.Case, fused: bool) -> dict:
+    # one broken case must not take the others' results with it
+    try:
+        return train(case, fused)
+    except Exception:
+        return {"error": traceback.format_exc()}
+
+
+def main(out: Path, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=60))
+    ds_fused.install()
+    by_name = {case.name: case for case in products.ALL}
+    for name in names:
+        runs = {"stock": attempt(by_name[name], fused=False), "fused": attempt(by_name[name], fused=True)}
+        if dist.get_rank() == 0:
+            torch.save(runs, out / f"{name}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,237 @@
+"""One rank of test_special.py: models and uses that are not the plain case, stock and fused, one after another.
+
+    special_ranks.py OUT CASE...
+
+OUT/CASE.RANK.json holds what the case's function returned on that rank, or {"error"}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+import types
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import deepspeed
+import jobs
+import products
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
+
+import ds_fused
+from ds_fused.engine import zero3
+
+CASES: dict[str, Callable[[], dict]] = {}
+
+
+def case(function: Callable[[], dict]) -> Callable[[], dict]:
+    CASES[function.__name__] = function
+    return function
+
+
+def model_of(tied: bool = False) -> LlamaForCausalLM:
+    model = LlamaForCausalLM(jobs.config_of(tied))
+    weights = jobs.first_weights(tied)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(weights[name])
+    return model
+
+
+def engine_of(model: torch.nn.Module, stage: int, block: dict | None, **more: object) -> deepspeed.DeepSpeedEngine:
+    config = {
+        "train_micro_batch_size_per_gpu": products.ROWS,
+        "gradient_clipping": products.CLIP,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
+    if block is not None:
+        config["ds_fused"] = {"enabled": True, **block}
+    trained = [w for w in model.parameters() if w.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=products.LEARNING_RATE["sgd"])
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config | more)[0]
+
+
+def mine(joined: bool = False) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """This rank's batches, one for each step; joined: the same ones on every rank, as tensor parallelism wants."""
+    return [step[0][0 if joined else dist.get_rank()] for step in jobs.batches(1)]
+
+
+def train(engine: deepspeed.DeepSpeedEngine, batches: list, during: Callable = lambda output: None) -> list[float]:
+    losses = []
+    for ids, labels in batches:
+        output = engine(input_ids=ids, labels=labels)
+        during(output)
+        engine.backward(output.loss)
+        engine.step()
+        losses.append(output.loss.item())
+    return losses
+
+
+def left(engine: deepspeed.DeepSpeedEngine) -> list[str]:
+    return [f"{row.what}: {row.reason}" for row in engine.ds_fused_report.left]
+
+
+def replaced(engine: deepspeed.DeepSpeedEngine) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for row in engine.ds_fused_report.replaced:
+        counts[row.key] = counts.get(row.key, 0) + row.count
+    return counts
+
+
+def both(build: Callable[[], torch.nn.Module], stage: int, joined: bool = False, **more: object) -> dict:
+    """Stock, then fused."""
+    stock = engine_of(build(), stage, None, **more)
+    out = {"stock": train(stock, mine(joined))}
+    stock.destroy()
+    fused = engine_of(build(), stage, {}, **more)
+    out |= {"replaced": replaced(fused), "left": left(fused), "fused": train(fused, mine(joined))}
+    fused.destroy()
+    return out
+
+
+def with_lora(targets: list[str]) -> torch.nn.Module:
+    model = model_of()
+    torch.manual_seed(2)
+    # with B = 0, as LoRA begins, A would have no gradient in the first step
+    return get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+
+
+@case
+def lora() -> dict:
+    return both(lambda: with_lora(["q_proj", "v_proj", "gate_proj", "down_proj"]), stage=2)
+
+
+@case
+def lora_zero3() -> dict:
+    return both(lambda: with_lora(["q_proj", "v_proj", "gate_proj", "down_proj"]), stage=3)
+
+
+@case
+def lora_on_the_head() -> dict:
+    return both(lambda: with_lora(["q_proj", "lm_head"]), stage=3)
+
+
+@case
+def instance_forward() -> dict:
+    def build() -> torch.nn.Module:
+        model = model_of()
+        mlp = model.model.layers[0].mlp
+        mlp.forward = types.MethodType(lambda self, x: 0.5 * type(self).forward(self, x), mlp)
+        return model
+
+    return both(build, stage=1)
+
+
+@case
+def instance_forward_of_the_model() -> dict:
+    def build() -> torch.nn.Module:
+        model = model_of()
+        stock = model.forward
+
+        def forward(self, *args, **kwargs):
+            output = stock(*args, **kwargs)
+            output.loss = 2 * output.loss
+            return output
+
+        model.forward = types.MethodType(forward, model)
+        return model
+
+    return both(build, stage=3)
+
+
+@case
+def tensor_parallel() -> dict:
+    return both(model_of, stage=1, joined=True, tensor_parallel={"autotp_size": 2})
+
+
+def reading(who: Callable[[int], bool], block: dict) -> dict:
+    """Train under ZeRO-3 and read the logits after each loss on the ranks that `who` names."""
+    seen, errors = {"stock": [], "fused": []}, []
+
+    def reader(name: str) -> Callable:
+        def read(output) -> None:
+            if not who(dist.get_rank()):
+                return
+            began = time.monotonic()
+            try:
+                seen[name].append(output.logits.float().square().mean().item())
+            except Exception as e:
+                seen[name].append(None)
+                errors.append([type(e).__name__, str(e), time.monotonic() - began])
+
+        return read
+
+    stock = engine_of(model_of(), 3, None)
+    losses = {"stock": train(stock, mine(), reader("stock"))}
+    stock.destroy()
+    fused = engine_of(model_of(), 3, block)
+    losses["fused"] = train(fused, mine(), reader("fused"))
+    fused.destroy()
+    return losses | {"logits": seen, "errors": errors}
+
+
+@case
+def logits_read_by_all() -> dict:
+    return reading(lambda rank: True, {})
+
+
+@case
+def logits_kept() -> dict:
+    return reading(lambda rank: rank == 1, {"logits": "keep"})
+
+
+@case
+def logits_read_by_one() -> dict:
+    before, zero3.PATIENCE_SECONDS = zero3.PATIENCE_SECONDS, 1.0
+    try:
+        return reading(lambda rank: rank == 1, {})
+    finally:
+        zero3.PATIENCE_SECONDS = before
+
+
+def refused(block: dict) -> dict:
+    """What deepspeed.initialize says to this rank's block, and what it leaves behind."""
+    model = model_of()
+    before = {name: type(module) for name, module in model.named_modules()}
+    try:
+        engine_of(model, 1, block)
+        error = None
+    except Exception as e:
+        error = [type(e).__name__, str(e)]
+    same = before == {name: type(module) for name, module in model.named_modules()}
+    return {"refused": error, "stock_again": same}
+
+
+@case
+def ranks_decide_differently() -> dict:
+    return refused({"rope": dist.get_rank() == 0})
+
+
+@case
+def one_rank_misspells() -> dict:
+    return refused({"rope": True} if dist.get_rank() == 0 else {"ropes": True})
+
+
+def main(out: Path, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=60))
+    ds_fused.install()
+    for name in names:
+        try:
+            result = CASES[name]()
+        except Exception:
+            result = {"error": traceback.format_exc()}
+        (out / f"{name}.{dist.get_rank()}.json").write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,148 @@
+"""Models and uses beside the plain case, fused against stock on two ranks.
+
+test_NAME judges what NAME in special_ranks.py returned. All of them run in one pair of processes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import products
+import pytest
+from launching import launch
+
+HERE = Path(__file__).parent
+LAYERS = products.SIZES["num_hidden_layers"]
+
+CASES = (
+    "lora",
+    "lora_zero3",
+    "lora_on_the_head",
+    "instance_forward",
+    "instance_forward_of_the_model",
+    "logits_read_by_all",
+    "logits_kept",
+    "ranks_decide_differently",
+    "one_rank_misspells",
+    "logits_read_by_one",
+    # last: DeepSpeed keeps the mesh of the first engine that splits layers
+    "tensor_parallel",
+)
+
+
+@pytest.fixture(scope="module")
+def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """case -> what it returned, on each rank. Only what this session selected is launched."""
+    wanted = {item.name.removeprefix("test_") for item in request.session.items if item.module is request.module}
+    chosen = [name for name in CASES if name in wanted]
+    out = tmp_path_factory.mktemp("special")
+    launch(HERE / "special_ranks.py", str(out), *chosen, ranks=products.RANKS, timeout=60 + 15 * len(chosen))
+
+    def ended_of(name: str) -> list[dict]:
+        ranks = [json.loads((out / f"{name}.{rank}.json").read_text()) for rank in range(products.RANKS)]
+        for rank, result in enumerate(ranks):
+            assert "error" not in result, f"rank {rank}:\n{result['error']}"
+        return ranks
+
+    return ended_of
+
+
+@pytest.fixture
+def ranks(request: pytest.FixtureRequest, ended) -> list[dict]:
+    """What this test's case returned on each rank."""
+    return ended(request.node.name.removeprefix("test_"))
+
+
+def equal_losses(ranks: list[dict]) -> None:
+    """Four steps at a large learning rate with clipping: what is wrong in a gradient shows in the second loss."""
+    for result in ranks:
+        # fp32, summed in another order
+        assert result["fused"] == pytest.approx(result["stock"], rel=1e-5)
+
+
+def test_lora(ranks):
+    equal_losses(ranks)
+    assert ranks[0]["replaced"] == {
+        "rms_norm": 2 * LAYERS + 1,
+        "rope": LAYERS,
+        "swiglu": LAYERS,
+        "fused_linear_cross_entropy": 1,
+        "cross_entropy": 1,
+    }
+
+
+def test_lora_zero3(ranks):
+    equal_losses(ranks)
+    assert ranks[0]["replaced"]["fused_linear_cross_entropy"] == 1
+
+
+def test_lora_on_the_head(ranks):
+    equal_losses(ranks)
+    assert "fused_linear_cross_entropy" not in ranks[0]["replaced"]
+    assert any("head" in line and "PEFT" in line for line in ranks[0]["left"]), ranks[0]["left"]
+
+
+def test_instance_forward(ranks):
+    equal_losses(ranks)
+    assert ranks[0]["replaced"]["swiglu"] == LAYERS - 1
+    assert any("forward" in line for line in ranks[0]["left"]), ranks[0]["left"]
+
+
+def test_instance_forward_of_the_model(ranks):
+    equal_losses(ranks)
+
+
+def test_tensor_parallel(ranks):
+    equal_losses(ranks)
+    assert ranks[0]["replaced"]["rms_norm"] == 2 * LAYERS + 1
+    assert ranks[0]["replaced"]["swiglu"] == LAYERS
+
+
+def test_logits_read_by_all(ranks):
+    equal_losses(ranks)
+    for result in ranks:
+        assert not result["errors"]
+        assert result["logits"]["fused"] == pytest.approx(result["logits"]["stock"], rel=1e-5)
+
+
+def test_logits_kept(ranks):
+    equal_losses(ranks)
+    assert not ranks[1]["errors"]
+    assert len(ranks[1]["logits"]["fused"]) == products.STEPS
+    assert ranks[1]["logits"]["fused"] == pytest.approx(ranks[1]["logits"]["stock"], rel=1e-5)
+
+
+def test_logits_read_by_one(ranks):
+    # the reader caught the error, and training went on to the right losses
+    equal_losses(ranks)
+    assert not ranks[0]["errors"]
+    ((kind, message, seconds),) = ranks[1]["errors"]
+    assert kind == "RuntimeError"
+    assert '"logits": "keep"' in message
+    assert "1 of 2 ranks" in message
+    assert seconds < 10
+    # from the second step on ZeRO knows that backward begins with the head and keeps its weight: no rank is needed for it
+    first, *later = ranks[1]["logits"]["fused"]
+    assert first is None
+    assert later == pytest.approx(ranks[1]["logits"]["stock"][1:], rel=1e-5)
+
+
+def test_ranks_decide_differently(ranks):
+    for result in ranks:
+        kind, message = result["refused"]
+        assert kind == "RuntimeError"
+        assert "rank 1" in message
+        assert "rope" in message
+        assert result["stock_again"]
+
+
+def test_one_rank_misspells(ranks):
+    (first, first_message), (second, second_message) = ranks[0]["refused"], ranks[1]["refused"]
+    assert second == "ValueError"
+    assert "ropes" in second_message
+    assert first == "RuntimeError"
+    assert "rank 1" in first_message
+    assert "ropes" in first_message
+    assert ranks[0]["stock_again"]
+    assert ranks[1]["stock_again"]
