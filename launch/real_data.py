@@ -40,6 +40,7 @@ def _cached(name: str, make: Callable[[Path], None]) -> Path:
     folder = CACHE / name
     if folder.is_dir():
         return folder
+    print(f"making {folder}, once", flush=True)
     CACHE.mkdir(exist_ok=True)
     # made aside and moved into place whole: an interrupted conversion leaves nothing that looks finished
     aside = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=CACHE))

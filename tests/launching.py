@@ -35,7 +35,7 @@ def launch(
     script: str | Path,
     *args: str,
     ranks: int = 2,
-    timeout: float = 120,
+    timeout: float = 240,
     cwd: Path = REPO,
     env: Mapping[str, str] | None = None,
     expect_success: bool = True,
@@ -56,7 +56,7 @@ def launch(
     return ended
 
 
-def start(command: Sequence[str | Path], *, timeout: float = 120, cwd: Path = REPO, **env: str) -> Ended:
+def start(command: Sequence[str | Path], *, timeout: float = 240, cwd: Path = REPO, **env: str) -> Ended:
     """Run one command to its end, whatever its status."""
     return _wait([_Started(command, cpu_environment(**env), cwd)], timeout)[0]
 
@@ -112,22 +112,31 @@ class _Started:
 
 
 def _wait(started: Sequence[_Started], timeout: float) -> list[Ended]:
-    deadline = time.monotonic() + timeout
+    try:
+        too_late = _watch(started, time.monotonic() + timeout)
+    finally:
+        # also when the test run is interrupted
+        for s in started:
+            s.end()
+    ended = [s.ended() for s in started]
+    assert not too_late, f"not ended after {timeout:g} s\n{_shown(ended)}"
+    return ended
+
+
+def _watch(started: Sequence[_Started], deadline: float) -> bool:
+    """Until all have ended, or one has failed and the others had time to notice. True: the deadline came first."""
     first_failure = None
     while any(s.process.poll() is None for s in started):
         now = time.monotonic()
         if first_failure is None and any(s.process.returncode for s in started):
             first_failure = now
         # ranks that wait for one that failed would wait for ever; what they say in the meantime is worth having
-        if now > deadline or (first_failure is not None and now > first_failure + 20):
-            break
+        if first_failure is not None and now > first_failure + 20:
+            return False
+        if now > deadline:
+            return True
         time.sleep(0.05)
-    too_late = first_failure is None and any(s.process.poll() is None for s in started)
-    for s in started:
-        s.end()
-    ended = [s.ended() for s in started]
-    assert not too_late, f"not ended after {timeout:g} s\n{_shown(ended)}"
-    return ended
+    return False
 
 
 def _shown(ended: Sequence[Ended]) -> str:

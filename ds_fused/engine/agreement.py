@@ -18,12 +18,14 @@ PACKAGES = ("torch", "triton", "transformers", "deepspeed", "ds-fused")
 class Agreement:
     """Given this rank's decisions, raises on every rank where they differ. Each rank calls it or `failed` once."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self._group = group
+    def __init__(self, part: object = 0) -> None:
+        """``part``: ranks with another one hold another piece of the model and may decide otherwise."""
+        self._part = part
         self._met = False
 
     def __call__(self, decisions: Mapping[str, object]) -> None:
-        mine = {"versions": versions(), "decisions": json.loads(json.dumps(decisions, default=str))}
+        decided = json.loads(json.dumps(decisions, default=str))
+        mine = {"part": self._part, "versions": versions(), "decisions": decided}
         problem = disagreement(self._exchange(mine))
         if problem is not None:
             raise RuntimeError(f"ds_fused: the ranks decided differently, so nothing was replaced: {problem}")
@@ -35,10 +37,10 @@ class Agreement:
 
     def _exchange(self, mine: Mapping[str, object]) -> list[Mapping[str, object]]:
         self._met = True
-        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(self._group) == 1:
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return [mine]
-        everyone: list = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(everyone, mine, group=self._group)
+        everyone: list = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
         return everyone
 
 
@@ -55,13 +57,15 @@ def versions() -> dict[str, str]:
 
 
 def disagreement(everyone: list[Mapping[str, object]]) -> str | None:
-    """The first difference from rank 0, naming rank and item; None when all are equal."""
+    """The first difference between ranks of one part, naming rank and item; None when there is none."""
     for rank, one in enumerate(everyone):
         if "error" in one:
             return f"rank {rank} failed: {one['error']}"
-    for rank, one in enumerate(everyone[1:], start=1):
-        for item, here, there in _differences(everyone[0], one):
-            return f"rank {rank} has {item} = {there}, rank 0 has {here}"
+    first: dict[object, int] = {}
+    for rank, one in enumerate(everyone):
+        other = first.setdefault(one["part"], rank)
+        for item, here, there in _differences(everyone[other], one):
+            return f"rank {rank} has {item} = {there}, rank {other} has {here}"
     return None
 
 

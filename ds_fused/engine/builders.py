@@ -48,15 +48,22 @@ class FusedBuilder(OpBuilder):
 
 def why_not() -> str | None:
     """Why no op of ours can run in this process; None when they can."""
-    try:
-        import triton  # noqa: F401
-    except Exception as e:
-        return f"Triton can't be imported ({type(e).__name__}: {e}); pip install triton"
+    reason = no_triton()
+    if reason is not None:
+        return reason
     if get_accelerator().device_name() == "cuda" and torch.version.hip is None and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()
         if capability < LEAST_CAPABILITY:
             have, least = (".".join(map(str, c)) for c in (capability, LEAST_CAPABILITY))
             return f"this GPU has compute capability {have}; Triton compiles for {least} and newer"
+    return None
+
+
+def no_triton() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except Exception as e:
+        return f"Triton can't be imported ({type(e).__name__}: {e}); pip install triton"
     return None
 
 

@@ -99,7 +99,8 @@ def two_configs(file: str, own: object) -> str | None:
 
 
 def _read(file: str) -> Mapping[str, object]:
-    import hjson  # what DeepSpeed reads its configs with
+    # what DeepSpeed reads its configs with
+    from deepspeed.runtime.config import hjson
 
     with open(file) as f:
         return hjson.load(f)

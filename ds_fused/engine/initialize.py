@@ -1,6 +1,6 @@
 """Where ``deepspeed.initialize`` meets us: two methods of ``DeepSpeedEngine``, the base of every training engine.
 
-``__init__``: read the ``ds_fused`` block before anything happens; report when all is done.
+``__init__``: take note of the ``ds_fused`` block before anything happens; report when all is done.
 ``_configure_distributed_model``: replace right before it. By then AutoTP and AutoEP have put their own layers in place
 (earlier, they would replace ours by stock ones); the cast, ZeRO's hooks and the optimizer are still to come.
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     import torch
     from deepspeed.runtime.engine import DeepSpeedEngine
 
+    from ds_fused.engine.agreement import Agreement
     from ds_fused.engine.config import Config
+    from ds_fused.policies.report import Report
 
 BLOCK = "ds_fused"
 
@@ -51,7 +53,7 @@ def _wrapped_init(original):
             return original(self, *args, **kwargs)
 
         # past nn.Module.__setattr__: its own __init__ has not run yet
-        self.__dict__["_ds_fused_config"] = _parsed(block)
+        self.__dict__["_ds_fused_block"] = block
         try:
             original(self, *args, **kwargs)
         except BaseException:
@@ -71,9 +73,8 @@ def _wrapped_init(original):
 def _wrapped_configure(original):
     @functools.wraps(original)
     def _configure_distributed_model(self, model):
-        config = self.__dict__.get("_ds_fused_config")
-        if config is not None:
-            _replace(self, model, config)
+        if "_ds_fused_block" in self.__dict__:
+            _replace(self, model, self.__dict__["_ds_fused_block"])
         return original(self, model)
 
     return _configure_distributed_model
@@ -82,54 +83,57 @@ def _wrapped_configure(original):
 _ABSENT = object()
 
 
-def _parsed(block: object) -> Config:
+def _replace(engine: DeepSpeedEngine, model: torch.nn.Module, block: object) -> None:
     from ds_fused.engine.agreement import Agreement
-    from ds_fused.engine.builders import why_not
 
+    # Pipeline stages hold different layers; the ranks of one stage have to decide alike.
+    agree = Agreement(part=getattr(model, "stage_id", 0) if engine.pipeline_parallelism else 0)
     try:
-        no_triton = why_not()
-        if no_triton is not None:
-            raise RuntimeError(f"ds_fused is enabled in the DeepSpeed config, but its kernels can't run: {no_triton}")
+        _check_triton()
         from ds_fused.engine.config import parse
 
-        return parse(block)
+        config = parse(block)
+        report = _replaced(engine, model, config, agree)
     except Exception as e:
-        Agreement().failed(e)
+        agree.failed(e)
         raise
+    engine.__dict__.update(_ds_fused_config=config, ds_fused_report=report)
 
 
-def _replace(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config) -> None:
+def _check_triton() -> None:
+    from ds_fused.engine.builders import no_triton
+
+    reason = no_triton()
+    if reason is not None:
+        raise RuntimeError(f"ds_fused is enabled in the DeepSpeed config, but has no kernels without Triton: {reason}")
+
+
+def _replaced(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config, agree: Agreement) -> Report:
     from ds_fused.engine import builders, zero3
-    from ds_fused.engine.agreement import Agreement
     from ds_fused.policies import plan
     from ds_fused.policies.report import Left
 
-    agree = Agreement()
-    try:
-        builders.enlist()
-        wanted, left = _loadable(config)
-        if engine.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            _say(engine, "no GPU: on CPU tensors every op runs its PyTorch reference")
-        dtype = training_dtype(engine)
-        asked = {**vars(config), "wanted": {key: dict(options) for key, options in config.wanted.items()}}
-        asked |= {"device": engine.device.type, "dtype": str(dtype)}
-        report = plan.apply(
-            model,
-            wanted,
-            device=engine.device,
-            dtype=dtype,
-            verify=config.verify,
-            strict=config.strict,
-            logits=config.logits,
-            eval=config.eval,
-            whole_weight=zero3.whole_weight_of(engine),
-            agree=lambda decisions: agree({"config": asked, **decisions}),
-        )
-    except BaseException as e:
-        agree.failed(e)
-        raise
+    builders.enlist()
+    wanted, left = _loadable(config)
+    if engine.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        _say(engine, "no GPU: on CPU tensors every op runs its PyTorch reference")
+    dtype = training_dtype(engine)
+    asked = {**vars(config), "wanted": {key: dict(options) for key, options in wanted.items()}}
+    asked |= {"device": engine.device.type, "dtype": str(dtype)}
+    report = plan.apply(
+        model,
+        wanted,
+        device=engine.device,
+        dtype=dtype,
+        verify=config.verify,
+        strict=config.strict,
+        logits=config.logits,
+        eval=config.eval,
+        whole_weight=zero3.whole_weight_of(engine),
+        agree=lambda decisions: agree({"config": asked, **decisions}),
+    )
     report.left = (*report.left, *(Left(key, 1, reason) for key, reason in left.items()))
-    engine.__dict__["ds_fused_report"] = report
+    return report
 
 
 def _loadable(config: Config) -> tuple[dict[str, object], dict[str, str]]:
@@ -164,7 +168,7 @@ def training_dtype(engine: DeepSpeedEngine) -> torch.dtype:
 
 
 def _finish(engine: DeepSpeedEngine) -> None:
-    config, report = engine.__dict__["_ds_fused_config"], engine.__dict__.get("ds_fused_report")
+    config, report = (engine.__dict__.get(name) for name in ("_ds_fused_config", "ds_fused_report"))
     if report is None:
         raise RuntimeError(
             f"ds_fused is enabled, but {type(engine).__name__} builds its model without "

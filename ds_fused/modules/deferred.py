@@ -86,6 +86,8 @@ class DeferredLogits:
     """``steps`` applied to the output of a postponed head call. See the file's text."""
 
     __slots__ = ("_real", "call", "capped", "dtype", "inner", "outer", "steps")
+    # as a tensor's: `numpy_number * logits` is ours to compute
+    __array_priority__ = 1000
 
     def __init__(self, call: HeadCall) -> None:
         self.call = call

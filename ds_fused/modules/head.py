@@ -96,8 +96,8 @@ class Scope:
     def attach(self, owner: nn.Module) -> None:
         self._handles = [
             owner.register_forward_pre_hook(self.enter, with_kwargs=True),
-            # always_call: a forward that raises must disarm the head as well
-            owner.register_forward_hook(self.leave, with_kwargs=True, always_call=True),
+            # always_call: a forward that raises must disarm the head as well. prepend: other hooks see tensors only
+            owner.register_forward_hook(self.leave, with_kwargs=True, always_call=True, prepend=True),
         ]
 
     def detach(self) -> None:

@@ -116,9 +116,12 @@ def cross_entropy_bwd_torch(
         z, slope = _capped_torch(logits[rows].to(lse.dtype), options)
         col, here = _columns_torch(labels[rows], first_id, z.shape[1])
         peak, rest = lse[:, rows, None]
-        on_softmax = 1.0 + 2.0 * options.z_loss * (peak + rest)
-        dz = (z - peak).sub_(rest).exp_().mul_(on_softmax).sub_(smoothing / n_vocab)
-        dz.scatter_add_(1, col[:, None], torch.where(here, smoothing - 1.0, 0.0).to(dz.dtype)[:, None])
+        dz = (z - peak).sub_(rest).exp_()
+        of_lse = dz * (2.0 * options.z_loss * (peak + rest)) if options.z_loss else 0.0
+        # p - wanted first: what is left of it may be small
+        wanted = torch.full_like(dz, smoothing / n_vocab)
+        wanted.scatter_add_(1, col[:, None], torch.where(here, 1.0 - smoothing, 0.0).to(dz.dtype)[:, None])
+        dz.sub_(wanted).add_(of_lse)
         dz.mul_(dloss[rows, None]).mul_(slope)
         dlogits[rows] = dz.masked_fill_((labels[rows] == options.ignore_index)[:, None], 0.0).to(dlogits.dtype)
 

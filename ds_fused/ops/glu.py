@@ -72,10 +72,8 @@ def _glu_fwd_kernel(
     gate_stride,  # elements from one row to the next; y has no gaps
     up_stride,
     n_cols,
-    ACT: tl.constexpr,
-    FLAT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    ACT: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row, cols = _place(n_cols, FLAT, BLOCK)
     mask = cols < n_cols
 
@@ -96,10 +94,8 @@ def _glu_bwd_kernel(
     gate_stride,
     up_stride,
     n_cols,
-    ACT: tl.constexpr,
-    FLAT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    ACT: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row, cols = _place(n_cols, FLAT, BLOCK)
     mask = cols < n_cols
 

@@ -32,7 +32,7 @@ class Op:
     reference: Callable[..., object]
     keys: tuple[str, ...]
     summary: str
-    options: Mapping[str, Option] = field(default_factory=lambda: MappingProxyType({}))
+    options: Mapping[str, Option] = field(default_factory=lambda: MappingProxyType({}), hash=False)
 
     @property
     def module(self) -> ModuleType:

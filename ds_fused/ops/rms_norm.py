@@ -35,7 +35,7 @@ from ds_fused.ops._triton import (
 CASTS = ("before_weight", "after_weight")
 
 # A tile is whole rows up to these widths; wider rows are walked in blocks, twice (the second walk hits L2).
-# Above them the registers of 1024 threads spill on sm90.
+# Above them the registers of 1024 threads spill on sm90 (at 16384 the backward spills 52 bytes a thread, in fp32 116).
 WHOLE_ROW_FWD = 32768
 WHOLE_ROW_BWD = 16384
 WALK_BLOCK = 4096
@@ -78,7 +78,8 @@ def _weight_at(weight_ptr, cols, mask, OFFSET: tl.constexpr, CAST_BEFORE: tl.con
     return moved
 
 
-@triton.jit
+# not specialized: a batch whose token count is no multiple of 16 would compile everything again
+@triton.jit(do_not_specialize=["n_rows"])
 def _rms_norm_fwd_kernel(
     x_ptr,  # [N, D]
     weight_ptr,  # [D]
@@ -88,12 +89,9 @@ def _rms_norm_fwd_kernel(
     n_rows,
     n_cols,
     eps,
-    OFFSET: tl.constexpr,
-    CAST_BEFORE: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
+    OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
-):
+):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     cols = tl.arange(0, BLOCK_COLS)[None, :]
     mask = (rows < n_rows) & (cols < n_cols)
@@ -118,11 +116,8 @@ def _rms_norm_fwd_walk_kernel(
     x_stride,
     n_cols,
     eps,
-    OFFSET: tl.constexpr,
-    CAST_BEFORE: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-):
+    OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
     """One row that is too wide for registers."""
     row = tl.program_id(0).to(tl.int64)
     squares = tl.zeros((BLOCK_COLS,), tl.float32)
@@ -143,7 +138,7 @@ def _rms_norm_fwd_walk_kernel(
         tl.store(y_ptr + row * n_cols + cols, y, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _rms_norm_bwd_kernel(
     dy_ptr,  # [N, D]
     x_ptr,  # [N, D]
@@ -155,14 +150,9 @@ def _rms_norm_bwd_kernel(
     x_stride,
     n_rows,
     n_cols,
-    OFFSET: tl.constexpr,
-    CAST_BEFORE: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    WANTS_DWEIGHT: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, WANTS_DWEIGHT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_COLS)[None, :]
     if HAS_WEIGHT:
@@ -191,7 +181,7 @@ def _rms_norm_bwd_kernel(
         tl.store(partial_ptr + pid * n_cols + cols, total, mask=cols < n_cols)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _rms_norm_bwd_walk_kernel(
     dy_ptr,  # [N, D]
     x_ptr,  # [N, D]
@@ -203,12 +193,9 @@ def _rms_norm_bwd_walk_kernel(
     x_stride,
     n_rows,
     n_cols,
-    OFFSET: tl.constexpr,
-    CAST_BEFORE: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    WANTS_DWEIGHT: tl.constexpr,
+    OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, WANTS_DWEIGHT: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
-):
+):  # fmt: skip
     """Rows that are too wide for registers, one after the other."""
     pid = tl.program_id(0).to(tl.int64)
     for row in range(pid, n_rows, tl.num_programs(0).to(tl.int64)):
@@ -241,19 +228,18 @@ def _rms_norm_bwd_walk_kernel(
         tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_partials"])
 def _sum_partials_kernel(
     partial_ptr,  # [programs, D] fp32
     dweight_ptr,  # [D]
     n_partials,
     n_cols,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-):
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
     cols = tl.program_id(0).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
     dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     for start in range(0, n_partials, BLOCK_ROWS):
-        rows = start + tl.arange(0, BLOCK_ROWS)[:, None]
+        rows = start + tl.arange(0, BLOCK_ROWS).to(tl.int64)[:, None]
         mask = (rows < n_partials) & (cols < n_cols)
         dweight += tl.load(partial_ptr + rows * n_cols + cols, mask=mask, other=0.0)
     tl.store(dweight_ptr + cols, tl.sum(dweight, axis=0, keep_dims=True), mask=cols < n_cols)
@@ -287,47 +273,25 @@ def rms_norm_fwd(
     if n == 0 or d == 0:
         return y, rstd
     block = tile(d, TILE_FWD, PER_THREAD_FWD, WHOLE_ROW_FWD)
-    switches = {"OFFSET": offset, "CAST_BEFORE": cast_before, "HAS_WEIGHT": weight is not None}
+    constants = {
+        "OFFSET": offset,
+        "CAST_BEFORE": cast_before,
+        "HAS_WEIGHT": weight is not None,
+        "BLOCK_COLS": block.cols,
+        "num_warps": block.warps,
+    }
     with on_device(x):
         if block.rows:
             _rms_norm_fwd_kernel[(cdiv(n, block.rows),)](
-                x,
-                weight,
-                y,
-                rstd,
-                x.stride(0),
-                n,
-                d,
-                eps,
-                **switches,
-                BLOCK_ROWS=block.rows,
-                BLOCK_COLS=block.cols,
-                num_warps=block.warps,
+                x, weight, y, rstd, x.stride(0), n, d, eps, BLOCK_ROWS=block.rows, **constants
             )
         else:
-            _rms_norm_fwd_walk_kernel[(n,)](
-                x,
-                weight,
-                y,
-                rstd,
-                x.stride(0),
-                d,
-                eps,
-                **switches,
-                BLOCK_COLS=block.cols,
-                num_warps=block.warps,
-            )
+            _rms_norm_fwd_walk_kernel[(n,)](x, weight, y, rstd, x.stride(0), d, eps, **constants)
     return y, rstd
 
 
 def rms_norm_bwd(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    rstd: Tensor,
-    offset: float,
-    cast_before: bool,
-    wants_dweight: bool,
+    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float, cast_before: bool, wants_dweight: bool
 ) -> tuple[Tensor, Tensor | None]:
     """dy [N, D], x [N, D], weight [D], rstd [N] -> dx [N, D], dweight [D] or None."""
     n, d = x.shape
@@ -335,35 +299,24 @@ def rms_norm_bwd(
     if n == 0 or d == 0:
         return dx, torch.zeros_like(weight) if wants_dweight else None
     block = tile(d, TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD)
-    programs = min(cdiv(n, max(1, block.rows)), multiprocessors(x) * max(1, WARPS_PER_MULTIPROCESSOR // block.warps))
-    partial = torch.empty((programs, d), dtype=torch.float32, device=x.device) if wants_dweight else None
-    switches = {
+    constants = {
         "OFFSET": offset,
         "CAST_BEFORE": cast_before,
         "HAS_WEIGHT": weight is not None,
         "WANTS_DWEIGHT": wants_dweight,
+        "BLOCK_COLS": block.cols,
+        "num_warps": block.warps,
     }
     if block.rows:
         kernel = _rms_norm_bwd_kernel
-        switches |= {"BLOCK_ROWS": block.rows, "STAGES": STAGES_BWD}
+        constants |= {"BLOCK_ROWS": block.rows, "STAGES": STAGES_BWD}
     else:
         kernel = _rms_norm_bwd_walk_kernel
+    resident = multiprocessors(x) * max(1, WARPS_PER_MULTIPROCESSOR // block.warps)
+    programs = min(cdiv(n, max(1, block.rows)), resident)
+    partial = torch.empty((programs, d), dtype=torch.float32, device=x.device) if wants_dweight else None
     with on_device(x):
-        kernel[(programs,)](
-            dy,
-            x,
-            weight,
-            rstd,
-            dx,
-            partial,
-            dy.stride(0),
-            x.stride(0),
-            n,
-            d,
-            **switches,
-            BLOCK_COLS=block.cols,
-            num_warps=block.warps,
-        )
+        kernel[(programs,)](dy, x, weight, rstd, dx, partial, dy.stride(0), x.stride(0), n, d, **constants)
         if not wants_dweight:
             return dx, None
         dweight = torch.empty_like(weight)

@@ -59,14 +59,9 @@ def _rotate_heads(
     cos_2,
     from_first,
     from_second,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_PAIRS: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-):
+    HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
     """All heads of one token, a block of heads at a time."""
     PAIRS: tl.constexpr = R // 2
     for start in tl.static_range(0, HEADS, BLOCK_HEADS):
@@ -94,7 +89,8 @@ def _rotate_heads(
             tl.store(y_heads + rest, tl.load(x_heads + rest, mask=mask, other=0.0), mask=mask)
 
 
-@triton.jit
+# not specialized: a token count that is no multiple of 16 would compile everything again
+@triton.jit(do_not_specialize=["n_tokens"])
 def _rope_kernel(
     q_ptr,  # [B, Hq, T, D]
     k_ptr,  # [B, Hk, T, D]
@@ -102,32 +98,16 @@ def _rope_kernel(
     sin_ptr,
     yq_ptr,  # [B, Hq, T, D]
     yk_ptr,  # [B, Hk, T, D]
-    q_batch_stride,  # elements from one batch entry, head, token to the next
-    q_head_stride,
-    q_token_stride,
-    k_batch_stride,
-    k_head_stride,
-    k_token_stride,
-    yq_batch_stride,
-    yq_head_stride,
-    yq_token_stride,
-    yk_batch_stride,
-    yk_head_stride,
-    yk_token_stride,
-    angle_batch_stride,  # of cos and sin; 0 where the batch shares them
-    angle_token_stride,
+    q_batch_stride, q_head_stride, q_token_stride,  # elements from one batch entry, head, token to the next
+    k_batch_stride, k_head_stride, k_token_stride,
+    yq_batch_stride, yq_head_stride, yq_token_stride,
+    yk_batch_stride, yk_head_stride, yk_token_stride,
+    angle_batch_stride, angle_token_stride,  # of cos and sin; 0 where the batch shares them
     n_tokens,
-    Q_HEADS: tl.constexpr,
-    K_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    BLOCK_Q_HEADS: tl.constexpr,
-    BLOCK_K_HEADS: tl.constexpr,
-    BLOCK_PAIRS: tl.constexpr,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BACKWARD: tl.constexpr, BLOCK_Q_HEADS: tl.constexpr, BLOCK_K_HEADS: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
     BLOCK_REST: tl.constexpr,
-):
+):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     batch = pid // n_tokens
     token = pid % n_tokens

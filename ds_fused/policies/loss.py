@@ -208,6 +208,9 @@ def _labels_at(cls: type) -> int | None:
 def _why_not_loss(model: nn.Module) -> str | None:
     if _labels_at(type(model)) is None:
         return "its forward takes no labels"
+    library = _loss_of_another(model)
+    if library is not None:
+        return f"{library} has patched its forward with a fused loss of its own"
     # of any base: a subclass of the user's may call super().forward
     forwards = [inspect.unwrap(vars(cls)["forward"]) for cls in type(model).__mro__ if "forward" in vars(cls)]
     if not any("loss_function" in getattr(getattr(f, "__code__", None), "co_names", ()) for f in forwards):
@@ -219,6 +222,22 @@ def _why_not_loss(model: nn.Module) -> str | None:
         name = getattr(loss, "__qualname__", type(loss).__qualname__)
         return f"its loss is {getattr(loss, '__module__', '?')}.{name}, not ForCausalLMLoss"
     return None
+
+
+def _loss_of_another(model: nn.Module) -> str | None:
+    """The library whose forward, on the class or on the instance, computes the loss past head and loss function."""
+    forward = vars(model).get("forward", type(model).forward)
+    while forward is not None:
+        function = getattr(forward, "__func__", forward)
+        library = _LIBRARIES.get(getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0])
+        if library is not None:
+            return library
+        # functools.wraps: what was patched in, last first
+        forward = getattr(function, "__wrapped__", None)
+    return None
+
+
+_LIBRARIES = {"liger_kernel": "Liger", "trl": "TRL"}
 
 
 def _why_not_head(head: nn.Module) -> str | None:

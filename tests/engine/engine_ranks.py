@@ -96,6 +96,23 @@ def read_alone(said):
     said["together"] = list(out.logits.argmax(-1).shape)
 
 
+def in_flight(said):
+    engine = train(3, ON, {})
+    out = engine(input_ids=batch(7), labels=batch(7))
+    engine.backward(out.loss)
+    # as DeepSpeed's prefetch does
+    weight = engine.module.lm_head.weight
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    flights = coordinator._PartitionedParameterCoordinator__inflight_param_registry
+    flights[weight] = weight.all_gather_coalesced([weight])
+    said["before"] = weight.ds_status.name
+    said["read"] = list(out.logits.argmax(-1).shape)
+    said["after"] = weight.ds_status.name
+    flights.pop(weight).wait()
+    weight.partition()
+    engine.step()
+
+
 def by_position(said):
     model, conf = llama(), config(block=ON)
     DeepSpeedEngine(None, model, None, None, None, None, None, None, None, conf, DeepSpeedConfig(conf))
@@ -143,7 +160,7 @@ for stage in (0, 3):
     case(f"stock {stage}", lambda said, stage=stage: train(stage, None, said) and None)
     case(f"fused {stage}", lambda said, stage=stage: train(stage, ON, said) and None)
 case("keep 3", lambda said: train(3, ON | {"logits": "keep", "report": False}, said) and None)
-for act in (read_alone, by_position, malformed_here, malformed_on_one, other_ops_on_one):
+for act in (read_alone, in_flight, by_position, malformed_here, malformed_on_one, other_ops_on_one):
     case(act.__name__, act)
 for act in (strict, broken_engine, pipeline):
     case(act.__name__, act)

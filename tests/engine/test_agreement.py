@@ -45,10 +45,20 @@ def test_one_process_needs_no_group():
 
 
 def test_the_first_difference_is_named():
-    same = {"versions": {"torch": "2.13"}, "decisions": {"claims": []}}
+    same = {"part": 0, "versions": {"torch": "2.13"}, "decisions": {"claims": []}}
     assert disagreement([same, same]) is None
     assert disagreement([same, same, {"error": "x"}]) == "rank 2 failed: x"
-    assert "'nothing'" in disagreement([same, {"versions": {}, "decisions": {"claims": []}}])
+    assert "'nothing'" in disagreement([same, same | {"versions": {}}])
+
+
+def test_pipeline_stages_decide_for_themselves():
+    def rank(part, *claims):
+        return {"part": part, "decisions": {"claims": list(claims)}}
+
+    assert disagreement([rank(0, "a"), rank(0, "a"), rank(1, "b"), rank(1, "b")]) is None
+    assert "rank 3 has decisions.claims[0] = 'c', rank 2 has 'b'" in disagreement(
+        [rank(0, "a"), rank(0, "a"), rank(1, "b"), rank(1, "c")]
+    )
 
 
 def test_versions_of_what_decides():

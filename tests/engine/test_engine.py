@@ -1,6 +1,7 @@
 """The hook on DeepSpeedEngine, seen from two CPU ranks: swap, report, agreement, errors, ZeRO-3 reads."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from tests.launching import launch
 
 @pytest.fixture(scope="module")
 def outputs() -> list[str]:
-    return [e.output for e in launch(Path(__file__).with_name("engine_ranks.py"), ranks=2, timeout=240)]
+    return [e.output for e in launch(Path(__file__).with_name("engine_ranks.py"), ranks=2)]
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,11 @@ def test_zero3_logits_read_on_one_rank_only(cases):
     assert "alone" not in cases[1]["read_alone"]
     for rank in cases:
         assert rank["read_alone"]["together"] == [2, 12]
+
+
+def test_zero3_logits_read_while_the_head_is_on_its_way(cases):
+    for rank in cases:
+        assert rank["in_flight"] == {"before": "INFLIGHT", "after": "AVAILABLE", "read": [2, 12]}
 
 
 def test_config_class_by_position(cases):
@@ -92,8 +98,8 @@ def test_the_pipeline_engine(cases):
 
 
 def test_the_report_is_printed_by_rank_0_alone(outputs):
-    # fused 0 and 3, read_alone, by_position, pipeline; not "keep 3", which says "report": false
-    assert outputs[0].count("layers replaced in") == 5
+    # fused 0 and 3, read_alone, in_flight, by_position, pipeline; not "keep 3", which says "report": false
+    assert outputs[0].count("layers replaced in") == 6
     assert "layers replaced in" not in outputs[1]
     assert "no GPU: on CPU tensors every op runs its PyTorch reference" in outputs[0]
 
@@ -119,6 +125,7 @@ def fake_engine_module():
         def __init__(self, args, model, config_class=None):
             self.args = args
             self.global_rank = 0
+            self.pipeline_parallelism = False
             self._configure_distributed_model(model)
 
         def _configure_distributed_model(self, model):
@@ -160,7 +167,7 @@ def test_half_a_hook_is_none():
 def test_without_triton_the_error_says_so(monkeypatch):
     module = fake_engine_module()
     initialize.hook(module)
-    monkeypatch.setattr("ds_fused.engine.builders.why_not", lambda: "Triton can't be imported (...)")
+    monkeypatch.setitem(sys.modules, "triton", None)
     config = SimpleNamespace(_param_dict={"ds_fused": {"enabled": True}})
     with pytest.raises(RuntimeError, match="ds_fused is enabled .* Triton can't be imported"):
         module.DeepSpeedEngine(None, None, config)

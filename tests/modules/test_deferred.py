@@ -9,6 +9,7 @@ import logging
 import pickle
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -91,7 +92,7 @@ RECORDED = {
     "gemma2": lambda z: torch.tanh(z / 2.0) * 2.0,
     "method tanh, nothing after": lambda z: (z * 1.5).tanh(),
     "scale, cap, scale": lambda z: torch.mul((z / 4).contiguous().tanh(), 3).to(torch.float32),
-    "in-place division": lambda z: z.__truediv__(2),
+    "a number of numpy's": lambda z: np.float64(0.5) * z,
 }
 NOT_RECORDED = {
     "shift by a tensor": lambda z: z + torch.ones(VOCAB),
@@ -233,6 +234,13 @@ def test_hooks_of_the_head_fire_once_and_around_the_loss() -> None:
     seen.clear()
     fused(x)
     assert seen == ["before", Tensor]
+
+
+def test_other_hooks_of_the_model_see_tensors() -> None:
+    model, seen = Model(), []
+    model.register_forward_hook(lambda module, args, out: seen.append(type(out["logits"])))
+    model.fuse()(*batch())
+    assert seen == [LogitsOnDemand]
 
 
 def test_keep_and_stock() -> None:
@@ -472,6 +480,19 @@ def test_the_output_frees_what_it_holds() -> None:
         assert [ref() for ref in held] == [None, None]
     finally:
         gc.enable()
+
+
+def test_compiled_as_well() -> None:
+    stock, fused = pair(RECORDED["gemma2"])
+    x, labels = batch()
+    whole = torch.compile(fused, backend="eager")
+    wanted, got = stock(x, labels), whole(x, labels)
+    assert isinstance(got["logits"], LogitsOnDemand)
+    torch.testing.assert_close(got["loss"], wanted["loss"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got["logits"].clone(), wanted["logits"])
+    assert torch.equal(whole(x)["logits"], stock(x)["logits"])
+    for name, gradient in gradients(stock, wanted["loss"]).items():
+        torch.testing.assert_close(gradients(fused, whole(x, labels)["loss"])[name], gradient, rtol=1e-5, atol=1e-6)
 
 
 def test_a_deep_copy_is_fused_on_its_own() -> None:

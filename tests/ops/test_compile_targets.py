@@ -13,8 +13,8 @@ import pytest
 from ds_fused.ops.registry import OPS
 
 TARGETS = ("cuda:80:32", "cuda:90:32", "hip:gfx942:64")
-# fp32 rows of 16384 columns, the widest whole ones, spill 56 bytes on sm90
-MOST_SPILLED = 64  # bytes per thread
+# rms_norm's backward on fp32 rows of 16384 columns, the widest whole ones, spills 116
+MOST_SPILLED = 128  # bytes per thread
 
 
 @pytest.fixture(scope="module")

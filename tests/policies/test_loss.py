@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import logging
 import types
@@ -111,18 +112,23 @@ def test_equals_stock(family: str) -> None:
 def test_what_a_trainer_passes() -> None:
     stock, fused = pair()
     inputs = batch()
-    shifted = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
+    shifted = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:].contiguous()
     for extra in (
         {"num_items_in_batch": 7},
         {"num_items_in_batch": torch.tensor(7)},
         {"shift_labels": shifted},
         {"shift_labels": shifted.reshape(-1), "num_items_in_batch": 5},
-        {"ignore_index": 4},
         {"attention_mask": torch.ones_like(inputs["input_ids"])},
         {"return_dict": False},
         {"use_cache": False},
     ):
         compare(stock, fused, **inputs, **extra)
+
+
+def test_another_ignore_index() -> None:
+    stock, fused = pair()
+    ids = batch()["input_ids"]
+    compare(stock, fused, input_ids=ids, labels=ids, ignore_index=int(ids[0, 4]))
 
 
 def test_logits_to_keep() -> None:
@@ -185,6 +191,8 @@ def test_auxiliary_loss_of_experts() -> None:
 def test_eval_with_labels_and_without() -> None:
     stock, fused = pair()
     inputs = batch()
+    with torch.inference_mode():
+        compare(stock.eval(), fused.eval(), **inputs)
     with torch.no_grad():
         compare(stock.eval(), fused.eval(), **inputs)
         out = fused(input_ids=inputs["input_ids"])
@@ -304,6 +312,23 @@ def test_a_head_with_a_forward_or_hooks_of_its_own() -> None:
     left_alone(model, "hooks")
 
 
+def test_a_forward_with_another_librarys_loss() -> None:
+    def lce_forward(self, input_ids=None, labels=None):
+        return self.loss_function(None, labels, VOCAB)
+
+    for package, name in (("liger_kernel.transformers.model.llama", "Liger"), ("trl.trainer.utils", "TRL")):
+        model = build()
+        theirs = types.FunctionType(lce_forward.__code__, {"__name__": package})
+        # as TRL does: the original's name and signature on top
+        model.forward = types.MethodType(functools.wraps(type(model).forward)(theirs), model)
+        left_alone(model, name)
+    # a wrapped forward that leads to the original is none
+    model = build()
+    model.forward = functools.wraps(model.forward)(functools.partial(model.forward))
+    fuse(model)
+    assert isinstance(model(**batch()).logits, LogitsOnDemand)
+
+
 def test_a_parametrized_head() -> None:
     model = build(tie_word_embeddings=False)
     torch.nn.utils.parametrizations.weight_norm(model.lm_head)
@@ -322,6 +347,9 @@ def test_a_forward_that_computes_the_loss_itself() -> None:
         def __init__(self, config) -> None:
             super().__init__(config)
             self.lm_head = nn.Linear(16, VOCAB)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.lm_head
 
         def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
             return nn.functional.cross_entropy(self.lm_head(x), labels)
@@ -373,6 +401,35 @@ def test_a_subclass_with_a_loss_on_its_own_logits() -> None:
     stock.__class__ = Own
     fused = copy.deepcopy(stock)
     fuse(fused)
+    compare(stock, fused, logits=Tensor, **batch())
+
+
+class Outer(transformers.LlamaPreTrainedModel):
+    """As vision-language models do: a causal LM within, and its logits or its labels handled outside."""
+
+    def __init__(self, inner: nn.Module, loss_outside: bool) -> None:
+        super().__init__(inner.config)
+        self.inner, self.loss_outside = inner, loss_outside
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.inner.get_output_embeddings()
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs):
+        if not self.loss_outside:
+            return self.inner(input_ids, labels=labels, **kwargs)
+        out = self.inner(input_ids, **kwargs)
+        out.loss = self.loss_function(logits=out.logits, labels=labels, vocab_size=VOCAB)
+        return out
+
+
+@pytest.mark.parametrize("loss_outside", [True, False])
+def test_a_causal_lm_within_another_model(loss_outside: bool) -> None:
+    stock = Outer(build("Gemma2"), loss_outside)
+    fused = copy.deepcopy(stock)
+    claims, left = fuse(fused)
+    assert left == [] and claims[0].site.owner is fused
+    compare(stock, fused, **batch())
+    claims[0].restore()
     compare(stock, fused, logits=Tensor, **batch())
 
 
@@ -470,7 +527,7 @@ def test_accelerate_on_outputs() -> None:
         lambda out: operations.recursively_apply(lambda x: x, out, error_on_other_type=True),
         lambda out: operations.send_to_device(dict(out), torch.device("cpu")),
     ):
-        got = use(fused(**batch()))
+        got = use(fused(**batch(), use_cache=False))
         torch.testing.assert_close(got["logits"].detach().clone(), wanted.logits.detach())
 
 
@@ -533,7 +590,9 @@ def test_a_claim_notices_that_it_was_undone() -> None:
     assert not claims[0].in_place()
 
 
+@pytest.mark.all
 def test_torch_compile() -> None:
+    # 20 s; tests/modules/test_deferred.py compiles a smaller model
     stock, fused = pair("Gemma2")
     compiled = torch.compile(fused, backend="eager")
     inputs = batch()

@@ -122,7 +122,7 @@ def test_logits_read_by_one(ranks):
     assert '"logits": "keep"' in message
     assert "1 of 2 ranks" in message
     assert seconds < 10
-    # from the second step on ZeRO knows that backward begins with the head and keeps its weight: no rank is needed for it
+    # from the second step on ZeRO knows that backward begins with the head and keeps its weight: no need of others
     first, *later = ranks[1]["logits"]["fused"]
     assert first is None
     assert later == pytest.approx(ranks[1]["logits"]["stock"][1:], rel=1e-5)

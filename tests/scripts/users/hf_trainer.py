@@ -44,7 +44,7 @@ trainer = Trainer(
 trainer.train()
 
 if trainer.is_world_process_zero():
-    log = trainer.state.log_history
+    log = trainer.state.log_history  # under ZeRO-0 in fp32 DeepSpeed keeps no gradient norm
     seen = {
         "losses": [row["loss"] for row in log if "loss" in row],
         "grad_norms": [row["grad_norm"] for row in log if "grad_norm" in row],
@@ -53,4 +53,4 @@ if trainer.is_world_process_zero():
         "logits_sizes": [row["eval_logits_size"] for row in log if "eval_logits_size" in row],
     }
     with open(os.environ["LOSSES"], "w") as f:
-        json.dump(seen, f)
+        json.dump({what: values for what, values in seen.items() if values}, f)

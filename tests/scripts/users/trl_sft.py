@@ -31,4 +31,4 @@ if trainer.is_world_process_zero():
         "eval_losses": [row["eval_loss"] for row in log if "eval_loss" in row],
     }
     with open(os.environ["LOSSES"], "w") as f:
-        json.dump(seen, f)
+        json.dump({what: values for what, values in seen.items() if values}, f)

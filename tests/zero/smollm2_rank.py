@@ -1,0 +1,67 @@
+"""The only rank of test_smollm2.py: ten steps of SmolLM2 on Shakespeare, in fp32, three times over.
+
+    smollm2_rank.py MODEL TEXTS OUT
+
+OUT (JSON) holds the losses of "stock", of "fused", and of "reordered": stock on the same batches with their rows in
+reverse. That one is the same mathematics summed in another order: its distance is what rounding alone makes of ten steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import ds_fused
+
+STEPS, ROWS, LENGTH = 10, 2, 48
+
+
+def batches_of(model: str, texts: str) -> torch.Tensor:
+    """[STEPS, ROWS, LENGTH] tokens from the middle of the plays, where no preface stands."""
+    text = sorted(Path(texts).glob("*.txt"))[0].read_text(encoding="utf-8", errors="replace")
+    ids = AutoTokenizer.from_pretrained(model)(text[20_000:40_000])["input_ids"]
+    return torch.tensor(ids[: STEPS * ROWS * LENGTH]).view(STEPS, ROWS, LENGTH)
+
+
+def train(folder: str, batches: torch.Tensor, fused: bool) -> list[float]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = {
+        "train_micro_batch_size_per_gpu": ROWS,
+        "gradient_clipping": 1.0,
+        # the stages are compared on small models; of a real one they would only cost time here
+        "zero_optimization": {"stage": 0},
+        "ds_fused": {"enabled": fused, "strict": True},
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    losses = []
+    for ids in batches:
+        loss = engine(input_ids=ids, labels=ids).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    engine.destroy()
+    return losses
+
+
+def main(folder: str, texts: str, out: str) -> None:
+    # the one test process that may have both cores: what it computes is of a real size
+    torch.set_num_threads(os.cpu_count() or 1)
+    ds_fused.install()
+    batches = batches_of(folder, texts)
+    losses = {
+        "stock": train(folder, batches, fused=False),
+        "fused": train(folder, batches, fused=True),
+        "reordered": train(folder, batches.flip(1), fused=False),
+    }
+    Path(out).write_text(json.dumps(losses))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
