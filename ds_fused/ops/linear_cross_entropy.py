@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_fused.ops._labels import counting_tokens
 from ds_fused.ops._loss import LossOptions, check_loss, cross_entropy_bwd_torch, cross_entropy_fwd_torch, reduced
 from ds_fused.ops._triton import autocast_dtype, check_dtypes, rows_of, runs_kernels
 from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd, cross_entropy_reference
@@ -222,7 +223,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                 "kept; pass keep_mb=0 to compute them again each time"
             )
         x, weight, bias, labels, lse, *kept = ctx.saved_tensors
-        ctx.overwritten = bool(kept)
+        kept = list(kept)  # dynamo makes a tuple of it
+        ctx.overwritten = len(kept) > 0
         tiles, n_tokens = ctx.tiles, x.shape[0]
         softmax_bwd = cross_entropy_bwd if runs_kernels(x) else cross_entropy_bwd_torch
         source = WholeWeight(weight, tiles.rows) if ctx.slabs is None else ctx.slabs
@@ -296,7 +298,9 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_mb: int = 512,
-    keep_mb: int = 1024,
+    # all logits of 8192 tokens at a vocabulary of 128256: 37 ms there on H100, and 43 with 1024, which takes 360 MiB less
+    # (benchmarks/results/h100/ops.csv)
+    keep_mb: int = 2048,
 ) -> Tensor:
     """``cross_entropy(logit_scale * F.linear(x, weight, bias), labels, ...)``; the logits never exist as a whole.
 
@@ -328,8 +332,10 @@ def linear_cross_entropy(
         dx=training and x.requires_grad, dweight=training and handle.requires_grad,
         slab_rows=slabs.slab_rows if slabs is not None else None,
     )  # fmt: skip
-    loss = LinearCrossEntropyFunction.apply(rows, handle, bias, labels.reshape(-1), slabs, tiles, options)
-    return reduced(loss, labels, ignore_index, reduction)
+    flat = labels.reshape(-1)
+    count = counting_tokens(op, flat, n_vocab, ignore_index)
+    loss = LinearCrossEntropyFunction.apply(rows, handle, bias, flat, slabs, tiles, options)
+    return reduced(loss, labels.shape, count, reduction)
 
 
 def _checked_vocabulary(op: str, x: Tensor, weight: Tensor | WeightSlabs, bias: Tensor | None) -> int:

@@ -66,7 +66,7 @@ OPS: tuple[Op, ...] = (
         MappingProxyType(
             {
                 "chunk_mb": Option(int, 512, "MiB of logits that are worked on at a time"),
-                "keep_mb": Option(int, 1024, "MiB of logits kept for backward instead of being computed again"),
+                "keep_mb": Option(int, 2048, "MiB of logits kept for backward instead of being computed again"),
             }
         ),
     ),

@@ -22,7 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._triton import check_dtypes, on_device, power_of_2, runs_kernels
 
-# pairs of columns that a program turns at a time (heads x R/2), and its warps. Not measured yet.
+# pairs of columns that a program turns at a time (heads x R/2), and its warps. 0.8 % from best of 15 at 32768 tokens of
+# 64 + 8 heads of 128 on H100 (benchmarks/results/h100/tune.csv)
 TILE_PAIRS = 2048
 NUM_WARPS = 4
 

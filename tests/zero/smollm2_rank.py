@@ -1,9 +1,8 @@
-"""The only rank of test_smollm2.py: ten steps of SmolLM2 on Shakespeare, in fp32, three times over.
+"""The only rank of test_smollm2.py: ten steps of SmolLM2 on Shakespeare in fp32, stock and fused.
 
     smollm2_rank.py MODEL TEXTS OUT
 
-OUT (JSON) holds the losses of "stock", of "fused", and of "reordered": stock on the same batches with their rows in
-reverse. That one is the same mathematics summed in another order: its distance is what rounding alone makes of ten steps.
+OUT (JSON) holds {"stock": losses, "fused": losses}.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ds_fused
 
-STEPS, ROWS, LENGTH = 10, 2, 48
+STEPS, ROWS, LENGTH = 10, 1, 64
 
 
 def batches_of(model: str, texts: str) -> torch.Tensor:
-    """[STEPS, ROWS, LENGTH] tokens from the middle of the plays, where no preface stands."""
+    """[STEPS, ROWS, LENGTH] tokens from the middle of a play, where no preface stands."""
     text = sorted(Path(texts).glob("*.txt"))[0].read_text(encoding="utf-8", errors="replace")
     ids = AutoTokenizer.from_pretrained(model)(text[20_000:40_000])["input_ids"]
     return torch.tensor(ids[: STEPS * ROWS * LENGTH]).view(STEPS, ROWS, LENGTH)
@@ -34,11 +33,11 @@ def train(folder: str, batches: torch.Tensor, fused: bool) -> list[float]:
     config = {
         "train_micro_batch_size_per_gpu": ROWS,
         "gradient_clipping": 1.0,
-        # the stages are compared on small models; of a real one they would only cost time here
+        # the stages are compared on small models; with one of this size they would only cost time
         "zero_optimization": {"stage": 0},
         "ds_fused": {"enabled": fused, "strict": True},
     }
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     losses = []
     for ids in batches:
@@ -51,15 +50,11 @@ def train(folder: str, batches: torch.Tensor, fused: bool) -> list[float]:
 
 
 def main(folder: str, texts: str, out: str) -> None:
-    # the one test process that may have both cores: what it computes is of a real size
+    # the one test process that may have every core: what it computes is of a real size
     torch.set_num_threads(os.cpu_count() or 1)
     ds_fused.install()
     batches = batches_of(folder, texts)
-    losses = {
-        "stock": train(folder, batches, fused=False),
-        "fused": train(folder, batches, fused=True),
-        "reordered": train(folder, batches.flip(1), fused=False),
-    }
+    losses = {"stock": train(folder, batches, fused=False), "fused": train(folder, batches, fused=True)}
     Path(out).write_text(json.dumps(losses))
 
 
