@@ -41,7 +41,15 @@ part() {
   echo "== $name: exit $code after $((SECONDS - start)) s$([ $code -eq 124 ] && echo ' (time limit)')"
 }
 
-part tests "$TESTS_SECONDS" python3 -m pytest tests/ops -q -p no:cacheprovider --durations=10
+# with pytest-xdist several workers share the GPU (on H100 124 s with 14, over 200 s without); tests that fill it take
+# turns (fixture whole_gpu)
+workers=()
+if python3 -c 'import xdist' 2>/dev/null; then
+  cores=$(nproc)
+  workers=(-n $((cores < 14 ? cores : 14)) --dist worksteal)
+fi
+part tests "$TESTS_SECONDS" python3 -m pytest tests/ops -q -p no:cacheprovider -rf --tb=short --show-capture=no \
+  --durations=10 ${workers[@]+"${workers[@]}"}
 part run "$RUN_SECONDS" python3 benchmarks/run.py --out "$OUT" --seconds $((RUN_SECONDS - 15))
 part tune "$TUNE_SECONDS" python3 benchmarks/tune.py --out "$OUT" --seconds $((TUNE_SECONDS - 20))
 

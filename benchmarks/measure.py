@@ -14,6 +14,7 @@ Call = Callable[[], object]
 
 # larger than any L2, so that no call finds its inputs there
 FLUSH_BYTES = 256 * 2**20
+SLEEP_CYCLES_PER_MS = 2_000_000  # the clock of no GPU is far above; a slower one sleeps longer
 POISON_BYTES = 8 * 2**30
 LEAST_CALLS, MOST_CALLS = 5, 1000
 HOST_CALLS, HOST_BATCHES = 100, 5
@@ -22,9 +23,10 @@ HOST_CALLS, HOST_BATCHES = 100, 5
 class Instruments:
     """What depends on the device. On a CPU everything runs, the wall clock replaces events and peaks are unknown."""
 
-    def __init__(self, device: str, rep_ms: float) -> None:
+    def __init__(self, device: str, rep_ms: float, lead_ms: float = 0.0) -> None:
         self.device = torch.device(device)
         self.rep_ms = rep_ms
+        self.lead_ms = lead_ms  # the device idles this long before a timed call, whose launches then lie ready for it
         self.on_gpu = self.device.type == "cuda"
         self._flush = torch.empty(FLUSH_BYTES if self.on_gpu else 1, dtype=torch.int8, device=self.device)
 
@@ -52,6 +54,8 @@ class Instruments:
             call()
             ms = (time.perf_counter() - start) * 1e3
             return lambda: ms
+        if self.lead_ms:
+            torch.cuda._sleep(int(self.lead_ms * SLEEP_CYCLES_PER_MS))
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         call()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,3 +53,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def device() -> torch.device:
     """The GPU where there is one, else the CPU (in tests/ops: its interpreter)."""
     return torch.device("cuda", torch.cuda.current_device()) if HAS_GPU else torch.device("cpu")
+
+
+@pytest.fixture
+def whole_gpu() -> Iterator[None]:
+    """For tests that fill a GPU: one at a time, however many workers pytest has, each handing back what it took."""
+    with (Path(tempfile.gettempdir()) / f"ds_fused_whole_gpu_{os.getuid()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it where a worker dies
+        torch.cuda.empty_cache()
+        yield
+        torch.cuda.empty_cache()

@@ -39,22 +39,26 @@ def _labels_kernel(
     tl.store(facts_ptr + 1, tl.max(n_illegal, 0) == 0)
 
 
-def counting_tokens(op: str, labels: Tensor, n_vocab: int, ignore_index: int) -> Tensor:
-    """How many of the labels [N] count, int64 on their device. A label outside the vocabulary is an error there."""
-    if runs_kernels(labels):
-        facts = torch.empty(2, dtype=torch.int64, device=labels.device)
-        with on_device(labels):
-            _labels_kernel[(1,)](
-                labels, facts, labels.shape[0], n_vocab, ignore_index, BLOCK=BLOCK, num_warps=NUM_WARPS
-            )
-        count, fits = facts.unbind()
-    else:
+def label_facts(labels: Tensor, n_vocab: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Labels [N] -> how many count (int64), and whether all are legal."""
+    if not runs_kernels(labels):
         counts = labels != ignore_index
-        count, fits = counts.sum(), (((labels >= 0) & (labels < n_vocab)) | ~counts).all()
+        return counts.sum(), (((labels >= 0) & (labels < n_vocab)) | ~counts).all()
+    facts = torch.empty(2, dtype=torch.int64, device=labels.device)
+    with on_device(labels):
+        _labels_kernel[(1,)](labels, facts, labels.shape[0], n_vocab, ignore_index, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    count, are_legal = facts.unbind()
+    return count, are_legal
+
+
+def counting_tokens(op: str, labels: Tensor, n_vocab: int, ignore_index: int) -> Tensor:
+    """How many of the labels [N] count. One outside the vocabulary is an error: here on a CPU, on the device else."""
+    count, are_legal = label_facts(labels, n_vocab, ignore_index)
     problem = f"lies outside [0, {n_vocab}) and is not ignore_index {ignore_index}"
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(fits, f"{op}: a label {problem}")
-    elif not fits:
-        illegal = ((labels < 0) | (labels >= n_vocab)) & (labels != ignore_index)
-        raise ValueError(f"{op}: label {int(labels[illegal][0])} {problem}")
+        torch._assert_async(are_legal, f"{op}: a label {problem}")
+        return count
+    illegal = labels[((labels < 0) | (labels >= n_vocab)) & (labels != ignore_index)]
+    if illegal.numel():
+        raise ValueError(f"{op}: label {int(illegal[0])} {problem}")
     return count

@@ -298,7 +298,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_mb: int = 512,
-    # all logits of 8192 tokens at a vocabulary of 128256: 37 ms there on H100, and 43 with 1024, which takes 360 MiB less
+    # all logits of 8192 tokens at a vocabulary of 128256: 37 ms on H100; with 1024, at a peak 364 MiB lower, 43
     # (benchmarks/results/h100/ops.csv)
     keep_mb: int = 2048,
 ) -> Tensor:

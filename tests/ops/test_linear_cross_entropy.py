@@ -386,6 +386,7 @@ def test_errors(changes, message, where):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("whole_gpu")
 @only_kernels
 @pytest.mark.parametrize("keep_mb", [0, 256, 1024])
 def test_real_size(keep_mb, where, monkeypatch):
@@ -396,6 +397,7 @@ def test_real_size(keep_mb, where, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("whole_gpu")
 @only_kernels
 def test_memory_of_a_real_size(where, monkeypatch):
     monkeypatch.undo()

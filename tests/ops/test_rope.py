@@ -146,6 +146,7 @@ def test_llama_and_glm_turn_the_same(device):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("whole_gpu")
 def test_more_elements_than_int32(device):
     tokens, heads, d = 2**19 + 1, 32, 128  # q: 2^31 + 2^12 elements, 4 GiB
     q = torch.randn(1, tokens, heads, d, dtype=torch.bfloat16, device=device).transpose(1, 2).requires_grad_()

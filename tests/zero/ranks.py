@@ -23,8 +23,6 @@ from transformers import LlamaForCausalLM
 
 import ds_fused
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 def json_of(case: products.Case, fused: bool) -> dict:
     config = {
@@ -42,7 +40,8 @@ def json_of(case: products.Case, fused: bool) -> dict:
 
 def model_of(case: products.Case, config: dict) -> torch.nn.Module:
     weights = jobs.first_weights(case.tied)
-    scope = deepspeed.zero.Init(config_dict_or_path=config, dtype=DTYPES[case.dtype]) if case.init else nullcontext()
+    # no dtype: DeepSpeed takes it from the config, while on the CPU it reads any dtype given here as bf16
+    scope = deepspeed.zero.Init(config_dict_or_path=config) if case.init else nullcontext()
     with scope:
         model = LlamaForCausalLM(jobs.config_of(case.tied))
     for name, weight in model.named_parameters():

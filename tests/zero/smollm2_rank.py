@@ -2,7 +2,7 @@
 
     smollm2_rank.py MODEL TEXTS OUT
 
-OUT (JSON) holds {"stock": losses, "fused": losses}.
+OUT (JSON) holds {"stock": losses, "fused": losses, "judge": the first loss in fp64}.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import deepspeed
+import fp64
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -49,13 +50,25 @@ def train(folder: str, batches: torch.Tensor, fused: bool) -> list[float]:
     return losses
 
 
+def first_loss_in_fp64(folder: str, ids: torch.Tensor) -> float:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    weights = {name: w.detach().double() for name, w in model.named_parameters()}
+    eps, theta = model.config.rms_norm_eps, model.config.rope_parameters["rope_theta"]
+    with torch.no_grad():
+        return fp64.loss_of(weights, model.config.to_dict(), eps, theta, ids, ids).item()
+
+
 def main(folder: str, texts: str, out: str) -> None:
     # the one test process that may have every core: what it computes is of a real size
     torch.set_num_threads(os.cpu_count() or 1)
     ds_fused.install()
     batches = batches_of(folder, texts)
-    losses = {"stock": train(folder, batches, fused=False), "fused": train(folder, batches, fused=True)}
-    Path(out).write_text(json.dumps(losses))
+    runs = {
+        "judge": first_loss_in_fp64(folder, batches[0]),
+        "stock": train(folder, batches, fused=False),
+        "fused": train(folder, batches, fused=True),
+    }
+    Path(out).write_text(json.dumps(runs))
 
 
 if __name__ == "__main__":

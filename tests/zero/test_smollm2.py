@@ -6,10 +6,14 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 from launching import REPO, launch, start
 
 HERE = Path(__file__).parent
-ULP = 2.0**-23
+ULP = 2.0**-23  # of 1.0
+# Relative. Stock's own first loss is 1.4e-6 from fp64 (the sums over 49,152 words), ours 4e-8; ten AdamW updates, each of
+# which divides by the root of a squared gradient, made 9.3e-6 of it.
+APART = 5e-5
 
 
 def test_ten_steps_of_smollm2(tmp_path: Path):
@@ -20,10 +24,7 @@ def test_ten_steps_of_smollm2(tmp_path: Path):
     launch(HERE / "smollm2_rank.py", model, texts, str(out), ranks=1, timeout=600)
     runs = json.loads(out.read_text())
 
-    stock, fused, reordered = runs["stock"], runs["fused"], runs["reordered"]
-    assert len(stock) == len(fused) == 10
-    # what another order of summation makes of the same ten steps; one step's share of it is luck, so the largest counts
-    rounding = max(abs(a - b) for a, b in zip(stock, reordered, strict=True))
-    for step, (a, b) in enumerate(zip(stock, fused, strict=True)):
-        assert abs(a - b) <= 2 * rounding + 4 * ULP * a, f"step {step}: fused {b}, stock {a}, rounding {rounding:.1e}"
-    assert rounding < 1e-3, "the yardstick itself is off"
+    stock, fused, true = runs["stock"], runs["fused"], runs["judge"]
+    assert len(stock) == 10
+    assert abs(fused[0] - true) <= 2 * abs(stock[0] - true) + 4 * ULP * true
+    assert fused == pytest.approx(stock, rel=APART)

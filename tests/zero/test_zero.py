@@ -49,6 +49,12 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             assert "error" not in run, f"the {name} run failed:\n{run['error']}"
         return saved["stock"], saved["fused"]
 
+    def stock_norms(case: products.Case) -> list[list[float]]:
+        """Of every stage that this session launched for the same job in the same dtype."""
+        alike = [c for c in products.ALL if c.name in chosen and (c.job, c.dtype) == (case.job, case.dtype)]
+        return [runs_of(c)[0]["norms"] for c in alike]
+
+    runs_of.stock_norms = stock_norms
     return runs_of
 
 
@@ -70,16 +76,20 @@ def test_losses(runs, case):
     true, _, _ = judge(*case.job)
     allowed = bound(distances(stock["losses"], true), true, ULP["fp32"])
     assert (distances(fused["losses"], true) <= allowed).all(), (fused["losses"], stock["losses"], true)
+    # the judge computes this very job: else a common error would loosen every bound
+    assert distances(stock["losses"], true).max() < {"fp32": 1e-4, "bf16": 0.5}[case.dtype]
 
 
 @each_case
 def test_gradient_norms(runs, case):
-    stock, fused = runs(case)
+    _, fused = runs(case)
     _, true, _ = judge(*case.job)
     assert min(true) > products.CLIP, "these jobs are made so that clipping acts"
-    # one number a step: its luck is larger than that of the losses
-    allowed = bound(distances(stock["norms"], true), true, ULP[case.dtype])
-    assert (distances(fused["norms"], true) <= allowed).all(), (fused["norms"], stock["norms"], true)
+    # one number a step is small by luck more often than the largest of many: the stages' stock runs, which sum in
+    # different orders, are so many draws of the same distance
+    stock = torch.stack([distances(norms, true) for norms in runs.stock_norms(case)]).amax(0)
+    allowed = bound(stock, true, ULP[case.dtype])
+    assert (distances(fused["norms"], true) <= allowed).all(), (fused["norms"], stock, true)
 
 
 @each_case
