@@ -160,7 +160,7 @@ def environment(on: Instruments) -> dict[str, str]:
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "command": shlex.join(["python", "benchmarks/run.py", *without(sys.argv[1:], "--resume", "--out")]),
-        "method": f"bf16, median over {on.rep_ms:g} ms of calls, L2 flushed before each, forward builds its graph",
+        "method": f"bf16, median over {on.rep_ms:g} ms of calls, L2 flushed before each, launches queued ahead",
     }
 
 

@@ -32,9 +32,6 @@ from benchmarks.run import SEED, full_call
 LARGEST_ERROR = 1e-2
 SHOWN = 4
 REP_MS = 10
-# the host's time for a forward and a backward: launch constants change the device's time alone, and without a lead
-# one combination reads 0.24 ms or 0.39 ms as the host pleases
-LEAD_MS = 0.6
 
 # one combination: constant -> value; options are an op's arguments, the others attributes of its module
 Choice = dict[str, object]
@@ -192,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.tiny and not torch.cuda.is_available():
         parser.error("no GPU here; --tiny shows that everything runs")
 
-    on = Instruments("cpu", 1) if args.tiny else Instruments("cuda", REP_MS, lead_ms=LEAD_MS)
+    on = Instruments("cpu", 1) if args.tiny else Instruments("cuda", REP_MS)
     end = time.monotonic() + args.seconds
     tiny = {(case.op, case.variant): case.tiny for case in CASES}
     work = [

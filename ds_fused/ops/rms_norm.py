@@ -78,9 +78,7 @@ def _weight_at(weight_ptr, cols, mask, OFFSET: tl.constexpr, CAST_BEFORE: tl.con
     return moved
 
 
-# N_COLS is a constant, so that a width which torch.compile takes for a symbol gets the same wide loads, and with them
-# the same order of sums and the same bits. n_rows is not specialized: a batch whose token count is no multiple of 16
-# would compile everything again
+# n_rows is not specialized: a batch whose token count is no multiple of 16 would compile everything again
 @triton.jit(do_not_specialize=["n_rows"])
 def _rms_norm_fwd_kernel(
     x_ptr,  # [N, D]
@@ -89,23 +87,24 @@ def _rms_norm_fwd_kernel(
     rstd_ptr,  # [N]
     x_stride,  # elements from one row to the next; y has no gaps
     n_rows,
+    n_cols,
     eps,
-    N_COLS: tl.constexpr, OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     cols = tl.arange(0, BLOCK_COLS)[None, :]
-    mask = (rows < n_rows) & (cols < N_COLS)
+    mask = (rows < n_rows) & (cols < n_cols)
 
     x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / N_COLS + eps)
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / n_cols + eps)
     tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
     y = x * rstd
     if HAS_WEIGHT:
         if CAST_BEFORE:
             y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
-        y *= _weight_at(weight_ptr, cols, cols < N_COLS, OFFSET, CAST_BEFORE)
-    tl.store(y_ptr + rows * N_COLS + cols, y, mask=mask)
+        y *= _weight_at(weight_ptr, cols, cols < n_cols, OFFSET, CAST_BEFORE)
+    tl.store(y_ptr + rows * n_cols + cols, y, mask=mask)
 
 
 @triton.jit
@@ -115,28 +114,29 @@ def _rms_norm_fwd_walk_kernel(
     y_ptr,  # [N, D]
     rstd_ptr,  # [N]
     x_stride,
+    n_cols,
     eps,
-    N_COLS: tl.constexpr, OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """One row that is too wide for registers."""
     row = tl.program_id(0).to(tl.int64)
     squares = tl.zeros((BLOCK_COLS,), tl.float32)
-    for start in range(0, N_COLS, BLOCK_COLS):
+    for start in range(0, n_cols, BLOCK_COLS):
         cols = start + tl.arange(0, BLOCK_COLS)
-        x = tl.load(x_ptr + row * x_stride + cols, mask=cols < N_COLS, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * x_stride + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
         squares += x * x
-    rstd = tl.rsqrt(tl.sum(squares) / N_COLS + eps)
+    rstd = tl.rsqrt(tl.sum(squares) / n_cols + eps)
     tl.store(rstd_ptr + row, rstd)
-    for start in range(0, N_COLS, BLOCK_COLS):
+    for start in range(0, n_cols, BLOCK_COLS):
         cols = start + tl.arange(0, BLOCK_COLS)
-        mask = cols < N_COLS
+        mask = cols < n_cols
         y = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32) * rstd
         if HAS_WEIGHT:
             if CAST_BEFORE:
                 y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
             y *= _weight_at(weight_ptr, cols, mask, OFFSET, CAST_BEFORE)
-        tl.store(y_ptr + row * N_COLS + cols, y, mask=mask)
+        tl.store(y_ptr + row * n_cols + cols, y, mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -150,20 +150,21 @@ def _rms_norm_bwd_kernel(
     dy_stride,  # elements from one row to the next; dx has no gaps
     x_stride,
     n_rows,
-    N_COLS: tl.constexpr, OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    n_cols,
+    OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     WANTS_DWEIGHT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_COLS)[None, :]
     if HAS_WEIGHT:
-        weight = _weight_at(weight_ptr, cols, cols < N_COLS, OFFSET, CAST_BEFORE)
+        weight = _weight_at(weight_ptr, cols, cols < n_cols, OFFSET, CAST_BEFORE)
     if WANTS_DWEIGHT:
         dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
 
     step = tl.num_programs(0).to(tl.int64) * BLOCK_ROWS
     for start in tl.range(pid * BLOCK_ROWS, n_rows, step, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_ROWS)[:, None]
-        mask = (rows < n_rows) & (cols < N_COLS)
+        mask = (rows < n_rows) & (cols < n_cols)
         dy = tl.load(dy_ptr + rows * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
@@ -173,12 +174,12 @@ def _rms_norm_bwd_kernel(
             dweight += dy * x_hat
         if HAS_WEIGHT:
             dy *= weight
-        dx = rstd * (dy - x_hat * (tl.sum(dy * x_hat, axis=1, keep_dims=True) / N_COLS))
-        tl.store(dx_ptr + rows * N_COLS + cols, dx, mask=mask)
+        dx = rstd * (dy - x_hat * (tl.sum(dy * x_hat, axis=1, keep_dims=True) / n_cols))
+        tl.store(dx_ptr + rows * n_cols + cols, dx, mask=mask)
 
     if WANTS_DWEIGHT:
         total = tl.sum(dweight, axis=0, keep_dims=True)
-        tl.store(partial_ptr + pid * N_COLS + cols, total, mask=cols < N_COLS)
+        tl.store(partial_ptr + pid * n_cols + cols, total, mask=cols < n_cols)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -192,7 +193,8 @@ def _rms_norm_bwd_walk_kernel(
     dy_stride,
     x_stride,
     n_rows,
-    N_COLS: tl.constexpr, OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    n_cols,
+    OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     WANTS_DWEIGHT: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """Rows that are too wide for registers, one after the other."""
@@ -200,29 +202,29 @@ def _rms_norm_bwd_walk_kernel(
     for row in range(pid, n_rows, tl.num_programs(0).to(tl.int64)):
         rstd = tl.load(rstd_ptr + row)
         products = tl.zeros((BLOCK_COLS,), tl.float32)
-        for start in range(0, N_COLS, BLOCK_COLS):
+        for start in range(0, n_cols, BLOCK_COLS):
             cols = start + tl.arange(0, BLOCK_COLS)
-            mask = cols < N_COLS
+            mask = cols < n_cols
             dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
             x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
             if HAS_WEIGHT:
                 dy *= _weight_at(weight_ptr, cols, mask, OFFSET, CAST_BEFORE)
             products += dy * (x * rstd)
-        mean = tl.sum(products) / N_COLS
+        mean = tl.sum(products) / n_cols
 
-        for start in range(0, N_COLS, BLOCK_COLS):
+        for start in range(0, n_cols, BLOCK_COLS):
             cols = start + tl.arange(0, BLOCK_COLS)
-            mask = cols < N_COLS
+            mask = cols < n_cols
             dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
             x_hat = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32) * rstd
             if WANTS_DWEIGHT:
                 # the first row finds nothing there: scratch is written before it is read
-                sums = partial_ptr + pid * N_COLS + cols
+                sums = partial_ptr + pid * n_cols + cols
                 before = tl.load(sums, mask=mask & (row != pid), other=0.0)
                 tl.store(sums, before + dy * x_hat, mask=mask)
             if HAS_WEIGHT:
                 dy *= _weight_at(weight_ptr, cols, mask, OFFSET, CAST_BEFORE)
-            tl.store(dx_ptr + row * N_COLS + cols, rstd * (dy - x_hat * mean), mask=mask)
+            tl.store(dx_ptr + row * n_cols + cols, rstd * (dy - x_hat * mean), mask=mask)
         # the next row's threads must see these sums
         tl.debug_barrier()
 
@@ -232,15 +234,16 @@ def _sum_partials_kernel(
     partial_ptr,  # [programs, D] fp32
     dweight_ptr,  # [D]
     n_partials,
-    N_COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    n_cols,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     cols = tl.program_id(0).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
     dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     for start in range(0, n_partials, BLOCK_ROWS):
         rows = start + tl.arange(0, BLOCK_ROWS).to(tl.int64)[:, None]
-        mask = (rows < n_partials) & (cols < N_COLS)
-        dweight += tl.load(partial_ptr + rows * N_COLS + cols, mask=mask, other=0.0)
-    tl.store(dweight_ptr + cols, tl.sum(dweight, axis=0, keep_dims=True), mask=cols < N_COLS)
+        mask = (rows < n_partials) & (cols < n_cols)
+        dweight += tl.load(partial_ptr + rows * n_cols + cols, mask=mask, other=0.0)
+    tl.store(dweight_ptr + cols, tl.sum(dweight, axis=0, keep_dims=True), mask=cols < n_cols)
 
 
 class Tile(NamedTuple):
@@ -272,7 +275,6 @@ def rms_norm_fwd(
         return y, rstd
     block = tile(d, TILE_FWD, PER_THREAD_FWD, WHOLE_ROW_FWD)
     constants = {
-        "N_COLS": d,
         "OFFSET": offset,
         "CAST_BEFORE": cast_before,
         "HAS_WEIGHT": weight is not None,
@@ -282,10 +284,10 @@ def rms_norm_fwd(
     with on_device(x):
         if block.rows:
             _rms_norm_fwd_kernel[(cdiv(n, block.rows),)](
-                x, weight, y, rstd, x.stride(0), n, eps, BLOCK_ROWS=block.rows, **constants
+                x, weight, y, rstd, x.stride(0), n, d, eps, BLOCK_ROWS=block.rows, **constants
             )
         else:
-            _rms_norm_fwd_walk_kernel[(n,)](x, weight, y, rstd, x.stride(0), eps, **constants)
+            _rms_norm_fwd_walk_kernel[(n,)](x, weight, y, rstd, x.stride(0), d, eps, **constants)
     return y, rstd
 
 
@@ -299,7 +301,6 @@ def rms_norm_bwd(
         return dx, torch.zeros_like(weight) if wants_dweight else None
     block = tile(d, TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD)
     constants = {
-        "N_COLS": d,
         "OFFSET": offset,
         "CAST_BEFORE": cast_before,
         "HAS_WEIGHT": weight is not None,
@@ -316,12 +317,12 @@ def rms_norm_bwd(
     programs = min(cdiv(n, max(1, block.rows)), resident)
     partial = torch.empty((programs, d), dtype=torch.float32, device=x.device) if wants_dweight else None
     with on_device(x):
-        kernel[(programs,)](dy, x, weight, rstd, dx, partial, dy.stride(0), x.stride(0), n, **constants)
+        kernel[(programs,)](dy, x, weight, rstd, dx, partial, dy.stride(0), x.stride(0), n, d, **constants)
         if not wants_dweight:
             return dx, None
         dweight = torch.empty_like(weight)
         _sum_partials_kernel[(cdiv(d, SUM_COLS),)](
-            partial, dweight, programs, N_COLS=d, BLOCK_ROWS=SUM_ROWS, BLOCK_COLS=SUM_COLS, num_warps=8
+            partial, dweight, programs, d, BLOCK_ROWS=SUM_ROWS, BLOCK_COLS=SUM_COLS, num_warps=8
         )
     return dx, dweight
 
