@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one go of under ten minutes: kernel tests, benchmark, launch constants.
-# usage, from the repository's root:   OUT=DIR [WHEELS=DIR] bash benchmarks/gpu_session.sh [tests] [run] [tune]
-# No argument: all three. WHEELS: wheels of what the machine lacks, installed without network and beside its own packages.
-# Each part has its own time limit and none stops the others. OUT gets machine.txt, tests.txt, run.txt, ops.csv, ops.md,
-# tune.txt and tune.csv.
+# Everything that wants a GPU, in one go of under ten minutes: tests of training and of kernels, benchmark, launch
+# constants.
+# usage, from the repository's root:   OUT=DIR [WHEELS=DIR] bash benchmarks/gpu_session.sh [training] [tests] [run] [tune]
+# No argument: all four. WHEELS: wheels of what the machine lacks, this project's among them for its entry point; they
+# are installed without network and beside the machine's own packages.
+# Each part has its own time limit and none stops the others. OUT gets machine.txt, training.txt, tests.txt, run.txt,
+# ops.csv, ops.md, tune.txt and tune.csv.
 set -uo pipefail
 
 : "${OUT:?OUT must name the folder for the results}"
-parts=${*:-tests run tune}
+parts=${*:-training tests run tune}
 # together 9 min 20 s; what is killed keeps what it had written
 TESTS_SECONDS=${TESTS_SECONDS:-200} RUN_SECONDS=${RUN_SECONDS:-240} TUNE_SECONDS=${TUNE_SECONDS:-120}
 mkdir -p "$OUT"
@@ -17,7 +19,7 @@ if [ -n "${WHEELS:-}" ]; then
   # without dependencies: no wheel may bring another torch or triton
   site=$(mktemp -d)
   python3 -m pip install -q --no-index --no-deps --no-compile --target "$site" "$WHEELS"/*.whl || exit 1
-  export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+  export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PATH=$site/bin:$PATH
 fi
 # ds_fused is run from the checkout; an interpreter setting left in the environment would test no GPU
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
@@ -48,13 +50,17 @@ if python3 -c 'import xdist' 2>/dev/null; then
   cores=$(nproc)
   workers=(-n $((cores < 14 ? cores : 14)) --dist worksteal)
 fi
+# small models: beside the kernel tests, most of whose time is compilation on the CPU
+part training "$TESTS_SECONDS" python3 -m pytest tests/zero tests/launch -m gpu -v -p no:cacheprovider \
+  -rf --tb=short --color=no &
 part tests "$TESTS_SECONDS" python3 -m pytest tests/ops -q -p no:cacheprovider -rf --tb=short --show-capture=no \
   --durations=10 ${workers[@]+"${workers[@]}"}
+wait
 part run "$RUN_SECONDS" python3 benchmarks/run.py --out "$OUT" --seconds $((RUN_SECONDS - 15))
 part tune "$TUNE_SECONDS" python3 benchmarks/tune.py --out "$OUT" --seconds $((TUNE_SECONDS - 20))
 
 # the reply may carry only the end of the output: what matters most comes last
-for name in tune run tests; do
+for name in tune run training tests; do
   [ -f "$OUT/$name.txt" ] && { echo "== $name"; tail -n 45 "$OUT/$name.txt" | cut -c 1-200; }
 done
 exit 0

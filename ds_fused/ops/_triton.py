@@ -47,6 +47,15 @@ def rows_of(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
+def row_stride(x: Tensor) -> int:
+    """Elements from one row of x [N, D] to the next."""
+    # where a guard has fixed the value of a symbol, dynamo says the shape of a tensor as numbers, but of its strides it
+    # makes an error. TODO: goes when dynamo can (2.11 to 2.13 can't; tests/ops/trace_all.py shows it)
+    if torch.compiler.is_compiling() and x.is_contiguous():
+        return x.shape[1]
+    return x.stride(0)
+
+
 def on_device(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device: make that the tensor's. Free where it is already (the usual case)."""
     device = x.device

@@ -27,7 +27,16 @@ from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._labels import counting_tokens
 from ds_fused.ops._loss import LossOptions, check_loss, reduced
-from ds_fused.ops._triton import cdiv, check_dtypes, on_device, power_of_2, rows_of, runs_kernels, warps_for
+from ds_fused.ops._triton import (
+    cdiv,
+    check_dtypes,
+    on_device,
+    power_of_2,
+    row_stride,
+    rows_of,
+    runs_kernels,
+    warps_for,
+)
 
 # forward: one program walks one row, STAGES blocks of it are in flight; backward: one program a block. On H100 at
 # vocabularies of 128256 and 32000: forward 0.4 % and 1.9 % from best (16 elements a thread: best and 3.7 %), backward
@@ -228,7 +237,7 @@ def cross_entropy_fwd(
     smoothing = options.label_smoothing
     with on_device(logits):
         _cross_entropy_fwd_kernel[(n,)](
-            logits, labels, loss, lse, logits.stride(0), lse.stride(0),
+            logits, labels, loss, lse, row_stride(logits), row_stride(lse),
             n_cols, first_id, options.ignore_index,
             float(options.logit_scale), float(options.softcap or 1.0), float(options.z_loss),
             1.0 - smoothing, smoothing / n_vocab,
@@ -258,7 +267,7 @@ def cross_entropy_bwd(
     with on_device(logits):
         _cross_entropy_bwd_kernel[(n * n_blocks,)](
             dloss, labels, lse, logits, dlogits,
-            dloss.stride(0), lse.stride(0), logits.stride(0), dlogits.stride(0),
+            dloss.stride(0), row_stride(lse), row_stride(logits), row_stride(dlogits),
             n_cols, n_blocks, first_id, options.ignore_index,
             float(options.logit_scale), float(options.softcap or 1.0), float(options.z_loss),
             1.0 - smoothing + smoothing / n_vocab, smoothing / n_vocab,
@@ -290,7 +299,8 @@ class CrossEntropyFunction(torch.autograd.Function):
         logits, labels, lse = ctx.saved_tensors
         if ctx.overwrite:
             dlogits = logits.detach()
-            ctx.overwritten = True
+            # a trace writes nothing, and dynamo may need two
+            ctx.overwritten = not torch.compiler.is_compiling()
             # whoever else saved these logits gets autograd's error instead of a wrong gradient
             torch.autograd.graph.increment_version(logits)
         else:

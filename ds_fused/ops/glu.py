@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_fused.ops._triton import cdiv, check_dtypes, on_device, rows_of, runs_kernels
+from ds_fused.ops._triton import cdiv, check_dtypes, on_device, row_stride, rows_of, runs_kernels
 
 ACTS = ("silu", "gelu_tanh", "gelu")
 
@@ -134,8 +134,8 @@ def glu_fwd(gate: Tensor, up: Tensor, act: str) -> Tensor:
                 gate,
                 up,
                 y,
-                gate.stride(0),
-                up.stride(0),
+                row_stride(gate),
+                row_stride(up),
                 n_cols,
                 ACT=act,
                 FLAT=flat,
@@ -158,9 +158,9 @@ def glu_bwd(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Ten
                 up,
                 dgate,
                 dup,
-                dy.stride(0),
-                gate.stride(0),
-                up.stride(0),
+                row_stride(dy),
+                row_stride(gate),
+                row_stride(up),
                 n_cols,
                 ACT=act,
                 FLAT=flat,

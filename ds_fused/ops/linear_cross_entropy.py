@@ -224,7 +224,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             )
         x, weight, bias, labels, lse, *kept = ctx.saved_tensors
         kept = list(kept)  # dynamo makes a tuple of it
-        ctx.overwritten = len(kept) > 0
+        # a trace writes nothing, and dynamo may need two
+        ctx.overwritten = len(kept) > 0 and not torch.compiler.is_compiling()
         tiles, n_tokens = ctx.tiles, x.shape[0]
         softmax_bwd = cross_entropy_bwd if runs_kernels(x) else cross_entropy_bwd_torch
         source = WholeWeight(weight, tiles.rows) if ctx.slabs is None else ctx.slabs

@@ -27,6 +27,7 @@ from ds_fused.ops._triton import (
     multiprocessors,
     on_device,
     power_of_2,
+    row_stride,
     rows_of,
     runs_kernels,
     warps_for,
@@ -284,10 +285,10 @@ def rms_norm_fwd(
     with on_device(x):
         if block.rows:
             _rms_norm_fwd_kernel[(cdiv(n, block.rows),)](
-                x, weight, y, rstd, x.stride(0), n, d, eps, BLOCK_ROWS=block.rows, **constants
+                x, weight, y, rstd, row_stride(x), n, d, eps, BLOCK_ROWS=block.rows, **constants
             )
         else:
-            _rms_norm_fwd_walk_kernel[(n,)](x, weight, y, rstd, x.stride(0), d, eps, **constants)
+            _rms_norm_fwd_walk_kernel[(n,)](x, weight, y, rstd, row_stride(x), d, eps, **constants)
     return y, rstd
 
 
@@ -317,7 +318,7 @@ def rms_norm_bwd(
     programs = min(cdiv(n, max(1, block.rows)), resident)
     partial = torch.empty((programs, d), dtype=torch.float32, device=x.device) if wants_dweight else None
     with on_device(x):
-        kernel[(programs,)](dy, x, weight, rstd, dx, partial, dy.stride(0), x.stride(0), n, d, **constants)
+        kernel[(programs,)](dy, x, weight, rstd, dx, partial, row_stride(dy), row_stride(x), n, d, **constants)
         if not wants_dweight:
             return dx, None
         dweight = torch.empty_like(weight)

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from launching import REPO, launch
+from launching import REPO, launch, start
 from transformers import AutoTokenizer
 
 TRAIN = REPO / "launch" / "train.py"
 
 
-def ds_config(folder: Path, stage: int, micro_batch: int, accumulate: int = 1) -> Path:
+def ds_config(folder: Path, stage: int, micro_batch: int, accumulate: int = 1, **more: object) -> Path:
     config = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulate,
@@ -24,6 +24,7 @@ def ds_config(folder: Path, stage: int, micro_batch: int, accumulate: int = 1) -
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
         "zero_optimization": {"stage": stage},
         "tensorboard": {"enabled": True, "output_path": str(folder), "job_name": "tensorboard"},
+        **more,
     }
     path = folder / "ds.json"
     path.write_text(json.dumps(config))
@@ -84,6 +85,27 @@ def test_random_weights_on_a_machine_without_a_compiler(train):
     # a fresh model guesses evenly over 257 tokens
     assert rows[0]["held_out_loss"] == pytest.approx(5.55, abs=0.1)
     assert "DeepSpeed's CPU communication op is left out, gloo does its work: there is no C++ compiler" in output
+
+
+@pytest.mark.gpu
+def test_one_gpu_by_the_flag_alone(tmp_path, tiny_model, text):
+    """The main job on a GPU, as the README starts it: the same losses, with the flag and without."""
+    options = ["--model", tiny_model, "--text", text, "--block", 32, "--eval_blocks", 5, "--steps", 8]
+    held_out = {}
+    for enabled in (False, True):
+        out = tmp_path / str(enabled)
+        out.mkdir()
+        more = {"bf16": {"enabled": True}, "tensorboard": {"enabled": False}, "ds_fused": {"enabled": enabled}}
+        config = ds_config(out, stage=3, micro_batch=2, **more)
+        command = [shutil.which("deepspeed"), "--num_gpus", 1, "--config", config, TRAIN, *options, "--out", out]
+        ended = start([str(word) for word in command], DS_ACCELERATOR="cuda")
+        assert ended.status == 0, ended.output
+        assert ("layers replaced in" in ended.output) == enabled
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        held_out[enabled] = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
+    assert held_out[True][1] < held_out[True][0] - 0.1
+    # bf16, over 8 updates
+    assert held_out[True] == pytest.approx(held_out[False], rel=1e-2)
 
 
 @pytest.fixture

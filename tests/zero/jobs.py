@@ -35,4 +35,4 @@ def batches(accumulation: int) -> list[list[list[tuple[Tensor, Tensor]]]]:
         ignored = torch.rand(ROWS, LENGTH, generator=draw) < 0.2
         return ids, ids.masked_fill(ignored, IGNORED)
 
-    return [[[batch() for _ in range(RANKS)] for _ in range(accumulation)] for _ in range(STEPS)]
+    return [[[batch() for _ in range(max(RANKS.values()))] for _ in range(accumulation)] for _ in range(STEPS)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 
 STEPS = 4
-RANKS = 2
+RANKS = {"cpu": 2, "gpu": 1}
 ROWS, LENGTH = 2, 12  # of one micro batch on one rank
 CLIP = 0.5  # below every gradient norm of these jobs, so clipping always acts
 LEARNING_RATE = {"sgd": 0.1, "adamw": 1e-2}
@@ -30,30 +30,50 @@ class Case:
     optimizer: str
     tied: bool
     dtype: str
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
         words = [f"zero{self.stage}{'_init' if self.init else ''}", f"acc{self.accumulation}", self.optimizer]
-        return "-".join([*words, "tied" if self.tied else "untied", self.dtype])
+        return "-".join([*words, "tied" if self.tied else "untied", self.dtype, self.device])
 
     @property
-    def job(self) -> tuple[int, str, bool]:
+    def job(self) -> tuple[int, int, str, bool]:
         """What the mathematics depends on: cases of one job share one fp64 run."""
-        return self.accumulation, self.optimizer, self.tied
+        return RANKS[self.device], self.accumulation, self.optimizer, self.tied
+
+    @property
+    def is_noisy(self) -> bool:
+        """Kernels round elsewhere than stock, and in 16 bits one number's distance is a draw: only many say something.
+
+        (On a CPU the references round where stock rounds.)
+        """
+        return self.device == "gpu" and self.dtype != "fp32"
 
 
 STAGES = [(0, False), (1, False), (2, False), (3, False), (3, True)]
 
-ALL = [
+ON_CPU = [
     Case(stage, init, accumulation, optimizer, tied, dtype)
     for (stage, init), accumulation, optimizer, tied, dtype in product(
         STAGES, (1, 4), ("sgd", "adamw"), (False, True), ("fp32", "bf16")
     )
 ]
+# the kernels in place of their references; fp16, which DeepSpeed refuses on a CPU, under the stages that keep a norm
+ON_GPU = [
+    # not AdamW: it makes a whole step out of the noise in a gradient near 0, and from there runs part for good (on an
+    # H100 in fp32 the losses of step 4 were 1.5e-5 from the judge and stock's 1.6e-6, on a CPU 1.0e-5 and 1.3e-5)
+    Case(stage, init, 4, "sgd", dtype == "bf16", dtype, "gpu")
+    for (stage, init), dtype in product(STAGES, ("fp32", "bf16", "fp16"))
+    if dtype != "fp16" or stage > 0
+]
+ALL = ON_CPU + ON_GPU
 
 
-def in_ci(case: Case) -> bool:
+def is_quick(case: Case) -> bool:
     """Stage x accumulation x optimizer in fp32; tied and untied take turns, so that each stage meets both."""
+    if case.device == "gpu":
+        return True
     if case.dtype == "fp32":
         return case.tied == ((case.accumulation == 4) == (case.optimizer == "sgd"))
     return case.accumulation == 4 and case.optimizer == "adamw" and case.tied

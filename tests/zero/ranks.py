@@ -19,6 +19,7 @@ import jobs
 import products
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from transformers import LlamaForCausalLM
 
 import ds_fused
@@ -32,6 +33,8 @@ def json_of(case: products.Case, fused: bool) -> dict:
         "zero_optimization": {"stage": case.stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": case.dtype == "bf16"},
+        # low enough that the first step is no overflow, which would be skipped
+        "fp16": {"enabled": case.dtype == "fp16", "initial_scale_power": 8},
     }
     if fused:
         config["ds_fused"] = {"enabled": True}
@@ -79,7 +82,7 @@ def train(case: products.Case, fused: bool) -> dict:
     for step in jobs.batches(case.accumulation):
         mine = []
         for micro in step:
-            ids, labels = micro[rank]
+            ids, labels = (t.to(engine.device) for t in micro[rank])
             loss = engine(input_ids=ids, labels=labels).loss
             engine.backward(loss)
             mine.append(loss.detach().float())
@@ -87,9 +90,10 @@ def train(case: products.Case, fused: bool) -> dict:
                 # this one engine keeps no norm, but its reduced gradients lie whole on every rank until the step
                 square = sum(w.grad.double().pow(2).sum() for w in engine.module.parameters())
             engine.step()
-        both = [torch.empty(case.accumulation) for _ in range(products.RANKS)]
-        dist.all_gather(both, torch.stack(mine))
-        losses.append(torch.stack(both, dim=1).flatten().tolist())  # micro batch by micro batch, rank by rank
+        mine = torch.stack(mine)
+        all_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(all_ranks, mine)
+        losses.append(torch.stack(all_ranks, dim=1).flatten().tolist())  # micro batch by micro batch, rank by rank
         norm = engine.get_global_grad_norm()
         norms.append(float(square.sqrt() if norm is None else norm))
     run = {
@@ -114,7 +118,7 @@ def attempt(case: products.Case, fused: bool) -> dict:
 
 def main(out: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=60))
+    deepspeed.init_distributed(get_accelerator().communication_backend_name(), timeout=timedelta(seconds=60))
     ds_fused.install()
     by_name = {case.name: case for case in products.ALL}
     for name in names:

@@ -13,6 +13,7 @@ import pytest
 from launching import launch
 
 HERE = Path(__file__).parent
+RANKS = products.RANKS["cpu"]
 LAYERS = products.SIZES["num_hidden_layers"]
 
 CASES = (
@@ -37,10 +38,10 @@ def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     wanted = {item.name.removeprefix("test_") for item in request.session.items if item.module is request.module}
     chosen = [name for name in CASES if name in wanted]
     out = tmp_path_factory.mktemp("special")
-    launch(HERE / "special_ranks.py", str(out), *chosen, ranks=products.RANKS, timeout=60 + 15 * len(chosen))
+    launch(HERE / "special_ranks.py", str(out), *chosen, ranks=RANKS, timeout=60 + 15 * len(chosen))
 
     def ended_of(name: str) -> list[dict]:
-        ranks = [json.loads((out / f"{name}.{rank}.json").read_text()) for rank in range(products.RANKS)]
+        ranks = [json.loads((out / f"{name}.{rank}.json").read_text()) for rank in range(RANKS)]
         for rank, result in enumerate(ranks):
             assert "error" not in result, f"rank {rank}:\n{result['error']}"
         return ranks
