@@ -42,7 +42,7 @@ def test_the_table_of_ops_is_the_registry():
 
 
 def test_the_table_of_the_json_block_is_the_parser():
-    from ds_fused.engine.config import CHOICES, OP_OPTIONS, SWITCHES, parse
+    from ds_fused.engine.config import CHOICES, OP_OPTIONS, SWITCHES, options_of, parse
 
     default = parse({"enabled": True})
     words = {
@@ -61,11 +61,13 @@ def test_the_table_of_the_json_block_is_the_parser():
         rows.append(
             (f"`{key}`", ", ".join(json.dumps(c) for c in choices), json.dumps(getattr(default, key)), words[key])
         )
-    for key, options in OP_OPTIONS.items():
+    for key in OP_OPTIONS:
+        options = options_of(key)
         value = "true, false" + (", or an object" if options else "")
         rows.append((f"`{key}`", value, json.dumps(key in default.wanted), "this op"))
         for name, option in options.items():
             kind = {int: "an integer", float: "a number", bool: "true, false", str: "a string"}[option.type]
+            kind = ", ".join(json.dumps(choice) for choice in option.choices) or kind
             rows.append((f"`{key}.{name}`", kind, json.dumps(option.default), option.doc))
     assert_table("| key | value | default | meaning |", rows)
 

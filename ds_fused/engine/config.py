@@ -34,6 +34,19 @@ CHOICES = {
     "eval": ("defer", "stock"),
 }
 OP_OPTIONS: Mapping[str, Mapping[str, Option]] = MappingProxyType({key: op.options for op in OPS for key in op.keys})
+# options of the same objects that are the engine's: how the head's weight comes to the op under ZeRO-3
+HEAD = "fused_linear_cross_entropy"
+HEAD_OPTIONS: Mapping[str, Option] = MappingProxyType(
+    {
+        "mode": Option(
+            str,
+            "gather",
+            'under ZeRO-3: "gather" has the whole weight of the head gathered, "stream" slab after slab',
+            ("gather", "stream"),
+        ),
+        "slab_mb": Option(int, 128, 'MiB of weight gathered at a time in mode "stream"'),
+    }
+)
 KEYS = (*SWITCHES, *CHOICES, *OP_OPTIONS)
 
 _WORDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
@@ -49,7 +62,8 @@ class Config:
     report: bool
     logits: str
     eval: str
-    wanted: Mapping[str, Mapping[str, object]]  # JSON key that is on -> the options given for it
+    wanted: Mapping[str, Mapping[str, object]]  # JSON key that is on -> the options given for its op
+    head: Mapping[str, object]  # HEAD_OPTIONS, each with its value
 
 
 def parse(block: object) -> Config:
@@ -68,21 +82,33 @@ def parse(block: object) -> Config:
     for key in OP_OPTIONS:
         options = _options(key, block.get(key, True))
         if options is not None:
-            wanted[key] = MappingProxyType(options)
-    return Config(**switches, **choices, wanted=MappingProxyType(wanted))
+            wanted[key] = options
+    asked = wanted.get(HEAD, {})
+    head = {name: asked.pop(name, option.default) for name, option in HEAD_OPTIONS.items()}
+    frozen = {key: MappingProxyType(options) for key, options in wanted.items()}
+    return Config(**switches, **choices, wanted=MappingProxyType(frozen), head=MappingProxyType(head))
+
+
+def options_of(key: str) -> dict[str, Option]:
+    """What the JSON object of an op's key may hold."""
+    return {**OP_OPTIONS[key], **(HEAD_OPTIONS if key == HEAD else {})}
 
 
 def _options(key: str, value: object) -> dict[str, object] | None:
     """The options given for an op; {} for true, None for false."""
     if isinstance(value, bool):
         return {} if value else None
-    known = OP_OPTIONS[key]
+    known = options_of(key)
     if not isinstance(value, Mapping):
         options = f" or an object of {', '.join(known)}" if known else ""
         raise ValueError(f"ds_fused.{key} must be true or false{options}, got {_shown(value)}")
     for name in value:
         _check_known(f"ds_fused.{key}", name, known)
-    return {name: _typed(f"ds_fused.{key}.{name}", given, known[name].type) for name, given in value.items()}
+    return {name: _option(f"ds_fused.{key}.{name}", given, known[name]) for name, given in value.items()}
+
+
+def _option(where: str, value: object, option: Option) -> object:
+    return _chosen(where, value, option.choices) if option.choices else _typed(where, value, option.type)
 
 
 def _check_known(where: str, key: object, known: Iterable[str]) -> None:
@@ -104,7 +130,7 @@ def _typed(where: str, value: object, kind: type) -> object:
     return value
 
 
-def _chosen(where: str, value: object, allowed: tuple[str, ...]) -> str:
+def _chosen(where: str, value: object, allowed: tuple[object, ...]) -> object:
     if value not in allowed:
         raise ValueError(f"{where} must be {' or '.join(map(repr, allowed))}, got {_shown(value)}")
     return value

@@ -6,7 +6,8 @@
     end of the forward                        Scope: what no loss consumed is computed, the rest leaves on demand
 
 The loss runs inside the head's own call, so whatever acts on layers through hooks acts on it as on any other layer:
-ZeRO-3 gathers the head's weight there and releases it after. Outside such a forward the head is an ordinary Linear.
+ZeRO-3 gathers the head's weight there and releases it after. Where the weight comes in slabs of its own instead, there
+is nothing for hooks to do and the loss is computed past them. Outside such a forward the head is an ordinary Linear.
 """
 
 from __future__ import annotations
@@ -21,8 +22,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_fused.modules.deferred import DeferredLogits, HeadCall, materialised
-from ds_fused.modules.on_demand import WholeWeight, on_demand, with_steps
+from ds_fused.modules.on_demand import WholeWeight, on_demand, sealed, with_steps
 from ds_fused.ops import cross_entropy, linear_cross_entropy
+from ds_fused.ops.slabs import WeightSlabs
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadWeight:
+    """How the weight of a head is reached where ZeRO-3 has sharded it; as it stands here, where nothing has."""
+
+    # the context of a read after the forward, in which the weight is whole
+    whole: WholeWeight = nullcontext
+    # the weight in slabs of its own, for the loss; None where the loss is to be computed in the head's own call
+    slabs: Callable[[nn.Module], WeightSlabs | None] = lambda head: None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +65,19 @@ class Head:
     def forward(self, input: Tensor, loss: LossArguments | None = None) -> Tensor | tuple[Tensor, Tensor]:
         if loss is None:
             return super().forward(input)
-        value = linear_cross_entropy(
+        # beside the loss, so that hooks which act on a layer's outputs (ZeRO-3's) see a gradient to the logits too
+        logits = on_demand(HeadCall(self, input), self._ds_fused_scope.weight.whole)
+        return self._value(input, self.weight, loss), logits
+
+    def loss_over(self, slabs: WeightSlabs, input: Tensor, loss: LossArguments) -> tuple[Tensor, Tensor]:
+        """The same as a call with ``loss``, of a weight that is not here whole. Fires no hook."""
+        logits = sealed(HeadCall(self, input), self._ds_fused_scope.weight.whole)
+        return self._value(input, slabs, loss), logits
+
+    def _value(self, input: Tensor, weight: Tensor | WeightSlabs, loss: LossArguments) -> Tensor:
+        return linear_cross_entropy(
             input.reshape(-1, input.shape[-1]),
-            self.weight,
+            weight,
             loss.labels,
             bias=self.bias,
             ignore_index=loss.ignore_index,
@@ -64,8 +86,6 @@ class Head:
             logit_scale=loss.logit_scale,
             **loss.options,
         )
-        # beside the loss, so that hooks which act on a layer's outputs (ZeRO-3's) see a gradient to the logits too
-        return value, on_demand(HeadCall(self, input), self._ds_fused_scope.whole_weight)
 
 
 class Scope:
@@ -74,7 +94,6 @@ class Scope:
     ``labels_at``: position of ``labels`` in the forward's signature.
     ``logits``: "defer" computes logits that leave the forward when they are read, "keep" within the forward.
     ``eval``: "defer" treats the eval mode as training, "stock" leaves it alone.
-    ``whole_weight(head)``: the context of a later read, in which the head's weight is whole.
     """
 
     def __init__(
@@ -83,12 +102,12 @@ class Scope:
         *,
         logits: str = "defer",
         eval: str = "defer",
-        whole_weight: WholeWeight = nullcontext,
+        weight: HeadWeight = HeadWeight(),  # noqa: B008 (frozen)
     ) -> None:
         self.labels_at = labels_at
         self.logits = logits
         self.eval = eval
-        self.whole_weight = whole_weight
+        self.weight = weight
         # one for each forward that is running, innermost last: a forward may be called within another
         self._modes: list[str] = []
         self._handles: list[Any] = []
@@ -225,8 +244,12 @@ class CausalLMLoss:
         if self.linear is not None and shape is not None and not logits.is_real():
             scale, softcap = shape
             arguments = LossArguments(shift_labels, reduction, ignore_index, scale, softcap, self.linear)
-            # the head's own call, past the one that postpones
-            loss, logits.call.on_demand = nn.Module.__call__(logits.head, logits.hidden, loss=arguments)
+            slabs = self.scope.weight.slabs(logits.head)
+            if slabs is None:
+                # the head's own call, past the one that postpones
+                loss, logits.call.on_demand = nn.Module.__call__(logits.head, logits.hidden, loss=arguments)
+            else:
+                loss, logits.call.on_demand = logits.head.loss_over(slabs, logits.hidden, arguments)
         elif self.real:
             logits = materialised(logits)
             loss = cross_entropy(

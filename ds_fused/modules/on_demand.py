@@ -85,7 +85,9 @@ class _Read:
         self.head = call.head
         self.hidden = call.hidden.detach()
         self.autocast = call.autocast
-        self.sample = sample(call.head.weight) if call.head.weight.requires_grad else None
+        # a sharded weight has no elements here
+        told = call.head.weight.requires_grad and call.head.weight.numel()
+        self.sample = sample(call.head.weight) if told else None
         self.whole_weight = whole_weight
 
     def __call__(self) -> Tensor:
@@ -120,6 +122,22 @@ class _Logits(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dlogits: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *_gradients(ctx.read.logits, ctx.saved_tensors, ctx.needs_input_grad[2:], dlogits)
+
+
+class _Sealed(torch.autograd.Function):
+    """Gives on-demand logits of a sharded weight their place in the graph, where no gradient can pass them."""
+
+    @staticmethod
+    def forward(ctx, source: Source, hidden: Tensor) -> LogitsOnDemand:
+        return LogitsOnDemand(source)
+
+    @staticmethod
+    def backward(ctx, dlogits: Tensor) -> tuple[None, None]:
+        raise RuntimeError(
+            'ds_fused: a gradient came to outputs.logits, beside the one to the loss. In mode "stream" the weight of '
+            "the head is there slab by slab, and only while the loss is computed; set "
+            '"logits": "keep" in the ds_fused block, which computes the logits inside the forward'
+        )
 
 
 class _Steps(torch.autograd.Function):
@@ -257,6 +275,12 @@ def on_demand(call: HeadCall, whole_weight: WholeWeight) -> LogitsOnDemand:
     read = _Read(call, whole_weight)
     source = Source(read, call.shape, call.dtype, call.hidden.device)
     return _Logits.apply(read, source, call.hidden, call.head.weight, call.head.bias)
+
+
+def sealed(call: HeadCall, whole_weight: WholeWeight) -> LogitsOnDemand:
+    """The same where the weight is not whole: the logits can be read later, and a gradient to them is an error."""
+    source = Source(_Read(call, whole_weight), call.shape, call.dtype, call.hidden.device)
+    return _Sealed.apply(source, call.hidden)
 
 
 def with_steps(logits: LogitsOnDemand, steps: tuple[Step, ...]) -> LogitsOnDemand:

@@ -21,6 +21,7 @@ class Option(NamedTuple):
     type: type
     default: object
     doc: str
+    choices: tuple[object, ...] = ()  # what it may be, where not every value of its type
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ is named here. Around such a model three things change, and ``restore`` undoes e
 - two hooks on the model arm the head for forwards that are given labels (``Scope``);
 - ``model.loss_function``, which transformers offers for exchanging, becomes a ``CausalLMLoss`` around the original.
 
-``logits``, ``eval`` and ``whole_weight`` are those of ``Scope``.
+``logits``, ``eval`` and ``weight`` are those of ``Scope``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -23,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_fused.modules.deferred import DeferredLogits, HeadCall
-from ds_fused.modules.head import CausalLMLoss, Head, Scope
-from ds_fused.modules.on_demand import WholeWeight
+from ds_fused.modules.head import CausalLMLoss, Head, HeadWeight, Scope
 from ds_fused.modules.swap import fused_class, is_fused, swap, unswap, why_not
 from ds_fused.policies.proof import compare, randn
 from ds_fused.policies.report import Claim, Left
@@ -149,7 +147,7 @@ def claim_loss(
     *,
     logits: str = "defer",
     eval: str = "defer",
-    whole_weight: WholeWeight = nullcontext,
+    weight: HeadWeight = HeadWeight(),  # noqa: B008 (frozen)
 ) -> tuple[list[Claim], list[Left]]:
     """What can be done about the loss of ``model`` with the keys that are on, and what can't. Changes nothing."""
     for name, value, known in (("logits", logits, ("defer", "keep")), ("eval", eval, ("defer", "stock"))):
@@ -170,7 +168,7 @@ def claim_loss(
             continue
         # a wrapper that hands its labels on may compute no loss itself: the scope is the outermost that knows labels
         owner = next(m for m in models if _labels_at(type(m)) is not None)
-        scope = Scope(_labels_at(type(owner)), logits=logits, eval=eval, whole_weight=whole_weight)
+        scope = Scope(_labels_at(type(owner)), logits=logits, eval=eval, weight=weight)
         losses = {m: CausalLMLoss(m.loss_function, scope) for m in usable}
         site = Site(owner, head, losses, scope)
         if LINEAR in wanted:

@@ -6,13 +6,13 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ds_fused.modules import OPS
+from ds_fused.modules.head import HeadWeight
 from ds_fused.modules.swap import fused_class, is_fused, patched_by, swap, unswap, why_not
 from ds_fused.policies.bodies import Body
 from ds_fused.policies.families import find
@@ -39,7 +39,7 @@ def apply(
     strict: bool = False,
     logits: str = "defer",
     eval: str = "defer",
-    whole_weight: Callable[[nn.Module], AbstractContextManager] = nullcontext,
+    weight: HeadWeight = HeadWeight(),  # noqa: B008 (frozen)
     agree: Callable[[dict], None] | None = None,
     **switches: object,
 ) -> Report:
@@ -52,7 +52,7 @@ def apply(
     ``strict``: a requested kind that matches nothing is a ValueError.
     ``logits``: after a fused loss, "defer" computes them when they are read, "keep" in the forward as well.
     ``eval``: "defer" fuses the loss of an evaluation too, "stock" leaves evaluation alone.
-    ``whole_weight``: makes a layer's parameters whole where they are sharded.
+    ``weight``: how the weight of a head is reached where it is sharded.
     ``agree``: called with the decisions (a JSON-able dict) before anything changes; raises where ranks differ.
     """
     started = time.perf_counter()
@@ -60,7 +60,7 @@ def apply(
     for name, value, known in (("logits", logits, ("defer", "keep")), ("eval", eval, ("defer", "stock"))):
         if value not in known:
             raise ValueError(f"apply: {name} is {value!r}; it can be {' or '.join(map(repr, known))}")
-    planned = plan(model, keys, logits=logits, eval=eval, whole_weight=whole_weight)
+    planned = plan(model, keys, logits=logits, eval=eval, weight=weight)
 
     device, dtype = _place(model, device, dtype)
     outcomes = [_outcome(claim, device, dtype) if verify else None for claim in planned.claims]
@@ -84,7 +84,7 @@ def plan(
     *,
     logits: str = "defer",
     eval: str = "defer",
-    whole_weight: Callable[[nn.Module], AbstractContextManager] = nullcontext,
+    weight: HeadWeight = HeadWeight(),  # noqa: B008 (frozen)
 ) -> Plan:
     """All claims on a model and all that is left, with reasons. ``wanted``: JSON key that is on -> its options.
 
@@ -121,7 +121,7 @@ def plan(
                 alike[kind] = SwapClaim(reading.key, body, reading.state, model)
             alike[kind].add(path, module)
 
-    loss, loss_left = claim_loss(model, wanted, logits=logits, eval=eval, whole_weight=whole_weight)
+    loss, loss_left = claim_loss(model, wanted, logits=logits, eval=eval, weight=weight)
     claims = (*alike.values(), *loss)
     left_whole = [Left(what, count, reason) for (what, reason), count in left.items()]
     left_whole += _strangers(model, unknown, known, fused_loss=bool(loss))

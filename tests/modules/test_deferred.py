@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_fused.modules.deferred import DeferredLogits, HeadCall
-from ds_fused.modules.head import CausalLMLoss, Head, Scope
+from ds_fused.modules.head import CausalLMLoss, Head, HeadWeight, Scope
 from ds_fused.modules.on_demand import LogitsOnDemand
 from ds_fused.modules.swap import swap, unswap
 
@@ -459,7 +459,7 @@ def test_a_read_goes_through_whole_weight() -> None:
         def __exit__(self, *error: object) -> None:
             entered.append("left")
 
-    _, fused = pair(whole_weight=Whole)
+    _, fused = pair(weight=HeadWeight(Whole))
     late = logits_of(fused)
     assert entered == []
     late.sum(), late.argmax()

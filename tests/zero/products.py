@@ -31,11 +31,12 @@ class Case:
     tied: bool
     dtype: str
     device: str = "cpu"
+    mode: str = "gather"  # of the head's weight
 
     @property
     def name(self) -> str:
         words = [f"zero{self.stage}{'_init' if self.init else ''}", f"acc{self.accumulation}", self.optimizer]
-        return "-".join([*words, "tied" if self.tied else "untied", self.dtype, self.device])
+        return "-".join([*words, "tied" if self.tied else "untied", self.dtype, self.device, self.mode])
 
     @property
     def job(self) -> tuple[int, int, str, bool]:
@@ -53,12 +54,9 @@ class Case:
 
 STAGES = [(0, False), (1, False), (2, False), (3, False), (3, True)]
 
-ON_CPU = [
-    Case(stage, init, accumulation, optimizer, tied, dtype)
-    for (stage, init), accumulation, optimizer, tied, dtype in product(
-        STAGES, (1, 4), ("sgd", "adamw"), (False, True), ("fp32", "bf16")
-    )
-]
+JOBS = tuple(product((1, 4), ("sgd", "adamw"), (False, True), ("fp32", "bf16")))
+ON_CPU = [Case(*stage, *job) for stage, job in product(STAGES, JOBS)]
+ON_CPU += [Case(*stage, *job, mode="stream") for stage, job in product(STAGES, JOBS) if stage[0] == 3]
 # the kernels in place of their references; fp16, which DeepSpeed refuses on a CPU, under the stages that keep a norm
 ON_GPU = [
     # not AdamW: it makes a whole step out of the noise in a gradient near 0, and from there runs part for good (on an

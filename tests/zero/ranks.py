@@ -37,7 +37,8 @@ def json_of(case: products.Case, fused: bool) -> dict:
         "fp16": {"enabled": case.dtype == "fp16", "initial_scale_power": 8},
     }
     if fused:
-        config["ds_fused"] = {"enabled": True}
+        # slabs of one row a rank: as many as can be
+        config["ds_fused"] = {"enabled": True, "fused_linear_cross_entropy": {"mode": case.mode, "slab_mb": 0}}
     return config
 
 
@@ -69,6 +70,12 @@ def replaced(engine: deepspeed.DeepSpeedEngine) -> dict[str, int]:
     for row in engine.ds_fused_report.replaced:
         counts[row.key] += row.count
     return dict(counts)
+
+
+def head(engine: deepspeed.DeepSpeedEngine) -> str:
+    """What the report says of the head."""
+    (row,) = (row for row in engine.ds_fused_report.replaced if row.key == "fused_linear_cross_entropy")
+    return row.replacement
 
 
 def train(case: products.Case, fused: bool) -> dict:
@@ -103,6 +110,7 @@ def train(case: products.Case, fused: bool) -> dict:
         "state": sorted(engine.module.state_dict()),
         "class": type(engine.module).__name__,
         "replaced": replaced(engine) if fused else {},
+        "head": head(engine) if fused else "",
     }
     engine.destroy()
     return run

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 import traceback
 import types
@@ -85,13 +86,22 @@ def replaced(engine: deepspeed.DeepSpeedEngine) -> dict[str, int]:
     return counts
 
 
-def both(build: Callable[[], torch.nn.Module], stage: int, joined: bool = False, **more: object) -> dict:
-    """Stock, then fused."""
+def both(
+    build: Callable[[], torch.nn.Module],
+    stage: int,
+    joined: bool = False,
+    block: dict | None = None,
+    run: Callable[[deepspeed.DeepSpeedEngine], object] | None = None,
+    **more: object,
+) -> dict:
+    """Stock, then fused: what `run` returns of each engine, or the losses of its training."""
+    run = run or (lambda engine: train(engine, mine(joined)))
     stock = engine_of(build(), stage, None, **more)
-    out = {"stock": train(stock, mine(joined))}
+    out = {"stock": run(stock)}
     stock.destroy()
-    fused = engine_of(build(), stage, {}, **more)
-    out |= {"replaced": replaced(fused), "left": left(fused), "fused": train(fused, mine(joined))}
+    fused = engine_of(build(), stage, block or {}, **more)
+    out |= {"replaced": replaced(fused), "left": left(fused), "report": str(fused.ds_fused_report)}
+    out["fused"] = run(fused)
     fused.destroy()
     return out
 
@@ -217,6 +227,178 @@ def ranks_decide_differently() -> dict:
 @case
 def one_rank_misspells() -> dict:
     return refused({"rope": True} if dist.get_rank() == 0 else {"ropes": True})
+
+
+# mode "stream": the head's weight comes in slabs of one row a rank, 34 of them
+STREAM = {"fused_linear_cross_entropy": {"mode": "stream", "slab_mb": 0}}
+
+
+def streamed(build: Callable[[], torch.nn.Module] = model_of, run: Callable | None = None, **more: object) -> dict:
+    return both(build, stage=3, block=STREAM, run=run, **more)
+
+
+def frozen(*trained: str) -> torch.nn.Module:
+    """A model of which only those parameters learn whose names hold one of the words."""
+    model = model_of()
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(any(word in name for word in trained))
+    return model
+
+
+@case
+def stream_frozen_trunk() -> dict:
+    return streamed(lambda: frozen("lm_head"))
+
+
+@case
+def stream_frozen_head() -> dict:
+    return streamed(lambda: frozen("layers", "norm"))
+
+
+@case
+def stream_uneven_ranks() -> dict:
+    """Other lengths on each rank, and one that has nothing to predict in its second step."""
+
+    def run(engine: deepspeed.DeepSpeedEngine) -> list[float]:
+        losses = []
+        for step, (ids, labels) in enumerate(mine()):
+            if dist.get_rank() == 1:
+                ids, labels = ids[:, : 5 + step], labels[:, : 5 + step]
+                labels = torch.full_like(labels, jobs.IGNORED) if step == 1 else labels
+            # a sum over this number, which both ranks share: a mean over no tokens would be NaN
+            loss = engine(input_ids=ids, labels=labels, num_items_in_batch=20).loss
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        return losses
+
+    return streamed(run=run)
+
+
+@case
+def stream_logits_kept() -> dict:
+    """The logits take part in the loss, so the head gets a gradient in both ways."""
+
+    def run(engine: deepspeed.DeepSpeedEngine) -> list[float]:
+        losses = []
+        for ids, labels in mine():
+            output = engine(input_ids=ids, labels=labels)
+            loss = output.loss + 1e-2 * output.logits.float().square().mean()
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        return losses
+
+    return both(model_of, stage=3, block={**STREAM, "logits": "keep"}, run=run)
+
+
+@case
+def stream_gradient_to_logits() -> dict:
+    engine = engine_of(model_of(), 3, STREAM)
+    ids, labels = mine()[0]
+    output = engine(input_ids=ids, labels=labels)
+    try:
+        engine.backward(output.loss + output.logits.float().mean())
+        return {"raised": None}
+    except RuntimeError as error:
+        return {"raised": str(error)}
+
+
+@case
+def stream_logits_read() -> dict:
+    return reading(lambda rank: True, STREAM)
+
+
+@case
+def stream_communication_dtype() -> dict:
+    return streamed(bf16={"enabled": True}, communication_data_type="fp32")
+
+
+@case
+def stream_autocast() -> dict:
+    return streamed(torch_autocast={"enabled": True, "dtype": "bfloat16"})
+
+
+@case
+def stream_offload() -> dict:
+    offload = {"device": "cpu"}
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "offload_optimizer": offload, "offload_param": offload}
+    return streamed(zero_optimization=zero, zero_force_ds_cpu_optimizer=False)
+
+
+@case
+def stream_direct_backward() -> dict:
+    def run(engine: deepspeed.DeepSpeedEngine) -> list[float]:
+        losses = []
+        for ids, labels in mine():
+            loss = engine(input_ids=ids, labels=labels).loss
+            loss.backward()
+            engine.step()
+            losses.append(loss.item())
+        return losses
+
+    return streamed(run=run)
+
+
+@case
+def stream_checkpointing() -> dict:
+    def build() -> torch.nn.Module:
+        model = model_of()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        return model
+
+    return streamed(build)
+
+
+@case
+def stream_evaluation_and_saving() -> dict:
+    """Evaluation between two steps, then the weights saved, trained away from and loaded again."""
+
+    def run(engine: deepspeed.DeepSpeedEngine) -> list[float]:
+        losses = train(engine, mine()[:2])
+        with tempfile.TemporaryDirectory() as folder:
+            # one folder for both ranks
+            shared = [folder]
+            dist.broadcast_object_list(shared)
+            engine.save_checkpoint(shared[0], tag="here")
+            after = train(engine, mine()[2:])
+            engine.eval()
+            ids, labels = mine()[0]
+            with torch.no_grad():
+                evaluated = engine(input_ids=ids, labels=labels).loss.item()
+                logits = engine(input_ids=ids).logits.float().square().mean().item()
+            engine.train()
+            engine.load_checkpoint(shared[0], tag="here")
+            again = train(engine, mine()[2:])
+            dist.barrier()
+        return [*losses, *after, evaluated, logits, *again]
+
+    return streamed(run=run)
+
+
+@case
+def stream_is_no_use() -> dict:
+    """Why the weight is gathered whole after all, in one configuration after the other."""
+
+    def reason(stage: int, build: Callable[[], torch.nn.Module] = model_of, **zero: object) -> list[str]:
+        zero = {"stage": stage, "stage3_param_persistence_threshold": 0, **zero}
+        engine = engine_of(build(), stage, STREAM, zero_optimization=zero)
+        lines = left(engine)
+        train(engine, mine()[:1])
+        engine.destroy()
+        return lines
+
+    def with_bias() -> torch.nn.Module:
+        model = model_of()
+        model.lm_head.bias = torch.nn.Parameter(torch.zeros(products.SIZES["vocab_size"]))
+        return model
+
+    return {
+        "persistent": reason(3, stage3_param_persistence_threshold=10**6),
+        "bias": reason(3, with_bias),
+        "stage": reason(2),
+        "reduce": reason(3, reduce_scatter=False),
+    }
 
 
 def main(out: Path, names: list[str]) -> None:

@@ -27,6 +27,19 @@ CASES = (
     "ranks_decide_differently",
     "one_rank_misspells",
     "logits_read_by_one",
+    "stream_frozen_trunk",
+    "stream_frozen_head",
+    "stream_uneven_ranks",
+    "stream_logits_kept",
+    "stream_gradient_to_logits",
+    "stream_logits_read",
+    "stream_communication_dtype",
+    "stream_autocast",
+    "stream_offload",
+    "stream_direct_backward",
+    "stream_checkpointing",
+    "stream_evaluation_and_saving",
+    "stream_is_no_use",
     # last: DeepSpeed keeps the mesh of the first engine that splits layers
     "tensor_parallel",
 )
@@ -35,7 +48,9 @@ CASES = (
 @pytest.fixture(scope="module")
 def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     """case -> what it returned, on each rank. Only what this session selected is launched."""
-    wanted = {item.name.removeprefix("test_") for item in request.session.items if item.module is request.module}
+    # test_stream[offload] is of the case stream_offload
+    items = [item for item in request.session.items if item.module is request.module]
+    wanted = {item.name.removeprefix("test_").replace("[", "_").rstrip("]") for item in items}
     chosen = [name for name in CASES if name in wanted]
     out = tmp_path_factory.mktemp("special")
     launch(HERE / "special_ranks.py", str(out), *chosen, ranks=RANKS, timeout=60 + 15 * len(chosen))
@@ -147,3 +162,56 @@ def test_one_rank_misspells(ranks):
     assert "ropes" in first_message
     assert ranks[0]["stock_again"]
     assert ranks[1]["stock_again"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "frozen_trunk",
+        "frozen_head",
+        "uneven_ranks",
+        "logits_kept",
+        "communication_dtype",
+        "autocast",
+        "offload",
+        "direct_backward",
+        "checkpointing",
+        "evaluation_and_saving",
+    ],
+)
+def test_stream(ended, name):
+    ranks = ended(f"stream_{name}")
+    for result in ranks:
+        assert "its weight in 34 slabs" in result["report"]
+        if name in ("communication_dtype", "autocast"):
+            # half an ulp of bf16, in which the products are rounded
+            assert result["fused"] == pytest.approx(result["stock"], rel=4e-3)
+        else:
+            assert result["fused"] == pytest.approx(result["stock"], rel=1e-5)
+        # what is compared has learned something
+        assert result["fused"][0] != result["fused"][3]
+
+
+def test_stream_gradient_to_logits(ranks):
+    for result in ranks:
+        assert '"logits": "keep"' in result["raised"]
+
+
+def test_stream_logits_read(ranks):
+    equal_losses(ranks)
+    for result in ranks:
+        assert not result["errors"]
+        assert result["logits"]["fused"] == pytest.approx(result["logits"]["stock"], rel=1e-5)
+
+
+def test_stream_is_no_use(ranks):
+    for result in ranks:
+        for case, words in (
+            ("persistent", "stage3_param_persistence_threshold"),
+            ("bias", "it has a bias"),
+            ("stage", "ZeRO stage 2 shards no weights"),
+            ("reduce", "reduce_scatter is off"),
+        ):
+            (line,) = (line for line in result[case] if "stream" in line)
+            assert line.startswith('head lm_head: mode "stream": its weight is gathered whole, since ')
+            assert words in line

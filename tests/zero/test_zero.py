@@ -142,3 +142,4 @@ def test_all_of_the_model_is_fused(runs, case):
         "fused_linear_cross_entropy": 1,
         "cross_entropy": 1,
     }
+    assert ("its weight in 34 slabs" in fused["head"]) == (case.mode == "stream"), fused["head"]

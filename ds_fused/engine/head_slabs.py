@@ -1,0 +1,243 @@
+"""The head's weight under ZeRO-3, gathered slab by slab from the shards; its gradient goes back slab by slab.
+
+What the fused loss needs of a weight (``ds_fused.ops.slabs.WeightSlabs``), without the whole weight or its whole
+gradient ever being there. The result is stock's: gradients are averaged over the ranks as DeepSpeed averages them, in
+its dtype, and handed to its optimizer as the partition that its own reduce-scatter would have made; accumulation,
+clipping, overflow check, loss scale and offload are the optimizer's from there.
+
+Collectives: an all-gather a slab, in forward and in backward, and a reduce-scatter a slab in backward. Their number,
+order and sizes follow from (V, H, W, slab size) alone, never from tokens or labels: no rank can wait for another that
+had nothing to do. The gather of a slab is under way while the slab before is computed, and so is its reduce-scatter
+while the next one is.
+
+Memory: two slabs of weight; in backward two of gradient, too, and this rank's part of the gradient.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from ds_fused.engine.shards import Shards
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+
+# where ZeRO-3's optimizer keeps gradients until the step: ds_id -> this rank's part
+KEPT_GRADIENTS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
+# what is asked of that optimizer; another version may not have it
+NEEDED = (
+    KEPT_GRADIENTS,
+    "get_param_comm_dtype",
+    "gradient_accumulation_dtype",
+    "micro_step_id",
+    "partition_grads",
+    "queue_post_backward_callback",
+    "reduce_and_partition_stream",
+)
+
+
+class Flight(NamedTuple):
+    """A collective under way and what it writes."""
+
+    work: object
+    result: Tensor
+
+    def land(self) -> Tensor:
+        self.work.wait()
+        return self.result
+
+
+class HeadSlabs:
+    """One sharded weight. Every rank of its group calls the same methods in the same order."""
+
+    def __init__(self, param: nn.Parameter, engine: DeepSpeedEngine, slab_bytes: int) -> None:
+        self.param = param
+        self.group = param.ds_process_group
+        self.shape = (param.ds_shape[0], param.ds_shape[1])
+        self.dtype = param.ds_tensor.dtype
+        self.device = torch.device(get_accelerator().current_device_name())
+        self._engine = engine
+        self._rank = dist.get_rank(self.group)
+        self._shards = Shards(*self.shape, dist.get_world_size(self.group))
+        # even slabs, each at most slab_bytes of all ranks together
+        row_bytes = self._shards.ranks * self.shape[1] * param.ds_tensor.element_size()
+        self._plain = -(-self._shards.common // max(1, slab_bytes // row_bytes))
+        self._rows = -(-self._shards.common // self._plain)
+        self.slab_rows = max(self._shards.ranks * self._rows, self._shards.seam_rows)
+        self._coming: dict[int, Flight] = {}
+        self._leaving: tuple[int, Flight] | None = None
+        self._partition: Tensor | None = None
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.param.requires_grad
+
+    def __len__(self) -> int:
+        return self._plain + (self._shards.seam_rows > 0)
+
+    def __str__(self) -> str:
+        slab = self.slab_rows * self.shape[1] * self.param.ds_tensor.element_size()
+        return f"{len(self)} slabs of at most {slab / 2**20:.1f} MiB over {self._shards.ranks} ranks"
+
+    # the weight comes
+
+    def gather(self, k: int) -> tuple[Tensor, Tensor | int]:
+        """Rows of slab k and their vocabulary ids; slab k + 1 is on its way when this returns."""
+        gathered = (self._coming.pop(k, None) or self._start_gather(k)).land()
+        # what a pass that was broken off has left there
+        self._coming.clear()
+        if k + 1 < len(self):
+            self._coming[k + 1] = self._start_gather(k + 1)
+        if k == self._plain:
+            return self._seam_of(gathered), self._seam_ids
+        start, rows = self._plain_rows(k)
+        ids = start if self._shards.ranks == 1 else self._shards.ids(start, rows, self.device)
+        return gathered.view(-1, self.shape[1]), ids
+
+    def _plain_rows(self, k: int) -> tuple[int, int]:
+        """(first, how many) of each rank's common rows."""
+        start = k * self._rows
+        return start, min(self._rows, self._shards.common - start)
+
+    def _place(self, k: int) -> slice:
+        """Slab k in this rank's shard."""
+        start, rows = self._plain_rows(k)
+        begin = self._shards.start(self._rank) + start * self.shape[1]
+        return slice(begin, begin + rows * self.shape[1])
+
+    def _start_gather(self, k: int) -> Flight:
+        shard = self.param.ds_tensor.data
+        if k == self._plain:
+            mine = self._seam_room()
+            for room, place in self._seam_places(self._rank):
+                mine[room] = shard[place]
+        else:
+            # offloaded shards lie on the CPU
+            mine = shard[self._place(k)].to(self.device, non_blocking=True)
+        everyones = torch.empty(self._shards.ranks * mine.numel(), dtype=self.dtype, device=self.device)
+        work = dist.all_gather_into_tensor(everyones, mine, group=self.group, async_op=True)
+        return Flight(work, everyones)
+
+    # the gradient goes
+
+    def gradient(self, k: int) -> Tensor:
+        rows = self._shards.seam_rows if k == self._plain else self._shards.ranks * self._plain_rows(k)[1]
+        return torch.empty(rows, self.shape[1], dtype=self.dtype, device=self.device)
+
+    def scatter(self, k: int, dw: Tensor) -> None:
+        """Start the reduce-scatter of slab k, and take in what the one before has brought."""
+        if k == 0:
+            # what a backward that was broken off has left there
+            self._leaving = self._partition = None
+        self._take_in()
+        parts = self._seam_parts(dw) if k == self._plain else dw.view(-1)
+        parts = parts.to(self._optimizer.get_param_comm_dtype(self.param))
+        # stock's own order of roundings: each rank's share of the mean, then the sum
+        parts = parts.div_(self._shards.ranks)
+        mine = torch.empty(parts.numel() // self._shards.ranks, dtype=parts.dtype, device=self.device)
+        work = dist.reduce_scatter_tensor(mine, parts, group=self.group, async_op=True)
+        self._leaving = (k, Flight(work, mine))
+
+    def _take_in(self) -> None:
+        """Put this rank's part of the slab that left last where it belongs in the partition."""
+        if self._leaving is None:
+            return
+        (k, flight), self._leaving = self._leaving, None
+        mine = flight.land()
+        if self._partition is None:
+            # zeros: padding at the end of the last shard takes part in norms
+            dtype = self._optimizer.gradient_accumulation_dtype
+            self._partition = torch.zeros(self._shards.size, dtype=dtype, device=self.device)
+        if k == self._plain:
+            for room, place in self._seam_places(self._rank):
+                self._partition[place] = mine[room]
+        else:
+            self._partition[self._place(k)] = mine
+
+    def finish(self) -> None:
+        """Hand this rank's part of the gradient to DeepSpeed's optimizer, on the stream that its epilogue waits for."""
+        self._take_in()
+        partition, self._partition = self._partition, None
+        optimizer = self._optimizer
+        stream = optimizer.reduce_and_partition_stream
+        accelerator = get_accelerator()
+        if not accelerator.resolves_data_dependency():
+            stream.wait_stream(accelerator.current_stream())
+        # the optimizer lets go of a parameter's gradient when it is handed one; this one it has still to take
+        waiting = self.param.grad
+        with torch.no_grad(), accelerator.stream(stream):
+            optimizer.partition_grads([self.param], [partition])
+            self.param.grad = waiting
+            if not accelerator.is_synchronized_device():
+                partition.record_stream(accelerator.current_stream())
+        # where nothing else of the model is trained no other gradient would bring the epilogue about
+        optimizer.queue_post_backward_callback()
+
+    @property
+    def _optimizer(self) -> DeepSpeedZeroOptimizer_Stage3:
+        return self._engine.optimizer
+
+    # the seam: each rank gives the head and the tail of its shard, in a room of H and one of 2H elements
+
+    @cached_property
+    def _seam_ids(self) -> Tensor:
+        return self._shards.seam_ids(self.device)
+
+    def _seam_room(self, ranks: int = 1) -> Tensor:
+        return torch.zeros(ranks * 3 * self.shape[1], dtype=self.dtype, device=self.device)
+
+    def _seam_places(self, rank: int) -> list[tuple[slice, slice]]:
+        """(in the rank's room, in its shard) of head and tail."""
+        head, tail = self._shards.head(rank), self._shards.tail(rank)
+        behind = self.shape[1]
+        return [(head, head), (slice(behind, behind + tail.stop - tail.start), tail)]
+
+    def _seam_pieces(self, everyones: Tensor) -> list[Tensor]:
+        """Views of all heads and tails, in the order of the vocabulary."""
+        rooms = everyones.view(self._shards.ranks, -1)
+        return [rooms[rank, room] for rank in range(self._shards.ranks) for room, _ in self._seam_places(rank)]
+
+    def _seam_of(self, everyones: Tensor) -> Tensor:
+        return torch.cat(self._seam_pieces(everyones)).view(-1, self.shape[1])
+
+    def _seam_parts(self, dw: Tensor) -> Tensor:
+        rooms, flat, begin = self._seam_room(self._shards.ranks), dw.view(-1), 0
+        for piece in self._seam_pieces(rooms):
+            piece.copy_(flat[begin : begin + piece.numel()])
+            begin += piece.numel()
+        return rooms
+
+
+def merge_gradients(slabs: HeadSlabs, engine: DeepSpeedEngine) -> None:
+    """Have the optimizer add up what it is given for the slabs' weight in one micro step.
+
+    It counts on one gradient for each parameter and copies it to its place in the first micro step of an accumulation.
+    For a head there may be two: that of the slabs and, by autograd, that of an embedding tied to it or of kept logits.
+    """
+    optimizer, param = engine.optimizer, slabs.param
+    original = optimizer.partition_grads
+    given_at = None
+
+    def partition_grads(params: list[nn.Parameter], parts: list[Tensor]) -> list[Tensor]:
+        nonlocal given_at
+        if not any(p is param for p in params):
+            return original(params, parts)
+        now = (engine.global_steps, engine.micro_steps, optimizer.micro_step_id)
+        if now == given_at and optimizer.micro_step_id == 0:
+            there = getattr(optimizer, KEPT_GRADIENTS)[param.ds_id]
+            parts = [
+                part + there[: part.numel()].to(part.device).view_as(part) if p is param else part
+                for p, part in zip(params, parts, strict=True)
+            ]
+        given_at = now
+        return original(params, parts)
+
+    optimizer.partition_grads = partition_grads

@@ -1,0 +1,85 @@
+"""Where the rows of a weight lie when ZeRO-3 has split it: arithmetic only.
+
+ZeRO-3 gives rank r the flat range ``[r * P, (r + 1) * P)`` of a weight [V, H], P = ceil(V * H / W), without regard to
+rows; the last shard may end in padding, which is memory that nobody wrote. In terms of rows:
+
+    rank 0   | whole rows ........ | tail |
+    rank 1                         | head | whole rows ........ | tail |
+    rank 2                                                      | head | whole rows .... |
+
+Every rank has whole rows, of which as many count as the poorest has (`common`). *Plain slab* k is rows
+``[k * s, (k + 1) * s)`` of those of every rank, so one all-gather of equal parts brings it, straight out of the shards.
+What is left over (rows split between two ranks, and a whole row more on some) is the *seam*: at most 2W - 1 rows, one
+more slab.
+
+Sizes: V vocabulary rows, H columns, W ranks, P elements of a shard, s rows of a rank in a slab.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A weight [V, H] over W ranks. Everything here is the same on every rank."""
+
+    n_vocab: int
+    hidden: int
+    ranks: int
+
+    def why_not(self) -> str | None:
+        """Why such a weight can't be cut into slabs: a row would lie on more than two ranks."""
+        if self.size < self.hidden or self.ranks > self.hidden:
+            return f"a weight of {self.n_vocab} x {self.hidden} is too small to be cut over {self.ranks} ranks"
+        return None
+
+    @cached_property
+    def size(self) -> int:
+        """P."""
+        return -(-self.n_vocab * self.hidden // self.ranks)
+
+    @cached_property
+    def first_rows(self) -> list[int]:
+        """Of each rank: the first row that begins in its shard; and V behind the last."""
+        return [min(-(-rank * self.size // self.hidden), self.n_vocab) for rank in range(self.ranks)] + [self.n_vocab]
+
+    @cached_property
+    def common(self) -> int:
+        """How many whole rows every rank has."""
+        n_elements = self.n_vocab * self.hidden
+        ends = [min((rank + 1) * self.size, n_elements) // self.hidden for rank in range(self.ranks)]
+        return min(max(0, end - first) for first, end in zip(self.first_rows, ends, strict=False))
+
+    def start(self, rank: int) -> int:
+        """Elements of a rank's shard before its first whole row."""
+        return self.first_rows[rank] * self.hidden - rank * self.size
+
+    def head(self, rank: int) -> slice:
+        """In a rank's shard: the end of a row that begins on the rank before. Less than H elements."""
+        return slice(0, self.start(rank))
+
+    def tail(self, rank: int) -> slice:
+        """In a rank's shard: what comes behind its common rows, without padding. Less than 2H elements."""
+        begin = self.start(rank) + self.common * self.hidden
+        end = min(self.size, self.n_vocab * self.hidden - rank * self.size)
+        return slice(begin, end)
+
+    def ids(self, start: int, rows: int, device: torch.device) -> Tensor:
+        """[W * rows]: the vocabulary ids of rows [start, start + rows) of each rank's common rows."""
+        firsts = torch.tensor(self.first_rows[:-1], device=device) + start
+        return (firsts[:, None] + torch.arange(rows, device=device)).flatten()
+
+    def seam_ids(self, device: torch.device) -> Tensor:
+        """The vocabulary ids of the rows that are no rank's common ones."""
+        ends = [first + self.common for first in self.first_rows[:-1]]
+        parts = [torch.arange(end, after) for end, after in zip(ends, self.first_rows[1:], strict=True)]
+        return torch.cat(parts).to(device)
+
+    @property
+    def seam_rows(self) -> int:
+        return self.n_vocab - self.ranks * self.common

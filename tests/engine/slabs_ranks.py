@@ -1,0 +1,134 @@
+"""One rank of test_head_slabs.py: a head alone under ZeRO-3, its loss over slabs and as plain PyTorch.
+
+    slabs_ranks.py OUT
+
+OUT.RANK.json holds a row for each weight.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import timedelta
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import ds_fused
+from ds_fused.engine import head_slabs
+from ds_fused.engine.head_slabs import HeadSlabs
+
+# V, H, slab bytes: rows whole on every rank or split between two, the last shard padded or not, one slab or many
+WEIGHTS = [(64, 8, 0), (67, 8, 0), (67, 8, 10**6), (50, 12, 400), (13, 8, 0), (257, 5, 300), (101, 9, 1000)]
+STEPS = 3
+
+
+class Model(nn.Module):
+    def __init__(self, n_vocab: int, hidden: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(hidden, hidden)
+        self.head = nn.Linear(hidden, n_vocab, bias=False)
+        self.slabs: HeadSlabs | None = None
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = self.body(x)
+        if self.slabs is None:
+            return F.cross_entropy(self.head(x), labels, reduction="sum")
+        return ds_fused.linear_cross_entropy(x, self.slabs, labels, reduction="sum", keep_mb=0)
+
+
+def engine_of(model: Model) -> deepspeed.DeepSpeedEngine:
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
+    return deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1e-2), config=config)[0]
+
+
+def batch(step: int, n_vocab: int, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Another number of tokens on each rank, none on the last in the last step; in the second nobody has a label."""
+    rank = dist.get_rank()
+    empty = step == STEPS - 1 and rank == dist.get_world_size() - 1 > 0
+    n = 0 if empty else 3 + 2 * rank + step
+    draw = torch.Generator().manual_seed(100 * step + rank)
+    labels = torch.randint(n_vocab, (n,), generator=draw)
+    return torch.randn(n, hidden, generator=draw), torch.full_like(labels, -100) if step == 1 else labels
+
+
+class Collectives:
+    """Stands for deepspeed.comm in the module under test and notes what is started there."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int]] = []
+
+    def __getattr__(self, name: str) -> object:
+        function = getattr(deepspeed.comm, name)
+        if name not in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+            return function
+
+        def counted(result: torch.Tensor, given: torch.Tensor, **options: object) -> object:
+            self.seen.append((name, given.numel()))
+            return function(result, given, **options)
+
+        return counted
+
+
+def train(model: Model, engine: deepspeed.DeepSpeedEngine, n_vocab: int, hidden: int) -> dict:
+    losses, collectives = [], []
+    for step in range(STEPS):
+        head_slabs.dist = Collectives()
+        loss = engine(*batch(step, n_vocab, hidden))
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+        collectives.append(head_slabs.dist.seen)
+        head_slabs.dist = deepspeed.comm
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        weights = [w.detach().flatten().tolist() for w in model.parameters()]
+    return {"losses": losses, "weights": weights, "collectives": collectives}
+
+
+def rows_of(slabs: HeadSlabs) -> tuple[list[int], torch.Tensor]:
+    """All ids in the order of the slabs, and their rows."""
+    ids, rows = [], []
+    for k in range(len(slabs)):
+        part, where = slabs.gather(k)
+        ids += list(range(where, where + len(part))) if isinstance(where, int) else where.tolist()
+        rows.append(part.clone())
+    return ids, torch.cat(rows)
+
+
+def main(out: str) -> None:
+    torch.set_num_threads(1)
+    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=60))
+    results = []
+    for n_vocab, hidden, slab_bytes in WEIGHTS:
+        stock, fused = (Model(n_vocab, hidden) for _ in range(2))
+        weight = stock.head.weight.detach().clone()
+        engines = [engine_of(model) for model in (stock, fused)]
+        fused.slabs = HeadSlabs(fused.head.weight, engines[1], slab_bytes)
+        ids, rows = rows_of(fused.slabs)
+        result = {
+            "weight": [n_vocab, hidden, slab_bytes],
+            "slabs": len(fused.slabs),
+            "ids": sorted(ids) == list(range(n_vocab)),
+            "rows": torch.equal(rows, weight[ids]),
+            "stock": train(stock, engines[0], n_vocab, hidden),
+            "fused": train(fused, engines[1], n_vocab, hidden),
+        }
+        results.append(result)
+        for engine in engines:
+            engine.destroy()
+    with open(f"{out}.{dist.get_rank()}.json", "w") as file:
+        json.dump(results, file)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,75 @@
+"""A weight in slabs, on 1 to 4 ranks: every row comes once, gradients are stock's, collectives know nothing of data."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from launching import launch
+
+from ds_fused.engine.shards import Shards
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module", params=[1, 3, pytest.param(4, marks=pytest.mark.all)])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[list[dict]]:
+    """[rank][weight] -> what came out."""
+    out = tmp_path_factory.mktemp("slabs") / "rank"
+    launch(HERE / "slabs_ranks.py", str(out), ranks=request.param, timeout=240)
+    return [json.loads(Path(f"{out}.{rank}.json").read_text()) for rank in range(request.param)]
+
+
+def test_every_row_comes_once(ranks):
+    for row in (row for rank in ranks for row in rank):
+        assert row["ids"] and row["rows"], row["weight"]
+
+
+def test_training_is_stocks(ranks):
+    for row in (row for rank in ranks for row in rank):
+        # sums in another order
+        assert row["fused"]["losses"] == pytest.approx(row["stock"]["losses"], rel=1e-5), row["weight"]
+        for mine, theirs in zip(row["fused"]["weights"], row["stock"]["weights"], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-7), row["weight"]
+
+
+def test_collectives_depend_on_the_weight_alone(ranks):
+    for weights in zip(*ranks, strict=True):
+        n_vocab, hidden, slab_bytes = weights[0]["weight"]
+        # the same on every rank and in every step: with labels, without any, and where a rank has no tokens
+        first = weights[0]["fused"]["collectives"][0]
+        assert all(seen == first for row in weights for seen in row["fused"]["collectives"]), weights[0]["weight"]
+        names = [name for name, _ in first]
+        slabs = weights[0]["slabs"]
+        assert names.count("all_gather_into_tensor") == 2 * slabs
+        assert names.count("reduce_scatter_tensor") == slabs
+        # no slab is larger than asked for, beyond a row a rank, and the seam
+        row_bytes = 4 * hidden * len(ranks)
+        largest = max(4 * numel for name, numel in first if name == "reduce_scatter_tensor")
+        assert largest <= max(slab_bytes, 3 * row_bytes)
+
+
+def test_a_shape_is_cut_into_rows_that_are_there_once():
+    cut = 0
+    for n_vocab, hidden, n_ranks in product((2, 3, 10, 67, 100, 257, 50257), (1, 3, 8, 32), (1, 2, 3, 5, 8)):
+        shards = Shards(n_vocab, hidden, n_ranks)
+        if shards.why_not():
+            continue
+        cut += 1
+        ids = torch.cat([shards.ids(0, shards.common, torch.device("cpu")), shards.seam_ids(torch.device("cpu"))])
+        assert torch.equal(ids.sort().values, torch.arange(n_vocab))
+        assert shards.seam_rows < 2 * n_ranks
+        for rank in range(n_ranks):
+            head, tail = shards.head(rank), shards.tail(rank)
+            assert head.stop < hidden or head.stop == 0
+            assert 0 <= tail.stop - tail.start < 2 * hidden
+    assert cut > 80
+
+
+def test_a_shape_that_is_too_small_says_so():
+    assert Shards(67, 32, 2).why_not() is None
+    assert "too small" in Shards(3, 32, 4).why_not()
+    assert "too small" in Shards(1000, 2, 4).why_not()
