@@ -25,6 +25,8 @@ SWITCHES = {
     "verify": True,
     # print on rank 0 what was replaced, and what was not and why
     "report": True,
+    # with a head in mode "stream": look up in slabs also those embeddings that are not tied to it
+    "embedding": False,
 }
 # key -> what it may be, the default first
 CHOICES = {
@@ -60,6 +62,7 @@ class Config:
     strict: bool
     verify: bool
     report: bool
+    embedding: bool
     logits: str
     eval: str
     wanted: Mapping[str, Mapping[str, object]]  # JSON key that is on -> the options given for its op

@@ -110,7 +110,7 @@ def _check_triton() -> None:
 
 def _replaced(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config, agree: Agreement) -> Report:
     from ds_fused.engine import builders, zero3
-    from ds_fused.engine.head_mode import HeadMode
+    from ds_fused.engine.slab_mode import SlabMode
     from ds_fused.modules.head import HeadWeight
     from ds_fused.policies import plan
     from ds_fused.policies.report import Left
@@ -120,7 +120,7 @@ def _replaced(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config, a
     if engine.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         _say(engine, "no GPU: on CPU tensors every op runs its PyTorch reference")
     dtype = training_dtype(engine)
-    head_mode = engine.__dict__["_ds_fused_head_mode"] = HeadMode(config.head)
+    slab_mode = engine.__dict__["_ds_fused_slab_mode"] = SlabMode(config)
     asked = {**vars(config), "head": dict(config.head), "wanted": {key: dict(o) for key, o in wanted.items()}}
     asked |= {"device": engine.device.type, "dtype": str(dtype)}
     report = plan.apply(
@@ -132,7 +132,7 @@ def _replaced(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config, a
         strict=config.strict,
         logits=config.logits,
         eval=config.eval,
-        weight=HeadWeight(zero3.whole_weight_of(engine), head_mode.slabs),
+        weight=HeadWeight(zero3.whole_weight_of(engine), slab_mode.slabs),
         agree=lambda decisions: agree({"config": asked, **decisions}),
     )
     report.left = (*report.left, *(Left(key, 1, reason) for key, reason in left.items()))
@@ -177,7 +177,7 @@ def _finish(engine: DeepSpeedEngine) -> None:
             f"ds_fused is enabled, but {type(engine).__name__} builds its model without "
             "DeepSpeedEngine._configure_distributed_model, where the layers are replaced"
         )
-    _choose_head_mode(engine, report)
+    engine.__dict__["_ds_fused_slab_mode"].decide(engine, report)
     undone = [f"{len(claim.paths)} x {claim.original}" for claim in report.recheck()]
     if undone:
         line = f"replaced, but undone by something else before deepspeed.initialize ended: {', '.join(undone)}"
@@ -186,22 +186,6 @@ def _finish(engine: DeepSpeedEngine) -> None:
         _say(engine, line)
     if config.report and engine.global_rank == 0:
         print(report, flush=True)
-
-
-def _choose_head_mode(engine: DeepSpeedEngine, report: Report) -> None:
-    from ds_fused.policies.loss import LinearClaim
-    from ds_fused.policies.report import Left
-
-    head_mode = engine.__dict__["_ds_fused_head_mode"]
-    for claim in report.claims:
-        if isinstance(claim, LinearClaim):
-            reason = head_mode.decide(engine, claim.site.head)
-            slabs = head_mode.slabs(claim.site.head)
-            if slabs is not None:
-                claim.replacement = f"{claim.replacement}; its weight in {slabs}"
-            elif reason is not None:
-                row = Left(f"head {claim.paths[0]}", 1, f'mode "stream": its weight is gathered whole, since {reason}')
-                report.left = (*report.left, row)
 
 
 def _say(engine: DeepSpeedEngine, line: str) -> None:

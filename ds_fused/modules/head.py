@@ -62,22 +62,17 @@ class Head:
             return DeferredLogits(HeadCall(self, args[0]))
         return nn.Module.__call__(self, *args, **kwargs)
 
-    def forward(self, input: Tensor, loss: LossArguments | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, input: Tensor, loss: LossArguments | None = None, slabs: WeightSlabs | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """With ``loss``: its value, and the logits on demand. ``slabs``: the weight, where it is not here whole."""
         if loss is None:
             return super().forward(input)
         # beside the loss, so that hooks which act on a layer's outputs (ZeRO-3's) see a gradient to the logits too
-        logits = on_demand(HeadCall(self, input), self._ds_fused_scope.weight.whole)
-        return self._value(input, self.weight, loss), logits
-
-    def loss_over(self, slabs: WeightSlabs, input: Tensor, loss: LossArguments) -> tuple[Tensor, Tensor]:
-        """The same as a call with ``loss``, of a weight that is not here whole. Fires no hook."""
-        logits = sealed(HeadCall(self, input), self._ds_fused_scope.weight.whole)
-        return self._value(input, slabs, loss), logits
-
-    def _value(self, input: Tensor, weight: Tensor | WeightSlabs, loss: LossArguments) -> Tensor:
-        return linear_cross_entropy(
+        logits = (on_demand if slabs is None else sealed)(HeadCall(self, input), self._ds_fused_scope.weight.whole)
+        value = linear_cross_entropy(
             input.reshape(-1, input.shape[-1]),
-            weight,
+            self.weight if slabs is None else slabs,
             loss.labels,
             bias=self.bias,
             ignore_index=loss.ignore_index,
@@ -86,6 +81,7 @@ class Head:
             logit_scale=loss.logit_scale,
             **loss.options,
         )
+        return value, logits
 
 
 class Scope:
@@ -249,7 +245,8 @@ class CausalLMLoss:
                 # the head's own call, past the one that postpones
                 loss, logits.call.on_demand = nn.Module.__call__(logits.head, logits.hidden, loss=arguments)
             else:
-                loss, logits.call.on_demand = logits.head.loss_over(slabs, logits.hidden, arguments)
+                # past the hooks, too: ZeRO-3's would gather the weight
+                loss, logits.call.on_demand = logits.head.forward(logits.hidden, arguments, slabs)
         elif self.real:
             logits = materialised(logits)
             loss = cross_entropy(

@@ -81,13 +81,12 @@ class _Read:
 
     __slots__ = ("autocast", "head", "hidden", "sample", "whole_weight")
 
-    def __init__(self, call: HeadCall, whole_weight: WholeWeight) -> None:
+    def __init__(self, call: HeadCall, whole_weight: WholeWeight, weight: Tensor | None) -> None:
+        """``weight``: the head's, by which a later read sees whether it is still the same; None where it isn't here."""
         self.head = call.head
         self.hidden = call.hidden.detach()
         self.autocast = call.autocast
-        # a sharded weight has no elements here
-        told = call.head.weight.requires_grad and call.head.weight.numel()
-        self.sample = sample(call.head.weight) if told else None
+        self.sample = sample(weight) if weight is not None and weight.requires_grad else None
         self.whole_weight = whole_weight
 
     def __call__(self) -> Tensor:
@@ -272,14 +271,16 @@ _FACTS |= {torch.Tensor.grad.__set__, torch.Tensor._backward_hooks.__set__}
 
 def on_demand(call: HeadCall, whole_weight: WholeWeight) -> LogitsOnDemand:
     """The output of a postponed head call, on demand. To be called where the weight is whole: in the head's forward."""
-    read = _Read(call, whole_weight)
+    weight = call.head.weight
+    read = _Read(call, whole_weight, weight)
     source = Source(read, call.shape, call.dtype, call.hidden.device)
-    return _Logits.apply(read, source, call.hidden, call.head.weight, call.head.bias)
+    return _Logits.apply(read, source, call.hidden, weight, call.head.bias)
 
 
 def sealed(call: HeadCall, whole_weight: WholeWeight) -> LogitsOnDemand:
     """The same where the weight is not whole: the logits can be read later, and a gradient to them is an error."""
-    source = Source(_Read(call, whole_weight), call.shape, call.dtype, call.hidden.device)
+    # not even looked at: within the model's forward ZeRO-3 would gather it, and hold it until the forward ends
+    source = Source(_Read(call, whole_weight, weight=None), call.shape, call.dtype, call.hidden.device)
     return _Sealed.apply(source, call.hidden)
 
 

@@ -26,7 +26,7 @@ from ds_fused.ops._labels import counting_tokens
 from ds_fused.ops._loss import LossOptions, check_loss, cross_entropy_bwd_torch, cross_entropy_fwd_torch, reduced
 from ds_fused.ops._triton import autocast_dtype, check_dtypes, rows_of, runs_kernels
 from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd, cross_entropy_reference
-from ds_fused.ops.slabs import WeightSlabs, WholeWeight
+from ds_fused.ops.slabs import WeightSlabs, WholeWeight, columns_of
 
 # not yet measured. a side of a tile shorter than this starves the matrix products, whatever chunk_mb says
 LEAST_SIDE = 2048
@@ -165,9 +165,7 @@ class _Slab:
         self.place = {"n_vocab": n_vocab, "first_id": self.ids if isinstance(self.ids, int) else 0}
         if not isinstance(self.ids, int):
             # labels become columns once here, so that the kernels never look up an id: -1 elsewhere, -2 ignored
-            column = torch.full((n_vocab,), -1, dtype=torch.int64, device=x.device)
-            column[self.ids] = torch.arange(rows.shape[0], device=x.device)
-            here = column[labels.long().clamp(0, n_vocab - 1)]
+            here = columns_of(labels.long(), self.ids, rows.shape[0], n_vocab)
             self.labels = torch.where(labels == options.ignore_index, -2, here)
             self.options = replace(options, ignore_index=-2)
 

@@ -1,7 +1,8 @@
-"""A head's weight as slabs: groups of vocabulary rows that come and go one at a time.
+"""A weight with a row for each word as slabs: groups of vocabulary rows that come and go one at a time.
 
-linear_cross_entropy needs of a weight only some rows and their vocabulary ids, whose order does not matter to
-log-sum-exp. So a weight may be whole (`WholeWeight`), or sharded over ranks and gathered slab by slab.
+linear_cross_entropy needs of a head only some rows and their vocabulary ids, whose order does not matter to
+log-sum-exp; an embedding needs of its table the rows that its tokens ask for. So a weight may be whole (`WholeWeight`),
+or sharded over ranks and gathered slab by slab.
 
 Sizes: V vocabulary, H hidden, n rows of one slab.
 """
@@ -15,11 +16,11 @@ from torch import Tensor
 
 
 class WeightSlabs(Protocol):
-    """The head's weight, each of its V rows in exactly one slab.
+    """A weight [V, H], each of its rows in exactly one slab.
 
-    The op calls, in a forward: ``gather(0), gather(1), ...``; in a backward where `requires_grad`:
-    ``gather(0), scatter(0, dw), gather(1), ...``, then ``finish()``; the same where there are no tokens at all. So the
-    number and order of collectives depend on the weight alone.
+    An op calls, in a forward: ``gather(0), gather(1), ...``; in a backward where `requires_grad`:
+    ``gather(0), scatter(0, dw), gather(1), ...``, then ``finish()`` (without the gathers where it needs no rows); the
+    same where there are no tokens at all. So the number and order of collectives depend on the weight alone.
     """
 
     shape: tuple[int, int]  # V, H
@@ -32,8 +33,12 @@ class WeightSlabs(Protocol):
         """How many slabs."""
         ...
 
+    def places(self, k: int) -> tuple[int, Tensor | int]:
+        """How many rows slab k has, and their ids [n] (int64), or, where the ids just count up, the first of them."""
+        ...
+
     def gather(self, k: int) -> tuple[Tensor, Tensor | int]:
-        """Rows [n, H] of slab k and their ids [n] (int64), or, where the ids just count up, the first of them.
+        """Rows [n, H] of slab k and their ids, as `places` has them.
 
         Padding rows must be left out. The op reads the rows until it asks for another slab.
         """
@@ -71,6 +76,10 @@ class WholeWeight:
     def __len__(self) -> int:
         return -(-self.shape[0] // self.slab_rows)
 
+    def places(self, k: int) -> tuple[int, int]:
+        start = k * self.slab_rows
+        return min(self.slab_rows, self.shape[0] - start), start
+
     def gather(self, k: int) -> tuple[Tensor, int]:
         return self._rows(self.weight, k), k * self.slab_rows
 
@@ -87,3 +96,13 @@ class WholeWeight:
 
     def _rows(self, whole: Tensor, k: int) -> Tensor:
         return whole[k * self.slab_rows : (k + 1) * self.slab_rows]
+
+
+def columns_of(ids: Tensor, where: Tensor | int, n_rows: int, n_vocab: int) -> Tensor:
+    """The place of each vocabulary id (int64) among a slab's rows, which are ``where`` (see `places`); -1 elsewhere."""
+    if isinstance(where, int):
+        column = ids - where
+        return column.masked_fill((column < 0) | (column >= n_rows), -1)
+    columns = torch.full((n_vocab,), -1, dtype=torch.int64, device=ids.device)
+    columns[where] = torch.arange(n_rows, device=ids.device)
+    return columns[ids.clamp(0, n_vocab - 1)]

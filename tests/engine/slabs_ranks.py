@@ -1,4 +1,4 @@
-"""One rank of test_head_slabs.py: a head alone under ZeRO-3, its loss over slabs and as plain PyTorch.
+"""One rank of test_zero_slabs.py: a head alone under ZeRO-3, its loss over slabs and as plain PyTorch.
 
     slabs_ranks.py OUT
 
@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import ds_fused
-from ds_fused.engine import head_slabs
-from ds_fused.engine.head_slabs import HeadSlabs
+from ds_fused.engine import zero_slabs
+from ds_fused.engine.delivery import Delivery
+from ds_fused.engine.zero_slabs import ZeroSlabs
 
 # V, H, slab bytes: rows whole on every rank or split between two, the last shard padded or not, one slab or many
 WEIGHTS = [(64, 8, 0), (67, 8, 0), (67, 8, 10**6), (50, 12, 400), (13, 8, 0), (257, 5, 300), (101, 9, 1000)]
@@ -32,7 +33,7 @@ class Model(nn.Module):
         torch.manual_seed(0)
         self.body = nn.Linear(hidden, hidden)
         self.head = nn.Linear(hidden, n_vocab, bias=False)
-        self.slabs: HeadSlabs | None = None
+        self.slabs: ZeroSlabs | None = None
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         x = self.body(x)
@@ -81,19 +82,19 @@ class Collectives:
 def train(model: Model, engine: deepspeed.DeepSpeedEngine, n_vocab: int, hidden: int) -> dict:
     losses, collectives = [], []
     for step in range(STEPS):
-        head_slabs.dist = Collectives()
+        zero_slabs.dist = Collectives()
         loss = engine(*batch(step, n_vocab, hidden))
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
-        collectives.append(head_slabs.dist.seen)
-        head_slabs.dist = deepspeed.comm
+        collectives.append(zero_slabs.dist.seen)
+        zero_slabs.dist = deepspeed.comm
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         weights = [w.detach().flatten().tolist() for w in model.parameters()]
     return {"losses": losses, "weights": weights, "collectives": collectives}
 
 
-def rows_of(slabs: HeadSlabs) -> tuple[list[int], torch.Tensor]:
+def rows_of(slabs: ZeroSlabs) -> tuple[list[int], torch.Tensor]:
     """All ids in the order of the slabs, and their rows."""
     ids, rows = [], []
     for k in range(len(slabs)):
@@ -111,7 +112,7 @@ def main(out: str) -> None:
         stock, fused = (Model(n_vocab, hidden) for _ in range(2))
         weight = stock.head.weight.detach().clone()
         engines = [engine_of(model) for model in (stock, fused)]
-        fused.slabs = HeadSlabs(fused.head.weight, engines[1], slab_bytes)
+        fused.slabs = ZeroSlabs(Delivery(fused.head.weight, engines[1]), slab_bytes)
         ids, rows = rows_of(fused.slabs)
         result = {
             "weight": [n_vocab, hidden, slab_bytes],

@@ -33,8 +33,15 @@ def test_options_reach_the_op():
     assert wanted["fused_linear_cross_entropy"] == {"chunk_mb": 256}
 
 
+def test_options_of_the_engine_do_not_reach_the_op():
+    config = parse({"enabled": True, "fused_linear_cross_entropy": {"mode": "stream", "keep_mb": 1}})
+    assert config.wanted["fused_linear_cross_entropy"] == {"keep_mb": 1}
+    assert config.head == {"mode": "stream", "slab_mb": 128}
+
+
 def test_everything_can_be_said():
     block = {"enabled": False, "strict": True, "verify": False, "report": False, "logits": "keep", "eval": "stock"}
+    block |= {"embedding": True}
     config = parse(block | dict.fromkeys(OP_KEYS, False))
     assert {name: getattr(config, name) for name in block} == block
     assert config.wanted == {}
@@ -95,6 +102,9 @@ MALFORMED = [
     ({"enabled": True, "fused_linear_cross_entropy": {"chunk_mb": 0.5}}, "chunk_mb", "0.5 (float)", "an integer"),
     ({"enabled": True, "fused_linear_cross_entropy": {"keep_mb": True}}, "keep_mb", "True (bool)", "an integer"),
     ({"enabled": True, "fused_linear_cross_entropy": {"keep_mb": -1}}, "keep_mb", "-1", "negative"),
+    ({"enabled": True, "fused_linear_cross_entropy": {"mode": "slabs"}}, "mode", "'slabs'", "'gather' or 'stream'"),
+    ({"enabled": True, "fused_linear_cross_entropy": {"slab_mb": "128"}}, "slab_mb", "'128' (str)", "an integer"),
+    ({"enabled": True, "embedding": {}}, "ds_fused.embedding", "{}", "true or false"),
 ]
 
 

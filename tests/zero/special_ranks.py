@@ -23,6 +23,8 @@ import products
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
 import ds_fused
@@ -276,6 +278,19 @@ def stream_uneven_ranks() -> dict:
 
 
 @case
+def stream_embedding() -> dict:
+    """An untied embedding in slabs as well, with a hook that others put on it."""
+
+    def build() -> torch.nn.Module:
+        model = model_of()
+        model.model.embed_tokens.padding_idx = 3
+        model.model.embed_tokens.register_forward_hook(lambda module, args, output: output * 1.5)
+        return model
+
+    return both(build, stage=3, block={**STREAM, "embedding": True})
+
+
+@case
 def stream_logits_kept() -> dict:
     """The logits take part in the loss, so the head gets a gradient in both ways."""
 
@@ -374,6 +389,48 @@ def stream_evaluation_and_saving() -> dict:
         return [*losses, *after, evaluated, logits, *again]
 
     return streamed(run=run)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any storage had which an operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:
+                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
+        return result
+
+
+@case
+def stream_memory() -> dict:
+    """Forward and backward of a model whose tied table and whose logits are larger than anything else."""
+    n_vocab, n_tokens = 40001, 40
+    config = jobs.config_of(tied=True)
+    config.vocab_size = n_vocab
+    ids = torch.randint(n_vocab, (1, n_tokens), generator=torch.Generator().manual_seed(dist.get_rank()))
+
+    def build() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config)
+
+    def run(engine: deepspeed.DeepSpeedEngine) -> dict:
+        largest = []
+        for _ in range(2):
+            with Largest() as watch:
+                loss = engine(input_ids=ids, labels=ids).loss
+                engine.backward(loss)
+            engine.step()
+            largest.append(watch.elements)
+        return {"largest": largest, "loss": loss.item()}
+
+    # a table of 5 MiB in slabs of 1
+    block = {"fused_linear_cross_entropy": {"mode": "stream", "slab_mb": 1}}
+    out = both(build, stage=3, run=run, block=block)
+    return out | {"table": n_vocab * config.hidden_size, "logits": n_vocab * n_tokens}
 
 
 @case

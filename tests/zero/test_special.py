@@ -30,6 +30,7 @@ CASES = (
     "stream_frozen_trunk",
     "stream_frozen_head",
     "stream_uneven_ranks",
+    "stream_embedding",
     "stream_logits_kept",
     "stream_gradient_to_logits",
     "stream_logits_read",
@@ -39,6 +40,7 @@ CASES = (
     "stream_direct_backward",
     "stream_checkpointing",
     "stream_evaluation_and_saving",
+    "stream_memory",
     "stream_is_no_use",
     # last: DeepSpeed keeps the mesh of the first engine that splits layers
     "tensor_parallel",
@@ -170,6 +172,7 @@ def test_one_rank_misspells(ranks):
         "frozen_trunk",
         "frozen_head",
         "uneven_ranks",
+        "embedding",
         "logits_kept",
         "communication_dtype",
         "autocast",
@@ -183,6 +186,7 @@ def test_stream(ended, name):
     ranks = ended(f"stream_{name}")
     for result in ranks:
         assert "its weight in 34 slabs" in result["report"]
+        assert ("embedding; its weight in 34 slabs" in result["report"]) == (name == "embedding")
         if name in ("communication_dtype", "autocast"):
             # half an ulp of bf16, in which the products are rounded
             assert result["fused"] == pytest.approx(result["stock"], rel=4e-3)
@@ -202,6 +206,22 @@ def test_stream_logits_read(ranks):
     for result in ranks:
         assert not result["errors"]
         assert result["logits"]["fused"] == pytest.approx(result["logits"]["stock"], rel=1e-5)
+
+
+def test_stream_memory(ranks):
+    for result in ranks:
+        assert result["fused"]["loss"] == pytest.approx(result["stock"]["loss"], rel=1e-5)
+        assert min(result["stock"]["largest"]) >= max(result["table"], result["logits"])
+        # two ranks: a rank's part of the table and of its gradient is there, and nothing as large as the whole
+        assert max(result["fused"]["largest"]) <= -(-result["table"] // 2), result
+
+
+def test_a_rank_that_dies_among_its_slabs_ends_the_job():
+    first, second = launch(HERE / "dying_rank.py", ranks=products.RANKS["cpu"], timeout=120, expect_success=False)
+    assert second.status == 17
+    # the one that is left says what happened, and doesn't wait for ever
+    assert first.status not in (0, -9), first.output
+    assert "RuntimeError" in first.output or "DistBackendError" in first.output, first.output
 
 
 def test_stream_is_no_use(ranks):

@@ -1,14 +1,14 @@
-"""The head's weight under ZeRO-3, gathered slab by slab from the shards; its gradient goes back slab by slab.
+"""A weight under ZeRO-3, gathered slab by slab from the shards; its gradient goes back slab by slab.
 
-What the fused loss needs of a weight (``ds_fused.ops.slabs.WeightSlabs``), without the whole weight or its whole
-gradient ever being there. The result is stock's: gradients are averaged over the ranks as DeepSpeed averages them, in
-its dtype, and handed to its optimizer as the partition that its own reduce-scatter would have made; accumulation,
-clipping, overflow check, loss scale and offload are the optimizer's from there.
+What fused loss and embedding need of a weight (``ds_fused.ops.slabs.WeightSlabs``), without the whole weight or its
+whole gradient ever being there. The result is stock's: gradients are averaged over the ranks as DeepSpeed averages
+them, in its dtype, and handed to its optimizer as the partition that its own reduce-scatter would have made;
+accumulation, clipping, overflow check, loss scale and offload are the optimizer's from there.
 
-Collectives: an all-gather a slab, in forward and in backward, and a reduce-scatter a slab in backward. Their number,
-order and sizes follow from (V, H, W, slab size) alone, never from tokens or labels: no rank can wait for another that
-had nothing to do. The gather of a slab is under way while the slab before is computed, and so is its reduce-scatter
-while the next one is.
+Collectives: an all-gather a slab, in forward and (for a head) in backward, and a reduce-scatter a slab in backward.
+Their number, order and sizes follow from (V, H, W, slab size) alone, never from tokens or labels: no rank can wait for
+another that had nothing to do. The gather of a slab is under way while the slab before is computed, and so is its
+reduce-scatter while the next one is.
 
 Memory: two slabs of weight; in backward two of gradient, too, and this rank's part of the gradient.
 """
@@ -21,27 +21,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
+from ds_fused.engine.delivery import Delivery
 from ds_fused.engine.shards import Shards
 
 if TYPE_CHECKING:
-    from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-
-
-# where ZeRO-3's optimizer keeps gradients until the step: ds_id -> this rank's part
-KEPT_GRADIENTS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
-# what is asked of that optimizer; another version may not have it
-NEEDED = (
-    KEPT_GRADIENTS,
-    "get_param_comm_dtype",
-    "gradient_accumulation_dtype",
-    "micro_step_id",
-    "partition_grads",
-    "queue_post_backward_callback",
-    "reduce_and_partition_stream",
-)
 
 
 class Flight(NamedTuple):
@@ -55,16 +41,16 @@ class Flight(NamedTuple):
         return self.result
 
 
-class HeadSlabs:
+class ZeroSlabs:
     """One sharded weight. Every rank of its group calls the same methods in the same order."""
 
-    def __init__(self, param: nn.Parameter, engine: DeepSpeedEngine, slab_bytes: int) -> None:
-        self.param = param
+    def __init__(self, delivery: Delivery, slab_bytes: int) -> None:
+        self.param = param = delivery.param
         self.group = param.ds_process_group
         self.shape = (param.ds_shape[0], param.ds_shape[1])
         self.dtype = param.ds_tensor.dtype
         self.device = torch.device(get_accelerator().current_device_name())
-        self._engine = engine
+        self._delivery = delivery
         self._rank = dist.get_rank(self.group)
         self._shards = Shards(*self.shape, dist.get_world_size(self.group))
         # even slabs, each at most slab_bytes of all ranks together
@@ -96,11 +82,16 @@ class HeadSlabs:
         self._coming.clear()
         if k + 1 < len(self):
             self._coming[k + 1] = self._start_gather(k + 1)
+        rows = self._seam_of(gathered) if k == self._plain else gathered.view(-1, self.shape[1])
+        return rows, self.places(k)[1]
+
+    def places(self, k: int) -> tuple[int, Tensor | int]:
         if k == self._plain:
-            return self._seam_of(gathered), self._seam_ids
+            return self._shards.seam_rows, self._seam_ids
         start, rows = self._plain_rows(k)
-        ids = start if self._shards.ranks == 1 else self._shards.ids(start, rows, self.device)
-        return gathered.view(-1, self.shape[1]), ids
+        if self._shards.ranks == 1:
+            return rows, start
+        return self._shards.ranks * rows, self._shards.ids(start, rows, self.device)
 
     def _plain_rows(self, k: int) -> tuple[int, int]:
         """(first, how many) of each rank's common rows."""
@@ -129,8 +120,7 @@ class HeadSlabs:
     # the gradient goes
 
     def gradient(self, k: int) -> Tensor:
-        rows = self._shards.seam_rows if k == self._plain else self._shards.ranks * self._plain_rows(k)[1]
-        return torch.empty(rows, self.shape[1], dtype=self.dtype, device=self.device)
+        return torch.empty(self.places(k)[0], self.shape[1], dtype=self.dtype, device=self.device)
 
     def scatter(self, k: int, dw: Tensor) -> None:
         """Start the reduce-scatter of slab k, and take in what the one before has brought."""
@@ -163,27 +153,13 @@ class HeadSlabs:
             self._partition[self._place(k)] = mine
 
     def finish(self) -> None:
-        """Hand this rank's part of the gradient to DeepSpeed's optimizer, on the stream that its epilogue waits for."""
         self._take_in()
         partition, self._partition = self._partition, None
-        optimizer = self._optimizer
-        stream = optimizer.reduce_and_partition_stream
-        accelerator = get_accelerator()
-        if not accelerator.resolves_data_dependency():
-            stream.wait_stream(accelerator.current_stream())
-        # the optimizer lets go of a parameter's gradient when it is handed one; this one it has still to take
-        waiting = self.param.grad
-        with torch.no_grad(), accelerator.stream(stream):
-            optimizer.partition_grads([self.param], [partition])
-            self.param.grad = waiting
-            if not accelerator.is_synchronized_device():
-                partition.record_stream(accelerator.current_stream())
-        # where nothing else of the model is trained no other gradient would bring the epilogue about
-        optimizer.queue_post_backward_callback()
+        self._delivery.give(partition)
 
     @property
     def _optimizer(self) -> DeepSpeedZeroOptimizer_Stage3:
-        return self._engine.optimizer
+        return self._delivery.engine.optimizer
 
     # the seam: each rank gives the head and the tail of its shard, in a room of H and one of 2H elements
 
@@ -214,30 +190,3 @@ class HeadSlabs:
             piece.copy_(flat[begin : begin + piece.numel()])
             begin += piece.numel()
         return rooms
-
-
-def merge_gradients(slabs: HeadSlabs, engine: DeepSpeedEngine) -> None:
-    """Have the optimizer add up what it is given for the slabs' weight in one micro step.
-
-    It counts on one gradient for each parameter and copies it to its place in the first micro step of an accumulation.
-    For a head there may be two: that of the slabs and, by autograd, that of an embedding tied to it or of kept logits.
-    """
-    optimizer, param = engine.optimizer, slabs.param
-    original = optimizer.partition_grads
-    given_at = None
-
-    def partition_grads(params: list[nn.Parameter], parts: list[Tensor]) -> list[Tensor]:
-        nonlocal given_at
-        if not any(p is param for p in params):
-            return original(params, parts)
-        now = (engine.global_steps, engine.micro_steps, optimizer.micro_step_id)
-        if now == given_at and optimizer.micro_step_id == 0:
-            there = getattr(optimizer, KEPT_GRADIENTS)[param.ds_id]
-            parts = [
-                part + there[: part.numel()].to(part.device).view_as(part) if p is param else part
-                for p, part in zip(params, parts, strict=True)
-            ]
-        given_at = now
-        return original(params, parts)
-
-    optimizer.partition_grads = partition_grads

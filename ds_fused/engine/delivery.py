@@ -1,0 +1,77 @@
+"""The way of a gradient that no autograd hook of DeepSpeed sees into ZeRO-3's optimizer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+# where ZeRO-3's optimizer keeps gradients until the step: ds_id -> this rank's part
+KEPT_GRADIENTS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
+# what is asked of that optimizer; another version may not have it
+NEEDED = (
+    KEPT_GRADIENTS,
+    "get_param_comm_dtype",
+    "gradient_accumulation_dtype",
+    "micro_step_id",
+    "partition_grads",
+    "queue_post_backward_callback",
+    "reduce_and_partition_stream",
+)
+
+
+class Delivery:
+    """Hands the optimizer this rank's part of a weight's gradient, beside what it gets for that weight by itself.
+
+    The optimizer counts on one gradient for each parameter: it copies it to its place in the first micro step of an
+    accumulation. A weight in slabs may get several: the head's, that of an embedding tied to it, and, by autograd, that
+    of logits which were kept. They are added up here.
+    """
+
+    def __init__(self, param: nn.Parameter, engine: DeepSpeedEngine) -> None:
+        self.param = param
+        self.engine = engine
+        self._given_at: tuple[int, int, int] | None = None
+        self._held: Tensor | None = None
+        self._original = engine.optimizer.partition_grads
+        engine.optimizer.partition_grads = self._partition_grads
+
+    def give(self, partition: Tensor) -> None:
+        """On the stream that the optimizer's epilogue waits for."""
+        optimizer, accelerator = self.engine.optimizer, get_accelerator()
+        stream = optimizer.reduce_and_partition_stream
+        if not accelerator.resolves_data_dependency():
+            stream.wait_stream(accelerator.current_stream())
+        with torch.no_grad(), accelerator.stream(stream):
+            if self.param.grad is None:
+                optimizer.partition_grads([self.param], [partition])
+            else:
+                # autograd's own is in a bucket and will come; the optimizer would let go of it if it were handed ours
+                self._held = partition if self._held is None else self._held + partition
+            if not accelerator.is_synchronized_device():
+                partition.record_stream(accelerator.current_stream())
+        # where nothing else of the model is trained no other gradient would bring the epilogue about
+        optimizer.queue_post_backward_callback()
+
+    def _partition_grads(self, params: list[nn.Parameter], parts: list[Tensor]) -> list[Tensor]:
+        """Stands where the optimizer's stood."""
+        if any(param is self.param for param in params):
+            parts = [self._added(part) if p is self.param else part for p, part in zip(params, parts, strict=True)]
+        return self._original(params, parts)
+
+    def _added(self, part: Tensor) -> Tensor:
+        optimizer = self.engine.optimizer
+        now = (self.engine.global_steps, self.engine.micro_steps, optimizer.micro_step_id)
+        if now == self._given_at and optimizer.micro_step_id == 0:
+            # this one will be copied over what is there
+            there = getattr(optimizer, KEPT_GRADIENTS)[self.param.ds_id]
+            part = part + there[: part.numel()].to(part.device).view_as(part)
+        if self._held is not None:
+            part, self._held = part + self._held.view_as(part), None
+        self._given_at = now
+        return part

@@ -1,0 +1,168 @@
+"""How a weight with a row for each word comes to its layer under ZeRO-3: whole, by DeepSpeed's hooks, or in slabs.
+
+Decided when ``deepspeed.initialize`` is done, when all is known that it depends on: the same on every rank. Heads were
+claimed before (``policies.loss``) and ask ``SlabMode.slabs`` at each loss; embeddings are claimed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ds_fused.engine.config import Config
+from ds_fused.engine.delivery import NEEDED, Delivery
+from ds_fused.engine.shards import Shards
+from ds_fused.engine.zero_slabs import ZeroSlabs
+from ds_fused.modules.embedding import SlabEmbedding
+from ds_fused.modules.swap import is_fused, swap, unswap, why_not
+from ds_fused.policies.loss import LinearClaim
+from ds_fused.policies.report import Left
+
+if TYPE_CHECKING:
+    import torch
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    from ds_fused.policies.report import Report
+
+
+@dataclass(eq=False)
+class EmbeddingClaim:
+    """An embedding whose table comes in slabs."""
+
+    module: nn.Embedding
+    paths: tuple[str, ...]
+    slabs: ZeroSlabs
+    key: str = "embedding"
+    original: str = "torch.nn.modules.sparse.Embedding"
+
+    @property
+    def replacement(self) -> str:
+        return f"embedding; its weight in {self.slabs}"
+
+    def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        return None  # rows are picked, not computed
+
+    def commit(self) -> None:
+        swap(self.module, SlabEmbedding, _ds_fused_slabs=self.slabs)
+
+    def restore(self) -> None:
+        unswap(self.module)
+
+    def in_place(self) -> bool:
+        return is_fused(self.module) and "forward" not in vars(self.module)
+
+    def watched(self) -> tuple[type, ...]:
+        return ()
+
+
+class SlabMode:
+    """For one engine: which of its weights come in slabs, where that was asked for and can be."""
+
+    def __init__(self, config: Config) -> None:
+        self._asked = config.head["mode"] == "stream"
+        self._slab_bytes = config.head["slab_mb"] * 2**20
+        self._embeddings = config.embedding
+        self._heads: dict[nn.Module, ZeroSlabs] = {}
+        self._deliveries: dict[nn.Parameter, Delivery] = {}
+
+    def slabs(self, head: nn.Module) -> ZeroSlabs | None:
+        """Those of a head whose loss is to be computed over slabs."""
+        return self._heads.get(head)
+
+    def decide(self, engine: DeepSpeedEngine, report: Report) -> None:
+        """Heads and embeddings of the engine's model; what came of it goes into the report."""
+        if not self._asked:
+            return
+        heads = [claim for claim in report.claims if isinstance(claim, LinearClaim)]
+        for claim in heads:
+            head = claim.site.head
+            reason = why_gather(engine, head)
+            if reason is None:
+                self._heads[head] = slabs = self._take(engine, head.weight)
+                claim.replacement = f"{claim.replacement}; its weight in {slabs}"
+            else:
+                report.left = (*report.left, _gathered(f"head {claim.paths[0]}", reason))
+        for path, module in self._tables(engine.module, [claim.site.head for claim in heads]):
+            reason = why_not_looked_up(module) or why_gather(engine, module)
+            if reason is None:
+                claim = EmbeddingClaim(module, (path,), self._take(engine, module.weight))
+                claim.commit()
+                report.claims = (*report.claims, claim)
+            else:
+                report.left = (*report.left, _gathered(f"embedding {path}", reason))
+
+    def _take(self, engine: DeepSpeedEngine, param: nn.Parameter) -> ZeroSlabs:
+        # a head and an embedding that share a weight share it
+        if param not in self._deliveries:
+            self._deliveries[param] = Delivery(param, engine)
+        return ZeroSlabs(self._deliveries[param], self._slab_bytes)
+
+    def _tables(self, model: nn.Module, heads: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+        """The embeddings that are tied to a head in slabs, and with ``"embedding": true`` those of the input too."""
+        tied = {id(head.weight) for head in heads if head in self._heads}
+        inputs = {
+            id(module.get_input_embeddings())
+            for module in model.modules()
+            if self._embeddings and hasattr(type(module), "get_input_embeddings")
+        }
+        for path, module in model.named_modules():
+            if isinstance(module, nn.Embedding) and (id(module) in inputs or id(module.weight) in tied):
+                yield path, module
+
+
+def _gathered(what: str, reason: str) -> Left:
+    return Left(what, 1, f'mode "stream": its weight is gathered whole, since {reason}')
+
+
+def why_not_looked_up(module: nn.Embedding) -> str | None:
+    """Why an embedding can't be replaced by one over slabs; None when it can."""
+    if type(module) is not nn.Embedding:
+        return f"it is a {type(module).__name__}, which may do more than look up"
+    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+        return "it is one with max_norm, scale_grad_by_freq or sparse gradients"
+    return why_not(module)
+
+
+def why_gather(engine: DeepSpeedEngine, module: nn.Module) -> str | None:
+    """Why a layer's weight can't come in slabs; None when it can."""
+    from deepspeed import comm as dist
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    if not engine.zero_optimization_partition_weights():
+        return f"ZeRO stage {engine.zero_optimization_stage()} shards no weights"
+    optimizer, param = engine.optimizer, module.weight
+    if type(optimizer) is not DeepSpeedZeroOptimizer_Stage3:
+        return f"the optimizer is {type(optimizer).__name__}"
+    missing = [name for name in NEEDED if not hasattr(optimizer, name)]
+    if missing:
+        return f"this version of DeepSpeed has no {missing[0]} in its ZeRO-3 optimizer"
+    reasons = {
+        "its parameters are partitioned a second time (zero_hpz_partition_size)": engine.zero_hpz_partition_size() > 1,
+        "weights travel quantized (zero_quantized_weights)": engine.zero_quantized_weights(),
+        "frozen weights are quantized": engine.zero_quantized_nontrainable_weights(),
+        "gradients travel quantized (zero_quantized_gradients)": engine.zero_quantized_gradients(),
+        "reduce_scatter is off": not engine.zero_reduce_scatter(),
+        "parameters are offloaded to NVMe": _offloaded_to_nvme(engine),
+        "DeepCompile arranges the gathering": engine.is_deepcompile_enabled(),
+        "ZenFlow updates a part of the gradient": bool(optimizer.zenflow),
+        "Muon wants whole gradients": optimizer.use_muon,
+        "tensor parallelism splits the layers": engine.autotp_size() > 1,
+        "it has a bias, which DeepSpeed gathers in the layer's call": getattr(module, "bias", None) is not None,
+        "it is small enough to stay whole on every rank (stage3_param_persistence_threshold)": param.ds_persist,
+        "it is part of a ZeRO-3 leaf module, which is gathered as one": hasattr(param, "ds_z3_leaf_module"),
+    }
+    found = next((reason for reason, holds in reasons.items() if holds), None)
+    if found is not None:
+        return found
+    shards = Shards(*param.ds_shape, dist.get_world_size(param.ds_process_group))
+    if param.ds_tensor.ds_numel != shards.size:
+        return f"its shard has {param.ds_tensor.ds_numel} elements where {shards.size} were expected"
+    return shards.why_not()
+
+
+def _offloaded_to_nvme(engine: DeepSpeedEngine) -> bool:
+    offload = engine.zero_offload_param()
+    return offload is not None and str(offload.device).endswith("nvme")
