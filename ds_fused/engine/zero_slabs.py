@@ -62,6 +62,16 @@ class ZeroSlabs:
         self._leaving: tuple[int, Flight] | None = None
         self._partition: Tensor | None = None
 
+    # made once: to bring numbers to a GPU makes the host wait for it
+
+    @cached_property
+    def _first_ids(self) -> Tensor:
+        return self._shards.ids(0, self._rows, self.device)
+
+    @cached_property
+    def _seam_ids(self) -> Tensor:
+        return self._shards.seam_ids(self.device)
+
     @property
     def requires_grad(self) -> bool:
         return self.param.requires_grad
@@ -91,7 +101,8 @@ class ZeroSlabs:
         start, rows = self._plain_rows(k)
         if self._shards.ranks == 1:
             return rows, start
-        return self._shards.ranks * rows, self._shards.ids(start, rows, self.device)
+        ids = self._first_ids.view(self._shards.ranks, -1)[:, :rows] + start
+        return self._shards.ranks * rows, ids.flatten()
 
     def _plain_rows(self, k: int) -> tuple[int, int]:
         """(first, how many) of each rank's common rows."""
@@ -162,10 +173,6 @@ class ZeroSlabs:
         return self._delivery.engine.optimizer
 
     # the seam: each rank gives the head and the tail of its shard, in a room of H and one of 2H elements
-
-    @cached_property
-    def _seam_ids(self) -> Tensor:
-        return self._shards.seam_ids(self.device)
 
     def _seam_room(self, ranks: int = 1) -> Tensor:
         return torch.zeros(ranks * 3 * self.shape[1], dtype=self.dtype, device=self.device)

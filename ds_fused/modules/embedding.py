@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ds_fused.ops.slab_embedding import slab_embedding
@@ -18,6 +19,8 @@ class SlabEmbedding:
     padding_idx: int | None
     _ds_fused_slabs: WeightSlabs
 
+    # collectives, and the exchange of hooks: nothing for a compiled graph
+    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return past_hooks(self, "deepspeed", *args, **kwargs)
 

@@ -73,3 +73,5 @@ def test_a_shape_that_is_too_small_says_so():
     assert Shards(67, 32, 2).why_not() is None
     assert "too small" in Shards(3, 32, 4).why_not()
     assert "too small" in Shards(1000, 2, 4).why_not()
+    # P = 10: the second rank has the end of one row and the beginning of another
+    assert "too small" in Shards(5, 8, 4).why_not()
