@@ -16,8 +16,8 @@ from ds_fused.engine.config import Config
 from ds_fused.engine.delivery import NEEDED, Delivery
 from ds_fused.engine.shards import Shards
 from ds_fused.engine.zero_slabs import ZeroSlabs
-from ds_fused.modules.embedding import SlabEmbedding
-from ds_fused.modules.swap import is_fused, swap, unswap, why_not
+from ds_fused.modules.embedding import slab_embedding_of
+from ds_fused.modules.swap import is_fused, original_class, swap, unswap, why_not
 from ds_fused.policies.loss import LinearClaim
 from ds_fused.policies.report import Left
 
@@ -36,7 +36,11 @@ class EmbeddingClaim:
     paths: tuple[str, ...]
     slabs: ZeroSlabs
     key: str = "embedding"
-    original: str = "torch.nn.modules.sparse.Embedding"
+
+    @property
+    def original(self) -> str:
+        cls = original_class(self.module)
+        return f"{cls.__module__}.{cls.__qualname__}"
 
     @property
     def replacement(self) -> str:
@@ -46,7 +50,7 @@ class EmbeddingClaim:
         return None  # rows are picked, not computed
 
     def commit(self) -> None:
-        swap(self.module, SlabEmbedding, _ds_fused_slabs=self.slabs)
+        swap(self.module, slab_embedding_of(type(self.module)), _ds_fused_slabs=self.slabs)
 
     def restore(self) -> None:
         unswap(self.module)
@@ -119,7 +123,7 @@ def _gathered(what: str, reason: str) -> Left:
 
 def why_not_looked_up(module: nn.Embedding) -> str | None:
     """Why an embedding can't be replaced by one over slabs; None when it can."""
-    if type(module) is not nn.Embedding:
+    if slab_embedding_of(type(module)) is None:
         return f"it is a {type(module).__name__}, which may do more than look up"
     if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
         return "it is one with max_norm, scale_grad_by_freq or sparse gradients"
@@ -150,7 +154,7 @@ def why_gather(engine: DeepSpeedEngine, module: nn.Module) -> str | None:
         "ZenFlow updates a part of the gradient": bool(optimizer.zenflow),
         "Muon wants whole gradients": optimizer.use_muon,
         "tensor parallelism splits the layers": engine.autotp_size() > 1,
-        "it has a bias, which DeepSpeed gathers in the layer's call": getattr(module, "bias", None) is not None,
+        "its bias is sharded (stage3_param_persistence_threshold is below its size)": _has_sharded_bias(module),
         "it is small enough to stay whole on every rank (stage3_param_persistence_threshold)": param.ds_persist,
         "it is part of a ZeRO-3 leaf module, which is gathered as one": hasattr(param, "ds_z3_leaf_module"),
     }
@@ -161,6 +165,12 @@ def why_gather(engine: DeepSpeedEngine, module: nn.Module) -> str | None:
     if param.ds_tensor.ds_numel != shards.size:
         return f"its shard has {param.ds_tensor.ds_numel} elements where {shards.size} were expected"
     return shards.why_not()
+
+
+def _has_sharded_bias(module: nn.Module) -> bool:
+    # the loss is computed past the hooks that would gather it; a small one stays whole on every rank
+    bias = getattr(module, "bias", None)
+    return bias is not None and not bias.ds_persist
 
 
 def _offloaded_to_nvme(engine: DeepSpeedEngine) -> bool:

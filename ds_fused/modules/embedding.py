@@ -1,9 +1,11 @@
-"""An embedding whose table may come in slabs."""
+"""Embeddings whose table comes in slabs."""
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -26,6 +28,31 @@ class SlabEmbedding:
 
     def forward(self, input: Tensor) -> Tensor:
         return slab_embedding(input, self._ds_fused_slabs, self.padding_idx)
+
+
+def slab_embedding_of(cls: type[nn.Embedding]) -> type | None:
+    """The mix-in for an embedding class: plain, or with a forward of its own around the plain one, as Gemma's scaled.
+
+    Such a forward says ``super().forward(ids)``; its code runs on as it is, with another class to be super of. None
+    where a class is neither.
+    """
+    if cls is nn.Embedding:
+        return SlabEmbedding
+    forward = vars(cls).get("forward")
+    if cls.__bases__ != (nn.Embedding,) or not isinstance(forward, FunctionType):
+        return None
+    if forward.__code__.co_freevars != ("__class__",) or "forward" not in forward.__code__.co_names:
+        return None
+    return _around(forward)
+
+
+@functools.cache
+def _around(forward: FunctionType) -> type:
+    mixin = type("SlabEmbeddingInside", (SlabEmbedding,), {"__doc__": "Looks up within a forward of the original."})
+    made = FunctionType(forward.__code__, forward.__globals__, "forward", forward.__defaults__, (CellType(mixin),))
+    made.__kwdefaults__ = forward.__kwdefaults__
+    mixin.forward = made
+    return mixin
 
 
 # where nn.Module keeps the hooks that act on a forward; backward hooks of layers are others

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
-from ds_fused.modules.embedding import SlabEmbedding
+from ds_fused.modules.embedding import SlabEmbedding, slab_embedding_of
 from ds_fused.modules.swap import swap, unswap
 from ds_fused.ops.slabs import WholeWeight
 
@@ -37,3 +39,34 @@ def test_the_hooks_of_one_library_are_left_out():
     handle.remove()
     embedding(ids)
     assert seen[3:] == ["mine"]
+
+
+def test_a_forward_around_the_lookup_runs_on():
+    embedding = Gemma3TextScaledWordEmbedding(13, 6, padding_idx=0, embed_scale=2.5)
+    other = Gemma3TextScaledWordEmbedding(13, 6, padding_idx=0, embed_scale=0.5)
+    ids = torch.tensor([[1, 2, 1, 0]])
+    wanted, of_other = embedding(ids), other(ids)
+    slabs = WholeWeight(embedding.weight, 4)
+    swap(embedding, slab_embedding_of(type(embedding)), _ds_fused_slabs=slabs)
+    assert torch.equal(embedding(ids), wanted)
+    assert slab_embedding_of(type(other)) is slab_embedding_of(Gemma3TextScaledWordEmbedding)
+    dy = torch.randn_like(wanted)
+    (dweight,) = torch.autograd.grad(wanted, embedding.weight, dy)
+    embedding(ids).backward(dy)
+    assert torch.equal(slabs.grad, dweight)
+    # the class itself, and what is made of it elsewhere, are as they were
+    assert torch.equal(other(ids), of_other)
+
+
+class Renamed(nn.Embedding):
+    def forward(self, ids):
+        return nn.functional.embedding(ids, self.weight) + 1
+
+
+class Deeper(Gemma3TextScaledWordEmbedding):
+    pass
+
+
+@pytest.mark.parametrize("cls", [Renamed, Deeper])
+def test_what_may_do_more_is_left(cls):
+    assert slab_embedding_of(cls) is None

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM
 
 import ds_fused
 from ds_fused.engine import zero3
@@ -433,6 +433,33 @@ def stream_memory() -> dict:
     return out | {"table": n_vocab * config.hidden_size, "logits": n_vocab * n_tokens}
 
 
+def with_bias() -> torch.nn.Module:
+    model = model_of()
+    torch.manual_seed(3)
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(products.SIZES["vocab_size"]))
+    return model
+
+
+@case
+def stream_bias() -> dict:
+    """A bias below the threshold stays whole on every rank; the weight is above it."""
+    return streamed(with_bias, zero_optimization={"stage": 3, "stage3_param_persistence_threshold": 100})
+
+
+@case
+def stream_gemma() -> dict:
+    """Tied, embeddings scaled in a class of their own, logits capped."""
+
+    def build() -> torch.nn.Module:
+        torch.manual_seed(4)
+        config = Gemma3TextConfig(
+            **products.SIZES, head_dim=8, final_logit_softcapping=5.0, initializer_range=0.3, use_cache=False
+        )
+        return Gemma3ForCausalLM(config)
+
+    return streamed(build)
+
+
 @case
 def stream_is_no_use() -> dict:
     """Why the weight is gathered whole after all, in one configuration after the other."""
@@ -444,11 +471,6 @@ def stream_is_no_use() -> dict:
         train(engine, mine()[:1])
         engine.destroy()
         return lines
-
-    def with_bias() -> torch.nn.Module:
-        model = model_of()
-        model.lm_head.bias = torch.nn.Parameter(torch.zeros(products.SIZES["vocab_size"]))
-        return model
 
     return {
         "persistent": reason(3, stage3_param_persistence_threshold=10**6),
