@@ -47,7 +47,7 @@ def build(family: str = "Llama", **config) -> nn.Module:
     settings = getattr(transformers, f"{family}Config")(**SIZES | FAMILIES.get(family, {}) | config)
     settings._attn_implementation = "eager"
     torch.manual_seed(0)
-    cls = getattr(transformers, f"{family}LMSlabModel" if family == "GPT2" else f"{family}ForCausalLM")
+    cls = getattr(transformers, f"{family}LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")
     model = cls(settings).train()
     if family == "GPT2":
         # no dropout: both models must compute the same
