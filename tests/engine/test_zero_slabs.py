@@ -15,7 +15,9 @@ from ds_fused.engine.shards import Shards
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="module", params=[1, 3, pytest.param(4, marks=pytest.mark.all)])
+@pytest.fixture(
+    scope="module", params=[pytest.param(1, marks=pytest.mark.all), 3, pytest.param(4, marks=pytest.mark.all)]
+)
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[list[dict]]:
     """[rank][weight] -> what came out."""
     out = tmp_path_factory.mktemp("slabs") / "rank"

@@ -140,10 +140,8 @@ def test_on_equals_off(run, script, stage, launcher):
 
 # evaluation, and logits that are read after the loss, are what a head in slabs could get wrong; TRL has a loss of its
 # own, past the head
-@pytest.mark.parametrize(
-    "script",
-    [pytest.param(s, marks=[] if s == "hf_trainer" else [pytest.mark.all]) for s in SCRIPTS if s != "trl_sft"],
-)
+@pytest.mark.all
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "trl_sft"])
 def test_a_head_in_slabs_equals_off(run, script):
     (off, _), _ = run(script, 3, launchers_of(script, 3))
     on, output = run.once(script, 3, launchers_of(script, 3), True, "stream")
