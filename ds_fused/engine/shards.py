@@ -69,6 +69,15 @@ class Shards:
         end = min(self.size, self.n_vocab * self.hidden - rank * self.size)
         return slice(begin, end)
 
+    def beyond(self, rank: int) -> int:
+        """How many elements of a rank's last row lie on the next one."""
+        return max(0, self.first_rows[rank + 1] * self.hidden - (rank + 1) * self.size)
+
+    @property
+    def splits_rows(self) -> bool:
+        """Whether any row lies on two ranks."""
+        return any(self.start(rank) for rank in range(self.ranks))
+
     def ids(self, start: int, rows: int, device: torch.device) -> Tensor:
         """[W * rows]: the vocabulary ids of rows [start, start + rows) of each rank's common rows."""
         firsts = torch.tensor(self.first_rows[:-1], device=device) + start

@@ -6,15 +6,18 @@ claimed before (``policies.loss``) and ask ``SlabMode.slabs`` at each loss; embe
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ds_fused.engine.config import Config
+from ds_fused.engine.auto import Auto
+from ds_fused.engine.config import HEAD, OP_OPTIONS, Config
 from ds_fused.engine.delivery import NEEDED, Delivery
 from ds_fused.engine.shards import Shards
+from ds_fused.engine.stationary import ZeroShard, hosts_of
 from ds_fused.engine.zero_slabs import ZeroSlabs
 from ds_fused.modules.embedding import slab_embedding_of
 from ds_fused.modules.swap import is_fused, original_class, swap, unswap, why_not
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     from ds_fused.policies.report import Report
+
+
+log = logging.getLogger("ds_fused")
 
 
 @dataclass(eq=False)
@@ -44,7 +50,7 @@ class EmbeddingClaim:
 
     @property
     def replacement(self) -> str:
-        return f"embedding; its weight in {self.slabs}"
+        return f"embedding; {self.slabs}"
 
     def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None  # rows are picked, not computed
@@ -66,43 +72,65 @@ class SlabMode:
     """For one engine: which of its weights come in slabs, where that was asked for and can be."""
 
     def __init__(self, config: Config) -> None:
-        self._asked = config.head["mode"] == "stream"
+        self._mode = config.head["mode"]
         self._slab_bytes = config.head["slab_mb"] * 2**20
         self._embeddings = config.embedding
-        self._heads: dict[nn.Module, ZeroSlabs] = {}
+        self._heads: dict[nn.Module, ZeroSlabs | ZeroShard | Auto] = {}
         self._deliveries: dict[nn.Parameter, Delivery] = {}
 
-    def slabs(self, head: nn.Module) -> ZeroSlabs | None:
-        """Those of a head whose loss is to be computed over slabs."""
-        return self._heads.get(head)
+    def slabs(self, head: nn.Module, n_tokens: int) -> ZeroSlabs | ZeroShard | None:
+        """The weight of a head whose loss is to be computed without the whole of it."""
+        weight = self._heads.get(head)
+        return weight.of(n_tokens) if isinstance(weight, Auto) else weight
 
     def decide(self, engine: DeepSpeedEngine, report: Report) -> None:
         """Heads and embeddings of the engine's model; what came of it goes into the report."""
-        if not self._asked:
+        if self._mode == "gather":
             return
         heads = [claim for claim in report.claims if isinstance(claim, LinearClaim)]
         for claim in heads:
             head = claim.site.head
             reason = why_gather(engine, head)
             if reason is None:
-                self._heads[head] = slabs = self._take(engine, head.weight)
-                claim.replacement = f"{claim.replacement}; its weight in {slabs}"
+                delivery = self._delivery(engine, head.weight)
+                self._heads[head] = weight = self._weight(engine, claim, delivery)
+                claim.replacement = f"{claim.replacement}; {weight}"
             else:
-                report.left = (*report.left, _gathered(f"head {claim.paths[0]}", reason))
+                report.left = (*report.left, self._gathered(f"head {claim.paths[0]}", reason))
         for path, module in self._tables(engine.module, [claim.site.head for claim in heads]):
             reason = why_not_looked_up(module) or why_gather(engine, module)
             if reason is None:
-                claim = EmbeddingClaim(module, (path,), self._take(engine, module.weight))
+                slabs = ZeroSlabs(self._delivery(engine, module.weight), self._slab_bytes)
+                claim = EmbeddingClaim(module, (path,), slabs)
                 claim.commit()
                 report.claims = (*report.claims, claim)
             else:
-                report.left = (*report.left, _gathered(f"embedding {path}", reason))
+                report.left = (*report.left, self._gathered(f"embedding {path}", reason))
 
-    def _take(self, engine: DeepSpeedEngine, param: nn.Parameter) -> ZeroSlabs:
+    def _weight(self, engine: DeepSpeedEngine, claim: LinearClaim, delivery: Delivery) -> ZeroSlabs | ZeroShard | Auto:
+        if self._mode == "stream":
+            return ZeroSlabs(delivery, self._slab_bytes)
+        shard = ZeroShard(delivery, hosts_of(delivery.param.ds_process_group))
+        if self._mode == "stationary":
+            return shard
+        replacement = claim.replacement
+
+        def tell(line: str) -> None:
+            claim.replacement = f"{replacement}; {line}"
+            if engine.global_rank == 0:
+                log.warning("ds_fused: head %s: %s", claim.paths[0], line)
+
+        options = {name: option.default for name, option in OP_OPTIONS[HEAD].items()} | dict(claim.options)
+        return Auto(ZeroSlabs(delivery, self._slab_bytes), shard, options["chunk_mb"], options["keep_mb"], tell)
+
+    def _delivery(self, engine: DeepSpeedEngine, param: nn.Parameter) -> Delivery:
         # a head and an embedding that share a weight share it
         if param not in self._deliveries:
             self._deliveries[param] = Delivery(param, engine)
-        return ZeroSlabs(self._deliveries[param], self._slab_bytes)
+        return self._deliveries[param]
+
+    def _gathered(self, what: str, reason: str) -> Left:
+        return Left(what, 1, f'mode "{self._mode}": its weight is gathered whole, since {reason}')
 
     def _tables(self, model: nn.Module, heads: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
         """The embeddings that are tied to a head in slabs, and with ``"embedding": true`` those of the input too."""
@@ -115,10 +143,6 @@ class SlabMode:
         for path, module in model.named_modules():
             if isinstance(module, nn.Embedding) and (id(module) in inputs or id(module.weight) in tied):
                 yield path, module
-
-
-def _gathered(what: str, reason: str) -> Left:
-    return Left(what, 1, f'mode "stream": its weight is gathered whole, since {reason}')
 
 
 def why_not_looked_up(module: nn.Embedding) -> str | None:

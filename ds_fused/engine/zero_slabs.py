@@ -52,7 +52,8 @@ class ZeroSlabs:
         self.device = torch.device(get_accelerator().current_device_name())
         self._delivery = delivery
         self._rank = dist.get_rank(self.group)
-        self._shards = Shards(*self.shape, dist.get_world_size(self.group))
+        self.ranks = dist.get_world_size(self.group)
+        self._shards = Shards(*self.shape, self.ranks)
         # even slabs, each at most slab_bytes of all ranks together
         row_bytes = self._shards.ranks * self.shape[1] * param.ds_tensor.element_size()
         self._plain = -(-self._shards.common // max(1, slab_bytes // row_bytes))
@@ -81,7 +82,7 @@ class ZeroSlabs:
 
     def __str__(self) -> str:
         slab = self.slab_rows * self.shape[1] * self.param.ds_tensor.element_size()
-        return f"{len(self)} slabs of at most {slab / 2**20:.1f} MiB over {self._shards.ranks} ranks"
+        return f"its weight in {len(self)} slabs of at most {slab / 2**20:.1f} MiB over {self._shards.ranks} ranks"
 
     # the weight comes
 

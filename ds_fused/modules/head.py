@@ -6,8 +6,9 @@
     end of the forward                        Scope: what no loss consumed is computed, the rest leaves on demand
 
 The loss runs inside the head's own call, so whatever acts on layers through hooks acts on it as on any other layer:
-ZeRO-3 gathers the head's weight there and releases it after. Where the weight comes in slabs of its own instead, there
-is nothing for hooks to do and the loss is computed past them. Outside such a forward the head is an ordinary Linear.
+ZeRO-3 gathers the head's weight there and releases it after. Where the weight comes in slabs of its own instead, or its
+rows stay on their ranks, there is nothing for hooks to do and the loss is computed past them. Outside such a forward
+the head is an ordinary Linear.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ds_fused.modules.deferred import DeferredLogits, HeadCall, materialised
 from ds_fused.modules.on_demand import WholeWeight, on_demand, sealed, with_steps
 from ds_fused.ops import cross_entropy, linear_cross_entropy
 from ds_fused.ops.slabs import WeightSlabs
+from ds_fused.ops.stationary import VocabShard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +35,9 @@ class HeadWeight:
 
     # the context of a read after the forward, in which the weight is whole
     whole: WholeWeight = nullcontext
-    # the weight in slabs of its own, for the loss; None where the loss is to be computed in the head's own call
-    slabs: Callable[[nn.Module], WeightSlabs | None] = lambda head: None
+    # for the loss over so many tokens, the weight in slabs of its own or the rows of it that stay here; None where the
+    # loss is to be computed in the head's own call
+    slabs: Callable[[nn.Module, int], WeightSlabs | VocabShard | None] = lambda head, n_tokens: None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Head:
         return nn.Module.__call__(self, *args, **kwargs)
 
     def forward(
-        self, input: Tensor, loss: LossArguments | None = None, slabs: WeightSlabs | None = None
+        self, input: Tensor, loss: LossArguments | None = None, slabs: WeightSlabs | VocabShard | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """With ``loss``: its value, and the logits on demand. ``slabs``: the weight, where it is not here whole."""
         if loss is None:
@@ -240,7 +243,7 @@ class CausalLMLoss:
         if self.linear is not None and shape is not None and not logits.is_real():
             scale, softcap = shape
             arguments = LossArguments(shift_labels, reduction, ignore_index, scale, softcap, self.linear)
-            slabs = self.scope.weight.slabs(logits.head)
+            slabs = self.scope.weight.slabs(logits.head, shift_labels.numel())
             if slabs is None:
                 # the head's own call, past the one that postpones
                 loss, logits.call.on_demand = nn.Module.__call__(logits.head, logits.hidden, loss=arguments)

@@ -15,7 +15,7 @@ Sizes: M tokens (every leading dimension of x, flattened), H hidden, V vocabular
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -24,16 +24,11 @@ from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._labels import counting_tokens
 from ds_fused.ops._loss import LossOptions, check_loss, cross_entropy_bwd_torch, cross_entropy_fwd_torch, reduced
+from ds_fused.ops._tiles import Tiling, product, tile, tile_elements, tiling, wide
 from ds_fused.ops._triton import autocast_dtype, check_dtypes, rows_of, runs_kernels
 from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd, cross_entropy_reference
 from ds_fused.ops.slabs import WeightSlabs, WholeWeight, columns_of
-
-# not yet measured. a side of a tile shorter than this starves the matrix products, whatever chunk_mb says
-LEAST_SIDE = 2048
-# sides are whole tiles of the matrix products
-SIDE_STEP = 256
-# elements: rows of logits start on a cache line, so the softmax pass reads 16 bytes at a time for odd vocabularies too
-ROW_STEP = 64
+from ds_fused.ops.stationary import StationaryFunction, VocabShard
 
 
 def linear_cross_entropy_reference(
@@ -62,83 +57,13 @@ def linear_cross_entropy_reference(
     )
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """How the logits [M, V] are cut. A function of shapes and options alone: no rank may decide by its data."""
-
-    tokens: int  # of a chunk
-    rows: int  # of a slab
-    kept: int  # tiles kept for backward: the first ones, slab by slab
-
-
-def tiling(
-    n_tokens: int,
-    n_vocab: int,
-    itemsize: int,
-    chunk_bytes: int,
-    keep_bytes: int,
-    *,
-    dx: bool,
-    dweight: bool,
-    slab_rows: int | None = None,  # where the weight comes in slabs of its own
-) -> Tiling:
-    """Tiles of at most about `chunk_bytes`, cut so that little fp32 scratch is needed (see the top of the file)."""
-    tokens, rows = max(n_tokens, 1), slab_rows or n_vocab
-    if slab_rows is not None or tokens * rows * itemsize > max(chunk_bytes, keep_bytes):
-        if slab_rows is None and dweight and (tokens < n_vocab or not dx):
-            rows = _side(n_vocab, chunk_bytes // (tokens * itemsize))
-        tokens = _side(tokens, chunk_bytes // (rows * itemsize))
-    n_tiles = -(-n_vocab // rows) * -(-n_tokens // tokens)
-    return Tiling(tokens, rows, min(n_tiles, keep_bytes // (tokens * _row_stride(rows) * itemsize)))
-
-
-def _side(size: int, fits: int) -> int:
-    """Even parts of `size`, none above what fits: a small rest costs as many passes over the weight as a full part."""
-    most = max(LEAST_SIDE, fits // SIDE_STEP * SIDE_STEP)
-    if size <= most:
-        return size
-    parts = -(-size // most)
-    return -(-size // (parts * SIDE_STEP)) * SIDE_STEP
-
-
-def _row_stride(rows: int) -> int:
-    # torch.compile takes whole tensors only for the `out` of a product
-    return rows if torch.compiler.is_compiling() else -(-rows // ROW_STEP) * ROW_STEP
-
-
-def _tile_room(x: Tensor, tiles: Tiling) -> Tensor:
-    return x.new_empty(tiles.tokens * _row_stride(tiles.rows))
-
-
-def _tile(room: Tensor, n_tokens: int, n_rows: int) -> Tensor:
-    """[tokens, n] at the start of its room, rows strided; smaller ones of the last chunk and slab too."""
-    stride = _row_stride(n_rows)
-    return room[: n_tokens * stride].view(n_tokens, stride)[:, :n_rows]
-
-
-def _product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
-    """out = a @ b, or out += a @ b: summed in fp32 and rounded once, to out's dtype."""
-    if out.dtype != a.dtype and not (a.is_cuda and out.dtype == torch.float32):
-        a, b = a.to(_wide(a)), b.to(_wide(b))  # no such product here: the operands are widened instead
-    if out.dtype == a.dtype:
-        if add:
-            out.addmm_(a, b)
-        else:
-            torch.mm(a, b, out=out)
-    elif out.dtype == torch.float32:
-        if add:
-            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-        else:
-            torch.mm(a, b, out_dtype=torch.float32, out=out)
-    else:
-        # autocast to the other half precision; what is summed is wide
-        assert not add
-        out.copy_(torch.mm(a, b))
+def _room(x: Tensor, tiles: Tiling) -> Tensor:
+    return x.new_empty(tile_elements(tiles.tokens, tiles.rows))
 
 
 def _logits(room: Tensor, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
     """x @ rows.T + bias, written into the room of a tile."""
-    z = _tile(room, x.shape[0], rows.shape[0])
+    z = tile(room, x.shape[0], rows.shape[0])
     if bias is None:
         torch.mm(x, rows.t(), out=z)
     else:
@@ -191,7 +116,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         n_tokens = x.shape[0]
         softmax_fwd = cross_entropy_fwd if runs_kernels(x) else cross_entropy_fwd_torch
         source = WholeWeight(weight, tiles.rows) if slabs is None else slabs
-        loss, lse = (x.new_empty(size, dtype=_wide(x)) for size in (n_tokens, (2, n_tokens)))
+        loss, lse = (x.new_empty(size, dtype=wide(x)) for size in (n_tokens, (2, n_tokens)))
         kept: list[Tensor] = []
         room = None
         for k in range(len(source)):
@@ -199,9 +124,9 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             for start in range(0, n_tokens, tiles.tokens):
                 chunk = slice(start, start + tiles.tokens)
                 if len(kept) < tiles.kept:
-                    kept.append(_tile_room(x, tiles))
+                    kept.append(_room(x, tiles))
                 elif room is None:
-                    room = _tile_room(x, tiles)
+                    room = _room(x, tiles)
                 z = _logits(kept[-1] if room is None else room, x[chunk], slab.rows, slab.bias)
                 last = k == len(source) - 1
                 softmax_fwd(
@@ -230,29 +155,29 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         wants_dx, wants_dweight, wants_dbias = ctx.needs_input_grad[:3]
 
         # dlogits @ weight is summed over slabs, dlogits.T @ x over chunks: fp32 where there is more than one
-        dx = torch.empty_like(x, dtype=_wide(x) if len(source) > 1 else None) if wants_dx else None
-        dbias = torch.zeros_like(bias, dtype=_wide(x)) if wants_dbias else None
+        dx = torch.empty_like(x, dtype=wide(x) if len(source) > 1 else None) if wants_dx else None
+        dbias = torch.zeros_like(bias, dtype=wide(x)) if wants_dbias else None
         room = None
         for k in range(len(source)):
             slab = _Slab(source, k, x, bias, labels, ctx.options)
             dw = source.gradient(k) if wants_dweight else None
             dw_sum = dw
-            if wants_dweight and n_tokens > tiles.tokens and dw.dtype != _wide(x):
-                dw_sum = torch.empty_like(dw, dtype=_wide(x))
+            if wants_dweight and n_tokens > tiles.tokens and dw.dtype != wide(x):
+                dw_sum = torch.empty_like(dw, dtype=wide(x))
             for start in range(0, n_tokens, tiles.tokens):
                 chunk = slice(start, start + tiles.tokens)
                 if kept:
-                    z = _tile(kept.pop(0), x[chunk].shape[0], slab.rows.shape[0])
+                    z = tile(kept.pop(0), x[chunk].shape[0], slab.rows.shape[0])
                 else:
                     if room is None:
-                        room = _tile_room(x, tiles)
+                        room = _room(x, tiles)
                     z = _logits(room, x[chunk], slab.rows, slab.bias)
                 dz = z  # in place: nobody else has the tile
                 softmax_bwd(dloss[chunk], z, slab.labels[chunk], lse[:, chunk], dz, slab.options, **slab.place)
                 if wants_dx:
-                    _product(dx[chunk], dz, slab.rows, add=k > 0)
+                    product(dx[chunk], dz, slab.rows, add=k > 0)
                 if wants_dweight:
-                    _product(dw_sum, dz.t(), x[chunk], add=start > 0)
+                    product(dw_sum, dz.t(), x[chunk], add=start > 0)
                 if wants_dbias:
                     _add_dbias(dbias, slab.ids, dz)
             if wants_dweight:
@@ -271,11 +196,6 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         )  # fmt: skip
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    """fp32; fp64 where plain PyTorch runs in it."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _add_dbias(dbias: Tensor, ids: Tensor | int, dz: Tensor) -> None:
     part = dz.sum(0, dtype=dbias.dtype)
     if isinstance(ids, int):
@@ -286,7 +206,7 @@ def _add_dbias(dbias: Tensor, ids: Tensor | int, dz: Tensor) -> None:
 
 def linear_cross_entropy(
     x: Tensor,  # [..., H]
-    weight: Tensor | WeightSlabs,  # [V, H]
+    weight: Tensor | WeightSlabs | VocabShard,  # [V, H]
     labels: Tensor,  # [...] int64 or int32
     *,
     bias: Tensor | None = None,  # [V]
@@ -308,7 +228,6 @@ def linear_cross_entropy(
     backward raises unless ``keep_mb=0``.
     """
     op = "linear_cross_entropy"
-    slabs = None if isinstance(weight, Tensor) else weight
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     n_vocab = _checked_vocabulary(op, x, weight, bias)
     check_loss(op, options, labels, reduction, x.shape[:-1], n_vocab, x.device)
@@ -323,21 +242,26 @@ def linear_cross_entropy(
 
     # casts of x are autograd's; the weight is cast slab by slab inside, since a cast copy would live until backward
     rows = rows_of(x.to(autocast or x.dtype))
-    handle = weight if slabs is None else x.new_empty(0, requires_grad=slabs.requires_grad)
+    handle = weight if isinstance(weight, Tensor) else x.new_empty(0, requires_grad=weight.requires_grad)
     training = torch.is_grad_enabled()
+    trains = training and any(t is not None and t.requires_grad for t in (x, handle, bias))
+    flat = labels.reshape(-1)
+    count = counting_tokens(op, flat, n_vocab, ignore_index)
+    if isinstance(weight, VocabShard):
+        guess = reduction if trains and reduction != "none" else None
+        loss = StationaryFunction.apply(rows, handle, bias, flat, weight, options, int(chunk_mb * 2**20), guess)
+        return reduced(loss, labels.shape, count, reduction)
+    slabs = None if isinstance(weight, Tensor) else weight
     tiles = tiling(
-        rows.shape[0], n_vocab, rows.element_size(), int(chunk_mb * 2**20),
-        int(keep_mb * 2**20) if training and any(t is not None and t.requires_grad for t in (x, handle, bias)) else 0,
+        rows.shape[0], n_vocab, rows.element_size(), int(chunk_mb * 2**20), int(keep_mb * 2**20) if trains else 0,
         dx=training and x.requires_grad, dweight=training and handle.requires_grad,
         slab_rows=slabs.slab_rows if slabs is not None else None,
     )  # fmt: skip
-    flat = labels.reshape(-1)
-    count = counting_tokens(op, flat, n_vocab, ignore_index)
     loss = LinearCrossEntropyFunction.apply(rows, handle, bias, flat, slabs, tiles, options)
     return reduced(loss, labels.shape, count, reduction)
 
 
-def _checked_vocabulary(op: str, x: Tensor, weight: Tensor | WeightSlabs, bias: Tensor | None) -> int:
+def _checked_vocabulary(op: str, x: Tensor, weight: Tensor | WeightSlabs | VocabShard, bias: Tensor | None) -> int:
     """V, once x [..., H], weight [V, H] and bias [V] fit together on one device."""
     if x.ndim == 0 or len(weight.shape) != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"{op}: x {tuple(x.shape)} and weight {tuple(weight.shape)} must be [..., H] and [V, H]")

@@ -162,6 +162,23 @@ def _rope_kernel(
     )
 
 
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Of x [B, heads, T, D] those of batch, head and token; from the shape where dynamo can't say them (row_stride)."""
+    if torch.compiler.is_compiling():
+        _, heads, n_tokens, d = x.shape
+        if x.is_contiguous():
+            return heads * n_tokens * d, n_tokens * d, d
+        if x.transpose(1, 2).is_contiguous():
+            return heads * n_tokens * d, d, heads * d
+    return x.stride()[:3]
+
+
+def _angle_strides(cos: Tensor) -> tuple[int, ...]:
+    if torch.compiler.is_compiling() and cos.is_contiguous():
+        return cos.shape[1] * cos.shape[2], cos.shape[2]
+    return cos.stride()[:2]
+
+
 def _rope(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, yq: Tensor, yk: Tensor, interleaved: bool, backward: bool
 ) -> None:
@@ -180,11 +197,11 @@ def _rope(
             sin,
             yq,
             yk,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *yq.stride()[:3],
-            *yk.stride()[:3],
-            *cos.stride()[:2],
+            *_strides(q),
+            *_strides(k),
+            *_strides(yq),
+            *_strides(yk),
+            *_angle_strides(cos),
             n_tokens,
             Q_HEADS=q_heads,
             K_HEADS=k_heads,

@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import ds_fused
-from ds_fused.engine import zero_slabs
+from ds_fused.engine import stationary, zero_slabs
 from ds_fused.engine.delivery import Delivery
+from ds_fused.engine.stationary import ZeroShard, hosts_of
 from ds_fused.engine.zero_slabs import ZeroSlabs
+from ds_fused.ops import _tiles
 
 # V, H, slab bytes: rows whole on every rank or split between two, the last shard padded or not, one slab or many
 WEIGHTS = [(64, 8, 0), (67, 8, 0), (67, 8, 10**6), (50, 12, 400), (13, 8, 0), (257, 5, 300), (101, 9, 1000)]
@@ -33,13 +35,13 @@ class Model(nn.Module):
         torch.manual_seed(0)
         self.body = nn.Linear(hidden, hidden)
         self.head = nn.Linear(hidden, n_vocab, bias=False)
-        self.slabs: ZeroSlabs | None = None
+        self.slabs: ZeroSlabs | ZeroShard | None = None
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         x = self.body(x)
         if self.slabs is None:
             return F.cross_entropy(self.head(x), labels, reduction="sum")
-        return ds_fused.linear_cross_entropy(x, self.slabs, labels, reduction="sum", keep_mb=0)
+        return ds_fused.linear_cross_entropy(x, self.slabs, labels, reduction="sum", chunk_mb=2**-20, keep_mb=0)
 
 
 def engine_of(model: Model) -> deepspeed.DeepSpeedEngine:
@@ -82,13 +84,13 @@ class Collectives:
 def train(model: Model, engine: deepspeed.DeepSpeedEngine, n_vocab: int, hidden: int) -> dict:
     losses, collectives = [], []
     for step in range(STEPS):
-        zero_slabs.dist = Collectives()
+        zero_slabs.dist = stationary.dist = Collectives()
         loss = engine(*batch(step, n_vocab, hidden))
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
         collectives.append(zero_slabs.dist.seen)
-        zero_slabs.dist = deepspeed.comm
+        zero_slabs.dist = stationary.dist = deepspeed.comm
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         weights = [w.detach().flatten().tolist() for w in model.parameters()]
     return {"losses": losses, "weights": weights, "collectives": collectives}
@@ -106,21 +108,26 @@ def rows_of(slabs: ZeroSlabs) -> tuple[list[int], torch.Tensor]:
 
 def main(out: str) -> None:
     torch.set_num_threads(1)
+    _tiles.LEAST_SIDE, _tiles.SIDE_STEP = 4, 2  # blocks of few tokens
     deepspeed.init_distributed("gloo", timeout=timedelta(seconds=60))
     results = []
     for n_vocab, hidden, slab_bytes in WEIGHTS:
-        stock, fused = (Model(n_vocab, hidden) for _ in range(2))
+        stock, fused, still = (Model(n_vocab, hidden) for _ in range(3))
         weight = stock.head.weight.detach().clone()
-        engines = [engine_of(model) for model in (stock, fused)]
+        engines = [engine_of(model) for model in (stock, fused, still)]
         fused.slabs = ZeroSlabs(Delivery(fused.head.weight, engines[1]), slab_bytes)
+        still.slabs = shard = ZeroShard(Delivery(still.head.weight, engines[2]), hosts_of(dist.group.WORLD))
         ids, rows = rows_of(fused.slabs)
+        own = slice(shard.first_id, shard.first_id + shard.n_rows)
         result = {
             "weight": [n_vocab, hidden, slab_bytes],
             "slabs": len(fused.slabs),
             "ids": sorted(ids) == list(range(n_vocab)),
             "rows": torch.equal(rows, weight[ids]),
+            "own_rows": torch.equal(torch.cat(shard.rows()), weight[own]),
             "stock": train(stock, engines[0], n_vocab, hidden),
             "fused": train(fused, engines[1], n_vocab, hidden),
+            "stationary": train(still, engines[2], n_vocab, hidden),
         }
         results.append(result)
         for engine in engines:

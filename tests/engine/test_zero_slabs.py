@@ -27,15 +27,16 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def test_every_row_comes_once(ranks):
     for row in (row for rank in ranks for row in rank):
-        assert row["ids"] and row["rows"], row["weight"]
+        assert row["ids"] and row["rows"] and row["own_rows"], row["weight"]
 
 
 def test_training_is_stocks(ranks):
     for row in (row for rank in ranks for row in rank):
-        # sums in another order
-        assert row["fused"]["losses"] == pytest.approx(row["stock"]["losses"], rel=1e-5), row["weight"]
-        for mine, theirs in zip(row["fused"]["weights"], row["stock"]["weights"], strict=True):
-            assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-7), row["weight"]
+        for mode in ("fused", "stationary"):
+            # sums in another order
+            assert row[mode]["losses"] == pytest.approx(row["stock"]["losses"], rel=1e-5), row["weight"]
+            for mine, theirs in zip(row[mode]["weights"], row["stock"]["weights"], strict=True):
+                assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-7), row["weight"]
 
 
 def test_collectives_depend_on_the_weight_alone(ranks):
@@ -52,6 +53,22 @@ def test_collectives_depend_on_the_weight_alone(ranks):
         row_bytes = 4 * hidden * len(ranks)
         largest = max(4 * numel for name, numel in first if name == "reduce_scatter_tensor")
         assert largest <= max(slab_bytes, 3 * row_bytes)
+
+
+def test_collectives_of_rows_that_stay_depend_on_the_most_tokens_too(ranks):
+    n_ranks = len(ranks)
+    for weights in zip(*ranks, strict=True):
+        assert all(row["stationary"]["collectives"] == weights[0]["stationary"]["collectives"] for row in weights)
+        for step, seen in enumerate(weights[0]["stationary"]["collectives"]):
+            # tests/engine/slabs_ranks.py's batches; the last rank has none in the last step
+            most = 3 + 2 * (n_ranks - 1) + step - (2 if step == 2 and n_ranks > 1 else 0)
+            blocks = -(-most // max(1, 4 // n_ranks))
+            names = [name for name, _ in seen]
+            assert names.count("reduce_scatter_tensor") == blocks
+            # of a block its tokens and three numbers a token; labels; the upstream gradients; pieces of split rows
+            n_vocab, hidden, _ = weights[0]["weight"]
+            pieces = 2 * Shards(n_vocab, hidden, n_ranks).splits_rows
+            assert names.count("all_gather_into_tensor") == 2 * blocks + 2 + pieces
 
 
 def test_a_shape_is_cut_into_rows_that_are_there_once():

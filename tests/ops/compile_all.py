@@ -26,6 +26,7 @@ from triton.runtime.jit import JITFunction
 
 import ds_fused.ops as ops
 import ds_fused.ops._triton as shared
+from ds_fused.ops.stationary import VocabShard
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -73,11 +74,39 @@ def cross_entropy() -> None:
     ops.cross_entropy(leaf(2, 50257), labels, **options).backward()
 
 
+class OneOfTwo(VocabShard):
+    """The first of two ranks, which sees itself in the other."""
+
+    ranks, rank, first_id, requires_grad = 2, 0, 0, False
+    shape, n_rows, dtype, device = (32000, 8), 16000, torch.bfloat16, torch.device("cpu")
+
+    def rows(self) -> tuple[Tensor, ...]:
+        return (leaf(self.n_rows, 8).detach(),)
+
+    def most(self, n: int) -> int:
+        return n
+
+    def gather(self, mine: Tensor) -> OneOfTwo:
+        self.landing = torch.stack([mine, mine])
+        return self
+
+    def reduce_scatter(self, parts: Tensor) -> OneOfTwo:
+        self.landing = parts[0]
+        return self
+
+    def land(self) -> Tensor:
+        return self.landing
+
+    def gradient(self) -> None:
+        raise AssertionError("nobody asked for one")
+
+
 def linear_cross_entropy() -> None:
     labels = torch.zeros(2, dtype=torch.int64)
     ops.linear_cross_entropy(leaf(2, 8), leaf(32000, 8), labels).backward()
     options = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0, "logit_scale": 0.5}
     ops.linear_cross_entropy(leaf(2, 8), leaf(50257, 8), labels, bias=leaf(50257), **options).backward()
+    ops.linear_cross_entropy(leaf(2, 8).detach(), OneOfTwo(), labels)
 
 
 EXAMPLES: tuple[Callable[[], None], ...] = (rms_norm, glu, rope, cross_entropy, linear_cross_entropy)

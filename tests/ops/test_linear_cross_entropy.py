@@ -10,13 +10,10 @@ from accuracy import as_accurate, nan_filled, randn
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ds_fused.ops import _tiles
+from ds_fused.ops._tiles import Tiling, tiling
 from ds_fused.ops._triton import runs_kernels
-from ds_fused.ops.linear_cross_entropy import (
-    Tiling,
-    linear_cross_entropy,
-    linear_cross_entropy_reference,
-    tiling,
-)
+from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
 op_file = importlib.import_module("ds_fused.ops.linear_cross_entropy")
 MB = 2**-20  # chunk_mb and keep_mb in bytes
@@ -33,9 +30,9 @@ EVERYTHING = {"label_smoothing": 0.3, "z_loss": 0.02, "softcap": 5.0, "logit_sca
 @pytest.fixture(params=["kernels", "plain"], autouse=True)
 def where(request, monkeypatch, device):
     """Both softmax passes: the kernels (on a GPU, or interpreted), and PyTorch on a CPU."""
-    monkeypatch.setattr(op_file, "LEAST_SIDE", 4)
-    monkeypatch.setattr(op_file, "SIDE_STEP", 2)
-    monkeypatch.setattr(op_file, "ROW_STEP", 4)
+    monkeypatch.setattr(_tiles, "LEAST_SIDE", 4)
+    monkeypatch.setattr(_tiles, "SIDE_STEP", 2)
+    monkeypatch.setattr(_tiles, "ROW_STEP", 4)
     if request.param == "plain":
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         return torch.device("cpu")
@@ -344,7 +341,7 @@ def test_scratch_is_bounded(m, v, sums, where, monkeypatch):
     x, weight = x.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
     lent = {t.untyped_storage().data_ptr() for t in (x, weight)}
     # the plain passes and products make fp32 copies of a tile, which the kernels don't: let them be the smaller matter
-    monkeypatch.setattr(op_file, "LEAST_SIDE", 32)
+    monkeypatch.setattr(_tiles, "LEAST_SIDE", 32)
     with Allocations() as made:
         ours(x, weight, labels, chunk_mb=MB, keep_mb=0).backward()
     sizes = [(n, dtype) for at, (n, dtype, _) in made.seen.items() if at not in lent]

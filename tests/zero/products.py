@@ -56,13 +56,14 @@ STAGES = [(0, False), (1, False), (2, False), (3, False), (3, True)]
 
 JOBS = tuple(product((1, 4), ("sgd", "adamw"), (False, True), ("fp32", "bf16")))
 ON_CPU = [Case(*stage, *job) for stage, job in product(STAGES, JOBS)]
-ON_CPU += [Case(*stage, *job, mode="stream") for stage, job in product(STAGES, JOBS) if stage[0] == 3]
+SHARDED = ("stream", "stationary")  # modes that are for ZeRO-3 alone
+ON_CPU += [Case(*stage, *job, mode=mode) for mode, stage, job in product(SHARDED, STAGES, JOBS) if stage[0] == 3]
 # the kernels in place of their references; fp16, which DeepSpeed refuses on a CPU, under the stages that keep a norm
 ON_GPU = [
     # not AdamW: it makes a whole step out of the noise in a gradient near 0, and from there runs part for good (on an
     # H100 in fp32 the losses of step 4 were 1.5e-5 from the judge and stock's 1.6e-6, on a CPU 1.0e-5 and 1.3e-5)
     Case(stage, init, 4, "sgd", dtype == "bf16", dtype, "gpu", mode)
-    for (stage, init), dtype, mode in product(STAGES, ("fp32", "bf16", "fp16"), ("gather", "stream"))
+    for (stage, init), dtype, mode in product(STAGES, ("fp32", "bf16", "fp16"), ("gather", *SHARDED))
     if (dtype != "fp16" or stage > 0) and (mode == "gather" or stage == 3)
 ]
 ALL = ON_CPU + ON_GPU
@@ -71,11 +72,11 @@ ALL = ON_CPU + ON_GPU
 def is_quick(case: Case) -> bool:
     """Stage x accumulation x optimizer in fp32; tied and untied take turns, so that each stage meets both.
 
-    In mode "stream" so do models built under zero.Init and others.
+    In the modes for ZeRO-3 so do models built under zero.Init and others.
     """
     if case.device == "gpu":
         return True
-    if case.mode == "stream" and case.init != (case.accumulation == 4):
+    if case.mode in SHARDED and case.init != (case.accumulation == 4):
         return False
     if case.dtype == "fp32":
         return case.tied == ((case.accumulation == 4) == (case.optimizer == "sgd"))

@@ -29,6 +29,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM
 
 import ds_fused
 from ds_fused.engine import zero3
+from ds_fused.ops import _tiles
 
 CASES: dict[str, Callable[[], dict]] = {}
 
@@ -428,8 +429,12 @@ def stream_memory() -> dict:
         return {"largest": largest, "loss": loss.item()}
 
     # a table of 5 MiB in slabs of 1
-    block = {"fused_linear_cross_entropy": {"mode": "stream", "slab_mb": 1}}
-    out = both(build, stage=3, run=run, block=block)
+    block = {"fused_linear_cross_entropy": {**STREAM["fused_linear_cross_entropy"], "slab_mb": 1, "chunk_mb": 1}}
+    before, _tiles.LEAST_SIDE = _tiles.LEAST_SIDE, 1
+    try:
+        out = both(build, stage=3, run=run, block=block)
+    finally:
+        _tiles.LEAST_SIDE = before
     return out | {"table": n_vocab * config.hidden_size, "logits": n_vocab * n_tokens}
 
 
@@ -478,6 +483,53 @@ def stream_is_no_use() -> dict:
         "stage": reason(2),
         "reduce": reason(3, reduce_scatter=False),
     }
+
+
+def stationary(twin: Callable[[], dict]) -> Callable[[], dict]:
+    """A case of mode "stream" in the other mode."""
+
+    def run() -> dict:
+        options = STREAM["fused_linear_cross_entropy"]
+        before = dict(options)
+        options["mode"] = "stationary"
+        try:
+            return twin()
+        finally:
+            options.update(before)
+
+    return run
+
+
+for name in list(CASES):
+    if name.startswith("stream_"):
+        CASES[name.replace("stream", "stationary", 1)] = stationary(CASES[name])
+
+
+@case
+def stationary_weighted_ranks() -> dict:
+    """Each rank's loss counts differently, so the gradients of the forward are of no use."""
+
+    def run(engine: deepspeed.DeepSpeedEngine) -> list[float]:
+        losses = []
+        for ids, labels in mine():
+            loss = (1 + dist.get_rank()) * engine(input_ids=ids, labels=labels).loss
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        return losses
+
+    return both(model_of, stage=3, run=run, block={"fused_linear_cross_entropy": {"mode": "stationary"}})
+
+
+@case
+def auto() -> dict:
+    """Which mode is chosen for few tokens and for many, and that training is right in it."""
+
+    def run(engine: deepspeed.DeepSpeedEngine) -> dict:
+        losses = train(engine, mine())
+        return {"losses": losses, "report": str(getattr(engine, "ds_fused_report", ""))}
+
+    return both(model_of, stage=3, run=run, block={"fused_linear_cross_entropy": {"mode": "auto"}})
 
 
 def main(out: Path, names: list[str]) -> None:

@@ -16,6 +16,21 @@ HERE = Path(__file__).parent
 RANKS = products.RANKS["cpu"]
 LAYERS = products.SIZES["num_hidden_layers"]
 
+# cases of mode "stream" that are run in the other mode, too, and one of its own
+STATIONARY = (
+    "frozen_trunk",
+    "frozen_head",
+    "uneven_ranks",
+    "autocast",
+    "offload",
+    "checkpointing",
+    "evaluation_and_saving",
+    "bias",
+    "gemma",
+    "weighted_ranks",
+    "memory",
+)
+
 CASES = (
     "lora",
     "lora_zero3",
@@ -44,6 +59,8 @@ CASES = (
     "stream_gemma",
     "stream_memory",
     "stream_is_no_use",
+    *(f"stationary_{name}" for name in STATIONARY),
+    "auto",
     # last: DeepSpeed keeps the mesh of the first engine that splits layers
     "tensor_parallel",
 )
@@ -198,6 +215,44 @@ def test_stream(ended, name):
             assert result["fused"] == pytest.approx(result["stock"], rel=1e-5)
         # what is compared has learned something
         assert result["fused"][0] != result["fused"][3]
+
+
+@pytest.mark.parametrize("name", [name for name in STATIONARY if name != "memory"])
+def test_stationary(ended, name):
+    for result in ended(f"stationary_{name}"):
+        assert "its rows stay on 2 ranks, to which the tokens travel" in result["report"]
+        # bf16 for autocast: half an ulp
+        assert result["fused"] == pytest.approx(result["stock"], rel=4e-3 if name == "autocast" else 1e-5)
+        assert result["fused"][0] != result["fused"][3]
+
+
+def test_stationary_memory(ranks):
+    for result in ranks:
+        assert result["fused"]["loss"] == pytest.approx(result["stock"]["loss"], rel=1e-5)
+        # behind its part of the gradient a rank has room for what is the next one's of a row
+        assert max(result["fused"]["largest"]) <= -(-result["table"] // 2) + products.SIZES["hidden_size"], result
+
+
+def test_auto(ranks):
+    chosen = set()
+    for result in ranks:
+        assert result["fused"]["losses"] == pytest.approx(result["stock"]["losses"], rel=1e-5)
+        assert 'mode "auto": stationary up to ' in result["report"]
+        (line,) = (
+            line for line in result["fused"]["report"].splitlines() if 'mode "auto" at 24 tokens a rank: ' in line
+        )
+        for words in (
+            "stream (",
+            "stationary (",
+            " blocks, ",
+            " MiB held, ",
+            " MiB on the wire, ",
+            " ms)",
+            " rather than ",
+        ):
+            assert words in line
+        chosen.add(line.partition("a rank: ")[2].partition(" ")[0])
+    assert len(chosen) == 1
 
 
 def test_stream_gradient_to_logits(ranks):

@@ -135,7 +135,7 @@ def test_nothing_is_renamed(runs, case):
 def test_all_of_the_model_is_fused(runs, case):
     _, fused = runs(case)
     layers = products.SIZES["num_hidden_layers"]
-    tied_in_slabs = {"embedding": 1} if case.mode == "stream" and case.tied else {}
+    tied_in_slabs = {"embedding": 1} if case.mode in products.SHARDED and case.tied else {}
     assert fused["replaced"] == tied_in_slabs | {
         "rms_norm": 2 * layers + 1,
         "rope": layers,
@@ -146,3 +146,4 @@ def test_all_of_the_model_is_fused(runs, case):
     # of one row a rank, and on two ranks one of the row that both have a part of
     slabs = {"cpu": 34, "gpu": 67}[case.device]
     assert (f"its weight in {slabs} slabs" in fused["head"]) == (case.mode == "stream"), fused["head"]
+    assert ("its rows stay on" in fused["head"]) == (case.mode == "stationary"), fused["head"]

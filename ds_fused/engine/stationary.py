@@ -1,0 +1,134 @@
+"""A weight under ZeRO-3 whose rows stay on their ranks: what linear_cross_entropy needs to send the tokens round.
+
+A rank's rows are those that begin in its shard: neighbours, read where they lie. The last one may end on the next rank,
+which sends its piece before a forward and gets the gradient of it after a backward: one small all-gather each.
+
+The gradient needs no reduction: a rank sees all tokens, and it is written where its shard has the rows, in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+from torch import distributed as torch_dist
+
+from ds_fused.engine.delivery import Delivery
+from ds_fused.engine.shards import Shards
+from ds_fused.engine.zero_slabs import Flight
+from ds_fused.ops.stationary import VocabShard
+
+
+class ZeroShard(VocabShard):
+    """One sharded weight."""
+
+    def __init__(self, delivery: Delivery, hosts: torch_dist.ProcessGroup) -> None:
+        """``hosts``: a group of the same ranks for numbers on the CPU."""
+        self.param = param = delivery.param
+        self.group = param.ds_process_group
+        self.shape = (param.ds_shape[0], param.ds_shape[1])
+        self.dtype = param.ds_tensor.dtype
+        self.device = torch.device(get_accelerator().current_device_name())
+        self.ranks, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+        self.delivery = delivery
+        self.shards = shards = Shards(*self.shape, self.ranks)
+        self.first_id, after = shards.first_rows[self.rank : self.rank + 2]
+        self.n_rows = after - self.first_id
+        self._hosts = hosts
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.param.requires_grad
+
+    def __str__(self) -> str:
+        return f"its rows stay on {self.ranks} ranks, to which the tokens travel"
+
+    def rows(self) -> tuple[Tensor, ...]:
+        # offloaded shards lie on the CPU
+        shard = self.param.ds_tensor.data.to(self.device, non_blocking=True)
+        columns, shards = self.shape[1], self.shards
+        begin = shards.start(self.rank)
+        if not shards.splits_rows:
+            return (shard[begin : begin + self.n_rows * columns].view(-1, columns),)
+        n_whole = self.n_rows - (shards.beyond(self.rank) > 0)
+        whole_end = begin + n_whole * columns
+        heads = self.exchange(shard[:begin])
+        whole = shard[begin:whole_end].view(-1, columns)
+        if n_whole == self.n_rows:
+            return (whole,)
+        last = torch.cat([shard[whole_end:], heads[self.rank + 1, : shards.beyond(self.rank)]])
+        return whole, last.view(1, columns)
+
+    def exchange(self, piece: Tensor) -> Tensor:
+        """Each rank's piece of a row, at most H elements -> [W, H]."""
+        room = piece.new_zeros(self.shape[1])
+        room[: piece.numel()] = piece
+        return self.gather(room).land()
+
+    @property
+    def is_offloaded(self) -> bool:
+        return self.param.ds_tensor.device.type != self.device.type
+
+    def most(self, n: int) -> int:
+        number = torch.tensor([n])
+        torch_dist.all_reduce(number, torch_dist.ReduceOp.MAX, group=self._hosts)
+        return int(number)
+
+    def least(self, number: float) -> float:
+        """The smallest of all ranks' numbers. The hosts wait for one another."""
+        of_all = torch.tensor([number], dtype=torch.float64)
+        torch_dist.all_reduce(of_all, torch_dist.ReduceOp.MIN, group=self._hosts)
+        return float(of_all)
+
+    def gather(self, mine: Tensor) -> Flight:
+        everyones = mine.new_empty(self.ranks, *mine.shape)
+        # flat: on a CPU it takes no other shapes
+        work = dist.all_gather_into_tensor(everyones.view(-1), mine.view(-1), group=self.group, async_op=True)
+        return Flight(work, everyones)
+
+    def reduce_scatter(self, parts: Tensor) -> Flight:
+        mine = parts.new_empty(parts.shape[1:])
+        work = dist.reduce_scatter_tensor(mine.view(-1), parts.view(-1), group=self.group, async_op=True)
+        return Flight(work, mine)
+
+    def gradient(self) -> OwnGradient:
+        return OwnGradient(self)
+
+
+class OwnGradient:
+    """Room for this rank's part of the gradient, and behind it for what lies on the next rank."""
+
+    def __init__(self, shard: ZeroShard) -> None:
+        self._shard = shard
+        shards, rank = shard.shards, shard.rank
+        begin = shards.start(rank)
+        end = begin + shard.n_rows * shards.hidden
+        self._all = torch.empty(max(end, shards.size), dtype=torch.float32, device=shard.device)
+        # padding at the end of the last shard takes part in norms
+        self._all[end:] = 0
+        self.rows = self._all[begin:end].view(-1, shards.hidden)
+
+    def give(self, factor: float) -> None:
+        shard, shards = self._shard, self._shard.shards
+        # the mean over ranks, as of any gradient
+        self._all.mul_(factor / shard.ranks)
+        partition = self._all[: shards.size]
+        if shards.splits_rows:
+            begin = shards.start(shard.rank)
+            beyond = shard.exchange(self._all[shards.size : shards.size + shards.beyond(shard.rank)])
+            if begin:
+                partition[:begin] = beyond[shard.rank - 1, :begin]
+        shard.delivery.give(partition)
+
+
+def hosts_of(group: torch_dist.ProcessGroup) -> torch_dist.ProcessGroup:
+    """A group of the same ranks on the CPU. Every rank of the job must call this at the same place."""
+    if torch_dist.get_backend(group) == "gloo":
+        return group
+    mine = tuple(torch_dist.get_process_group_ranks(group))
+    everyones: list = [None] * torch_dist.get_world_size()
+    torch_dist.all_gather_object(everyones, mine)
+    # a group has to be made by all ranks of the job, also by those who are not in it
+    groups = {ranks: torch_dist.new_group(list(ranks), backend="gloo") for ranks in sorted(set(everyones))}
+    return groups[mine]

@@ -1,0 +1,102 @@
+"""Tiles of logits: their sizes, their room, and the matrix products that make and use them.
+
+Sizes: M tokens, V vocabulary, n rows of a slab.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# not yet measured. a side of a tile shorter than this starves the matrix products, whatever chunk_mb says
+LEAST_SIDE = 2048
+# sides are whole tiles of the matrix products
+SIDE_STEP = 256
+# elements: rows of logits start on a cache line, so the softmax pass reads 16 bytes at a time for odd vocabularies too
+ROW_STEP = 64
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the logits [M, V] are cut. A function of shapes and options alone: no rank may decide by its data."""
+
+    tokens: int  # of a chunk
+    rows: int  # of a slab
+    kept: int  # tiles kept for backward: the first ones, slab by slab
+
+
+def tiling(
+    n_tokens: int,
+    n_vocab: int,
+    itemsize: int,
+    chunk_bytes: int,
+    keep_bytes: int,
+    *,
+    dx: bool,
+    dweight: bool,
+    slab_rows: int | None = None,  # where the weight comes in slabs of its own
+) -> Tiling:
+    """Tiles of at most about `chunk_bytes`, cut so that little fp32 scratch is needed (see the top of the file)."""
+    tokens, rows = max(n_tokens, 1), slab_rows or n_vocab
+    if slab_rows is not None or tokens * rows * itemsize > max(chunk_bytes, keep_bytes):
+        if slab_rows is None and dweight and (tokens < n_vocab or not dx):
+            rows = side(n_vocab, chunk_bytes // (tokens * itemsize))
+        tokens = side(tokens, chunk_bytes // (rows * itemsize))
+    n_tiles = -(-n_vocab // rows) * -(-n_tokens // tokens)
+    return Tiling(tokens, rows, min(n_tiles, keep_bytes // (tile_elements(tokens, rows) * itemsize)))
+
+
+def side(size: int, fits: int, ranks: int = 1) -> int:
+    """Even parts of `size`, none above what fits: a small rest costs as many passes over the weight as a full part.
+
+    ``ranks``: so many such parts, one of each rank, make a side together.
+    """
+    step, least = max(1, SIDE_STEP // ranks), max(1, LEAST_SIDE // ranks)
+    most = max(least, fits // step * step)
+    if size <= most:
+        return size
+    parts = -(-size // most)
+    return -(-size // (parts * step)) * step
+
+
+def _row_stride(rows: int) -> int:
+    # torch.compile takes whole tensors only for the `out` of a product
+    return rows if torch.compiler.is_compiling() else -(-rows // ROW_STEP) * ROW_STEP
+
+
+def tile_elements(n_tokens: int, n_rows: int) -> int:
+    """The room that a tile takes."""
+    return n_tokens * _row_stride(n_rows)
+
+
+def tile(room: Tensor, n_tokens: int, n_rows: int) -> Tensor:
+    """[tokens, n] at the start of its room, rows strided; smaller ones of the last chunk and slab too."""
+    stride = _row_stride(n_rows)
+    return room[: n_tokens * stride].view(n_tokens, stride)[:, :n_rows]
+
+
+def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
+    """out = a @ b, or out += a @ b: summed in fp32 and rounded once, to out's dtype."""
+    if out.dtype != a.dtype and not (a.is_cuda and out.dtype == torch.float32):
+        a, b = a.to(wide(a)), b.to(wide(b))  # no such product here: the operands are widened instead
+    if out.dtype == a.dtype:
+        if add:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+    elif out.dtype == torch.float32:
+        if add:
+            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        # autocast to the other half precision; what is summed is wide
+        assert not add
+        out.copy_(torch.mm(a, b))
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """fp32; fp64 where plain PyTorch runs in it."""
+    return torch.promote_types(x.dtype, torch.float32)

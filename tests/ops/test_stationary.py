@@ -1,0 +1,248 @@
+"""linear_cross_entropy over ranks that hold rows of the weight: losses and all gradients against fp64."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from accuracy import as_accurate, randn
+from torch import Tensor
+
+from ds_fused.ops import _tiles
+from ds_fused.ops._loss import LossOptions
+from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from ds_fused.ops.stationary import VocabShard, block_tokens, merge, merge_torch
+
+MB = 2**-20
+# blocks of 4 tokens; all in one
+BLOCKS = [{"chunk_mb": MB}, {"chunk_mb": 1}]
+EVERYTHING = {"label_smoothing": 0.3, "z_loss": 0.02, "softcap": 5.0, "logit_scale": 0.7, "ignore_index": 3}
+
+
+@pytest.fixture(params=["kernels", "plain"], autouse=True)
+def where(request, monkeypatch, device):
+    monkeypatch.setattr(_tiles, "LEAST_SIDE", 4)
+    monkeypatch.setattr(_tiles, "SIDE_STEP", 2)
+    monkeypatch.setattr(_tiles, "ROW_STEP", 4)
+    if request.param == "plain":
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        return torch.device("cpu")
+    return device
+
+
+only_plain = pytest.mark.parametrize("where", ["plain"], indirect=True)
+
+
+class Landed:
+    def __init__(self, result: Tensor) -> None:
+        self.result = result
+
+    def land(self) -> Tensor:
+        return self.result
+
+
+class Round:
+    """Ranks that are threads: each shows what it has, then sees what all have."""
+
+    def __init__(self, ranks: int) -> None:
+        self.barrier = threading.Barrier(ranks, timeout=30)
+        self.shown: list = [None] * ranks
+
+    def __call__(self, rank: int, mine: object) -> list:
+        self.shown[rank] = mine
+        self.barrier.wait()
+        everyones = list(self.shown)
+        self.barrier.wait()
+        return everyones
+
+
+class Shard(VocabShard):
+    """Rows [first, end) of a weight; the last of them is a piece for itself. Its gradient goes into weight.grad."""
+
+    def __init__(self, weight: Tensor, first: int, end: int, rank: int = 0, all_ranks: Round | None = None) -> None:
+        self.weight, self.rank, self.round = weight, rank, all_ranks or Round(1)
+        self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
+        self.requires_grad = weight.requires_grad
+        self.ranks = len(self.round.shown)
+        self.first_id, self.n_rows = first, end - first
+        self.collectives: list[tuple[str, tuple[int, ...]]] = []
+
+    def rows(self) -> tuple[Tensor, ...]:
+        mine = self.weight.detach()[self.first_id : self.first_id + self.n_rows]
+        return mine[:-1], mine[-1:]
+
+    def most(self, n: int) -> int:
+        return max(self.round(self.rank, n))
+
+    def gather(self, mine: Tensor) -> Landed:
+        self.collectives.append(("gather", tuple(mine.shape)))
+        return Landed(torch.stack(self.round(self.rank, mine)))
+
+    def reduce_scatter(self, parts: Tensor) -> Landed:
+        self.collectives.append(("reduce_scatter", tuple(parts.shape)))
+        return Landed(torch.stack([part[self.rank] for part in self.round(self.rank, parts)]).sum(0))
+
+    def gradient(self) -> Gradient:
+        return Gradient(self)
+
+
+class Gradient:
+    def __init__(self, shard: Shard) -> None:
+        self.shard = shard
+        self.rows = torch.empty(shard.n_rows, shard.shape[1], dtype=torch.float32, device=shard.device)
+
+    def give(self, factor: float) -> None:
+        shard = self.shard
+        if shard.weight.grad is None:
+            shard.weight.grad = torch.zeros_like(shard.weight)
+        shard.weight.grad[shard.first_id : shard.first_id + shard.n_rows] = (factor * self.rows).to(shard.dtype)
+
+
+def ours(x, weight, labels, bias=None, **options):
+    return linear_cross_entropy(x, Shard(weight, 0, weight.shape[0]), labels, bias=bias, **options)
+
+
+def theirs(x, weight, labels, bias=None, chunk_mb=None, **options):
+    return linear_cross_entropy_reference(x, weight, labels, bias=bias, **options)
+
+
+def judged(where, dtype, sizes=(11, 5, 29), bias=True, frozen=(), **options):
+    m, h, v = sizes
+    labels = torch.randint(0, v, (m,), generator=torch.Generator().manual_seed(m + v))
+    labels[1::4] = options.get("ignore_index", -100)
+    inputs = [2 * randn(m, h, device=where), randn(v, h, device=where), labels.to(where)]
+    inputs += [randn(v, device=where)] if bias else []
+    as_accurate(ours, theirs, inputs, dtype, frozen=frozen, **options)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_options(dtype, reduction, block, where):
+    judged(where, dtype, sizes=(5, 3, 23), reduction=reduction, **EVERYTHING, **block)
+
+
+@only_plain
+@pytest.mark.parametrize("options", [{}, *({k: v} for k, v in EVERYTHING.items())])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_option(dtype, options, where):
+    judged(where, dtype, **options, **BLOCKS[0])
+
+
+@only_plain
+@pytest.mark.parametrize("frozen", [(0,), (1,), (3,), (0, 1), (1, 3), (0, 3)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_frozen(frozen, reduction, where):
+    judged(where, torch.bfloat16, frozen=frozen, reduction=reduction, **BLOCKS[0])
+
+
+@only_plain
+def test_a_second_backward_is_right(where):
+    x, weight = (randn(n, 5, device=where).float().requires_grad_() for n in (6, 13))
+    labels = torch.arange(6)
+    loss = ours(x, weight, labels)
+    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, x)
+    assert torch.allclose(first, second, rtol=1e-6)
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_merge(z_loss, where):
+    """Parts of a row: far apart, one of them -inf everywhere, and a token that is ignored."""
+    z = 30 * randn(5, 4, 7, device=where).float()
+    z[1, 0] = float("-inf")
+    labels = torch.tensor([0, 1, -100, 3, 0], device=where)
+    peak = z.amax(2).clamp_min(-1e38)
+    parts = torch.stack([z[..., 0], peak, (z - peak[..., None]).exp().sum(2).log()], 1)  # token, 3, part
+    parts = parts.permute(2, 1, 0).contiguous()
+    loss, lse = torch.empty(5, device=where), torch.empty(2, 5, device=where)
+    run = merge_torch if where.type == "cpu" and not _interpreted() else merge
+    run(parts, labels, loss, lse, LossOptions(z_loss=z_loss))
+    true = z.double().flatten(1).logsumexp(1)
+    keeps = labels >= 0
+    assert torch.allclose(lse.sum(0)[keeps].double(), true[keeps], rtol=1e-6)
+    want = true - z[..., 0].double().sum(1) + z_loss * true**2
+    assert torch.allclose(loss[keeps].double(), want[keeps], rtol=1e-6)
+    assert loss[2] == 0 and (lse[:, 2] == 0).all()
+
+
+def _interpreted() -> bool:
+    from ds_fused.ops._triton import runs_kernels
+
+    return runs_kernels(torch.empty(0))
+
+
+UPSTREAM: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "mean": lambda loss, rank: 3.0 * loss.sum() / max(1, loss.count_nonzero()),
+    "sum": lambda loss, rank: 3.0 * loss.sum(),
+    "rank": lambda loss, rank: (1.0 + rank) * loss.sum(),
+    "token": lambda loss, rank: (loss * torch.linspace(1, 2, loss.numel())).sum(),
+}
+ROWS = [(0, 10), (10, 12), (12, 29)]
+
+
+@only_plain
+@pytest.mark.parametrize("upstream", UPSTREAM)
+@pytest.mark.parametrize("counts", [(5, 5, 5), (11, 0, 2), (0, 0, 0)])
+def test_three_ranks(counts, upstream, where):
+    """Ragged ranks, one without tokens; one number upstream on all ranks, one a rank, one a token."""
+    weight = randn(29, 5, device=where).float().requires_grad_()
+    all_ranks = Round(3)
+    xs = [(2 * randn(n, 5, device=where, seed=rank)).float().requires_grad_() for rank, n in enumerate(counts)]
+    labels = [torch.arange(n) * 7 % 29 for n in counts]
+    if counts[0]:
+        labels[0][1:4] = -100
+    shards = [Shard(weight, *ROWS[rank], rank, all_ranks) for rank in range(3)]
+    weight.grad = torch.zeros_like(weight)
+    losses, problems = [None] * 3, []
+
+    def rank_of(rank: int) -> None:
+        try:
+            how = upstream if upstream in ("mean", "sum") else "sum"
+            reduction = "none" if upstream == "token" else how
+            options = {"chunk_mb": MB, "reduction": reduction}
+            loss = linear_cross_entropy(xs[rank], shards[rank], labels[rank], **options)
+            if upstream == "token":
+                loss = UPSTREAM["token"](loss, rank)
+            else:
+                loss = {"mean": 3.0, "sum": 3.0, "rank": 1.0 + rank}[upstream] * loss
+            losses[rank] = loss.detach()
+            loss.backward()
+        except Exception as error:
+            problems.append(error)
+            all_ranks.barrier.abort()
+
+    threads = [threading.Thread(target=rank_of, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems, problems
+
+    exact = weight.detach().double().requires_grad_()
+    true_xs = [x.detach().double().requires_grad_() for x in xs]
+    truth = []
+    for rank, (x, label) in enumerate(zip(true_xs, labels, strict=True)):
+        loss = linear_cross_entropy_reference(x, exact, label, reduction="none")
+        truth.append(UPSTREAM[upstream](loss, rank))
+    sum(truth).backward()
+    for mine, loss, n in zip(losses, truth, counts, strict=True):
+        if n or upstream != "mean":  # a mean over nothing is NaN
+            assert torch.allclose(mine.double(), loss.detach(), rtol=1e-5)
+    assert torch.allclose(weight.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
+    for x, true in zip(xs, true_xs, strict=True):
+        assert torch.allclose(x.grad.double(), true.grad, rtol=1e-5, atol=1e-6)
+    assert shards[0].collectives == shards[1].collectives == shards[2].collectives
+
+
+def test_blocks(monkeypatch):
+    monkeypatch.undo()  # the sides of real life
+    llama = dict(n_vocab=128256, hidden=4096, itemsize=2)
+    # 453 KiB a token of each of four ranks: 1152 fit, 1024 in even parts
+    assert block_tokens(8192, **llama, ranks=4, chunk_bytes=512 * 2**20) == 1024
+    assert block_tokens(8192, **llama, ranks=4, chunk_bytes=2**40) == 8192
+    # no fewer than make 2048 tokens of all ranks
+    assert block_tokens(8192, **llama, ranks=4, chunk_bytes=1) == 512
+    assert block_tokens(0, **llama, ranks=4, chunk_bytes=1) == 1
