@@ -430,11 +430,12 @@ def stream_memory() -> dict:
 
     # a table of 5 MiB in slabs of 1
     block = {"fused_linear_cross_entropy": {**STREAM["fused_linear_cross_entropy"], "slab_mb": 1, "chunk_mb": 1}}
-    before, _tiles.LEAST_SIDE = _tiles.LEAST_SIDE, 1
+    before = _tiles.LEAST_SIDE, _tiles.SIDE_STEP
+    _tiles.LEAST_SIDE, _tiles.SIDE_STEP = 4, 2
     try:
         out = both(build, stage=3, run=run, block=block)
     finally:
-        _tiles.LEAST_SIDE = before
+        _tiles.LEAST_SIDE, _tiles.SIDE_STEP = before
     return out | {"table": n_vocab * config.hidden_size, "logits": n_vocab * n_tokens}
 
 
