@@ -7,13 +7,16 @@ claimed before (``policies.loss``) and ask ``SlabMode.slabs`` at each loss; embe
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ds_fused.engine import self_test
+from ds_fused.engine.agreement import first_of
 from ds_fused.engine.config import Config
-from ds_fused.engine.delivery import NEEDED, Delivery
+from ds_fused.engine.delivery import Delivery
 from ds_fused.engine.shards import Shards
 from ds_fused.engine.zero_slabs import ZeroSlabs
 from ds_fused.modules.embedding import slab_embedding_of
@@ -83,20 +86,30 @@ class SlabMode:
         heads = [claim for claim in report.claims if isinstance(claim, LinearClaim)]
         for claim in heads:
             head = claim.site.head
-            reason = why_gather(engine, head)
+            reason = self._why_gather(engine, head)
             if reason is None:
                 self._heads[head] = slabs = self._take(engine, head.weight)
                 claim.replacement = f"{claim.replacement}; its weight in {slabs}"
             else:
                 report.left = (*report.left, _gathered(f"head {claim.paths[0]}", reason))
         for path, module in self._tables(engine.module, [claim.site.head for claim in heads]):
-            reason = why_not_looked_up(module) or why_gather(engine, module)
+            reason = self._why_gather(engine, module, why_not_looked_up(module))
             if reason is None:
                 claim = EmbeddingClaim(module, (path,), self._take(engine, module.weight))
                 claim.commit()
                 report.claims = (*report.claims, claim)
             else:
                 report.left = (*report.left, _gathered(f"embedding {path}", reason))
+
+    def _why_gather(self, engine: DeepSpeedEngine, module: nn.Module, reason: str | None = None) -> str | None:
+        """Why a layer's weight can't come in slabs, or ``reason``: one on any of the ranks that share the weight."""
+        param, reason = getattr(module, "weight", None), reason or why_gather(engine, module)
+        # where parameters are not sharded every rank decides by itself, and may hold other layers
+        if hasattr(param, "ds_process_group"):
+            reason = first_of(reason, param.ds_process_group)
+            if reason is None and param not in self._deliveries:
+                reason = first_of(self_test.what_differs(engine, param), param.ds_process_group)
+        return reason
 
     def _take(self, engine: DeepSpeedEngine, param: nn.Parameter) -> ZeroSlabs:
         # a head and an embedding that share a weight share it
@@ -107,14 +120,22 @@ class SlabMode:
     def _tables(self, model: nn.Module, heads: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
         """The embeddings that are tied to a head in slabs, and with ``"embedding": true`` those of the input too."""
         tied = {id(head.weight) for head in heads if head in self._heads}
-        inputs = {
-            id(module.get_input_embeddings())
-            for module in model.modules()
-            if self._embeddings and hasattr(type(module), "get_input_embeddings")
-        }
+        inputs = {id(module) for module in _inputs(model)} if self._embeddings else set()
         for path, module in model.named_modules():
-            if isinstance(module, nn.Embedding) and (id(module) in inputs or id(module.weight) in tied):
+            if id(module) in inputs or (isinstance(module, nn.Embedding) and id(module.weight) in tied):
                 yield path, module
+
+
+def _inputs(model: nn.Module) -> Iterator[nn.Module]:
+    """The input embeddings that models of a model name, also those which somebody has wrapped (PEFT)."""
+    for module in model.modules():
+        found = None
+        if hasattr(type(module), "get_input_embeddings"):
+            # as an image tower may say
+            with suppress(NotImplementedError):
+                found = module.get_input_embeddings()
+        if found is not None and any(isinstance(inner, nn.Embedding) for inner in found.modules()):
+            yield found
 
 
 def _gathered(what: str, reason: str) -> Left:
@@ -139,21 +160,22 @@ def why_gather(engine: DeepSpeedEngine, module: nn.Module) -> str | None:
         return f"ZeRO stage {engine.zero_optimization_stage()} shards no weights"
     optimizer, param = engine.optimizer, module.weight
     if type(optimizer) is not DeepSpeedZeroOptimizer_Stage3:
+        # SuperOffload's, MiCS's in the versions that have it, or none that trains
         return f"the optimizer is {type(optimizer).__name__}"
-    missing = [name for name in NEEDED if not hasattr(optimizer, name)]
-    if missing:
-        return f"this version of DeepSpeed has no {missing[0]} in its ZeRO-3 optimizer"
     reasons = {
         "its parameters are partitioned a second time (zero_hpz_partition_size)": engine.zero_hpz_partition_size() > 1,
         "weights travel quantized (zero_quantized_weights)": engine.zero_quantized_weights(),
-        "frozen weights are quantized": engine.zero_quantized_nontrainable_weights(),
+        "frozen weights are quantized (zero_quantized_nontrainable_weights)": (
+            engine.zero_quantized_nontrainable_weights()
+        ),
         "gradients travel quantized (zero_quantized_gradients)": engine.zero_quantized_gradients(),
+        "Muon wants whole gradients": optimizer.use_muon,
         "reduce_scatter is off": not engine.zero_reduce_scatter(),
         "parameters are offloaded to NVMe": _offloaded_to_nvme(engine),
         "DeepCompile arranges the gathering": engine.is_deepcompile_enabled(),
         "ZenFlow updates a part of the gradient": bool(optimizer.zenflow),
-        "Muon wants whole gradients": optimizer.use_muon,
-        "tensor parallelism splits the layers": engine.autotp_size() > 1,
+        "tensor parallelism splits the layers (autotp_size)": engine.autotp_size() > 1,
+        "AutoEP places it among the experts": getattr(param, "ds_zero_placement_family", _PLAIN) != _PLAIN,
         "its bias is sharded (stage3_param_persistence_threshold is below its size)": _has_sharded_bias(module),
         "it is small enough to stay whole on every rank (stage3_param_persistence_threshold)": param.ds_persist,
         "it is part of a ZeRO-3 leaf module, which is gathered as one": hasattr(param, "ds_z3_leaf_module"),
@@ -165,6 +187,10 @@ def why_gather(engine: DeepSpeedEngine, module: nn.Module) -> str | None:
     if param.ds_tensor.ds_numel != shards.size:
         return f"its shard has {param.ds_tensor.ds_numel} elements where {shards.size} were expected"
     return shards.why_not()
+
+
+# how AutoEP marks what is no expert's; without it nothing is marked
+_PLAIN = "replicated"
 
 
 def _has_sharded_bias(module: nn.Module) -> bool:
