@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from ds_fused.engine import self_test
 from ds_fused.engine.agreement import first_of
@@ -19,6 +19,7 @@ from ds_fused.engine.config import Config
 from ds_fused.engine.delivery import Delivery
 from ds_fused.engine.shards import Shards
 from ds_fused.engine.zero_slabs import ZeroSlabs
+from ds_fused.engine.zero_vector import ZeroVector
 from ds_fused.modules.embedding import slab_embedding_of
 from ds_fused.modules.swap import is_fused, original_class, swap, unswap, why_not
 from ds_fused.policies.loss import LinearClaim
@@ -73,11 +74,17 @@ class SlabMode:
         self._slab_bytes = config.head["slab_mb"] * 2**20
         self._embeddings = config.embedding
         self._heads: dict[nn.Module, ZeroSlabs] = {}
+        self._biases: dict[nn.Module, ZeroVector] = {}
         self._deliveries: dict[nn.Parameter, Delivery] = {}
 
     def slabs(self, head: nn.Module) -> ZeroSlabs | None:
         """Those of a head whose loss is to be computed over slabs."""
         return self._heads.get(head)
+
+    def bias(self, head: nn.Module) -> Tensor | None:
+        """That of a head in slabs, whole."""
+        # a small one is whole on every rank
+        return self._biases[head]() if head in self._biases else head.bias
 
     def decide(self, engine: DeepSpeedEngine, report: Report) -> None:
         """Heads and embeddings of the engine's model; what came of it goes into the report."""
@@ -89,6 +96,8 @@ class SlabMode:
             reason = self._why_gather(engine, head)
             if reason is None:
                 self._heads[head] = slabs = self._take(engine, head.weight)
+                if head.bias is not None and not head.bias.ds_persist:
+                    self._biases[head] = ZeroVector(Delivery(head.bias, engine))
                 claim.replacement = f"{claim.replacement}; its weight in {slabs}"
             else:
                 report.left = (*report.left, _gathered(f"head {claim.paths[0]}", reason))
@@ -176,7 +185,6 @@ def why_gather(engine: DeepSpeedEngine, module: nn.Module) -> str | None:
         "ZenFlow updates a part of the gradient": bool(optimizer.zenflow),
         "tensor parallelism splits the layers (autotp_size)": engine.autotp_size() > 1,
         "AutoEP places it among the experts": getattr(param, "ds_zero_placement_family", _PLAIN) != _PLAIN,
-        "its bias is sharded (stage3_param_persistence_threshold is below its size)": _has_sharded_bias(module),
         "it is small enough to stay whole on every rank (stage3_param_persistence_threshold)": param.ds_persist,
         "it is part of a ZeRO-3 leaf module, which is gathered as one": hasattr(param, "ds_z3_leaf_module"),
     }
@@ -191,12 +199,6 @@ def why_gather(engine: DeepSpeedEngine, module: nn.Module) -> str | None:
 
 # how AutoEP marks what is no expert's; without it nothing is marked
 _PLAIN = "replicated"
-
-
-def _has_sharded_bias(module: nn.Module) -> bool:
-    # the loss is computed past the hooks that would gather it; a small one stays whole on every rank
-    bias = getattr(module, "bias", None)
-    return bias is not None and not bias.ds_persist
 
 
 def _offloaded_to_nvme(engine: DeepSpeedEngine) -> bool:

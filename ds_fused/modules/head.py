@@ -35,6 +35,8 @@ class HeadWeight:
     whole: WholeWeight = nullcontext
     # the weight in slabs of its own, for the loss; None where the loss is to be computed in the head's own call
     slabs: Callable[[nn.Module], WeightSlabs | None] = lambda head: None
+    # the bias beside those slabs
+    bias: Callable[[nn.Module], Tensor | None] = lambda head: head.bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Head:
             input.reshape(-1, input.shape[-1]),
             self.weight if slabs is None else slabs,
             loss.labels,
-            bias=self.bias,
+            bias=self.bias if slabs is None else self._ds_fused_scope.weight.bias(self),
             ignore_index=loss.ignore_index,
             reduction=loss.reduction,
             softcap=loss.softcap,

@@ -54,8 +54,8 @@ def engine_of(optimizer: type = DeepSpeedZeroOptimizer_Stage3, stage: int = 3, *
     return SimpleNamespace(optimizer=made, **{name: lambda value=value: value for name, value in said.items()})
 
 
-def head_of(n_vocab: int = V, bias: bool = False, **more: object) -> nn.Linear:
-    head = nn.Linear(H, n_vocab, bias=bias)
+def head_of(n_vocab: int = V, **more: object) -> nn.Linear:
+    head = nn.Linear(H, n_vocab, bias=False)
     sharded(head.weight, **more)
     return head
 

@@ -447,6 +447,32 @@ def stream_bias() -> dict:
 
 
 @case
+def stream_sharded_bias() -> dict:
+    """A bias above the threshold is sharded, too; 67 numbers over two ranks, so with padding."""
+    return streamed(with_bias)
+
+
+@case
+def stream_sharded_bias_of_a_frozen_head() -> dict:
+    def build() -> torch.nn.Module:
+        model = with_bias()
+        model.lm_head.weight.requires_grad_(False)
+        return model
+
+    return streamed(build)
+
+
+@case
+def stream_frozen_sharded_bias() -> dict:
+    def build() -> torch.nn.Module:
+        model = with_bias()
+        model.lm_head.bias.requires_grad_(False)
+        return model
+
+    return streamed(build)
+
+
+@case
 def stream_gemma() -> dict:
     """Tied, embeddings scaled in a class of their own, logits capped."""
 
@@ -477,7 +503,6 @@ def stream_is_no_use() -> dict:
     """Why the weight is gathered whole after all, in one configuration after the other."""
     return {
         "persistent": reason_of(zero={"stage3_param_persistence_threshold": 10**6}),
-        "bias": reason_of(with_bias),
         "stage": reason_of(stage=2),
         "reduce": reason_of(zero={"reduce_scatter": False}),
         "leaf": reason_of(of_leaves),

@@ -41,6 +41,9 @@ CASES = (
     "stream_checkpointing",
     "stream_evaluation_and_saving",
     "stream_bias",
+    "stream_sharded_bias",
+    "stream_sharded_bias_of_a_frozen_head",
+    "stream_frozen_sharded_bias",
     "stream_gemma",
     "stream_memory",
     "stream_lora_on_the_head",
@@ -188,6 +191,9 @@ def test_one_rank_misspells(ranks):
         "checkpointing",
         "evaluation_and_saving",
         "bias",
+        "sharded_bias",
+        "sharded_bias_of_a_frozen_head",
+        "frozen_sharded_bias",
         "gemma",
         "expert_parallel",
     ],
@@ -245,7 +251,6 @@ def why_gathered(lines: list[str]) -> str:
 def test_stream_is_no_use(ranks):
     words = {
         "persistent": "stage3_param_persistence_threshold",
-        "bias": "its bias is sharded",
         "stage": "ZeRO stage 2 shards no weights",
         "reduce": "reduce_scatter is off",
         "leaf": "ZeRO-3 leaf module",
