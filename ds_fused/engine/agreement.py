@@ -44,6 +44,17 @@ class Agreement:
         return everyone
 
 
+def first_of(reason: str | None, group: object) -> str | None:
+    """What the first rank of a group that has a reason says, the same on all of them; None where nobody has one."""
+    everyone: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, reason, group=group)
+    said = {rank: one for rank, one in enumerate(everyone) if one is not None}
+    if not said:
+        return None
+    rank, one = next(iter(said.items()))
+    return one if len(said) == len(everyone) else f"{one} (on rank {rank} of {len(everyone)})"
+
+
 def versions() -> dict[str, str]:
     """Package -> installed version."""
     found = {}

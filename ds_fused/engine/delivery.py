@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -18,10 +18,13 @@ NEEDED = (
     KEPT_GRADIENTS,
     "get_param_comm_dtype",
     "gradient_accumulation_dtype",
+    "is_gradient_accumulation_boundary",
     "micro_step_id",
     "partition_grads",
     "queue_post_backward_callback",
     "reduce_and_partition_stream",
+    "set_gradient_accumulation_boundary",
+    "zero_grad",
 )
 
 
@@ -40,6 +43,8 @@ class Delivery:
         self._held: Tensor | None = None
         self._original = engine.optimizer.partition_grads
         engine.optimizer.partition_grads = self._partition_grads
+        self._zero_grad = engine.optimizer.zero_grad
+        engine.optimizer.zero_grad = self._forget
 
     def give(self, partition: Tensor) -> None:
         """On the stream that the optimizer's epilogue waits for."""
@@ -57,6 +62,11 @@ class Delivery:
                 partition.record_stream(accelerator.current_stream())
         # where nothing else of the model is trained no other gradient would bring the epilogue about
         optimizer.queue_post_backward_callback()
+
+    def _forget(self, *args: Any, **kwargs: Any) -> None:
+        """Stands where the optimizer's zero_grad stood, after which gradients are copied again."""
+        self._given_at = self._held = None
+        self._zero_grad(*args, **kwargs)
 
     def _partition_grads(self, params: list[nn.Parameter], parts: list[Tensor]) -> list[Tensor]:
         """Stands where the optimizer's stood."""

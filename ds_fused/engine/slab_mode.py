@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
+from ds_fused.engine import self_test
+from ds_fused.engine.agreement import first_of
 from ds_fused.engine.auto import Auto
 from ds_fused.engine.config import HEAD, OP_OPTIONS, Config
-from ds_fused.engine.delivery import NEEDED, Delivery
+from ds_fused.engine.delivery import Delivery
 from ds_fused.engine.shards import Shards
 from ds_fused.engine.stationary import ZeroShard, hosts_of
 from ds_fused.engine.zero_slabs import ZeroSlabs
+from ds_fused.engine.zero_vector import ZeroVector
 from ds_fused.modules.embedding import slab_embedding_of
 from ds_fused.modules.swap import is_fused, original_class, swap, unswap, why_not
 from ds_fused.policies.loss import LinearClaim
@@ -76,12 +80,18 @@ class SlabMode:
         self._slab_bytes = config.head["slab_mb"] * 2**20
         self._embeddings = config.embedding
         self._heads: dict[nn.Module, ZeroSlabs | ZeroShard | Auto] = {}
+        self._biases: dict[nn.Module, ZeroVector] = {}
         self._deliveries: dict[nn.Parameter, Delivery] = {}
 
     def slabs(self, head: nn.Module, n_tokens: int) -> ZeroSlabs | ZeroShard | None:
         """The weight of a head whose loss is to be computed without the whole of it."""
         weight = self._heads.get(head)
         return weight.of(n_tokens) if isinstance(weight, Auto) else weight
+
+    def bias(self, head: nn.Module) -> Tensor | None:
+        """That of a head in slabs, whole."""
+        # a small one is whole on every rank
+        return self._biases[head]() if head in self._biases else head.bias
 
     def decide(self, engine: DeepSpeedEngine, report: Report) -> None:
         """Heads and embeddings of the engine's model; what came of it goes into the report."""
@@ -90,15 +100,17 @@ class SlabMode:
         heads = [claim for claim in report.claims if isinstance(claim, LinearClaim)]
         for claim in heads:
             head = claim.site.head
-            reason = why_gather(engine, head)
+            reason = self._why_gather(engine, head)
             if reason is None:
                 delivery = self._delivery(engine, head.weight)
                 self._heads[head] = weight = self._weight(engine, claim, delivery)
+                if head.bias is not None and not head.bias.ds_persist:
+                    self._biases[head] = ZeroVector(Delivery(head.bias, engine))
                 claim.replacement = f"{claim.replacement}; {weight}"
             else:
                 report.left = (*report.left, self._gathered(f"head {claim.paths[0]}", reason))
         for path, module in self._tables(engine.module, [claim.site.head for claim in heads]):
-            reason = why_not_looked_up(module) or why_gather(engine, module)
+            reason = self._why_gather(engine, module, why_not_looked_up(module))
             if reason is None:
                 slabs = ZeroSlabs(self._delivery(engine, module.weight), self._slab_bytes)
                 claim = EmbeddingClaim(module, (path,), slabs)
@@ -106,6 +118,16 @@ class SlabMode:
                 report.claims = (*report.claims, claim)
             else:
                 report.left = (*report.left, self._gathered(f"embedding {path}", reason))
+
+    def _why_gather(self, engine: DeepSpeedEngine, module: nn.Module, reason: str | None = None) -> str | None:
+        """Why a layer's weight can't come in slabs, or ``reason``: one on any of the ranks that share the weight."""
+        param, reason = getattr(module, "weight", None), reason or why_gather(engine, module)
+        # where parameters are not sharded every rank decides by itself, and may hold other layers
+        if hasattr(param, "ds_process_group"):
+            reason = first_of(reason, param.ds_process_group)
+            if reason is None and param not in self._deliveries:
+                reason = first_of(self_test.what_differs(engine, param), param.ds_process_group)
+        return reason
 
     def _weight(self, engine: DeepSpeedEngine, claim: LinearClaim, delivery: Delivery) -> ZeroSlabs | ZeroShard | Auto:
         if self._mode == "stream":
@@ -135,14 +157,22 @@ class SlabMode:
     def _tables(self, model: nn.Module, heads: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
         """The embeddings that are tied to a head in slabs, and with ``"embedding": true`` those of the input too."""
         tied = {id(head.weight) for head in heads if head in self._heads}
-        inputs = {
-            id(module.get_input_embeddings())
-            for module in model.modules()
-            if self._embeddings and hasattr(type(module), "get_input_embeddings")
-        }
+        inputs = {id(module) for module in _inputs(model)} if self._embeddings else set()
         for path, module in model.named_modules():
-            if isinstance(module, nn.Embedding) and (id(module) in inputs or id(module.weight) in tied):
+            if id(module) in inputs or (isinstance(module, nn.Embedding) and id(module.weight) in tied):
                 yield path, module
+
+
+def _inputs(model: nn.Module) -> Iterator[nn.Module]:
+    """The input embeddings that models of a model name, also those which somebody has wrapped (PEFT)."""
+    for module in model.modules():
+        found = None
+        if hasattr(type(module), "get_input_embeddings"):
+            # as an image tower may say
+            with suppress(NotImplementedError):
+                found = module.get_input_embeddings()
+        if found is not None and any(isinstance(inner, nn.Embedding) for inner in found.modules()):
+            yield found
 
 
 def why_not_looked_up(module: nn.Embedding) -> str | None:
@@ -163,22 +193,22 @@ def why_gather(engine: DeepSpeedEngine, module: nn.Module) -> str | None:
         return f"ZeRO stage {engine.zero_optimization_stage()} shards no weights"
     optimizer, param = engine.optimizer, module.weight
     if type(optimizer) is not DeepSpeedZeroOptimizer_Stage3:
+        # SuperOffload's, MiCS's in the versions that have it, or none that trains
         return f"the optimizer is {type(optimizer).__name__}"
-    missing = [name for name in NEEDED if not hasattr(optimizer, name)]
-    if missing:
-        return f"this version of DeepSpeed has no {missing[0]} in its ZeRO-3 optimizer"
     reasons = {
         "its parameters are partitioned a second time (zero_hpz_partition_size)": engine.zero_hpz_partition_size() > 1,
         "weights travel quantized (zero_quantized_weights)": engine.zero_quantized_weights(),
-        "frozen weights are quantized": engine.zero_quantized_nontrainable_weights(),
+        "frozen weights are quantized (zero_quantized_nontrainable_weights)": (
+            engine.zero_quantized_nontrainable_weights()
+        ),
         "gradients travel quantized (zero_quantized_gradients)": engine.zero_quantized_gradients(),
+        "Muon wants whole gradients": optimizer.use_muon,
         "reduce_scatter is off": not engine.zero_reduce_scatter(),
         "parameters are offloaded to NVMe": _offloaded_to_nvme(engine),
         "DeepCompile arranges the gathering": engine.is_deepcompile_enabled(),
         "ZenFlow updates a part of the gradient": bool(optimizer.zenflow),
-        "Muon wants whole gradients": optimizer.use_muon,
-        "tensor parallelism splits the layers": engine.autotp_size() > 1,
-        "its bias is sharded (stage3_param_persistence_threshold is below its size)": _has_sharded_bias(module),
+        "tensor parallelism splits the layers (autotp_size)": engine.autotp_size() > 1,
+        "AutoEP places it among the experts": getattr(param, "ds_zero_placement_family", _PLAIN) != _PLAIN,
         "it is small enough to stay whole on every rank (stage3_param_persistence_threshold)": param.ds_persist,
         "it is part of a ZeRO-3 leaf module, which is gathered as one": hasattr(param, "ds_z3_leaf_module"),
     }
@@ -191,10 +221,8 @@ def why_gather(engine: DeepSpeedEngine, module: nn.Module) -> str | None:
     return shards.why_not()
 
 
-def _has_sharded_bias(module: nn.Module) -> bool:
-    # the loss is computed past the hooks that would gather it; a small one stays whole on every rank
-    bias = getattr(module, "bias", None)
-    return bias is not None and not bias.ds_persist
+# how AutoEP marks what is no expert's; without it nothing is marked
+_PLAIN = "replicated"
 
 
 def _offloaded_to_nvme(engine: DeepSpeedEngine) -> bool:

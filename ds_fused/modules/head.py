@@ -38,6 +38,8 @@ class HeadWeight:
     # for the loss over so many tokens, the weight in slabs of its own or the rows of it that stay here; None where the
     # loss is to be computed in the head's own call
     slabs: Callable[[nn.Module, int], WeightSlabs | VocabShard | None] = lambda head, n_tokens: None
+    # the bias beside those
+    bias: Callable[[nn.Module], Tensor | None] = lambda head: head.bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Head:
             input.reshape(-1, input.shape[-1]),
             self.weight if slabs is None else slabs,
             loss.labels,
-            bias=self.bias,
+            bias=self.bias if slabs is None else self._ds_fused_scope.weight.bias(self),
             ignore_index=loss.ignore_index,
             reduction=loss.reduction,
             softcap=loss.softcap,

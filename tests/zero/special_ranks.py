@@ -25,7 +25,7 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import ds_fused
 from ds_fused.engine import zero3
@@ -453,6 +453,32 @@ def stream_bias() -> dict:
 
 
 @case
+def stream_sharded_bias() -> dict:
+    """A bias above the threshold is sharded, too; 67 numbers over two ranks, so with padding."""
+    return streamed(with_bias)
+
+
+@case
+def stream_sharded_bias_of_a_frozen_head() -> dict:
+    def build() -> torch.nn.Module:
+        model = with_bias()
+        model.lm_head.weight.requires_grad_(False)
+        return model
+
+    return streamed(build)
+
+
+@case
+def stream_frozen_sharded_bias() -> dict:
+    def build() -> torch.nn.Module:
+        model = with_bias()
+        model.lm_head.bias.requires_grad_(False)
+        return model
+
+    return streamed(build)
+
+
+@case
 def stream_gemma() -> dict:
     """Tied, embeddings scaled in a class of their own, logits capped."""
 
@@ -466,24 +492,127 @@ def stream_gemma() -> dict:
     return streamed(build)
 
 
+def reason_of(build: Callable[[], torch.nn.Module] = model_of, stage: int = 3, **more: object) -> dict:
+    """A configuration in which mode "stream" gathers the weight whole: two steps of stock and fused, and why."""
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0, **more.pop("zero", {})}
+    return both(build, stage, block=STREAM, run=lambda e: train(e, mine()[:2]), zero_optimization=zero, **more)
+
+
+def of_leaves() -> torch.nn.Module:
+    model = model_of()
+    deepspeed.utils.set_z3_leaf_modules(model, [torch.nn.Linear])
+    return model
+
+
 @case
 def stream_is_no_use() -> dict:
     """Why the weight is gathered whole after all, in one configuration after the other."""
-
-    def reason(stage: int, build: Callable[[], torch.nn.Module] = model_of, **zero: object) -> list[str]:
-        zero = {"stage": stage, "stage3_param_persistence_threshold": 0, **zero}
-        engine = engine_of(build(), stage, STREAM, zero_optimization=zero)
-        lines = left(engine)
-        train(engine, mine()[:1])
-        engine.destroy()
-        return lines
-
     return {
-        "persistent": reason(3, stage3_param_persistence_threshold=10**6),
-        "bias": reason(3, with_bias),
-        "stage": reason(2),
-        "reduce": reason(3, reduce_scatter=False),
+        "persistent": reason_of(zero={"stage3_param_persistence_threshold": 10**6}),
+        "stage": reason_of(stage=2),
+        "reduce": reason_of(zero={"reduce_scatter": False}),
+        "leaf": reason_of(of_leaves),
+        "deepcompile": reason_of(compile={"deepcompile": True}),
+        "quantized gradients": reason_of(zero={"zero_quantized_gradients": True}),
+        # last: DeepSpeed keeps the groups of the first engine that has a second partition
+        "hpz": reason_of(zero={"zero_hpz_partition_size": 2}),
     }
+
+
+def engine_by_json(
+    model: torch.nn.Module, block: dict | None, optimizer: str, reduce_scatter: bool = True, **more: object
+) -> deepspeed.DeepSpeedEngine:
+    """ZeRO-3 with an optimizer that DeepSpeed makes."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_scatter": reduce_scatter}
+    config = {
+        "train_micro_batch_size_per_gpu": products.ROWS,
+        "optimizer": {"type": optimizer, "params": {"lr": products.LEARNING_RATE["adamw"]}},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+    }
+    if block is not None:
+        config["ds_fused"] = {"enabled": True, **block}
+    return deepspeed.initialize(model=model, config=config | more)[0]
+
+
+def stock_and_streamed(engine_with: Callable[[dict | None], deepspeed.DeepSpeedEngine]) -> dict:
+    stock = engine_with(None)
+    out = {"stock": train(stock, mine())}
+    stock.destroy()
+    fused = engine_with(STREAM)
+    out |= {"left": left(fused), "report": str(fused.ds_fused_report), "fused": train(fused, mine())}
+    fused.destroy()
+    return out
+
+
+@case
+def stream_muon() -> dict:
+    """An optimizer that takes only gradients which are whole."""
+    return stock_and_streamed(lambda block: engine_by_json(model_of(), block, "Muon", reduce_scatter=False))
+
+
+@case
+def stream_lora_on_the_head() -> dict:
+    return streamed(lambda: with_lora(["q_proj", "lm_head"]))
+
+
+@case
+def stream_tensor_parallel() -> dict:
+    # two steps suffice: no slab is involved
+    return both(model_of, 3, joined=True, block=STREAM, tensor_parallel={"autotp_size": 2})
+
+
+@case
+def stream_expert_parallel() -> dict:
+    """AutoEP splits the experts; the head is as in any other model."""
+
+    def build() -> torch.nn.Module:
+        torch.manual_seed(5)
+        experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+        return MixtralForCausalLM(MixtralConfig(**products.SIZES, **experts, initializer_range=0.3, use_cache=False))
+
+    # DeepSpeed puts other parameters in place of those that an optimizer made here would hold
+    def engine(block: dict | None) -> deepspeed.DeepSpeedEngine:
+        split = {"enabled": True, "autoep_size": 2, "preset_model": "mixtral", "use_grouped_mm": False}
+        return engine_by_json(build(), block, "AdamW", expert_parallel=split)
+
+    return stock_and_streamed(engine)
+
+
+@case
+def stream_another_deepspeed() -> dict:
+    """The start finds out that an optimizer does otherwise than slabs count on, on one rank or on all."""
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
+
+    stock = Stage3.partition_grads
+
+    def forgets(self, params: list, parts: list) -> list:
+        """As if micro steps were added up elsewhere."""
+        at, self.micro_step_id = self.micro_step_id, 0
+        buffers = stock(self, params, parts)
+        self.micro_step_id = at
+        return buffers
+
+    out = {}
+    for name, changed in (("one rank", forgets), ("arguments", lambda self, parts: None), ("name", None)):
+        on_this = dist.get_rank() == 1 or name != "one rank"
+        if name == "name":
+            of_base = Stage3.__mro__[1]
+            kept, of_base.get_param_comm_dtype = of_base.get_param_comm_dtype, property()
+        elif on_this:
+            Stage3.partition_grads = changed
+        try:
+            engine = engine_of(model_of(), 3, STREAM)
+        finally:
+            Stage3.partition_grads = stock
+            if name == "name":
+                of_base.get_param_comm_dtype = kept
+        out[name] = {"left": left(engine), "losses": train(engine, mine()[:2])}
+        engine.destroy()
+    stock_engine = engine_of(model_of(), 3, None)
+    out["stock"] = train(stock_engine, mine()[:2])
+    stock_engine.destroy()
+    return out
 
 
 def stationary(twin: Callable[[], dict]) -> Callable[[], dict]:

@@ -56,13 +56,21 @@ CASES = (
     "stream_checkpointing",
     "stream_evaluation_and_saving",
     "stream_bias",
+    "stream_sharded_bias",
+    "stream_sharded_bias_of_a_frozen_head",
+    "stream_frozen_sharded_bias",
     "stream_gemma",
     "stream_memory",
+    "stream_lora_on_the_head",
+    "stream_another_deepspeed",
+    "stream_muon",
     "stream_is_no_use",
     *(f"stationary_{name}" for name in STATIONARY),
     "auto",
+    "stream_expert_parallel",
     # last: DeepSpeed keeps the mesh of the first engine that splits layers
     "tensor_parallel",
+    "stream_tensor_parallel",
 )
 
 
@@ -200,7 +208,11 @@ def test_one_rank_misspells(ranks):
         "checkpointing",
         "evaluation_and_saving",
         "bias",
+        "sharded_bias",
+        "sharded_bias_of_a_frozen_head",
+        "frozen_sharded_bias",
         "gemma",
+        "expert_parallel",
     ],
 )
 def test_stream(ended, name):
@@ -283,14 +295,66 @@ def test_a_rank_that_dies_among_its_slabs_ends_the_job():
     assert "RuntimeError" in first.output or "DistBackendError" in first.output, first.output
 
 
+GATHERED = 'head lm_head: mode "stream": its weight is gathered whole, since '
+
+
+def why_gathered(lines: list[str]) -> str:
+    (line,) = (line for line in lines if line.startswith(GATHERED))
+    return line.removeprefix(GATHERED)
+
+
 def test_stream_is_no_use(ranks):
+    words = {
+        "persistent": "stage3_param_persistence_threshold",
+        "stage": "ZeRO stage 2 shards no weights",
+        "reduce": "reduce_scatter is off",
+        "leaf": "ZeRO-3 leaf module",
+        "deepcompile": "DeepCompile arranges the gathering",
+        "quantized gradients": "(zero_quantized_gradients)",
+        "hpz": "(zero_hpz_partition_size)",
+    }
     for result in ranks:
-        for case, words in (
-            ("persistent", "stage3_param_persistence_threshold"),
-            ("bias", "its bias is sharded"),
-            ("stage", "ZeRO stage 2 shards no weights"),
-            ("reduce", "reduce_scatter is off"),
+        assert result.keys() == words.keys()
+        for name, row in result.items():
+            assert words[name] in why_gathered(row["left"]), name
+            assert row["replaced"]["fused_linear_cross_entropy"] == 1, name
+            assert row["fused"] == pytest.approx(row["stock"], rel=1e-5), name
+            assert row["fused"][0] != row["fused"][1], name
+
+
+# torch compiles the kernels of Muon: 20 s
+@pytest.mark.all
+def test_stream_muon(ranks):
+    equal_losses(ranks)
+    for result in ranks:
+        assert why_gathered(result["left"]) == "Muon wants whole gradients"
+
+
+def test_stream_lora_on_the_head(ranks):
+    equal_losses(ranks)
+    for result in ranks:
+        # no claim of that head at all, so nothing to gather
+        (line,) = (line for line in result["left"] if "head" in line)
+        assert "PEFT" in line
+
+
+def test_stream_tensor_parallel(ranks):
+    equal_losses(ranks)
+    for result in ranks:
+        (line,) = (line for line in result["left"] if line.startswith("head"))
+        assert "it is a deepspeed.module_inject.layers.LinearLayer, no plain Linear" in line
+
+
+def test_stream_another_deepspeed(ranks):
+    for result in ranks:
+        stock = result.pop("stock")
+        for name, words in (
+            ("one rank", "partition_grads does not keep what it is given (on rank 1 of 2)"),
+            ("arguments", "partition_grads takes something else than parameters and their parts of gradients"),
+            ("name", "its ZeRO-3 optimizer has no get_param_comm_dtype"),
         ):
-            (line,) = (line for line in result[case] if "stream" in line)
-            assert line.startswith('head lm_head: mode "stream": its weight is gathered whole, since ')
-            assert words in line
+            row = result.pop(name)
+            why = why_gathered(row["left"])
+            assert why.startswith("DeepSpeed ") and why.endswith(words), why
+            assert row["losses"] == pytest.approx(stock, rel=1e-5)
+        assert not result
