@@ -4,6 +4,7 @@
     gather             ds_fused, mode "gather": the fused loss in the head's own forward, so the same hooks
     stream             ds_fused, mode "stream": the weight comes slab by slab, and its gradient goes so
     stationary         ds_fused, mode "stationary": the tokens travel instead
+    auto               ds_fused, mode "auto": one of the two
     liger              liger_kernel on ``lm_head.weight``, read in the model's forward: ZeRO-3 gathers it there
     deepspeed tiled    DeepSpeed's own TiledFusedLogitsLoss
     whole gather       the weight gathered by hand around a loss over tiles of tokens, each checkpointed
@@ -288,7 +289,9 @@ WAYS: Mapping[str, Way] = {
     "stream": Sharded("8 MHV, slab_mb=128", fused=_fused("stream", slab_mb=128, keep_mb=0)),
     "stream slab_mb=64": Sharded("8 MHV", fused=_fused("stream", slab_mb=64, keep_mb=0)),
     "stream keep all": Sharded("6 MHV: all logits kept, in bf16", fused=_fused("stream", slab_mb=128, keep_mb=ALL)),
-    "stationary": Sharded(fused=_fused("stationary")),
+    "stationary": Sharded("6 MHV, chunk_mb=512", fused=_fused("stationary")),
+    "stationary chunk_mb=256": Sharded("6 MHV", fused=_fused("stationary", chunk_mb=256)),
+    "auto": Sharded("the choice of the two that ds_fused makes", fused=_fused("auto")),
     "liger": Sharded("gradients made in forward", _liger(), needs_gpu=True),
     "liger chunk_mem_const=16": Sharded("gradients made in forward", _liger(chunk_mem_const=16), needs_gpu=True),
     "deepspeed tiled": Sharded("gradients made in forward; 1 GiB of fp32 logits a tile", _deepspeed_tiled),
@@ -297,8 +300,6 @@ WAYS: Mapping[str, Way] = {
     "replicated keep all": Replicated(ALL, "no ZeRO, 6 MHV; its extra has the whole gradient of the weight"),
     BARE: BareGemms(),
 }
-# until ds_fused has the mode
-NOT_YET = ("stationary",)
-DEFAULT = tuple(name for name in WAYS if name not in NOT_YET)
+DEFAULT = tuple(WAYS)
 # nothing kept: what differs is how the weight comes
-SWEEP = tuple(name for name in ("stream", "stationary", "gather keep_mb=0") if name not in NOT_YET)
+SWEEP = ("stream", "stationary", "gather keep_mb=0")
