@@ -49,17 +49,16 @@ def draw(folder: Path) -> str | None:
     columns = min(COLUMNS, len(shapes))
     lines = -(-len(shapes) // columns)
     figure, axes = pyplot.subplots(lines, columns, figsize=(6.5 * columns, 4.2 * lines + 0.4), squeeze=False)
-    for place, panel in enumerate(axes.flat):
-        if place >= len(shapes):
-            panel.set_visible(False)
-            continue
-        shape = shapes[place]
+    for panel in axes.flat[len(shapes) :]:
+        panel.set_visible(False)
+    for shape, panel in zip(shapes, axes.flat, strict=False):
         for row in (row for row in points if row["shape"] == shape):
             color = COLORS.get(row["way"].split()[0], "#b03060")
             panel.scatter(row["ms"], row["extra_mib"], color=color, s=22)
-            panel.annotate(
-                row["way"], (row["ms"], row["extra_mib"]), fontsize=7, xytext=(4, 3), textcoords="offset points"
-            )
+            # the replicated ways lie left of those with ZeRO, and so do their names
+            side, offset = ("right", -4) if row["way"].startswith("replicated") else ("left", 4)
+            place = {"xytext": (offset, 3), "textcoords": "offset points", "ha": side, "fontsize": 7}
+            panel.annotate(row["way"], (row["ms"], row["extra_mib"]), **place)
         for row in (row for row in rows if row["shape"] == shape and row["way"] == BARE):
             panel.axvline(row["ms"], color="black", linewidth=0.8, linestyle=":")
         # room for the names on the right
