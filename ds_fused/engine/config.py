@@ -42,10 +42,10 @@ HEAD_OPTIONS: Mapping[str, Option] = MappingProxyType(
     {
         "mode": Option(
             str,
-            "gather",
+            "auto",
             'under ZeRO-3: "gather" has the whole weight of the head gathered, "stream" slab after slab; with '
             '"stationary" it stays on its ranks, and the tokens travel; "auto" takes one of these two',
-            ("gather", "stream", "stationary", "auto"),
+            ("auto", "stream", "stationary", "gather"),
         ),
         "slab_mb": Option(int, 128, 'MiB of weight gathered at a time in mode "stream"'),
     }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
@@ -28,6 +29,20 @@ NEEDED = (
 )
 
 
+class Place(NamedTuple):
+    """The optimizer's own memory for this rank's part of a gradient."""
+
+    kept: Tensor  # [P]
+    adds: bool  # to what is there, or writes over it
+
+    def put(self, where: slice, part: Tensor, factor: float = 1.0) -> None:
+        kept = self.kept[where]
+        if not self.adds:
+            torch.mul(part, factor, out=kept)
+        else:
+            kept.add_(part.to(kept.dtype) if factor == 1.0 else part, alpha=factor)
+
+
 class Delivery:
     """Hands the optimizer this rank's part of a weight's gradient, beside what it gets for that weight by itself.
 
@@ -45,6 +60,35 @@ class Delivery:
         engine.optimizer.partition_grads = self._partition_grads
         self._zero_grad = engine.optimizer.zero_grad
         engine.optimizer.zero_grad = self._forget
+
+    def open(self) -> Place | None:
+        """Where the optimizer keeps this rank's part, to be written to instead of giving it; None where it is not here.
+
+        To be closed when all of it is written.
+        """
+        optimizer, accelerator = self.engine.optimizer, get_accelerator()
+        if optimizer.offload_optimizer:
+            return None
+        kept = getattr(optimizer, KEPT_GRADIENTS)[self.param.ds_id]
+        if not accelerator.resolves_data_dependency():
+            accelerator.current_stream().wait_stream(optimizer.reduce_and_partition_stream)
+        adds = optimizer.micro_step_id > 0 or self._now() == self._given_at
+        if not adds:
+            # padding at the end of the last shard takes part in norms
+            rank = dist.get_rank(self.param.ds_process_group)
+            kept[max(0, self.param.ds_numel - rank * kept.numel()) :] = 0
+        return Place(kept, adds)
+
+    def close(self) -> None:
+        """All of the open place is written."""
+        optimizer, accelerator = self.engine.optimizer, get_accelerator()
+        self._given_at = self._now()
+        if not accelerator.resolves_data_dependency():
+            optimizer.reduce_and_partition_stream.wait_stream(accelerator.current_stream())
+        optimizer.queue_post_backward_callback()
+
+    def _now(self) -> tuple[int, int, int]:
+        return self.engine.global_steps, self.engine.micro_steps, self.engine.optimizer.micro_step_id
 
     def give(self, partition: Tensor) -> None:
         """On the stream that the optimizer's epilogue waits for."""
@@ -76,7 +120,7 @@ class Delivery:
 
     def _added(self, part: Tensor) -> Tensor:
         optimizer = self.engine.optimizer
-        now = (self.engine.global_steps, self.engine.micro_steps, optimizer.micro_step_id)
+        now = self._now()
         if now == self._given_at and optimizer.micro_step_id == 0:
             # this one will be copied over what is there
             there = getattr(optimizer, KEPT_GRADIENTS)[self.param.ds_id]

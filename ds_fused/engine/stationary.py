@@ -112,14 +112,19 @@ class OwnGradient:
     def give(self, factor: float) -> None:
         shard, shards = self._shard, self._shard.shards
         # the mean over ranks, as of any gradient
-        self._all.mul_(factor / shard.ranks)
+        factor /= shard.ranks
         partition = self._all[: shards.size]
         if shards.splits_rows:
             begin = shards.start(shard.rank)
             beyond = shard.exchange(self._all[shards.size : shards.size + shards.beyond(shard.rank)])
             if begin:
                 partition[:begin] = beyond[shard.rank - 1, :begin]
-        shard.delivery.give(partition)
+        kept = shard.delivery.open()
+        if kept is None:
+            shard.delivery.give(partition.mul_(factor))
+        else:
+            kept.put(slice(None), partition, factor)
+            shard.delivery.close()
 
 
 def hosts_of(group: torch_dist.ProcessGroup) -> torch_dist.ProcessGroup:

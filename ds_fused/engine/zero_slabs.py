@@ -10,7 +10,8 @@ Their number, order and sizes follow from (V, H, W, slab size) alone, never from
 another that had nothing to do. The gather of a slab is under way while the slab before is computed, and so is its
 reduce-scatter while the next one is.
 
-Memory: two slabs of weight; in backward two of gradient, too, and this rank's part of the gradient.
+Memory: two slabs of weight; in backward two of gradient, too. What comes of it is written where the optimizer keeps
+this rank's part of the gradient; offloaded to the CPU, that part is held here until it is complete.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from ds_fused.engine.delivery import Delivery
+from ds_fused.engine.delivery import Delivery, Place
 from ds_fused.engine.shards import Shards
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ class ZeroSlabs:
         self.slab_rows = max(self._shards.ranks * self._rows, self._shards.seam_rows)
         self._coming: dict[int, Flight] = {}
         self._leaving: tuple[int, Flight] | None = None
+        # in a backward
+        self._kept: Place | None = None
         self._partition: Tensor | None = None
 
     # made once: to bring numbers to a GPU makes the host wait for it
@@ -139,6 +142,7 @@ class ZeroSlabs:
         if k == 0:
             # what a backward that was broken off has left there
             self._leaving = self._partition = None
+            self._kept = self._delivery.open()
         self._take_in()
         parts = self._seam_parts(dw) if k == self._plain else dw.view(-1)
         parts = parts.to(self._optimizer.get_param_comm_dtype(self.param))
@@ -154,20 +158,25 @@ class ZeroSlabs:
             return
         (k, flight), self._leaving = self._leaving, None
         mine = flight.land()
-        if self._partition is None:
+        if self._kept is None and self._partition is None:
             # zeros: padding at the end of the last shard takes part in norms
             dtype = self._optimizer.gradient_accumulation_dtype
             self._partition = torch.zeros(self._shards.size, dtype=dtype, device=self.device)
+        kept = self._kept or Place(self._partition, adds=False)
         if k == self._plain:
             for room, place in self._seam_places(self._rank):
-                self._partition[place] = mine[room]
+                kept.put(place, mine[room])
         else:
-            self._partition[self._place(k)] = mine
+            kept.put(self._place(k), mine)
 
     def finish(self) -> None:
         self._take_in()
-        partition, self._partition = self._partition, None
-        self._delivery.give(partition)
+        if self._kept is not None:
+            self._kept = None
+            self._delivery.close()
+        else:
+            partition, self._partition = self._partition, None
+            self._delivery.give(partition)
 
     @property
     def _optimizer(self) -> DeepSpeedZeroOptimizer_Stage3:

@@ -102,7 +102,12 @@ MALFORMED = [
     ({"enabled": True, "fused_linear_cross_entropy": {"chunk_mb": 0.5}}, "chunk_mb", "0.5 (float)", "an integer"),
     ({"enabled": True, "fused_linear_cross_entropy": {"keep_mb": True}}, "keep_mb", "True (bool)", "an integer"),
     ({"enabled": True, "fused_linear_cross_entropy": {"keep_mb": -1}}, "keep_mb", "-1", "negative"),
-    ({"enabled": True, "fused_linear_cross_entropy": {"mode": "slabs"}}, "mode", "'slabs'", "'gather' or 'stream'"),
+    (
+        {"enabled": True, "fused_linear_cross_entropy": {"mode": "slabs"}},
+        "mode",
+        "'slabs'",
+        "'auto' or 'stream' or 'stationary' or 'gather'",
+    ),
     ({"enabled": True, "fused_linear_cross_entropy": {"slab_mb": "128"}}, "slab_mb", "'128' (str)", "an integer"),
     ({"enabled": True, "embedding": {}}, "ds_fused.embedding", "{}", "true or false"),
 ]

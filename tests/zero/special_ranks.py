@@ -8,12 +8,14 @@ OUT/CASE.RANK.json holds what the case's function returned on that rank, or {"er
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import jobs
 import products
 import torch
 import torch.distributed as dist
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -372,11 +375,8 @@ def stream_evaluation_and_saving() -> dict:
 
     def run(engine: deepspeed.DeepSpeedEngine) -> list[float]:
         losses = train(engine, mine()[:2])
-        with tempfile.TemporaryDirectory() as folder:
-            # one folder for both ranks
-            shared = [folder]
-            dist.broadcast_object_list(shared)
-            engine.save_checkpoint(shared[0], tag="here")
+        with shared_folder() as folder:
+            engine.save_checkpoint(folder, tag="here")
             after = train(engine, mine()[2:])
             engine.eval()
             ids, labels = mine()[0]
@@ -384,12 +384,208 @@ def stream_evaluation_and_saving() -> dict:
                 evaluated = engine(input_ids=ids, labels=labels).loss.item()
                 logits = engine(input_ids=ids).logits.float().square().mean().item()
             engine.train()
-            engine.load_checkpoint(shared[0], tag="here")
+            engine.load_checkpoint(folder, tag="here")
             again = train(engine, mine()[2:])
-            dist.barrier()
         return [*losses, *after, evaluated, logits, *again]
 
     return streamed(run=run)
+
+
+def tied_and_untied(run: Callable[[deepspeed.DeepSpeedEngine], object], **more: object) -> dict:
+    """Both kinds of head, and the tied one also where its embedding is not looked up in slabs."""
+    block = {**STREAM}
+
+    def apart() -> torch.nn.Module:
+        # what may do more than look up is left alone, so autograd brings a gradient of its own to the shared weight
+        model = model_of(tied=True)
+        model.model.embed_tokens.max_norm = 100.0
+        return model
+
+    builds = {"untied": model_of, "tied": lambda: model_of(tied=True), "apart": apart}
+    return {name: both(build, 3, block=block, run=run, **more) for name, build in builds.items()}
+
+
+@case
+def stream_coalesced() -> dict:
+    """Several backwards, one reduction: all but the head's gradients wait on their parameters until it."""
+
+    def run(engine: deepspeed.DeepSpeedEngine) -> list[float]:
+        losses = []
+        for step in jobs.batches(3):
+            with engine.coalesce_grad_reduction():
+                for micro in step:
+                    ids, labels = micro[dist.get_rank()]
+                    loss = engine(input_ids=ids, labels=labels).loss
+                    engine.backward(loss)
+                    losses.append(loss.item())
+            engine.step()
+        return losses
+
+    offload = {"stage": 3, "stage3_param_persistence_threshold": 0, "offload_optimizer": {"device": "cpu"}}
+    out = tied_and_untied(run)
+    out["offloaded"] = streamed(run=run, zero_optimization=offload, zero_force_ds_cpu_optimizer=False)
+    return out
+
+
+@case
+def stream_callers_accumulation() -> dict:
+    """The caller says when an accumulation ends, and its length changes from step to step."""
+
+    def run(engine: deepspeed.DeepSpeedEngine) -> list[float]:
+        losses = []
+        for length, step in enumerate(jobs.batches(3)):
+            for micro in step[: 1 + length % 3]:
+                ids, labels = micro[dist.get_rank()]
+                loss = engine(input_ids=ids, labels=labels).loss
+                engine.backward(loss)
+                losses.append(loss.item())
+            engine.step()
+        return losses
+
+    return tied_and_untied(run, managed_gradient_accumulation=False)
+
+
+@case
+def stream_direct_backward_accumulating() -> dict:
+    def run(engine: deepspeed.DeepSpeedEngine) -> list[float]:
+        losses = []
+        for step in jobs.batches(3):
+            for micro in step:
+                ids, labels = micro[dist.get_rank()]
+                loss = engine(input_ids=ids, labels=labels).loss
+                loss.backward()
+                engine.step()
+                losses.append(loss.item())
+        return losses
+
+    return tied_and_untied(run, gradient_accumulation_steps=3)
+
+
+@case
+def stream_thrown_away() -> dict:
+    """Before each step a gradient that nobody wants."""
+
+    def run(engine: deepspeed.DeepSpeedEngine) -> list[float]:
+        losses = []
+        for batches in zip(reversed(mine()), mine(), strict=True):
+            for ids, labels in batches:
+                engine.optimizer.zero_grad()
+                loss = engine(input_ids=ids, labels=labels).loss
+                engine.backward(loss)
+                losses.append(loss.item())
+            engine.step()
+        return losses
+
+    return tied_and_untied(run)
+
+
+@case
+def stream_evaluation_in_an_accumulation() -> dict:
+    """Between two micro steps, with and without labels."""
+
+    def run(engine: deepspeed.DeepSpeedEngine) -> list[float]:
+        losses = []
+        for step in jobs.batches(2):
+            for micro in step:
+                ids, labels = micro[dist.get_rank()]
+                loss = engine(input_ids=ids, labels=labels).loss
+                engine.backward(loss)
+                engine.step()
+                engine.eval()
+                with torch.no_grad():
+                    losses.append(engine(input_ids=ids, labels=labels).loss.item())
+                    losses.append(engine(input_ids=ids).logits.float().square().mean().item())
+                engine.train()
+                losses.append(loss.item())
+        return losses
+
+    return tied_and_untied(run, gradient_accumulation_steps=2)
+
+
+@case
+def stream_no_sync() -> dict:
+    """What ZeRO-3 itself says to it."""
+
+    def run(engine: deepspeed.DeepSpeedEngine) -> str | None:
+        try:
+            with engine.no_sync():
+                train(engine, mine()[:1])
+        except AssertionError as error:
+            return str(error)
+        return None
+
+    return streamed(run=run)
+
+
+@contextmanager
+def shared_folder() -> Iterator[Path]:
+    """One folder for all ranks, gone when all are done with it."""
+    with tempfile.TemporaryDirectory() as mine:
+        name = [mine]
+        dist.broadcast_object_list(name)
+        yield Path(name[0])
+        dist.barrier()
+
+
+@case
+def stream_universal_checkpoint() -> dict:
+    """Two steps, the checkpoint made universal, and two more by an engine that starts from it."""
+
+    def engine(tied: bool, block: dict | None, **more: object) -> deepspeed.DeepSpeedEngine:
+        return engine_by_json(model_of(tied), block, "AdamW", **more)
+
+    def run(tied: bool, block: dict | None) -> tuple[list[float], str]:
+        with shared_folder() as folder:
+            first = engine(tied, block)
+            losses = train(first, mine()[:2])
+            first.save_checkpoint(folder, tag="here")
+            first.destroy()
+            if dist.get_rank() == 0:
+                convert = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--num_extract_workers", "1"]
+                folders = ["--input_folder", folder / "here", "--output_folder", folder / "universal"]
+                subprocess.run([*convert, *folders], check=True, stdout=subprocess.DEVNULL)
+            dist.barrier()
+            second = engine(tied, block, checkpoint={"load_universal": True})
+            second.load_checkpoint(folder, tag="universal")
+            losses += train(second, mine()[2:])
+            report = str(getattr(second, "ds_fused_report", None))
+            second.destroy()
+        return losses, report
+
+    out = {}
+    for name, tied in (("untied", False), ("tied", True)):
+        stock, _ = run(tied, None)
+        fused, report = run(tied, STREAM)
+        out[name] = {"stock": stock, "fused": fused, "report": report}
+    return out
+
+
+@case
+def stream_saved_weights() -> dict:
+    """The weights of a trained model, as DeepSpeed consolidates them into one file in the model's dtype and in fp32."""
+
+    def run(engine: deepspeed.DeepSpeedEngine) -> dict:
+        train(engine, mine())
+        with shared_folder() as folder:
+            engine.save_16bit_model(folder, "weights.bin")
+            engine.save_checkpoint(folder, tag="here")
+            dist.barrier()
+            saved = torch.load(folder / "weights.bin")
+            single = get_fp32_state_dict_from_zero_checkpoint(folder, tag="here")
+        params = dict(engine.module.named_parameters())
+        exact = {name: deepspeed.utils.safe_get_full_fp32_param(w) for name, w in params.items()}
+        with deepspeed.zero.GatheredParameters(list(params.values())):
+            own = all(torch.equal(saved[name], w) for name, w in params.items())
+        return {
+            "own": own and all(torch.equal(single[name], w) for name, w in exact.items()),
+            "dtypes": sorted({str(w.dtype) for w in saved.values()}),
+            "weights": {name: w.flatten().tolist() for name, w in single.items()},
+        }
+
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+    out = tied_and_untied(run, zero_optimization=zero)
+    out["bf16"] = streamed(run=run, zero_optimization=zero, bf16={"enabled": True})
+    return out
 
 
 class Largest(TorchDispatchMode):

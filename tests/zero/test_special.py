@@ -60,6 +60,14 @@ CASES = (
     "stream_sharded_bias_of_a_frozen_head",
     "stream_frozen_sharded_bias",
     "stream_gemma",
+    "stream_coalesced",
+    "stream_thrown_away",
+    "stream_callers_accumulation",
+    "stream_direct_backward_accumulating",
+    "stream_evaluation_in_an_accumulation",
+    "stream_no_sync",
+    "stream_universal_checkpoint",
+    "stream_saved_weights",
     "stream_memory",
     "stream_lora_on_the_head",
     "stream_another_deepspeed",
@@ -74,12 +82,17 @@ CASES = (
 )
 
 
+def skipped(item: pytest.Item) -> bool:
+    return item.get_closest_marker("skip") is not None
+
+
 @pytest.fixture(scope="module")
 def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     """case -> what it returned, on each rank. Only what this session selected is launched."""
     # test_stream[offload] is of the case stream_offload
     items = [item for item in request.session.items if item.module is request.module]
-    wanted = {item.name.removeprefix("test_").replace("[", "_").rstrip("]") for item in items}
+    chosen_names = (item.name.removeprefix("test_").replace("_of_each_kind", "") for item in items if not skipped(item))
+    wanted = {name.replace("[", "_").rstrip("]") for name in chosen_names}
     chosen = [name for name in CASES if name in wanted]
     out = tmp_path_factory.mktemp("special")
     launch(HERE / "special_ranks.py", str(out), *chosen, ranks=RANKS, timeout=60 + 15 * len(chosen))
@@ -265,6 +278,46 @@ def test_auto(ranks):
             assert words in line
         chosen.add(line.partition("a rank: ")[2].partition(" ")[0])
     assert len(chosen) == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "coalesced",
+        "thrown_away",
+        pytest.param("callers_accumulation", marks=pytest.mark.all),
+        pytest.param("direct_backward_accumulating", marks=pytest.mark.all),
+        pytest.param("evaluation_in_an_accumulation", marks=pytest.mark.all),
+        pytest.param("universal_checkpoint", marks=pytest.mark.all),
+    ],
+)
+def test_stream_of_each_kind(ended, name):
+    for result in ended(f"stream_{name}"):
+        assert result.keys() >= {"untied", "tied"}
+        for kind, row in result.items():
+            assert "its weight in 34 slabs" in row["report"], kind
+            assert row["fused"] == pytest.approx(row["stock"], rel=1e-5), kind
+            assert row["fused"][0] != row["fused"][3], kind
+
+
+def test_stream_no_sync(ranks):
+    for result in ranks:
+        assert "no_sync context manager is incompatible" in result["stock"]
+        assert result["fused"] == result["stock"]
+
+
+@pytest.mark.all
+def test_stream_saved_weights(ranks):
+    for result in ranks:
+        for kind, row in result.items():
+            stock, fused = row["stock"], row["fused"]
+            assert fused["own"] and stock["own"], kind
+            assert fused["dtypes"] == stock["dtypes"] == ["torch.bfloat16" if kind == "bf16" else "torch.float32"]
+            assert fused["weights"].keys() == stock["weights"].keys()
+            for name, w in fused["weights"].items():
+                # fp32, summed in another order; half an ulp of bf16, in which gradients of at most CLIP are rounded
+                off = {"rel": 2**-8, "abs": 2**-8 * products.CLIP} if kind == "bf16" else {"rel": 1e-5, "abs": 1e-6}
+                assert w == pytest.approx(stock["weights"][name], **off), (kind, name)
 
 
 def test_stream_gradient_to_logits(ranks):
