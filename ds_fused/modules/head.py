@@ -14,6 +14,8 @@ the head is an ordinary Linear.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -27,6 +29,14 @@ from ds_fused.modules.on_demand import WholeWeight, on_demand, sealed, with_step
 from ds_fused.ops import cross_entropy, linear_cross_entropy
 from ds_fused.ops.slabs import WeightSlabs
 from ds_fused.ops.stationary import VocabShard
+
+log = logging.getLogger("ds_fused")
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        log.warning(line)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +75,17 @@ class Head:
         # a postponed call must fire no hook; the call that computes is nn.Module's own
         if self._ds_fused_scope.armed() and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
             return DeferredLogits(HeadCall(self, args[0]))
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            self._say_gathered()
         return nn.Module.__call__(self, *args, **kwargs)
+
+    def _say_gathered(self) -> None:
+        if self._ds_fused_scope.weight.slabs(self) is not None:
+            _say_once(
+                "ds_fused: the forward was given no labels, so the head computes real logits and its weight is "
+                'gathered whole, in spite of mode "stream". Give it labels (with shift_labels, where a sequence is '
+                "split over ranks) and take its loss"
+            )
 
     def forward(
         self, input: Tensor, loss: LossArguments | None = None, slabs: WeightSlabs | VocabShard | None = None

@@ -88,6 +88,32 @@ def test_a_shape_is_cut_into_rows_that_are_there_once():
     assert cut > 80
 
 
+# GPT-2, SmolLM2, Qwen2.5, Llama 3, Gemma: V, H over W ranks, and how many rows are in the seam
+REAL = [
+    (50257, 768, 2, 1),
+    (49152, 576, 3, 0),
+    (151936, 896, 5, 6),
+    (128256, 4096, 8, 0),
+    (256000, 2304, 7, 10),
+    (50257, 768, 64, 81),
+]
+
+
+@pytest.mark.parametrize(("n_vocab", "hidden", "n_ranks", "seam"), REAL)
+def test_the_shapes_of_real_models(n_vocab, hidden, n_ranks, seam):
+    shards = Shards(n_vocab, hidden, n_ranks)
+    assert shards.why_not() is None
+    assert shards.seam_rows == seam < 2 * n_ranks
+    ids = torch.cat([shards.ids(0, shards.common, torch.device("cpu")), shards.seam_ids(torch.device("cpu"))])
+    assert torch.equal(ids.sort().values, torch.arange(n_vocab))
+    # heads, common rows and tails are all of every shard but the padding at the end
+    parts = [
+        shards.head(r).stop + shards.common * hidden + len(range(shards.size)[shards.tail(r)]) for r in range(n_ranks)
+    ]
+    assert parts[:-1] == [shards.size] * (n_ranks - 1)
+    assert sum(parts) == n_vocab * hidden
+
+
 def test_a_shape_that_is_too_small_says_so():
     assert Shards(67, 32, 2).why_not() is None
     assert "too small" in Shards(3, 32, 4).why_not()

@@ -203,13 +203,17 @@ def logits_kept() -> dict:
     return reading(lambda rank: rank == 1, {"logits": "keep"})
 
 
-@case
-def logits_read_by_one() -> dict:
+def read_by_one(block: dict) -> dict:
     before, zero3.PATIENCE_SECONDS = zero3.PATIENCE_SECONDS, 1.0
     try:
-        return reading(lambda rank: rank == 1, {})
+        return reading(lambda rank: rank == 1, block)
     finally:
         zero3.PATIENCE_SECONDS = before
+
+
+@case
+def logits_read_by_one() -> dict:
+    return read_by_one({})
 
 
 def refused(block: dict) -> dict:
@@ -326,6 +330,11 @@ def stream_gradient_to_logits() -> dict:
 @case
 def stream_logits_read() -> dict:
     return reading(lambda rank: True, STREAM)
+
+
+@case
+def stream_logits_read_by_one() -> dict:
+    return read_by_one(STREAM)
 
 
 @case
@@ -476,7 +485,7 @@ def stream_thrown_away() -> dict:
             engine.step()
         return losses
 
-    return tied_and_untied(run)
+    return streamed(run=run)
 
 
 @case

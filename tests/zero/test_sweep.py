@@ -1,0 +1,61 @@
+"""Mode "stream" over numbers of ranks, vocabularies, families and uneven batches: what stock gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from launching import launch
+
+from ds_fused.engine.shards import Shards
+
+HERE = Path(__file__).parent
+HIDDEN = 32
+# model -> its vocabulary, and whether the embedding is in slabs as well
+MODELS = {
+    "split rows": (67, False),
+    "whole rows": (66, False),
+    "one row over": (71, True),
+    "frozen": (67, False),
+    "softcap": (67, True),
+    "scale": (67, True),
+}
+
+
+# each number of ranks takes half a minute; the quick suite has the same in test_special and test_zero_slabs, for a few
+pytestmark = pytest.mark.all
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3, 4, 5])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """[rank] -> what it found."""
+    out = tmp_path_factory.mktemp("sweep")
+    launch(HERE / "sweep_ranks.py", str(out), ranks=request.param, timeout=300)
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_is_stocks(ranks, name):
+    for result in ranks:
+        stock, fused = result[name]["stock"], result[name]["fused"]
+        # fp32, summed in another order
+        assert fused["losses"] == pytest.approx(stock["losses"], rel=1e-5, abs=1e-6)
+        assert fused["weights"].keys() == stock["weights"].keys()
+        for weight, values in fused["weights"].items():
+            assert values == pytest.approx(stock["weights"][weight], rel=1e-5, abs=1e-6), weight
+    # nobody has a label in the third step, and all do in the first
+    assert all(result[name]["fused"]["losses"][2] == 0 < result[name]["fused"]["losses"][0] for result in ranks)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_collectives_are_as_many_whatever_the_batch(ranks, name):
+    n_vocab, embedding = MODELS[name]
+    shards = Shards(n_vocab, HIDDEN, len(ranks))
+    slabs = shards.common + (shards.seam_rows > 0)
+    # forward and backward gather for the head, the embedding looks up once; a frozen weight sends no gradient
+    gathers, scatters = (2 + embedding) * slabs, (1 + embedding) * slabs * (name != "frozen")
+    for result in ranks:
+        assert f"its weight in {slabs} slabs" in result[name]["report"]
+        assert result[name]["fused"]["counts"] == [[gathers, scatters]] * 4
+        assert result[name]["stock"]["counts"] == [[0, 0]] * 4
