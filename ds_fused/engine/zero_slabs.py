@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ds_fused.engine.delivery import Delivery, Place
 from ds_fused.engine.shards import Shards
+from ds_fused.ops._tiles import side
 
 if TYPE_CHECKING:
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -56,9 +57,9 @@ class ZeroSlabs:
         self.ranks = dist.get_world_size(self.group)
         self._shards = Shards(*self.shape, self.ranks)
         # even slabs, each at most slab_bytes of all ranks together
-        row_bytes = self._shards.ranks * self.shape[1] * param.ds_tensor.element_size()
-        self._plain = -(-self._shards.common // max(1, slab_bytes // row_bytes))
-        self._rows = -(-self._shards.common // self._plain)
+        row_bytes = self.ranks * self.shape[1] * param.ds_tensor.element_size()
+        self._rows = side(self._shards.common, max(1, slab_bytes // row_bytes), self.ranks, least=1)
+        self._plain = -(-self._shards.common // self._rows)
         self.slab_rows = max(self._shards.ranks * self._rows, self._shards.seam_rows)
         self._coming: dict[int, Flight] = {}
         self._leaving: tuple[int, Flight] | None = None

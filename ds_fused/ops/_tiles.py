@@ -48,13 +48,17 @@ def tiling(
     return Tiling(tokens, rows, min(n_tiles, keep_bytes // (tile_elements(tokens, rows) * itemsize)))
 
 
-def side(size: int, fits: int, ranks: int = 1) -> int:
+def side(size: int, fits: int, ranks: int = 1, least: int | None = None) -> int:
     """Even parts of `size`, none above what fits: a small rest costs as many passes over the weight as a full part.
 
-    ``ranks``: so many such parts, one of each rank, make a side together.
+    ``ranks``: so many such parts, one of each rank, make a side together. ``least``: of one part, where it is not
+    LEAST_SIDE of all ranks.
     """
-    step, least = max(1, SIDE_STEP // ranks), max(1, LEAST_SIDE // ranks)
-    most = max(least, fits // step * step)
+    step = max(1, SIDE_STEP // ranks)
+    if fits < step:
+        # steps are for sides of many
+        step = 1
+    most = max(max(1, LEAST_SIDE // ranks) if least is None else least, fits // step * step)
     if size <= most:
         return size
     parts = -(-size // most)

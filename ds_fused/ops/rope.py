@@ -242,7 +242,7 @@ class RopeFunction(torch.autograd.Function):
         yq, yk = rope_fwd(q, k, cos, sin, interleaved)
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
-        ctx.strides, ctx.dtypes = (yq.stride(), yk.stride()), (q.dtype, k.dtype)
+        ctx.by_token, ctx.dtypes = tuple(map(_by_token, (yq, yk))), (q.dtype, k.dtype)
         return yq, yk
 
     @staticmethod
@@ -251,11 +251,22 @@ class RopeFunction(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         # in the layout that q and k had, whatever attention handed back: the projections want it
         dq, dk = (
-            torch.empty_strided(dy.shape, strides, dtype=dtype, device=dy.device)
-            for dy, strides, dtype in zip((dyq, dyk), ctx.strides, ctx.dtypes, strict=True)
+            _room(dy, by_token, dtype) for dy, by_token, dtype in zip((dyq, dyk), ctx.by_token, ctx.dtypes, strict=True)
         )
         dq, dk = rope_bwd(_neighbours(dyq), _neighbours(dyk), cos, sin, dq, dk, ctx.interleaved)
         return dq, dk, None, None, None
+
+
+def _by_token(x: Tensor) -> bool:
+    """Whether x [B, heads, T, D] lies in memory as [B, T, heads, D]; a flag, since dynamo can't keep all strides."""
+    return x.transpose(1, 2).is_contiguous()
+
+
+def _room(like: Tensor, by_token: bool, dtype: torch.dtype) -> Tensor:
+    batch, heads, n_tokens, d = like.shape
+    if by_token:
+        return like.new_empty(batch, n_tokens, heads, d, dtype=dtype).transpose(1, 2)
+    return like.new_empty(batch, heads, n_tokens, d, dtype=dtype)
 
 
 def _neighbours(x: Tensor) -> Tensor:
