@@ -31,7 +31,7 @@ class Auto:
         self._chunk, self._keep = chunk_mb * 2**20, keep_mb * 2**20
         self._tell = tell
         mine = measured(slabs)
-        self._rates = Rates(shard.least(mine.flops), shard.least(mine.wire))
+        self._rates = Rates(shard.hosts.least(mine.flops), shard.hosts.least(mine.wire))
         self._chosen: ZeroSlabs | ZeroShard | None = None
 
     def __str__(self) -> str:
@@ -40,7 +40,7 @@ class Auto:
     def of(self, n_tokens: int) -> ZeroSlabs | ZeroShard:
         """The form for a loss over so many tokens of this rank."""
         if self._chosen is None:
-            most, free = self._shard.most(n_tokens), self._shard.least(free_bytes())
+            most, free = self._shard.most(n_tokens), self._shard.hosts.least(free_bytes())
             ways = self.ways(most)
             way = chosen(ways, free)
             self._chosen = self._slabs if way.mode == "stream" else self._shard

@@ -23,8 +23,8 @@ from ds_fused.ops.stationary import block_bytes, block_tokens
 
 # each is run so often, after one run that doesn't count
 ROUNDS = 3
-# tokens of the product that is timed
-TOKENS = 2048
+# tokens of the product that is timed; a CPU would take seconds for as many
+TOKENS, TOKENS_OF_CPU = 2048, 64
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def chosen(ways: list[Figures], free: float) -> Figures:
 def measured(slabs: ZeroSlabs) -> Rates:
     """Rates of this rank. Every rank must call it at the same place; the slowest counts for all, see `slowest`."""
     rows = slabs.gather(0)[0]
-    x = torch.zeros(TOKENS, slabs.shape[1], dtype=slabs.dtype, device=slabs.device)
+    tokens = TOKENS_OF_CPU if slabs.device.type == "cpu" else TOKENS
+    x = torch.zeros(tokens, slabs.shape[1], dtype=slabs.dtype, device=slabs.device)
     product = _seconds(lambda: x @ rows.t())
     taken = rows.numel() * rows.element_size() * (slabs.ranks - 1) / slabs.ranks
     gather = _seconds(lambda: slabs.gather(0)) / min(2, len(slabs))  # the next one is fetched as well

@@ -20,7 +20,7 @@ from ds_fused.engine.auto import Auto
 from ds_fused.engine.config import HEAD, OP_OPTIONS, Config
 from ds_fused.engine.delivery import Delivery
 from ds_fused.engine.shards import Shards
-from ds_fused.engine.stationary import ZeroShard, hosts_of
+from ds_fused.engine.stationary import ZeroShard
 from ds_fused.engine.zero_slabs import ZeroSlabs
 from ds_fused.engine.zero_vector import ZeroVector
 from ds_fused.modules.embedding import slab_embedding_of
@@ -132,7 +132,7 @@ class SlabMode:
     def _weight(self, engine: DeepSpeedEngine, claim: LinearClaim, delivery: Delivery) -> ZeroSlabs | ZeroShard | Auto:
         if self._mode == "stream":
             return ZeroSlabs(delivery, self._slab_bytes)
-        shard = ZeroShard(delivery, hosts_of(delivery.param.ds_process_group))
+        shard = ZeroShard(delivery)
         if self._mode == "stationary":
             return shard
         replacement = claim.replacement

@@ -12,9 +12,9 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
-from torch import distributed as torch_dist
 
 from ds_fused.engine.delivery import Delivery
+from ds_fused.engine.hosts import Hosts
 from ds_fused.engine.shards import Shards
 from ds_fused.engine.zero_slabs import Flight
 from ds_fused.ops.stationary import VocabShard
@@ -23,8 +23,7 @@ from ds_fused.ops.stationary import VocabShard
 class ZeroShard(VocabShard):
     """One sharded weight."""
 
-    def __init__(self, delivery: Delivery, hosts: torch_dist.ProcessGroup) -> None:
-        """``hosts``: a group of the same ranks for numbers on the CPU."""
+    def __init__(self, delivery: Delivery) -> None:
         self.param = param = delivery.param
         self.group = param.ds_process_group
         self.shape = (param.ds_shape[0], param.ds_shape[1])
@@ -35,7 +34,7 @@ class ZeroShard(VocabShard):
         self.shards = shards = Shards(*self.shape, self.ranks)
         self.first_id, after = shards.first_rows[self.rank : self.rank + 2]
         self.n_rows = after - self.first_id
-        self._hosts = hosts
+        self.hosts = Hosts(self.group)
 
     @property
     def requires_grad(self) -> bool:
@@ -71,15 +70,7 @@ class ZeroShard(VocabShard):
         return self.param.ds_tensor.device.type != self.device.type
 
     def most(self, n: int) -> int:
-        number = torch.tensor([n])
-        torch_dist.all_reduce(number, torch_dist.ReduceOp.MAX, group=self._hosts)
-        return int(number)
-
-    def least(self, number: float) -> float:
-        """The smallest of all ranks' numbers. The hosts wait for one another."""
-        of_all = torch.tensor([number], dtype=torch.float64)
-        torch_dist.all_reduce(of_all, torch_dist.ReduceOp.MIN, group=self._hosts)
-        return float(of_all)
+        return self.hosts.most(n)
 
     def gather(self, mine: Tensor) -> Flight:
         everyones = mine.new_empty(self.ranks, *mine.shape)
@@ -125,15 +116,3 @@ class OwnGradient:
         else:
             kept.put(slice(None), partition, factor)
             shard.delivery.close()
-
-
-def hosts_of(group: torch_dist.ProcessGroup) -> torch_dist.ProcessGroup:
-    """A group of the same ranks on the CPU. Every rank of the job must call this at the same place."""
-    if torch_dist.get_backend(group) == "gloo":
-        return group
-    mine = tuple(torch_dist.get_process_group_ranks(group))
-    everyones: list = [None] * torch_dist.get_world_size()
-    torch_dist.all_gather_object(everyones, mine)
-    # a group has to be made by all ranks of the job, also by those who are not in it
-    groups = {ranks: torch_dist.new_group(list(ranks), backend="gloo") for ranks in sorted(set(everyones))}
-    return groups[mine]

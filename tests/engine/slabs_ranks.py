@@ -20,7 +20,7 @@ from torch import nn
 import ds_fused
 from ds_fused.engine import stationary, zero_slabs
 from ds_fused.engine.delivery import Delivery
-from ds_fused.engine.stationary import ZeroShard, hosts_of
+from ds_fused.engine.stationary import ZeroShard
 from ds_fused.engine.zero_slabs import ZeroSlabs
 from ds_fused.ops import _tiles
 
@@ -116,7 +116,7 @@ def main(out: str) -> None:
         weight = stock.head.weight.detach().clone()
         engines = [engine_of(model) for model in (stock, fused, still)]
         fused.slabs = ZeroSlabs(Delivery(fused.head.weight, engines[1]), slab_bytes)
-        still.slabs = shard = ZeroShard(Delivery(still.head.weight, engines[2]), hosts_of(dist.group.WORLD))
+        still.slabs = shard = ZeroShard(Delivery(still.head.weight, engines[2]))
         ids, rows = rows_of(fused.slabs)
         own = slice(shard.first_id, shard.first_id + shard.n_rows)
         result = {
