@@ -88,6 +88,9 @@ class SlabMode:
         weight = self._heads.get(head)
         return weight.of(n_tokens) if isinstance(weight, Auto) else weight
 
+    def is_sharded(self, head: nn.Module) -> bool:
+        return head in self._heads
+
     def bias(self, head: nn.Module) -> Tensor | None:
         """That of a head in slabs, whole."""
         # a small one is whole on every rank

@@ -48,7 +48,9 @@ class HeadWeight:
     # for the loss over so many tokens, the weight in slabs of its own or the rows of it that stay here; None where the
     # loss is to be computed in the head's own call
     slabs: Callable[[nn.Module, int], WeightSlabs | VocabShard | None] = lambda head, n_tokens: None
-    # the bias beside those
+    # whether there are those
+    is_sharded: Callable[[nn.Module], bool] = lambda head: False
+    # the bias beside them
     bias: Callable[[nn.Module], Tensor | None] = lambda head: head.bias
 
 
@@ -80,11 +82,11 @@ class Head:
         return nn.Module.__call__(self, *args, **kwargs)
 
     def _say_gathered(self) -> None:
-        if self._ds_fused_scope.weight.slabs(self) is not None:
+        if self._ds_fused_scope.weight.is_sharded(self):
             _say_once(
                 "ds_fused: the forward was given no labels, so the head computes real logits and its weight is "
-                'gathered whole, in spite of mode "stream". Give it labels (with shift_labels, where a sequence is '
-                "split over ranks) and take its loss"
+                "gathered whole. Give it labels (with shift_labels, where a sequence is split over ranks) and take its "
+                "loss, and the weight stays sharded"
             )
 
     def forward(

@@ -248,7 +248,7 @@ def linear_cross_entropy(
     flat = labels.reshape(-1)
     count = counting_tokens(op, flat, n_vocab, ignore_index)
     if isinstance(weight, VocabShard):
-        guess = reduction if trains and reduction != "none" else None
+        guess = reduction if trains and weight.guesses and reduction != "none" else None
         loss = StationaryFunction.apply(rows, handle, bias, flat, weight, options, int(chunk_mb * 2**20), guess)
         return reduced(loss, labels.shape, count, reduction)
     slabs = None if isinstance(weight, Tensor) else weight

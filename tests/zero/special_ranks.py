@@ -244,6 +244,9 @@ def one_rank_misspells() -> dict:
 STREAM = {"fused_linear_cross_entropy": {"mode": "stream", "slab_mb": 0}}
 
 
+STATIONARY = {"fused_linear_cross_entropy": {"mode": "stationary", "slab_mb": 0}}
+
+
 def streamed(build: Callable[[], torch.nn.Module] = model_of, run: Callable | None = None, **more: object) -> dict:
     return both(build, stage=3, block=STREAM, run=run, **more)
 
@@ -854,7 +857,7 @@ def stationary_weighted_ranks() -> dict:
             losses.append(loss.item())
         return losses
 
-    return both(model_of, stage=3, run=run, block={"fused_linear_cross_entropy": {"mode": "stationary"}})
+    return both(model_of, stage=3, run=run, block=STATIONARY)
 
 
 @case

@@ -1,4 +1,4 @@
-"""One rank of test_sweep.py: mode "stream" against stock over models, shapes and batches, on however many ranks.
+"""One rank of test_sweep.py: the sharded modes against stock over models, shapes and batches, on however many ranks.
 
     sweep_ranks.py OUT
 
@@ -17,7 +17,7 @@ import deepspeed
 import products
 import torch
 import torch.distributed as dist
-from special_ranks import STREAM, engine_of
+from special_ranks import STATIONARY, STREAM, engine_of
 from torch import Tensor
 from transformers import (
     Gemma2Config,
@@ -107,11 +107,10 @@ def main(out: Path) -> None:
     rows = {}
     for name, build in MODELS.items():
         row = rows[name] = {}
-        for which, block in (("stock", None), ("fused", STREAM)):
+        for which, block in (("stock", None), ("stream", STREAM), ("stationary", STATIONARY)):
             torch.manual_seed(0)
             engine = engine_of(build(), 3, block)
-            row[which] = train(engine)
-            row["report"] = str(getattr(engine, "ds_fused_report", None))
+            row[which] = train(engine) | {"report": str(getattr(engine, "ds_fused_report", None))}
             engine.destroy()
     (out / f"{dist.get_rank()}.json").write_text(json.dumps(rows))
     dist.barrier()

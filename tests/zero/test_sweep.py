@@ -1,4 +1,4 @@
-"""Mode "stream" over numbers of ranks, vocabularies, families and uneven batches: what stock gives."""
+"""The sharded modes over numbers of ranks, vocabularies, families and uneven batches: what stock gives."""
 
 from __future__ import annotations
 
@@ -35,17 +35,19 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(request.param)]
 
 
+@pytest.mark.parametrize("mode", ["stream", "stationary"])
 @pytest.mark.parametrize("name", MODELS)
-def test_training_is_stocks(ranks, name):
+def test_training_is_stocks(ranks, name, mode):
     for result in ranks:
-        stock, fused = result[name]["stock"], result[name]["fused"]
+        stock, fused = result[name]["stock"], result[name][mode]
+        assert {"stream": "its weight in", "stationary": "its rows stay on"}[mode] in fused["report"]
         # fp32, summed in another order
         assert fused["losses"] == pytest.approx(stock["losses"], rel=1e-5, abs=1e-6)
         assert fused["weights"].keys() == stock["weights"].keys()
         for weight, values in fused["weights"].items():
             assert values == pytest.approx(stock["weights"][weight], rel=1e-5, abs=1e-6), weight
     # nobody has a label in the third step, and all do in the first
-    assert all(result[name]["fused"]["losses"][2] == 0 < result[name]["fused"]["losses"][0] for result in ranks)
+    assert all(result[name][mode]["losses"][2] == 0 < result[name][mode]["losses"][0] for result in ranks)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -56,6 +58,6 @@ def test_collectives_are_as_many_whatever_the_batch(ranks, name):
     # forward and backward gather for the head, the embedding looks up once; a frozen weight sends no gradient
     gathers, scatters = (2 + embedding) * slabs, (1 + embedding) * slabs * (name != "frozen")
     for result in ranks:
-        assert f"its weight in {slabs} slabs" in result[name]["report"]
-        assert result[name]["fused"]["counts"] == [[gathers, scatters]] * 4
+        assert f"its weight in {slabs} slabs" in result[name]["stream"]["report"]
+        assert result[name]["stream"]["counts"] == [[gathers, scatters]] * 4
         assert result[name]["stock"]["counts"] == [[0, 0]] * 4

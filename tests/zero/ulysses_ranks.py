@@ -1,4 +1,4 @@
-"""One rank of test_ulysses.py: sequences split over two ranks (Ulysses), data over two pairs; stock and mode "stream".
+"""One rank of test_ulysses.py: sequences split over two ranks (Ulysses), data over two pairs; stock and sharded modes.
 
     ulysses_ranks.py OUT
 
@@ -19,7 +19,7 @@ import products
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF, UlyssesSPDataLoaderAdapter
-from special_ranks import STREAM
+from special_ranks import STATIONARY, STREAM
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -27,6 +27,7 @@ import ds_fused
 
 SPLIT = 2  # ranks that share a sequence
 ATTENTION = "sdpa"
+BLOCKS = {"stock": None, "stream": STREAM, "stationary": STATIONARY}
 
 
 def model_of(tied: bool) -> LlamaForCausalLM:
@@ -139,7 +140,7 @@ def main(out: Path) -> None:
     )
     rows = {}
     for name, tied, inside in (("untied", False, True), ("tied", True, True), ("outside", False, False)):
-        rows[name] = {which: train(tied, block, inside, mpu) for which, block in (("stock", None), ("fused", STREAM))}
+        rows[name] = {which: train(tied, block, inside, mpu) for which, block in BLOCKS.items()}
     (out / f"{dist.get_rank()}.json").write_text(json.dumps(rows))
     dist.barrier()
     dist.destroy_process_group()
