@@ -58,4 +58,6 @@ for way in args.ways.split(","):
             engine.backward(engine(torch.ones(1, 4)).sum())
             engine.step()
         said["config"] = engine._config._param_dict
-    print("SAID " + json.dumps(said, default=str), flush=True)
+    # in one write, or the lines of two ranks may mix
+    sys.stdout.write("SAID " + json.dumps(said, default=str) + "\n")
+    sys.stdout.flush()

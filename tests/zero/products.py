@@ -76,6 +76,8 @@ def is_quick(case: Case) -> bool:
     """
     if case.device == "gpu":
         return True
+    if case.mode == "stationary" and case.accumulation == 1:
+        return False
     if case.mode in SHARDED and case.init != (case.accumulation == 4):
         return False
     if case.dtype == "fp32":

@@ -244,7 +244,13 @@ def test_stream(ended, name):
         assert result["fused"][0] != result["fused"][3]
 
 
-@pytest.mark.parametrize("name", [name for name in STATIONARY if name != "memory"])
+QUICK = ("uneven_ranks", "bias", "gemma", "weighted_ranks")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in QUICK else pytest.mark.all) for n in STATIONARY if n != "memory"],
+)
 def test_stationary(ended, name):
     for result in ended(f"stationary_{name}"):
         assert "its rows stay on 2 ranks, to which the tokens travel" in result["report"]
