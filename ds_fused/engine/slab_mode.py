@@ -1,4 +1,4 @@
-"""How a weight with a row for each word comes to its layer under ZeRO-3: whole, by DeepSpeed's hooks, or in slabs.
+"""How a weight with a row for each word is used under ZeRO-3: whole, by DeepSpeed's hooks, in slabs, or where it lies.
 
 Decided when ``deepspeed.initialize`` is done, when all is known that it depends on: the same on every rank. Heads were
 claimed before (``policies.loss``) and ask ``SlabMode.slabs`` at each loss; embeddings are claimed here.
@@ -73,7 +73,7 @@ class EmbeddingClaim:
 
 
 class SlabMode:
-    """For one engine: which of its weights come in slabs, where that was asked for and can be."""
+    """For one engine: which of its weights are never whole, where that was asked for and can be."""
 
     def __init__(self, config: Config) -> None:
         self._mode = config.head["mode"]
@@ -98,7 +98,7 @@ class SlabMode:
 
     def decide(self, engine: DeepSpeedEngine, report: Report) -> None:
         """Heads and embeddings of the engine's model; what came of it goes into the report."""
-        if self._mode == "gather":
+        if self._mode == "gather" or (self._mode == "auto" and not engine.zero_optimization_partition_weights()):
             return
         heads = [claim for claim in report.claims if isinstance(claim, LinearClaim)]
         for claim in heads:

@@ -133,8 +133,8 @@ class _Sealed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dlogits: Tensor) -> tuple[None, None]:
         raise RuntimeError(
-            'ds_fused: a gradient came to outputs.logits, beside the one to the loss. In mode "stream" the weight of '
-            "the head is there slab by slab, and only while the loss is computed; set "
+            "ds_fused: a gradient came to outputs.logits, beside the one to the loss. The weight of the "
+            "head is sharded and was never whole; set "
             '"logits": "keep" in the ds_fused block, which computes the logits inside the forward'
         )
 
