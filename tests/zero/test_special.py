@@ -374,6 +374,8 @@ def why_gathered(lines: list[str]) -> str:
     return line.removeprefix(GATHERED)
 
 
+# engine after engine; tests/engine/test_slab_mode.py has each reason by itself
+@pytest.mark.all
 def test_stream_is_no_use(ranks):
     words = {
         "persistent": "stage3_param_persistence_threshold",
@@ -409,6 +411,7 @@ def test_stream_lora_on_the_head(ranks):
         assert "PEFT" in line
 
 
+@pytest.mark.all
 def test_stream_tensor_parallel(ranks):
     equal_losses(ranks)
     for result in ranks:
@@ -416,6 +419,7 @@ def test_stream_tensor_parallel(ranks):
         assert "it is a deepspeed.module_inject.layers.LinearLayer, no plain Linear" in line
 
 
+@pytest.mark.all
 def test_stream_another_deepspeed(ranks):
     for result in ranks:
         stock = result.pop("stock")
