@@ -100,6 +100,12 @@ class ZeroSlabs:
         rows = self._seam_of(gathered) if k == self._plain else gathered.view(-1, self.shape[1])
         return rows, self.places(k)[1]
 
+    def drop(self) -> None:
+        """Let go of the slab that is on its way, where nobody will ask for it."""
+        for flight in self._coming.values():
+            flight.land()
+        self._coming.clear()
+
     def places(self, k: int) -> tuple[int, Tensor | int]:
         if k == self._plain:
             return self._shards.seam_rows, self._seam_ids
