@@ -27,18 +27,7 @@ CUTS = [
 EVERYTHING = {"label_smoothing": 0.3, "z_loss": 0.02, "softcap": 5.0, "logit_scale": 0.7, "ignore_index": 3}
 
 
-@pytest.fixture(params=["kernels", "plain"], autouse=True)
-def where(request, monkeypatch, device):
-    """Both softmax passes: the kernels (on a GPU, or interpreted), and PyTorch on a CPU."""
-    monkeypatch.setattr(_tiles, "LEAST_SIDE", 4)
-    monkeypatch.setattr(_tiles, "SIDE_STEP", 2)
-    monkeypatch.setattr(_tiles, "ROW_STEP", 4)
-    if request.param == "plain":
-        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-        return torch.device("cpu")
-    return device
-
-
+pytestmark = pytest.mark.usefixtures("where")
 only_plain = pytest.mark.parametrize("where", ["plain"], indirect=True)
 only_kernels = pytest.mark.parametrize("where", ["kernels"], indirect=True)
 

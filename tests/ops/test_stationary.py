@@ -10,7 +10,6 @@ import torch
 from accuracy import as_accurate, randn
 from torch import Tensor
 
-from ds_fused.ops import _tiles
 from ds_fused.ops._loss import LossOptions
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from ds_fused.ops.stationary import VocabShard, block_tokens, merge, merge_torch
@@ -21,17 +20,7 @@ BLOCKS = [{"chunk_mb": MB}, {"chunk_mb": 1}]
 EVERYTHING = {"label_smoothing": 0.3, "z_loss": 0.02, "softcap": 5.0, "logit_scale": 0.7, "ignore_index": 3}
 
 
-@pytest.fixture(params=["kernels", "plain"], autouse=True)
-def where(request, monkeypatch, device):
-    monkeypatch.setattr(_tiles, "LEAST_SIDE", 4)
-    monkeypatch.setattr(_tiles, "SIDE_STEP", 2)
-    monkeypatch.setattr(_tiles, "ROW_STEP", 4)
-    if request.param == "plain":
-        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-        return torch.device("cpu")
-    return device
-
-
+pytestmark = pytest.mark.usefixtures("where")
 only_plain = pytest.mark.parametrize("where", ["plain"], indirect=True)
 
 

@@ -648,10 +648,13 @@ def stream_memory() -> dict:
     return out | {"table": n_vocab * config.hidden_size, "logits": n_vocab * n_tokens}
 
 
-def with_bias() -> torch.nn.Module:
+def with_bias(frozen: str | None = None) -> torch.nn.Module:
+    """``frozen``: the head's weight or bias."""
     model = model_of()
     torch.manual_seed(3)
     model.lm_head.bias = torch.nn.Parameter(torch.randn(products.SIZES["vocab_size"]))
+    if frozen is not None:
+        getattr(model.lm_head, frozen).requires_grad_(False)
     return model
 
 
@@ -669,22 +672,12 @@ def stream_sharded_bias() -> dict:
 
 @case
 def stream_sharded_bias_of_a_frozen_head() -> dict:
-    def build() -> torch.nn.Module:
-        model = with_bias()
-        model.lm_head.weight.requires_grad_(False)
-        return model
-
-    return streamed(build)
+    return streamed(lambda: with_bias(frozen="weight"))
 
 
 @case
 def stream_frozen_sharded_bias() -> dict:
-    def build() -> torch.nn.Module:
-        model = with_bias()
-        model.lm_head.bias.requires_grad_(False)
-        return model
-
-    return streamed(build)
+    return streamed(lambda: with_bias(frozen="bias"))
 
 
 @case
