@@ -6,6 +6,8 @@ fp32 inside (norms, rotary angles, loss), so it can't be the judge.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,20 +57,31 @@ def loss_of(weights: Weights, sizes: dict, eps: float, theta: float, ids: Tensor
 
 
 def train(
-    weights: Weights, sizes: dict, eps: float, theta: float, steps: list, optimizer: str, lr: float, clip: float
-) -> tuple[list[list[float]], list[float], Weights]:
-    """steps: per update the list of (ids, labels) of every rank and micro batch. -> losses, gradient norms, weights.
+    weights: Weights,
+    sizes: dict,
+    eps: float,
+    theta: float,
+    steps: list,
+    update_of: Callable[[Iterable[Tensor]], torch.optim.Optimizer],
+    clip: float,
+    skipped: Collection[int] = (),
+) -> tuple[list[list[float]], list[float], Weights, dict[str, dict[str, Tensor]]]:
+    """steps: per update the list of (ids, labels) of every rank and micro batch; skipped: after which there is none.
+
+    -> losses, gradient norms, weights, and by weight what the optimizer keeps of it.
 
     The joined loss is the mean over those batches of each one's own mean: what data parallelism computes.
     """
     weights = {name: w.double().requires_grad_() for name, w in weights.items()}
-    update = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer](weights.values(), lr=lr)
+    update = update_of(weights.values())
     losses, norms = [], []
-    for batches in steps:
+    for step, batches in enumerate(steps):
         each = [loss_of(weights, sizes, eps, theta, ids, labels) for ids, labels in batches]
         torch.stack(each).mean().backward()
         norms.append(torch.nn.utils.clip_grad_norm_(weights.values(), clip).item())
-        update.step()
+        if step not in skipped:
+            update.step()
         update.zero_grad()
         losses.append([loss.item() for loss in each])
-    return losses, norms, {name: w.detach() for name, w in weights.items()}
+    states = {name: dict(update.state[w]) for name, w in weights.items()}
+    return losses, norms, {name: w.detach() for name, w in weights.items()}, states

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from products import LENGTH, RANKS, ROWS, SIZES, STEPS
+from products import LEARNING_RATE, LENGTH, RANKS, ROWS, SIZES, STEPS
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -26,7 +28,7 @@ def first_weights(tied: bool) -> dict[str, Tensor]:
     return {name: w.detach().bfloat16().float() for name, w in model.named_parameters()}
 
 
-def batches(accumulation: int) -> list[list[list[tuple[Tensor, Tensor]]]]:
+def batches(accumulation: int, n_steps: int = STEPS) -> list[list[list[tuple[Tensor, Tensor]]]]:
     """[step][micro batch][rank] -> ids, labels [ROWS, LENGTH]. Some labels are ignored, on each rank another number."""
     draw = torch.Generator().manual_seed(1)
 
@@ -35,4 +37,11 @@ def batches(accumulation: int) -> list[list[list[tuple[Tensor, Tensor]]]]:
         ignored = torch.rand(ROWS, LENGTH, generator=draw) < 0.2
         return ids, ids.masked_fill(ignored, IGNORED)
 
-    return [[[batch() for _ in range(max(RANKS.values()))] for _ in range(accumulation)] for _ in range(STEPS)]
+    return [[[batch() for _ in range(max(RANKS.values()))] for _ in range(accumulation)] for _ in range(n_steps)]
+
+
+def optimizer_of(name: str, weights: Iterable[Tensor]) -> torch.optim.Optimizer:
+    lr = LEARNING_RATE[name]
+    if name == "adamw":
+        return torch.optim.AdamW(weights, lr=lr)
+    return torch.optim.SGD(weights, lr=lr, momentum=0.9 if name == "momentum" else 0.0)

@@ -2,7 +2,7 @@
 
     ranks.py OUT CASE...
 
-OUT/CASE.pt holds {"stock": run, "fused": run}; a run is {"losses", "norms", "weights"} or {"error"}.
+OUT/CASE.pt holds {"stock": run, "fused": run}; a run is {"losses", "norms", "skipped", "weights", "states", ...} or {"error"}.
 """
 
 from __future__ import annotations
@@ -26,15 +26,20 @@ import ds_fused
 
 
 def json_of(case: products.Case, fused: bool) -> dict:
+    zero = {"stage": case.stage, "stage3_param_persistence_threshold": 0}
+    if case.special == "offload":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    power = products.SCALE_POWER_OF_OVERFLOW if case.special == "overflow" else products.SCALE_POWER
     config = {
         "train_micro_batch_size_per_gpu": products.ROWS,
         "gradient_accumulation_steps": case.accumulation,
         "gradient_clipping": products.CLIP,
-        "zero_optimization": {"stage": case.stage, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": case.dtype == "bf16"},
-        # low enough that the first step is no overflow, which would be skipped
-        "fp16": {"enabled": case.dtype == "fp16", "initial_scale_power": 8},
+        # hysteresis 1: each overflow halves the scale
+        "fp16": {"enabled": case.dtype == "fp16", "initial_scale_power": power, "hysteresis": 1},
     }
     if fused:
         # slabs of one row a rank: as many as can be
@@ -64,6 +69,14 @@ def whole(weight: torch.nn.Parameter, stage: int) -> torch.Tensor:
     return (weight.detach() if full is None else full).float().cpu().clone()
 
 
+def states_of(weight: torch.nn.Parameter, case: products.Case) -> dict[str, torch.Tensor]:
+    """What the optimizer keeps of a weight, where DeepSpeed can show it whole."""
+    if not case.stage:
+        return {}
+    read = deepspeed.utils.safe_get_full_optimizer_state
+    return {name: read(weight, name).float().cpu().clone() for name in products.STATES[case.optimizer]}
+
+
 def replaced(engine: deepspeed.DeepSpeedEngine) -> dict[str, int]:
     """JSON key -> how many modules it replaced."""
     counts = Counter()
@@ -82,11 +95,10 @@ def train(case: products.Case, fused: bool) -> dict:
     rank = dist.get_rank()
     config = json_of(case, fused)
     model = model_of(case, config)
-    lr = products.LEARNING_RATE[case.optimizer]
-    optimizer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[case.optimizer](model.parameters(), lr=lr)
+    optimizer = jobs.optimizer_of(case.optimizer, model.parameters())
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    losses, norms = [], []
-    for step in jobs.batches(case.accumulation):
+    losses, norms, scales, skipped = [], [], [], []
+    for number, step in enumerate(jobs.batches(case.accumulation)):
         mine = []
         for micro in step:
             ids, labels = (t.to(engine.device) for t in micro[rank])
@@ -101,12 +113,18 @@ def train(case: products.Case, fused: bool) -> dict:
         all_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(all_ranks, mine)
         losses.append(torch.stack(all_ranks, dim=1).flatten().tolist())  # micro batch by micro batch, rank by rank
+        if engine.skipped_steps > len(skipped):
+            skipped.append(number)
+        scales.append(float(getattr(engine.optimizer, "cur_scale", 1.0)))
         norm = engine.get_global_grad_norm()
         norms.append(float(square.sqrt() if norm is None else norm))
     run = {
         "losses": losses,
         "norms": norms,
+        "scales": scales,
+        "skipped": skipped,
         "weights": {name: whole(w, case.stage) for name, w in engine.module.named_parameters()},
+        "states": {name: states_of(w, case) for name, w in engine.module.named_parameters()},
         "state": sorted(engine.module.state_dict()),
         "class": type(engine.module).__name__,
         "replaced": replaced(engine) if fused else {},

@@ -67,7 +67,7 @@ def engine_of(model: torch.nn.Module, stage: int, block: dict | None, **more: ob
 
 def mine(joined: bool = False) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """This rank's batches, one for each step; joined: the same ones on every rank, as tensor parallelism wants."""
-    return [step[0][0 if joined else dist.get_rank()] for step in jobs.batches(1)]
+    return [step[0][0 if joined else dist.get_rank()] for step in jobs.batches(1, products.FEW_STEPS)]
 
 
 def train(engine: deepspeed.DeepSpeedEngine, batches: list, during: Callable = lambda output: None) -> list[float]:
@@ -424,7 +424,7 @@ def stream_coalesced() -> dict:
 
     def run(engine: deepspeed.DeepSpeedEngine) -> list[float]:
         losses = []
-        for step in jobs.batches(3):
+        for step in jobs.batches(3, products.FEW_STEPS):
             with engine.coalesce_grad_reduction():
                 for micro in step:
                     ids, labels = micro[dist.get_rank()]
@@ -446,7 +446,7 @@ def stream_callers_accumulation() -> dict:
 
     def run(engine: deepspeed.DeepSpeedEngine) -> list[float]:
         losses = []
-        for length, step in enumerate(jobs.batches(3)):
+        for length, step in enumerate(jobs.batches(3, products.FEW_STEPS)):
             for micro in step[: 1 + length % 3]:
                 ids, labels = micro[dist.get_rank()]
                 loss = engine(input_ids=ids, labels=labels).loss
@@ -462,7 +462,7 @@ def stream_callers_accumulation() -> dict:
 def stream_direct_backward_accumulating() -> dict:
     def run(engine: deepspeed.DeepSpeedEngine) -> list[float]:
         losses = []
-        for step in jobs.batches(3):
+        for step in jobs.batches(3, products.FEW_STEPS):
             for micro in step:
                 ids, labels = micro[dist.get_rank()]
                 loss = engine(input_ids=ids, labels=labels).loss
@@ -498,7 +498,7 @@ def stream_evaluation_in_an_accumulation() -> dict:
 
     def run(engine: deepspeed.DeepSpeedEngine) -> list[float]:
         losses = []
-        for step in jobs.batches(2):
+        for step in jobs.batches(2, products.FEW_STEPS):
             for micro in step:
                 ids, labels = micro[dist.get_rank()]
                 loss = engine(input_ids=ids, labels=labels).loss

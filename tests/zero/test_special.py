@@ -168,7 +168,7 @@ def test_logits_read_by_all(ranks):
 def test_logits_kept(ranks):
     equal_losses(ranks)
     assert not ranks[1]["errors"]
-    assert len(ranks[1]["logits"]["fused"]) == products.STEPS
+    assert len(ranks[1]["logits"]["fused"]) == products.FEW_STEPS
     assert ranks[1]["logits"]["fused"] == pytest.approx(ranks[1]["logits"]["stock"], rel=1e-5)
 
 
@@ -344,7 +344,7 @@ def test_stream_logits_read_by_one(ranks):
     equal_losses(ranks)
     assert not ranks[0]["errors"]
     # in slabs the weight is never whole, so every read alone is refused
-    assert len(ranks[1]["errors"]) == products.STEPS
+    assert len(ranks[1]["errors"]) == products.FEW_STEPS
     for kind, message, _ in ranks[1]["errors"]:
         assert kind == "RuntimeError"
         assert '"logits": "keep"' in message and "1 of 2 ranks" in message

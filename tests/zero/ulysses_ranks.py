@@ -42,7 +42,7 @@ def model_of(tied: bool) -> LlamaForCausalLM:
 def batches() -> list[dict[str, Tensor]]:
     """This rank's own, whole sequences, of another length in each step; nearly all of the first half is ignored."""
     rank, made = dist.get_rank(), []
-    for step in range(products.STEPS // SPLIT):
+    for step in range(products.FEW_STEPS // SPLIT):
         # gloo gathers equal lengths only, so a pair has the same
         length = 8 + 4 * ((rank // SPLIT + step) % 2)
         draw = torch.Generator().manual_seed(10 * step + rank)
