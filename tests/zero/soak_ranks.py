@@ -1,0 +1,93 @@
+"""One rank of test_soak.py: a thousand steps of a small model under ZeRO-3, batches of other lengths on each rank.
+
+    soak_ranks.py OUT MODE...
+
+OUT/MODE.RANK.json holds {"losses", "early", "late", "head"}; a mode is that of the head's weight, or "stock".
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from ranks import head
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import ds_fused
+
+STEPS, EARLY = 1000, 100
+# odd: rows are split between ranks
+VOCAB = 32003
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+
+
+def config_of(mode: str) -> dict:
+    fused = {"enabled": True, "fused_linear_cross_entropy": {"mode": mode, "slab_mb": 8, "chunk_mb": 16}}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+        # prefetch and buckets as they are by default, but no weight small enough to stay
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "steps_per_print": STEPS + 1,
+        "ds_fused": {"enabled": False} if mode == "stock" else fused,
+    }
+
+
+def batch(draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Words as frequent as in a text, so that there is something to learn; now and then none of them has a label."""
+    rows, length = int(torch.randint(1, 4, (), generator=draw)), int(torch.randint(16, 700, (), generator=draw))
+    ids = (VOCAB * torch.rand(rows, length, generator=draw) ** 6).long()
+    labels = ids.masked_fill(torch.rand(rows, length, generator=draw) < torch.rand((), generator=draw), -100)
+    return ids, labels.fill_(-100) if torch.rand((), generator=draw) < 0.05 else labels
+
+
+def train(mode: str) -> dict:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, use_cache=False))
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config_of(mode))
+    accelerator = get_accelerator()
+    draw = torch.Generator().manual_seed(1 + dist.get_rank())
+    losses, allocated = [], {}
+    for step in range(1, STEPS + 1):
+        ids, labels = (t.to(engine.device) for t in batch(draw))
+        loss = engine(input_ids=ids, labels=labels, num_items_in_batch=1000).loss
+        engine.backward(loss)
+        engine.step()
+        # read at the end: the host is to run ahead, as in a real job
+        losses.append(loss.detach())
+        if step in (EARLY, STEPS):
+            accelerator.synchronize()
+            allocated[step] = accelerator.memory_allocated() - 512 * len(losses)
+    out = {"losses": torch.stack(losses).tolist(), "early": allocated[EARLY], "late": allocated[STEPS]}
+    out["head"] = "" if mode == "stock" else head(engine)
+    engine.destroy()
+    return out
+
+
+def main(out: Path, modes: list[str]) -> None:
+    deepspeed.init_distributed(get_accelerator().communication_backend_name(), timeout=timedelta(seconds=60))
+    ds_fused.install()
+    for mode in modes:
+        (out / f"{mode}.{dist.get_rank()}.json").write_text(json.dumps(train(mode)))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
