@@ -61,7 +61,8 @@ def of_stream(slabs: ZeroSlabs, most: int, chunk_bytes: int, keep_bytes: int, ra
     flops = (4 + 2 * trains + made_again) * most * n_vocab * hidden
     slab_bytes = slabs.slab_rows * hidden * itemsize
     held = (2 + 2 * trains) * slab_bytes + max(1, cut.kept) * tile_bytes + most * hidden * 4
-    wire = (2 + trains) * n_vocab * hidden * itemsize * (slabs.ranks - 1) // slabs.ranks
+    # backward begins with the slab that forward ended with
+    wire = ((2 + trains) * n_vocab * hidden * itemsize - slab_bytes) * (slabs.ranks - 1) // slabs.ranks
     return Figures("stream", f"{len(slabs)} slabs", held, wire, flops / rates.flops + wire / rates.wire)
 
 
@@ -90,13 +91,13 @@ def chosen(ways: list[Figures], free: float) -> Figures:
 
 def measured(slabs: ZeroSlabs) -> Rates:
     """Rates of this rank. Every rank must call it at the same place; the slowest counts for all, see `slowest`."""
-    rows = slabs.gather(0)[0]
+    slabs.prefetch(0)
+    rows = slabs.gather(0)
     tokens = TOKENS_OF_CPU if slabs.device.type == "cpu" else TOKENS
     x = torch.zeros(tokens, slabs.shape[1], dtype=slabs.dtype, device=slabs.device)
     product = _seconds(lambda: x @ rows.t())
     taken = rows.numel() * rows.element_size() * (slabs.ranks - 1) / slabs.ranks
-    gather = _seconds(lambda: slabs.gather(0)) / min(2, len(slabs))  # the next one is fetched as well
-    slabs.drop()
+    gather = _seconds(lambda: (slabs.prefetch(0), slabs.gather(0)))
     return Rates(2 * x.numel() * rows.shape[0] / product, taken / gather if taken else float("inf"))
 
 

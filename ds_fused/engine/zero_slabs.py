@@ -59,9 +59,12 @@ class ZeroSlabs:
         # even slabs, each at most slab_bytes of all ranks together
         row_bytes = self.ranks * self.shape[1] * param.ds_tensor.element_size()
         self._rows = side(self._shards.common, max(1, slab_bytes // row_bytes), self.ranks, least=1)
-        self._plain = -(-self._shards.common // self._rows)
+        # the seam comes first: at the last one a backward begins, where a large one is to be here already
+        self._seams = int(self._shards.seam_rows > 0)
+        self._slabs = self._seams - (-self._shards.common // self._rows)
         self.slab_rows = max(self._shards.ranks * self._rows, self._shards.seam_rows)
-        self._coming: dict[int, Flight] = {}
+        self.share = 1 / self.ranks
+        self._coming: Flight | None = None
         self._leaving: tuple[int, Flight] | None = None
         # in a backward
         self._kept: Place | None = None
@@ -82,7 +85,7 @@ class ZeroSlabs:
         return self.param.requires_grad
 
     def __len__(self) -> int:
-        return self._plain + (self._shards.seam_rows > 0)
+        return self._slabs
 
     def __str__(self) -> str:
         slab = self.slab_rows * self.shape[1] * self.param.ds_tensor.element_size()
@@ -90,24 +93,22 @@ class ZeroSlabs:
 
     # the weight comes
 
-    def gather(self, k: int) -> tuple[Tensor, Tensor | int]:
-        """Rows of slab k and their vocabulary ids; slab k + 1 is on its way when this returns."""
-        gathered = (self._coming.pop(k, None) or self._start_gather(k)).land()
-        # what a pass that was broken off has left there
-        self._coming.clear()
-        if k + 1 < len(self):
-            self._coming[k + 1] = self._start_gather(k + 1)
-        rows = self._seam_of(gathered) if k == self._plain else gathered.view(-1, self.shape[1])
-        return rows, self.places(k)[1]
+    def prefetch(self, k: int) -> None:
+        """What a pass that was broken off has left on its way is let go."""
+        if self._coming is not None:
+            self._coming.land()
+        self._coming = self._start_gather(k)
 
-    def drop(self) -> None:
-        """Let go of the slab that is on its way, where nobody will ask for it."""
-        for flight in self._coming.values():
-            flight.land()
-        self._coming.clear()
+    def gather(self, k: int) -> Tensor:
+        coming, self._coming = self._coming, None
+        gathered = coming.land()
+        return self._seam_of(gathered) if self._is_seam(k) else gathered.view(-1, self.shape[1])
+
+    def _is_seam(self, k: int) -> bool:
+        return k < self._seams
 
     def places(self, k: int) -> tuple[int, Tensor | int]:
-        if k == self._plain:
+        if self._is_seam(k):
             return self._shards.seam_rows, self._seam_ids
         start, rows = self._plain_rows(k)
         if self._shards.ranks == 1:
@@ -117,7 +118,7 @@ class ZeroSlabs:
 
     def _plain_rows(self, k: int) -> tuple[int, int]:
         """(first, how many) of each rank's common rows."""
-        start = k * self._rows
+        start = (k - self._seams) * self._rows
         return start, min(self._rows, self._shards.common - start)
 
     def _place(self, k: int) -> slice:
@@ -128,7 +129,7 @@ class ZeroSlabs:
 
     def _start_gather(self, k: int) -> Flight:
         shard = self.param.ds_tensor.data
-        if k == self._plain:
+        if self._is_seam(k):
             mine = self._seam_room()
             for room, place in self._seam_places(self._rank):
                 mine[room] = shard[place]
@@ -146,15 +147,13 @@ class ZeroSlabs:
 
     def scatter(self, k: int, dw: Tensor) -> None:
         """Start the reduce-scatter of slab k, and take in what the one before has brought."""
-        if k == 0:
+        if k == len(self) - 1:
             # what a backward that was broken off has left there
             self._leaving = self._partition = None
             self._kept = self._delivery.open()
         self._take_in()
-        parts = self._seam_parts(dw) if k == self._plain else dw.view(-1)
+        parts = self._seam_parts(dw) if self._is_seam(k) else dw.view(-1)
         parts = parts.to(self._optimizer.get_param_comm_dtype(self.param))
-        # stock's own order of roundings: each rank's share of the mean, then the sum
-        parts = parts.div_(self._shards.ranks)
         mine = torch.empty(parts.numel() // self._shards.ranks, dtype=parts.dtype, device=self.device)
         work = dist.reduce_scatter_tensor(mine, parts, group=self.group, async_op=True)
         self._leaving = (k, Flight(work, mine))
@@ -170,7 +169,7 @@ class ZeroSlabs:
             dtype = self._optimizer.gradient_accumulation_dtype
             self._partition = torch.zeros(self._shards.size, dtype=dtype, device=self.device)
         kept = self._kept or Place(self._partition, adds=False)
-        if k == self._plain:
+        if self._is_seam(k):
             for room, place in self._seam_places(self._rank):
                 kept.put(place, mine[room])
         else:

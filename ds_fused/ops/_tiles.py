@@ -81,24 +81,19 @@ def tile(room: Tensor, n_tokens: int, n_rows: int) -> Tensor:
     return room[: n_tokens * stride].view(n_tokens, stride)[:, :n_rows]
 
 
-def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
-    """out = a @ b, or out += a @ b: summed in fp32 and rounded once, to out's dtype."""
+def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False, scale: float = 1.0) -> None:
+    """out = scale * a @ b, or out += scale * a @ b: summed in fp32 and rounded once, to out's dtype."""
     if out.dtype != a.dtype and not (a.is_cuda and out.dtype == torch.float32):
         a, b = a.to(wide(a)), b.to(wide(b))  # no such product here: the operands are widened instead
-    if out.dtype == a.dtype:
-        if add:
-            out.addmm_(a, b)
-        else:
-            torch.mm(a, b, out=out)
-    elif out.dtype == torch.float32:
-        if add:
-            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-        else:
-            torch.mm(a, b, out_dtype=torch.float32, out=out)
-    else:
+    kind = {} if out.dtype == a.dtype else {"out_dtype": torch.float32}
+    if kind and out.dtype != torch.float32:
         # autocast to the other half precision; what is summed is wide
         assert not add
-        out.copy_(torch.mm(a, b))
+        torch.mul(torch.mm(a, b), scale, out=out)
+    elif add or scale != 1.0:
+        torch.addmm(out, a, b, beta=int(add), alpha=scale, out=out, **kind)
+    else:
+        torch.mm(a, b, out=out, **kind)
 
 
 def wide(x: Tensor) -> torch.dtype:

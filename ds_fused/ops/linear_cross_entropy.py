@@ -77,12 +77,19 @@ def _of_slab(whole: Tensor, ids: Tensor | int, n: int) -> Tensor:
 
 
 class _Slab:
-    """A gathered slab as the softmax pass sees it: where its columns are in the vocabulary, and each token's label."""
+    """A slab as the softmax pass sees it: where its columns are in the vocabulary, and each token's label."""
 
     def __init__(
-        self, slabs: WeightSlabs, k: int, x: Tensor, bias: Tensor | None, labels: Tensor, options: LossOptions
+        self,
+        slabs: WeightSlabs,
+        k: int,
+        rows: Tensor,  # as they were gathered
+        x: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        options: LossOptions,
     ):
-        rows, self.ids = slabs.gather(k)
+        self.ids = slabs.places(k)[1]
         n_vocab = slabs.shape[0]
         self.rows = rows.to(x.dtype)  # under autocast the weight has its own
         self.bias = None if bias is None else _of_slab(bias, self.ids, rows.shape[0]).to(x.dtype)
@@ -120,7 +127,10 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         kept: list[Tensor] = []
         room = None
         for k in range(len(source)):
-            slab = _Slab(source, k, x, bias, labels, options)
+            rows = source.gather(k)
+            if k + 1 < len(source):
+                source.prefetch(k + 1)
+            slab = _Slab(source, k, rows, x, bias, labels, options)
             for start in range(0, n_tokens, tiles.tokens):
                 chunk = slice(start, start + tiles.tokens)
                 if len(kept) < tiles.kept:
@@ -135,6 +145,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                 )  # fmt: skip
         ctx.save_for_backward(x, weight, bias, labels, lse, *kept)
         ctx.slabs, ctx.tiles, ctx.options, ctx.overwritten = slabs, tiles, options, False
+        # the backward begins with them. Those of a whole weight are looked up again, see WholeWeight
+        ctx.last_rows = None if slabs is None else rows
         return loss
 
     @staticmethod
@@ -146,28 +158,36 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                 "kept; pass keep_mb=0 to compute them again each time"
             )
         x, weight, bias, labels, lse, *kept = ctx.saved_tensors
-        kept = list(kept)  # dynamo makes a tuple of it
         # a trace writes nothing, and dynamo may need two
         ctx.overwritten = len(kept) > 0 and not torch.compiler.is_compiling()
         tiles, n_tokens = ctx.tiles, x.shape[0]
         softmax_bwd = cross_entropy_bwd if runs_kernels(x) else cross_entropy_bwd_torch
         source = WholeWeight(weight, tiles.rows) if ctx.slabs is None else ctx.slabs
+        rows, ctx.last_rows = ctx.last_rows, None
+        if rows is None:
+            source.prefetch(len(source) - 1)
         wants_dx, wants_dweight, wants_dbias = ctx.needs_input_grad[:3]
 
         # dlogits @ weight is summed over slabs, dlogits.T @ x over chunks: fp32 where there is more than one
         dx = torch.empty_like(x, dtype=wide(x) if len(source) > 1 else None) if wants_dx else None
         dbias = torch.zeros_like(bias, dtype=wide(x)) if wants_dbias else None
         room = None
-        for k in range(len(source)):
-            slab = _Slab(source, k, x, bias, labels, ctx.options)
+        n_chunks = -(-n_tokens // tiles.tokens)
+        for k in reversed(range(len(source))):
+            is_first = k == len(source) - 1
+            if rows is None or not is_first:
+                rows = source.gather(k)
+            if k > 0:
+                source.prefetch(k - 1)
+            slab = _Slab(source, k, rows, x, bias, labels, ctx.options)
             dw = source.gradient(k) if wants_dweight else None
             dw_sum = dw
             if wants_dweight and n_tokens > tiles.tokens and dw.dtype != wide(x):
                 dw_sum = torch.empty_like(dw, dtype=wide(x))
-            for start in range(0, n_tokens, tiles.tokens):
+            for i, start in enumerate(range(0, n_tokens, tiles.tokens)):
                 chunk = slice(start, start + tiles.tokens)
-                if kept:
-                    z = tile(kept.pop(0), x[chunk].shape[0], slab.rows.shape[0])
+                if k * n_chunks + i < len(kept):
+                    z = tile(kept[k * n_chunks + i], x[chunk].shape[0], slab.rows.shape[0])
                 else:
                     if room is None:
                         room = _room(x, tiles)
@@ -175,9 +195,9 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                 dz = z  # in place: nobody else has the tile
                 softmax_bwd(dloss[chunk], z, slab.labels[chunk], lse[:, chunk], dz, slab.options, **slab.place)
                 if wants_dx:
-                    product(dx[chunk], dz, slab.rows, add=k > 0)
+                    product(dx[chunk], dz, slab.rows, add=not is_first)
                 if wants_dweight:
-                    product(dw_sum, dz.t(), x[chunk], add=start > 0)
+                    product(dw_sum, dz.t(), x[chunk], add=start > 0, scale=source.share)
                 if wants_dbias:
                     _add_dbias(dbias, slab.ids, dz)
             if wants_dweight:
@@ -234,12 +254,16 @@ def linear_cross_entropy(
     if chunk_mb <= 0 or keep_mb < 0:
         raise ValueError(f"{op}: chunk_mb={chunk_mb} must be positive and keep_mb={keep_mb} not negative")
     autocast = autocast_dtype(x)
+    slabs = None if isinstance(weight, (Tensor, VocabShard)) else weight
     for name, dtype in (("weight", weight.dtype), ("bias", bias.dtype if bias is not None else x.dtype)):
         if autocast is None and dtype != x.dtype:
             raise ValueError(f"{op}: x is {x.dtype} and {name} is {dtype}; outside autocast they must be the same")
     if runs_kernels(x):
         check_dtypes(op, x=x, weight=torch.empty(0, dtype=weight.dtype))
 
+    if slabs is not None:
+        # under way while the labels are looked at
+        slabs.prefetch(0)
     # casts of x are autograd's; the weight is cast slab by slab inside, since a cast copy would live until backward
     rows = rows_of(x.to(autocast or x.dtype))
     handle = weight if isinstance(weight, Tensor) else x.new_empty(0, requires_grad=weight.requires_grad)
@@ -251,7 +275,6 @@ def linear_cross_entropy(
         guess = reduction if trains and weight.guesses and reduction != "none" else None
         loss = StationaryFunction.apply(rows, handle, bias, flat, weight, options, int(chunk_mb * 2**20), guess)
         return reduced(loss, labels.shape, count, reduction)
-    slabs = None if isinstance(weight, Tensor) else weight
     tiles = tiling(
         rows.shape[0], n_vocab, rows.element_size(), int(chunk_mb * 2**20), int(keep_mb * 2**20) if trains else 0,
         dx=training and x.requires_grad, dweight=training and handle.requires_grad,

@@ -24,8 +24,11 @@ class SlabEmbeddingFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ids: Tensor, anchor: Tensor, slabs: WeightSlabs, padding_idx: int | None) -> Tensor:
         y = torch.zeros(ids.shape[0], slabs.shape[1], dtype=slabs.dtype, device=ids.device)
+        slabs.prefetch(0)
         for k in range(len(slabs)):
-            rows, where = slabs.gather(k)
+            rows, (_, where) = slabs.gather(k), slabs.places(k)
+            if k + 1 < len(slabs):
+                slabs.prefetch(k + 1)
             column = columns_of(ids, where, rows.shape[0], slabs.shape[0])
             here = (column >= 0)[:, None]
             # every token picks some row: to count those that are here would make the host wait
@@ -39,7 +42,7 @@ class SlabEmbeddingFunction(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[None, None, None, None]:
         (ids,) = ctx.saved_tensors
         slabs = ctx.slabs
-        for k in range(len(slabs)):
+        for k in reversed(range(len(slabs))):
             rows, where = slabs.places(k)
             column = columns_of(ids, where, rows, slabs.shape[0])
             if ctx.padding_idx is not None:
@@ -47,7 +50,8 @@ class SlabEmbeddingFunction(torch.autograd.Function):
             # tokens of other slabs go to one row more, which PyTorch leaves out
             column = torch.where(column < 0, rows, column)
             dw = slabs.gradient(k)
-            dw.copy_(torch.ops.aten.embedding_dense_backward(dy, column, rows + 1, rows, False)[:rows])
+            whole = torch.ops.aten.embedding_dense_backward(dy, column, rows + 1, rows, False)[:rows]
+            torch.mul(whole, slabs.share, out=dw)
             slabs.scatter(k, dw)
         slabs.finish()
         return None, None, None, None

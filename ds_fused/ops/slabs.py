@@ -18,9 +18,10 @@ from torch import Tensor
 class WeightSlabs(Protocol):
     """A weight [V, H], each of its rows in exactly one slab.
 
-    An op calls, in a forward: ``gather(0), gather(1), ...``; in a backward where `requires_grad`:
-    ``gather(0), scatter(0, dw), gather(1), ...``, then ``finish()`` (without the gathers where it needs no rows); the
-    same where there are no tokens at all. So the number and order of collectives depend on the weight alone.
+    An op takes the slabs in a forward from the first to the last, and in a backward back again, so that it may begin
+    with the rows that it still has. It calls ``prefetch`` and ``gather`` of each (in a backward where it needs rows)
+    and, where `requires_grad`, in a backward ``scatter`` of each, then ``finish()``; the same where there are no tokens
+    at all. So the number and order of collectives depend on the weight alone.
     """
 
     shape: tuple[int, int]  # V, H
@@ -28,6 +29,8 @@ class WeightSlabs(Protocol):
     dtype: torch.dtype  # the weight's own: of gathered rows and of gradients
     device: torch.device
     requires_grad: bool
+    # what a gradient is to be multiplied by before it is scattered: this rank's part of a mean over ranks
+    share: float
 
     def __len__(self) -> int:
         """How many slabs."""
@@ -37,11 +40,12 @@ class WeightSlabs(Protocol):
         """How many rows slab k has, and their ids [n] (int64), or, where the ids just count up, the first of them."""
         ...
 
-    def gather(self, k: int) -> tuple[Tensor, Tensor | int]:
-        """Rows [n, H] of slab k and their ids, as `places` has them.
+    def prefetch(self, k: int) -> None:
+        """Have slab k, of the weight as it is now, on its way: the one that is gathered next."""
+        ...
 
-        Padding rows must be left out. The op reads the rows until it asks for another slab.
-        """
+    def gather(self, k: int) -> Tensor:
+        """Rows [n, H] of slab k, which was prefetched. Padding rows are left out."""
         ...
 
     def gradient(self, k: int) -> Tensor:
@@ -49,7 +53,7 @@ class WeightSlabs(Protocol):
         ...
 
     def scatter(self, k: int, dw: Tensor) -> None:
-        """The gradient of slab k, complete over this rank's tokens, in the tensor that gradient(k) gave."""
+        """``share`` times the gradient of slab k over all tokens of this rank, in the tensor that gradient(k) gave."""
         ...
 
     def finish(self) -> None:
@@ -71,6 +75,7 @@ class WholeWeight:
         self.dtype = weight.dtype
         self.device = weight.device
         self.requires_grad = weight.requires_grad
+        self.share = 1.0
         self.grad: Tensor | None = None
 
     def __len__(self) -> int:
@@ -80,8 +85,11 @@ class WholeWeight:
         start = k * self.slab_rows
         return min(self.slab_rows, self.shape[0] - start), start
 
-    def gather(self, k: int) -> tuple[Tensor, int]:
-        return self._rows(self.weight, k), k * self.slab_rows
+    def prefetch(self, k: int) -> None:
+        """Nothing to do: it is here."""
+
+    def gather(self, k: int) -> Tensor:
+        return self._rows(self.weight, k)
 
     def gradient(self, k: int) -> Tensor:
         if self.grad is None:

@@ -2,14 +2,15 @@
 
 Each rank multiplies the tokens of all ranks with its own vocabulary rows, block of tokens after block:
 
-    x [W * T, H]    from all ranks (all-gather)              the next block is on its way meanwhile
+    x [W * T, H]    from all ranks (all-gather, while the block before is worked on)
     z [W * T, n]  = x @ rows.T, its softmax pass over n columns
-    lse, loss       from the W parts of each token           (all-gather of 3 numbers a token; merged by every rank)
+    lse, loss       from the W parts of each token           (all-gather of 3 numbers a token, merged by every rank,
+                                                             while the block before goes through what follows)
     dz              over z, in place
     dx            = sum over ranks of dz @ rows              (reduce-scatter, in fp32, while dw is computed)
     dw           += dz.T @ x                                 fp32, of these rows alone: nothing to reduce
 
-So logits exist for one block, and each is computed once (6 MHV FLOPs), if gradients are made in the forward. They are
+So logits exist for two blocks, and each is computed once (6 MHV FLOPs), if gradients are made in the forward. They are
 linear in the upstream gradient, but dw only in one that all tokens share, up to what the forward knows (1 / count for
 a mean). That is so for any loss that is a mean or a sum, and the backward asks all ranks whether it was. Where not
 (weights of tokens or of ranks), it makes the gradients again with the right ones, 12 MHV, and from then on in the
@@ -22,22 +23,22 @@ Sizes: M tokens of this rank, W ranks, T tokens of a rank in a block, H hidden, 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import cache, cached_property
 from typing import Protocol
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._loss import LossOptions, cross_entropy_bwd_torch, cross_entropy_fwd_torch
+from ds_fused.ops._merge import merge, merge_torch
 from ds_fused.ops._tiles import product, side, tile, tile_elements, wide
-from ds_fused.ops._triton import cdiv, on_device, runs_kernels
+from ds_fused.ops._triton import runs_kernels
 from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
 
-MERGE_BLOCK = 256
 # dz lies in [-1, 1]: times this, the small ones of a large vocabulary stay clear of fp16's least number (6e-8)
 FP16_HEADROOM = 256.0
 # ratios of fp32 numbers that stand for the same one
@@ -57,8 +58,8 @@ class ShardGradient(Protocol):
 
     rows: Tensor  # [n, H] fp32, for the op to write
 
-    def give(self, factor: float) -> None:
-        """``factor * rows``, summed over all tokens of all ranks, is complete."""
+    def give(self, factor: float | Tensor) -> None:
+        """``factor * rows`` is a part of the sum over all tokens of all ranks; a tensor: a number on the device."""
         ...
 
 
@@ -100,87 +101,59 @@ class VocabShard(ABC):
         """Room for a gradient."""
 
 
-@triton.jit
-def _merge_kernel(
-    parts_ptr,  # [W, 3, N]: picked, peak, rest of each rank's columns
-    labels_ptr, loss_ptr,  # [N]
-    lse_ptr,  # [2, N]
-    lse_stride, n_tokens, n_parts, ignore_index, z_loss,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = token < n_tokens
-    ignored = tl.load(labels_ptr + token, mask=mask, other=0) == ignore_index
-    picked = tl.zeros([BLOCK], tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    peak = tl.full([BLOCK], -1e38, tl.float32)
-    part_ptr = parts_ptr + token
-    for _ in range(n_parts):
-        picked += tl.load(part_ptr, mask=mask, other=0.0)
-        part_peak = tl.load(part_ptr + n_tokens, mask=mask, other=0.0)
-        part_rest = tl.load(part_ptr + 2 * n_tokens, mask=mask, other=0.0)
-        most = tl.maximum(peak, part_peak)
-        total = total * tl.exp(peak - most) + tl.exp(part_rest) * tl.exp(part_peak - most)
-        peak = most
-        part_ptr += 3 * n_tokens
-    rest = tl.log(total)
-    lse = peak + rest
-    loss = (peak - picked) + rest + z_loss * lse * lse
-    tl.store(loss_ptr + token, tl.where(ignored, 0.0, loss), mask=mask)
-    tl.store(lse_ptr + token, tl.where(ignored, 0.0, peak), mask=mask)
-    tl.store(lse_ptr + lse_stride + token, tl.where(ignored, 0.0, rest), mask=mask)
-
-
-def merge(parts: Tensor, labels: Tensor, loss: Tensor, lse: Tensor, options: LossOptions) -> None:
-    """Loss [N] and lse [2, N] of tokens from what the ranks' columns gave: [W, 3, N], contiguous."""
-    n_parts, _, n_tokens = parts.shape
-    with on_device(parts):
-        _merge_kernel[(cdiv(n_tokens, MERGE_BLOCK),)](
-            parts, labels, loss, lse, lse.stride(0), n_tokens, n_parts, options.ignore_index, float(options.z_loss),
-            BLOCK=MERGE_BLOCK,
-        )  # fmt: skip
-
-
-def merge_torch(parts: Tensor, labels: Tensor, loss: Tensor, lse: Tensor, options: LossOptions) -> None:
-    """merge without a kernel."""
-    picked, peaks, rests = parts.unbind(1)
-    peak = peaks.amax(0)
-    rest = (rests.exp() * (peaks - peak).exp()).sum(0).log()
-    whole, ignored = peak + rest, labels == options.ignore_index
-    loss.copy_(((peak - picked.sum(0)) + rest + options.z_loss * whole * whole).masked_fill(ignored, 0.0))
-    lse[0].copy_(peak.masked_fill(ignored, 0.0))
-    lse[1].copy_(rest.masked_fill(ignored, 0.0))
-
-
 def block_bytes(n_vocab: int, hidden: int, ranks: int, itemsize: int) -> int:
-    """What a token of each rank takes of a block: its logits, two of its x, two of its dx in fp32."""
-    return n_vocab * itemsize + ranks * hidden * (2 * itemsize + 2 * 4)
+    """What a token of each rank takes: its logits in two blocks, its x in three, its dx in fp32 in two."""
+    return 2 * n_vocab * itemsize + ranks * hidden * (3 * itemsize + 2 * 4)
 
 
 def block_tokens(most: int, n_vocab: int, hidden: int, ranks: int, itemsize: int, chunk_bytes: int) -> int:
-    """T: so many that a block takes about `chunk_bytes`."""
+    """T: so many that the blocks which are there at a time take about `chunk_bytes`."""
     return side(max(most, 1), chunk_bytes // block_bytes(n_vocab, hidden, ranks, itemsize), ranks)
 
 
 class _Tokens:
-    """The tokens of all ranks, block after block."""
+    """The tokens of all ranks, block after block; the first is on its way at once."""
 
-    def __init__(self, shard: VocabShard, x: Tensor, labels: Tensor, block: int) -> None:
-        self.shard, self.x, self.labels, self.block = shard, x, labels, block
-        self.most = labels.shape[1]
+    def __init__(self, shard: VocabShard, x: Tensor, most: int, block: int) -> None:
+        self.shard, self.x, self.most, self.block = shard, x, most, block
+        self.places = [slice(start, min(start + block, most)) for start in range(0, most, block)]
+        self._coming: Flight | None = None
+        self.start(0)
 
-    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(place among each rank's tokens, x [W * T, H], labels [W * T])"""
-        places = [slice(start, min(start + self.block, self.most)) for start in range(0, self.most, self.block)]
-        coming = self._start(places[0]) if places else None
-        for i, place in enumerate(places):
-            x = coming.land().view(-1, self.x.shape[1])
-            coming = self._start(places[i + 1]) if i + 1 < len(places) else None
-            yield place, x, self.labels[:, place].reshape(-1)
+    def start(self, i: int) -> None:
+        """Have block i on its way, if there is one."""
+        if i < len(self.places):
+            place = self.places[i]
+            # zeros, since what nobody wrote may be NaN, and 0 * NaN would go into dw
+            self._coming = self.shard.gather(padded(self.x[place], place.stop - place.start, 0.0))
 
-    def _start(self, place: slice) -> Flight:
-        # zeros, since what nobody wrote may be NaN, and 0 * NaN would go into dw
-        return self.shard.gather(padded(self.x[place], place.stop - place.start, 0.0))
+    def land(self) -> Tensor:
+        """x [W * T, H] of the block that was started last."""
+        coming, self._coming = self._coming, None
+        return coming.land().view(-1, self.x.shape[1])
+
+
+class _Labels:
+    """The labels of all ranks [W, most], on their way until they are asked for, and what follows from them."""
+
+    def __init__(self, shard: VocabShard, mine: Tensor, most: int, options: LossOptions) -> None:
+        self._flight = shard.gather(padded(mine, most, options.ignore_index))
+        self._ignored = options.ignore_index
+
+    @cached_property
+    def all(self) -> Tensor:
+        return self._flight.land()
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """[W]: tokens that count."""
+        return (self.all != self._ignored).sum(1)
+
+    def weights(self, guess: str | None, x: Tensor) -> Tensor:
+        """[W]: what a loss of each rank's tokens weighs, up to one factor for all, and at most `FP16_HEADROOM`."""
+        counts = self.counts.clamp_min(1).to(wide(x))
+        weights = counts.min() / counts if guess == "mean" else torch.ones_like(counts)
+        return weights * FP16_HEADROOM if x.dtype == torch.float16 else weights
 
 
 def padded(mine: Tensor, n: int, value: float) -> Tensor:
@@ -273,19 +246,19 @@ class StationaryFunction(torch.autograd.Function):
         guess: str | None,
     ) -> Tensor:
         most = shard.most(x.shape[0])
-        everyones = shard.gather(padded(labels, most, options.ignore_index)).land()
         block = block_tokens(most, *shard.shape, shard.ranks, x.element_size(), chunk_bytes)
-        tokens = _Tokens(shard, x, everyones, block)
-        counts = (everyones != options.ignore_index).sum(1)
-        weights = _weights(counts, guess, x)
+        tokens = _Tokens(shard, x, most, block)
+        everyones = _Labels(shard, labels, most, options)
         loss = x.new_empty(x.shape[0], dtype=wide(x))
         lse = x.new_empty(2, shard.ranks, most, dtype=wide(x))
         rows = _Rows(shard, x, bias)
         made = None
         if guess is not None:
             made = _Gradients(shard, rows, x, bias, ctx.needs_input_grad[:3])
-        _walk(tokens, rows, options, lse, loss=loss, upstream=weights[:, None].expand(-1, most), gradients=made)
-        ctx.save_for_backward(x, bias, everyones, lse, counts, weights)
+        weights = cache(lambda: everyones.weights(guess, x))
+        upstream = lambda: weights()[:, None].expand(-1, most)  # noqa: E731
+        _Walk(tokens, rows, options, lambda: everyones.all, lse, upstream, made).forward(loss)
+        ctx.save_for_backward(x, bias, everyones.all, lse, everyones.counts, weights())
         ctx.shard, ctx.options, ctx.block, ctx.made = shard, options, block, made
         return loss
 
@@ -294,17 +267,25 @@ class StationaryFunction(torch.autograd.Function):
     def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, ...]:
         x, bias, labels, lse, counts, weights = ctx.saved_tensors
         shard, (made, ctx.made) = ctx.shard, (ctx.made, None)
-        factor = None if made is None else _common_factor(shard, dloss, weights, counts)
-        if factor is None:
+        factor = None
+        if made is not None:
+            common = _common_factor(shard, dloss, weights, counts)
+            told = OnItsWay(common)
+            if made.dw is not None:
+                # the GPU has this to do while the host waits; nothing is added where there is no such factor
+                made.dw.give(common.masked_fill(common.isnan(), 0.0))
+            factor = told.read()
+        if factor is None or math.isnan(factor):
             # the next loss is weighted like this one
             shard.guesses = made is None and shard.guesses
             made = None  # frees its memory
             rows = _Rows(shard, x, bias)
             made, factor = _Gradients(shard, rows, x, bias, ctx.needs_input_grad[:3]), 1.0
             upstream = shard.gather(padded(dloss, labels.shape[1], 0.0)).land()
-            _walk(_Tokens(shard, x, labels, ctx.block), rows, ctx.options, lse, upstream=upstream, gradients=made)
-        if made.dw is not None:
-            made.dw.give(factor)
+            tokens = _Tokens(shard, x, labels.shape[1], ctx.block)
+            _Walk(tokens, rows, ctx.options, lambda: labels, lse, lambda: upstream, made).backward()
+            if made.dw is not None:
+                made.dw.give(1.0)
         return (
             None if made.dx is None else made.dx.mul_(factor),
             None,
@@ -313,57 +294,115 @@ class StationaryFunction(torch.autograd.Function):
         )  # fmt: skip
 
 
-def _walk(
-    tokens: _Tokens,
-    rows: _Rows,
-    options: LossOptions,
-    lse: Tensor,  # [2, W, most]
-    *,
-    upstream: Tensor,  # [W, most]
-    gradients: _Gradients | None,
-    loss: Tensor | None = None,  # [M]; where given, it and lse are written, else lse is read
-) -> None:
-    shard, x = tokens.shard, tokens.x
-    kernels = runs_kernels(x)
-    softmax_fwd, softmax_bwd = (
-        (cross_entropy_fwd, cross_entropy_bwd) if kernels else (cross_entropy_fwd_torch, cross_entropy_bwd_torch)
-    )
-    slab = {"n_vocab": shard.shape[0], "first_id": shard.first_id}
-    room = x.new_empty(tile_elements(shard.ranks * min(tokens.block, tokens.most), shard.n_rows))
-    for place, block, labels in tokens:
-        n = block.shape[0]
-        z = tile(room, n, shard.n_rows)
-        rows.logits(z, block)
-        if loss is None:
-            block_lse = lse[:, :, place].reshape(2, n)
-        else:
-            part = lse.new_empty(3, n)
-            softmax_fwd(z, labels, part[0], part[1:], options, **slab, is_first=True, is_last=False)
-            everyones = shard.gather(part).land()
-            block_loss, block_lse = lse.new_empty(n), lse.new_empty(2, n)
-            (merge if kernels else merge_torch)(everyones, labels, block_loss, block_lse, options)
-            mine = loss[place]
-            mine.copy_(block_loss.view(shard.ranks, -1)[shard.rank, : mine.shape[0]])
-            lse[:, :, place] = block_lse.view(2, shard.ranks, -1)
-        if gradients is not None:
-            dz = z  # in place: nobody else has it
-            softmax_bwd(upstream[:, place].reshape(n), z, labels, block_lse, dz, options, **slab)
-            gradients.add(place, dz, block)
-    if gradients is not None:
-        gradients.finish()
+class _Walk:
+    """One pass over the tokens of all ranks."""
+
+    def __init__(
+        self,
+        tokens: _Tokens,
+        rows: _Rows,
+        options: LossOptions,
+        labels: Callable[[], Tensor],  # [W, most]
+        lse: Tensor,  # [2, W, most], written in a forward, read in a backward
+        upstream: Callable[[], Tensor],  # [W, most]
+        gradients: _Gradients | None,
+    ) -> None:
+        self.tokens, self.rows, self.options, self.lse = tokens, rows, options, lse
+        # asked for when the first logits are under way, which don't need them
+        self.labels, self.upstream = labels, upstream
+        self.gradients = gradients
+        self.shard = tokens.shard
+        self.kernels = runs_kernels(tokens.x)
+        self.columns = {"n_vocab": self.shard.shape[0], "first_id": self.shard.first_id}
+
+    def forward(self, loss: Tensor) -> None:
+        """Loss [M] and lse; gradients if they are wanted.
+
+        The numbers of a block travel while the block before is finished, so nobody waits for them: two blocks of logits
+        are there at a time.
+        """
+        rooms = [self._room() for _ in range(min(2, len(self.tokens.places)))]
+        softmax = cross_entropy_fwd if self.kernels else cross_entropy_fwd_torch
+        before: tuple[slice, Tensor, Tensor, Flight] | None = None
+        for i, place in enumerate(self.tokens.places):
+            x = self.tokens.land()
+            z = self._logits(rooms[i % 2], x)
+            part = self.lse.new_empty(3, x.shape[0])
+            labels = self._labels(place)
+            softmax(z, labels, part[0], part[1:], self.options, **self.columns, is_first=True, is_last=False)
+            flight = self.shard.gather(part)
+            # behind those numbers, which are waited for sooner
+            self.tokens.start(i + 1)
+            if before is not None:
+                self._finish(loss, *before)
+            before = place, z, x, flight
+        if before is not None:
+            self._finish(loss, *before)
+        if self.gradients is not None:
+            self.gradients.finish()
+
+    def backward(self) -> None:
+        """Gradients, from the lse that a forward has left."""
+        room = self._room()
+        for i, place in enumerate(self.tokens.places):
+            x = self.tokens.land()
+            self.tokens.start(i + 1)
+            self._add(place, self._logits(room, x), x)
+        self.gradients.finish()
+
+    def _room(self) -> Tensor:
+        tokens = self.tokens
+        n = self.shard.ranks * min(tokens.block, tokens.most)
+        return tokens.x.new_empty(tile_elements(n, self.shard.n_rows))
+
+    def _logits(self, room: Tensor, x: Tensor) -> Tensor:
+        z = tile(room, x.shape[0], self.shard.n_rows)
+        self.rows.logits(z, x)
+        return z
+
+    def _labels(self, place: slice) -> Tensor:
+        return self.labels()[:, place].reshape(-1)
+
+    def _finish(self, loss: Tensor, place: slice, z: Tensor, x: Tensor, flight: Flight) -> None:
+        """Loss and lse of a block, from all ranks' numbers, and what it adds to the gradients."""
+        everyones, n = flight.land(), x.shape[0]
+        block_loss, block_lse = self.lse.new_empty(n), self.lse.new_empty(2, n)
+        (merge if self.kernels else merge_torch)(everyones, self._labels(place), block_loss, block_lse, self.options)
+        mine = loss[place]
+        mine.copy_(block_loss.view(self.shard.ranks, -1)[self.shard.rank, : mine.shape[0]])
+        self.lse[:, :, place] = block_lse.view(2, self.shard.ranks, -1)
+        if self.gradients is not None:
+            self._add(place, z, x)
+
+    def _add(self, place: slice, z: Tensor, x: Tensor) -> None:
+        softmax = cross_entropy_bwd if self.kernels else cross_entropy_bwd_torch
+        upstream, lse = self.upstream()[:, place].reshape(-1), self.lse[:, :, place].reshape(2, -1)
+        # in place: nobody else has the logits
+        softmax(upstream, z, self._labels(place), lse, z, self.options, **self.columns)
+        self.gradients.add(place, z, x)
 
 
-def _weights(counts: Tensor, guess: str | None, x: Tensor) -> Tensor:
-    """[W]: what a loss of each rank's tokens weighs, up to one factor for all, and at most `FP16_HEADROOM`."""
-    counts = counts.clamp_min(1).to(wide(x))
-    weights = counts.min() / counts if guess == "mean" else torch.ones_like(counts)
-    return weights * FP16_HEADROOM if x.dtype == torch.float16 else weights
+class OnItsWay:
+    """A number of the device that the host is going to read; the device goes on with what it is given meanwhile."""
+
+    def __init__(self, number: Tensor) -> None:
+        # into pinned memory
+        self._number = number.to("cpu", non_blocking=True)
+        self._there = None
+        if number.device.type != "cpu":
+            self._there = torch.get_device_module(number.device).Event()
+            self._there.record()
+
+    def read(self) -> float:
+        if self._there is not None:
+            self._there.synchronize()
+        return self._number.item()
 
 
-def _common_factor(shard: VocabShard, dloss: Tensor, weights: Tensor, counts: Tensor) -> float | None:
+def _common_factor(shard: VocabShard, dloss: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
     """The number that upstream gradients are of the weights the forward took, the same for all tokens of all ranks.
 
-    None, on every rank, if there is none. The host waits for the GPU here, once.
+    NaN, on every rank, if there is none.
     """
     # a sum's backward expands one number: other strides mean numbers that may differ
     if dloss.numel() == 0:
@@ -372,11 +411,9 @@ def _common_factor(shard: VocabShard, dloss: Tensor, weights: Tensor, counts: Te
         ratio = dloss[0] / weights[shard.rank]
     else:
         ratio = dloss.new_full((), float("nan"))
-    told = torch.stack([ratio, (counts[shard.rank] > 0).to(ratio.dtype)])
+    ratios = shard.gather(ratio).land()
     # ranks all of whose tokens are ignored have zeros, whatever their number is
-    ratios = [ratio for ratio, counts in shard.gather(told).land().tolist() if counts]
-    if not ratios:
-        return 0.0
-    first = ratios[0]
-    same = all(ratio == first or abs(ratio - first) <= SAME * abs(first) for ratio in ratios)
-    return first if same else None
+    has = counts > 0
+    first = ratios[has.int().argmax()]
+    same = (ratios == first) | ((ratios - first).abs() <= SAME * first.abs()) | ~has
+    return torch.where(has.any(), torch.where(same.all(), first, float("nan")), 0.0)

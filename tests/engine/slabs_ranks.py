@@ -100,7 +100,8 @@ def rows_of(slabs: ZeroSlabs) -> tuple[list[int], torch.Tensor]:
     """All ids in the order of the slabs, and their rows."""
     ids, rows = [], []
     for k in range(len(slabs)):
-        part, where = slabs.gather(k)
+        slabs.prefetch(k)
+        part, (_, where) = slabs.gather(k), slabs.places(k)
         ids += list(range(where, where + len(part))) if isinstance(where, int) else where.tolist()
         rows.append(part.clone())
     return ids, torch.cat(rows)

@@ -221,7 +221,12 @@ def test_autocast(cut, where):
 
 
 class ThreeSlabs:
-    """The weight as ZeRO-3 might bring it: rows in another order, in uneven parts, gone when the next part comes."""
+    """The weight as ZeRO-3 might bring it: rows in another order, in uneven parts, gone when the next part is here.
+
+    As on two ranks of which the other one has no tokens: the mean is half of this one's gradient, `owner` gets all.
+    """
+
+    share = 0.5
 
     def __init__(self, weight: Tensor, requires_grad: bool = True) -> None:
         order = torch.randperm(len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device)
@@ -229,24 +234,33 @@ class ThreeSlabs:
         self.weight, self.ids = weight.detach(), torch.tensor_split(order, [9, 20])
         self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
         self.slab_rows, self.requires_grad = max(len(ids) for ids in self.ids), requires_grad
-        self.grad, self.calls, self.rows = torch.full_like(self.weight, float("nan")), [], None
+        self.grad, self.calls = torch.full_like(self.weight, float("nan")), []
+        self.rows, self.coming = None, None
 
     def __len__(self) -> int:
         return 3
 
-    def gather(self, k: int) -> tuple[Tensor, Tensor]:
+    def places(self, k: int) -> tuple[int, Tensor]:
+        return len(self.ids[k]), self.ids[k]
+
+    def prefetch(self, k: int) -> None:
+        self.calls.append(f"prefetch {k}")
+        self.coming = k, self.weight[self.ids[k]]
+
+    def gather(self, k: int) -> Tensor:
         self.calls.append(f"gather {k}")
         if self.rows is not None:
             self.rows.fill_(float("nan"))
-        self.rows = self.weight[self.ids[k]]
-        return self.rows, self.ids[k]
+        (coming, self.rows), self.coming = self.coming, None
+        assert coming == k
+        return self.rows
 
     def gradient(self, k: int) -> Tensor:
-        return torch.full_like(self.rows, float("nan"))
+        return torch.full_like(self.weight[self.ids[k]], float("nan"))
 
     def scatter(self, k: int, dw: Tensor) -> None:
         self.calls.append(f"scatter {k}")
-        self.grad[self.ids[k]] = dw
+        self.grad[self.ids[k]] = dw / self.share
 
     def finish(self) -> None:
         self.calls.append("finish")
@@ -279,9 +293,10 @@ def test_slabs_are_called_in_an_order_that_no_token_changes(n_tokens, where):
     slabs = ThreeSlabs(weight)
     loss = linear_cross_entropy(x[:n_tokens], slabs, labels[:n_tokens], reduction="sum")
     loss.backward()
-    gathers = ["gather 0", "gather 1", "gather 2"]
-    backward = [call for k in range(3) for call in (f"gather {k}", f"scatter {k}")]
-    assert slabs.calls == [*gathers, *backward, "finish"]
+    forward = ["prefetch 0", "gather 0", "prefetch 1", "gather 1", "prefetch 2", "gather 2"]
+    # with the rows that it still has, and back
+    backward = ["prefetch 1", "scatter 2", "gather 1", "prefetch 0", "scatter 1", "gather 0", "scatter 0", "finish"]
+    assert slabs.calls == [*forward, *backward]
     assert slabs.grad.isfinite().all()
 
 

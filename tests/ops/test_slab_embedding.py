@@ -22,9 +22,6 @@ class Shuffled(WholeWeight):
         rows, start = super().places(k)
         return rows, self.order[start : start + rows]
 
-    def gather(self, k: int) -> tuple[Tensor, Tensor]:
-        return super().gather(k)[0], self.places(k)[1]
-
 
 @pytest.mark.parametrize("slab_rows", [1, 4, 13, 50])
 @pytest.mark.parametrize("kind", [WholeWeight, Shuffled])
