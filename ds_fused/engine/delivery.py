@@ -35,12 +35,10 @@ class Place(NamedTuple):
     kept: Tensor  # [P]
     adds: bool  # to what is there, or writes over it
 
-    def put(self, where: slice, part: Tensor, factor: float | Tensor = 1.0) -> None:
+    def put(self, where: slice, part: Tensor, factor: float = 1.0) -> None:
         kept = self.kept[where]
         if not self.adds:
             torch.mul(part, factor, out=kept)
-        elif isinstance(factor, Tensor):
-            torch.addcmul(kept, part, factor, out=kept)
         else:
             kept.add_(part.to(kept.dtype) if factor == 1.0 else part, alpha=factor)
 

@@ -100,10 +100,10 @@ class OwnGradient:
         self._all[end:] = 0
         self.rows = self._all[begin:end].view(-1, shards.hidden)
 
-    def give(self, factor: float | Tensor) -> None:
+    def give(self, factor: float) -> None:
         shard, shards = self._shard, self._shard.shards
         # the mean over ranks, as of any gradient
-        factor = factor / shard.ranks
+        factor /= shard.ranks
         partition = self._all[: shards.size]
         if shards.splits_rows:
             begin = shards.start(shard.rank)

@@ -2,15 +2,18 @@
 
 Each rank multiplies the tokens of all ranks with its own vocabulary rows, block of tokens after block:
 
-    x [W * T, H]    from all ranks (all-gather, while the block before is worked on)
+    x [W * T, H]    from all ranks                           (all-gather)
     z [W * T, n]  = x @ rows.T, its softmax pass over n columns
-    lse, loss       from the W parts of each token           (all-gather of 3 numbers a token, merged by every rank,
-                                                             while the block before goes through what follows)
+    lse, loss       from the W parts of each token           (all-gather of 3 numbers a token; merged by every rank)
     dz              over z, in place
-    dx            = sum over ranks of dz @ rows              (reduce-scatter, in fp32, while dw is computed)
+    dx            = sum over ranks of dz @ rows              (reduce-scatter, in fp32)
     dw           += dz.T @ x                                 fp32, of these rows alone: nothing to reduce
 
-So logits exist for two blocks, and each is computed once (6 MHV FLOPs), if gradients are made in the forward. They are
+A product takes all multiprocessors of a GPU; a collective that is under way when it starts delays it by all its time,
+and one that is ready meanwhile waits for its end. The softmax passes leave room. So that is where collectives run: dx
+of the block before beside the first pass, x of the next block beside the second.
+
+Logits exist for one block, and each is computed once (6 MHV FLOPs), if gradients are made in the forward. They are
 linear in the upstream gradient, but dw only in one that all tokens share, up to what the forward knows (1 / count for
 a mean). That is so for any loss that is a mean or a sum, and the backward asks all ranks whether it was. Where not
 (weights of tokens or of ranks), it makes the gradients again with the right ones, 12 MHV, and from then on in the
@@ -23,7 +26,6 @@ Sizes: M tokens of this rank, W ranks, T tokens of a rank in a block, H hidden, 
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cache, cached_property
@@ -58,8 +60,8 @@ class ShardGradient(Protocol):
 
     rows: Tensor  # [n, H] fp32, for the op to write
 
-    def give(self, factor: float | Tensor) -> None:
-        """``factor * rows`` is a part of the sum over all tokens of all ranks; a tensor: a number on the device."""
+    def give(self, factor: float) -> None:
+        """``factor * rows``, summed over all tokens of all ranks, is complete."""
         ...
 
 
@@ -102,12 +104,12 @@ class VocabShard(ABC):
 
 
 def block_bytes(n_vocab: int, hidden: int, ranks: int, itemsize: int) -> int:
-    """What a token of each rank takes: its logits in two blocks, its x in three, its dx in fp32 in two."""
-    return 2 * n_vocab * itemsize + ranks * hidden * (3 * itemsize + 2 * 4)
+    """What a token of each rank takes of a block: its logits, two of its x, two of its dx in fp32."""
+    return n_vocab * itemsize + ranks * hidden * (2 * itemsize + 2 * 4)
 
 
 def block_tokens(most: int, n_vocab: int, hidden: int, ranks: int, itemsize: int, chunk_bytes: int) -> int:
-    """T: so many that the blocks which are there at a time take about `chunk_bytes`."""
+    """T: so many that a block takes about `chunk_bytes`."""
     return side(max(most, 1), chunk_bytes // block_bytes(n_vocab, hidden, ranks, itemsize), ranks)
 
 
@@ -199,6 +201,7 @@ class _Gradients:
         self.dw = shard.gradient() if wants[1] else None
         # zeros for the rows of other ranks: the mean over ranks, as of any parameter, puts the parts together
         self.dbias = torch.zeros_like(bias, dtype=wide(x)) if wants[2] else None
+        self._ready: tuple[slice, Tensor] | None = None
         self._leaving: tuple[slice, Flight] | None = None
         self._begun = False
 
@@ -206,15 +209,22 @@ class _Gradients:
         if self.dx is not None:
             part = torch.empty_like(x, dtype=wide(x))
             self.rows.back(part, dz)
-            self._land()
-            self._leaving = (place, self.shard.reduce_scatter(part.view(self.shard.ranks, -1, x.shape[1])))
+            self._ready = place, part.view(self.shard.ranks, -1, x.shape[1])
         if self.dw is not None:
             product(self.dw.rows, dz.t(), x, add=self._begun)
         if self.dbias is not None:
             self.dbias[self.rows.ids] += dz.sum(0, dtype=self.dbias.dtype)
         self._begun = True
 
+    def send(self) -> None:
+        """Start the reduce-scatter of the block that was added last, and take in what the one before has brought."""
+        if self._ready is not None:
+            (place, parts), self._ready = self._ready, None
+            self._land()
+            self._leaving = (place, self.shard.reduce_scatter(parts))
+
     def finish(self) -> None:
+        self.send()
         self._land()
         if self.dw is not None and not self._begun:
             self.dw.rows.zero_()
@@ -257,7 +267,7 @@ class StationaryFunction(torch.autograd.Function):
             made = _Gradients(shard, rows, x, bias, ctx.needs_input_grad[:3])
         weights = cache(lambda: everyones.weights(guess, x))
         upstream = lambda: weights()[:, None].expand(-1, most)  # noqa: E731
-        _Walk(tokens, rows, options, lambda: everyones.all, lse, upstream, made).forward(loss)
+        _Walk(tokens, rows, options, lambda: everyones.all, lse, upstream, made)(loss)
         ctx.save_for_backward(x, bias, everyones.all, lse, everyones.counts, weights())
         ctx.shard, ctx.options, ctx.block, ctx.made = shard, options, block, made
         return loss
@@ -267,15 +277,8 @@ class StationaryFunction(torch.autograd.Function):
     def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, ...]:
         x, bias, labels, lse, counts, weights = ctx.saved_tensors
         shard, (made, ctx.made) = ctx.shard, (ctx.made, None)
-        factor = None
-        if made is not None:
-            common = _common_factor(shard, dloss, weights, counts)
-            told = OnItsWay(common)
-            if made.dw is not None:
-                # the GPU has this to do while the host waits; nothing is added where there is no such factor
-                made.dw.give(common.masked_fill(common.isnan(), 0.0))
-            factor = told.read()
-        if factor is None or math.isnan(factor):
+        factor = None if made is None else _common_factor(shard, dloss, weights, counts)
+        if factor is None:
             # the next loss is weighted like this one
             shard.guesses = made is None and shard.guesses
             made = None  # frees its memory
@@ -283,9 +286,9 @@ class StationaryFunction(torch.autograd.Function):
             made, factor = _Gradients(shard, rows, x, bias, ctx.needs_input_grad[:3]), 1.0
             upstream = shard.gather(padded(dloss, labels.shape[1], 0.0)).land()
             tokens = _Tokens(shard, x, labels.shape[1], ctx.block)
-            _Walk(tokens, rows, ctx.options, lambda: labels, lse, lambda: upstream, made).backward()
-            if made.dw is not None:
-                made.dw.give(1.0)
+            _Walk(tokens, rows, ctx.options, lambda: labels, lse, lambda: upstream, made)()
+        if made.dw is not None:
+            made.dw.give(factor)
         return (
             None if made.dx is None else made.dx.mul_(factor),
             None,
@@ -315,94 +318,55 @@ class _Walk:
         self.kernels = runs_kernels(tokens.x)
         self.columns = {"n_vocab": self.shard.shape[0], "first_id": self.shard.first_id}
 
-    def forward(self, loss: Tensor) -> None:
-        """Loss [M] and lse; gradients if they are wanted.
-
-        The numbers of a block travel while the block before is finished, so nobody waits for them: two blocks of logits
-        are there at a time.
-        """
-        rooms = [self._room() for _ in range(min(2, len(self.tokens.places)))]
-        softmax = cross_entropy_fwd if self.kernels else cross_entropy_fwd_torch
-        before: tuple[slice, Tensor, Tensor, Flight] | None = None
-        for i, place in enumerate(self.tokens.places):
-            x = self.tokens.land()
-            z = self._logits(rooms[i % 2], x)
-            part = self.lse.new_empty(3, x.shape[0])
-            labels = self._labels(place)
-            softmax(z, labels, part[0], part[1:], self.options, **self.columns, is_first=True, is_last=False)
-            flight = self.shard.gather(part)
+    def __call__(self, loss: Tensor | None = None) -> None:
+        """``loss`` [M]: where given, it and lse are written, else lse is read. Gradients if they are wanted."""
+        tokens, gradients = self.tokens, self.gradients
+        most = self.shard.ranks * min(tokens.block, tokens.most)
+        room = tokens.x.new_empty(tile_elements(most, self.shard.n_rows))
+        for i, place in enumerate(tokens.places):
+            x = tokens.land()
+            z = tile(room, x.shape[0], self.shard.n_rows)
+            self.rows.logits(z, x)
+            if gradients is not None:
+                gradients.send()
+            labels = self.labels()[:, place].reshape(-1)
+            coming = None if loss is None else self.shard.gather(self._numbers(z, labels))
             # behind those numbers, which are waited for sooner
-            self.tokens.start(i + 1)
-            if before is not None:
-                self._finish(loss, *before)
-            before = place, z, x, flight
-        if before is not None:
-            self._finish(loss, *before)
-        if self.gradients is not None:
-            self.gradients.finish()
+            tokens.start(i + 1)
+            if coming is not None:
+                self._merge(coming.land(), place, labels, loss)
+            if gradients is not None:
+                # dz in place: nobody else has the logits
+                self._softmax_bwd(place, z, labels)
+                gradients.add(place, z, x)
+        if gradients is not None:
+            gradients.finish()
 
-    def backward(self) -> None:
-        """Gradients, from the lse that a forward has left."""
-        room = self._room()
-        for i, place in enumerate(self.tokens.places):
-            x = self.tokens.land()
-            self.tokens.start(i + 1)
-            self._add(place, self._logits(room, x), x)
-        self.gradients.finish()
+    def _numbers(self, z: Tensor, labels: Tensor) -> Tensor:
+        """[3, W * T]: what this rank's columns say of each token."""
+        softmax = cross_entropy_fwd if self.kernels else cross_entropy_fwd_torch
+        part = self.lse.new_empty(3, z.shape[0])
+        softmax(z, labels, part[0], part[1:], self.options, **self.columns, is_first=True, is_last=False)
+        return part
 
-    def _room(self) -> Tensor:
-        tokens = self.tokens
-        n = self.shard.ranks * min(tokens.block, tokens.most)
-        return tokens.x.new_empty(tile_elements(n, self.shard.n_rows))
-
-    def _logits(self, room: Tensor, x: Tensor) -> Tensor:
-        z = tile(room, x.shape[0], self.shard.n_rows)
-        self.rows.logits(z, x)
-        return z
-
-    def _labels(self, place: slice) -> Tensor:
-        return self.labels()[:, place].reshape(-1)
-
-    def _finish(self, loss: Tensor, place: slice, z: Tensor, x: Tensor, flight: Flight) -> None:
-        """Loss and lse of a block, from all ranks' numbers, and what it adds to the gradients."""
-        everyones, n = flight.land(), x.shape[0]
+    def _merge(self, parts: Tensor, place: slice, labels: Tensor, loss: Tensor) -> None:
+        n = labels.shape[0]
         block_loss, block_lse = self.lse.new_empty(n), self.lse.new_empty(2, n)
-        (merge if self.kernels else merge_torch)(everyones, self._labels(place), block_loss, block_lse, self.options)
+        (merge if self.kernels else merge_torch)(parts, labels, block_loss, block_lse, self.options)
         mine = loss[place]
         mine.copy_(block_loss.view(self.shard.ranks, -1)[self.shard.rank, : mine.shape[0]])
         self.lse[:, :, place] = block_lse.view(2, self.shard.ranks, -1)
-        if self.gradients is not None:
-            self._add(place, z, x)
 
-    def _add(self, place: slice, z: Tensor, x: Tensor) -> None:
+    def _softmax_bwd(self, place: slice, z: Tensor, labels: Tensor) -> None:
         softmax = cross_entropy_bwd if self.kernels else cross_entropy_bwd_torch
         upstream, lse = self.upstream()[:, place].reshape(-1), self.lse[:, :, place].reshape(2, -1)
-        # in place: nobody else has the logits
-        softmax(upstream, z, self._labels(place), lse, z, self.options, **self.columns)
-        self.gradients.add(place, z, x)
+        softmax(upstream, z, labels, lse, z, self.options, **self.columns)
 
 
-class OnItsWay:
-    """A number of the device that the host is going to read; the device goes on with what it is given meanwhile."""
-
-    def __init__(self, number: Tensor) -> None:
-        # into pinned memory
-        self._number = number.to("cpu", non_blocking=True)
-        self._there = None
-        if number.device.type != "cpu":
-            self._there = torch.get_device_module(number.device).Event()
-            self._there.record()
-
-    def read(self) -> float:
-        if self._there is not None:
-            self._there.synchronize()
-        return self._number.item()
-
-
-def _common_factor(shard: VocabShard, dloss: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+def _common_factor(shard: VocabShard, dloss: Tensor, weights: Tensor, counts: Tensor) -> float | None:
     """The number that upstream gradients are of the weights the forward took, the same for all tokens of all ranks.
 
-    NaN, on every rank, if there is none.
+    None, on every rank, if there is none. The host waits for the GPU here, once.
     """
     # a sum's backward expands one number: other strides mean numbers that may differ
     if dloss.numel() == 0:
@@ -411,9 +375,11 @@ def _common_factor(shard: VocabShard, dloss: Tensor, weights: Tensor, counts: Te
         ratio = dloss[0] / weights[shard.rank]
     else:
         ratio = dloss.new_full((), float("nan"))
-    ratios = shard.gather(ratio).land()
+    told = torch.stack([ratio, (counts[shard.rank] > 0).to(ratio.dtype)])
     # ranks all of whose tokens are ignored have zeros, whatever their number is
-    has = counts > 0
-    first = ratios[has.int().argmax()]
-    same = (ratios == first) | ((ratios - first).abs() <= SAME * first.abs()) | ~has
-    return torch.where(has.any(), torch.where(same.all(), first, float("nan")), 0.0)
+    ratios = [ratio for ratio, counts in shard.gather(told).land().tolist() if counts]
+    if not ratios:
+        return 0.0
+    first = ratios[0]
+    same = all(ratio == first or abs(ratio - first) <= SAME * abs(first) for ratio in ratios)
+    return first if same else None

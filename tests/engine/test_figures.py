@@ -9,7 +9,7 @@ import torch
 
 from ds_fused.engine.figures import Figures, Rates, chosen, of_stationary, of_stream
 
-V, H, W = 128256, 4096, 4
+V, H, W, SLAB = 128256, 4096, 4, 16384
 MB = 2**20
 # about those of an H100 and its NVLink
 RATES = Rates(flops=720e12, wire=200e9)
@@ -21,7 +21,7 @@ class Slabs(SimpleNamespace):
 
 
 def stream(most: int, keep_mb: int = 0, ranks: int = W, trained: bool = True) -> Figures:
-    slabs = Slabs(shape=(V, H), dtype=torch.bfloat16, slab_rows=16384, ranks=ranks, requires_grad=trained)
+    slabs = Slabs(shape=(V, H), dtype=torch.bfloat16, slab_rows=SLAB, ranks=ranks, requires_grad=trained)
     return of_stream(slabs, most, 512 * MB, keep_mb * MB, RATES)
 
 
@@ -32,9 +32,9 @@ def stationary(most: int, ranks: int = W, trained: bool = True, offloaded: bool 
 
 
 def test_bytes_on_the_wire():
-    # two gathers and a reduce-scatter of what the other three ranks have; whatever the tokens are
-    assert stream(8192).wire == stream(1).wire == 3 * V * H * 2 * 3 // 4
-    assert stream(8192, trained=False).wire == 2 * V * H * 2 * 3 // 4
+    # two gathers and a reduce-scatter of what the other three ranks have, but for one slab; whatever the tokens are
+    assert stream(8192).wire == stream(1).wire == (3 * V - SLAB) * H * 2 * 3 // 4
+    assert stream(8192, trained=False).wire == (2 * V - SLAB) * H * 2 * 3 // 4
     # x of three ranks, and their parts of dx in fp32; the rest is little
     assert stationary(8192).wire == pytest.approx(3 * 8192 * H * 6, rel=1e-2)
     assert stream(8192, ranks=1).wire == stationary(8192, ranks=1).wire == 0

@@ -29,7 +29,7 @@ SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 512,
     "intermediate_size": 1024,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
 }
@@ -71,6 +71,9 @@ def train(mode: str) -> dict:
         engine.step()
         # read at the end: the host is to run ahead, as in a real job
         losses.append(loss.detach())
+        if step % EARLY == 0 and dist.get_rank() == 0:
+            # where a run hangs, this says how far it came
+            print(f"{mode}: step {step}", flush=True)
         if step in (EARLY, STEPS):
             accelerator.synchronize()
             allocated[step] = accelerator.memory_allocated() - 512 * len(losses)
