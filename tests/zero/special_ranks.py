@@ -33,6 +33,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM, 
 import ds_fused
 from ds_fused.engine import zero3
 from ds_fused.ops import _tiles
+from ds_fused.policies import bodies
 
 CASES: dict[str, Callable[[], dict]] = {}
 
@@ -233,6 +234,23 @@ def refused(block: dict) -> dict:
 @case
 def ranks_decide_differently() -> dict:
     return refused({"rope": dist.get_rank() == 0})
+
+
+@case
+def one_rank_proves_a_difference() -> dict:
+    compare = bodies.compare
+
+    def differs(stock: Callable, fused: Callable, tensors: dict, *rest: object, **more: object) -> str | None:
+        # an RMSNorm, by its tensors
+        if dist.get_rank() == 1 and tensors.keys() == {"x", "weight"}:
+            return compare(stock, lambda given: fused(given) + 1, tensors, *rest, **more)
+        return compare(stock, fused, tensors, *rest, **more)
+
+    bodies.compare = differs
+    try:
+        return refused({})
+    finally:
+        bodies.compare = compare
 
 
 @case

@@ -40,6 +40,7 @@ CASES = (
     "logits_read_by_all",
     "logits_kept",
     "ranks_decide_differently",
+    "one_rank_proves_a_difference",
     "one_rank_misspells",
     "logits_read_by_one",
     "stream_frozen_trunk",
@@ -193,6 +194,15 @@ def test_ranks_decide_differently(ranks):
         assert kind == "RuntimeError"
         assert "rank 1" in message
         assert "rope" in message
+        assert result["stock_again"]
+
+
+def test_one_rank_proves_a_difference(ranks):
+    for result in ranks:
+        kind, message = result["refused"]
+        assert kind == "RuntimeError"
+        assert "rank 1 has" in message and "rank 0 has True" in message
+        assert "LlamaRMSNorm: its output differs by 1.0e+00, allowed" in message
         assert result["stock_again"]
 
 
