@@ -24,9 +24,8 @@ class Lookup:
     def __str__(self) -> str:
         if self._shard is None:
             return str(self._slabs)
-        return (
-            f"its rows stay on {self._slabs.ranks} ranks up to {self.turning_point} tokens a rank, {self._slabs} above"
-        )
+        ranks, most = self._slabs.ranks, self.turning_point
+        return f"its rows stay on {ranks} ranks up to {most} tokens a rank, {self._slabs} above"
 
     @property
     def turning_point(self) -> int:

@@ -37,12 +37,11 @@ class StationaryEmbeddingFunction(torch.autograd.Function):
         ctx, ids: Tensor, anchor: Tensor, shard: VocabShard, padding_idx: int | None, most: int, block_bytes: int
     ) -> Tensor:
         everyones = shard.gather(padded(ids, most, NOBODYS)).land()
-        column = everyones - shard.first_id
-        pieces = shard.rows()
+        row, pieces = everyones - shard.first_id, shard.rows()
         y = torch.empty(ids.shape[0], shard.shape[1], dtype=shard.dtype, device=ids.device)
         leaving: tuple[slice, Flight] | None = None
         for place in _blocks(most, shard.ranks * shard.shape[1] * shard.dtype.itemsize, block_bytes):
-            flight = shard.reduce_scatter(_rows_of(column[:, place], pieces))
+            flight = shard.reduce_scatter(_rows_of(row[:, place], pieces))
             if leaving is not None:
                 _land(*leaving, y)
             leaving = place, flight
@@ -57,25 +56,25 @@ class StationaryEmbeddingFunction(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[None, ...]:
         (ids,) = ctx.saved_tensors
         shard, most, n_rows = ctx.shard, ids.shape[1], ctx.shard.n_rows
-        column = (ids - shard.first_id).view(-1)
-        nobodys = (column < 0) | (column >= n_rows)
+        row = (ids - shard.first_id).view(-1)
+        nobodys = (row < 0) | (row >= n_rows)
         if ctx.padding_idx is not None:
             nobodys |= ids.view(-1) == ctx.padding_idx
         # tokens of other ranks go to one row more, which PyTorch leaves out
-        column = column.masked_fill(nobodys, n_rows)
+        row = row.masked_fill(nobodys, n_rows)
         dw = shard.gradient(_sum_dtype(shard.dtype))
-        # a column of dy of all ranks, or of what a rank has of dw; of a number that is the same on every rank
+        # of dy of all ranks, or of dw of a rank, by a number that is the same on all
         column_bytes = max(shard.ranks * most, -(-shard.shape[0] // shard.ranks)) * shard.dtype.itemsize
         blocks = _blocks(shard.shape[1], column_bytes, block_bytes=ctx.block_bytes)
         coming = _start(shard, dy, blocks[0], most)
-        for i, place in enumerate(blocks):
+        for i, columns in enumerate(blocks):
             part = coming.land().flatten(0, 1)
             if i + 1 < len(blocks):
                 coming = _start(shard, dy, blocks[i + 1], most)
             if dw.rows.dtype != part.dtype or not part.is_cuda:
                 # a CPU rounds at every addition
                 part = part.to(wide(part))
-            dw.rows[:, place] = torch.ops.aten.embedding_dense_backward(part, column, n_rows + 1, n_rows, False)[:-1]
+            dw.rows[:, columns] = torch.ops.aten.embedding_dense_backward(part, row, n_rows + 1, n_rows, False)[:-1]
         dw.give(1.0)
         return None, None, None, None, None, None
 
@@ -86,12 +85,12 @@ def _blocks(size: int, each: int, block_bytes: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _rows_of(column: Tensor, pieces: tuple[Tensor, ...]) -> Tensor:
-    """[W, T] -> [W, T, H]: a rank's rows, which come in pieces, for the tokens whose place among them is here."""
+def _rows_of(row: Tensor, pieces: tuple[Tensor, ...]) -> Tensor:
+    """[W, T] -> [W, T, H]: those of a rank's rows, which come in pieces; zeros for what is none of them."""
     first, hidden = 0, pieces[0].shape[1]
-    out = pieces[0].new_zeros(*column.shape, hidden)
+    out = pieces[0].new_zeros(*row.shape, hidden)
     for rows in pieces:
-        place = column - first
+        place = row - first
         here = ((place >= 0) & (place < rows.shape[0]))[..., None]
         # to count the tokens that are here would make the host wait
         torch.where(here, rows[place.clamp(0, rows.shape[0] - 1)], out, out=out)
@@ -104,8 +103,8 @@ def _land(place: slice, flight: Flight, y: Tensor) -> None:
     mine.copy_(rows[: mine.shape[0]])
 
 
-def _start(shard: VocabShard, dy: Tensor, place: slice, most: int) -> Flight:
-    return shard.gather(padded(dy[:, place], most, 0.0))
+def _start(shard: VocabShard, dy: Tensor, columns: slice, most: int) -> Flight:
+    return shard.gather(padded(dy[:, columns], most, 0.0))
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -123,9 +122,9 @@ def stationary_embedding(
 ) -> Tensor:
     """``F.embedding(ids, weight, padding_idx)``: ids [...] (int64, int32) in [0, V) -> [..., H] in the weight's dtype.
 
-    An id outside the vocabulary is an error: here on a CPU, on the device else. ``block_bytes``: about what is sent at
-    at a time. ``most``: the largest number of ids of any rank, if that is known. The collectives depend on it, on V, H, W
-    and ``block_bytes`` alone.
+    An id outside the vocabulary is an error: here on a CPU, on the device else. ``block_bytes``: about what travels at
+    a time. ``most``: the largest number of ids of any rank, where it is known. The collectives depend on it, on
+    V, H, W and ``block_bytes`` alone.
     """
     n_vocab, hidden = shard.shape
     flat = flat_ids("stationary_embedding", ids, n_vocab)
