@@ -64,16 +64,14 @@ class StationaryEmbeddingFunction(torch.autograd.Function):
         row = row.masked_fill(nobodys, n_rows)
         dw = shard.gradient(_sum_dtype(shard.dtype))
         # of dy of all ranks, or of dw of a rank, by a number that is the same on all
-        column_bytes = max(shard.ranks * most, -(-shard.shape[0] // shard.ranks)) * shard.dtype.itemsize
+        column_bytes = max(shard.ranks * most, -(-shard.shape[0] // shard.ranks)) * wide(dy).itemsize
         blocks = _blocks(shard.shape[1], column_bytes, block_bytes=ctx.block_bytes)
         coming = _start(shard, dy, blocks[0], most)
         for i, columns in enumerate(blocks):
-            part = coming.land().flatten(0, 1)
+            # wide: PyTorch rounds such a sum to its dtype on the way, on a CPU at each addition
+            part = coming.land().flatten(0, 1).to(wide(dy))
             if i + 1 < len(blocks):
                 coming = _start(shard, dy, blocks[i + 1], most)
-            if dw.rows.dtype != part.dtype or not part.is_cuda:
-                # a CPU rounds at every addition
-                part = part.to(wide(part))
             dw.rows[:, columns] = torch.ops.aten.embedding_dense_backward(part, row, n_rows + 1, n_rows, False)[:-1]
         dw.give(1.0)
         return None, None, None, None, None, None
