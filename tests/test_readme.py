@@ -50,7 +50,7 @@ def test_the_table_of_the_json_block_is_the_parser():
         "strict": "raise where a requested kind of layer is not in the model",
         "verify": "compare every replacement with the original before it is used",
         "report": "print on rank 0 what was replaced, and what was not and why",
-        "embedding": 'with a head in mode "stream": look up in slabs also those embeddings that are not tied to it',
+        "embedding": 'except in mode "gather": input embeddings not tied to the head are looked up like tied ones',
         "logits": 'after a fused loss, logits are computed when they are read ("defer") or in the forward ("keep")',
         "eval": 'whether an evaluation\'s loss is fused too ("defer") or left alone ("stock")',
     }

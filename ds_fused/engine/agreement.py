@@ -13,6 +13,8 @@ from importlib import metadata
 from torch import distributed as dist
 
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "ds-fused")
+# what a mapping has of this name is no decision, but what is said of one that differs
+WHY = "why"
 
 
 class Agreement:
@@ -83,11 +85,17 @@ def disagreement(everyone: list[Mapping[str, object]]) -> str | None:
 def _differences(a: object, b: object, path: str = "") -> Iterator[tuple[str, str, str]]:
     """(path, value in a, value in b) of every leaf in which two JSON values differ."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
-        for key in sorted({*a, *b}):
-            yield from _differences(a.get(key, "nothing"), b.get(key, "nothing"), f"{path}.{key}" if path else key)
+        for key in sorted({*a, *b} - {WHY}):
+            within = _differences(a.get(key, "nothing"), b.get(key, "nothing"), f"{path}.{key}" if path else key)
+            for item, here, there in within:
+                yield item, _with_reason(here, a), _with_reason(there, b)
     elif isinstance(a, list) and isinstance(b, list):
         for i in range(max(len(a), len(b))):
             ai, bi = (side[i] if i < len(side) else "nothing" for side in (a, b))
             yield from _differences(ai, bi, f"{path}[{i}]")
     elif a != b:
         yield path, repr(a), repr(b)
+
+
+def _with_reason(value: str, owner: Mapping) -> str:
+    return f"{value} ({owner[WHY]})" if owner.get(WHY) else value

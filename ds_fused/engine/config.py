@@ -25,7 +25,7 @@ SWITCHES = {
     "verify": True,
     # print on rank 0 what was replaced, and what was not and why
     "report": True,
-    # with a head in mode "stream": look up in slabs also those embeddings that are not tied to it
+    # except in mode "gather": input embeddings not tied to the head are looked up like tied ones
     "embedding": False,
 }
 # key -> what it may be, the default first
@@ -47,7 +47,7 @@ HEAD_OPTIONS: Mapping[str, Option] = MappingProxyType(
             '"stationary" it stays on its ranks, and the tokens travel; "auto" takes one of these two',
             ("auto", "stream", "stationary", "gather"),
         ),
-        "slab_mb": Option(int, 128, 'MiB of weight gathered at a time in mode "stream"'),
+        "slab_mb": Option(int, 128, 'MiB of weight gathered at a time in mode "stream", or of rows in a lookup'),
     }
 )
 KEYS = (*SWITCHES, *CHOICES, *OP_OPTIONS)

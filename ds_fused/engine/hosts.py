@@ -42,7 +42,7 @@ class Hosts:
         except RuntimeError as error:
             absent = [rank for rank, key in zip(self._ranks, keys, strict=True) if not self._store.check([key])]
             raise RuntimeError(
-                f"ds_fused: ranks {absent or 'that came late'} did not come to the loss of the head, where rank "
+                f"ds_fused: ranks {absent or 'that came late'} did not come to the loss or lookup in which rank "
                 f"{self._me} waits for them"
             ) from error
         if self._round:

@@ -19,6 +19,7 @@ from ds_fused.engine.agreement import first_of
 from ds_fused.engine.auto import Auto
 from ds_fused.engine.config import HEAD, OP_OPTIONS, Config
 from ds_fused.engine.delivery import Delivery
+from ds_fused.engine.lookup import Lookup
 from ds_fused.engine.shards import Shards
 from ds_fused.engine.stationary import ZeroShard
 from ds_fused.engine.zero_slabs import ZeroSlabs
@@ -40,11 +41,11 @@ log = logging.getLogger("ds_fused")
 
 @dataclass(eq=False)
 class EmbeddingClaim:
-    """An embedding whose table comes in slabs."""
+    """An embedding whose table is never whole."""
 
     module: nn.Embedding
     paths: tuple[str, ...]
-    slabs: ZeroSlabs
+    lookup: Lookup
     key: str = "embedding"
 
     @property
@@ -54,13 +55,13 @@ class EmbeddingClaim:
 
     @property
     def replacement(self) -> str:
-        return f"embedding; {self.slabs}"
+        return f"embedding; {self.lookup}"
 
     def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None  # rows are picked, not computed
 
     def commit(self) -> None:
-        swap(self.module, slab_embedding_of(type(self.module)), _ds_fused_slabs=self.slabs)
+        swap(self.module, slab_embedding_of(type(self.module)), _ds_fused_lookup=self.lookup)
 
     def restore(self) -> None:
         unswap(self.module)
@@ -115,8 +116,7 @@ class SlabMode:
         for path, module in self._tables(engine.module, [claim.site.head for claim in heads]):
             reason = self._why_gather(engine, module, why_not_looked_up(module))
             if reason is None:
-                slabs = ZeroSlabs(self._delivery(engine, module.weight), self._slab_bytes)
-                claim = EmbeddingClaim(module, (path,), slabs)
+                claim = EmbeddingClaim(module, (path,), self._lookup(self._delivery(engine, module.weight)))
                 claim.commit()
                 report.claims = (*report.claims, claim)
             else:
@@ -147,6 +147,11 @@ class SlabMode:
 
         options = {name: option.default for name, option in OP_OPTIONS[HEAD].items()} | dict(claim.options)
         return Auto(ZeroSlabs(delivery, self._slab_bytes), shard, options["chunk_mb"], options["keep_mb"], tell)
+
+    def _lookup(self, delivery: Delivery) -> Lookup:
+        # in mode "stream" collectives depend on the weight alone, here as in the head
+        shard = None if self._mode == "stream" else ZeroShard(delivery)
+        return Lookup(ZeroSlabs(delivery, self._slab_bytes), shard, self._slab_bytes)
 
     def _delivery(self, engine: DeepSpeedEngine, param: nn.Parameter) -> Delivery:
         # a head and an embedding that share a weight share it

@@ -1,9 +1,9 @@
-"""A weight under ZeRO-3 whose rows stay on their ranks: what linear_cross_entropy needs to send the tokens round.
+"""A weight under ZeRO-3 whose rows stay on their ranks: what a head's loss or a lookup needs to send the tokens round.
 
 A rank's rows are those that begin in its shard: neighbours, read where they lie. The last one may end on the next rank,
 which sends its piece before a forward and gets the gradient of it after a backward: one small all-gather each.
 
-The gradient needs no reduction: a rank sees all tokens, and it is written where its shard has the rows, in fp32.
+The gradient needs no reduction: a rank sees all tokens, and it is written where its shard has the rows.
 """
 
 from __future__ import annotations
@@ -83,19 +83,19 @@ class ZeroShard(VocabShard):
         work = dist.reduce_scatter_tensor(mine.view(-1), parts.view(-1), group=self.group, async_op=True)
         return Flight(work, mine)
 
-    def gradient(self) -> OwnGradient:
-        return OwnGradient(self)
+    def gradient(self, dtype: torch.dtype = torch.float32) -> OwnGradient:
+        return OwnGradient(self, dtype)
 
 
 class OwnGradient:
     """Room for this rank's part of the gradient, and behind it for what lies on the next rank."""
 
-    def __init__(self, shard: ZeroShard) -> None:
+    def __init__(self, shard: ZeroShard, dtype: torch.dtype) -> None:
         self._shard = shard
         shards, rank = shard.shards, shard.rank
         begin = shards.start(rank)
         end = begin + shard.n_rows * shards.hidden
-        self._all = torch.empty(max(end, shards.size), dtype=torch.float32, device=shard.device)
+        self._all = torch.empty(max(end, shards.size), dtype=dtype, device=shard.device)
         # padding at the end of the last shard takes part in norms
         self._all[end:] = 0
         self.rows = self._all[begin:end].view(-1, shards.hidden)

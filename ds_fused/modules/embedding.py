@@ -1,4 +1,4 @@
-"""Embeddings whose table comes in slabs."""
+"""Embeddings whose table is never whole."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_fused.ops.slab_embedding import slab_embedding
-from ds_fused.ops.slabs import WeightSlabs
-
 
 class SlabEmbedding:
     """Mix-in for an ``nn.Embedding`` under ZeRO-3, whose hooks would gather the whole table: they are left out."""
 
     padding_idx: int | None
-    _ds_fused_slabs: WeightSlabs
+    # (ids, padding_idx=...) -> rows
+    _ds_fused_lookup: Callable[..., Tensor]
 
     # collectives, and the exchange of hooks: nothing for a compiled graph
     @torch.compiler.disable
@@ -27,7 +25,7 @@ class SlabEmbedding:
         return past_hooks(self, "deepspeed", *args, **kwargs)
 
     def forward(self, input: Tensor) -> Tensor:
-        return slab_embedding(input, self._ds_fused_slabs, self.padding_idx)
+        return self._ds_fused_lookup(input, padding_idx=self.padding_idx)
 
 
 def slab_embedding_of(cls: type[nn.Embedding]) -> type | None:

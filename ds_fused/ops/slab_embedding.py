@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_fused.ops._ids import flat_ids
 from ds_fused.ops.slabs import WeightSlabs, columns_of
 
 
@@ -63,16 +64,7 @@ def slab_embedding(ids: Tensor, slabs: WeightSlabs, padding_idx: int | None = No
     An id outside the vocabulary is an error: here on a CPU, on the device else.
     """
     n_vocab, hidden = slabs.shape
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"slab_embedding: ids are {ids.dtype}; they must be int64 or int32")
-    flat = ids.reshape(-1).long()
-    legal = ((flat >= 0) & (flat < n_vocab)).all()
-    if flat.device.type == "cpu":
-        if not legal:
-            wrong = flat[(flat < 0) | (flat >= n_vocab)]
-            raise ValueError(f"slab_embedding: id {int(wrong[0])} lies outside [0, {n_vocab})")
-    else:
-        torch._assert_async(legal, f"slab_embedding: an id lies outside [0, {n_vocab})")
+    flat = flat_ids("slab_embedding", ids, n_vocab)
     anchor = torch.empty(0, dtype=slabs.dtype, device=ids.device, requires_grad=slabs.requires_grad)
     y = SlabEmbeddingFunction.apply(flat, anchor, slabs, padding_idx)
     return y.view(*ids.shape, hidden)

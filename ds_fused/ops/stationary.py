@@ -58,7 +58,7 @@ class Flight(Protocol):
 class ShardGradient(Protocol):
     """The gradient of a shard's rows on its way home."""
 
-    rows: Tensor  # [n, H] fp32, for the op to write
+    rows: Tensor  # [n, H] for the op to write
 
     def give(self, factor: float) -> None:
         """``factor * rows``, summed over all tokens of all ranks, is complete."""
@@ -99,7 +99,7 @@ class VocabShard(ABC):
         """[W, ...] -> [...]: the sum over ranks of the part that is this one's"""
 
     @abstractmethod
-    def gradient(self) -> ShardGradient:
+    def gradient(self, dtype: torch.dtype = torch.float32) -> ShardGradient:
         """Room for a gradient."""
 
 

@@ -261,7 +261,7 @@ def _all_matched(keys: Mapping[str, object], claims: Sequence[Claim], left: Sequ
 
 
 def _digest(planned: Plan, outcomes: Sequence[str | None]) -> dict[str, object]:
-    """The decisions, for comparison between ranks; by how much something differed is not among them."""
+    """The decisions, for comparison between ranks. By how much something differed is said with them, not compared."""
     claims = [
         {
             "key": c.key,
@@ -269,6 +269,7 @@ def _digest(planned: Plan, outcomes: Sequence[str | None]) -> dict[str, object]:
             "replacement": c.replacement,
             "paths": list(c.paths),
             "proven": outcome is None,
+            "why": None if outcome is None else f"{_short(c.original)}: {outcome}",
         }
         for c, outcome in zip(planned.claims, outcomes, strict=True)
     ]

@@ -51,6 +51,15 @@ def test_the_first_difference_is_named():
     assert "'nothing'" in disagreement([same, same | {"versions": {}}])
 
 
+def test_a_reason_is_said_and_not_compared():
+    def rank(proven, why):
+        return {"part": 0, "decisions": {"claims": [{"proven": proven, "why": why}]}}
+
+    assert disagreement([rank(False, "off by 1"), rank(False, "off by 2")]) is None
+    said = disagreement([rank(True, None), rank(False, "Norm: off by 2")])
+    assert said == "rank 1 has decisions.claims[0].proven = False (Norm: off by 2), rank 0 has True"
+
+
 def test_pipeline_stages_decide_for_themselves():
     def rank(part, *claims):
         return {"part": part, "decisions": {"claims": list(claims)}}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 
 from ds_fused.modules.embedding import SlabEmbedding, slab_embedding_of
 from ds_fused.modules.swap import swap, unswap
+from ds_fused.ops.slab_embedding import slab_embedding
 from ds_fused.ops.slabs import WholeWeight
 
 
@@ -28,7 +31,7 @@ def test_the_hooks_of_one_library_are_left_out():
     theirs.__module__ = "deepspeed.runtime.zero.parameter_offload"
     embedding.register_forward_hook(mine)
     handle = embedding.register_forward_pre_hook(theirs)
-    swap(embedding, SlabEmbedding, _ds_fused_slabs=WholeWeight(embedding.weight, 4))
+    swap(embedding, SlabEmbedding, _ds_fused_lookup=partial(slab_embedding, slabs=WholeWeight(embedding.weight, 4)))
     assert torch.equal(embedding(ids), wanted * 2)
     assert seen == ["mine"]
 
@@ -47,7 +50,7 @@ def test_a_forward_around_the_lookup_runs_on():
     ids = torch.tensor([[1, 2, 1, 0]])
     wanted, of_other = embedding(ids), other(ids)
     slabs = WholeWeight(embedding.weight, 4)
-    swap(embedding, slab_embedding_of(type(embedding)), _ds_fused_slabs=slabs)
+    swap(embedding, slab_embedding_of(type(embedding)), _ds_fused_lookup=partial(slab_embedding, slabs=slabs))
     assert torch.equal(embedding(ids), wanted)
     assert slab_embedding_of(type(other)) is slab_embedding_of(Gemma3TextScaledWordEmbedding)
     dy = torch.randn_like(wanted)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import pytest
 import torch
 from accuracy import as_accurate, randn
+from shards import Round, Shard, on_ranks
 from torch import Tensor
 
 from ds_fused.ops._loss import LossOptions
-from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from ds_fused.ops._merge import merge, merge_torch
-from ds_fused.ops.stationary import VocabShard, block_tokens
+from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from ds_fused.ops.stationary import block_tokens
 
 MB = 2**-20
 # blocks of 4 tokens; all in one
@@ -23,71 +23,6 @@ EVERYTHING = {"label_smoothing": 0.3, "z_loss": 0.02, "softcap": 5.0, "logit_sca
 
 pytestmark = pytest.mark.usefixtures("where")
 only_plain = pytest.mark.parametrize("where", ["plain"], indirect=True)
-
-
-class Landed:
-    def __init__(self, result: Tensor) -> None:
-        self.result = result
-
-    def land(self) -> Tensor:
-        return self.result
-
-
-class Round:
-    """Ranks that are threads: each shows what it has, then sees what all have."""
-
-    def __init__(self, ranks: int) -> None:
-        self.barrier = threading.Barrier(ranks, timeout=30)
-        self.shown: list = [None] * ranks
-
-    def __call__(self, rank: int, mine: object) -> list:
-        self.shown[rank] = mine
-        self.barrier.wait()
-        everyones = list(self.shown)
-        self.barrier.wait()
-        return everyones
-
-
-class Shard(VocabShard):
-    """Rows [first, end) of a weight; the last of them is a piece for itself. Its gradient goes into weight.grad."""
-
-    def __init__(self, weight: Tensor, first: int, end: int, rank: int = 0, all_ranks: Round | None = None) -> None:
-        self.weight, self.rank, self.round = weight, rank, all_ranks or Round(1)
-        self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
-        self.requires_grad = weight.requires_grad
-        self.ranks = len(self.round.shown)
-        self.first_id, self.n_rows = first, end - first
-        self.collectives: list[tuple[str, tuple[int, ...]]] = []
-
-    def rows(self) -> tuple[Tensor, ...]:
-        mine = self.weight.detach()[self.first_id : self.first_id + self.n_rows]
-        return mine[:-1], mine[-1:]
-
-    def most(self, n: int) -> int:
-        return max(self.round(self.rank, n))
-
-    def gather(self, mine: Tensor) -> Landed:
-        self.collectives.append(("gather", tuple(mine.shape)))
-        return Landed(torch.stack(self.round(self.rank, mine)))
-
-    def reduce_scatter(self, parts: Tensor) -> Landed:
-        self.collectives.append(("reduce_scatter", tuple(parts.shape)))
-        return Landed(torch.stack([part[self.rank] for part in self.round(self.rank, parts)]).sum(0))
-
-    def gradient(self) -> Gradient:
-        return Gradient(self)
-
-
-class Gradient:
-    def __init__(self, shard: Shard) -> None:
-        self.shard = shard
-        self.rows = torch.empty(shard.n_rows, shard.shape[1], dtype=torch.float32, device=shard.device)
-
-    def give(self, factor: float) -> None:
-        shard = self.shard
-        if shard.weight.grad is None:
-            shard.weight.grad = torch.zeros_like(shard.weight)
-        shard.weight.grad[shard.first_id : shard.first_id + shard.n_rows] = (factor * self.rows).to(shard.dtype)
 
 
 def ours(x, weight, labels, bias=None, **options):
@@ -186,30 +121,21 @@ def test_three_ranks(counts, upstream, where):
         labels[0][1:4] = -100
     shards = [Shard(weight, *ROWS[rank], rank, all_ranks) for rank in range(3)]
     weight.grad = torch.zeros_like(weight)
-    losses, problems = [None] * 3, []
+    losses = [None] * 3
 
     def rank_of(rank: int) -> None:
-        try:
-            how = upstream if upstream in ("mean", "sum") else "sum"
-            reduction = "none" if upstream == "token" else how
-            options = {"chunk_mb": MB, "reduction": reduction}
-            loss = linear_cross_entropy(xs[rank], shards[rank], labels[rank], **options)
-            if upstream == "token":
-                loss = UPSTREAM["token"](loss, rank)
-            else:
-                loss = {"mean": 3.0, "sum": 3.0, "rank": 1.0 + rank}[upstream] * loss
-            losses[rank] = loss.detach()
-            loss.backward()
-        except Exception as error:
-            problems.append(error)
-            all_ranks.barrier.abort()
+        how = upstream if upstream in ("mean", "sum") else "sum"
+        reduction = "none" if upstream == "token" else how
+        options = {"chunk_mb": MB, "reduction": reduction}
+        loss = linear_cross_entropy(xs[rank], shards[rank], labels[rank], **options)
+        if upstream == "token":
+            loss = UPSTREAM["token"](loss, rank)
+        else:
+            loss = {"mean": 3.0, "sum": 3.0, "rank": 1.0 + rank}[upstream] * loss
+        losses[rank] = loss.detach()
+        loss.backward()
 
-    threads = [threading.Thread(target=rank_of, args=(rank,)) for rank in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not problems, problems
+    on_ranks(all_ranks, rank_of)
 
     exact = weight.detach().double().requires_grad_()
     true_xs = [x.detach().double().requires_grad_() for x in xs]

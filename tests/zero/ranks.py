@@ -2,7 +2,7 @@
 
     ranks.py OUT CASE...
 
-OUT/CASE.pt holds {"stock": run, "fused": run}; a run is {"losses", "norms", "skipped", "weights", "states", ...} or {"error"}.
+OUT/CASE.pt holds {"stock": run, "fused": run}; a run is {"error"} or what `train` returns.
 """
 
 from __future__ import annotations

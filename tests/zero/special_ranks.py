@@ -17,6 +17,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -31,8 +32,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import ds_fused
-from ds_fused.engine import zero3
+from ds_fused.engine import lookup, zero3
 from ds_fused.ops import _tiles
+from ds_fused.policies import bodies
 
 CASES: dict[str, Callable[[], dict]] = {}
 
@@ -236,6 +238,23 @@ def ranks_decide_differently() -> dict:
 
 
 @case
+def one_rank_proves_a_difference() -> dict:
+    compare = bodies.compare
+
+    def differs(stock: Callable, fused: Callable, tensors: dict, *rest: object, **more: object) -> str | None:
+        # an RMSNorm, by its tensors
+        if dist.get_rank() == 1 and tensors.keys() == {"x", "weight"}:
+            return compare(stock, lambda given: fused(given) + 1, tensors, *rest, **more)
+        return compare(stock, fused, tensors, *rest, **more)
+
+    bodies.compare = differs
+    try:
+        return refused({})
+    finally:
+        bodies.compare = compare
+
+
+@case
 def one_rank_misspells() -> dict:
     return refused({"rope": True} if dist.get_rank() == 0 else {"ropes": True})
 
@@ -356,6 +375,14 @@ def stream_offload() -> dict:
     offload = {"device": "cpu"}
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "offload_optimizer": offload, "offload_param": offload}
     return streamed(zero_optimization=zero, zero_force_ds_cpu_optimizer=False)
+
+
+@case
+def stream_tied_offload() -> dict:
+    """The gradients of head and embedding meet on the CPU."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "offload_optimizer": {"device": "cpu"}}
+    build = partial(model_of, tied=True)
+    return streamed(build, zero_optimization=zero, zero_force_ds_cpu_optimizer=False)
 
 
 @case
@@ -817,15 +844,32 @@ def stream_another_deepspeed() -> dict:
     return out
 
 
+@contextmanager
+def lookups() -> Iterator[list[int]]:
+    """Of each lookup for which the tokens travelled, the largest number of them on a rank."""
+    seen, function = [], lookup.stationary_embedding
+
+    def noted(*args: object, most: int, **options: object) -> torch.Tensor:
+        seen.append(most)
+        return function(*args, most=most, **options)
+
+    lookup.stationary_embedding = noted
+    try:
+        yield seen
+    finally:
+        lookup.stationary_embedding = function
+
+
 def stationary(twin: Callable[[], dict]) -> Callable[[], dict]:
-    """A case of mode "stream" in the other mode."""
+    """A case of mode "stream" in the other mode, and its lookups."""
 
     def run() -> dict:
         options = STREAM["fused_linear_cross_entropy"]
         before = dict(options)
         options["mode"] = "stationary"
         try:
-            return twin()
+            with lookups() as seen:
+                return twin() | {"lookups": seen}
         finally:
             options.update(before)
 
@@ -851,6 +895,28 @@ def stationary_weighted_ranks() -> dict:
         return losses
 
     return both(model_of, stage=3, run=run, block=STATIONARY)
+
+
+@case
+def stationary_both_ways() -> dict:
+    """Batches of few tokens and of many, in one accumulation and the other way round in the next."""
+
+    def run(engine: deepspeed.DeepSpeedEngine) -> list[float]:
+        losses = []
+        for number, step in enumerate(jobs.batches(2, products.FEW_STEPS)):
+            for micro, batches in enumerate(step):
+                ids, labels = batches[dist.get_rank()]
+                if (number + micro) % 2:
+                    ids, labels = torch.cat([ids, ids]), torch.cat([labels, labels])
+                loss = engine(input_ids=ids, labels=labels).loss
+                engine.backward(loss)
+                engine.step()
+                losses.append(loss.item())
+        return losses
+
+    with lookups() as seen:
+        out = both(partial(model_of, tied=True), 3, block=STATIONARY, run=run, gradient_accumulation_steps=2)
+    return out | {"lookups": seen}
 
 
 @case

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 RANKS = products.RANKS["cpu"]
 LAYERS = products.SIZES["num_hidden_layers"]
 
-# cases of mode "stream" that are run in the other mode, too, and one of its own
+# cases of mode "stream" that are run in the other mode, too, and two of its own
 STATIONARY = (
     "frozen_trunk",
     "frozen_head",
@@ -27,7 +27,10 @@ STATIONARY = (
     "evaluation_and_saving",
     "bias",
     "gemma",
+    "embedding",
+    "tied_offload",
     "weighted_ranks",
+    "both_ways",
     "memory",
 )
 
@@ -40,6 +43,7 @@ CASES = (
     "logits_read_by_all",
     "logits_kept",
     "ranks_decide_differently",
+    "one_rank_proves_a_difference",
     "one_rank_misspells",
     "logits_read_by_one",
     "stream_frozen_trunk",
@@ -53,6 +57,7 @@ CASES = (
     "stream_communication_dtype",
     "stream_autocast",
     "stream_offload",
+    "stream_tied_offload",
     "stream_direct_backward",
     "stream_checkpointing",
     "stream_evaluation_and_saving",
@@ -111,6 +116,10 @@ def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def ranks(request: pytest.FixtureRequest, ended) -> list[dict]:
     """What this test's case returned on each rank."""
     return ended(request.node.name.removeprefix("test_"))
+
+
+# cases whose embedding is looked up without being whole
+LOOKED_UP = ("embedding", "gemma", "tied_offload")
 
 
 def equal_losses(ranks: list[dict]) -> None:
@@ -196,6 +205,15 @@ def test_ranks_decide_differently(ranks):
         assert result["stock_again"]
 
 
+def test_one_rank_proves_a_difference(ranks):
+    for result in ranks:
+        kind, message = result["refused"]
+        assert kind == "RuntimeError"
+        assert "rank 1 has" in message and "rank 0 has True" in message
+        assert "LlamaRMSNorm: its output differs by 1.0e+00, allowed" in message
+        assert result["stock_again"]
+
+
 def test_one_rank_misspells(ranks):
     (first, first_message), (second, second_message) = ranks[0]["refused"], ranks[1]["refused"]
     assert second == "ValueError"
@@ -218,6 +236,7 @@ def test_one_rank_misspells(ranks):
         "communication_dtype",
         "autocast",
         "offload",
+        pytest.param("tied_offload", marks=pytest.mark.all),
         "direct_backward",
         "checkpointing",
         "evaluation_and_saving",
@@ -234,7 +253,7 @@ def test_stream(ended, name):
     ranks = ended(f"stream_{name}")
     for result in ranks:
         assert "its weight in 34 slabs" in result["report"]
-        assert ("embedding; its weight in 34 slabs" in result["report"]) == (name in ("embedding", "gemma"))
+        assert ("embedding; its weight in 34 slabs" in result["report"]) == (name in LOOKED_UP)
         if name in ("communication_dtype", "autocast"):
             # half an ulp of bf16, in which the products are rounded
             assert result["fused"] == pytest.approx(result["stock"], rel=4e-3)
@@ -244,7 +263,7 @@ def test_stream(ended, name):
         assert result["fused"][0] != result["fused"][3]
 
 
-QUICK = ("uneven_ranks", "bias", "gemma", "weighted_ranks")
+QUICK = ("uneven_ranks", "bias", "gemma", "weighted_ranks", "both_ways")
 
 
 @pytest.mark.parametrize(
@@ -257,11 +276,17 @@ def test_stationary(ended, name):
         # bf16 for autocast: half an ulp
         assert result["fused"] == pytest.approx(result["stock"], rel=4e-3 if name == "autocast" else 1e-5)
         assert result["fused"][0] != result["fused"][3]
+        # 33 * 2 is less than the 67 words
+        stays = "embedding; its rows stay on 2 ranks up to 33 tokens a rank, its weight in 34 slabs of at most "
+        assert (stays in result["report"]) == (name in (*LOOKED_UP, "both_ways"))
+        lookups = {"both_ways": [24] * 4} | dict.fromkeys(LOOKED_UP, [24] * products.FEW_STEPS)
+        assert result.get("lookups", []) == lookups.get(name, [])
 
 
 def test_stationary_memory(ranks):
     for result in ranks:
         assert result["fused"]["loss"] == pytest.approx(result["stock"]["loss"], rel=1e-5)
+        assert result["lookups"] == [40] * 2
         # behind its part of the gradient a rank has room for what is the next one's of a row
         assert max(result["fused"]["largest"]) <= -(-result["table"] // 2) + products.SIZES["hidden_size"], result
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import products
 import pytest
 from launching import launch
 
@@ -12,7 +13,7 @@ from ds_fused.engine.shards import Shards
 
 HERE = Path(__file__).parent
 HIDDEN = 32
-# model -> its vocabulary, and whether the embedding is in slabs as well
+# model -> its vocabulary, and whether the embedding is never whole, too
 MODELS = {
     "split rows": (67, False),
     "whole rows": (66, False),
@@ -62,3 +63,18 @@ def test_collectives_are_as_many_whatever_the_batch(ranks, name):
         assert f"its weight in {slabs} slabs" in result[name]["stream"]["report"]
         assert result[name]["stream"]["counts"] == [[gathers, scatters]] * 4
         assert result[name]["stock"]["counts"] == [[0, 0]] * 4
+        # a stationary head needs none, nor does the embedding where the tokens that travel are fewer than the words
+        in_slabs = [embedding and len(ranks) * most_tokens(step, len(ranks)) >= n_vocab for step in range(4)]
+        assert result[name]["stationary"]["counts"] == [[slabs, slabs] if so else [0, 0] for so in in_slabs]
+
+
+def most_tokens(step: int, n_ranks: int) -> int:
+    """Of any rank, in sweep_ranks.batch."""
+    tokens = [products.ROWS * (5 + 2 * rank) for rank in range(n_ranks)]
+    return max([*tokens[:-1], 1] if step == 3 else tokens)
+
+
+def test_embeddings_are_looked_up_in_both_ways():
+    """Over the numbers of ranks, so that the sweep says something of either."""
+    ways = {n_ranks * most_tokens(step, n_ranks) < 67 for n_ranks in (1, 2, 3, 4, 5) for step in range(4)}
+    assert ways == {True, False}

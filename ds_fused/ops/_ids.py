@@ -1,0 +1,21 @@
+"""What the lookups ask of their ids: is each of them a row of the table."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def flat_ids(op: str, ids: Tensor, n_vocab: int) -> Tensor:
+    """ids [...] as [N] int64. One outside the vocabulary is an error: here on a CPU, on the device else."""
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{op}: ids are {ids.dtype}; they must be int64 or int32")
+    flat = ids.reshape(-1).long()
+    legal = ((flat >= 0) & (flat < n_vocab)).all()
+    if flat.device.type == "cpu":
+        if not legal:
+            wrong = flat[(flat < 0) | (flat >= n_vocab)]
+            raise ValueError(f"{op}: id {int(wrong[0])} lies outside [0, {n_vocab})")
+    else:
+        torch._assert_async(legal, f"{op}: an id lies outside [0, {n_vocab})")
+    return flat
