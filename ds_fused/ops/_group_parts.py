@@ -19,8 +19,8 @@ from torch import Tensor
 from ds_fused.ops._sums import partials
 from ds_fused.ops._triton import cdiv, on_device, power_of_2
 
-# Not yet measured: elements of a tile, its warps, and how many tiles of a row a program takes.
-PART_TILE, PART_WARPS, PART_TURNS = 2048, 4, 8
+# Not yet measured: elements of a tile, the most of one row, its warps, and how many tiles of a row a program takes.
+PART_TILE, PART_SPACE, PART_WARPS, PART_TURNS = 2048, 2048, 4, 8
 MERGE_BLOCK = 256
 
 
@@ -299,7 +299,7 @@ class Parts(NamedTuple):
 
 
 def _parts(sizes: Sizes) -> Parts:
-    space = min(power_of_2(sizes.space), PART_TILE)
+    space = min(power_of_2(sizes.space), PART_SPACE)
     part_size = space * PART_TURNS
     return Parts(max(1, PART_TILE // space), space, part_size, cdiv(sizes.space, part_size))
 

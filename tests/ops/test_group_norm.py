@@ -34,8 +34,8 @@ def with_groups(n_groups):
 def way(request, monkeypatch):
     """Groups that fit a tile, and groups in parts; tiles and grids so small that the shapes below take several."""
     constants = {
-        "whole": {"TILE_FWD": 64, "TILE_BWD": 64, "WARPS_PER_MULTIPROCESSOR": 4},
-        "parts": {"WHOLE_GROUP_FWD": 0, "WHOLE_GROUP_BWD": 0, "PART_TILE": 64, "PART_TURNS": 2},
+        "whole": {"TILE_FWD": 256, "TILE_BWD": 256, "WARPS_PER_MULTIPROCESSOR": 4},
+        "parts": {"WHOLE_GROUP_FWD": 0, "WHOLE_GROUP_BWD": 0, "PART_TILE": 512, "PART_SPACE": 64, "PART_TURNS": 2},
     }
     for name, value in constants[request.param].items():
         monkeypatch.setattr(PARTS if hasattr(PARTS, name) else FILE, name, value)
@@ -49,7 +49,7 @@ def way(request, monkeypatch):
         ((1, 1), 1),  # one element
         ((2, 45, 7), 15),  # NCL, all odd: no side of a tile is full
         ((2, 8, 11, 13), 2),  # NCHW; rows of two parts, the last one short
-        ((21, 36), 4),  # NC: several samples in a tile, and more than the persistent grid has
+        ((9, 36), 4),  # NC: several samples in a tile, and more than the persistent grid has
     ],
 )
 @pytest.mark.usefixtures("way")
