@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def train(mode: str) -> dict:
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config_of(mode))
     accelerator = get_accelerator()
     draw = torch.Generator().manual_seed(1 + dist.get_rank())
-    losses, allocated = [], {}
+    losses, allocated, began = [], {}, time.monotonic()
     for step in range(1, STEPS + 1):
         ids, labels = (t.to(engine.device) for t in batch(draw))
         loss = engine(input_ids=ids, labels=labels, num_items_in_batch=1000).loss
@@ -73,7 +74,7 @@ def train(mode: str) -> dict:
         losses.append(loss.detach())
         if step % EARLY == 0 and dist.get_rank() == 0:
             # where a run hangs, this says how far it came
-            print(f"{mode}: step {step}", flush=True)
+            print(f"{mode}: step {step} after {time.monotonic() - began:.0f} s", flush=True)
         if step in (EARLY, STEPS):
             accelerator.synchronize()
             allocated[step] = accelerator.memory_allocated() - 512 * len(losses)
