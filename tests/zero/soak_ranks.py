@@ -2,7 +2,7 @@
 
     soak_ranks.py OUT MODE...
 
-OUT/MODE.RANK.json holds {"losses", "early", "late", "head"}; a mode is that of the head's weight, or "stock".
+OUT/MODE.RANK.json holds {"losses", "early", "late", "head"}; a mode is that of the head's weight.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ SIZES = {
 
 
 def config_of(mode: str) -> dict:
-    fused = {"enabled": True, "fused_linear_cross_entropy": {"mode": mode, "slab_mb": 8, "chunk_mb": 16}}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 1.0,
@@ -46,7 +45,10 @@ def config_of(mode: str) -> dict:
         # prefetch and buckets as they are by default, but no weight small enough to stay
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
         "steps_per_print": STEPS + 1,
-        "ds_fused": {"enabled": False} if mode == "stock" else fused,
+        "ds_fused": {
+            "enabled": True,
+            "fused_linear_cross_entropy": {"mode": mode, "slab_mb": 8, "chunk_mb": 16},
+        },
     }
 
 
@@ -78,10 +80,10 @@ def train(mode: str) -> dict:
         if step in (EARLY, STEPS):
             accelerator.synchronize()
             allocated[step] = accelerator.memory_allocated() - 512 * len(losses)
-    out = {"losses": torch.stack(losses).tolist(), "early": allocated[EARLY], "late": allocated[STEPS]}
-    out["head"] = "" if mode == "stock" else head(engine)
+    told = {"losses": torch.stack(losses).tolist(), "early": allocated[EARLY], "late": allocated[STEPS]}
+    told["head"] = head(engine)
     engine.destroy()
-    return out
+    return told
 
 
 def main(out: Path, modes: list[str]) -> None:
