@@ -49,7 +49,7 @@ def _scale_kernel(x_ptr, factor_ptr, n_elements, BLOCK: tl.constexpr):
 
 
 def scaled(x: Tensor, factor: Tensor) -> Tensor:
-    """``factor * x`` (factor []: fp32, on the device), rounded once; written over x, contiguous, where a kernel runs."""
+    """``factor * x`` (factor []: fp32, on the device), rounded once; where a kernel runs, over x, contiguous."""
     if torch.compiler.is_compiling() or not runs_kernels(x):
         return (x.to(wide(x)) * factor).to(x.dtype)
     with on_device(x):
