@@ -53,15 +53,20 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     out = tmp_path_factory.mktemp("zero")
 
     @cache
-    def trained(device: str) -> None:
+    def problem(device: str) -> str | None:
+        """Trains all cases of a device, once, however it ends."""
         names = [case.name for case in chosen if case.device == device]
         env = {"DS_ACCELERATOR": "cuda" if device in ("gpu", "gpus") else "cpu"}
-        ranks, timeout = products.RANKS[device], 60 + 8 * len(names)
-        launch(HERE / "ranks.py", str(out), *names, ranks=ranks, timeout=timeout, env=env)
+        ranks, timeout = products.RANKS[device], 60 + 12 * len(names)
+        try:
+            launch(HERE / "ranks.py", str(out), *names, ranks=ranks, timeout=timeout, env=env)
+        except AssertionError as error:
+            return str(error)
+        return None
 
     @cache
     def runs_of(case: products.Case) -> tuple[dict, dict]:
-        trained(case.device)
+        assert problem(case.device) is None, problem(case.device)
         saved = torch.load(out / f"{case.name}.pt")
         for name, run in saved.items():
             assert "error" not in run, f"the {name} run failed:\n{run['error']}"
