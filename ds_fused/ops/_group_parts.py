@@ -19,8 +19,7 @@ from torch import Tensor
 from ds_fused.ops._sums import partials
 from ds_fused.ops._triton import cdiv, on_device, power_of_2
 
-# Not yet measured: elements of a tile, the most of one row, its warps, and how many tiles of a row a program takes.
-PART_TILE, PART_SPACE, PART_WARPS, PART_TURNS = 2048, 2048, 4, 8
+# Not yet measured.
 MERGE_BLOCK = 256
 
 
@@ -296,12 +295,14 @@ class Parts(NamedTuple):
     space: int
     part_size: int
     count: int
+    warps: int
 
-
-def _parts(sizes: Sizes) -> Parts:
-    space = min(power_of_2(sizes.space), PART_SPACE)
-    part_size = space * PART_TURNS
-    return Parts(max(1, PART_TILE // space), space, part_size, cdiv(sizes.space, part_size))
+    @classmethod
+    def of(cls, sizes: Sizes, tile: int, most_space: int, warps: int, turns: int) -> Parts:
+        """Tiles of `tile` elements, at most most_space of one row; a program takes `turns` of them."""
+        space = min(power_of_2(sizes.space), most_space)
+        part_size = space * turns
+        return cls(max(1, tile // space), space, part_size, cdiv(sizes.space, part_size), warps)
 
 
 def sample_stride(x: Tensor) -> int:
@@ -320,13 +321,13 @@ def fwd_in_parts(
     mean: Tensor,
     rstd: Tensor,
     sizes: Sizes,
+    parts: Parts,
     eps: float,
 ) -> None:
     """x [N, C, S], weight, bias [C]; fills y [N, C, S], mean and rstd [N, G]."""
     stride = sample_stride(x)
-    parts = _parts(sizes)
     grid = (cdiv(sizes.rows, parts.rows), parts.count)
-    tile = {"ROWS": parts.rows, "SPACE": parts.space, "num_warps": PART_WARPS}
+    tile = {"ROWS": parts.rows, "SPACE": parts.space, "num_warps": parts.warps}
     moments = torch.empty((2, parts.count, sizes.rows), dtype=torch.float32, device=x.device)
     with on_device(x):
         _group_norm_moments_kernel[grid](
@@ -366,12 +367,18 @@ def fwd_in_parts(
 
 
 def bwd_in_parts(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, dx: Tensor | None, sizes: Sizes
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dx: Tensor | None,
+    sizes: Sizes,
+    parts: Parts,
 ) -> tuple[Tensor, int]:
     """Fills dx; the partial sums of dweight and dbias, and how many there are."""
-    parts = _parts(sizes)
     grid = (cdiv(sizes.rows, parts.rows), parts.count)
-    tile = {"ROWS": parts.rows, "SPACE": parts.space, "num_warps": PART_WARPS}
+    tile = {"ROWS": parts.rows, "SPACE": parts.space, "num_warps": parts.warps}
     strides = sample_stride(dy), sample_stride(x)
     # [2, K, N, C]: a part of a sample is one of the partial sums of dweight and dbias
     n_partials = parts.count * sizes.samples

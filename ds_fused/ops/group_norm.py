@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_fused.ops._group_parts import Sizes, bwd_in_parts, fwd_in_parts, sample_stride
+from ds_fused.ops._group_parts import Parts, Sizes, bwd_in_parts, fwd_in_parts, sample_stride
 from ds_fused.ops._sums import partials, sum_partials
 from ds_fused.ops._triton import (
     cdiv,
@@ -43,6 +43,8 @@ WHOLE_GROUP_BWD = 16384
 TILE_FWD, PER_THREAD_FWD = 2048, 16
 TILE_BWD, PER_THREAD_BWD = 2048, 8
 WARPS_PER_MULTIPROCESSOR = 32
+# in parts: elements of a tile, the most of one channel, its warps, and how many tiles of a channel a program takes
+PART_TILE, PART_SPACE, PART_WARPS, PART_TURNS = 2048, 2048, 4, 8
 
 
 def group_norm_reference(
@@ -209,6 +211,10 @@ def _whole(sizes: Sizes, elements: int, per_thread: int, widest: int) -> dict[st
     }
 
 
+def _parts(sizes: Sizes) -> Parts:
+    return Parts.of(sizes, PART_TILE, PART_SPACE, PART_WARPS, PART_TURNS)
+
+
 def group_norm_fwd(
     x: Tensor, n_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,7 +227,7 @@ def group_norm_fwd(
     has = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
     whole = _whole(sizes, TILE_FWD, PER_THREAD_FWD, WHOLE_GROUP_FWD)
     if whole is None:
-        fwd_in_parts(x, weight, bias, y, mean, rstd, sizes, eps)
+        fwd_in_parts(x, weight, bias, y, mean, rstd, sizes, _parts(sizes), eps)
         return y, mean, rstd
     grid = (cdiv(sizes.samples, whole["SAMPLES"]), cdiv(n_groups, whole["GROUPS"]))
     with on_device(x):
@@ -262,7 +268,7 @@ def group_norm_bwd(
     if whole is not None:
         partial, n_partials = _backward_of_whole_groups(dy, x, weight, mean, rstd, dx, sizes, whole, wanted)
     else:
-        partial, n_partials = bwd_in_parts(dy, x, weight, mean, rstd, dx, sizes)
+        partial, n_partials = bwd_in_parts(dy, x, weight, mean, rstd, dx, sizes, _parts(sizes))
     if wanted.dweight or wanted.dbias:
         sum_partials(partial, n_partials, sizes.channels, dweight, dbias)
     return dx, dweight, dbias

@@ -38,7 +38,7 @@ def way(request, monkeypatch):
         "parts": {"WHOLE_GROUP_FWD": 0, "WHOLE_GROUP_BWD": 0, "PART_TILE": 512, "PART_SPACE": 64, "PART_TURNS": 2},
     }
     for name, value in constants[request.param].items():
-        monkeypatch.setattr(PARTS if hasattr(PARTS, name) else FILE, name, value)
+        monkeypatch.setattr(FILE, name, value)
     return request.param
 
 
