@@ -86,7 +86,9 @@ def dyt_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
     x = _randn(generator, n, d).requires_grad_()
     weight, bias = (nn.Parameter(_randn(generator, d)) for _ in range(2))
     alpha = nn.Parameter(torch.full((1,), 0.5, device=generator.device, dtype=DTYPE))
-    return Inputs({"x": x, "alpha": alpha, "weight": weight, "bias": bias, "dy": _randn(generator, n, d)}, ("dy",))
+    # dy leans on weight * x: dalpha would be a sum that cancels otherwise, whose rounding can't be told from an error
+    dy = _randn(generator, n, d) + (weight * x).detach()
+    return Inputs({"x": x, "alpha": alpha, "weight": weight, "bias": bias, "dy": dy}, ("dy",))
 
 
 def glu_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:

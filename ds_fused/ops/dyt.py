@@ -183,7 +183,7 @@ def dyt_bwd(
     block = _tile(d, TILE_BWD, PER_THREAD_BWD)
     column_blocks = cdiv(d, block["BLOCK_COLS"])
     resident = multiprocessors(x) * max(1, WARPS_PER_MULTIPROCESSOR // block["num_warps"])
-    programs = min(cdiv(n, block["BLOCK_ROWS"]), cdiv(resident, column_blocks))
+    programs = min(cdiv(n, block["BLOCK_ROWS"]), max(1, resident // column_blocks))
     sums = wanted.dalpha or wanted.dweight or wanted.dbias
     partial = partials(x, programs, d, programs * column_blocks) if sums else None
     with on_device(x):

@@ -288,7 +288,7 @@ def _backward_of_whole_groups(
     """Fills dx; the partial sums of dweight and dbias, and how many there are."""
     group_blocks = cdiv(sizes.groups, whole["GROUPS"])
     resident = multiprocessors(x) * max(1, WARPS_PER_MULTIPROCESSOR // whole["num_warps"])
-    programs = min(cdiv(sizes.samples, whole["SAMPLES"]), cdiv(resident, group_blocks))
+    programs = min(cdiv(sizes.samples, whole["SAMPLES"]), max(1, resident // group_blocks))
     n_partials = programs * whole["SAMPLES"]
     sums = wanted.dweight or wanted.dbias
     partial = partials(x, n_partials, sizes.channels) if sums else None

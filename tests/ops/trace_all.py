@@ -87,6 +87,7 @@ def layer_norm() -> Iterator[Case]:
 def add_layer_norm() -> Iterator[Case]:
     yield ops.add_layer_norm, [(leaf(65, d), leaf(65, d), leaf(d), leaf(d)) for d in (257, 20480, 40960)]
     yield ops.add_layer_norm, [(leaf(2, n, 64), leaf(2, n, 64), leaf(64)) for n in (3, 4, 5)]
+    yield ops.add_layer_norm, [(leaf(5, 64).detach(), leaf(5, 64).detach(), leaf(64))]
     yield lambda *inputs: ops.add_layer_norm(*inputs)[0], [(leaf(5, 64), leaf(5, 64), leaf(64))]
 
 
