@@ -9,6 +9,7 @@ from importlib import import_module
 
 _HOME = {
     "rms_norm": "ds_fused.ops",
+    "add_rms_norm": "ds_fused.ops",
     "glu": "ds_fused.ops",
     "rope": "ds_fused.ops",
     "cross_entropy": "ds_fused.ops",

@@ -1,9 +1,10 @@
 """The fused ops: functions of tensors, each with its PyTorch reference in its file. Needs torch and triton only."""
 
+from ds_fused.ops.add_rms_norm import add_rms_norm
 from ds_fused.ops.cross_entropy import cross_entropy
 from ds_fused.ops.glu import glu
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy
 from ds_fused.ops.rms_norm import rms_norm
 from ds_fused.ops.rope import rope
 
-__all__ = ["cross_entropy", "glu", "linear_cross_entropy", "rms_norm", "rope"]
+__all__ = ["add_rms_norm", "cross_entropy", "glu", "linear_cross_entropy", "rms_norm", "rope"]

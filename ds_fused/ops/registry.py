@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType, ModuleType
 from typing import NamedTuple
 
+from ds_fused.ops.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from ds_fused.ops.cross_entropy import cross_entropy, cross_entropy_reference
 from ds_fused.ops.glu import glu, glu_reference
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
@@ -47,10 +48,17 @@ OPS: tuple[Op, ...] = (
         rms_norm,
         rms_norm_reference,
         ("rms_norm",),
-        "root-mean-square norm; weight offset, both cast orders",
+        "root-mean-square norm; weight offset, bias, both cast orders",
     ),
     Op("rope", rope, rope_reference, ("rope",), "rotary embedding of q and k in one launch"),
     Op("glu", glu, glu_reference, ("swiglu", "geglu"), "gated linear unit: silu, gelu tanh, gelu exact"),
+    Op(
+        "add_rms_norm",
+        add_rms_norm,
+        add_rms_norm_reference,
+        (),
+        "residual connection and root-mean-square norm in one pass",
+    ),
     Op(
         "cross_entropy",
         cross_entropy,

@@ -46,6 +46,23 @@ def rms_norm() -> None:
         x, weight = leaf(n, d, dtype=x_dtype), leaf(d, dtype=weight_dtype)
         ops.rms_norm(x, weight, cast=cast, offset=float(cast == "after_weight")).sum().backward()
     ops.rms_norm(leaf(2, 4096), None).sum().backward()
+    for d in (4096, 8192, 65536):  # 8192: the widest whole row of a backward with dbias
+        ops.rms_norm(leaf(2, d), leaf(d), bias=leaf(d)).sum().backward()
+
+
+def add_rms_norm() -> None:
+    half, full = torch.bfloat16, torch.float32
+    for n, d, dtype, cast in (
+        (64, 128, half, "before_weight"),
+        (2, 4096, half, "before_weight"),
+        (2, 16384, half, "after_weight"),
+        (2, 16384, full, "before_weight"),
+        (2, 32768, half, "before_weight"),
+        (2, 65536, half, "before_weight"),
+    ):
+        inputs = leaf(n, d, dtype=dtype), leaf(n, d, dtype=dtype), leaf(d, dtype=dtype)
+        torch.autograd.backward([y.sum() for y in ops.add_rms_norm(*inputs, cast=cast)])
+    ops.add_rms_norm(leaf(2, 4096), leaf(2, 4096, dtype=full), leaf(4096))[0].sum().backward()
 
 
 def glu() -> None:
@@ -74,6 +91,16 @@ def cross_entropy() -> None:
     ops.cross_entropy(leaf(2, 50257), labels, **options).backward()
 
 
+class Landed:
+    """What was sent and is there at once; several may be under way."""
+
+    def __init__(self, landing: Tensor) -> None:
+        self.landing = landing
+
+    def land(self) -> Tensor:
+        return self.landing
+
+
 class OneOfTwo(VocabShard):
     """The first of two ranks, which sees itself in the other."""
 
@@ -86,16 +113,11 @@ class OneOfTwo(VocabShard):
     def most(self, n: int) -> int:
         return n
 
-    def gather(self, mine: Tensor) -> OneOfTwo:
-        self.landing = torch.stack([mine, mine])
-        return self
+    def gather(self, mine: Tensor) -> Landed:
+        return Landed(torch.stack([mine, mine]))
 
-    def reduce_scatter(self, parts: Tensor) -> OneOfTwo:
-        self.landing = parts[0]
-        return self
-
-    def land(self) -> Tensor:
-        return self.landing
+    def reduce_scatter(self, parts: Tensor) -> Landed:
+        return Landed(parts[0])
 
     def gradient(self) -> None:
         raise AssertionError("nobody asked for one")
@@ -109,7 +131,7 @@ def linear_cross_entropy() -> None:
     ops.linear_cross_entropy(leaf(2, 8).detach(), OneOfTwo(), labels)
 
 
-EXAMPLES: tuple[Callable[[], None], ...] = (rms_norm, glu, rope, cross_entropy, linear_cross_entropy)
+EXAMPLES: tuple[Callable[[], None], ...] = (rms_norm, add_rms_norm, glu, rope, cross_entropy, linear_cross_entropy)
 
 
 def kernels() -> set[str]:
