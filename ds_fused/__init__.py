@@ -10,6 +10,9 @@ from importlib import import_module
 _HOME = {
     "rms_norm": "ds_fused.ops",
     "add_rms_norm": "ds_fused.ops",
+    "gated_rms_norm": "ds_fused.ops",
+    "softmax": "ds_fused.ops",
+    "sparsemax": "ds_fused.ops",
     "glu": "ds_fused.ops",
     "rope": "ds_fused.ops",
     "cross_entropy": "ds_fused.ops",

@@ -2,9 +2,22 @@
 
 from ds_fused.ops.add_rms_norm import add_rms_norm
 from ds_fused.ops.cross_entropy import cross_entropy
+from ds_fused.ops.gated_rms_norm import gated_rms_norm
 from ds_fused.ops.glu import glu
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy
 from ds_fused.ops.rms_norm import rms_norm
 from ds_fused.ops.rope import rope
+from ds_fused.ops.softmax import softmax
+from ds_fused.ops.sparsemax import sparsemax
 
-__all__ = ["add_rms_norm", "cross_entropy", "glu", "linear_cross_entropy", "rms_norm", "rope"]
+__all__ = [
+    "add_rms_norm",
+    "cross_entropy",
+    "gated_rms_norm",
+    "glu",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rope",
+    "softmax",
+    "sparsemax",
+]

@@ -10,10 +10,13 @@ from typing import NamedTuple
 
 from ds_fused.ops.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from ds_fused.ops.cross_entropy import cross_entropy, cross_entropy_reference
+from ds_fused.ops.gated_rms_norm import gated_rms_norm, gated_rms_norm_reference
 from ds_fused.ops.glu import glu, glu_reference
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from ds_fused.ops.rms_norm import rms_norm, rms_norm_reference
 from ds_fused.ops.rope import rope, rope_reference
+from ds_fused.ops.softmax import softmax, softmax_reference
+from ds_fused.ops.sparsemax import sparsemax, sparsemax_reference
 
 
 class Option(NamedTuple):
@@ -58,6 +61,21 @@ OPS: tuple[Op, ...] = (
         add_rms_norm_reference,
         (),
         "residual connection and root-mean-square norm in one pass",
+    ),
+    Op(
+        "gated_rms_norm",
+        gated_rms_norm,
+        gated_rms_norm_reference,
+        (),
+        "root-mean-square norm with a gate before or behind it, in groups",
+    ),
+    Op("softmax", softmax, softmax_reference, (), "softmax along a dimension"),
+    Op(
+        "sparsemax",
+        sparsemax,
+        sparsemax_reference,
+        (),
+        "projection on the probability simplex along a dimension, without a sort",
     ),
     Op(
         "cross_entropy",

@@ -65,6 +65,46 @@ def add_rms_norm() -> None:
     ops.add_rms_norm(leaf(2, 4096), leaf(2, 4096, dtype=full), leaf(4096))[0].sum().backward()
 
 
+def gated_rms_norm() -> None:
+    half, full = torch.bfloat16, torch.float32
+    for n, d, dtype, options in (
+        (64, 128, half, {}),  # Qwen3-Next: a norm per head
+        (2, 8192, half, {"order": "gate_first"}),  # the widest whole group of the backward
+        (2, 8192, full, {"cast": "after_weight", "act": "sigmoid"}),
+        (2, 7680, half, {"order": "gate_first", "group_size": 960}),
+        (2, 16384, full, {"order": "gate_first", "cast": "after_weight"}),  # the widest of the forward
+        (2, 65536, half, {}),
+        (2, 65536, half, {"order": "gate_first", "group_size": 32768}),
+    ):
+        inputs = leaf(n, d, dtype=dtype), leaf(n, d, dtype=dtype), leaf(d, dtype=dtype)
+        ops.gated_rms_norm(*inputs, **options).sum().backward()
+    for d in (4096, 65536):
+        ops.gated_rms_norm(leaf(2, d), leaf(2, d), None).sum().backward()
+
+
+def softmax() -> None:
+    for n, d, dtype in (
+        (64, 128, torch.bfloat16),
+        (2, 4096, torch.float16),
+        (2, 16384, torch.float32),  # the widest whole row of the backward
+        (2, 32768, torch.float32),  # the widest of the forward; walked backward
+        (2, 65536, torch.bfloat16),
+    ):
+        ops.softmax(leaf(n, d, dtype=dtype)).sum().backward()
+
+
+def sparsemax() -> None:
+    for n, d, dtype in (
+        (64, 128, torch.bfloat16),
+        (2, 4096, torch.float16),
+        (2, 16384, torch.float32),  # the widest whole row of the backward
+        (2, 32768, torch.float32),  # the widest of the forward; walked backward
+        (2, 65536, torch.bfloat16),
+        (2, 65537, torch.float16),
+    ):
+        ops.sparsemax(leaf(n, d, dtype=dtype)).sum().backward()
+
+
 def glu() -> None:
     for act in ("silu", "gelu_tanh", "gelu"):
         ops.glu(leaf(2, 4096), leaf(2, 4096), act).sum().backward()
@@ -131,7 +171,17 @@ def linear_cross_entropy() -> None:
     ops.linear_cross_entropy(leaf(2, 8).detach(), OneOfTwo(), labels)
 
 
-EXAMPLES: tuple[Callable[[], None], ...] = (rms_norm, add_rms_norm, glu, rope, cross_entropy, linear_cross_entropy)
+EXAMPLES: tuple[Callable[[], None], ...] = (
+    rms_norm,
+    add_rms_norm,
+    gated_rms_norm,
+    softmax,
+    sparsemax,
+    glu,
+    rope,
+    cross_entropy,
+    linear_cross_entropy,
+)
 
 
 def kernels() -> set[str]:

@@ -50,6 +50,31 @@ def add_rms_norm() -> Iterator[Case]:
     yield ops.add_rms_norm, [(leaf(n, 64).detach(), leaf(n, 64).detach(), leaf(64)) for n in (3, 4)]
 
 
+def gated_rms_norm() -> Iterator[Case]:
+    for options in ({}, {"order": "gate_first", "group_size": 64}):
+        norm = partial(ops.gated_rms_norm, **options)
+        for widths in ((256, 40960), (40960, 256)):
+            yield norm, [(leaf(65, d), leaf(65, d), leaf(d)) for d in widths]
+        yield norm, [(leaf(2, n, 64), leaf(2, n, 64), leaf(64)) for n in (3, 4, 5)]
+    yield lambda x, gate: ops.gated_rms_norm(x, gate, None), [(leaf(5, d).detach(), leaf(5, d)) for d in (64, 128)]
+    yield lambda x: ops.gated_rms_norm(*x.chunk(2, -1), None), [(leaf(5, 2 * d),) for d in (64, 128, 100)]
+
+
+def softmax() -> Iterator[Case]:
+    yield from along_a_dimension(ops.softmax)
+
+
+def sparsemax() -> Iterator[Case]:
+    yield from along_a_dimension(ops.sparsemax)
+
+
+def along_a_dimension(op: Callable[..., Tensor]) -> Iterator[Case]:
+    for widths in ((257, 40960), (40960, 257), (257, 20480)):
+        yield op, [(leaf(65, d),) for d in widths]
+    yield op, [(leaf(2, n, 64),) for n in (3, 4, 5)]
+    yield partial(op, dim=1), [(leaf(2, n, 64),) for n in (3, 4, 5)]
+
+
 def glu() -> Iterator[Case]:
     yield ops.glu, [(leaf(5, d), leaf(5, d)) for d in (64, 128, 100)]
     yield ops.glu, [(leaf(2, n, 64), leaf(2, n, 64)) for n in (3, 4, 5)]
@@ -87,6 +112,9 @@ def linear_cross_entropy() -> Iterator[Case]:
 EXAMPLES: tuple[Callable[[], Iterator[Case]], ...] = (
     rms_norm,
     add_rms_norm,
+    gated_rms_norm,
+    softmax,
+    sparsemax,
     glu,
     rope,
     cross_entropy,
