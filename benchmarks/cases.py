@@ -80,6 +80,13 @@ def gated_norm_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
     return Inputs(norm.tensors | {"gate": _randn(generator, n, d).requires_grad_()}, norm.upstream)
 
 
+def embedding_inputs(generator: torch.Generator, n: int, h: int, n_vocab: int) -> Inputs:
+    # words are not equally frequent: the cube of a uniform number has one in ten tokens among a thousandth of the words
+    ids = torch.rand(n, generator=generator, device=generator.device).pow(3).mul(n_vocab).long().clamp_max(n_vocab - 1)
+    weight = nn.Parameter(_randn(generator, n_vocab, h))
+    return Inputs({"ids": ids, "weight": weight, "dy": _randn(generator, n, h)}, ("dy",))
+
+
 def row_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
     return Inputs({"x": _randn(generator, n, d).requires_grad_(), "dy": _randn(generator, n, d)}, ("dy",))
 
@@ -129,6 +136,11 @@ def _add_norm_bytes(n: int, d: int) -> tuple[int, int]:
 def _gated_norm_bytes(n: int, d: int) -> tuple[int, int]:
     # x, gate -> y; x, gate, dy -> dx, dgate; the weight and its gradient
     return SIZE * (3 * n * d + d), SIZE * (8 * n * d + 3 * d)
+
+
+def _embedding_bytes(n: int, h: int, n_vocab: int) -> tuple[int, int]:
+    # rows of the weight -> y; dy -> dweight, which is whole
+    return SIZE * 2 * n * h, SIZE * (3 * n * h + n_vocab * h)
 
 
 def _row_bytes(n: int, d: int) -> tuple[int, int]:
@@ -194,6 +206,11 @@ CASES = (
     Case(
         "gated_rms_norm", "gate_first", gated_norm_inputs, rivals.gated_norm_providers("gate_first"),
         sweep=((8192, 8192),), launch_bound=(16, 1024), tiny=(5, 48), bytes=_gated_norm_bytes,
+    ),
+    Case(
+        "embedding", "", embedding_inputs, rivals.EMBEDDING,
+        sweep=((16384, 4096, 128256), (32768, 576, 49152)),
+        launch_bound=(16, 1024, 1000), tiny=(300, 48, 96), bytes=_embedding_bytes,
     ),
     Case(
         "softmax", "", row_inputs, rivals.SOFTMAX,

@@ -218,6 +218,26 @@ def gated_norm_providers(order: str) -> dict[str, Provider]:
     }
 
 
+# --- embedding: ids [N], weight [V, H] ---
+
+
+def _hf_embedding(t: Tensors):
+    # what nn.Embedding does
+    return F.embedding, (t["ids"], t["weight"])
+
+
+def _our_embedding(t: Tensors) -> Call:
+    embedding = _ops().embedding
+    return lambda: embedding(t["ids"], t["weight"])
+
+
+EMBEDDING = {
+    "ds_fused": Provider(_our_embedding),
+    "hf_eager": Provider(_eager(_hf_embedding)),
+    "compile": Provider(_compiled(_hf_embedding)),
+}
+
+
 # --- softmax and sparsemax: x [N, D] ---
 
 

@@ -2,6 +2,7 @@
 
 from ds_fused.ops.add_rms_norm import add_rms_norm
 from ds_fused.ops.cross_entropy import cross_entropy
+from ds_fused.ops.embedding import embedding
 from ds_fused.ops.gated_rms_norm import gated_rms_norm
 from ds_fused.ops.glu import glu
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy
@@ -13,6 +14,7 @@ from ds_fused.ops.sparsemax import sparsemax
 __all__ = [
     "add_rms_norm",
     "cross_entropy",
+    "embedding",
     "gated_rms_norm",
     "glu",
     "linear_cross_entropy",

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ds_fused.ops.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from ds_fused.ops.cross_entropy import cross_entropy, cross_entropy_reference
+from ds_fused.ops.embedding import embedding, embedding_reference
 from ds_fused.ops.gated_rms_norm import gated_rms_norm, gated_rms_norm_reference
 from ds_fused.ops.glu import glu, glu_reference
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
@@ -68,6 +69,13 @@ OPS: tuple[Op, ...] = (
         gated_rms_norm_reference,
         (),
         "root-mean-square norm with a gate before or behind it, in groups",
+    ),
+    Op(
+        "embedding",
+        embedding,
+        embedding_reference,
+        (),
+        "lookup of rows; deterministic gradient without atomics",
     ),
     Op("softmax", softmax, softmax_reference, (), "softmax along a dimension"),
     Op(

@@ -82,6 +82,12 @@ def gated_rms_norm() -> None:
         ops.gated_rms_norm(leaf(2, d), leaf(2, d), None).sum().backward()
 
 
+def embedding() -> None:
+    for h, dtype in ((576, torch.bfloat16), (4096, torch.float32)):
+        # more than one chunk, so that there is something to join
+        ops.embedding(torch.zeros(300, dtype=torch.int64), leaf(11, h, dtype=dtype), 3).sum().backward()
+
+
 def softmax() -> None:
     for n, d, dtype in (
         (64, 128, torch.bfloat16),
@@ -175,6 +181,7 @@ EXAMPLES: tuple[Callable[[], None], ...] = (
     rms_norm,
     add_rms_norm,
     gated_rms_norm,
+    embedding,
     softmax,
     sparsemax,
     glu,
