@@ -63,6 +63,11 @@ def norm_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
     return Inputs({"x": x, "weight": weight, "dy": _randn(generator, n, d)}, ("dy",))
 
 
+def bias_norm_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
+    norm = norm_inputs(generator, n, d)
+    return Inputs(norm.tensors | {"bias": nn.Parameter(_randn(generator, d))}, norm.upstream)
+
+
 def layer_norm_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
     x = _randn(generator, n, d).requires_grad_()
     weight, bias = (nn.Parameter(_randn(generator, d)) for _ in range(2))
@@ -74,6 +79,29 @@ def add_norm_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
     weight, bias = (nn.Parameter(_randn(generator, d)) for _ in range(2))
     tensors = {"x": x, "residual": residual, "weight": weight, "bias": bias}
     return Inputs(tensors | {"dy": _randn(generator, n, d), "dsum": _randn(generator, n, d)}, ("dy", "dsum"))
+
+
+def add_rms_norm_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
+    x, residual = (_randn(generator, n, d).requires_grad_() for _ in range(2))
+    weight = nn.Parameter(_randn(generator, d))
+    dy, dsum = (_randn(generator, n, d) for _ in range(2))
+    return Inputs({"x": x, "residual": residual, "weight": weight, "dy": dy, "dsum": dsum}, ("dy", "dsum"))
+
+
+def gated_norm_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
+    norm = norm_inputs(generator, n, d)
+    return Inputs(norm.tensors | {"gate": _randn(generator, n, d).requires_grad_()}, norm.upstream)
+
+
+def embedding_inputs(generator: torch.Generator, n: int, h: int, n_vocab: int) -> Inputs:
+    # words are not equally frequent: the cube of a uniform number has one in ten tokens among a thousandth of the words
+    ids = torch.rand(n, generator=generator, device=generator.device).pow(3).mul(n_vocab).long().clamp_max(n_vocab - 1)
+    weight = nn.Parameter(_randn(generator, n_vocab, h))
+    return Inputs({"ids": ids, "weight": weight, "dy": _randn(generator, n, h)}, ("dy",))
+
+
+def row_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
+    return Inputs({"x": _randn(generator, n, d).requires_grad_(), "dy": _randn(generator, n, d)}, ("dy",))
 
 
 def group_norm_inputs(generator: torch.Generator, n: int, c: int, h: int, w: int) -> Inputs:
@@ -138,6 +166,31 @@ def _add_norm_bytes(n: int, d: int) -> tuple[int, int]:
     return SIZE * (4 * n * d + 2 * d), SIZE * (8 * n * d + 5 * d)
 
 
+def _add_rms_norm_bytes(n: int, d: int) -> tuple[int, int]:
+    # x, residual -> y, sum; dy, dsum, sum -> dx, which is both summands' gradient; the weight and its gradient
+    return SIZE * (4 * n * d + d), SIZE * (8 * n * d + 3 * d)
+
+
+def _gated_norm_bytes(n: int, d: int) -> tuple[int, int]:
+    # x, gate -> y; x, gate, dy -> dx, dgate; the weight and its gradient
+    return SIZE * (3 * n * d + d), SIZE * (8 * n * d + 3 * d)
+
+
+def _embedding_bytes(n: int, h: int, n_vocab: int) -> tuple[int, int]:
+    # rows of the weight -> y; dy -> dweight, which is whole
+    return SIZE * 2 * n * h, SIZE * (3 * n * h + n_vocab * h)
+
+
+def _row_bytes(n: int, d: int) -> tuple[int, int]:
+    # x -> y; y, dy -> dx
+    return SIZE * 2 * n * d, SIZE * 5 * n * d
+
+
+def _sparse_row_bytes(n: int, d: int) -> tuple[int, int]:
+    # x -> y; y -> dx, with dy on the support alone, which is nothing beside them
+    return SIZE * 2 * n * d, SIZE * 4 * n * d
+
+
 def _group_norm_bytes(n: int, c: int, h: int, w: int) -> tuple[int, int]:
     return SIZE * (2 * n * c * h * w + 2 * c), SIZE * (5 * n * c * h * w + 5 * c)
 
@@ -165,6 +218,10 @@ def _linear_loss_flops(m: int, h: int, n_vocab: int) -> tuple[int, int]:
 
 # Llama-3-8B's width at 8k tokens, a 70B's at 16k, and a q-norm over 128-wide heads (8192 tokens x 32 heads)
 NORM_SWEEP = ((8192, 4096), (16384, 8192), (262144, 128))
+# 4096 queries of 32 heads, each over 4096 keys; a vocabulary
+ROW_SWEEP = ((131072, 4096), (8192, 128256))
+# fewer rows: the sort of the reference takes 40 bytes an element
+SPARSE_ROW_SWEEP = ((32768, 4096), (2048, 128256))
 # groups of 512 KiB, larger than any tile; an inner and the outer level of a UNet, 20 and 80 KiB
 GROUP_NORM_SWEEP = ((16, 512, 128, 128), (16, 1280, 16, 16), (16, 320, 64, 64))
 
@@ -176,6 +233,36 @@ CASES = (
     Case(
         "rms_norm", "after_weight", norm_inputs, rivals.GEMMA_NORM,
         sweep=NORM_SWEEP, launch_bound=(16, 1024), tiny=(5, 48), bytes=_norm_bytes,
+    ),
+    Case(
+        "rms_norm", "bias", bias_norm_inputs, rivals.BIAS_NORM,
+        sweep=NORM_SWEEP[:1], launch_bound=(16, 1024), tiny=(5, 48), bytes=_norm_bytes,
+    ),
+    Case(
+        "add_rms_norm", "", add_rms_norm_inputs, rivals.ADD_NORM,
+        sweep=NORM_SWEEP[:2], launch_bound=(16, 1024), tiny=(5, 48), bytes=_add_rms_norm_bytes,
+    ),
+    # Qwen3-Next: 8192 tokens x 32 heads; Mamba-Codestral-7B
+    Case(
+        "gated_rms_norm", "norm_first", gated_norm_inputs, rivals.gated_norm_providers("norm_first"),
+        sweep=((262144, 128),), launch_bound=(16, 1024), tiny=(5, 48), bytes=_gated_norm_bytes,
+    ),
+    Case(
+        "gated_rms_norm", "gate_first", gated_norm_inputs, rivals.gated_norm_providers("gate_first"),
+        sweep=((8192, 8192),), launch_bound=(16, 1024), tiny=(5, 48), bytes=_gated_norm_bytes,
+    ),
+    Case(
+        "embedding", "", embedding_inputs, rivals.EMBEDDING,
+        sweep=((16384, 4096, 128256), (32768, 576, 49152)),
+        launch_bound=(16, 1024, 1000), tiny=(300, 48, 96), bytes=_embedding_bytes,
+    ),
+    Case(
+        "softmax", "", row_inputs, rivals.SOFTMAX,
+        sweep=ROW_SWEEP, launch_bound=(16, 1024), tiny=(5, 48), bytes=_row_bytes,
+    ),
+    Case(
+        "sparsemax", "", row_inputs, rivals.SPARSEMAX,
+        sweep=SPARSE_ROW_SWEEP, launch_bound=(16, 1024), tiny=(5, 48), bytes=_sparse_row_bytes,
     ),
     Case(
         "layer_norm", "", layer_norm_inputs, rivals.LAYER_NORM,

@@ -119,6 +119,179 @@ GEMMA_NORM = {
 }
 
 
+# --- rms_norm with a bias; no model of transformers has one ---
+
+
+def _eager_bias_norm(t: Tensors):
+    def norm(x, weight, bias):
+        wide = x.float()
+        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype) + bias
+
+    return norm, (t["x"], t["weight"], t["bias"])
+
+
+def _our_bias_norm(t: Tensors) -> Call:
+    norm = _ops().rms_norm
+    return lambda: norm(t["x"], t["weight"], bias=t["bias"], eps=EPS)
+
+
+BIAS_NORM = {
+    "ds_fused": Provider(_our_bias_norm),
+    "hf_eager": Provider(_eager(_eager_bias_norm), note="LlamaRMSNorm's steps and a bias"),
+    "compile": Provider(_compiled(_eager_bias_norm)),
+}
+
+
+# --- add_rms_norm: x, residual [N, D], weight [D] ---
+
+
+def _eager_add_norm(t: Tensors):
+    norm, (x,) = _llama_norm(t)
+
+    def add_norm(x, residual):
+        total = x + residual
+        return norm(total), total
+
+    return add_norm, (x, t["residual"])
+
+
+def _torch_add_norm(t: Tensors) -> Call:
+    def add_norm():
+        total = t["x"] + t["residual"]
+        return F.rms_norm(total, t["weight"].shape, t["weight"], EPS), total
+
+    return add_norm
+
+
+def _liger_add_norm(t: Tensors) -> Call:
+    norm = _liger().liger_fused_add_rms_norm
+    return lambda: norm(t["x"], t["residual"], t["weight"], EPS, in_place=False)
+
+
+def _our_add_norm(t: Tensors) -> Call:
+    norm = _ops().add_rms_norm
+    return lambda: norm(t["x"], t["residual"], t["weight"], eps=EPS)
+
+
+ADD_NORM = {
+    "ds_fused": Provider(_our_add_norm),
+    "hf_eager": Provider(_eager(_eager_add_norm)),
+    "torch": Provider(_torch_add_norm, note="x + residual, then F.rms_norm"),
+    "compile": Provider(_compiled(_eager_add_norm)),
+    "liger": Provider(_liger_add_norm, note="in_place=False"),
+}
+
+
+# --- gated_rms_norm: x, gate [N, D], weight [D] ---
+
+
+def _qwen3_next_norm(t: Tensors):
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
+
+    norm = Qwen3NextRMSNormGated(t["weight"].numel(), EPS)
+    norm.weight = t["weight"]
+    return norm, (t["x"], t["gate"])
+
+
+def _mamba2_norm(t: Tensors):
+    from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
+
+    norm = MambaRMSNormGated(t["weight"].numel(), EPS)
+    norm.weight = t["weight"]
+    return norm, (t["x"], t["gate"])
+
+
+def _our_gated_norm(order: str) -> Callable[[Tensors], Call]:
+    def build(t: Tensors) -> Call:
+        norm = _ops().gated_rms_norm
+        return lambda: norm(t["x"], t["gate"], t["weight"], eps=EPS, order=order)
+
+    return build
+
+
+def gated_norm_providers(order: str) -> dict[str, Provider]:
+    stock = {"norm_first": _qwen3_next_norm, "gate_first": _mamba2_norm}[order]
+    return {
+        "ds_fused": Provider(_our_gated_norm(order)),
+        "hf_eager": Provider(_eager(stock)),
+        "compile": Provider(_compiled(stock)),
+    }
+
+
+# --- embedding: ids [N], weight [V, H] ---
+
+
+def _hf_embedding(t: Tensors):
+    # what nn.Embedding does
+    return F.embedding, (t["ids"], t["weight"])
+
+
+def _our_embedding(t: Tensors) -> Call:
+    embedding = _ops().embedding
+    return lambda: embedding(t["ids"], t["weight"])
+
+
+EMBEDDING = {
+    "ds_fused": Provider(_our_embedding),
+    "hf_eager": Provider(_eager(_hf_embedding)),
+    "compile": Provider(_compiled(_hf_embedding)),
+}
+
+
+# --- softmax and sparsemax: x [N, D] ---
+
+
+def _eager_softmax(t: Tensors):
+    # as the attention of transformers calls it
+    return lambda x: F.softmax(x, dim=-1, dtype=torch.float32).to(x.dtype), (t["x"],)
+
+
+def _torch_softmax(t: Tensors) -> Call:
+    return lambda: torch.softmax(t["x"], -1)
+
+
+def _liger_softmax(t: Tensors) -> Call:
+    softmax = _liger().liger_softmax
+    return lambda: softmax(t["x"])
+
+
+def _our_softmax(t: Tensors) -> Call:
+    softmax = _ops().softmax
+    return lambda: softmax(t["x"])
+
+
+def _eager_sparsemax(t: Tensors):
+    # no model of transformers has one: the sort of the paper
+    from ds_fused.ops.sparsemax import sparsemax_reference
+
+    return sparsemax_reference, (t["x"],)
+
+
+def _liger_sparsemax(t: Tensors) -> Call:
+    sparsemax = _liger().liger_sparsemax
+    return lambda: sparsemax(t["x"])
+
+
+def _our_sparsemax(t: Tensors) -> Call:
+    sparsemax = _ops().sparsemax
+    return lambda: sparsemax(t["x"])
+
+
+SOFTMAX = {
+    "ds_fused": Provider(_our_softmax),
+    "hf_eager": Provider(_eager(_eager_softmax)),
+    "torch": Provider(_torch_softmax),
+    "compile": Provider(_compiled(_eager_softmax)),
+    "liger": Provider(_liger_softmax),
+}
+SPARSEMAX = {
+    "ds_fused": Provider(_our_sparsemax),
+    "hf_eager": Provider(_eager(_eager_sparsemax), note="our reference: sort and cumsum in fp32"),
+    "compile": Provider(_compiled(_eager_sparsemax)),
+    "liger": Provider(_liger_sparsemax, note="torch.sort in fp32, then a kernel"),
+}
+
+
 # --- layer_norm, add_layer_norm: x, residual [N, D], weight, bias [D] ---
 
 

@@ -9,6 +9,11 @@ from importlib import import_module
 
 _HOME = {
     "rms_norm": "ds_fused.ops",
+    "add_rms_norm": "ds_fused.ops",
+    "gated_rms_norm": "ds_fused.ops",
+    "embedding": "ds_fused.ops",
+    "softmax": "ds_fused.ops",
+    "sparsemax": "ds_fused.ops",
     "layer_norm": "ds_fused.ops",
     "add_layer_norm": "ds_fused.ops",
     "group_norm": "ds_fused.ops",

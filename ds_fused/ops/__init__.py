@@ -1,23 +1,33 @@
 """The fused ops: functions of tensors, each with its PyTorch reference in its file. Needs torch and triton only."""
 
 from ds_fused.ops.add_layer_norm import add_layer_norm
+from ds_fused.ops.add_rms_norm import add_rms_norm
 from ds_fused.ops.cross_entropy import cross_entropy
 from ds_fused.ops.dyt import dyt
+from ds_fused.ops.embedding import embedding
+from ds_fused.ops.gated_rms_norm import gated_rms_norm
 from ds_fused.ops.glu import glu
 from ds_fused.ops.group_norm import group_norm
 from ds_fused.ops.layer_norm import layer_norm
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy
 from ds_fused.ops.rms_norm import rms_norm
 from ds_fused.ops.rope import rope
+from ds_fused.ops.softmax import softmax
+from ds_fused.ops.sparsemax import sparsemax
 
 __all__ = [
     "add_layer_norm",
+    "add_rms_norm",
     "cross_entropy",
     "dyt",
+    "embedding",
+    "gated_rms_norm",
     "glu",
     "group_norm",
     "layer_norm",
     "linear_cross_entropy",
     "rms_norm",
     "rope",
+    "softmax",
+    "sparsemax",
 ]

@@ -9,14 +9,19 @@ from types import MappingProxyType, ModuleType
 from typing import NamedTuple
 
 from ds_fused.ops.add_layer_norm import add_layer_norm, add_layer_norm_reference
+from ds_fused.ops.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from ds_fused.ops.cross_entropy import cross_entropy, cross_entropy_reference
 from ds_fused.ops.dyt import dyt, dyt_reference
+from ds_fused.ops.embedding import embedding, embedding_reference
+from ds_fused.ops.gated_rms_norm import gated_rms_norm, gated_rms_norm_reference
 from ds_fused.ops.glu import glu, glu_reference
 from ds_fused.ops.group_norm import group_norm, group_norm_reference
 from ds_fused.ops.layer_norm import layer_norm, layer_norm_reference
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from ds_fused.ops.rms_norm import rms_norm, rms_norm_reference
 from ds_fused.ops.rope import rope, rope_reference
+from ds_fused.ops.softmax import softmax, softmax_reference
+from ds_fused.ops.sparsemax import sparsemax, sparsemax_reference
 
 
 class Option(NamedTuple):
@@ -51,7 +56,7 @@ OPS: tuple[Op, ...] = (
         rms_norm,
         rms_norm_reference,
         ("rms_norm",),
-        "root-mean-square norm; weight offset, both cast orders",
+        "root-mean-square norm; weight offset, bias, both cast orders",
     ),
     Op("layer_norm", layer_norm, layer_norm_reference, (), "layer norm; weight and bias may each be missing"),
     Op("add_layer_norm", add_layer_norm, add_layer_norm_reference, (), "residual add and layer norm in one pass"),
@@ -59,6 +64,35 @@ OPS: tuple[Op, ...] = (
     Op("dyt", dyt, dyt_reference, (), "dynamic tanh: weight * tanh(alpha * x) + bias"),
     Op("rope", rope, rope_reference, ("rope",), "rotary embedding of q and k in one launch"),
     Op("glu", glu, glu_reference, ("swiglu", "geglu"), "gated linear unit: silu, gelu tanh, gelu exact"),
+    Op(
+        "add_rms_norm",
+        add_rms_norm,
+        add_rms_norm_reference,
+        (),
+        "residual connection and root-mean-square norm in one pass",
+    ),
+    Op(
+        "gated_rms_norm",
+        gated_rms_norm,
+        gated_rms_norm_reference,
+        (),
+        "root-mean-square norm with a gate before or behind it, in groups",
+    ),
+    Op(
+        "embedding",
+        embedding,
+        embedding_reference,
+        (),
+        "lookup of rows; deterministic gradient without atomics",
+    ),
+    Op("softmax", softmax, softmax_reference, (), "softmax along a dimension"),
+    Op(
+        "sparsemax",
+        sparsemax,
+        sparsemax_reference,
+        (),
+        "projection on the probability simplex along a dimension, without a sort",
+    ),
     Op(
         "cross_entropy",
         cross_entropy,

@@ -1,12 +1,15 @@
-"""Root-mean-square norm: ``y = (offset + weight) * x / rms(x)``, rms(x) = sqrt(mean(x^2) + eps).
+"""Root-mean-square norm: ``y = (offset + weight) * x / rms(x) + bias``, rms(x) = sqrt(mean(x^2) + eps).
 
 ``cast`` says where the normalised row x_hat is rounded to x's dtype:
-``"before_weight"`` (Llama): ``(offset + weight) * x_hat.to(x.dtype)``, of the promoted dtype of both;
-``"after_weight"`` (Gemma): ``(x_hat * (offset + weight.float())).to(x.dtype)``.
+``"before_weight"`` (Llama): ``(offset + weight) * x_hat.to(x.dtype) + bias``, of the promoted dtype of all;
+``"after_weight"`` (Gemma): ``(x_hat * (offset + weight.float()) + bias.float()).to(x.dtype)``.
 
 Saved for backward: x (its producer usually holds it anyway), weight, and 1/rms in fp32 per row.
-Traffic per element: forward 1 read + 1 write, backward 2 reads + 1 write, plus fp32 partial sums of dweight: one row
-per program, added up in a fixed order by a second small launch (no atomics: same input, same bits).
+Traffic per element: forward 1 read + 1 write, backward 2 reads + 1 write, plus fp32 partial sums of dweight and dbias:
+one row each per program, added up in a fixed order by a second small launch (no atomics: same input, same bits).
+
+The kernels also take what add_rms_norm.py has more: a residual, which is added to x before all this, and the gradient
+of that sum, which is added to dx.
 
 Sizes: N rows (every leading dimension, flattened), D columns.
 """
@@ -48,6 +51,8 @@ TILE_BWD, PER_THREAD_BWD = 2048, 8
 # pipeline). Not measured yet.
 WARPS_PER_MULTIPROCESSOR = 32
 STAGES_BWD = 2
+# what two stages may take of shared memory, in bytes: sm80 has 163 KiB, which x, dy and dsum of fp32 would exceed
+MOST_IN_FLIGHT = 128 * 1024
 # the last sum over programs: few columns so that many programs share it, many rows so that few turns wait for L2.
 # Not measured yet.
 SUM_COLS = 32
@@ -55,16 +60,39 @@ SUM_ROWS = 256
 
 
 def rms_norm_reference(
-    x: Tensor, weight: Tensor | None, *, eps: float = 1e-6, offset: float = 0.0, cast: str = "before_weight"
+    x: Tensor,
+    weight: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+    cast: str = "before_weight",
 ) -> Tensor:
     """What this file computes, in PyTorch: the specification, the CPU path and the yardstick of the tests."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    x_hat = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    if weight is None:
-        return x_hat.to(x.dtype)
+    y = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if cast == "before_weight":
-        return (offset + weight if offset else weight) * x_hat.to(x.dtype)
-    return (x_hat * (offset + weight.to(wide.dtype))).to(x.dtype)
+        y = y.to(x.dtype)
+        if weight is not None:
+            y = (offset + weight if offset else weight) * y
+        return y if bias is None else y + bias
+    if weight is not None:
+        y = y * (offset + weight.to(wide.dtype))
+    if bias is not None:
+        y = y + bias.to(wide.dtype)
+    return y.to(x.dtype)
+
+
+@triton.jit
+def _x_or_sum(x_ptr, residual_ptr, sum_ptr, x_at, residual_at, sum_at, mask, HAS_RESIDUAL: tl.constexpr):
+    """What is normalised, in fp32: x, or x + residual, which is rounded to its dtype and stored."""
+    x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        x += tl.load(residual_ptr + residual_at, mask=mask, other=0.0).to(tl.float32)
+        x = x.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + sum_at, x, mask=mask)
+        x = x.to(tl.float32)
+    return x
 
 
 @triton.jit
@@ -79,45 +107,71 @@ def _weight_at(weight_ptr, cols, mask, OFFSET: tl.constexpr, CAST_BEFORE: tl.con
     return moved
 
 
+@triton.jit
+def _scaled(
+    x_hat, weight_ptr, bias_ptr, cols, mask, DTYPE: tl.constexpr,
+    OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """y in fp32. DTYPE: that of x."""
+    y = x_hat
+    if CAST_BEFORE and (HAS_WEIGHT or HAS_BIAS):
+        y = y.to(DTYPE).to(tl.float32)
+    if HAS_WEIGHT:
+        y *= _weight_at(weight_ptr, cols, mask, OFFSET, CAST_BEFORE)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    return y
+
+
 # n_rows is not specialized: a batch whose token count is no multiple of 16 would compile everything again
 @triton.jit(do_not_specialize=["n_rows"])
 def _rms_norm_fwd_kernel(
     x_ptr,  # [N, D]
+    residual_ptr,  # [N, D]
     weight_ptr,  # [D]
+    bias_ptr,  # [D]
     y_ptr,  # [N, D]
+    sum_ptr,  # [N, D]: x + residual
     rstd_ptr,  # [N]
-    x_stride,  # elements from one row to the next; y has no gaps
+    x_stride,  # elements from one row to the next; y and the sum have no gaps
+    residual_stride,
     n_rows,
     n_cols,
     eps,
-    OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     cols = tl.arange(0, BLOCK_COLS)[None, :]
     mask = (rows < n_rows) & (cols < n_cols)
 
-    x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    here = rows * n_cols + cols
+    x = _x_or_sum(
+        x_ptr, residual_ptr, sum_ptr, rows * x_stride + cols, rows * residual_stride + cols, here, mask, HAS_RESIDUAL
+    )
     rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / n_cols + eps)
     tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
-    y = x * rstd
-    if HAS_WEIGHT:
-        if CAST_BEFORE:
-            y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
-        y *= _weight_at(weight_ptr, cols, cols < n_cols, OFFSET, CAST_BEFORE)
-    tl.store(y_ptr + rows * n_cols + cols, y, mask=mask)
+    dtype: tl.constexpr = sum_ptr.dtype.element_ty if HAS_RESIDUAL else x_ptr.dtype.element_ty
+    y = _scaled(x * rstd, weight_ptr, bias_ptr, cols, cols < n_cols, dtype, OFFSET, CAST_BEFORE, HAS_WEIGHT, HAS_BIAS)
+    tl.store(y_ptr + here, y, mask=mask)
 
 
 @triton.jit
 def _rms_norm_fwd_walk_kernel(
     x_ptr,  # [N, D]
+    residual_ptr,  # [N, D]
     weight_ptr,  # [D]
+    bias_ptr,  # [D]
     y_ptr,  # [N, D]
+    sum_ptr,  # [N, D]
     rstd_ptr,  # [N]
     x_stride,
+    residual_stride,
     n_cols,
     eps,
-    OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """One row that is too wide for registers."""
@@ -125,18 +179,41 @@ def _rms_norm_fwd_walk_kernel(
     squares = tl.zeros((BLOCK_COLS,), tl.float32)
     for start in range(0, n_cols, BLOCK_COLS):
         cols = start + tl.arange(0, BLOCK_COLS)
-        x = tl.load(x_ptr + row * x_stride + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
+        x = _x_or_sum(
+            x_ptr,
+            residual_ptr,
+            sum_ptr,
+            row * x_stride + cols,
+            row * residual_stride + cols,
+            row * n_cols + cols,
+            cols < n_cols,
+            HAS_RESIDUAL,
+        )
         squares += x * x
     rstd = tl.rsqrt(tl.sum(squares) / n_cols + eps)
     tl.store(rstd_ptr + row, rstd)
+    if HAS_RESIDUAL:
+        # one thread may read what another one wrote
+        tl.debug_barrier()
+        x_row_ptr = sum_ptr + row * n_cols
+    else:
+        x_row_ptr = x_ptr + row * x_stride
     for start in range(0, n_cols, BLOCK_COLS):
         cols = start + tl.arange(0, BLOCK_COLS)
         mask = cols < n_cols
-        y = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32) * rstd
-        if HAS_WEIGHT:
-            if CAST_BEFORE:
-                y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
-            y *= _weight_at(weight_ptr, cols, mask, OFFSET, CAST_BEFORE)
+        x = tl.load(x_row_ptr + cols, mask=mask, other=0.0)
+        y = _scaled(
+            x.to(tl.float32) * rstd,
+            weight_ptr,
+            bias_ptr,
+            cols,
+            mask,
+            x.dtype,
+            OFFSET,
+            CAST_BEFORE,
+            HAS_WEIGHT,
+            HAS_BIAS,
+        )
         tl.store(y_ptr + row * n_cols + cols, y, mask=mask)
 
 
@@ -146,14 +223,18 @@ def _rms_norm_bwd_kernel(
     x_ptr,  # [N, D]
     weight_ptr,  # [D]
     rstd_ptr,  # [N]
+    dsum_ptr,  # [N, D]: the gradient of x itself, where x is a sum that goes on elsewhere too
     dx_ptr,  # [N, D]
-    partial_ptr,  # [programs, D] fp32: this program's part of dweight
+    dweights_ptr,  # [programs, D] fp32: this program's part of dweight
+    dbiases_ptr,  # the same of dbias
     dy_stride,  # elements from one row to the next; dx has no gaps
     x_stride,
+    dsum_stride,
     n_rows,
     n_cols,
-    OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    WANTS_DWEIGHT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
+    OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DSUM: tl.constexpr,
+    WANTS_DX: tl.constexpr, WANTS_DWEIGHT: tl.constexpr, WANTS_DBIAS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_COLS)[None, :]
@@ -161,6 +242,8 @@ def _rms_norm_bwd_kernel(
         weight = _weight_at(weight_ptr, cols, cols < n_cols, OFFSET, CAST_BEFORE)
     if WANTS_DWEIGHT:
         dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+    if WANTS_DBIAS:
+        dbias = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
 
     step = tl.num_programs(0).to(tl.int64) * BLOCK_ROWS
     for start in tl.range(pid * BLOCK_ROWS, n_rows, step, num_stages=STAGES):
@@ -173,14 +256,28 @@ def _rms_norm_bwd_kernel(
         x_hat = x * rstd
         if WANTS_DWEIGHT:
             dweight += dy * x_hat
-        if HAS_WEIGHT:
-            dy *= weight
-        dx = rstd * (dy - x_hat * (tl.sum(dy * x_hat, axis=1, keep_dims=True) / n_cols))
-        tl.store(dx_ptr + rows * n_cols + cols, dx, mask=mask)
+        if WANTS_DBIAS:
+            dbias += dy
+        if WANTS_DX:
+            if HAS_WEIGHT:
+                dy *= weight
+            dx = rstd * (dy - x_hat * (tl.sum(dy * x_hat, axis=1, keep_dims=True) / n_cols))
+            if HAS_DSUM:
+                dx += tl.load(dsum_ptr + rows * dsum_stride + cols, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dx_ptr + rows * n_cols + cols, dx, mask=mask)
 
+    here = pid * n_cols + cols
     if WANTS_DWEIGHT:
-        total = tl.sum(dweight, axis=0, keep_dims=True)
-        tl.store(partial_ptr + pid * n_cols + cols, total, mask=cols < n_cols)
+        tl.store(dweights_ptr + here, tl.sum(dweight, axis=0, keep_dims=True), mask=cols < n_cols)
+    if WANTS_DBIAS:
+        tl.store(dbiases_ptr + here, tl.sum(dbias, axis=0, keep_dims=True), mask=cols < n_cols)
+
+
+@triton.jit
+def _add_to(sums, value, mask, is_first):
+    """sums += value. The first row finds nothing there: scratch is written before it is read."""
+    before = tl.load(sums, mask=mask & ~is_first, other=0.0)
+    tl.store(sums, before + value, mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -189,29 +286,34 @@ def _rms_norm_bwd_walk_kernel(
     x_ptr,  # [N, D]
     weight_ptr,  # [D]
     rstd_ptr,  # [N]
+    dsum_ptr,  # [N, D]
     dx_ptr,  # [N, D]
-    partial_ptr,  # [programs, D] fp32: this program's part of dweight, added to row by row
+    dweights_ptr,  # [programs, D] fp32: this program's part of dweight, added to row by row
+    dbiases_ptr,  # the same of dbias
     dy_stride,
     x_stride,
+    dsum_stride,
     n_rows,
     n_cols,
-    OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    WANTS_DWEIGHT: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DSUM: tl.constexpr,
+    WANTS_DX: tl.constexpr, WANTS_DWEIGHT: tl.constexpr, WANTS_DBIAS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """Rows that are too wide for registers, one after the other."""
     pid = tl.program_id(0).to(tl.int64)
     for row in range(pid, n_rows, tl.num_programs(0).to(tl.int64)):
         rstd = tl.load(rstd_ptr + row)
-        products = tl.zeros((BLOCK_COLS,), tl.float32)
-        for start in range(0, n_cols, BLOCK_COLS):
-            cols = start + tl.arange(0, BLOCK_COLS)
-            mask = cols < n_cols
-            dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
-            x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
-            if HAS_WEIGHT:
-                dy *= _weight_at(weight_ptr, cols, mask, OFFSET, CAST_BEFORE)
-            products += dy * (x * rstd)
-        mean = tl.sum(products) / n_cols
+        if WANTS_DX:
+            products = tl.zeros((BLOCK_COLS,), tl.float32)
+            for start in range(0, n_cols, BLOCK_COLS):
+                cols = start + tl.arange(0, BLOCK_COLS)
+                mask = cols < n_cols
+                dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
+                x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+                if HAS_WEIGHT:
+                    dy *= _weight_at(weight_ptr, cols, mask, OFFSET, CAST_BEFORE)
+                products += dy * (x * rstd)
+            mean = tl.sum(products) / n_cols
 
         for start in range(0, n_cols, BLOCK_COLS):
             cols = start + tl.arange(0, BLOCK_COLS)
@@ -219,13 +321,16 @@ def _rms_norm_bwd_walk_kernel(
             dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
             x_hat = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32) * rstd
             if WANTS_DWEIGHT:
-                # the first row finds nothing there: scratch is written before it is read
-                sums = partial_ptr + pid * n_cols + cols
-                before = tl.load(sums, mask=mask & (row != pid), other=0.0)
-                tl.store(sums, before + dy * x_hat, mask=mask)
-            if HAS_WEIGHT:
-                dy *= _weight_at(weight_ptr, cols, mask, OFFSET, CAST_BEFORE)
-            tl.store(dx_ptr + row * n_cols + cols, rstd * (dy - x_hat * mean), mask=mask)
+                _add_to(dweights_ptr + pid * n_cols + cols, dy * x_hat, mask, row == pid)
+            if WANTS_DBIAS:
+                _add_to(dbiases_ptr + pid * n_cols + cols, dy, mask, row == pid)
+            if WANTS_DX:
+                if HAS_WEIGHT:
+                    dy *= _weight_at(weight_ptr, cols, mask, OFFSET, CAST_BEFORE)
+                dx = rstd * (dy - x_hat * mean)
+                if HAS_DSUM:
+                    dx += tl.load(dsum_ptr + row * dsum_stride + cols, mask=mask, other=0.0).to(tl.float32)
+                tl.store(dx_ptr + row * n_cols + cols, dx, mask=mask)
         # the next row's threads must see these sums
         tl.debug_barrier()
 
@@ -264,103 +369,170 @@ def tile(d: int, elements: int, per_thread: int, widest: int) -> Tile:
     return Tile(rows, cols, warps_for(rows * cols, per_thread))
 
 
+def sum_partials(partial: Tensor, like: Tensor) -> Tensor:
+    """[programs, D] fp32 -> their sum over programs [D], in an order that is always the same, in the dtype of like."""
+    programs, d = partial.shape
+    out = torch.empty(d, dtype=like.dtype, device=partial.device)
+    with on_device(partial):
+        _sum_partials_kernel[(cdiv(d, SUM_COLS),)](
+            partial, out, programs, d, BLOCK_ROWS=SUM_ROWS, BLOCK_COLS=SUM_COLS, num_warps=8
+        )
+    return out
+
+
 def rms_norm_fwd(
-    x: Tensor, weight: Tensor | None, eps: float, offset: float, cast_before: bool
-) -> tuple[Tensor, Tensor]:
-    """[N, D], [D] -> y [N, D], rstd [N]."""
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    offset: float,
+    cast_before: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, D] x 2, [D] x 2 -> y [N, D], what was normalised (x, or x + residual) [N, D], rstd [N]."""
     n, d = x.shape
-    dtype = torch.promote_types(x.dtype, weight.dtype) if cast_before and weight is not None else x.dtype
+    total = x
+    if residual is not None:
+        total = torch.empty((n, d), dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
+    dtype = total.dtype
+    if cast_before:
+        for scale in (weight, bias):
+            dtype = dtype if scale is None else torch.promote_types(dtype, scale.dtype)
     y = torch.empty((n, d), dtype=dtype, device=x.device)
     rstd = torch.empty(n, dtype=torch.float32, device=x.device)
     if n == 0 or d == 0:
-        return y, rstd
+        return y, total, rstd
     block = tile(d, TILE_FWD, PER_THREAD_FWD, WHOLE_ROW_FWD)
+    tensors = (x, residual, weight, bias, y, None if residual is None else total, rstd)
+    strides = (row_stride(x), 0 if residual is None else row_stride(residual))
     constants = {
         "OFFSET": offset,
         "CAST_BEFORE": cast_before,
         "HAS_WEIGHT": weight is not None,
+        "HAS_BIAS": bias is not None,
+        "HAS_RESIDUAL": residual is not None,
         "BLOCK_COLS": block.cols,
         "num_warps": block.warps,
     }
     with on_device(x):
         if block.rows:
             _rms_norm_fwd_kernel[(cdiv(n, block.rows),)](
-                x, weight, y, rstd, row_stride(x), n, d, eps, BLOCK_ROWS=block.rows, **constants
+                *tensors, *strides, n, d, eps, BLOCK_ROWS=block.rows, **constants
             )
         else:
-            _rms_norm_fwd_walk_kernel[(n,)](x, weight, y, rstd, row_stride(x), d, eps, **constants)
-    return y, rstd
+            _rms_norm_fwd_walk_kernel[(n,)](*tensors, *strides, d, eps, **constants)
+    return y, total, rstd
+
+
+class Wants(NamedTuple):
+    """Which gradients are needed."""
+
+    dx: bool
+    dweight: bool
+    dbias: bool
 
 
 def rms_norm_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float, cast_before: bool, wants_dweight: bool
-) -> tuple[Tensor, Tensor | None]:
-    """dy [N, D], x [N, D], weight [D], rstd [N] -> dx [N, D], dweight [D] or None."""
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rstd: Tensor,
+    dsum: Tensor | None,
+    offset: float,
+    cast_before: bool,
+    wants: Wants,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dy, x [N, D], weight, bias [D], rstd [N], dsum [N, D] -> dx [N, D], dweight [D], dbias [D], those wanted.
+
+    Of bias only the dtype counts, and of dsum, which is added to dx, nothing where no dx is wanted.
+    """
     n, d = x.shape
-    dx = torch.empty((n, d), dtype=x.dtype, device=x.device)
+    dx = torch.empty((n, d), dtype=x.dtype, device=x.device) if wants.dx else None
     if n == 0 or d == 0:
-        return dx, torch.zeros_like(weight) if wants_dweight else None
-    block = tile(d, TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD)
+        return dx, torch.zeros_like(weight) if wants.dweight else None, torch.zeros_like(bias) if wants.dbias else None
+    if not any(wants):
+        return None, None, None
+    # a second row of sums takes as many registers again
+    block = tile(d, TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD // 2 if wants.dbias else WHOLE_ROW_BWD)
     constants = {
         "OFFSET": offset,
         "CAST_BEFORE": cast_before,
         "HAS_WEIGHT": weight is not None,
-        "WANTS_DWEIGHT": wants_dweight,
+        "HAS_DSUM": dsum is not None,
+        "WANTS_DX": wants.dx,
+        "WANTS_DWEIGHT": wants.dweight,
+        "WANTS_DBIAS": wants.dbias,
         "BLOCK_COLS": block.cols,
         "num_warps": block.warps,
     }
     if block.rows:
         kernel = _rms_norm_bwd_kernel
-        constants |= {"BLOCK_ROWS": block.rows, "STAGES": STAGES_BWD}
+        in_flight = sum(t.itemsize for t in (dy, x, dsum) if t is not None) * block.rows * block.cols
+        constants |= {"BLOCK_ROWS": block.rows, "STAGES": STAGES_BWD if in_flight <= MOST_IN_FLIGHT else 1}
     else:
         kernel = _rms_norm_bwd_walk_kernel
     resident = multiprocessors(x) * max(1, WARPS_PER_MULTIPROCESSOR // block.warps)
     programs = min(cdiv(n, max(1, block.rows)), resident)
-    partial = torch.empty((programs, d), dtype=torch.float32, device=x.device) if wants_dweight else None
+    dweights, dbiases = (
+        torch.empty((programs, d), dtype=torch.float32, device=x.device) if wanted else None
+        for wanted in (wants.dweight, wants.dbias)
+    )
+    strides = (row_stride(dy), row_stride(x), 0 if dsum is None else row_stride(dsum))
     with on_device(x):
-        kernel[(programs,)](dy, x, weight, rstd, dx, partial, row_stride(dy), row_stride(x), n, d, **constants)
-        if not wants_dweight:
-            return dx, None
-        dweight = torch.empty_like(weight)
-        _sum_partials_kernel[(cdiv(d, SUM_COLS),)](
-            partial, dweight, programs, d, BLOCK_ROWS=SUM_ROWS, BLOCK_COLS=SUM_COLS, num_warps=8
-        )
-    return dx, dweight
+        kernel[(programs,)](dy, x, weight, rstd, dsum, dx, dweights, dbiases, *strides, n, d, **constants)
+    dweight = sum_partials(dweights, weight) if wants.dweight else None
+    dbias = sum_partials(dbiases, bias) if wants.dbias else None
+    return dx, dweight, dbias
 
 
 class RMSNormFunction(torch.autograd.Function):
     """Autograd around the launchers; sees only [N, D]."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor | None, eps: float, offset: float, cast_before: bool) -> Tensor:
-        y, rstd = rms_norm_fwd(x, weight, eps, offset, cast_before)
-        ctx.save_for_backward(x, weight, rstd)
+    def forward(
+        ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float, cast_before: bool
+    ) -> Tensor:
+        y, _, rstd = rms_norm_fwd(x, None, weight, bias, eps, offset, cast_before)
+        ctx.save_for_backward(x, weight, bias, rstd)
         ctx.offset, ctx.cast_before = offset, cast_before
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        x, weight, rstd = ctx.saved_tensors
-        wants_dweight = weight is not None and ctx.needs_input_grad[1]
-        dx, dweight = rms_norm_bwd(rows_of(dy), x, weight, rstd, ctx.offset, ctx.cast_before, wants_dweight)
-        return dx, dweight, None, None, None
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        x, weight, bias, rstd = ctx.saved_tensors
+        wants = Wants(*ctx.needs_input_grad[:3])
+        gradients = rms_norm_bwd(rows_of(dy), x, weight, bias, rstd, None, ctx.offset, ctx.cast_before, wants)
+        return *gradients, None, None, None
+
+
+def check_norm(op: str, x: Tensor, cast: str, **per_column: Tensor | None) -> None:
+    """What a norm asks of its weight and bias, and of cast."""
+    for name, value in per_column.items():
+        if value is not None and value.shape != x.shape[-1:]:
+            raise ValueError(f"{op}: {name} {tuple(value.shape)} must be one value per column of x {tuple(x.shape)}")
+    if cast not in CASTS:
+        raise ValueError(f"{op}: cast is {cast!r}; known are {', '.join(CASTS)}")
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor | None, *, eps: float = 1e-6, offset: float = 0.0, cast: str = "before_weight"
+    x: Tensor,
+    weight: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+    cast: str = "before_weight",
 ) -> Tensor:
-    """``(offset + weight) * x / rms(x)`` over the last dimension: x [..., D], weight [D] or None.
+    """``(offset + weight) * x / rms(x) + bias`` over the last dimension: x [..., D], weight and bias [D] or None.
 
-    The result has the promoted dtype of x and weight with ``cast="before_weight"``, x's with ``"after_weight"``.
+    The result has the promoted dtype of x, weight and bias with ``cast="before_weight"``, x's with ``"after_weight"``.
     """
-    if weight is not None and weight.shape != x.shape[-1:]:
-        raise ValueError(f"rms_norm: weight {tuple(weight.shape)} must be one value per column of x {tuple(x.shape)}")
-    if cast not in CASTS:
-        raise ValueError(f"rms_norm: cast is {cast!r}; known are {', '.join(CASTS)}")
-    if not (runs_kernels(x) if weight is None else runs_kernels(x, weight)):
-        return rms_norm_reference(x, weight, eps=eps, offset=offset, cast=cast)
-    check_dtypes("rms_norm", x=x, weight=weight)
-    weight = weight if weight is None else weight.contiguous()
-    y = RMSNormFunction.apply(rows_of(x), weight, eps, offset, cast == "before_weight")
+    check_norm("rms_norm", x, cast, weight=weight, bias=bias)
+    if not runs_kernels(*(t for t in (x, weight, bias) if t is not None)):
+        return rms_norm_reference(x, weight, bias=bias, eps=eps, offset=offset, cast=cast)
+    check_dtypes("rms_norm", x=x, weight=weight, bias=bias)
+    weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
+    y = RMSNormFunction.apply(rows_of(x), weight, bias, eps, offset, cast == "before_weight")
     return y.view(x.shape)

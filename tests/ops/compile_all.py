@@ -47,6 +47,69 @@ def rms_norm() -> None:
         x, weight = leaf(n, d, dtype=x_dtype), leaf(d, dtype=weight_dtype)
         ops.rms_norm(x, weight, cast=cast, offset=float(cast == "after_weight")).sum().backward()
     ops.rms_norm(leaf(2, 4096), None).sum().backward()
+    for d in (4096, 8192, 65536):  # 8192: the widest whole row of a backward with dbias
+        ops.rms_norm(leaf(2, d), leaf(d), bias=leaf(d)).sum().backward()
+
+
+def add_rms_norm() -> None:
+    half, full = torch.bfloat16, torch.float32
+    for n, d, dtype, cast in (
+        (64, 128, half, "before_weight"),
+        (2, 4096, half, "before_weight"),
+        (2, 16384, half, "after_weight"),
+        (2, 16384, full, "before_weight"),
+        (2, 32768, half, "before_weight"),
+        (2, 65536, half, "before_weight"),
+    ):
+        inputs = leaf(n, d, dtype=dtype), leaf(n, d, dtype=dtype), leaf(d, dtype=dtype)
+        torch.autograd.backward([y.sum() for y in ops.add_rms_norm(*inputs, cast=cast)])
+    ops.add_rms_norm(leaf(2, 4096), leaf(2, 4096, dtype=full), leaf(4096))[0].sum().backward()
+
+
+def gated_rms_norm() -> None:
+    half, full = torch.bfloat16, torch.float32
+    for n, d, dtype, options in (
+        (64, 128, half, {}),  # Qwen3-Next: a norm per head
+        (2, 8192, half, {"order": "gate_first"}),  # the widest whole group of the backward
+        (2, 8192, full, {"cast": "after_weight", "act": "sigmoid"}),
+        (2, 7680, half, {"order": "gate_first", "group_size": 960}),
+        (2, 16384, full, {"order": "gate_first", "cast": "after_weight"}),  # the widest of the forward
+        (2, 65536, half, {}),
+        (2, 65536, half, {"order": "gate_first", "group_size": 32768}),
+    ):
+        inputs = leaf(n, d, dtype=dtype), leaf(n, d, dtype=dtype), leaf(d, dtype=dtype)
+        ops.gated_rms_norm(*inputs, **options).sum().backward()
+    for d in (4096, 65536):
+        ops.gated_rms_norm(leaf(2, d), leaf(2, d), None).sum().backward()
+
+
+def embedding() -> None:
+    for h, dtype in ((576, torch.bfloat16), (4096, torch.float32)):
+        # more than one chunk, so that there is something to join
+        ops.embedding(torch.zeros(300, dtype=torch.int64), leaf(11, h, dtype=dtype), 3).sum().backward()
+
+
+def softmax() -> None:
+    for n, d, dtype in (
+        (64, 128, torch.bfloat16),
+        (2, 4096, torch.float16),
+        (2, 16384, torch.float32),  # the widest whole row of the backward
+        (2, 32768, torch.float32),  # the widest of the forward; walked backward
+        (2, 65536, torch.bfloat16),
+    ):
+        ops.softmax(leaf(n, d, dtype=dtype)).sum().backward()
+
+
+def sparsemax() -> None:
+    for n, d, dtype in (
+        (64, 128, torch.bfloat16),
+        (2, 4096, torch.float16),
+        (2, 16384, torch.float32),  # the widest whole row of the backward
+        (2, 32768, torch.float32),  # the widest of the forward; walked backward
+        (2, 65536, torch.bfloat16),
+        (2, 65537, torch.float16),
+    ):
+        ops.sparsemax(leaf(n, d, dtype=dtype)).sum().backward()
 
 
 def glu() -> None:
@@ -162,8 +225,13 @@ EXAMPLES: tuple[Callable[[], None], ...] = (
     add_layer_norm,
     group_norm,
     dyt,
-    glu,
     rope,
+    glu,
+    add_rms_norm,
+    gated_rms_norm,
+    embedding,
+    softmax,
+    sparsemax,
     cross_entropy,
     linear_cross_entropy,
 )

@@ -71,6 +71,35 @@ def test_weight_of_another_dtype(x_dtype, weight_dtype, cast, device):
     as_accurate(rms_norm, rms_norm_reference, inputs, x_dtype, cast=cast)
 
 
+def with_bias(function):
+    """The bias as a tensor among the others, for the judge."""
+    return lambda x, weight, bias, **options: function(x, weight, bias=bias, **options)
+
+
+def judge_bias(x, weight, bias, dtype, **options):
+    as_accurate(with_bias(rms_norm), with_bias(rms_norm_reference), [x, weight, bias], dtype, **options)
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bias(dtype, cast, device):
+    x, weight, bias = randn(17, 33, device=device), randn(33, device=device), randn(33, device=device, seed=1)
+    judge_bias(x, weight, bias, dtype, cast=cast, offset=1.0)
+    judge_bias(x, None, bias, dtype, cast=cast)
+    judge_bias(x, weight, bias.float(), dtype, cast=cast)  # its dtype may be that of y
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (0, 1), (0, 2)])
+@pytest.mark.parametrize("walked", [False, True])
+def test_bias_and_frozen(walked, frozen, device, monkeypatch):
+    if walked:
+        monkeypatch.setattr(FILE, "WHOLE_ROW_FWD", 8)
+        monkeypatch.setattr(FILE, "WHOLE_ROW_BWD", 16)
+        monkeypatch.setattr(FILE, "WALK_BLOCK", 16)
+    inputs = [randn(6, 33, device=device), randn(33, device=device), randn(33, device=device, seed=1)]
+    judge_bias(*inputs, torch.bfloat16, frozen=frozen)
+
+
 def test_the_normalised_row_is_rounded_before_the_weight(device):
     # bit for bit, so that a swapped model computes what the stock one does
     x, weight = randn(64, 33, device=device).bfloat16(), randn(33, device=device).bfloat16()
@@ -187,6 +216,8 @@ def test_errors_name_the_argument(device):
         rms_norm(x, torch.ones(4, device=device))
     with pytest.raises(ValueError, match=r"rms_norm: weight \(0,\)"):  # a ZeRO-3 shard that nobody gathered
         rms_norm(x, torch.ones(0, device=device))
+    with pytest.raises(ValueError, match=r"rms_norm: bias \(4,\) .* x \(2, 3\)"):
+        rms_norm(x, None, bias=torch.ones(4, device=device))
     with pytest.raises(ValueError, match="rms_norm: cast is 'llama'; known are before_weight"):
         rms_norm(x, None, cast="llama")
     with pytest.raises(ValueError, match="rms_norm: x is torch.int64"):

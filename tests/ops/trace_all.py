@@ -37,6 +37,48 @@ def rms_norm() -> Iterator[Case]:
         yield ops.rms_norm, [(leaf(65, d), leaf(d)) for d in (first, second)]
     yield ops.rms_norm, [(leaf(n, 4096), leaf(4096)) for n in (3, 65, 66)]
     yield lambda x: ops.rms_norm(x, None), [(leaf(2, 3, d),) for d in (64, 128)]
+    yield lambda x, bias: ops.rms_norm(x, None, bias=bias), [(leaf(n, 64), leaf(64)) for n in (3, 4, 5)]
+
+
+def add_rms_norm() -> Iterator[Case]:
+    for first, second in ((257, 40960), (40960, 257)):
+        yield ops.add_rms_norm, [(leaf(65, d), leaf(65, d), leaf(d)) for d in (first, second)]
+    yield ops.add_rms_norm, [(leaf(2, n, 64), leaf(2, n, 64), leaf(64)) for n in (3, 4, 5)]
+    yield lambda x, residual: ops.add_rms_norm(x, residual, None)[0], [(leaf(5, d), leaf(5, d)) for d in (64, 128)]
+    mixed = [(leaf(n, 64), leaf(n, 64, dtype=torch.float32), leaf(64).detach()) for n in (3, 4)]
+    yield ops.add_rms_norm, mixed
+    yield ops.add_rms_norm, [(leaf(n, 64).detach(), leaf(n, 64).detach(), leaf(64)) for n in (3, 4)]
+
+
+def gated_rms_norm() -> Iterator[Case]:
+    for options in ({}, {"order": "gate_first", "group_size": 64}):
+        norm = partial(ops.gated_rms_norm, **options)
+        for widths in ((256, 40960), (40960, 256)):
+            yield norm, [(leaf(65, d), leaf(65, d), leaf(d)) for d in widths]
+        yield norm, [(leaf(2, n, 64), leaf(2, n, 64), leaf(64)) for n in (3, 4, 5)]
+    yield lambda x, gate: ops.gated_rms_norm(x, gate, None), [(leaf(5, d).detach(), leaf(5, d)) for d in (64, 128)]
+    yield lambda x: ops.gated_rms_norm(*x.chunk(2, -1), None), [(leaf(5, 2 * d),) for d in (64, 128, 100)]
+
+
+def embedding() -> Iterator[Case]:
+    yield ops.embedding, [(labels(n), leaf(11, 64)) for n in (3, 4, 5)]
+    yield ops.embedding, [(labels(600), leaf(11, h)) for h in (64, 128, 2000)]
+    yield partial(ops.embedding, padding_idx=-1), [(labels(2 * n).view(2, n), leaf(v, 64)) for n, v in ((3, 5), (4, 6))]
+
+
+def softmax() -> Iterator[Case]:
+    yield from along_a_dimension(ops.softmax)
+
+
+def sparsemax() -> Iterator[Case]:
+    yield from along_a_dimension(ops.sparsemax)
+
+
+def along_a_dimension(op: Callable[..., Tensor]) -> Iterator[Case]:
+    for widths in ((257, 40960), (40960, 257), (257, 20480)):
+        yield op, [(leaf(65, d),) for d in widths]
+    yield op, [(leaf(2, n, 64),) for n in (3, 4, 5)]
+    yield partial(op, dim=1), [(leaf(2, n, 64),) for n in (3, 4, 5)]
 
 
 def glu() -> Iterator[Case]:
@@ -114,8 +156,13 @@ EXAMPLES: tuple[Callable[[], Iterator[Case]], ...] = (
     add_layer_norm,
     group_norm,
     dyt,
-    glu,
     rope,
+    glu,
+    add_rms_norm,
+    gated_rms_norm,
+    embedding,
+    softmax,
+    sparsemax,
     cross_entropy,
     linear_cross_entropy,
 )
@@ -151,8 +198,14 @@ def pretend_to_have_a_gpu() -> None:
     triton.runtime.driver.set_active(Elsewhere(GPUTarget("cuda", 90, 32), 0))
     # dynamo asks before it looks whether a function is a kernel
     torch.utils._triton.has_triton = lambda: True
+    answers = {
+        "runs_kernels": lambda *_: True,
+        "multiprocessors": lambda _: MULTIPROCESSORS,
+        # on a CPU it reads them
+        "flat_ids": lambda _op, ids, _n_vocab: ids.reshape(-1),
+    }
     for module in [module for name, module in sys.modules.items() if name.startswith("ds_fused.ops.")]:
-        for name, answer in (("runs_kernels", lambda *_: True), ("multiprocessors", lambda _: MULTIPROCESSORS)):
+        for name, answer in answers.items():
             if hasattr(module, name):
                 setattr(module, name, answer)
 

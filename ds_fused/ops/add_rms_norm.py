@@ -1,0 +1,98 @@
+"""A residual connection and the norm behind it: ``sum = x + residual``, ``y = rms_norm(sum)``, one pass each way.
+
+The sum is rounded to its dtype before it is normalised, as x + residual of PyTorch is, and is the second result: the
+residual of the next connection. Options and casts are rms_norm's, and so are the kernels (rms_norm.py).
+
+Saved for backward: the sum (which lives on as the residual anyway), weight, and 1/rms in fp32 per row.
+Traffic per element: forward 2 reads + 2 writes, backward 3 reads (dy, dsum, sum) + 1 write, plus the partial sums of
+dweight.
+
+Sizes: N rows (every leading dimension, flattened), D columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ds_fused.ops._triton import check_dtypes, rows_of, runs_kernels
+from ds_fused.ops.rms_norm import Wants, check_norm, rms_norm_bwd, rms_norm_fwd, rms_norm_reference
+
+
+def add_rms_norm_reference(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    *,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+    cast: str = "before_weight",
+) -> tuple[Tensor, Tensor]:
+    """What this file computes, in PyTorch: the specification, the CPU path and the yardstick of the tests."""
+    total = x + residual
+    return rms_norm_reference(total, weight, eps=eps, offset=offset, cast=cast), total
+
+
+class AddRMSNormFunction(torch.autograd.Function):
+    """Autograd around rms_norm's launchers; sees only [N, D]."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, cast_before: bool
+    ) -> tuple[Tensor, Tensor]:
+        y, total, rstd = rms_norm_fwd(x, residual, weight, None, eps, offset, cast_before)
+        ctx.save_for_backward(total, weight, rstd)
+        ctx.offset, ctx.cast_before, ctx.dtypes = offset, cast_before, (x.dtype, residual.dtype)
+        # the last sum of a model may go nowhere: no zeros are made, read and added then
+        ctx.set_materialize_grads(False)
+        if not any(ctx.needs_input_grad[:2]):
+            ctx.mark_non_differentiable(total)
+        return y, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx, dy: Tensor | None, dsum: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+        total, weight, rstd = ctx.saved_tensors
+        wants_dx = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        if dy is None:
+            dx, dweight = dsum, None
+        else:
+            wants = Wants(wants_dx, ctx.needs_input_grad[2], False)
+            dsum = rows_of(dsum) if wants_dx and dsum is not None else None
+            dx, dweight, _ = rms_norm_bwd(
+                rows_of(dy), total, weight, None, rstd, dsum, ctx.offset, ctx.cast_before, wants
+            )
+        # x and residual get one tensor, as those of PyTorch's own + do: autograd sees that two hold it, and neither
+        # adds to it in place nor lets it become two .grad. A copy would cost a quarter of the backward's traffic
+        given = [
+            dx.to(dtype) if dx is not None and wanted else None
+            for dtype, wanted in zip(ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
+        ]
+        return *given, dweight, None, None, None
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    *,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+    cast: str = "before_weight",
+) -> tuple[Tensor, Tensor]:
+    """``(rms_norm(x + residual, weight), x + residual)``: x and residual [..., D] of one shape, weight [D] or None.
+
+    As with ``x + residual`` itself, the gradients of x and of residual may be one tensor: a hook must not write in it.
+    """
+    if residual.shape != x.shape:
+        raise ValueError(f"add_rms_norm: x {tuple(x.shape)} and residual {tuple(residual.shape)} must have one shape")
+    check_norm("add_rms_norm", x, cast, weight=weight)
+    if not runs_kernels(*(t for t in (x, residual, weight) if t is not None)):
+        return add_rms_norm_reference(x, residual, weight, eps=eps, offset=offset, cast=cast)
+    check_dtypes("add_rms_norm", x=x, residual=residual, weight=weight)
+    weight = weight if weight is None else weight.contiguous()
+    y, total = AddRMSNormFunction.apply(rows_of(x), rows_of(residual), weight, eps, offset, cast == "before_weight")
+    return y.view(x.shape), total.view(x.shape)

@@ -1,0 +1,204 @@
+"""Embedding: ``y = weight[ids]``; the gradient of a row is the sum over its tokens, in one order, rounded once.
+
+The backward sorts the ids (stable), and one program per run of equal ids adds up that run's rows of dy in fp32: no
+atomics, so the same input gives the same bits, and nothing is counted on the host. A run is cut where the sorted tokens
+reach a multiple of CHUNK, so that one frequent word keeps many programs busy; the parts of a run that was cut are added
+up, in order, by a second small launch.
+
+Saved for backward: the ids. Traffic: forward one row read and one written per token; backward dy read once, dweight
+written once, the sort of N ids, and per CHUNK tokens at most two fp32 rows.
+
+Sizes: N tokens (every dimension of ids, flattened), V vocabulary rows, H columns.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ds_fused.ops._ids import flat_ids
+from ds_fused.ops._triton import cdiv, check_dtypes, on_device, power_of_2, row_stride, rows_of, runs_kernels, warps_for
+
+# columns of a program, and of a thread. Not measured yet.
+BLOCK_COLS, PER_THREAD = 1024, 8
+# sorted tokens after which a run is cut, and rows of dy that are on their way together. Not measured yet.
+CHUNK = 256
+ROWS = 4
+
+
+def embedding_reference(ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
+    """What this file computes, in PyTorch: the specification, the CPU path and the yardstick of the tests."""
+    return F.embedding(ids, weight, padding_idx)
+
+
+@triton.jit
+def _embedding_fwd_kernel(
+    ids_ptr,  # [N]
+    weight_ptr,  # [V, H]
+    y_ptr,  # [N, H]
+    weight_stride,  # elements from one row to the next; y has no gaps
+    n_cols,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < n_cols
+    row = tl.load(ids_ptr + token)
+    y = tl.load(weight_ptr + row * weight_stride + cols, mask=mask, other=0.0)
+    tl.store(y_ptr + token * n_cols + cols, y, mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def _embedding_bwd_kernel(
+    dy_ptr,  # [N, H]
+    ids_ptr,  # [N], sorted
+    tokens_ptr,  # [N]: where each was before the sort
+    dweight_ptr,  # [V, H]
+    heads_ptr,  # [chunks, H] fp32: a chunk's part of the run that goes on behind it, and began in it
+    tails_ptr,  # [chunks, H] fp32: a chunk's part of the run that began before it
+    dy_stride,  # elements from one row to the next; the others have no gaps
+    n_tokens,
+    n_cols,
+    padding_idx,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = cols < n_cols
+    row = tl.load(ids_ptr + first)
+    before = tl.load(ids_ptr + first - 1, mask=first > 0, other=-1)
+    begins = before != row
+    chunk = first // CHUNK
+    if (begins | (first % CHUNK == 0)) & (row != padding_idx):
+        end = tl.minimum((chunk + 1) * CHUNK, n_tokens)
+        total = tl.zeros((ROWS, BLOCK), tl.float32)
+        at = first
+        inside = 1
+        while inside > 0:
+            places = at + tl.arange(0, ROWS)[:, None]
+            same = (places < end) & (tl.load(ids_ptr + places, mask=places < end, other=-1) == row)
+            tokens = tl.load(tokens_ptr + places, mask=same, other=0)
+            total += tl.load(dy_ptr + tokens * dy_stride + cols, mask=same & mask, other=0.0).to(tl.float32)
+            at += ROWS
+            # 1 where all of these rows belonged to the run
+            inside = tl.min(same.to(tl.int32))
+        dweight = tl.sum(total, axis=0, keep_dims=True)
+        goes_on = tl.load(ids_ptr + end, mask=end < n_tokens, other=-1) == row
+        if begins:
+            if goes_on:
+                tl.store(heads_ptr + chunk * n_cols + cols, dweight, mask=mask)
+            else:
+                tl.store(dweight_ptr + row * n_cols + cols, dweight, mask=mask)
+        else:
+            tl.store(tails_ptr + chunk * n_cols + cols, dweight, mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def _embedding_join_kernel(
+    ids_ptr,  # [N], sorted
+    dweight_ptr,  # [V, H]
+    heads_ptr,  # [chunks, H] fp32
+    tails_ptr,  # [chunks, H] fp32
+    n_tokens,
+    n_cols,
+    padding_idx,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The run that begins in this chunk and goes on behind it, if there is one: the sum of its parts."""
+    chunk = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < n_cols
+    end = (chunk + 1) * CHUNK
+    row = tl.load(ids_ptr + end - 1, mask=end < n_tokens, other=-1)
+    goes_on = tl.load(ids_ptr + end, mask=end < n_tokens, other=-2) == row
+    before = tl.load(ids_ptr + chunk * CHUNK - 1, mask=chunk > 0, other=-1)
+    if goes_on & (before != row) & (row != padding_idx):
+        total = tl.load(heads_ptr + chunk * n_cols + cols, mask=mask, other=0.0)
+        at = chunk + 1
+        inside = 1
+        while inside > 0:
+            total += tl.load(tails_ptr + at * n_cols + cols, mask=mask, other=0.0)
+            at += 1
+            inside = (tl.load(ids_ptr + at * CHUNK, mask=at * CHUNK < n_tokens, other=-1) == row).to(tl.int32)
+        tl.store(dweight_ptr + row * n_cols + cols, total, mask=mask)
+
+
+def _block(n_cols: int) -> tuple[int, int]:
+    """Columns of a program, programs of a row."""
+    block = min(BLOCK_COLS, power_of_2(n_cols))
+    return block, cdiv(n_cols, block)
+
+
+def embedding_fwd(ids: Tensor, weight: Tensor) -> Tensor:
+    """[N] int64, [V, H] -> [N, H]."""
+    n, h = ids.shape[0], weight.shape[1]
+    y = torch.empty((n, h), dtype=weight.dtype, device=weight.device)
+    if n == 0 or h == 0:
+        return y
+    block, blocks = _block(h)
+    with on_device(weight):
+        _embedding_fwd_kernel[(n, blocks)](
+            ids, weight, y, row_stride(weight), h, BLOCK=block, num_warps=warps_for(block, PER_THREAD)
+        )
+    return y
+
+
+def embedding_bwd(dy: Tensor, ids: Tensor, n_vocab: int, padding_idx: int | None, dtype: torch.dtype) -> Tensor:
+    """[N, H], [N] int64 -> dweight [V, H] in that dtype."""
+    n, h = dy.shape
+    dweight = torch.zeros((n_vocab, h), dtype=dtype, device=dy.device)
+    if n == 0 or h == 0:
+        return dweight
+    ids, tokens = torch.sort(ids, stable=True)
+    chunks = cdiv(n, CHUNK)
+    heads, tails = (torch.empty((chunks, h), dtype=torch.float32, device=dy.device) for _ in range(2))
+    # no id is -1
+    padding = -1 if padding_idx is None else padding_idx
+    block, blocks = _block(h)
+    constants = {"CHUNK": CHUNK, "BLOCK": block, "num_warps": warps_for(block, PER_THREAD)}
+    with on_device(dy):
+        _embedding_bwd_kernel[(n, blocks)](
+            dy, ids, tokens, dweight, heads, tails, row_stride(dy), n, h, padding, ROWS=ROWS, **constants
+        )
+        if chunks > 1:
+            _embedding_join_kernel[(chunks, blocks)](ids, dweight, heads, tails, n, h, padding, **constants)
+    return dweight
+
+
+class EmbeddingFunction(torch.autograd.Function):
+    """Autograd around the launchers; sees ids [N] and weight [V, H]."""
+
+    @staticmethod
+    def forward(ctx, ids: Tensor, weight: Tensor, padding_idx: int | None) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.n_vocab, ctx.dtype, ctx.padding_idx = weight.shape[0], weight.dtype, padding_idx
+        return embedding_fwd(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[None, Tensor, None]:
+        (ids,) = ctx.saved_tensors
+        return None, embedding_bwd(rows_of(dy), ids, ctx.n_vocab, ctx.padding_idx, ctx.dtype), None
+
+
+def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
+    """``F.embedding(ids, weight, padding_idx)``: ids [...] (int64, int32) in [0, V), weight [V, H] -> [..., H].
+
+    An id outside the vocabulary is an error: here on a CPU, on the device else. The row padding_idx gets no gradient.
+    """
+    if weight.ndim != 2:
+        raise ValueError(f"embedding: weight {tuple(weight.shape)} must be [vocabulary, columns]")
+    n_vocab, hidden = weight.shape
+    if padding_idx is not None:
+        if not -n_vocab <= padding_idx < n_vocab:
+            raise ValueError(f"embedding: padding_idx is {padding_idx}; weight has {n_vocab} rows")
+        padding_idx %= n_vocab
+    flat = flat_ids("embedding", ids, n_vocab)
+    if not runs_kernels(weight, ids):
+        return embedding_reference(ids, weight, padding_idx)
+    check_dtypes("embedding", weight=weight)
+    return EmbeddingFunction.apply(flat, rows_of(weight), padding_idx).view(*ids.shape, hidden)

@@ -1,0 +1,214 @@
+"""Softmax along a dimension: ``y = exp(x) / sum(exp(x))``, in fp32, one pass forward and one pass back.
+
+Saved for backward: y, which whoever multiplies by it holds too.
+Traffic per element: forward 1 read + 1 write, backward 2 reads (dy, y) + 1 write; rows too wide for registers are read
+twice, the second time mostly from L2.
+
+Sizes: N rows (every dimension but the one that sums to 1, flattened), D columns.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ds_fused.ops._triton import (
+    autocast_dtype,
+    cdiv,
+    check_dtypes,
+    on_device,
+    row_stride,
+    rows_of,
+    runs_kernels,
+)
+from ds_fused.ops.rms_norm import tile
+
+# A tile is whole rows up to these widths (32 fp32 values of a row in each of 1024 threads); wider rows are walked in
+# blocks. Not measured yet.
+WHOLE_ROW_FWD = 32768
+WHOLE_ROW_BWD = 16384
+# elements of a tile when a row is narrower (as many rows as fit), and of a thread. Not measured yet.
+TILE, PER_THREAD = 2048, 16
+
+
+def softmax_reference(x: Tensor, dim: int = -1) -> Tensor:
+    """What this file computes, in PyTorch: the specification, the CPU path and the yardstick of the tests."""
+    return torch.softmax(x, dim, dtype=result_dtype(x))
+
+
+def result_dtype(x: Tensor) -> torch.dtype:
+    """PyTorch's autocast on a GPU has softmax give fp32; so do we, on any device."""
+    return x.dtype if autocast_dtype(x) is None else torch.promote_types(x.dtype, torch.float32)
+
+
+# n_rows is not specialized: a batch whose row count is no multiple of 16 would compile everything again
+@triton.jit(do_not_specialize=["n_rows"])
+def _softmax_fwd_kernel(
+    x_ptr,  # [N, D]
+    y_ptr,  # [N, D]
+    x_stride,  # elements from one row to the next; y has no gaps
+    n_rows,
+    n_cols,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    cols = tl.arange(0, BLOCK_COLS)[None, :]
+    mask = (rows < n_rows) & (cols < n_cols)
+
+    x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=-float("inf")).to(tl.float32)
+    # rows past the last are all -inf: NaN that nobody stores
+    y = tl.exp(x - tl.max(x, axis=1, keep_dims=True))
+    y = y / tl.sum(y, axis=1, keep_dims=True)
+    tl.store(y_ptr + rows * n_cols + cols, y, mask=mask)
+
+
+@triton.jit
+def _softmax_fwd_walk_kernel(
+    x_ptr,  # [N, D]
+    y_ptr,  # [N, D]
+    x_stride,
+    n_cols,
+    BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """One row that is too wide for registers. A lane keeps its maximum, and a sum that is scaled where that grows."""
+    row = tl.program_id(0).to(tl.int64)
+    high = tl.full((BLOCK_COLS,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_COLS,), tl.float32)
+    for start in range(0, n_cols, BLOCK_COLS):
+        cols = start + tl.arange(0, BLOCK_COLS)
+        x = tl.load(x_ptr + row * x_stride + cols, mask=cols < n_cols, other=-float("inf")).to(tl.float32)
+        higher = tl.maximum(high, x)
+        # a lane may have seen nothing but -inf yet (a mask), and -inf less -inf is NaN
+        shift = tl.where(higher == -float("inf"), 0.0, higher)
+        total = total * tl.exp(high - shift) + tl.exp(x - shift)
+        high = higher
+    highest = tl.max(high)
+    # a lane of -inf alone has the sum 0
+    scale = 1.0 / tl.sum(total * tl.exp(high - highest))
+    for start in range(0, n_cols, BLOCK_COLS):
+        cols = start + tl.arange(0, BLOCK_COLS)
+        mask = cols < n_cols
+        x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=-float("inf")).to(tl.float32)
+        tl.store(y_ptr + row * n_cols + cols, tl.exp(x - highest) * scale, mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _softmax_bwd_kernel(
+    dy_ptr,  # [N, D]
+    y_ptr,  # [N, D]
+    dx_ptr,  # [N, D]
+    dy_stride,  # elements from one row to the next; y and dx have no gaps
+    n_rows,
+    n_cols,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    cols = tl.arange(0, BLOCK_COLS)[None, :]
+    mask = (rows < n_rows) & (cols < n_cols)
+
+    dy = tl.load(dy_ptr + rows * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + rows * n_cols + cols, mask=mask, other=0.0).to(tl.float32)
+    dx = y * (dy - tl.sum(dy * y, axis=1, keep_dims=True))
+    tl.store(dx_ptr + rows * n_cols + cols, dx, mask=mask)
+
+
+@triton.jit
+def _softmax_bwd_walk_kernel(
+    dy_ptr,  # [N, D]
+    y_ptr,  # [N, D]
+    dx_ptr,  # [N, D]
+    dy_stride,
+    n_cols,
+    BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """One row that is too wide for registers."""
+    row = tl.program_id(0).to(tl.int64)
+    products = tl.zeros((BLOCK_COLS,), tl.float32)
+    for start in range(0, n_cols, BLOCK_COLS):
+        cols = start + tl.arange(0, BLOCK_COLS)
+        mask = cols < n_cols
+        dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        products += dy * tl.load(y_ptr + row * n_cols + cols, mask=mask, other=0.0).to(tl.float32)
+    inner = tl.sum(products)
+    for start in range(0, n_cols, BLOCK_COLS):
+        cols = start + tl.arange(0, BLOCK_COLS)
+        mask = cols < n_cols
+        dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + row * n_cols + cols, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + row * n_cols + cols, y * (dy - inner), mask=mask)
+
+
+def softmax_fwd(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N, D] -> [N, D] in that dtype."""
+    n, d = x.shape
+    y = torch.empty((n, d), dtype=dtype, device=x.device)
+    if n == 0 or d == 0:
+        return y
+    block = tile(d, TILE, PER_THREAD, WHOLE_ROW_FWD)
+    constants = {"BLOCK_COLS": block.cols, "num_warps": block.warps}
+    with on_device(x):
+        if block.rows:
+            grid = (cdiv(n, block.rows),)
+            _softmax_fwd_kernel[grid](x, y, row_stride(x), n, d, BLOCK_ROWS=block.rows, **constants)
+        else:
+            _softmax_fwd_walk_kernel[(n,)](x, y, row_stride(x), d, **constants)
+    return y
+
+
+def softmax_bwd(dy: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """dy, y [N, D] -> dx [N, D] in that dtype."""
+    n, d = y.shape
+    dx = torch.empty((n, d), dtype=dtype, device=y.device)
+    if n == 0 or d == 0:
+        return dx
+    block = tile(d, TILE, PER_THREAD, WHOLE_ROW_BWD)
+    constants = {"BLOCK_COLS": block.cols, "num_warps": block.warps}
+    with on_device(y):
+        if block.rows:
+            grid = (cdiv(n, block.rows),)
+            _softmax_bwd_kernel[grid](dy, y, dx, row_stride(dy), n, d, BLOCK_ROWS=block.rows, **constants)
+        else:
+            _softmax_bwd_walk_kernel[(n,)](dy, y, dx, row_stride(dy), d, **constants)
+    return dx
+
+
+class SoftmaxFunction(torch.autograd.Function):
+    """Autograd around the two launchers; sees only [N, D]."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, dtype: torch.dtype) -> Tensor:
+        y = softmax_fwd(x, dtype)
+        ctx.save_for_backward(y)
+        ctx.dtype = x.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
+        (y,) = ctx.saved_tensors
+        return softmax_bwd(rows_of(dy), y, ctx.dtype), None
+
+
+def softmax(x: Tensor, dim: int = -1) -> Tensor:
+    """``torch.softmax(x, dim)``: along the last dimension in place of x's rows, along another one over a copy.
+
+    The result has x's dtype, under autocast fp32. A row of -inf alone is NaN, as PyTorch's is.
+    """
+    check_dim("softmax", x, dim)
+    if not runs_kernels(x):
+        return softmax_reference(x, dim)
+    check_dtypes("softmax", x=x)
+    if dim not in (-1, x.ndim - 1):
+        return softmax(x.transpose(dim, -1)).transpose(dim, -1)
+    return SoftmaxFunction.apply(rows_of(x), result_dtype(x)).view(x.shape)
+
+
+def check_dim(op: str, x: Tensor, dim: int) -> None:
+    """A dimension that x has."""
+    if x.ndim == 0:
+        raise ValueError(f"{op}: x is a number; there must be a dimension to go along")
+    if not -x.ndim <= dim < x.ndim:
+        raise ValueError(f"{op}: dim is {dim}; x {tuple(x.shape)} has dimensions {-x.ndim} to {x.ndim - 1}")

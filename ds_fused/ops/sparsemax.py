@@ -1,0 +1,258 @@
+"""Sparsemax along a dimension: the point of the probability simplex that lies nearest to x; most of it is exactly zero.
+
+``y = max(x - tau, 0)`` with the tau for which a row sums to 1 (Martins & Astudillo, "From Softmax to Sparsemax", 2016).
+Of tau the excess ``f(tau) = sum(max(x - tau, 0)) - 1`` is convex and piecewise linear, so Newton's steps from below
+never pass its root and end on it: each is the mean over what still lies above tau, and the last one is the one that
+leaves that set as it was. Nothing is sorted. The bound tau >= max(x) - 1 is where they start; a step makes f times the
+size of the set less than a quarter of what it was, so there are few (about 30 for any row of 128k values, 4 to 8 for
+normally distributed ones), in registers for rows that fit.
+
+The gradient uses the support alone, y > 0: there ``dx = dy - mean of dy over the support``, elsewhere 0.
+
+Saved for backward: y, which whoever multiplies by it holds too.
+Traffic per element: forward 1 read + 1 write, backward 1 read (y) + 1 write, and dy where y > 0; rows too wide for
+registers are read once more per Newton step, mostly from L2.
+
+Sizes: N rows (every dimension but the one that sums to 1, flattened), D columns.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ds_fused.ops._triton import cdiv, check_dtypes, on_device, row_stride, rows_of, runs_kernels
+from ds_fused.ops.rms_norm import tile
+from ds_fused.ops.softmax import check_dim
+
+# A tile is whole rows up to these widths (32 fp32 values of a row in each of 1024 threads); wider rows are walked in
+# blocks. Not measured yet.
+WHOLE_ROW_FWD = 32768
+WHOLE_ROW_BWD = 16384
+# elements of a tile when a row is narrower (as many rows as fit), and of a thread. Not measured yet.
+TILE, PER_THREAD = 2048, 16
+# the least positive value of fp16: what is smaller must not leave the support, or the gradient would lose it
+LEAST_FP16 = 2.0**-24
+
+
+def sparsemax_reference(x: Tensor, dim: int = -1) -> Tensor:
+    """What this file computes, in PyTorch, by the sort of the paper: specification, CPU path and yardstick."""
+    if x.shape[dim] == 0:
+        return x.clone()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)).transpose(dim, -1)
+    z = wide - wide.amax(-1, keepdim=True).detach()
+    ordered = z.sort(-1, descending=True).values
+    sums = ordered.cumsum(-1)
+    ranks = torch.arange(1, z.shape[-1] + 1, device=x.device, dtype=z.dtype)
+    # a row with NaN has no support: the largest alone then hands on the NaN
+    size = (1 + ranks * ordered > sums).sum(-1, keepdim=True).clamp_min(1)
+    tau = (sums.gather(-1, size - 1) - 1) / size
+    return F.relu(z - tau).transpose(dim, -1).to(x.dtype)
+
+
+@triton.jit
+def _kept_positive(y, DTYPE: tl.constexpr, LEAST: tl.constexpr):
+    """y, whose positive values stay positive in DTYPE; NaN stays."""
+    if tl.float16 == DTYPE:
+        y = tl.where((y > 0.0) & (y < LEAST), LEAST, y)
+    return y
+
+
+# n_rows is not specialized: a batch whose row count is no multiple of 16 would compile everything again
+@triton.jit(do_not_specialize=["n_rows"])
+def _sparsemax_fwd_kernel(
+    x_ptr,  # [N, D]
+    y_ptr,  # [N, D]
+    x_stride,  # elements from one row to the next; y has no gaps
+    n_rows,
+    n_cols,
+    LEAST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    cols = tl.arange(0, BLOCK_COLS)[None, :]
+    mask = (rows < n_rows) & (cols < n_cols)
+
+    x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=-float("inf")).to(tl.float32)
+    # a difference to the maximum is as exact as x itself, however large both are
+    z = x - tl.max(x, axis=1, keep_dims=True)
+    tau = tl.full((BLOCK_ROWS, 1), -1.0, tl.float32)
+    size = tl.full((BLOCK_ROWS, 1), BLOCK_COLS + 1, tl.int32)
+    # NaN is above any tau, so that it gets into the sum, and from there into the whole row
+    above = mask & ~(z <= tau)
+    fewer = tl.sum(above.to(tl.int32), axis=1, keep_dims=True)
+    shrinks = fewer < size
+    while tl.max(shrinks.to(tl.int32)) > 0:
+        total = tl.sum(tl.where(above, z, 0.0), axis=1, keep_dims=True)
+        # a row that is ready waits for the others of its tile, unchanged: its bits don't depend on them
+        tau = tl.where(shrinks, (total - 1.0) / tl.maximum(fewer, 1).to(tl.float32), tau)
+        size = tl.where(shrinks, fewer, size)
+        above = mask & ~(z <= tau)
+        fewer = tl.sum(above.to(tl.int32), axis=1, keep_dims=True)
+        shrinks = fewer < size
+    y = tl.where(z <= tau, 0.0, z - tau)
+    tl.store(y_ptr + rows * n_cols + cols, _kept_positive(y, y_ptr.dtype.element_ty, LEAST), mask=mask)
+
+
+@triton.jit
+def _count_and_sum(x_ptr, highest, tau, n_cols, BLOCK_COLS: tl.constexpr):
+    """How many values of a row lie above tau, counted from the highest, and their sum."""
+    counts = tl.zeros((BLOCK_COLS,), tl.int32)
+    sums = tl.zeros((BLOCK_COLS,), tl.float32)
+    for start in range(0, n_cols, BLOCK_COLS):
+        cols = start + tl.arange(0, BLOCK_COLS)
+        mask = cols < n_cols
+        z = tl.load(x_ptr + cols, mask=mask, other=-float("inf")).to(tl.float32) - highest
+        above = mask & ~(z <= tau)
+        counts += above.to(tl.int32)
+        sums += tl.where(above, z, 0.0)
+    return tl.sum(counts), tl.sum(sums)
+
+
+@triton.jit
+def _sparsemax_fwd_walk_kernel(
+    x_ptr,  # [N, D]
+    y_ptr,  # [N, D]
+    x_stride,
+    n_cols,
+    LEAST: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """One row that is too wide for registers."""
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * x_stride
+    high = tl.full((BLOCK_COLS,), -float("inf"), tl.float32)
+    for start in range(0, n_cols, BLOCK_COLS):
+        cols = start + tl.arange(0, BLOCK_COLS)
+        high = tl.maximum(high, tl.load(x_ptr + cols, mask=cols < n_cols, other=-float("inf")).to(tl.float32))
+    highest = tl.max(high)
+
+    tau = -1.0
+    size = n_cols + 1
+    fewer, total = _count_and_sum(x_ptr, highest, tau, n_cols, BLOCK_COLS)
+    while fewer < size:
+        tau = (total - 1.0) / fewer
+        size = fewer
+        fewer, total = _count_and_sum(x_ptr, highest, tau, n_cols, BLOCK_COLS)
+    for start in range(0, n_cols, BLOCK_COLS):
+        cols = start + tl.arange(0, BLOCK_COLS)
+        mask = cols < n_cols
+        z = tl.load(x_ptr + cols, mask=mask, other=-float("inf")).to(tl.float32) - highest
+        y = tl.where(z <= tau, 0.0, z - tau)
+        tl.store(y_ptr + row * n_cols + cols, _kept_positive(y, y_ptr.dtype.element_ty, LEAST), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _sparsemax_bwd_kernel(
+    dy_ptr,  # [N, D]
+    y_ptr,  # [N, D]
+    dx_ptr,  # [N, D]
+    dy_stride,  # elements from one row to the next; y and dx have no gaps
+    n_rows,
+    n_cols,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    cols = tl.arange(0, BLOCK_COLS)[None, :]
+    mask = (rows < n_rows) & (cols < n_cols)
+
+    support = tl.load(y_ptr + rows * n_cols + cols, mask=mask, other=0.0) > 0.0
+    # what lies outside the support isn't even read
+    dy = tl.load(dy_ptr + rows * dy_stride + cols, mask=support, other=0.0).to(tl.float32)
+    size = tl.sum(support.to(tl.float32), axis=1, keep_dims=True)
+    mean = tl.sum(dy, axis=1, keep_dims=True) / tl.maximum(size, 1.0)
+    tl.store(dx_ptr + rows * n_cols + cols, tl.where(support, dy - mean, 0.0), mask=mask)
+
+
+@triton.jit
+def _sparsemax_bwd_walk_kernel(
+    dy_ptr,  # [N, D]
+    y_ptr,  # [N, D]
+    dx_ptr,  # [N, D]
+    dy_stride,
+    n_cols,
+    BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """One row that is too wide for registers."""
+    row = tl.program_id(0).to(tl.int64)
+    sizes = tl.zeros((BLOCK_COLS,), tl.float32)
+    sums = tl.zeros((BLOCK_COLS,), tl.float32)
+    for start in range(0, n_cols, BLOCK_COLS):
+        cols = start + tl.arange(0, BLOCK_COLS)
+        mask = cols < n_cols
+        support = tl.load(y_ptr + row * n_cols + cols, mask=mask, other=0.0) > 0.0
+        sums += tl.load(dy_ptr + row * dy_stride + cols, mask=support, other=0.0).to(tl.float32)
+        sizes += support.to(tl.float32)
+    mean = tl.sum(sums) / tl.maximum(tl.sum(sizes), 1.0)
+    for start in range(0, n_cols, BLOCK_COLS):
+        cols = start + tl.arange(0, BLOCK_COLS)
+        mask = cols < n_cols
+        support = tl.load(y_ptr + row * n_cols + cols, mask=mask, other=0.0) > 0.0
+        dy = tl.load(dy_ptr + row * dy_stride + cols, mask=support, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + row * n_cols + cols, tl.where(support, dy - mean, 0.0), mask=mask)
+
+
+def sparsemax_fwd(x: Tensor) -> Tensor:
+    """[N, D] -> [N, D]."""
+    n, d = x.shape
+    y = torch.empty((n, d), dtype=x.dtype, device=x.device)
+    if n == 0 or d == 0:
+        return y
+    block = tile(d, TILE, PER_THREAD, WHOLE_ROW_FWD)
+    constants = {"LEAST": LEAST_FP16, "BLOCK_COLS": block.cols, "num_warps": block.warps}
+    with on_device(x):
+        if block.rows:
+            grid = (cdiv(n, block.rows),)
+            _sparsemax_fwd_kernel[grid](x, y, row_stride(x), n, d, BLOCK_ROWS=block.rows, **constants)
+        else:
+            _sparsemax_fwd_walk_kernel[(n,)](x, y, row_stride(x), d, **constants)
+    return y
+
+
+def sparsemax_bwd(dy: Tensor, y: Tensor) -> Tensor:
+    """dy, y [N, D] -> dx [N, D]."""
+    n, d = y.shape
+    dx = torch.empty((n, d), dtype=y.dtype, device=y.device)
+    if n == 0 or d == 0:
+        return dx
+    block = tile(d, TILE, PER_THREAD, WHOLE_ROW_BWD)
+    constants = {"BLOCK_COLS": block.cols, "num_warps": block.warps}
+    with on_device(y):
+        if block.rows:
+            grid = (cdiv(n, block.rows),)
+            _sparsemax_bwd_kernel[grid](dy, y, dx, row_stride(dy), n, d, BLOCK_ROWS=block.rows, **constants)
+        else:
+            _sparsemax_bwd_walk_kernel[(n,)](dy, y, dx, row_stride(dy), d, **constants)
+    return dx
+
+
+class SparsemaxFunction(torch.autograd.Function):
+    """Autograd around the two launchers; sees only [N, D]."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        y = sparsemax_fwd(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return sparsemax_bwd(rows_of(dy), y)
+
+
+def sparsemax(x: Tensor, dim: int = -1) -> Tensor:
+    """The row of the probability simplex nearest to x's: along the last dimension, along another one over a copy.
+
+    The result has x's dtype. -inf gets 0; a row of -inf alone, or one with NaN, is NaN.
+    """
+    check_dim("sparsemax", x, dim)
+    if not runs_kernels(x):
+        return sparsemax_reference(x, dim)
+    check_dtypes("sparsemax", x=x)
+    if dim not in (-1, x.ndim - 1):
+        return sparsemax(x.transpose(dim, -1)).transpose(dim, -1)
+    return SparsemaxFunction.apply(rows_of(x)).view(x.shape)

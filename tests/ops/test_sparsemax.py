@@ -1,0 +1,187 @@
+"""sparsemax: Newton's steps against the sort in fp64, and against what a projection is by definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import as_accurate, randn, same_bits
+
+import ds_fused.ops.registry as registry
+from ds_fused.ops.sparsemax import sparsemax, sparsemax_reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FILE = registry.op("sparsemax").module
+INF = float("inf")
+
+
+@pytest.fixture
+def walked(monkeypatch):
+    """Rows of more than 8 columns are walked in blocks of 16."""
+    monkeypatch.setattr(FILE, "WHOLE_ROW_FWD", 8)
+    monkeypatch.setattr(FILE, "WHOLE_ROW_BWD", 8)
+    monkeypatch.setattr(registry.op("rms_norm").module, "WALK_BLOCK", 16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+# one element; odd; more rows than a tile has, the last tile short; just over a power of two.
+# A few of a row are in the support, or half of it
+@pytest.mark.parametrize("shape, scale", [((1,), 1.0), ((3, 7), 1.0), ((5, 27, 33), 0.1), ((3, 1025), 0.01)])
+def test_sparsemax(shape, scale, dtype, device):
+    as_accurate(sparsemax, sparsemax_reference, [scale * randn(*shape, device=device)], dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1.0, 0.03])
+# attention over 1023 keys; 4096; the widest that backward takes whole; walked backward; a vocabulary
+@pytest.mark.parametrize("shape", [(2, 8, 1023, 1023), (511, 4096), (513, 16384), (513, 32767), (65, 128256)])
+def test_sparsemax_of_real_sizes(shape, scale, dtype, device):
+    as_accurate(sparsemax, sparsemax_reference, [scale * randn(*shape, device=device)], dtype)
+
+
+@pytest.mark.parametrize("scale, dtype", [(1.0, torch.float32), (0.03, torch.bfloat16), (0.03, torch.float16)])
+def test_rows_too_wide_for_a_tile_are_walked(scale, dtype, device, walked):
+    # 41 columns are three blocks, the last one short
+    as_accurate(sparsemax, sparsemax_reference, [scale * randn(3, 41, device=device)], dtype)
+
+
+def hard_rows(device) -> torch.Tensor:
+    """Rows whose Newton steps are many, or whose sums are large, equal or nearly so."""
+    steps = torch.arange(41, dtype=torch.float64)
+    rows = [
+        -(0.5**steps),  # each step drops a few
+        -steps.sqrt() / 6,
+        -1 / (1 + steps),
+        torch.zeros(41),  # all in the support
+        torch.full((41,), 1e4),
+        1e4 * steps,  # one in the support
+        steps / 41 - 3e3,
+        torch.where(steps < 20, -INF, steps / 50),  # a mask; the first block of a walk has nothing else
+        torch.where(steps == 40, 0.25, -INF),
+        torch.where(steps % 2 == 0, 0.0, -1.0),  # exactly on the first threshold
+    ]
+    return torch.stack([row.double() for row in rows]).float().to(device)
+
+
+@pytest.mark.parametrize("way", ["whole", "walked"])
+def test_it_is_the_projection(way, device, request):
+    if way == "walked":
+        request.getfixturevalue("walked")
+    x = hard_rows(device)
+    as_accurate(sparsemax, sparsemax_reference, [x], torch.float32)
+    y, x = sparsemax(x).double(), x.double()
+    assert (y >= 0).all() and (y.sum(-1) - 1).abs().max() < 1e-5
+    # y = max(x - tau, 0) with one tau a row: x - y is tau on the support and x, which is no larger, elsewhere
+    tau = torch.where(y > 0, x - y, -INF).amax(-1, keepdim=True)
+    off = torch.where(y > 0, (x - y - tau).abs(), (x - tau).clamp_min(0))
+    assert (off <= 1e-6 * x.abs().nan_to_num(posinf=0, neginf=0).amax(-1, keepdim=True).clamp_min(1)).all()
+
+
+@pytest.mark.parametrize("way", ["whole", "walked"])
+def test_nan_fills_its_row(way, device, request):
+    if way == "walked":
+        request.getfixturevalue("walked")
+    x = randn(5, 41, device=device).float()
+    x[0] = -INF
+    x[1, 3] = float("nan")
+    x[2, 39] = INF
+    x[3, 40] = float("nan")
+    for function in (sparsemax, sparsemax_reference):
+        assert function(x)[:4].isnan().all() and function(x)[4].isfinite().all()
+
+
+def test_a_row_does_not_depend_on_its_tile(device):
+    x = torch.cat([hard_rows(device), randn(5, 41, device=device).float()])
+    together = sparsemax(x)
+    for i in range(x.shape[0]):
+        assert same_bits(together[i], sparsemax(x[i]))
+
+
+def test_fp16_keeps_the_support(device):
+    # 32 in the support, the last by 2^-25, which fp16 would round to 0
+    x = torch.zeros(1, 40, device=device).half()
+    x[0, 0], x[0, 1], x[0, 31], x[0, 32:] = 2.0**-5, -(2.0**-20), -(2.0**-5), -1.0
+    assert sparsemax_reference(x.double())[0, 31] == 2.0**-25
+    assert sparsemax(x)[0, 31] == 2.0**-24
+    as_accurate(sparsemax, sparsemax_reference, [x], torch.float16)
+
+
+@pytest.mark.parametrize("dim", [0, 1, -2, 2, -3])
+def test_any_dimension(dim, device):
+    as_accurate(sparsemax, sparsemax_reference, [randn(3, 7, 5, device=device)], torch.float32, dim=dim)
+
+
+def test_strided_rows(device):
+    x = randn(6, 2, 33, device=device).bfloat16()
+    for view in (x[:, 1], x[::2], x.transpose(0, 1), x[..., 1:], x[:1].expand(4, 2, 33), x[..., 0].t()):
+        as_accurate(sparsemax, sparsemax_reference, [view], torch.bfloat16)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5), (5, 0)])
+def test_empty(shape, device):
+    as_accurate(sparsemax, sparsemax_reference, [randn(*shape, device=device)], torch.float32)
+
+
+def test_autocast_leaves_the_dtype(device):
+    x = randn(5, 33, device=device).bfloat16()
+    with torch.autocast(device.type, torch.bfloat16):
+        as_accurate(sparsemax, sparsemax_reference, [x], torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("whole_gpu")
+def test_more_elements_than_int32(device):
+    n, d = 2**20 + 1, 2**11  # 2^31 + 2^11 elements, 4 GiB each
+    x = torch.randn(n, d, dtype=torch.bfloat16, device=device).requires_grad_()
+    y = sparsemax(x)
+    y.backward(x.detach())
+    tail = x.detach()[-3:].clone().requires_grad_()
+    y_tail = sparsemax(tail)
+    y_tail.backward(tail.detach())
+    assert same_bits(y[-3:].detach(), y_tail.detach())
+    assert same_bits(x.grad[-3:], tail.grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_runs_on_the_tensors_own_device():
+    assert torch.cuda.current_device() == 0
+    as_accurate(sparsemax, sparsemax_reference, [randn(5, 33, device="cuda:1")], torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(65, 257), (3, 40960)])
+def test_compiles_to_one_graph(shape, device):
+    x = randn(*shape, device=device).float().requires_grad_()
+    compiled = torch.compile(lambda x: sparsemax(x) * 2, fullgraph=True)
+    got, wanted = compiled(x), sparsemax(x) * 2
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad((y * y).sum(), x)[0] for y in (got, wanted)))
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_captures_it(device):
+    x = randn(65, 257, device=device).bfloat16()
+    wanted = sparsemax(x)  # compiles the kernel before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = sparsemax(x)
+    graph.replay()
+    assert torch.equal(y, wanted)
+
+
+def test_errors_name_the_argument(device):
+    x = torch.ones(2, 3, device=device)
+    with pytest.raises(ValueError, match=r"sparsemax: dim is -3; x \(2, 3\) has dimensions -2 to 1"):
+        sparsemax(x, -3)
+    with pytest.raises(ValueError, match="sparsemax: x is a number"):
+        sparsemax(x.sum())
+    with pytest.raises(ValueError, match="sparsemax: x is torch.float64"):
+        sparsemax(x.double())
+
+
+def test_without_the_interpreter_a_cpu_runs_the_reference(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    x = randn(5, 33, device="cpu").bfloat16()
+    assert same_bits(sparsemax(x), sparsemax_reference(x))
+    assert sparsemax(x.double()).dtype == torch.float64
