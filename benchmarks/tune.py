@@ -74,6 +74,26 @@ SEARCHES = (
         {"PER_THREAD_BWD": (8, 16, 32), "STAGES_BWD": (1, 2, 3), "WARPS_PER_MULTIPROCESSOR": (16, 32, 64)},
     ),
     Search(
+        "gated_rms_norm", "norm_first", "forward", NARROW_SHAPES,
+        {"TILE_FWD": (1024, 2048, 4096), "PER_THREAD_FWD": (8, 16, 32)},
+    ),
+    Search(
+        "gated_rms_norm", "norm_first", "backward", NARROW_SHAPES,
+        {"TILE_BWD": (1024, 2048, 4096), "PER_THREAD_BWD": (8, 16), "STAGES_BWD": (1, 2)},
+    ),
+    Search("gated_rms_norm", "gate_first", "forward", ((8192, 8192),), {"PER_THREAD_FWD": (8, 16, 32)}),
+    Search(
+        "gated_rms_norm", "gate_first", "backward", ((8192, 8192),),
+        {"PER_THREAD_BWD": (8, 16), "STAGES_BWD": (1, 2), "WARPS_PER_MULTIPROCESSOR": (16, 32, 64)},
+    ),
+    Search("softmax", "", "forward", ((131072, 4096),), {"PER_THREAD": (8, 16, 32)}),
+    Search("softmax", "", "backward", ((131072, 4096),), {"PER_THREAD": (8, 16, 32)}),
+    Search("sparsemax", "", "forward", ((32768, 4096),), {"PER_THREAD": (8, 16, 32)}),
+    Search(
+        "embedding", "", "backward", ((16384, 4096, 128256), (32768, 576, 49152)),
+        {"BLOCK_COLS": (256, 512, 1024), "PER_THREAD": (4, 8), "CHUNK": (128, 256, 512), "ROWS": (2, 4, 8)},
+    ),
+    Search(
         "glu", "silu", "forward", ((8192, 14336),),
         {"BLOCK": (1024, 2048, 4096, 8192), "NUM_WARPS": (2, 4, 8, 16)},
     ),
