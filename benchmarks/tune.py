@@ -57,12 +57,6 @@ ROW_SHAPES, NARROW_SHAPES = ((8192, 4096), (16384, 8192)), ((262144, 128),)
 LOSS_SHAPES = ((8192, 128256), (8192, 32000))
 
 SEARCHES = (
-    # the elements of a tile matter only where several rows share one
-    Search(
-        "rms_norm", "before_weight", "forward", NARROW_SHAPES,
-        {"TILE_FWD": (1024, 2048, 4096), "PER_THREAD_FWD": (8, 16, 32)},
-    ),
-    Search("rms_norm", "before_weight", "forward", ROW_SHAPES, {"PER_THREAD_FWD": (8, 16, 32)}),
     Search(
         "rms_norm", "before_weight", "backward", NARROW_SHAPES,
         {
@@ -71,8 +65,45 @@ SEARCHES = (
         },
     ),
     Search(
-        "rms_norm", "before_weight", "backward", ROW_SHAPES,
-        {"PER_THREAD_BWD": (8, 16, 32), "STAGES_BWD": (1, 2, 3), "WARPS_PER_MULTIPROCESSOR": (16, 32, 64)},
+        "gated_rms_norm", "norm_first", "forward", NARROW_SHAPES,
+        {"TILE_FWD": (1024, 2048, 4096), "PER_THREAD_FWD": (8, 16, 32)},
+    ),
+    Search("softmax", "", "forward", ((131072, 4096),), {"PER_THREAD": (8, 16, 32)}),
+    Search("sparsemax", "", "forward", ((32768, 4096),), {"PER_THREAD": (8, 16, 32)}),
+    Search(
+        "embedding", "", "backward", ((16384, 4096, 128256), (32768, 576, 49152)),
+        {"BLOCK_COLS": (256, 512, 1024), "PER_THREAD": (4, 8), "CHUNK": (128, 256, 512), "ROWS": (2, 4, 8)},
+    ),
+    Search("softmax", "", "backward", ((131072, 4096),), {"PER_THREAD": (8, 16, 32)}),
+    Search(
+        "gated_rms_norm", "gate_first", "backward", ((8192, 8192),),
+        {"PER_THREAD_BWD": (8, 16), "STAGES_BWD": (1, 2), "WARPS_PER_MULTIPROCESSOR": (16, 32, 64)},
+    ),
+    Search("gated_rms_norm", "gate_first", "forward", ((8192, 8192),), {"PER_THREAD_FWD": (8, 16, 32)}),
+    Search(
+        "gated_rms_norm", "norm_first", "backward", NARROW_SHAPES,
+        {"TILE_BWD": (1024, 2048, 4096), "PER_THREAD_BWD": (8, 16), "STAGES_BWD": (1, 2)},
+    ),
+    Search(
+        "rms_norm", "before_weight", "backward", NARROW_SHAPES,
+        {
+            "TILE_BWD": (1024, 2048, 4096), "PER_THREAD_BWD": (8, 16), "STAGES_BWD": (1, 2, 3),
+            "WARPS_PER_MULTIPROCESSOR": (32, 64),
+        },
+    ),
+    Search(
+        "rms_norm", "before_weight", "backward", NARROW_SHAPES,
+        {
+            "TILE_BWD": (1024, 2048, 4096), "PER_THREAD_BWD": (8, 16), "STAGES_BWD": (1, 2, 3),
+            "WARPS_PER_MULTIPROCESSOR": (32, 64),
+        },
+    ),
+    Search(
+        "rms_norm", "before_weight", "backward", NARROW_SHAPES,
+        {
+            "TILE_BWD": (1024, 2048, 4096), "PER_THREAD_BWD": (8, 16), "STAGES_BWD": (1, 2, 3),
+            "WARPS_PER_MULTIPROCESSOR": (32, 64),
+        },
     ),
     Search(
         "layer_norm", "", "backward", ROW_SHAPES,
@@ -94,7 +125,7 @@ SEARCHES = (
         {"BLOCK": (1024, 2048, 4096, 8192), "NUM_WARPS": (2, 4, 8, 16)},
     ),
     Search(
-        "glu", "silu", "backward", ((8192, 14336),),
+        "glu", "silu", "forward", ((8192, 14336),),
         {"BLOCK": (1024, 2048, 4096, 8192), "NUM_WARPS": (2, 4, 8, 16)},
     ),
     Search(
@@ -106,8 +137,8 @@ SEARCHES = (
         {"FWD_BLOCK": (2048, 4096, 8192), "FWD_STAGES": (1, 2, 3, 4), "FWD_PER_THREAD": (8, 16, 32)},
     ),
     Search(
-        "cross_entropy", "", "backward", LOSS_SHAPES,
-        {"BWD_BLOCK": (1024, 2048, 4096, 8192), "BWD_PER_THREAD": (8, 16, 32)},
+        "cross_entropy", "", "forward", LOSS_SHAPES,
+        {"FWD_BLOCK": (2048, 4096, 8192), "FWD_STAGES": (1, 2, 3, 4), "FWD_PER_THREAD": (8, 16, 32)},
     ),
     Search(
         "linear_cross_entropy", "", "both", ((8192, 4096, 128256),),
