@@ -50,7 +50,13 @@ OPS: tuple[Op, ...] = (
         "root-mean-square norm; weight offset, both cast orders",
     ),
     Op("rope", rope, rope_reference, ("rope",), "rotary embedding of q and k in one launch"),
-    Op("glu", glu, glu_reference, ("swiglu", "geglu"), "gated linear unit: silu, gelu tanh, gelu exact"),
+    Op(
+        "glu",
+        glu,
+        glu_reference,
+        ("swiglu", "geglu"),
+        "gated linear unit: silu, gelu, relu, relu squared; packed, clamped",
+    ),
     Op(
         "cross_entropy",
         cross_entropy,

@@ -49,9 +49,12 @@ def rms_norm() -> None:
 
 
 def glu() -> None:
-    for act in ("silu", "gelu_tanh", "gelu"):
+    for act in ("silu", "gelu_tanh", "gelu", "relu", "relu2"):
         ops.glu(leaf(2, 4096), leaf(2, 4096), act).sum().backward()
-    ops.glu(*leaf(2, 8192).chunk(2, -1)).sum().backward()
+    ops.glu(leaf(2, 8192)).sum().backward()
+    ops.glu(leaf(2, 5760), interleaved=True, alpha=1.702, limit=7.0, offset=1.0).sum().backward()  # GPT-OSS
+    ops.glu(leaf(2, 4096), leaf(2, 4096), limit=10.0).sum().backward()  # DeepSeek-V4
+    ops.glu(leaf(2, 4096), leaf(2, 4096).detach()).sum().backward()
     ops.glu(leaf(2, 4096, dtype=torch.float32), leaf(2, 4096, dtype=torch.float32)).sum().backward()
 
 

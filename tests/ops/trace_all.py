@@ -43,6 +43,9 @@ def glu() -> Iterator[Case]:
     yield ops.glu, [(leaf(5, d), leaf(5, d)) for d in (64, 128, 100)]
     yield ops.glu, [(leaf(2, n, 64), leaf(2, n, 64)) for n in (3, 4, 5)]
     yield lambda packed: ops.glu(*packed.chunk(2, -1)), [(leaf(5, 2 * d),) for d in (64, 128, 100)]
+    yield lambda packed: ops.glu(packed, act="relu2"), [(leaf(5, 2 * d),) for d in (64, 128, 100)]
+    clamped = partial(ops.glu, interleaved=True, alpha=1.702, limit=7.0, offset=1.0)
+    yield clamped, [(leaf(2, n, 64),) for n in (3, 4, 5)]
 
 
 def rope() -> Iterator[Case]:
