@@ -49,7 +49,7 @@ OPS: tuple[Op, ...] = (
         ("rms_norm",),
         "root-mean-square norm; weight offset, both cast orders",
     ),
-    Op("rope", rope, rope_reference, ("rope",), "rotary embedding of q and k in one launch"),
+    Op("rope", rope, rope_reference, ("rope",), "rotary embedding of q and k in one launch; sections, complex angles"),
     Op(
         "glu",
         glu,

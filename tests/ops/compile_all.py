@@ -67,6 +67,15 @@ def rope() -> None:
         cos = torch.ones(1, 3, r, dtype=dtype)
         q, k = leaf(1, 3, 32, d, dtype=dtype).transpose(1, 2), leaf(1, 3, 8, d, dtype=dtype).transpose(1, 2)
         torch.autograd.backward([y.sum() for y in ops.rope(q, k, cos, cos, interleaved=interleaved)])
+    q, k = leaf(1, 3, 32, 128), leaf(1, 3, 8, 128)
+    freqs = torch.ones(1, 3, 64, dtype=torch.complex64)
+    turned = ops.rope(q, k, freqs, interleaved=True, unsqueeze_dim=2, keep_dtype=True)  # Llama-4
+    torch.autograd.backward([y.sum() for y in turned])
+    cos = torch.ones(3, 1, 3, 128, dtype=torch.bfloat16)
+    for sections, alternating in (((16, 24, 24), False), ((24, 20, 20), True)):  # Qwen2-VL, Qwen3-VL
+        options = {"sections": sections, "alternating": alternating, "unsqueeze_dim": 2}
+        torch.autograd.backward([y.sum() for y in ops.rope(q, k, cos, cos, **options)])
+    ops.rope(q.detach(), k.detach(), cos[0], cos[0], unsqueeze_dim=2, inplace=True)
 
 
 def cross_entropy() -> None:

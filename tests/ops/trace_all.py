@@ -56,6 +56,16 @@ def rope() -> Iterator[Case]:
     yield ops.rope, [inputs(n, 4, 64) for n in (3, 4, 5)]
     yield ops.rope, [inputs(5, 4, d) for d in (64, 128)]
     yield ops.rope, [inputs(5, h, 64) for h in (4, 8)]
+    by_sections = partial(ops.rope, sections=(8, 12, 12))
+    yield (
+        lambda q, k, *three: by_sections(q, k, *(x.expand(3, *x.shape) for x in three)),
+        [inputs(n, 4, 64) for n in (3, 4, 5)],
+    )
+    by_pairs = partial(ops.rope, interleaved=True, keep_dtype=True, inplace=True)
+    yield (
+        lambda q, k, cos, sin: by_pairs(q * 1, k * 1, torch.complex(cos, sin)),
+        [(*inputs(n, 4, 64)[:2], *inputs(n, 4, 32)[2:]) for n in (3, 4, 5)],
+    )
 
 
 def labels(n: int) -> Tensor:
