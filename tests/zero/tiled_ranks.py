@@ -1,0 +1,87 @@
+"""One rank of test_tiled.py: a Llama with tiled MLPs and one without train alike under every ZeRO stage.
+
+    tiled_ranks.py OUT
+
+OUT/RANK.json: by stage, the losses of both and how often a parameter's gradient was handed to the optimizer.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import deepspeed
+import jobs
+import products
+import torch
+import torch.distributed as dist
+from transformers import LlamaForCausalLM
+
+from ds_fused.modules.swap import swap
+from ds_fused.modules.tiled_mlp import TiledMLP
+
+TILES = 5  # of 24 rows, and of 22 on the other rank
+GAS = 2
+
+
+def engine_of(stage: int, tiled: bool) -> deepspeed.DeepSpeedEngine:
+    model = LlamaForCausalLM(jobs.config_of(False))
+    weights = jobs.first_weights(False)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(weights[name])
+    if tiled:
+        for layer in model.model.layers:
+            swap(layer.mlp, TiledMLP, fused_tiles=TILES)
+    config = {
+        "train_micro_batch_size_per_gpu": products.ROWS,
+        "gradient_accumulation_steps": GAS,
+        "gradient_clipping": products.CLIP,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=products.LEARNING_RATE["sgd"])
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def counted(engine: deepspeed.DeepSpeedEngine) -> Counter:
+    """How often a parameter arrives where ZeRO-3 puts gradients into its buckets, by name."""
+    names = {p.ds_id: name for name, p in engine.module.named_parameters()}
+    counts: Counter = Counter()
+    stock = engine.optimizer.reduce_independent_p_g_buckets_and_remove_grads
+
+    def reduce(param: torch.nn.Parameter) -> None:
+        counts[names[param.ds_id]] += 1
+        stock(param)
+
+    engine.optimizer.reduce_independent_p_g_buckets_and_remove_grads = reduce
+    return counts
+
+
+def train(stage: int, tiled: bool) -> dict:
+    engine = engine_of(stage, tiled)
+    counts = counted(engine) if stage == 3 else Counter()
+    losses = []
+    for step in jobs.batches(GAS, products.FEW_STEPS):
+        for micro_batch in step:
+            ids, labels = micro_batch[dist.get_rank()]
+            if dist.get_rank() == 1:
+                ids, labels = ids[:, 1:], labels[:, 1:]
+            loss = engine(input_ids=ids, labels=labels).loss
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+    engine.destroy()
+    return {"losses": losses, "counts": counts}
+
+
+def main(out: Path) -> None:
+    deepspeed.init_distributed("gloo")
+    found = {stage: {"stock": train(stage, False), "tiled": train(stage, True)} for stage in (3, 2)}
+    (out / f"{dist.get_rank()}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
