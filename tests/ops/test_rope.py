@@ -227,8 +227,9 @@ def test_in_place_over_what_somebody_saved_is_an_error(device):
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (yq.sum() + yk.sum()).backward()
     plain = x.detach()
-    with pytest.raises(ValueError, match="would overwrite q, a leaf that requires a gradient"):
-        rope(x, x * 1, cos, sin, inplace=True)
+    for q in (x, x.transpose(2, 3).mT):
+        with pytest.raises(ValueError, match="would overwrite q, a leaf that requires a gradient or its view"):
+            rope(q, x * 1, cos, sin, inplace=True)
     with pytest.raises(ValueError, match="elements of k share memory"):
         rope(plain, plain[:, :1].expand(-1, 4, -1, -1), cos, sin, inplace=True)
     with pytest.raises(ValueError, match="the columns of q do not lie side by side"):
