@@ -74,6 +74,10 @@ def packed_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
     return Inputs({"gate_up": gate_up.requires_grad_(), "dy": dy}, ("dy",))
 
 
+def pointwise_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
+    return Inputs({"x": _randn(generator, n, d).requires_grad_(), "dy": _randn(generator, n, d)}, ("dy",))
+
+
 def rope_inputs(generator: torch.Generator, b: int, t: int, n_q: int, n_k: int, d: int) -> Inputs:
     # as in a HuggingFace model: [B, H, T, D] as a view of [B, T, H, D], and so are their gradients
     q, k, dq, dk = (_randn(generator, b, t, h, d).transpose(1, 2) for h in (n_q, n_k, n_q, n_k))
@@ -135,6 +139,11 @@ def _norm_bytes(n: int, d: int) -> tuple[int, int]:
 def _glu_bytes(n: int, d: int) -> tuple[int, int]:
     # gate, up -> y; gate, up, dy -> dgate, dup
     return SIZE * 3 * n * d, SIZE * 8 * n * d
+
+
+def _pointwise_bytes(n: int, d: int) -> tuple[int, int]:
+    # x -> y; x, dy -> dx
+    return SIZE * 2 * n * d, SIZE * 5 * n * d
 
 
 def _sections_bytes(b: int, t: int, n_q: int, n_k: int, d: int) -> tuple[int, int]:
@@ -215,6 +224,11 @@ CASES = (
     Case(
         "rope", "complex", complex_inputs, rivals.ROPE_COMPLEX,
         sweep=((4, 4096, 40, 8, 128),), launch_bound=(1, 16, 8, 2, 128), tiny=(2, 6, 4, 2, 16), bytes=_complex_bytes,
+    ),
+    # Nemotron-4-15B
+    Case(
+        "relu2", "", pointwise_inputs, rivals.RELU2,
+        sweep=((8192, 24576),), launch_bound=(16, 1024), tiny=(5, 48), bytes=_pointwise_bytes,
     ),
     Case(
         "cross_entropy", "", loss_inputs, rivals.CROSS_ENTROPY,

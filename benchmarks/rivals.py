@@ -330,6 +330,34 @@ ROPE_COMPLEX = {
 }
 
 
+# --- relu2: x [N, D] ---
+
+
+def _hf_relu2(t: Tensors):
+    from transformers.activations import ACT2FN
+
+    return ACT2FN["relu2"], (t["x"],)
+
+
+def _liger_relu2(t: Tensors) -> Call:
+    from liger_kernel.ops.relu_squared import LigerReLUSquaredFunction
+
+    return lambda: LigerReLUSquaredFunction.apply(t["x"])
+
+
+def _our_relu2(t: Tensors) -> Call:
+    relu2 = _ops().relu2
+    return lambda: relu2(t["x"])
+
+
+RELU2 = {
+    "ds_fused": Provider(_our_relu2),
+    "hf_eager": Provider(_eager(_hf_relu2)),
+    "compile": Provider(_compiled(_hf_relu2)),
+    "liger": Provider(_liger_relu2, ("x", "dy"), "may write over its arguments; both restored untimed"),
+}
+
+
 # --- cross_entropy: logits [N, V], labels [N] ---
 
 

@@ -3,7 +3,8 @@
 from ds_fused.ops.cross_entropy import cross_entropy
 from ds_fused.ops.glu import glu
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy
+from ds_fused.ops.relu2 import relu2
 from ds_fused.ops.rms_norm import rms_norm
 from ds_fused.ops.rope import rope
 
-__all__ = ["cross_entropy", "glu", "linear_cross_entropy", "rms_norm", "rope"]
+__all__ = ["cross_entropy", "glu", "linear_cross_entropy", "relu2", "rms_norm", "rope"]

@@ -30,7 +30,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_fused.ops._triton import cdiv, check_dtypes, on_device, row_stride, rows_of, runs_kernels
+from ds_fused.ops._rows import layout, place
+from ds_fused.ops._triton import check_dtypes, on_device, row_stride, rows_of, runs_kernels
 
 ACTS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
 
@@ -106,20 +107,6 @@ def _act_and_slope(x, ACT: tl.constexpr, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def _place(n_cols, FLAT: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's row and its first column. FLAT: everything is one row, whose columns may need int64."""
-    pid = tl.program_id(0).to(tl.int64)
-    if FLAT:
-        row = tl.zeros((), tl.int64)
-        first = pid * BLOCK
-    else:
-        blocks = tl.cdiv(n_cols, BLOCK)
-        row = pid // blocks
-        first = (pid % blocks) * BLOCK
-    return row, first
-
-
-@triton.jit
 def _load_gate_and_up(gate_ptr, up_ptr, first, n_cols, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
     """BLOCK columns of one row, in fp32. INTERLEAVED: both lie at gate_ptr, and up_ptr is not read."""
     if INTERLEAVED:
@@ -146,7 +133,7 @@ def _glu_fwd_kernel(
     ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
     FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, first = _place(n_cols, FLAT, BLOCK)
+    row, first = place(n_cols, FLAT, BLOCK)
     gate_ptr += row * gate_stride
     up_ptr += row * up_stride
     gate, up = _load_gate_and_up(gate_ptr, up_ptr, first, n_cols, INTERLEAVED, BLOCK)
@@ -177,7 +164,7 @@ def _glu_bwd_kernel(
     ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
     WANT_DGATE: tl.constexpr, WANT_DUP: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, first = _place(n_cols, FLAT, BLOCK)
+    row, first = place(n_cols, FLAT, BLOCK)
     gate_ptr += row * gate_stride
     up_ptr += row * up_stride
     dgate_ptr += row * dgate_stride
@@ -212,20 +199,13 @@ def _glu_bwd_kernel(
             tl.store(dup_ptr + cols, dup, mask=mask)
 
 
-def _layout(n: int, d: int, *tensors: Tensor) -> tuple[bool, int, int]:
-    """(whether rows have no gaps, so that all of it is one row; columns of a row; programs)."""
-    if all(tensor.is_contiguous() for tensor in tensors):
-        return True, n * d, cdiv(n * d, BLOCK)
-    return False, d, n * cdiv(d, BLOCK)
-
-
 def glu_fwd(gate: Tensor, up: Tensor | None, form: GLUForm) -> Tensor:
     """[N, D], [N, D] -> [N, D]; without up, gate is [N, 2D] and holds both in alternate columns."""
     both = up is None
     up = gate if both else up
     n, d = gate.shape[0], gate.shape[1] // (2 if both else 1)
     y = torch.empty((n, d), dtype=torch.promote_types(gate.dtype, up.dtype), device=gate.device)
-    flat, n_cols, programs = _layout(n, d, gate, up)
+    flat, n_cols, programs = layout(n, d, BLOCK, gate, up)
     if programs:
         with on_device(gate):
             _glu_fwd_kernel[(programs,)](
@@ -253,7 +233,7 @@ def glu_bwd(
     """dy [N, D]; writes dgate and dup, as gate and up. None: not wanted, and of up that gate holds both (see above)."""
     both = up is None
     up = gate if both else up
-    flat, n_cols, programs = _layout(*dy.shape, dy, gate, up, *(x for x in (dgate, dup) if x is not None))
+    flat, n_cols, programs = layout(*dy.shape, BLOCK, dy, gate, up, *(x for x in (dgate, dup) if x is not None))
     want_dgate, want_dup = dgate is not None, dup is not None
     # what is not wanted is not written, and lends a pointer only
     dgate = dup if dgate is None else dgate

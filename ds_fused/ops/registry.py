@@ -11,6 +11,7 @@ from typing import NamedTuple
 from ds_fused.ops.cross_entropy import cross_entropy, cross_entropy_reference
 from ds_fused.ops.glu import glu, glu_reference
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from ds_fused.ops.relu2 import relu2, relu2_reference
 from ds_fused.ops.rms_norm import rms_norm, rms_norm_reference
 from ds_fused.ops.rope import rope, rope_reference
 
@@ -26,7 +27,7 @@ class Option(NamedTuple):
 
 @dataclass(frozen=True)
 class Op:
-    """One row: a public function, its specification in PyTorch and the JSON keys that switch it on."""
+    """One row: a public function, its specification in PyTorch and the JSON keys that switch it on (none: call it)."""
 
     name: str
     function: Callable[..., object]
@@ -57,6 +58,7 @@ OPS: tuple[Op, ...] = (
         ("swiglu", "geglu"),
         "gated linear unit: silu, gelu, relu, relu squared; packed, clamped",
     ),
+    Op("relu2", relu2, relu2_reference, (), "squared ReLU without a gate; a function only"),
     Op(
         "cross_entropy",
         cross_entropy,

@@ -78,6 +78,12 @@ def rope() -> None:
     ops.rope(q.detach(), k.detach(), cos[0], cos[0], unsqueeze_dim=2, inplace=True)
 
 
+def relu2() -> None:
+    ops.relu2(leaf(2, 4096)).sum().backward()
+    ops.relu2(leaf(2, 8192)[:, :4096]).sum().backward()
+    ops.relu2(leaf(2, 4096, dtype=torch.float32)).sum().backward()
+
+
 def cross_entropy() -> None:
     labels = torch.zeros(2, dtype=torch.int64)
     for dtype in (torch.bfloat16, torch.float32):
@@ -121,7 +127,7 @@ def linear_cross_entropy() -> None:
     ops.linear_cross_entropy(leaf(2, 8).detach(), OneOfTwo(), labels)
 
 
-EXAMPLES: tuple[Callable[[], None], ...] = (rms_norm, glu, rope, cross_entropy, linear_cross_entropy)
+EXAMPLES: tuple[Callable[[], None], ...] = (rms_norm, glu, rope, relu2, cross_entropy, linear_cross_entropy)
 
 
 def kernels() -> set[str]:

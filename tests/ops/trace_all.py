@@ -46,6 +46,7 @@ def glu() -> Iterator[Case]:
     yield lambda packed: ops.glu(packed, act="relu2"), [(leaf(5, 2 * d),) for d in (64, 128, 100)]
     clamped = partial(ops.glu, interleaved=True, alpha=1.702, limit=7.0, offset=1.0)
     yield clamped, [(leaf(2, n, 64),) for n in (3, 4, 5)]
+    yield lambda gate, up: ops.glu(gate, up.detach()), [(leaf(5, d), leaf(5, d)) for d in (64, 128)]
 
 
 def rope() -> Iterator[Case]:
@@ -56,6 +57,7 @@ def rope() -> Iterator[Case]:
     yield ops.rope, [inputs(n, 4, 64) for n in (3, 4, 5)]
     yield ops.rope, [inputs(5, 4, d) for d in (64, 128)]
     yield ops.rope, [inputs(5, h, 64) for h in (4, 8)]
+    yield lambda q, k, *rest: ops.rope(q, k.detach(), *rest), [inputs(n, 4, 64) for n in (3, 4, 5)]
     by_sections = partial(ops.rope, sections=(8, 12, 12))
     yield (
         lambda q, k, *three: by_sections(q, k, *(x.expand(3, *x.shape) for x in three)),
@@ -66,6 +68,12 @@ def rope() -> Iterator[Case]:
         lambda q, k, cos, sin: by_pairs(q * 1, k * 1, torch.complex(cos, sin)),
         [(*inputs(n, 4, 64)[:2], *inputs(n, 4, 32)[2:]) for n in (3, 4, 5)],
     )
+
+
+def relu2() -> Iterator[Case]:
+    yield ops.relu2, [(leaf(5, d),) for d in (64, 128, 100)]
+    yield ops.relu2, [(leaf(2, n, 64),) for n in (3, 4, 5)]
+    yield lambda x: ops.relu2(x.chunk(2, -1)[0]), [(leaf(5, 2 * d),) for d in (64, 128, 100)]
 
 
 def labels(n: int) -> Tensor:
@@ -86,7 +94,7 @@ def linear_cross_entropy() -> Iterator[Case]:
     yield recomputed, [(leaf(n, 8), leaf(1024, 8), labels(n)) for n in (3, 4)]
 
 
-EXAMPLES: tuple[Callable[[], Iterator[Case]], ...] = (rms_norm, glu, rope, cross_entropy, linear_cross_entropy)
+EXAMPLES: tuple[Callable[[], Iterator[Case]], ...] = (rms_norm, glu, rope, relu2, cross_entropy, linear_cross_entropy)
 
 
 class Traced(Exception):
