@@ -286,6 +286,7 @@ WAYS: Mapping[str, Way] = {
     "stock": Sharded("all logits, in fp32"),
     "gather": Sharded("6 MHV for the logits that fit keep_mb=2048, 8 for the others", fused=_fused("gather")),
     "gather keep_mb=0": Sharded("8 MHV", fused=_fused("gather", keep_mb=0)),
+    "gather grad_in_forward": Sharded("6 MHV: gradients made in forward", fused=_fused("gather", grad_in_forward=True)),
     "stream": Sharded("8 MHV, slab_mb=128", fused=_fused("stream", slab_mb=128, keep_mb=0)),
     "stream slab_mb=64": Sharded("8 MHV", fused=_fused("stream", slab_mb=64, keep_mb=0)),
     "stream keep all": Sharded("6 MHV: all logits kept, in bf16", fused=_fused("stream", slab_mb=128, keep_mb=ALL)),

@@ -27,6 +27,7 @@ from ds_fused.ops._loss import LossOptions, check_loss, cross_entropy_bwd_torch,
 from ds_fused.ops._tiles import Tiling, product, tile, tile_elements, tiling, wide
 from ds_fused.ops._triton import autocast_dtype, check_dtypes, rows_of, runs_kernels
 from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd, cross_entropy_reference
+from ds_fused.ops.one_pass import OnePassFunction
 from ds_fused.ops.slabs import WeightSlabs, WholeWeight, columns_of
 from ds_fused.ops.stationary import StationaryFunction, VocabShard
 
@@ -240,12 +241,17 @@ def linear_cross_entropy(
     # all logits of 8192 tokens at a vocabulary of 128256: 37 ms on H100; with 1024, at a peak 364 MiB lower, 43
     # (benchmarks/results/h100/ops.csv)
     keep_mb: int = 2048,
+    grad_in_forward: bool = False,
 ) -> Tensor:
     """``cross_entropy(logit_scale * F.linear(x, weight, bias), labels, ...)``; the logits never exist as a whole.
 
     ``chunk_mb``: MiB of logits that are worked on at a time. ``keep_mb``: MiB of logits kept for backward; the rest is
     computed again. Logits that fit it whole are not cut. Kept logits make way for their gradient, so a second
     backward raises unless ``keep_mb=0``.
+
+    ``grad_in_forward``: where the weight is whole, the loss a mean or a sum, and x not in fp16, gradients are made in
+    the forward, chunk after chunk: each logit is computed once and none is kept, whatever ``keep_mb`` says. The result
+    is the same (one_pass.py).
     """
     op = "linear_cross_entropy"
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
@@ -271,12 +277,17 @@ def linear_cross_entropy(
     trains = training and any(t is not None and t.requires_grad for t in (x, handle, bias))
     flat = labels.reshape(-1)
     count = counting_tokens(op, flat, n_vocab, ignore_index)
+    chunk_bytes = int(chunk_mb * 2**20)
     if isinstance(weight, VocabShard):
         guess = reduction if trains and weight.guesses and reduction != "none" else None
-        loss = StationaryFunction.apply(rows, handle, bias, flat, weight, options, int(chunk_mb * 2**20), guess)
+        loss = StationaryFunction.apply(rows, handle, bias, flat, weight, options, chunk_bytes, guess)
         return reduced(loss, labels.shape, count, reduction)
+    if grad_in_forward and trains and slabs is None and reduction != "none" and rows.dtype != torch.float16:
+        # a frozen weight's tiling: along the tokens, whole rows of logits
+        tokens = tiling(rows.shape[0], n_vocab, rows.element_size(), chunk_bytes, 0, dx=True, dweight=False).tokens
+        return OnePassFunction.apply(rows, weight, bias, flat, count, options, reduction, tokens)
     tiles = tiling(
-        rows.shape[0], n_vocab, rows.element_size(), int(chunk_mb * 2**20), int(keep_mb * 2**20) if trains else 0,
+        rows.shape[0], n_vocab, rows.element_size(), chunk_bytes, int(keep_mb * 2**20) if trains else 0,
         dx=training and x.requires_grad, dweight=training and handle.requires_grad,
         slab_rows=slabs.slab_rows if slabs is not None else None,
     )  # fmt: skip

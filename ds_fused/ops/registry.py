@@ -76,6 +76,9 @@ OPS: tuple[Op, ...] = (
             {
                 "chunk_mb": Option(int, 512, "MiB of logits that are worked on at a time"),
                 "keep_mb": Option(int, 2048, "MiB of logits kept for backward instead of being computed again"),
+                "grad_in_forward": Option(
+                    bool, False, "where the weight is whole: gradients made in forward, so that no logits are kept"
+                ),
             }
         ),
     ),

@@ -43,5 +43,6 @@ def batches(accumulation: int, n_steps: int = STEPS) -> list[list[list[tuple[Ten
 def optimizer_of(name: str, weights: Iterable[Tensor]) -> torch.optim.Optimizer:
     lr = LEARNING_RATE[name]
     if name == "adamw":
-        return torch.optim.AdamW(weights, lr=lr)
+        # at the usual eps of 1e-8 it makes a whole step out of the noise in a gradient near 0, stock as well as others
+        return torch.optim.AdamW(weights, lr=lr, eps=1e-5)
     return torch.optim.SGD(weights, lr=lr, momentum=0.9 if name == "momentum" else 0.0)

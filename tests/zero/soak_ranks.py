@@ -2,13 +2,14 @@
 
     soak_ranks.py OUT MODE...
 
-OUT/MODE.RANK.json holds {"losses", "early", "late", "head"}; a mode is that of the head's weight, or "stock".
+OUT/MODE.RANK.json holds {"losses", "early", "late", "head"}; a mode is that of the head's weight.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,7 +37,6 @@ SIZES = {
 
 
 def config_of(mode: str) -> dict:
-    fused = {"enabled": True, "fused_linear_cross_entropy": {"mode": mode, "slab_mb": 8, "chunk_mb": 16}}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 1.0,
@@ -45,7 +45,10 @@ def config_of(mode: str) -> dict:
         # prefetch and buckets as they are by default, but no weight small enough to stay
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
         "steps_per_print": STEPS + 1,
-        "ds_fused": {"enabled": False} if mode == "stock" else fused,
+        "ds_fused": {
+            "enabled": True,
+            "fused_linear_cross_entropy": {"mode": mode, "slab_mb": 8, "chunk_mb": 16},
+        },
     }
 
 
@@ -63,7 +66,7 @@ def train(mode: str) -> dict:
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config_of(mode))
     accelerator = get_accelerator()
     draw = torch.Generator().manual_seed(1 + dist.get_rank())
-    losses, allocated = [], {}
+    losses, allocated, began = [], {}, time.monotonic()
     for step in range(1, STEPS + 1):
         ids, labels = (t.to(engine.device) for t in batch(draw))
         loss = engine(input_ids=ids, labels=labels, num_items_in_batch=1000).loss
@@ -73,14 +76,14 @@ def train(mode: str) -> dict:
         losses.append(loss.detach())
         if step % EARLY == 0 and dist.get_rank() == 0:
             # where a run hangs, this says how far it came
-            print(f"{mode}: step {step}", flush=True)
+            print(f"{mode}: step {step} after {time.monotonic() - began:.0f} s", flush=True)
         if step in (EARLY, STEPS):
             accelerator.synchronize()
             allocated[step] = accelerator.memory_allocated() - 512 * len(losses)
-    out = {"losses": torch.stack(losses).tolist(), "early": allocated[EARLY], "late": allocated[STEPS]}
-    out["head"] = "" if mode == "stock" else head(engine)
+    told = {"losses": torch.stack(losses).tolist(), "early": allocated[EARLY], "late": allocated[STEPS]}
+    told["head"] = head(engine)
     engine.destroy()
-    return out
+    return told
 
 
 def main(out: Path, modes: list[str]) -> None:

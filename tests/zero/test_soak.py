@@ -1,4 +1,7 @@
-"""A thousand steps with DeepSpeed's prefetch beside the collectives of the sharded modes: nothing hangs or grows."""
+"""A thousand steps with DeepSpeed's prefetch beside the collectives of the sharded modes: nothing hangs or grows.
+
+The two modes are held against one another; that each is right, test_zero.py shows.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +21,23 @@ pytestmark = [pytest.mark.gpus, pytest.mark.all]
 def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     """mode -> what each rank found."""
     out = tmp_path_factory.mktemp("soak")
-    modes = ("stock", *SIGNS)
-    launch(HERE / "soak_ranks.py", str(out), *modes, ranks=2, timeout=500, env={"DS_ACCELERATOR": "cuda"})
-    return {mode: [json.loads((out / f"{mode}.{rank}.json").read_text()) for rank in range(2)] for mode in modes}
+    launch(HERE / "soak_ranks.py", str(out), *SIGNS, ranks=2, timeout=900, env={"DS_ACCELERATOR": "cuda"})
+    return {mode: [json.loads((out / f"{mode}.{rank}.json").read_text()) for rank in range(2)] for mode in SIGNS}
 
 
 @pytest.mark.parametrize("mode", SIGNS)
-def test_a_thousand_steps(ended, mode):
-    for fused, stock in zip(ended[mode], ended["stock"], strict=True):
-        assert SIGNS[mode] in fused["head"]
-        # one block of the allocator, of either run
-        assert fused["late"] <= fused["early"] + 2**21
-        assert len(fused["losses"]) == 1000
-        # rounded elsewhere the two runs part, but they learn the same from the same batches
+def test_nothing_grows(ended, mode):
+    for run in ended[mode]:
+        assert SIGNS[mode] in run["head"]
+        # one block of the allocator
+        assert run["late"] <= run["early"] + 2**21
+        assert len(run["losses"]) == 1000
+        assert sum(run["losses"][900:]) < 0.9 * sum(run["losses"][:100])
+
+
+def test_both_modes_learn_the_same(ended):
+    for runs in zip(*ended.values(), strict=True):
+        # rounded elsewhere they part, but the batches are the same
         for part in (slice(0, 10), slice(900, 1000)):
-            ours, theirs = (sum(run["losses"][part]) for run in (fused, stock))
-            assert ours == pytest.approx(theirs, rel=5e-3), part
-        assert sum(fused["losses"][900:]) < 0.9 * sum(fused["losses"][:100])
+            first, second = (sum(run["losses"][part]) for run in runs)
+            assert first == pytest.approx(second, rel=5e-3), part

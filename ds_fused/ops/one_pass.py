@@ -1,0 +1,128 @@
+"""linear_cross_entropy whose gradients are made in the forward: each logit is computed once, and none is kept.
+
+For each chunk of T tokens
+
+    z [T, V] = x @ weight.T      its softmax pass leaves loss and lse
+    dz         over z, in place
+    dx [T, H]  = dz @ weight     complete
+    dw [V, H] += dz.T @ x        over chunks, see below
+
+A loss that is a mean or a sum has one number as its upstream gradient, by which the backward multiplies what is there:
+exact for any such number. Losses that stay apart ("none") need the backward of linear_cross_entropy.py, and so does
+fp16: what its loss scale would keep above the least number is rounded away before the scale is known.
+
+dw is added up in its own dtype where that costs no more than twice the error of one product, else in fp32.
+
+Saved for backward: dx, dw and dbias. Work: 6 MHV FLOPs. Traffic of the softmax passes: 2 reads and 1 write of z.
+
+Sizes: M tokens, T of them in a chunk, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ds_fused.ops._loss import LossOptions, cross_entropy_bwd_torch, cross_entropy_fwd_torch
+from ds_fused.ops._tiles import product, tile, tile_elements, wide
+from ds_fused.ops._triton import cdiv, on_device, runs_kernels
+from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
+
+# n sums that grow as a random walk, each rounded, are sqrt(n / 2) times as far off as one rounding
+MOST_ROUNDINGS = 8
+# elements a program: not yet measured
+BLOCK = 4096
+
+
+@triton.jit
+def _scale_kernel(x_ptr, factor_ptr, n_elements, BLOCK: tl.constexpr):
+    factor = tl.load(factor_ptr)
+    # usually the loss is what backward begins with; to ask on the host would make it wait
+    if factor != 1.0:
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = place < n_elements
+        x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        tl.store(x_ptr + place, x * factor, mask=mask)
+
+
+def scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """``factor * x`` (factor []: fp32, on the device), rounded once; where a kernel runs, over x, contiguous."""
+    if torch.compiler.is_compiling() or not runs_kernels(x):
+        return (x.to(wide(x)) * factor).to(x.dtype)
+    with on_device(x):
+        _scale_kernel[(max(1, cdiv(x.numel(), BLOCK)),)](x, factor, x.numel(), BLOCK=BLOCK)
+    return x
+
+
+class OnePassFunction(torch.autograd.Function):
+    """x [M, H], weight [V, H], bias [V] or None and labels [M] to the mean or the sum of the losses, fp32 []."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        count: Tensor,  # of the labels that count
+        options: LossOptions,
+        reduction: str,
+        tokens: int,  # T
+    ) -> Tensor:
+        n_tokens, n_vocab = x.shape[0], weight.shape[0]
+        kernels = runs_kernels(x)
+        softmax_fwd = cross_entropy_fwd if kernels else cross_entropy_fwd_torch
+        softmax_bwd = cross_entropy_bwd if kernels else cross_entropy_bwd_torch
+        # under autocast the weight has its own dtype: a copy that lives as long as this forward
+        rows, offsets = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        wants_dx, wants_dw, wants_dbias = ctx.needs_input_grad[:3]
+        n_chunks = cdiv(n_tokens, tokens)
+
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wants_dx else None
+        sums = wide(weight) if n_chunks > MOST_ROUNDINGS else weight.dtype
+        dw = torch.empty_like(weight, dtype=sums, memory_format=torch.contiguous_format) if wants_dw else None
+        dbias = torch.zeros_like(bias, dtype=wide(x)) if wants_dbias else None
+        loss, lse = (x.new_empty(size, dtype=wide(x)) for size in (n_tokens, (2, n_tokens)))
+        one = torch.ones((), dtype=wide(x), device=x.device)
+        upstream = (one / count if reduction == "mean" else one).expand(n_tokens)
+        room = x.new_empty(tile_elements(min(tokens, n_tokens), n_vocab))
+        for start in range(0, n_tokens, tokens):
+            chunk = slice(start, start + tokens)
+            part, label = x[chunk], labels[chunk]
+            z = tile(room, part.shape[0], n_vocab)
+            if offsets is None:
+                torch.mm(part, rows.t(), out=z)
+            else:
+                torch.addmm(offsets, part, rows.t(), out=z)
+            softmax_fwd(z, label, loss[chunk], lse[:, chunk], options, n_vocab=n_vocab)
+            softmax_bwd(upstream[chunk], z, label, lse[:, chunk], z, options, n_vocab=n_vocab)
+            if wants_dx:
+                product(dx[chunk], z, rows)
+            if wants_dw:
+                product(dw, z.t(), part, add=start > 0)
+            if wants_dbias:
+                dbias += z.sum(0, dtype=dbias.dtype)
+        if wants_dw and n_tokens == 0:
+            dw.zero_()
+        ctx.save_for_backward(
+            dx, None if dw is None else dw.to(weight.dtype), None if dbias is None else dbias.to(bias.dtype)
+        )
+        ctx.spent = False
+        total = loss.sum()
+        return total / count if reduction == "mean" else total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.spent:
+            raise RuntimeError(
+                "linear_cross_entropy: a second backward, but the first handed out the gradients that the forward had "
+                "made; pass grad_in_forward=False to compute them each time"
+            )
+        # a trace hands out nothing, and dynamo may need two
+        ctx.spent = not torch.compiler.is_compiling()
+        made = (None if t is None else scaled(t, dloss) for t in ctx.saved_tensors)
+        return *made, None, None, None, None, None
