@@ -11,6 +11,10 @@ ALST (arXiv 2506.13996), where parameters collect their gradients tile by tile; 
   a hook) sees it once for each backward, as of an untiled layer, with the parameter in place (ZeRO-3 has it gathered);
 - all ranks run the same number of tiles, however many tokens they have: a layer whose weights are gathered must.
 
+Under ZeRO-3 a tiled layer should be a leaf module (``deepspeed.utils.set_z3_leaf_modules``): its weights are then
+gathered once each way, as an untiled layer's. Otherwise each tile asks for them, and DeepSpeed keeps them in between
+only when it has seen the order of layers.
+
 Random numbers and autocast are in a recomputed tile what they were before.
 """
 

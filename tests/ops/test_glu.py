@@ -182,6 +182,16 @@ def test_compiles_to_one_graph(device):
     assert all(torch.equal(a, b) for a, b in zip(*dys, strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_packed_compiles_to_one_graph(interleaved, device):
+    gate_up = randn(65, 514, device=device).bfloat16().requires_grad_()
+    compiled = torch.compile(lambda x: glu(x, interleaved=interleaved, **GPT_OSS) * 2, fullgraph=True)
+    got, wanted = compiled(gate_up), glu(gate_up, interleaved=interleaved, **GPT_OSS) * 2
+    assert torch.equal(got, wanted)
+    assert torch.equal(*(torch.autograd.grad(y.sum(), gate_up)[0] for y in (got, wanted)))
+
+
 def test_errors_name_the_argument(device):
     x = torch.ones(2, 3, device=device)
     with pytest.raises(ValueError, match=r"glu: gate \(2, 3\) and up \(2, 4\)"):

@@ -359,6 +359,23 @@ def test_compiles_to_one_graph(unsqueeze_dim, device):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.gpu
+def test_forms_compile_to_one_graph(device):
+    q, k, *three = inputs_of(2, 4, 2, 65, 64, 64, device, torch.bfloat16)
+    three = [x.expand(3, *x.shape) for x in three]
+    freqs = frequencies(2, 65, 64, device)
+    q.requires_grad_(), k.requires_grad_()
+    for call, angles_ in (
+        (lambda *x: rope(*x, sections=(8, 12, 12)), three),
+        (lambda *x: rope(*x, interleaved=True, keep_dtype=True), [freqs]),
+        (lambda q, k, *x: rope(q * 2, k * 2, *x, interleaved=True, inplace=True), [freqs]),
+    ):
+        got, wanted = (f(q, k, *angles_) for f in (torch.compile(call, fullgraph=True), call))
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+        grads = [torch.autograd.grad([y.sum() for y in ys], (q, k)) for ys in (got, wanted)]
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 def test_errors_name_the_argument(device):
     q, k, cos, sin = inputs_of(2, 3, 1, 5, 8, 8, device, torch.float32)
     for wrong, message in (

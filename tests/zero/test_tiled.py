@@ -19,17 +19,17 @@ def ranks(tmp_path_factory) -> list[dict]:
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("stage", ["3", "2"])
-def test_it_trains_as_stock(ranks, stage):
+@pytest.mark.parametrize("stage, way", [("3", "tiled"), ("3", "leaf"), ("2", "tiled")])
+def test_it_trains_as_stock(ranks, stage, way):
     for found in ranks:
-        stock, tiled = found[stage]["stock"]["losses"], found[stage]["tiled"]["losses"]
+        stock, tiled = found[stage]["stock"]["losses"], found[stage][way]["losses"]
         assert len(stock) == GAS * products.FEW_STEPS and stock[-1] != stock[0]
         assert tiled == pytest.approx(stock, rel=1e-5)
 
 
 def test_a_gradient_is_reduced_once_a_backward(ranks):
     for found in ranks:
-        stock, tiled = found["3"]["stock"]["counts"], found["3"]["tiled"]["counts"]
-        assert sum("mlp" in name for name in tiled) == 3 * products.SIZES["num_hidden_layers"]
-        assert set(tiled.values()) == {GAS * products.FEW_STEPS}
-        assert tiled == stock
+        stock = found["3"]["stock"]["counts"]
+        assert sum("mlp" in name for name in stock) == 3 * products.SIZES["num_hidden_layers"]
+        assert set(stock.values()) == {GAS * products.FEW_STEPS}
+        assert found["3"]["tiled"]["counts"] == found["3"]["leaf"]["counts"] == stock

@@ -17,6 +17,7 @@ import jobs
 import products
 import torch
 import torch.distributed as dist
+from deepspeed.utils import set_z3_leaf_modules
 from transformers import LlamaForCausalLM
 
 from ds_fused.modules.swap import swap
@@ -26,7 +27,7 @@ TILES = 5  # of 24 rows, and of 22 on the other rank
 GAS = 2
 
 
-def engine_of(stage: int, tiled: bool) -> deepspeed.DeepSpeedEngine:
+def engine_of(stage: int, tiled: bool, leaf: bool) -> deepspeed.DeepSpeedEngine:
     model = LlamaForCausalLM(jobs.config_of(False))
     weights = jobs.first_weights(False)
     with torch.no_grad():
@@ -35,6 +36,8 @@ def engine_of(stage: int, tiled: bool) -> deepspeed.DeepSpeedEngine:
     if tiled:
         for layer in model.model.layers:
             swap(layer.mlp, TiledMLP, fused_tiles=TILES)
+    if leaf:
+        set_z3_leaf_modules(model, [type(model.model.layers[0].mlp)])
     config = {
         "train_micro_batch_size_per_gpu": products.ROWS,
         "gradient_accumulation_steps": GAS,
@@ -60,8 +63,8 @@ def counted(engine: deepspeed.DeepSpeedEngine) -> Counter:
     return counts
 
 
-def train(stage: int, tiled: bool) -> dict:
-    engine = engine_of(stage, tiled)
+def train(stage: int, tiled: bool, leaf: bool = False) -> dict:
+    engine = engine_of(stage, tiled, leaf)
     counts = counted(engine) if stage == 3 else Counter()
     losses = []
     for step in jobs.batches(GAS, products.FEW_STEPS):
@@ -80,6 +83,7 @@ def train(stage: int, tiled: bool) -> dict:
 def main(out: Path) -> None:
     deepspeed.init_distributed("gloo")
     found = {stage: {"stock": train(stage, False), "tiled": train(stage, True)} for stage in (3, 2)}
+    found[3]["leaf"] = train(3, True, leaf=True)
     (out / f"{dist.get_rank()}.json").write_text(json.dumps(found))
 
 
