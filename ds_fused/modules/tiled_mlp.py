@@ -21,12 +21,14 @@ Random numbers and autocast are in a recomputed tile what they were before.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from ds_fused.modules.mlp import GatedMLP, PackedMLP
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -194,3 +196,15 @@ class TiledMLP:
         (x,) = (*args, *named.values())  # hidden_states to some, x to others
         # not by name: under ZeRO-3 a look-up of a parameter gathers it
         return tiled(super().forward, x, self.fused_tiles, self.parameters())
+
+
+class TiledGatedMLP(TiledMLP, GatedMLP):
+    """``GatedMLP``, tile by tile."""
+
+
+class TiledPackedMLP(TiledMLP, PackedMLP):
+    """``PackedMLP``, tile by tile."""
+
+
+# mix-in -> the same, tile by tile
+TILED: Mapping[type, type] = {GatedMLP: TiledGatedMLP, PackedMLP: TiledPackedMLP}

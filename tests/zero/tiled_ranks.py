@@ -17,9 +17,10 @@ import jobs
 import products
 import torch
 import torch.distributed as dist
-from deepspeed.utils import set_z3_leaf_modules
+from deepspeed.utils import set_z3_leaf_modules, z3_leaf_module
 from transformers import LlamaForCausalLM
 
+from ds_fused.engine.config import OP_OPTIONS
 from ds_fused.modules.swap import swap
 from ds_fused.modules.tiled_mlp import TiledMLP
 
@@ -27,7 +28,11 @@ TILES = 5  # of 24 rows, and of 22 on the other rank
 GAS = 2
 
 
-def engine_of(stage: int, tiled: bool, leaf: bool) -> deepspeed.DeepSpeedEngine:
+# by the JSON, with nothing else on
+BLOCK = dict.fromkeys(OP_OPTIONS, False) | {"enabled": True, "swiglu": True, "tiled_mlp": {"tiles": TILES}}
+
+
+def engine_of(stage: int, tiled: bool, leaf: bool, block: dict | None) -> deepspeed.DeepSpeedEngine:
     model = LlamaForCausalLM(jobs.config_of(False))
     weights = jobs.first_weights(False)
     with torch.no_grad():
@@ -45,6 +50,8 @@ def engine_of(stage: int, tiled: bool, leaf: bool) -> deepspeed.DeepSpeedEngine:
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
     }
+    if block is not None:
+        config["ds_fused"] = block
     optimizer = torch.optim.SGD(model.parameters(), lr=products.LEARNING_RATE["sgd"])
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
@@ -63,8 +70,8 @@ def counted(engine: deepspeed.DeepSpeedEngine) -> Counter:
     return counts
 
 
-def train(stage: int, tiled: bool, leaf: bool = False) -> dict:
-    engine = engine_of(stage, tiled, leaf)
+def train(stage: int, tiled: bool, leaf: bool = False, block: dict | None = None) -> dict:
+    engine = engine_of(stage, tiled, leaf, block)
     counts = counted(engine) if stage == 3 else Counter()
     losses = []
     for step in jobs.batches(GAS, products.FEW_STEPS):
@@ -76,14 +83,21 @@ def train(stage: int, tiled: bool, leaf: bool = False) -> dict:
             engine.backward(loss)
             engine.step()
             losses.append(loss.item())
+    mlp = engine.module.model.layers[0].mlp
+    found = {
+        "losses": losses,
+        "counts": counts,
+        "leaf": z3_leaf_module(mlp),
+        "tiles": getattr(mlp, "fused_tiles", None),
+    }
     engine.destroy()
-    return {"losses": losses, "counts": counts}
+    return found
 
 
 def main(out: Path) -> None:
     deepspeed.init_distributed("gloo")
     found = {stage: {"stock": train(stage, False), "tiled": train(stage, True)} for stage in (3, 2)}
-    found[3]["leaf"] = train(3, True, leaf=True)
+    found[3] |= {"leaf": train(3, True, leaf=True), "json": train(3, False, block=BLOCK)}
     (out / f"{dist.get_rank()}.json").write_text(json.dumps(found))
 
 
