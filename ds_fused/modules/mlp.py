@@ -50,7 +50,7 @@ _ACTS = {
 
 
 def act_of(act: object) -> str | None:
-    """The name under which ``glu`` knows an activation (a layer or a function); None when it doesn't."""
+    """The name under which ``glu`` knows a silu or gelu (a layer or a function); None for any other activation."""
     if isinstance(act, nn.GELU):
         return "gelu_tanh" if act.approximate == "tanh" else "gelu"
     if isinstance(act, nn.Module):

@@ -30,10 +30,22 @@ GPT_OSS = {"alpha": 1.702, "limit": 7.0, "offset": 1.0}
     [{}, {"act": "relu2"}, GPT_OSS, {"act": "gelu_tanh", "limit": 1.0}],  # 1: many values beyond it
     ids=["silu", "relu2", "gpt_oss", "clamped gelu"],
 )
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES[:2], pytest.param(DTYPES[2], marks=pytest.mark.all)])
 @pytest.mark.parametrize("shape", [(2,), (3, 14), (2, 2 * BLOCK + 6)])  # one pair; odd halves; over one block
 def test_packed(shape, dtype, form, interleaved, device):
     as_accurate(glu, glu_reference, [3 * randn(*shape, device=device), None], dtype, interleaved=interleaved, **form)
+
+
+def test_packed_in_fp16(device):
+    for interleaved in (False, True):
+        as_accurate(
+            glu,
+            glu_reference,
+            [3 * randn(3, 14, device=device), None],
+            torch.float16,
+            interleaved=interleaved,
+            **GPT_OSS,
+        )
 
 
 def test_forms_of_two_tensors(device):
