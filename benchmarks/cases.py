@@ -63,6 +63,34 @@ def norm_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
     return Inputs({"x": x, "weight": weight, "dy": _randn(generator, n, d)}, ("dy",))
 
 
+def layer_norm_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
+    x = _randn(generator, n, d).requires_grad_()
+    weight, bias = (nn.Parameter(_randn(generator, d)) for _ in range(2))
+    return Inputs({"x": x, "weight": weight, "bias": bias, "dy": _randn(generator, n, d)}, ("dy",))
+
+
+def add_norm_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
+    x, residual = (_randn(generator, n, d).requires_grad_() for _ in range(2))
+    weight, bias = (nn.Parameter(_randn(generator, d)) for _ in range(2))
+    tensors = {"x": x, "residual": residual, "weight": weight, "bias": bias}
+    return Inputs(tensors | {"dy": _randn(generator, n, d), "dsum": _randn(generator, n, d)}, ("dy", "dsum"))
+
+
+def group_norm_inputs(generator: torch.Generator, n: int, c: int, h: int, w: int) -> Inputs:
+    x = _randn(generator, n, c, h, w).requires_grad_()
+    weight, bias = (nn.Parameter(_randn(generator, c)) for _ in range(2))
+    return Inputs({"x": x, "weight": weight, "bias": bias, "dy": _randn(generator, n, c, h, w)}, ("dy",))
+
+
+def dyt_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
+    x = _randn(generator, n, d).requires_grad_()
+    weight, bias = (nn.Parameter(_randn(generator, d)) for _ in range(2))
+    alpha = nn.Parameter(torch.full((1,), 0.5, device=generator.device, dtype=DTYPE))
+    # dy leans on weight * x: dalpha would be a sum that cancels otherwise, whose rounding can't be told from an error
+    dy = _randn(generator, n, d) + (weight * x).detach()
+    return Inputs({"x": x, "alpha": alpha, "weight": weight, "bias": bias, "dy": dy}, ("dy",))
+
+
 def glu_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
     gate, up, dy = (_randn(generator, n, d) for _ in range(3))
     return Inputs({"gate": gate.requires_grad_(), "up": up.requires_grad_(), "dy": dy}, ("dy",))
@@ -136,6 +164,20 @@ def _norm_bytes(n: int, d: int) -> tuple[int, int]:
     return SIZE * (2 * n * d + d), SIZE * (5 * n * d + 3 * d)
 
 
+def _layer_norm_bytes(n: int, d: int) -> tuple[int, int]:
+    # x -> y; x, dy -> dx; weight and bias, once forward, weight again backward, and the gradients of both
+    return SIZE * (2 * n * d + 2 * d), SIZE * (5 * n * d + 5 * d)
+
+
+def _add_norm_bytes(n: int, d: int) -> tuple[int, int]:
+    # x, residual -> y, sum; sum, dy, dsum -> one gradient for x and residual
+    return SIZE * (4 * n * d + 2 * d), SIZE * (8 * n * d + 5 * d)
+
+
+def _group_norm_bytes(n: int, c: int, h: int, w: int) -> tuple[int, int]:
+    return SIZE * (2 * n * c * h * w + 2 * c), SIZE * (5 * n * c * h * w + 5 * c)
+
+
 def _glu_bytes(n: int, d: int) -> tuple[int, int]:
     # gate, up -> y; gate, up, dy -> dgate, dup
     return SIZE * 3 * n * d, SIZE * 8 * n * d
@@ -176,6 +218,8 @@ def _linear_loss_flops(m: int, h: int, n_vocab: int) -> tuple[int, int]:
 
 # Llama-3-8B's width at 8k tokens, a 70B's at 16k, and a q-norm over 128-wide heads (8192 tokens x 32 heads)
 NORM_SWEEP = ((8192, 4096), (16384, 8192), (262144, 128))
+# groups of 512 KiB, larger than any tile; an inner and the outer level of a UNet, 20 and 80 KiB
+GROUP_NORM_SWEEP = ((16, 512, 128, 128), (16, 1280, 16, 16), (16, 320, 64, 64))
 
 CASES = (
     Case(
@@ -185,6 +229,22 @@ CASES = (
     Case(
         "rms_norm", "after_weight", norm_inputs, rivals.GEMMA_NORM,
         sweep=NORM_SWEEP, launch_bound=(16, 1024), tiny=(5, 48), bytes=_norm_bytes,
+    ),
+    Case(
+        "layer_norm", "", layer_norm_inputs, rivals.LAYER_NORM,
+        sweep=NORM_SWEEP, launch_bound=(16, 1024), tiny=(5, 48), bytes=_layer_norm_bytes,
+    ),
+    Case(
+        "add_layer_norm", "", add_norm_inputs, rivals.ADD_LAYER_NORM,
+        sweep=((8192, 4096), (16384, 8192), (8192, 768)), launch_bound=(16, 1024), tiny=(5, 48), bytes=_add_norm_bytes,
+    ),
+    Case(
+        "group_norm", f"{rivals.N_GROUPS} groups", group_norm_inputs, rivals.GROUP_NORM,
+        sweep=GROUP_NORM_SWEEP, launch_bound=(2, 64, 8, 8), tiny=(2, 64, 3, 5), bytes=_group_norm_bytes,
+    ),
+    Case(
+        "dyt", "", dyt_inputs, rivals.DYT,
+        sweep=NORM_SWEEP, launch_bound=(16, 1024), tiny=(5, 48), bytes=_layer_norm_bytes,
     ),
     Case(
         "glu", "silu", glu_inputs, rivals.glu_providers("silu"),

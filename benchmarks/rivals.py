@@ -119,6 +119,117 @@ GEMMA_NORM = {
 }
 
 
+# --- layer_norm, add_layer_norm: x, residual [N, D], weight, bias [D] ---
+
+
+def _layer_norm(t: Tensors):
+    # what HuggingFace models hold is PyTorch's layer
+    return lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, EPS), (t["x"], t["weight"], t["bias"])
+
+
+def _liger_layer_norm(t: Tensors) -> Call:
+    norm = _liger().liger_layer_norm
+    return lambda: norm(t["x"], t["weight"], t["bias"], EPS)
+
+
+def _our_layer_norm(t: Tensors) -> Call:
+    norm = _ops().layer_norm
+    return lambda: norm(t["x"], t["weight"], t["bias"], eps=EPS)
+
+
+LAYER_NORM = {
+    "ds_fused": Provider(_our_layer_norm),
+    "hf_eager": Provider(_eager(_layer_norm), note="PyTorch's own kernel"),
+    "compile": Provider(_compiled(_layer_norm)),
+    "liger": Provider(_liger_layer_norm),
+}
+
+
+def _add_layer_norm(t: Tensors):
+    def add_norm(x, residual, weight, bias):
+        total = x + residual
+        return F.layer_norm(total, weight.shape, weight, bias, EPS), total
+
+    return add_norm, (t["x"], t["residual"], t["weight"], t["bias"])
+
+
+def _liger_add_layer_norm(t: Tensors) -> Call:
+    norm = _liger().liger_layer_norm
+
+    def add_norm():
+        total = t["x"] + t["residual"]
+        return norm(total, t["weight"], t["bias"], EPS), total
+
+    return add_norm
+
+
+def _our_add_layer_norm(t: Tensors) -> Call:
+    norm = _ops().add_layer_norm
+    return lambda: norm(t["x"], t["residual"], t["weight"], t["bias"], eps=EPS)
+
+
+ADD_LAYER_NORM = {
+    "ds_fused": Provider(_our_add_layer_norm),
+    "hf_eager": Provider(_eager(_add_layer_norm), note="PyTorch's own kernels"),
+    "compile": Provider(_compiled(_add_layer_norm)),
+    "liger": Provider(_liger_add_layer_norm, note="its layer norm after PyTorch's add: it has no such op"),
+}
+
+
+# --- group_norm: x [N, C, H, W], weight, bias [C] ---
+
+N_GROUPS = 32
+
+
+def _group_norm(t: Tensors):
+    arguments = t["x"], t["weight"], t["bias"]
+    return lambda x, weight, bias: F.group_norm(x, N_GROUPS, weight, bias, EPS), arguments
+
+
+def _liger_group_norm(t: Tensors) -> Call:
+    norm = _liger().liger_group_norm
+    return lambda: norm(t["x"], t["weight"], t["bias"], t["weight"].numel(), N_GROUPS, EPS)
+
+
+def _our_group_norm(t: Tensors) -> Call:
+    norm = _ops().group_norm
+    return lambda: norm(t["x"], N_GROUPS, t["weight"], t["bias"], eps=EPS)
+
+
+GROUP_NORM = {
+    "ds_fused": Provider(_our_group_norm),
+    "hf_eager": Provider(_eager(_group_norm), note="PyTorch's own kernels"),
+    "compile": Provider(_compiled(_group_norm)),
+    "liger": Provider(_liger_group_norm),
+}
+
+
+# --- dyt: x [N, D], alpha [1], weight, bias [D] ---
+
+
+def _dyt(t: Tensors):
+    arguments = t["x"], t["alpha"], t["weight"], t["bias"]
+    return lambda x, alpha, weight, bias: weight * torch.tanh(alpha * x) + bias, arguments
+
+
+def _liger_dyt(t: Tensors) -> Call:
+    dyt = _liger().liger_dyt
+    return lambda: dyt(t["x"], t["alpha"], t["weight"], t["bias"])
+
+
+def _our_dyt(t: Tensors) -> Call:
+    dyt = _ops().dyt
+    return lambda: dyt(t["x"], t["alpha"], t["weight"], t["bias"])
+
+
+DYT = {
+    "ds_fused": Provider(_our_dyt),
+    "hf_eager": Provider(_eager(_dyt)),
+    "compile": Provider(_compiled(_dyt)),
+    "liger": Provider(_liger_dyt),
+}
+
+
 # --- glu: gate, up [N, D] ---
 
 

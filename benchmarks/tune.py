@@ -27,6 +27,7 @@ from torch import Tensor
 
 from benchmarks.cases import CASES, Inputs
 from benchmarks.measure import Instruments, relative_error
+from benchmarks.rivals import N_GROUPS
 from benchmarks.run import SEED, full_call
 
 LARGEST_ERROR = 1e-2
@@ -72,6 +73,21 @@ SEARCHES = (
     Search(
         "rms_norm", "before_weight", "backward", ROW_SHAPES,
         {"PER_THREAD_BWD": (8, 16, 32), "STAGES_BWD": (1, 2, 3), "WARPS_PER_MULTIPROCESSOR": (16, 32, 64)},
+    ),
+    Search(
+        "layer_norm", "", "backward", ROW_SHAPES,
+        {"PER_THREAD_BWD": (8, 16, 32), "STAGES_BWD": (1, 2, 3), "WARPS_PER_MULTIPROCESSOR": (16, 32, 64)},
+    ),
+    Search(
+        "dyt", "", "backward", ROW_SHAPES,
+        {
+            "TILE_BWD": (1024, 2048, 4096), "PER_THREAD_BWD": (8, 16), "STAGES_BWD": (1, 2, 3),
+            "WARPS_PER_MULTIPROCESSOR": (16, 32, 64),
+        },
+    ),
+    Search(
+        "group_norm", f"{N_GROUPS} groups", "both", ((16, 512, 128, 128), (16, 320, 64, 64)),
+        {"PART_TILE": (2048, 4096, 8192), "PART_WARPS": (4, 8), "PART_TURNS": (2, 4, 8, 16)},
     ),
     Search(
         "glu", "silu", "forward", ((8192, 14336),),

@@ -9,6 +9,10 @@ from importlib import import_module
 
 _HOME = {
     "rms_norm": "ds_fused.ops",
+    "layer_norm": "ds_fused.ops",
+    "add_layer_norm": "ds_fused.ops",
+    "group_norm": "ds_fused.ops",
+    "dyt": "ds_fused.ops",
     "glu": "ds_fused.ops",
     "rope": "ds_fused.ops",
     "relu2": "ds_fused.ops",

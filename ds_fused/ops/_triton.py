@@ -73,6 +73,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
+def norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Of what PyTorch's own norms make of values of dtype on x's device: under a GPU's autocast fp32, else the same."""
+    return torch.float32 if x.device.type != "cpu" and autocast_dtype(x) is not None else dtype
+
+
 def multiprocessors(x: Tensor) -> int:
     """How many blocks run side by side at least; the size of a persistent grid is a multiple of it."""
     device = x.device

@@ -8,8 +8,12 @@ from dataclasses import dataclass, field
 from types import MappingProxyType, ModuleType
 from typing import NamedTuple
 
+from ds_fused.ops.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from ds_fused.ops.cross_entropy import cross_entropy, cross_entropy_reference
+from ds_fused.ops.dyt import dyt, dyt_reference
 from ds_fused.ops.glu import glu, glu_reference
+from ds_fused.ops.group_norm import group_norm, group_norm_reference
+from ds_fused.ops.layer_norm import layer_norm, layer_norm_reference
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from ds_fused.ops.relu2 import relu2, relu2_reference
 from ds_fused.ops.rms_norm import rms_norm, rms_norm_reference
@@ -50,6 +54,10 @@ OPS: tuple[Op, ...] = (
         ("rms_norm",),
         "root-mean-square norm; weight offset, both cast orders",
     ),
+    Op("layer_norm", layer_norm, layer_norm_reference, (), "layer norm; weight and bias may each be missing"),
+    Op("add_layer_norm", add_layer_norm, add_layer_norm_reference, (), "residual add and layer norm in one pass"),
+    Op("group_norm", group_norm, group_norm_reference, (), "group norm of [N, C, ...]; large groups in parts"),
+    Op("dyt", dyt, dyt_reference, (), "dynamic tanh: weight * tanh(alpha * x) + bias"),
     Op("rope", rope, rope_reference, ("rope",), "rotary embedding of q and k in one launch; sections, complex angles"),
     Op(
         "glu",

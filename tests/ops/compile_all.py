@@ -131,7 +131,61 @@ def linear_cross_entropy() -> None:
     ops.linear_cross_entropy(leaf(2, 8).detach(), OneOfTwo(), labels)
 
 
-EXAMPLES: tuple[Callable[[], None], ...] = (rms_norm, glu, rope, relu2, cross_entropy, linear_cross_entropy)
+def layer_norm() -> None:
+    half, full = torch.bfloat16, torch.float32
+    for n, d, x_dtype, weight_dtype in (
+        (64, 128, half, half),  # many rows in a tile
+        (2, 768, half, full),
+        (2, 8192, full, full),  # the widest whole row of the backward
+        (2, 32768, half, half),  # the widest of the forward; walked backward
+        (2, 32768, full, full),
+        (2, 65536, half, half),
+    ):
+        vectors = (leaf(d, dtype=weight_dtype) for _ in range(2))
+        ops.layer_norm(leaf(n, d, dtype=x_dtype), *vectors).sum().backward()
+    ops.layer_norm(leaf(2, 4096), None).sum().backward()
+
+
+def add_layer_norm() -> None:
+    for d, dtype in ((768, torch.bfloat16), (8192, torch.float32), (32768, torch.bfloat16), (65536, torch.bfloat16)):
+        x, residual = leaf(2, d, dtype=dtype), leaf(2, d, dtype=dtype)
+        outputs = ops.add_layer_norm(x, residual, leaf(d, dtype=dtype), leaf(d, dtype=dtype))
+        torch.autograd.backward([y.sum() for y in outputs])
+
+
+def group_norm() -> None:
+    for shape, n_groups, dtype in (
+        ((2, 1280, 16, 16), 32, torch.bfloat16),
+        ((64, 1024), 32, torch.bfloat16),  # several samples in a tile
+        ((2, 64, 16, 16), 1, torch.float32),  # the largest whole group of the backward
+        ((2, 128, 16, 16), 1, torch.float32),  # of the forward; in parts backward
+        ((2, 320, 64, 64), 32, torch.bfloat16),
+        ((2, 384, 14, 14), 1, torch.float32),
+    ):
+        vectors = (leaf(shape[1], dtype=dtype) for _ in range(2))
+        ops.group_norm(leaf(*shape, dtype=dtype), n_groups, *vectors).sum().backward()
+    ops.group_norm(leaf(2, 64, 8, 8), 8).sum().backward()
+
+
+def dyt() -> None:
+    for n, d, dtype in ((64, 128, torch.bfloat16), (2, 4096, torch.bfloat16), (2, 4096, torch.float32)):
+        ops.dyt(
+            leaf(n, d, dtype=dtype), leaf(1, dtype=dtype), leaf(d, dtype=dtype), leaf(d, dtype=dtype)
+        ).sum().backward()
+
+
+EXAMPLES: tuple[Callable[[], None], ...] = (
+    rms_norm,
+    layer_norm,
+    add_layer_norm,
+    group_norm,
+    dyt,
+    glu,
+    rope,
+    relu2,
+    cross_entropy,
+    linear_cross_entropy,
+)
 
 
 def kernels() -> set[str]:

@@ -96,7 +96,51 @@ def linear_cross_entropy() -> Iterator[Case]:
     yield one_pass, [(leaf(n, 8), leaf(1024, 8), labels(n)) for n in (3, 4)]
 
 
-EXAMPLES: tuple[Callable[[], Iterator[Case]], ...] = (rms_norm, glu, rope, relu2, cross_entropy, linear_cross_entropy)
+def layer_norm() -> Iterator[Case]:
+    # a whole row, one that is walked backward, one that is walked
+    widths = (257, 20480, 40960)
+    for first, second in ((a, b) for a in widths for b in widths if a != b):
+        yield ops.layer_norm, [(leaf(65, d), leaf(d), leaf(d)) for d in (first, second)]
+    yield ops.layer_norm, [(leaf(n, 4096), leaf(4096), leaf(4096)) for n in (3, 65, 66)]
+    yield lambda x: ops.layer_norm(x, None), [(leaf(2, 3, d),) for d in (64, 128)]
+
+
+def add_layer_norm() -> Iterator[Case]:
+    yield ops.add_layer_norm, [(leaf(65, d), leaf(65, d), leaf(d), leaf(d)) for d in (257, 20480, 40960)]
+    yield ops.add_layer_norm, [(leaf(2, n, 64), leaf(2, n, 64), leaf(64)) for n in (3, 4, 5)]
+    yield ops.add_layer_norm, [(leaf(5, 64).detach(), leaf(5, 64).detach(), leaf(64))]
+    yield lambda *inputs: ops.add_layer_norm(*inputs)[0], [(leaf(5, 64), leaf(5, 64), leaf(64))]
+
+
+def group_norm() -> Iterator[Case]:
+    def normed(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.group_norm(x, 8, weight, bias)
+
+    # whole groups and groups in parts, one after the other
+    for sides in ((16, 64, 128), (64, 16, 24)):
+        yield normed, [(leaf(2, 80, side, side), leaf(80), leaf(80)) for side in sides]
+    yield normed, [(leaf(n, c), leaf(c), leaf(c)) for n, c in ((3, 64), (4, 64), (5, 128))]
+    yield lambda x: ops.group_norm(x, 8), [(leaf(n, 64, 7),) for n in (3, 4, 5)]
+
+
+def dyt() -> Iterator[Case]:
+    for sizes in (((5, 64), (5, 128), (5, 100)), ((3, 4096), (4, 4096), (4, 257))):
+        yield ops.dyt, [(leaf(n, d), leaf(1), leaf(d), leaf(d)) for n, d in sizes]
+    yield ops.dyt, [(leaf(2, 3, d), leaf(1), leaf(d)) for d in (64, 128)]
+
+
+EXAMPLES: tuple[Callable[[], Iterator[Case]], ...] = (
+    rms_norm,
+    layer_norm,
+    add_layer_norm,
+    group_norm,
+    dyt,
+    glu,
+    rope,
+    relu2,
+    cross_entropy,
+    linear_cross_entropy,
+)
 
 
 class Traced(Exception):

@@ -1,0 +1,249 @@
+"""Dynamic tanh: ``y = weight * tanh(alpha * x) + bias``, which stands in for a norm and needs no statistics.
+
+From Zhu, Chen, He, LeCun and Liu, "Transformers without Normalization" (2025). alpha is one number, weight and bias
+have one value per column; bias may be None. Computed in fp32 and rounded once.
+
+Saved for backward: x, alpha and weight; tanh is computed again.
+Traffic per element: forward 1 read + 1 write, backward 2 reads + 1 write, plus fp32 partial sums of dalpha, dweight and
+dbias, one part per program, added up in a fixed order by a second small launch (no atomics: same input, same bits).
+
+Sizes: N rows (every leading dimension, flattened), D columns.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ds_fused.ops._sums import partials, sum_partials
+from ds_fused.ops._triton import (
+    cdiv,
+    check_dtypes,
+    multiprocessors,
+    on_device,
+    power_of_2,
+    row_stride,
+    rows_of,
+    runs_kernels,
+    warps_for,
+)
+
+# None of these constants is measured yet.
+# elements of a tile and of a thread, and the most columns of it; wider rows are several blocks of columns
+TILE_FWD, PER_THREAD_FWD = 2048, 8
+TILE_BWD, PER_THREAD_BWD = 2048, 8
+MOST_COLS = 1024
+# the backward's persistent grid, and the tiles of a program that are in flight
+WARPS_PER_MULTIPROCESSOR = 32
+STAGES_BWD = 2
+
+
+def dyt_reference(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What this file computes, in PyTorch: the specification, the CPU path and the yardstick of the tests."""
+    y = weight * torch.tanh(alpha * x)
+    return y if bias is None else y + bias
+
+
+@triton.jit
+def _tanh_and_slope(x):
+    """tanh(x) and 1 - tanh(x)^2, the latter without cancellation where tanh is near 1."""
+    q = tl.exp(-2.0 * tl.abs(x))
+    r = 1.0 / (1.0 + q)
+    far = (1.0 - q) * r
+    # near 0 the difference 1 - q has few bits: there the series x - x^3/3 + 2x^5/15 - ..., off by 1e-8 of tanh at 1/4
+    xx = x * x
+    near = 0.021869488536155203 * xx - 0.05396825396825397
+    near = x + x * xx * ((near * xx + 0.13333333333333333) * xx - 0.3333333333333333)
+    return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0.0, -far, far)), 4.0 * q * r * r
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _dyt_fwd_kernel(
+    x_ptr,  # [N, D]
+    alpha_ptr,  # [1]
+    weight_ptr,  # [D]
+    bias_ptr,  # [D]
+    y_ptr,  # [N, D]
+    x_stride,  # elements from one row to the next; y has no gaps
+    n_rows,
+    n_cols,
+    HAS_BIAS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(n_cols, BLOCK_COLS)
+    rows = (pid // blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    cols = (pid % blocks) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+    mask = (rows < n_rows) & (cols < n_cols)
+
+    x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    tanh, _ = _tanh_and_slope(tl.load(alpha_ptr).to(tl.float32) * x)
+    y = tanh * tl.load(weight_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
+    tl.store(y_ptr + rows * n_cols + cols, y, mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _dyt_bwd_kernel(
+    dy_ptr,  # [N, D]
+    x_ptr,  # [N, D]
+    alpha_ptr,  # [1]
+    weight_ptr,  # [D]
+    dx_ptr,  # [N, D]
+    partial_ptr,  # [2, P, D] fp32, the parts of dweight and dbias, and after it those of dalpha, one per program
+    dy_stride,  # elements from one row to the next; dx has no gaps
+    x_stride,
+    n_rows,
+    n_cols,
+    WANTS_DX: tl.constexpr, WANTS_DALPHA: tl.constexpr, WANTS_DWEIGHT: tl.constexpr, WANTS_DBIAS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(1).to(tl.int64)
+    programs = tl.num_programs(1).to(tl.int64)
+    cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+    alpha = tl.load(alpha_ptr).to(tl.float32)
+    weight = tl.load(weight_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
+    dalpha = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+    dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+    dbias = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+
+    for start in tl.range(pid * BLOCK_ROWS, n_rows, programs * BLOCK_ROWS, num_stages=STAGES):
+        rows = start + tl.arange(0, BLOCK_ROWS)[:, None]
+        mask = (rows < n_rows) & (cols < n_cols)
+        dy = tl.load(dy_ptr + rows * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        tanh, slope = _tanh_and_slope(alpha * x)
+        if WANTS_DWEIGHT:
+            dweight += dy * tanh
+        if WANTS_DBIAS:
+            dbias += dy
+        inner = dy * weight * slope
+        if WANTS_DALPHA:
+            dalpha += inner * x
+        if WANTS_DX:
+            tl.store(dx_ptr + rows * n_cols + cols, alpha * inner, mask=mask)
+
+    if WANTS_DWEIGHT:
+        total = tl.sum(dweight, axis=0, keep_dims=True)
+        tl.store(partial_ptr + pid * n_cols + cols, total, mask=cols < n_cols)
+    if WANTS_DBIAS:
+        total = tl.sum(dbias, axis=0, keep_dims=True)
+        tl.store(partial_ptr + (programs + pid) * n_cols + cols, total, mask=cols < n_cols)
+    if WANTS_DALPHA:
+        place = 2 * programs * n_cols + pid * tl.num_programs(0) + block
+        tl.store(partial_ptr + place, tl.sum(tl.sum(dalpha, axis=1), axis=0))
+
+
+class Wanted(NamedTuple):
+    """Which gradients backward has to make."""
+
+    dx: bool
+    dalpha: bool
+    dweight: bool
+    dbias: bool
+
+
+def _tile(d: int, elements: int, per_thread: int) -> dict[str, int]:
+    cols = min(power_of_2(d), MOST_COLS)
+    rows = max(1, elements // cols)
+    return {"BLOCK_ROWS": rows, "BLOCK_COLS": cols, "num_warps": warps_for(rows * cols, per_thread)}
+
+
+def dyt_fwd(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x [N, D], alpha [1], weight, bias [D] -> y [N, D] of dtype."""
+    n, d = x.shape
+    y = torch.empty((n, d), dtype=dtype, device=x.device)
+    if n == 0 or d == 0:
+        return y
+    block = _tile(d, TILE_FWD, PER_THREAD_FWD)
+    programs = cdiv(n, block["BLOCK_ROWS"]) * cdiv(d, block["BLOCK_COLS"])
+    with on_device(x):
+        _dyt_fwd_kernel[(programs,)](x, alpha, weight, bias, y, row_stride(x), n, d, HAS_BIAS=bias is not None, **block)
+    return y
+
+
+def dyt_bwd(
+    dy: Tensor, x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted
+) -> tuple[Tensor | None, ...]:
+    """dy, x [N, D], alpha [1], weight, bias [D] -> dx [N, D], dalpha, dweight, dbias; None where not wanted."""
+    n, d = x.shape
+    dx = torch.empty((n, d), dtype=x.dtype, device=x.device) if wanted.dx else None
+    make = torch.zeros_like if n == 0 or d == 0 else torch.empty_like
+    dalpha = make(alpha) if wanted.dalpha else None
+    dweight = make(weight) if wanted.dweight else None
+    dbias = make(bias) if wanted.dbias else None
+    if n == 0 or d == 0:
+        return dx, dalpha, dweight, dbias
+    block = _tile(d, TILE_BWD, PER_THREAD_BWD)
+    column_blocks = cdiv(d, block["BLOCK_COLS"])
+    resident = multiprocessors(x) * max(1, WARPS_PER_MULTIPROCESSOR // block["num_warps"])
+    programs = min(cdiv(n, block["BLOCK_ROWS"]), max(1, resident // column_blocks))
+    sums = wanted.dalpha or wanted.dweight or wanted.dbias
+    partial = partials(x, programs, d, programs * column_blocks) if sums else None
+    with on_device(x):
+        _dyt_bwd_kernel[(column_blocks, programs)](
+            dy,
+            x,
+            alpha,
+            weight,
+            dx,
+            partial,
+            row_stride(dy),
+            row_stride(x),
+            n,
+            d,
+            WANTS_DX=wanted.dx,
+            WANTS_DALPHA=wanted.dalpha,
+            WANTS_DWEIGHT=wanted.dweight,
+            WANTS_DBIAS=wanted.dbias,
+            STAGES=STAGES_BWD,
+            **block,
+        )
+    if sums:
+        sum_partials(partial, programs, d, dweight, dbias, dalpha, programs * column_blocks)
+    return dx, dalpha, dweight, dbias
+
+
+class DyTFunction(torch.autograd.Function):
+    """Autograd around the launchers; sees only [N, D]."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x, alpha, weight, bias)
+        return dyt_fwd(x, alpha, weight, bias, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, alpha, weight, bias = ctx.saved_tensors
+        wants_dx, wants_dalpha, wants_dweight, wants_dbias = ctx.needs_input_grad[:4]
+        wanted = Wanted(wants_dx, wants_dalpha, wants_dweight, bias is not None and wants_dbias)
+        return *dyt_bwd(rows_of(dy), x, alpha, weight, bias, wanted), None
+
+
+def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``weight * tanh(alpha * x) + bias``: x [..., D], alpha one number, weight [D], bias [D] or None.
+
+    The result has the dtype that PyTorch promotes these to.
+    """
+    if alpha.numel() != 1 or alpha.ndim > 1:
+        raise ValueError(f"dyt: alpha {tuple(alpha.shape)} must be one number, of shape (1,) or ()")
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None and (vector.ndim != 1 or vector.shape != x.shape[-1:]):
+            raise ValueError(f"dyt: {name} {tuple(vector.shape)} must be one value per column of x {tuple(x.shape)}")
+    if not runs_kernels(*(t for t in (x, alpha, weight, bias) if t is not None)):
+        return dyt_reference(x, alpha, weight, bias)
+    check_dtypes("dyt", x=x, alpha=alpha, weight=weight, bias=bias)
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    if alpha.ndim:  # a number without dimensions doesn't widen a tensor
+        dtype = torch.promote_types(dtype, alpha.dtype)
+    if bias is not None:
+        dtype = torch.promote_types(dtype, bias.dtype)
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+    return DyTFunction.apply(rows_of(x), alpha, weight, bias, dtype).view(x.shape)

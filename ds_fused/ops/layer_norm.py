@@ -1,0 +1,352 @@
+"""Layer norm: ``y = weight * (x - mean(x)) / std(x) + bias`` over a row, std(x) = sqrt(var(x) + eps).
+
+Computed in fp32 and rounded once. weight and bias may each be None. Idea: Ba, Kiros and Hinton, "Layer Normalization"
+(2016). The kernels can add a residual to x first: that is add_layer_norm, which shares them.
+
+Saved for backward: x (its producer usually holds it anyway), weight, and mean and 1/std in fp32 per row.
+Traffic per element: forward 1 read + 1 write, backward 2 reads + 1 write, plus fp32 partial sums of dweight and dbias:
+one row of each per program, added up in a fixed order by a second small launch (no atomics: same input, same bits).
+Rows too wide for a tile take 2 more reads backward, for the sums of columns.
+
+Sizes: N rows (every leading dimension, flattened), D columns.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ds_fused.ops._sums import partials, sum_partials
+from ds_fused.ops._triton import (
+    cdiv,
+    check_dtypes,
+    multiprocessors,
+    norm_dtype,
+    on_device,
+    power_of_2,
+    row_stride,
+    rows_of,
+    runs_kernels,
+    warps_for,
+)
+from ds_fused.ops._wide_rows import (
+    _layer_norm_bwd_walk_kernel,
+    _layer_norm_columns_kernel,
+    _layer_norm_fwd_walk_kernel,
+)
+
+# None of these constants is measured yet.
+# A tile is whole rows up to these widths; wider rows are walked in blocks, twice (the second walk hits L2).
+# At 8192 columns the backward doesn't spill on sm90, at 16384 it spills 248 bytes a thread (in fp32 292).
+WHOLE_ROW_FWD = 32768
+WHOLE_ROW_BWD = 8192
+WALK_BLOCK = 4096
+# elements of a tile when a row is narrower (as many rows as fit), and of a thread
+TILE_FWD, PER_THREAD_FWD = 2048, 16
+TILE_BWD, PER_THREAD_BWD = 2048, 8
+# the backward's persistent grid, and the tiles of a program that are in flight
+WARPS_PER_MULTIPROCESSOR = 32
+STAGES_BWD = 2
+# the tile of the sums over columns of rows that are walked
+COLUMNS_TILE = (8, 256)
+
+
+def layer_norm_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
+    """What this file computes, in PyTorch: the specification, the CPU path and the yardstick of the tests."""
+    affine = [t for t in (weight, bias) if t is not None]
+    if all(t.dtype == x.dtype for t in affine):
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
+    return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps).to(norm_dtype(x, x.dtype))
+
+
+# n_rows is not specialized: a batch whose token count is no multiple of 16 would compile everything again
+@triton.jit(do_not_specialize=["n_rows"])
+def _layer_norm_fwd_kernel(
+    x_ptr,  # [N, D]
+    residual_ptr,  # [N, D]
+    weight_ptr,  # [D]
+    bias_ptr,  # [D]
+    y_ptr,  # [N, D]
+    sum_ptr,  # [N, D]: x + residual
+    mean_ptr,  # [N]
+    rstd_ptr,  # [N]
+    x_stride,  # elements from one row to the next; y and sum have no gaps
+    residual_stride,
+    n_rows,
+    n_cols,
+    eps,
+    HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    cols = tl.arange(0, BLOCK_COLS)[None, :]
+    mask = (rows < n_rows) & (cols < n_cols)
+
+    x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        x += tl.load(residual_ptr + rows * residual_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        # what is normalised is the sum that others will read
+        x = x.to(sum_ptr.dtype.element_ty).to(tl.float32)
+        tl.store(sum_ptr + rows * n_cols + cols, x, mask=mask)
+    mean = tl.sum(x, axis=1, keep_dims=True) / n_cols
+    x = tl.where(mask, x - mean, 0.0)
+    # the rounding of a mean far from zero, found beside the variance, so that it costs no bits of either
+    rest = tl.sum(x, axis=1, keep_dims=True) / n_cols
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / n_cols - rest * rest + eps)
+    x -= rest
+    tl.store(mean_ptr + rows, mean + rest, mask=rows < n_rows)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
+    y = x * rstd
+    if HAS_WEIGHT:
+        y *= tl.load(weight_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
+    tl.store(y_ptr + rows * n_cols + cols, y, mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _layer_norm_bwd_kernel(
+    dy_ptr,  # [N, D]
+    dsum_ptr,  # [N, D]: what else arrives at x
+    x_ptr,  # [N, D]: what was normalised
+    weight_ptr,  # [D]
+    mean_ptr,  # [N]
+    rstd_ptr,  # [N]
+    dx_ptr,  # [N, D]
+    partial_ptr,  # [2, programs, D] fp32: this program's parts of dweight and dbias
+    dy_stride,  # elements from one row to the next; dx has no gaps
+    dsum_stride,
+    x_stride,
+    n_rows,
+    n_cols,
+    HAS_DSUM: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    WANTS_DX: tl.constexpr, WANTS_DWEIGHT: tl.constexpr, WANTS_DBIAS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    programs = tl.num_programs(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_COLS)[None, :]
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
+    if WANTS_DWEIGHT:
+        dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+    if WANTS_DBIAS:
+        dbias = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+
+    for start in tl.range(pid * BLOCK_ROWS, n_rows, programs * BLOCK_ROWS, num_stages=STAGES):
+        rows = start + tl.arange(0, BLOCK_ROWS)[:, None]
+        mask = (rows < n_rows) & (cols < n_cols)
+        dy = tl.load(dy_ptr + rows * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
+
+        # where the mask is off this is no zero, but its dy is
+        x_hat = (x - mean) * rstd
+        if WANTS_DWEIGHT:
+            dweight += dy * x_hat
+        if WANTS_DBIAS:
+            dbias += dy
+        if WANTS_DX:
+            if HAS_WEIGHT:
+                dy *= weight
+            along = tl.sum(dy * x_hat, axis=1, keep_dims=True) / n_cols
+            dx = rstd * (dy - tl.sum(dy, axis=1, keep_dims=True) / n_cols - x_hat * along)
+            if HAS_DSUM:
+                dx += tl.load(dsum_ptr + rows * dsum_stride + cols, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dx_ptr + rows * n_cols + cols, dx, mask=mask)
+
+    if WANTS_DWEIGHT:
+        total = tl.sum(dweight, axis=0, keep_dims=True)
+        tl.store(partial_ptr + pid * n_cols + cols, total, mask=cols < n_cols)
+    if WANTS_DBIAS:
+        total = tl.sum(dbias, axis=0, keep_dims=True)
+        tl.store(partial_ptr + (programs + pid) * n_cols + cols, total, mask=cols < n_cols)
+
+
+class Wanted(NamedTuple):
+    """Which gradients backward has to make."""
+
+    dx: bool
+    dweight: bool
+    dbias: bool
+
+
+def _rows_tile(d: int, elements: int, per_thread: int) -> dict[str, int]:
+    """Whole rows of d columns, several where they are narrow."""
+    cols = power_of_2(d)
+    rows = max(1, elements // cols)
+    return {"BLOCK_ROWS": rows, "BLOCK_COLS": cols, "num_warps": warps_for(rows * cols, per_thread)}
+
+
+def layer_norm_fwd(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, residual [N, D], weight, bias [D] -> y [N, D] of dtype, x + residual (x where None), mean [N], rstd [N]."""
+    n, d = x.shape
+    y = torch.empty((n, d), dtype=dtype, device=x.device)
+    mean, rstd = (torch.empty(n, dtype=torch.float32, device=x.device) for _ in range(2))
+    total, residual_stride = x, 0
+    if residual is not None:
+        total = torch.empty((n, d), dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
+        residual_stride = row_stride(residual)
+    if n == 0 or d == 0:
+        return y, total, mean, rstd
+    arguments = (x, residual, weight, bias, y, total, mean, rstd, row_stride(x), residual_stride)
+    switches = {"HAS_RESIDUAL": residual is not None, "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
+    with on_device(x):
+        if d <= WHOLE_ROW_FWD:
+            block = _rows_tile(d, TILE_FWD, PER_THREAD_FWD)
+            _layer_norm_fwd_kernel[(cdiv(n, block["BLOCK_ROWS"]),)](*arguments, n, d, eps, **switches, **block)
+        else:
+            _layer_norm_fwd_walk_kernel[(n,)](*arguments, d, eps, **switches, BLOCK_COLS=WALK_BLOCK, num_warps=8)
+    return y, total, mean, rstd
+
+
+def layer_norm_bwd(
+    dy: Tensor,
+    dsum: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    wanted: Wanted,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dy, dsum, x [N, D], weight, bias [D], mean, rstd [N] -> dx [N, D], dweight [D], dbias [D]; None if not wanted."""
+    n, d = x.shape
+    dx = torch.empty((n, d), dtype=x.dtype, device=x.device) if wanted.dx else None
+    if n == 0 or d == 0:
+        return (
+            dx,
+            torch.zeros_like(weight) if wanted.dweight else None,
+            torch.zeros_like(bias) if wanted.dbias else None,
+        )
+    dweight = torch.empty_like(weight) if wanted.dweight else None
+    dbias = torch.empty_like(bias) if wanted.dbias else None
+    sums = wanted.dweight or wanted.dbias
+    dsum_stride = 0 if dsum is None else row_stride(dsum)
+    wants = {"WANTS_DWEIGHT": wanted.dweight, "WANTS_DBIAS": wanted.dbias}
+    switches = {"HAS_DSUM": dsum is not None, "HAS_WEIGHT": weight is not None}
+    block = _rows_tile(d, TILE_BWD, PER_THREAD_BWD) if d <= WHOLE_ROW_BWD else None
+    if block is not None:
+        resident = multiprocessors(x) * max(1, WARPS_PER_MULTIPROCESSOR // block["num_warps"])
+        programs = min(cdiv(n, block["BLOCK_ROWS"]), resident)
+    else:
+        column_blocks = cdiv(d, COLUMNS_TILE[1])
+        warps = warps_for(COLUMNS_TILE[0] * COLUMNS_TILE[1], PER_THREAD_BWD)
+        resident = multiprocessors(x) * max(1, WARPS_PER_MULTIPROCESSOR // warps)
+        programs = min(cdiv(n, COLUMNS_TILE[0]), max(1, resident // column_blocks))
+    partial = partials(x, programs, d) if sums else None
+    with on_device(x):
+        if block is not None:
+            _layer_norm_bwd_kernel[(programs,)](
+                dy,
+                dsum,
+                x,
+                weight,
+                mean,
+                rstd,
+                dx,
+                partial,
+                row_stride(dy),
+                dsum_stride,
+                row_stride(x),
+                n,
+                d,
+                WANTS_DX=wanted.dx,
+                STAGES=STAGES_BWD,
+                **wants,
+                **switches,
+                **block,
+            )
+        else:
+            if wanted.dx:
+                _layer_norm_bwd_walk_kernel[(n,)](
+                    dy,
+                    dsum,
+                    x,
+                    weight,
+                    mean,
+                    rstd,
+                    dx,
+                    row_stride(dy),
+                    dsum_stride,
+                    row_stride(x),
+                    d,
+                    BLOCK_COLS=WALK_BLOCK,
+                    num_warps=8,
+                    **switches,
+                )
+            if sums:
+                _layer_norm_columns_kernel[(column_blocks, programs)](
+                    dy,
+                    x,
+                    mean,
+                    rstd,
+                    partial,
+                    row_stride(dy),
+                    row_stride(x),
+                    n,
+                    d,
+                    BLOCK_ROWS=COLUMNS_TILE[0],
+                    BLOCK_COLS=COLUMNS_TILE[1],
+                    num_warps=warps,
+                    **wants,
+                )
+    if sums:
+        sum_partials(partial, programs, d, dweight, dbias)
+    return dx, dweight, dbias
+
+
+class LayerNormFunction(torch.autograd.Function):
+    """Autograd around the launchers; sees only [N, D]."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+        y, _, mean, rstd = layer_norm_fwd(x, None, weight, bias, eps, dtype)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        wanted = Wanted(
+            ctx.needs_input_grad[0],
+            weight is not None and ctx.needs_input_grad[1],
+            bias is not None and ctx.needs_input_grad[2],
+        )
+        return *layer_norm_bwd(rows_of(dy), None, x, weight, bias, mean, rstd, wanted), None, None
+
+
+def check_affine(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    """weight and bias hold one value per column of x, or are None."""
+    if x.ndim == 0:
+        raise ValueError(f"{op}: x is a number; what is normalised is its last dimension")
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None and vector.shape != x.shape[-1:]:
+            raise ValueError(
+                f"{op}: {name} {tuple(vector.shape)} must be one value per column of x {tuple(x.shape)}, or None"
+            )
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
+    """``weight * (x - mean(x)) / std(x) + bias`` over the last dimension: x [..., D], weight and bias [D] or None.
+
+    The result has x's dtype, but fp32 where PyTorch's is: under the autocast of a GPU.
+    """
+    check_affine("layer_norm", x, weight, bias)
+    if not runs_kernels(*(t for t in (x, weight, bias) if t is not None)):
+        return layer_norm_reference(x, weight, bias, eps=eps)
+    check_dtypes("layer_norm", x=x, weight=weight, bias=bias)
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+    return LayerNormFunction.apply(rows_of(x), weight, bias, eps, norm_dtype(x, x.dtype)).view(x.shape)
