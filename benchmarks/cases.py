@@ -124,6 +124,16 @@ def glu_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
     return Inputs({"gate": gate.requires_grad_(), "up": up.requires_grad_(), "dy": dy}, ("dy",))
 
 
+def packed_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
+    # of GPT-OSS's size of values, of which the clamp takes some
+    gate_up, dy = _randn(generator, n, 2 * d, scale=3.0), _randn(generator, n, d)
+    return Inputs({"gate_up": gate_up.requires_grad_(), "dy": dy}, ("dy",))
+
+
+def pointwise_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
+    return Inputs({"x": _randn(generator, n, d).requires_grad_(), "dy": _randn(generator, n, d)}, ("dy",))
+
+
 def rope_inputs(generator: torch.Generator, b: int, t: int, n_q: int, n_k: int, d: int) -> Inputs:
     # as in a HuggingFace model: [B, H, T, D] as a view of [B, T, H, D], and so are their gradients
     q, k, dq, dk = (_randn(generator, b, t, h, d).transpose(1, 2) for h in (n_q, n_k, n_q, n_k))
@@ -133,6 +143,32 @@ def rope_inputs(generator: torch.Generator, b: int, t: int, n_q: int, n_k: int, 
     cos, sin = angle.cos().to(DTYPE), angle.sin().to(DTYPE)
     tensors = {"q": q.requires_grad_(), "k": k.requires_grad_(), "cos": cos, "sin": sin, "dq": dq, "dk": dk}
     return Inputs(tensors, ("dq", "dk"))
+
+
+def sections_inputs(generator: torch.Generator, b: int, t: int, n_q: int, n_k: int, d: int) -> Inputs:
+    # a quarter of the pairs turn by time, as Qwen2-VL's; positions as of an image 64 patches wide
+    t_ = torch.arange(t, device=generator.device)
+    frequency = 1000000.0 ** (-torch.arange(0, d, 2, device=generator.device) / d)
+    angle = torch.stack([t_, t_ // 64, t_ % 64])[:, None, :, None] * frequency
+    angle = torch.cat([angle, angle], dim=-1).expand(-1, b, -1, -1)  # [3, B, T, D]
+    return _with_angles(rope_inputs(generator, b, t, n_q, n_k, d), cos=angle.cos().to(DTYPE), sin=angle.sin().to(DTYPE))
+
+
+def complex_inputs(generator: torch.Generator, b: int, t: int, n_q: int, n_k: int, d: int) -> Inputs:
+    # Llama-4 turns [B, T, H, D]
+    frequency = 500000.0 ** (-torch.arange(0, d, 2, device=generator.device) / d)
+    angle = torch.arange(t, device=generator.device)[:, None] * frequency
+    freqs = torch.polar(torch.ones_like(angle), angle).expand(b, -1, -1).contiguous()  # [B, T, D/2]
+    inputs = _with_angles(rope_inputs(generator, b, t, n_q, n_k, d), freqs=freqs)
+    for name in ("q", "k", "dq", "dk"):
+        x = inputs.tensors[name]
+        inputs.tensors[name] = x.detach().transpose(1, 2).requires_grad_(x.requires_grad)
+    return inputs
+
+
+def _with_angles(inputs: Inputs, **angles: Tensor) -> Inputs:
+    tensors = {name: x for name, x in inputs.tensors.items() if name not in ("cos", "sin")}
+    return Inputs(tensors | angles, inputs.upstream)
 
 
 # logits of standard deviation 3: with 1 the gradient would be the label's -1 and little else, and a wrong softmax
@@ -198,6 +234,23 @@ def _group_norm_bytes(n: int, c: int, h: int, w: int) -> tuple[int, int]:
 def _glu_bytes(n: int, d: int) -> tuple[int, int]:
     # gate, up -> y; gate, up, dy -> dgate, dup
     return SIZE * 3 * n * d, SIZE * 8 * n * d
+
+
+def _pointwise_bytes(n: int, d: int) -> tuple[int, int]:
+    # x -> y; x, dy -> dx
+    return SIZE * 2 * n * d, SIZE * 5 * n * d
+
+
+def _sections_bytes(b: int, t: int, n_q: int, n_k: int, d: int) -> tuple[int, int]:
+    # q, k -> q', k' and the same back; of cos and sin, which every batch entry has for itself, what each pair takes
+    once = SIZE * (2 * b * t * (n_q + n_k) * d + 2 * b * t * d)
+    return once, 2 * once
+
+
+def _complex_bytes(b: int, t: int, n_q: int, n_k: int, d: int) -> tuple[int, int]:
+    # q, k -> q', k' and the same back; a complex number of 8 bytes for each pair of a token
+    once = SIZE * 2 * b * t * (n_q + n_k) * d + 8 * b * t * d // 2
+    return once, 2 * once
 
 
 def _rope_bytes(b: int, t: int, n_q: int, n_k: int, d: int) -> tuple[int, int]:
@@ -289,9 +342,40 @@ CASES = (
         sweep=((8192, 14336),), launch_bound=(16, 1024), tiny=(5, 48), bytes=_glu_bytes,
     ),
     Case(
+        "glu", "relu", glu_inputs, rivals.glu_providers("relu"),
+        sweep=((8192, 14336),), launch_bound=(16, 1024), tiny=(5, 48), bytes=_glu_bytes,
+    ),
+    Case(
+        "glu", "relu2", glu_inputs, rivals.glu_providers("relu2"),
+        sweep=((8192, 14336),), launch_bound=(16, 1024), tiny=(5, 48), bytes=_glu_bytes,
+    ),
+    # Phi-3-mini and GLM-4-9B; GPT-OSS, four of whose 2880-wide experts a token meets
+    Case(
+        "glu", "packed", packed_inputs, rivals.PACKED_GLU,
+        sweep=((8192, 8192), (8192, 13696)), launch_bound=(16, 1024), tiny=(5, 48), bytes=_glu_bytes,
+    ),
+    Case(
+        "glu", "gpt_oss", packed_inputs, rivals.GPT_OSS_GLU,
+        sweep=((32768, 2880),), launch_bound=(16, 1024), tiny=(5, 48), bytes=_glu_bytes,
+    ),
+    Case(
         "rope", "", rope_inputs, rivals.ROPE,
         sweep=((4, 4096, 32, 8, 128), (1, 32768, 64, 8, 128)),
         launch_bound=(1, 16, 8, 2, 128), tiny=(2, 6, 4, 2, 16), bytes=_rope_bytes,
+    ),
+    # Qwen2-VL-7B; Llama-4-Scout
+    Case(
+        "rope", "sections", sections_inputs, rivals.ROPE_SECTIONS,
+        sweep=((4, 4096, 28, 4, 128),), launch_bound=(1, 16, 8, 2, 128), tiny=(2, 6, 4, 2, 16), bytes=_sections_bytes,
+    ),
+    Case(
+        "rope", "complex", complex_inputs, rivals.ROPE_COMPLEX,
+        sweep=((4, 4096, 40, 8, 128),), launch_bound=(1, 16, 8, 2, 128), tiny=(2, 6, 4, 2, 16), bytes=_complex_bytes,
+    ),
+    # Nemotron-4-15B
+    Case(
+        "relu2", "", pointwise_inputs, rivals.RELU2,
+        sweep=((8192, 24576),), launch_bound=(16, 1024), tiny=(5, 48), bytes=_pointwise_bytes,
     ),
     Case(
         "cross_entropy", "", loss_inputs, rivals.CROSS_ENTROPY,

@@ -437,15 +437,71 @@ def _our_glu(act: str) -> Callable[[Tensors], Call]:
 
 
 def glu_providers(act: str) -> dict[str, Provider]:
-    hf = _hf_glu({"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}[act])
-    note = "writes the gradients over gate and up; both restored untimed"
-    liger = {"silu": _liger_silu, "gelu_tanh": _liger_gelu}[act]
-    return {
+    hf = _hf_glu({"gelu_tanh": "gelu_pytorch_tanh"}.get(act, act))
+    providers = {
         "ds_fused": Provider(_our_glu(act)),
         "hf_eager": Provider(_eager(hf)),
         "compile": Provider(_compiled(hf)),
-        "liger": Provider(liger, ("gate", "up"), note),
     }
+    liger = {"silu": _liger_silu, "gelu_tanh": _liger_gelu}.get(act)
+    if liger is not None:
+        note = "writes the gradients over gate and up; both restored untimed"
+        providers["liger"] = Provider(liger, ("gate", "up"), note)
+    return providers
+
+
+# --- glu, packed: gate_up [N, 2D] ---
+
+
+def _hf_packed(t: Tensors):
+    def packed(gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return up * F.silu(gate)
+
+    return packed, (t["gate_up"],)
+
+
+def _liger_packed(t: Tensors) -> Call:
+    from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction
+
+    return lambda: LigerFusedGateUpSiLUMulFunction.apply(t["gate_up"])
+
+
+def _hf_gpt_oss(t: Tensors):
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    class Experts:
+        alpha, limit = GPT_OSS["alpha"], GPT_OSS["limit"]
+
+    return lambda gate_up: GptOssExperts._apply_gate(Experts, gate_up), (t["gate_up"],)
+
+
+def _our_packed(**options) -> Callable[[Tensors], Call]:
+    def build(t: Tensors) -> Call:
+        glu = _ops().glu
+        return lambda: glu(t["gate_up"], **options)
+
+    return build
+
+
+def _our_chunked(t: Tensors) -> Call:
+    glu = _ops().glu
+    return lambda: glu(*t["gate_up"].chunk(2, dim=-1))
+
+
+GPT_OSS = {"alpha": 1.702, "limit": 7.0, "offset": 1.0}
+PACKED_GLU = {
+    "ds_fused": Provider(_our_packed()),
+    "ds_fused chunked": Provider(_our_chunked, note="halves as two tensors: autograd puts their gradients together"),
+    "hf_eager": Provider(_eager(_hf_packed)),
+    "compile": Provider(_compiled(_hf_packed)),
+    "liger": Provider(_liger_packed, note="its Megatron integration's, not in place"),
+}
+GPT_OSS_GLU = {
+    "ds_fused": Provider(_our_packed(interleaved=True, **GPT_OSS)),
+    "hf_eager": Provider(_eager(_hf_gpt_oss)),
+    "compile": Provider(_compiled(_hf_gpt_oss)),
+}
 
 
 # --- rope: q [B, Hq, T, D], k [B, Hk, T, D] (views of [B, T, H, D]), cos and sin [1, T, D] ---
@@ -467,11 +523,122 @@ def _our_rope(t: Tensors) -> Call:
     return lambda: rope(t["q"], t["k"], t["cos"], t["sin"])
 
 
+class _Produced(torch.autograd.Function):
+    """x as if something had computed it: a leaf may not be overwritten."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.data
+
+    @staticmethod
+    def backward(ctx, dx: Tensor) -> Tensor:
+        return dx
+
+
+def _our_rope_inplace(t: Tensors) -> Call:
+    rope, produced = _ops().rope, _Produced.apply
+    return lambda: rope(produced(t["q"]), produced(t["k"]), t["cos"], t["sin"], inplace=True)
+
+
 ROPE = {
     "ds_fused": Provider(_our_rope),
+    "ds_fused inplace": Provider(_our_rope_inplace, ("q", "k"), "forward over q and k; both restored untimed"),
     "hf_eager": Provider(_eager(_hf_rope)),
     "compile": Provider(_compiled(_hf_rope)),
     "liger": Provider(_liger_rope, ("q", "k", "dq", "dk"), "in place on q, k, dq, dk; all restored untimed"),
+}
+
+
+# --- rope by sections: cos and sin [3, B, T, D]; with complex angles: q, k [B, T, H, D], freqs [B, T, D/2] ---
+
+
+def _sections_of(d: int) -> list[int]:
+    """Of d/2 pairs a quarter turns by time, the rest half and half: 16, 24, 24 in a head of 128."""
+    return [d // 8, 3 * d // 16, 3 * d // 16]
+
+
+def _hf_sections(t: Tensors):
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb
+
+    sections = _sections_of(t["q"].shape[-1])
+
+    def rope(q, k, cos, sin):
+        cos, sin = (
+            torch.cat([part[i % 3] for i, part in enumerate(x.split(sections * 2, dim=-1))], dim=-1) for x in (cos, sin)
+        )
+        return apply_rotary_pos_emb(q, k, cos, sin)
+
+    return rope, (t["q"], t["k"], t["cos"], t["sin"])
+
+
+def _liger_sections(t: Tensors) -> Call:
+    from liger_kernel.transformers.qwen2vl_mrope import liger_multimodal_rotary_pos_emb as rope
+
+    sections = _sections_of(t["q"].shape[-1])
+    return lambda: rope(t["q"], t["k"], t["cos"], t["sin"], sections)
+
+
+def _our_sections(t: Tensors) -> Call:
+    rope, sections = _ops().rope, _sections_of(t["q"].shape[-1])
+    return lambda: rope(t["q"], t["k"], t["cos"], t["sin"], sections=sections)
+
+
+def _hf_complex(t: Tensors):
+    from transformers.models.llama4.modeling_llama4 import apply_rotary_emb
+
+    return apply_rotary_emb, (t["q"], t["k"], t["freqs"])
+
+
+def _liger_complex(t: Tensors) -> Call:
+    from liger_kernel.transformers.llama4_rope import liger_llama4_text_rotary_pos_emb as rope
+
+    return lambda: rope(t["q"], t["k"], t["freqs"])
+
+
+def _our_complex(t: Tensors) -> Call:
+    rope = _ops().rope
+    return lambda: rope(t["q"], t["k"], t["freqs"], interleaved=True, unsqueeze_dim=2, keep_dtype=True)
+
+
+ROPE_SECTIONS = {
+    "ds_fused": Provider(_our_sections),
+    "hf_eager": Provider(_eager(_hf_sections), note="the sections put together each time, as remote code does"),
+    "compile": Provider(_compiled(_hf_sections)),
+    "liger": Provider(_liger_sections, ("q", "k", "dq", "dk"), "in place on q, k, dq, dk; all restored untimed"),
+}
+ROPE_COMPLEX = {
+    "ds_fused": Provider(_our_complex),
+    "hf_eager": Provider(_eager(_hf_complex)),
+    "compile": Provider(_compiled(_hf_complex)),
+    "liger": Provider(_liger_complex, ("q", "k", "dq", "dk"), "may write over its arguments; all restored untimed"),
+}
+
+
+# --- relu2: x [N, D] ---
+
+
+def _hf_relu2(t: Tensors):
+    from transformers.activations import ACT2FN
+
+    return ACT2FN["relu2"], (t["x"],)
+
+
+def _liger_relu2(t: Tensors) -> Call:
+    from liger_kernel.ops.relu_squared import LigerReLUSquaredFunction
+
+    return lambda: LigerReLUSquaredFunction.apply(t["x"])
+
+
+def _our_relu2(t: Tensors) -> Call:
+    relu2 = _ops().relu2
+    return lambda: relu2(t["x"])
+
+
+RELU2 = {
+    "ds_fused": Provider(_our_relu2),
+    "hf_eager": Provider(_eager(_hf_relu2)),
+    "compile": Provider(_compiled(_hf_relu2)),
+    "liger": Provider(_liger_relu2, ("x", "dy"), "may write over its arguments; both restored untimed"),
 }
 
 

@@ -50,7 +50,12 @@ HEAD_OPTIONS: Mapping[str, Option] = MappingProxyType(
         "slab_mb": Option(int, 128, 'MiB of weight gathered at a time in mode "stream", or of rows in a lookup'),
     }
 )
-KEYS = (*SWITCHES, *CHOICES, *OP_OPTIONS)
+# MLPs in tiles; off where it is not named
+TILED = "tiled_mlp"
+TILED_OPTIONS: Mapping[str, Option] = MappingProxyType(
+    {"tiles": Option(int, 8, "in how many tiles the tokens of an MLP run")}  # 8: not yet measured
+)
+KEYS = (*SWITCHES, *CHOICES, TILED, *OP_OPTIONS)
 
 _WORDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
@@ -66,6 +71,7 @@ class Config:
     embedding: bool
     logits: str
     eval: str
+    tiles: int | None  # None: MLPs run whole
     wanted: Mapping[str, Mapping[str, object]]  # JSON key that is on -> the options given for its op
     head: Mapping[str, object]  # HEAD_OPTIONS, each with its value
 
@@ -90,11 +96,14 @@ def parse(block: object) -> Config:
     asked = wanted.get(HEAD, {})
     head = {name: asked.pop(name, option.default) for name, option in HEAD_OPTIONS.items()}
     frozen = {key: MappingProxyType(options) for key, options in wanted.items()}
-    return Config(**switches, **choices, wanted=MappingProxyType(frozen), head=MappingProxyType(head))
+    tiles = _tiles(block.get(TILED, False))
+    return Config(**switches, **choices, tiles=tiles, wanted=MappingProxyType(frozen), head=MappingProxyType(head))
 
 
 def options_of(key: str) -> dict[str, Option]:
-    """What the JSON object of an op's key may hold."""
+    """What the JSON object of a key may hold."""
+    if key == TILED:
+        return dict(TILED_OPTIONS)
     return {**OP_OPTIONS[key], **(HEAD_OPTIONS if key == HEAD else {})}
 
 
@@ -109,6 +118,17 @@ def _options(key: str, value: object) -> dict[str, object] | None:
     for name in value:
         _check_known(f"ds_fused.{key}", name, known)
     return {name: _option(f"ds_fused.{key}.{name}", given, known[name]) for name, given in value.items()}
+
+
+def _tiles(value: object) -> int | None:
+    """The tiles of an MLP: the default for true, None for false."""
+    options = _options(TILED, value)
+    if options is None:
+        return None
+    tiles = options.get("tiles", TILED_OPTIONS["tiles"].default)
+    if tiles < 1:
+        raise ValueError(f"ds_fused.{TILED}.tiles must be at least 1, got {tiles!r}")
+    return tiles
 
 
 def _option(where: str, value: object, option: Option) -> object:

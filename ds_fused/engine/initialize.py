@@ -133,10 +133,24 @@ def _replaced(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config, a
         logits=config.logits,
         eval=config.eval,
         weight=HeadWeight(zero3.whole_weight_of(engine), slab_mode.slabs, slab_mode.is_sharded, slab_mode.bias),
+        tiles=config.tiles,
         agree=lambda decisions: agree({"config": asked, **decisions}),
     )
+    if config.tiles is not None:
+        _gathered_once(model)
     report.left = (*report.left, *(Left(key, 1, reason) for key, reason in left.items()))
     return report
+
+
+def _gathered_once(model: torch.nn.Module) -> None:
+    """Under ZeRO-3 a tiled MLP's weights are gathered for all its tiles (other stages don't look at leaf modules)."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    from ds_fused.modules.tiled_mlp import TiledMLP
+
+    for module in model.modules():
+        if isinstance(module, TiledMLP):
+            set_z3_leaf_module(module, True)
 
 
 def _loadable(config: Config) -> tuple[dict[str, object], dict[str, str]]:

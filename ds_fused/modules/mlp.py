@@ -27,7 +27,7 @@ class GatedMLP:
 
 
 class PackedMLP:
-    """One projection whose first half is the gate, as Phi3's; the halves are read in place."""
+    """One projection whose first half is the gate, as Phi3's and GLM4's; its gradient is written once, too."""
 
     gate_up_proj: nn.Module
     down_proj: nn.Module
@@ -35,8 +35,7 @@ class PackedMLP:
 
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
         (x,) = (*args, *named.values())
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(glu(gate, up, self.fused_act))
+        return self.down_proj(glu(self.gate_up_proj(x), act=self.fused_act))
 
 
 # by name: the classes are transformers', which this floor doesn't import; whether they compute that, the proof decides
@@ -51,7 +50,7 @@ _ACTS = {
 
 
 def act_of(act: object) -> str | None:
-    """The name under which ``glu`` knows an activation (a layer or a function); None when it doesn't."""
+    """The name under which ``glu`` knows a silu or gelu (a layer or a function); None for any other activation."""
     if isinstance(act, nn.GELU):
         return "gelu_tanh" if act.approximate == "tanh" else "gelu"
     if isinstance(act, nn.Module):

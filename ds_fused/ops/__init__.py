@@ -10,6 +10,7 @@ from ds_fused.ops.glu import glu
 from ds_fused.ops.group_norm import group_norm
 from ds_fused.ops.layer_norm import layer_norm
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy
+from ds_fused.ops.relu2 import relu2
 from ds_fused.ops.rms_norm import rms_norm
 from ds_fused.ops.rope import rope
 from ds_fused.ops.softmax import softmax
@@ -26,6 +27,7 @@ __all__ = [
     "group_norm",
     "layer_norm",
     "linear_cross_entropy",
+    "relu2",
     "rms_norm",
     "rope",
     "softmax",

@@ -1,14 +1,27 @@
 """Gated linear unit: ``y = act(gate) * up``, one pass forward and one pass back.
 
-``act`` is ``"silu"`` (SwiGLU), ``"gelu_tanh"`` or ``"gelu"`` (GeGLU; the exact one, by erf).
+``act`` is ``"silu"`` (SwiGLU), ``"gelu_tanh"`` or ``"gelu"`` (GeGLU; the exact one, by erf), ``"relu"`` (ReGLU) or
+``"relu2"`` (a squared ReLU as the gate; Shazeer 2020, arXiv 2002.05202, has the first three).
+
+Gate and up may come as two tensors or as one that holds both, [..., 2D]: its halves (Phi3, GLM4), or with
+``interleaved`` every other column (GPT-OSS). The gradient of one tensor is one tensor, written once.
+
+With ``alpha``, ``limit`` and ``offset`` it is, rounding aside,
+
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    y = gate * sigmoid(alpha * gate) * (up + offset)
+
+GPT-OSS's form has alpha 1.702, limit 7 and offset 1; DeepSeek-V4 clamps only.
 
 Saved for backward: ``gate`` and ``up``, which the projections before them hold anyway; act(gate) is computed again.
-Traffic per element: forward 2 reads + 1 write, backward 3 reads + 2 writes.
+Traffic per element of y: forward 2 reads + 1 write, backward 3 reads + 2 writes (1 where gate or up is frozen).
 
 Sizes: N rows (every leading dimension, flattened), D columns.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,20 +30,48 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_fused.ops._triton import cdiv, check_dtypes, on_device, row_stride, rows_of, runs_kernels
+from ds_fused.ops._rows import layout, place
+from ds_fused.ops._triton import check_dtypes, on_device, row_stride, rows_of, runs_kernels
 
-ACTS = ("silu", "gelu_tanh", "gelu")
+ACTS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
 
 # elements per program and warps: one 16-byte load per thread and tensor in bf16. 0.9 % from best forward and 0.5 %
-# backward at 8192 x 14336 on H100 (benchmarks/results/h100/tune.csv)
+# backward at 8192 x 14336 on H100 (benchmarks/results/h100/tune.csv); interleaved columns are not measured yet
 BLOCK = 2048
 NUM_WARPS = 8
 
 
-def glu_reference(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
+class GLUForm(NamedTuple):
+    """What is computed, beside where gate and up lie."""
+
+    act: str = "silu"
+    alpha: float = 1.0
+    limit: float | None = None
+    offset: float = 0.0
+
+
+def glu_reference(
+    gate: Tensor,
+    up: Tensor | None = None,
+    act: str = "silu",
+    *,
+    interleaved: bool = False,
+    alpha: float = 1.0,
+    limit: float | None = None,
+    offset: float = 0.0,
+) -> Tensor:
     """What this file computes, in PyTorch: the specification, the CPU path and the yardstick of the tests."""
+    if up is None:
+        gate, up = (gate[..., 0::2], gate[..., 1::2]) if interleaved else gate.chunk(2, -1)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    if offset != 0.0:
+        up = up + offset
     if act == "silu":
-        return F.silu(gate) * up
+        return (F.silu(gate) if alpha == 1.0 else gate * torch.sigmoid(gate * alpha)) * up
+    if act in ("relu", "relu2"):
+        gate = F.relu(gate)
+        return (gate if act == "relu" else gate.square()) * up
     return F.gelu(gate, approximate="tanh" if act == "gelu_tanh" else "none") * up
 
 
@@ -43,91 +84,128 @@ def _sigmoid_and_slope(x):
 
 
 @triton.jit
-def _act_and_slope(x, ACT: tl.constexpr):
+def _act_and_slope(x, ACT: tl.constexpr, ALPHA: tl.constexpr):
     """act(x) and act'(x), both in fp32."""
     if ACT == "silu":
-        s, ds = _sigmoid_and_slope(x)
-        return x * s, s + x * ds
+        s, ds = _sigmoid_and_slope(ALPHA * x)
+        return x * s, s + ALPHA * x * ds
     if ACT == "gelu_tanh":
         # gelu_tanh(x) = x * sigmoid(2u) with u = sqrt(2/pi) * (x + 0.044715 x^3)
         s, ds = _sigmoid_and_slope(1.5957691216057308 * (x + 0.044715 * x * x * x))
         d2u = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
         return x * s, s + x * ds * d2u
-    # gelu(x) = x * cdf(x) of the normal distribution
-    cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-    pdf = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    return x * cdf, cdf + x * pdf
+    if ACT == "gelu":
+        # gelu(x) = x * cdf(x) of the normal distribution
+        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        pdf = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        return x * cdf, cdf + x * pdf
+    # relu, relu2. A comparison that is false for NaN, which therefore stays
+    relu = tl.where(x <= 0.0, 0.0, x)
+    if ACT == "relu2":
+        return relu * relu, 2.0 * relu
+    return relu, tl.where(x <= 0.0, 0.0, 1.0)
 
 
 @triton.jit
-def _place(n_cols, FLAT: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's row and columns. FLAT: everything is one row, whose columns may need int64."""
-    pid = tl.program_id(0).to(tl.int64)
-    if FLAT:
-        row = tl.zeros((), tl.int64)
-        cols = pid * BLOCK + tl.arange(0, BLOCK)
+def _load_gate_and_up(gate_ptr, up_ptr, first, n_cols, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK columns of one row, in fp32. INTERLEAVED: both lie at gate_ptr, and up_ptr is not read."""
+    if INTERLEAVED:
+        # one load in memory order, taken apart in registers
+        cols = tl.arange(0, 2 * BLOCK)
+        both = tl.load(gate_ptr + 2 * first + cols, mask=cols < 2 * (n_cols - first), other=0.0).to(tl.float32)
+        gate, up = tl.split(tl.reshape(both, (BLOCK, 2)))
     else:
-        blocks = tl.cdiv(n_cols, BLOCK)
-        row = pid // blocks
-        cols = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
-    return row, cols
+        cols = first + tl.arange(0, BLOCK)
+        mask = cols < n_cols
+        gate = tl.load(gate_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(up_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    return gate, up
 
 
 @triton.jit
 def _glu_fwd_kernel(
-    gate_ptr,  # [N, D]
-    up_ptr,
-    y_ptr,
+    gate_ptr,  # [N, D]; INTERLEAVED: [N, 2D]
+    up_ptr,  # [N, D]
+    y_ptr,  # [N, D]
     gate_stride,  # elements from one row to the next; y has no gaps
     up_stride,
     n_cols,
-    ACT: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
+    ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
+    FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, cols = _place(n_cols, FLAT, BLOCK)
-    mask = cols < n_cols
-
-    gate = tl.load(gate_ptr + row * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + row * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    act, _ = _act_and_slope(gate, ACT)
-    tl.store(y_ptr + row * n_cols + cols, act * up, mask=mask)
+    row, first = place(n_cols, FLAT, BLOCK)
+    gate_ptr += row * gate_stride
+    up_ptr += row * up_stride
+    gate, up = _load_gate_and_up(gate_ptr, up_ptr, first, n_cols, INTERLEAVED, BLOCK)
+    if LIMIT is not None:
+        # not tl.minimum, which may lose NaN
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    act, _ = _act_and_slope(gate, ACT, ALPHA)
+    if OFFSET != 0.0:
+        up += OFFSET
+    cols = first + tl.arange(0, BLOCK)
+    tl.store(y_ptr + row * n_cols + cols, act * up, mask=cols < n_cols)
 
 
 @triton.jit
 def _glu_bwd_kernel(
     dy_ptr,  # [N, D]
-    gate_ptr,
-    up_ptr,
-    dgate_ptr,
+    gate_ptr,  # [N, D]; INTERLEAVED: [N, 2D]
+    up_ptr,  # [N, D]
+    dgate_ptr,  # as gate
     dup_ptr,
-    dy_stride,  # elements from one row to the next; dgate and dup have no gaps
+    dy_stride,  # elements from one row to the next
     gate_stride,
     up_stride,
+    dgate_stride,
+    dup_stride,
     n_cols,
-    ACT: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
+    ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
+    WANT_DGATE: tl.constexpr, WANT_DUP: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, cols = _place(n_cols, FLAT, BLOCK)
+    row, first = place(n_cols, FLAT, BLOCK)
+    gate_ptr += row * gate_stride
+    up_ptr += row * up_stride
+    dgate_ptr += row * dgate_stride
+    dup_ptr += row * dup_stride
+    cols = first + tl.arange(0, BLOCK)
     mask = cols < n_cols
 
     dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + row * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + row * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    act, slope = _act_and_slope(gate, ACT)
-    tl.store(dgate_ptr + row * n_cols + cols, dy * up * slope, mask=mask)
-    tl.store(dup_ptr + row * n_cols + cols, dy * act, mask=mask)
+    raw_gate, raw_up = _load_gate_and_up(gate_ptr, up_ptr, first, n_cols, INTERLEAVED, BLOCK)
+    gate, up = raw_gate, raw_up
+    if LIMIT is not None:
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    act, slope = _act_and_slope(gate, ACT, ALPHA)
+    if OFFSET != 0.0:
+        up += OFFSET
+    dgate = dy * up * slope
+    dup = dy * act
+    if LIMIT is not None:
+        # the limits themselves still pass a gradient, as torch.clamp's do; NaN passes none
+        dgate = tl.where(raw_gate <= LIMIT, dgate, 0.0)
+        dup = tl.where((raw_up <= LIMIT) & (raw_up >= -LIMIT), dup, 0.0)
+
+    if INTERLEAVED:
+        both_cols = tl.arange(0, 2 * BLOCK)
+        both = tl.reshape(tl.join(dgate, dup), (2 * BLOCK,))
+        tl.store(dgate_ptr + 2 * first + both_cols, both, mask=both_cols < 2 * (n_cols - first))
+    else:
+        if WANT_DGATE:
+            tl.store(dgate_ptr + cols, dgate, mask=mask)
+        if WANT_DUP:
+            tl.store(dup_ptr + cols, dup, mask=mask)
 
 
-def _layout(*tensors: Tensor) -> tuple[bool, int, int]:
-    """(whether rows have no gaps, so that all of it is one row; columns of a row; programs)."""
-    n, d = tensors[0].shape
-    if all(tensor.is_contiguous() for tensor in tensors):
-        return True, n * d, cdiv(n * d, BLOCK)
-    return False, d, n * cdiv(d, BLOCK)
-
-
-def glu_fwd(gate: Tensor, up: Tensor, act: str) -> Tensor:
-    """[N, D], [N, D] -> [N, D]."""
-    y = torch.empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype), device=gate.device)
-    flat, n_cols, programs = _layout(gate, up)
+def glu_fwd(gate: Tensor, up: Tensor | None, form: GLUForm) -> Tensor:
+    """[N, D], [N, D] -> [N, D]; without up, gate is [N, 2D] and holds both in alternate columns."""
+    both = up is None
+    up = gate if both else up
+    n, d = gate.shape[0], gate.shape[1] // (2 if both else 1)
+    y = torch.empty((n, d), dtype=torch.promote_types(gate.dtype, up.dtype), device=gate.device)
+    flat, n_cols, programs = layout(n, d, BLOCK, gate, up)
     if programs:
         with on_device(gate):
             _glu_fwd_kernel[(programs,)](
@@ -137,7 +215,11 @@ def glu_fwd(gate: Tensor, up: Tensor, act: str) -> Tensor:
                 row_stride(gate),
                 row_stride(up),
                 n_cols,
-                ACT=act,
+                ACT=form.act,
+                ALPHA=form.alpha,
+                LIMIT=form.limit,
+                OFFSET=form.offset,
+                INTERLEAVED=both,
                 FLAT=flat,
                 BLOCK=BLOCK,
                 num_warps=NUM_WARPS,
@@ -145,11 +227,17 @@ def glu_fwd(gate: Tensor, up: Tensor, act: str) -> Tensor:
     return y
 
 
-def glu_bwd(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    """[N, D] x 3 -> dgate [N, D], dup [N, D]."""
-    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    dup = torch.empty(up.shape, dtype=up.dtype, device=up.device)
-    flat, n_cols, programs = _layout(dy, gate, up)
+def glu_bwd(
+    dy: Tensor, gate: Tensor, up: Tensor | None, dgate: Tensor | None, dup: Tensor | None, form: GLUForm
+) -> None:
+    """dy [N, D]; writes dgate and dup, as gate and up. None: not wanted, and of up that gate holds both (see above)."""
+    both = up is None
+    up = gate if both else up
+    flat, n_cols, programs = layout(*dy.shape, BLOCK, dy, gate, up, *(x for x in (dgate, dup) if x is not None))
+    want_dgate, want_dup = dgate is not None, dup is not None
+    # what is not wanted is not written, and lends a pointer only
+    dgate = dup if dgate is None else dgate
+    dup = dgate if dup is None else dup
     if programs:
         with on_device(gate):
             _glu_bwd_kernel[(programs,)](
@@ -161,40 +249,108 @@ def glu_bwd(dy: Tensor, gate: Tensor, up: Tensor, act: str) -> tuple[Tensor, Ten
                 row_stride(dy),
                 row_stride(gate),
                 row_stride(up),
+                row_stride(dgate),
+                row_stride(dup),
                 n_cols,
-                ACT=act,
+                ACT=form.act,
+                ALPHA=form.alpha,
+                LIMIT=form.limit,
+                OFFSET=form.offset,
+                INTERLEAVED=both,
+                WANT_DGATE=want_dgate,
+                WANT_DUP=want_dup,
                 FLAT=flat,
                 BLOCK=BLOCK,
                 num_warps=NUM_WARPS,
             )
-    return dgate, dup
 
 
 class GLUFunction(torch.autograd.Function):
-    """Autograd around the two launchers; sees only [N, D]."""
+    """Gate and up apart; sees only [N, D]."""
 
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor, act: str) -> Tensor:
+    def forward(ctx, gate: Tensor, up: Tensor, form: GLUForm) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.act = act
-        return glu_fwd(gate, up, act)
+        ctx.form = form
+        return glu_fwd(gate, up, form)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         gate, up = ctx.saved_tensors
-        dgate, dup = glu_bwd(rows_of(dy), gate, up, ctx.act)
+        dgate, dup = (
+            torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else None
+            for x, wanted in zip((gate, up), ctx.needs_input_grad, strict=False)
+        )
+        glu_bwd(rows_of(dy), gate, up, dgate, dup, ctx.form)
         return dgate, dup, None
 
 
-def glu(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
-    """``act(gate) * up`` for tensors of one shape [..., D]; halves of a ``chunk`` are read in place."""
-    if gate.shape != up.shape:
+class PackedGLUFunction(torch.autograd.Function):
+    """Gate and up in one tensor [N, 2D], which has one gradient."""
+
+    @staticmethod
+    def forward(ctx, gate_up: Tensor, form: GLUForm, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        ctx.form, ctx.interleaved = form, interleaved
+        return glu_fwd(*_parts(gate_up, interleaved), form)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+        (gate_up,) = ctx.saved_tensors
+        dgate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+        glu_bwd(rows_of(dy), *_parts(gate_up, ctx.interleaved), *_parts(dgate_up, ctx.interleaved), ctx.form)
+        return dgate_up, None, None
+
+
+def _parts(gate_up: Tensor, interleaved: bool) -> tuple[Tensor, Tensor | None]:
+    """[N, 2D] as the launchers take it."""
+    return (gate_up, None) if interleaved else gate_up.chunk(2, 1)
+
+
+def _check(gate: Tensor, up: Tensor | None, form: GLUForm, interleaved: bool) -> None:
+    if form.act not in ACTS:
+        raise ValueError(f"glu: act is {form.act!r}; known are {', '.join(ACTS)}")
+    if form.alpha != 1.0 and form.act != "silu":
+        raise ValueError(f"glu: alpha is {form.alpha} and act {form.act!r}; only silu has an alpha, others need 1.0")
+    if form.limit is not None and not form.limit > 0.0:
+        raise ValueError(f"glu: limit is {form.limit}; it must be above 0, or None for no clamp")
+    if up is None:
+        if gate.ndim == 0 or gate.shape[-1] % 2:
+            raise ValueError(
+                f"glu: without up, gate must hold both, an even number of columns [..., 2D]; got {tuple(gate.shape)}"
+            )
+    elif interleaved:
+        raise ValueError("glu: interleaved is for gate and up in one tensor, and up came as another; pass up=None")
+    elif gate.shape != up.shape:
         raise ValueError(f"glu: gate {tuple(gate.shape)} and up {tuple(up.shape)} must have one shape")
-    if act not in ACTS:
-        raise ValueError(f"glu: act is {act!r}; known are {', '.join(ACTS)}")
-    if not runs_kernels(gate, up):
-        return glu_reference(gate, up, act)
+
+
+def glu(
+    gate: Tensor,  # [..., D], or without up [..., 2D]
+    up: Tensor | None = None,  # [..., D]
+    act: str = "silu",
+    *,
+    interleaved: bool = False,
+    alpha: float = 1.0,
+    limit: float | None = None,
+    offset: float = 0.0,
+) -> Tensor:
+    """``act(gate) * up``, [..., D]; halves of a ``chunk`` are read in place.
+
+    Without ``up``, ``gate`` holds both: gate in its first half and up in its second, or with ``interleaved`` gate in
+    columns 0, 2, ... and up in 1, 3, ... It then gets one gradient, which nothing has to put together.
+    ``alpha``: silu becomes ``x * sigmoid(alpha * x)``. ``limit``: gate is clamped from above, up from both sides, with
+    the gradients of ``torch.clamp``. ``offset`` is added to up, after the clamp.
+    """
+    form = GLUForm(act, alpha, limit, offset)
+    _check(gate, up, form, interleaved)
+    if not (runs_kernels(gate) if up is None else runs_kernels(gate, up)):
+        return glu_reference(gate, up, act, interleaved=interleaved, alpha=alpha, limit=limit, offset=offset)
     check_dtypes("glu", gate=gate, up=up)
-    y = GLUFunction.apply(rows_of(gate), rows_of(up), act)
+    if up is None:
+        y = PackedGLUFunction.apply(rows_of(gate), form, interleaved)
+        return y.view(*gate.shape[:-1], gate.shape[-1] // 2)
+    y = GLUFunction.apply(rows_of(gate), rows_of(up), form)
     return y.view(gate.shape)

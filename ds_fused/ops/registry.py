@@ -18,6 +18,7 @@ from ds_fused.ops.glu import glu, glu_reference
 from ds_fused.ops.group_norm import group_norm, group_norm_reference
 from ds_fused.ops.layer_norm import layer_norm, layer_norm_reference
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from ds_fused.ops.relu2 import relu2, relu2_reference
 from ds_fused.ops.rms_norm import rms_norm, rms_norm_reference
 from ds_fused.ops.rope import rope, rope_reference
 from ds_fused.ops.softmax import softmax, softmax_reference
@@ -35,7 +36,7 @@ class Option(NamedTuple):
 
 @dataclass(frozen=True)
 class Op:
-    """One row: a public function, its specification in PyTorch and the JSON keys that switch it on."""
+    """One row: a public function, its specification in PyTorch and the JSON keys that switch it on (none: call it)."""
 
     name: str
     function: Callable[..., object]
@@ -62,8 +63,15 @@ OPS: tuple[Op, ...] = (
     Op("add_layer_norm", add_layer_norm, add_layer_norm_reference, (), "residual add and layer norm in one pass"),
     Op("group_norm", group_norm, group_norm_reference, (), "group norm of [N, C, ...]; large groups in parts"),
     Op("dyt", dyt, dyt_reference, (), "dynamic tanh: weight * tanh(alpha * x) + bias"),
-    Op("rope", rope, rope_reference, ("rope",), "rotary embedding of q and k in one launch"),
-    Op("glu", glu, glu_reference, ("swiglu", "geglu"), "gated linear unit: silu, gelu tanh, gelu exact"),
+    Op("rope", rope, rope_reference, ("rope",), "rotary embedding of q and k in one launch; sections, complex angles"),
+    Op(
+        "glu",
+        glu,
+        glu_reference,
+        ("swiglu", "geglu"),
+        "gated linear unit: silu, gelu, relu, relu squared; packed, clamped",
+    ),
+    Op("relu2", relu2, relu2_reference, (), "squared ReLU without a gate; a function only"),
     Op(
         "add_rms_norm",
         add_rms_norm,

@@ -5,7 +5,11 @@
 over the first R columns of a head (cos and sin are R wide); the other D - R pass through. ``rotate`` turns pairs of
 columns: (i, i + R/2) as most HuggingFace models do, or (2i, 2i + 1) ("interleaved").
 
-Saved for backward: cos and sin. Traffic per element of q and k: 1 read + 1 write each way. cos and sin are read once
+Angles come as cos and sin, both halves as HuggingFace makes them; as one complex number for each pair (Llama-4's
+``freqs_cis``); or three times, by time, height and width, of which each pair takes one (multimodal sections, Qwen2-VL,
+arXiv 2409.12191). They are read as they are: nothing is put together in memory first.
+
+Saved for backward: the angles. Traffic per element of q and k: 1 read + 1 write each way. cos and sin are read once
 per token for all heads. q' and k' get the memory layout of q and k (and so do the gradients), so that the transposes
 around attention stay free. fp32 inside, one rounding.
 
@@ -14,18 +18,39 @@ Sizes: B batch, T tokens, H heads (q and k have their own number), D columns of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_fused.ops._rope import RopeForm, check_inplace, check_rope
 from ds_fused.ops._triton import check_dtypes, on_device, power_of_2, runs_kernels
 
 # pairs of columns that a program turns at a time (heads x R/2), and its warps. 0.8 % from best of 15 at 32768 tokens of
-# 64 + 8 heads of 128 on H100 (benchmarks/results/h100/tune.csv)
+# 64 + 8 heads of 128 on H100 (benchmarks/results/h100/tune.csv); complex angles and sections are not measured yet
 TILE_PAIRS = 2048
 NUM_WARPS = 4
+
+
+def _angles_reference(
+    cos: Tensor, sin: Tensor | None, sections: Sequence[int] | None, alternating: bool
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, [B or 1, T, R]."""
+    if sections is not None:
+        time, height, width = sections
+        pair = torch.arange(cos.shape[-1] // (2 - cos.is_complex()), device=cos.device)
+        if alternating:
+            axis = 1 * ((pair % 3 == 1) & (pair < 3 * height)) + 2 * ((pair % 3 == 2) & (pair < 3 * width))
+        else:
+            axis = 1 * (pair >= time) + 1 * (pair >= time + height)
+        axis = axis if cos.is_complex() else axis.repeat(2)
+        cos, sin = (None if x is None else x.gather(0, axis.expand(1, *x.shape[1:])).squeeze(0) for x in (cos, sin))
+    if sin is None:
+        cos, sin = (torch.cat((x, x), -1) for x in (cos.real, cos.imag))
+    return cos, sin
 
 
 def _rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -43,11 +68,31 @@ def _rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) ->
 
 
 def rope_reference(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, unsqueeze_dim: int = 1
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+    unsqueeze_dim: int = 1,
+    sections: Sequence[int] | None = None,
+    alternating: bool = False,
+    keep_dtype: bool = False,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """What this file computes, in PyTorch: the specification, the CPU path and the yardstick of the tests."""
-    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    return _rotate_reference(q, cos, sin, interleaved), _rotate_reference(k, cos, sin, interleaved)
+    cos, sin = _angles_reference(cos, sin, sections, alternating)
+    if q.ndim == 4:
+        # angles without a batch dimension get one
+        cos, sin = ((x if x.ndim == 3 else x[None]).unsqueeze(unsqueeze_dim) for x in (cos, sin))
+    else:
+        cos, sin = (x.unsqueeze(unsqueeze_dim - 1) for x in (cos, sin))
+    ys = [_rotate_reference(x, cos, sin, interleaved) for x in (q, k)]
+    if keep_dtype or inplace:
+        ys = [y.to(x.dtype) for x, y in zip((q, k), ys, strict=True)]
+    if inplace:
+        ys = [x.copy_(y) for x, y in zip((q, k), ys, strict=True)]
+    return ys[0], ys[1]
 
 
 @triton.jit
@@ -60,8 +105,8 @@ def _rotate_heads(
     cos_2,
     from_first,
     from_second,
-    HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-    BLOCK_PAIRS: tl.constexpr, BLOCK_REST: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, INPLACE: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     """All heads of one token, a block of heads at a time."""
     PAIRS: tl.constexpr = R // 2
@@ -84,10 +129,22 @@ def _rotate_heads(
             second = tl.load(x_heads + PAIRS + pairs, mask=mask, other=0.0).to(tl.float32)
             tl.store(y_heads + pairs, first * cos_1 + second * from_second, mask=mask)
             tl.store(y_heads + PAIRS + pairs, second * cos_2 + first * from_first, mask=mask)
-        if D > R:
+        if D > R and not INPLACE:
             rest = R + tl.arange(0, BLOCK_REST)[None, :]
             mask = (heads < HEADS) & (rest < D)
             tl.store(y_heads + rest, tl.load(x_heads + rest, mask=mask, other=0.0), mask=mask)
+
+
+@triton.jit
+def _axis_of(pairs, TIME: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ALTERNATING: tl.constexpr):
+    """Which of the three angles a pair turns by: 0 time, 1 height, 2 width."""
+    if ALTERNATING:
+        axis = pairs % 3
+        beyond = ((axis == 1) & (pairs >= 3 * HEIGHT)) | ((axis == 2) & (pairs >= 3 * WIDTH))
+        axis = tl.where(beyond, 0, axis)
+    else:
+        axis = (pairs >= TIME).to(tl.int32) + (pairs >= TIME + HEIGHT).to(tl.int32)
+    return axis
 
 
 # not specialized: a token count that is no multiple of 16 would compile everything again
@@ -95,31 +152,39 @@ def _rotate_heads(
 def _rope_kernel(
     q_ptr,  # [B, Hq, T, D]
     k_ptr,  # [B, Hk, T, D]
-    cos_ptr,  # [B, T, R]
-    sin_ptr,
+    cos_ptr,  # [B, T, R]; SECTIONS: [3, B, T, R]; COMPLEX: the last dimension is (cos, sin) of each pair in turn
+    sin_ptr,  # as cos; COMPLEX: not read
     yq_ptr,  # [B, Hq, T, D]
     yk_ptr,  # [B, Hk, T, D]
     q_batch_stride, q_head_stride, q_token_stride,  # elements from one batch entry, head, token to the next
     k_batch_stride, k_head_stride, k_token_stride,
     yq_batch_stride, yq_head_stride, yq_token_stride,
     yk_batch_stride, yk_head_stride, yk_token_stride,
-    angle_batch_stride, angle_token_stride,  # of cos and sin; 0 where the batch shares them
+    angle_axis_stride, angle_batch_stride, angle_token_stride,  # of cos and sin; 0 where the batch shares them
     n_tokens,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BACKWARD: tl.constexpr, BLOCK_Q_HEADS: tl.constexpr, BLOCK_K_HEADS: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
+    COMPLEX: tl.constexpr, SECTIONS: tl.constexpr, TIME: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    ALTERNATING: tl.constexpr, BACKWARD: tl.constexpr, INPLACE: tl.constexpr, BLOCK_Q_HEADS: tl.constexpr,
+    BLOCK_K_HEADS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     batch = pid // n_tokens
     token = pid % n_tokens
-    cos_ptr += batch * angle_batch_stride + token * angle_token_stride
-    sin_ptr += batch * angle_batch_stride + token * angle_token_stride
+    angle = batch * angle_batch_stride + token * angle_token_stride
     PAIRS: tl.constexpr = R // 2
     pairs = tl.arange(0, BLOCK_PAIRS)[None, :]
-    cos_1 = tl.load(cos_ptr + pairs, mask=pairs < PAIRS, other=0.0).to(tl.float32)
-    cos_2 = tl.load(cos_ptr + PAIRS + pairs, mask=pairs < PAIRS, other=0.0).to(tl.float32)
-    sin_1 = tl.load(sin_ptr + pairs, mask=pairs < PAIRS, other=0.0).to(tl.float32)
-    sin_2 = tl.load(sin_ptr + PAIRS + pairs, mask=pairs < PAIRS, other=0.0).to(tl.float32)
+    mask = pairs < PAIRS
+    if SECTIONS:
+        angle += _axis_of(pairs, TIME, HEIGHT, WIDTH, ALTERNATING).to(tl.int64) * angle_axis_stride
+    if COMPLEX:
+        cos_1 = tl.load(cos_ptr + angle + 2 * pairs, mask=mask, other=0.0).to(tl.float32)
+        sin_1 = tl.load(cos_ptr + angle + 2 * pairs + 1, mask=mask, other=0.0).to(tl.float32)
+        cos_2, sin_2 = cos_1, sin_1
+    else:
+        cos_1 = tl.load(cos_ptr + angle + pairs, mask=mask, other=0.0).to(tl.float32)
+        cos_2 = tl.load(cos_ptr + angle + PAIRS + pairs, mask=mask, other=0.0).to(tl.float32)
+        sin_1 = tl.load(sin_ptr + angle + pairs, mask=mask, other=0.0).to(tl.float32)
+        sin_2 = tl.load(sin_ptr + angle + PAIRS + pairs, mask=mask, other=0.0).to(tl.float32)
     # [[cos_1, -sin_1], [sin_2, cos_2]] forward, its transpose backward
     if BACKWARD:
         from_first, from_second = -sin_1, sin_2
@@ -139,6 +204,7 @@ def _rope_kernel(
         D,
         R,
         INTERLEAVED,
+        INPLACE,
         BLOCK_Q_HEADS,
         BLOCK_PAIRS,
         BLOCK_REST,
@@ -156,6 +222,7 @@ def _rope_kernel(
         D,
         R,
         INTERLEAVED,
+        INPLACE,
         BLOCK_K_HEADS,
         BLOCK_PAIRS,
         BLOCK_REST,
@@ -174,27 +241,44 @@ def _strides(x: Tensor) -> tuple[int, ...]:
 
 
 def _angle_strides(cos: Tensor) -> tuple[int, ...]:
+    """Of cos [B, T, R] or [3, B, T, R] those of axis, batch and token."""
     if torch.compiler.is_compiling() and cos.is_contiguous():
-        return cos.shape[1] * cos.shape[2], cos.shape[2]
-    return cos.stride()[:2]
+        batch, n_tokens, r = cos.shape[-3:]
+        return batch * n_tokens * r, n_tokens * r, r
+    axis = cos.stride(0) if cos.ndim == 4 else 0
+    return axis, cos.stride(-3), cos.stride(-2)
 
 
 def _rope(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, yq: Tensor, yk: Tensor, interleaved: bool, backward: bool
+    q: Tensor | None,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor | None,
+    yq: Tensor | None,
+    yk: Tensor | None,
+    form: RopeForm,
+    *,
+    backward: bool = False,
+    inplace: bool = False,
 ) -> None:
-    """q, yq [B, Hq, T, D], k, yk [B, Hk, T, D], cos, sin [B, T, R]: writes yq and yk."""
-    batch, q_heads, n_tokens, d = q.shape
-    k_heads, r = k.shape[1], cos.shape[2]
+    """q, yq [B, Hq, T, D], k, yk [B, Hk, T, D], cos, sin [(3,) B, T, R]: writes yq and yk, or one of both."""
+    q_heads, k_heads = (0 if x is None else x.shape[1] for x in (q, k))
+    # heads that there are not are not touched: any pointer does
+    q, yq = (k, yk) if q is None else (q, yq)
+    k, yk = (q, yq) if k is None else (k, yk)
+    batch, _, n_tokens, d = q.shape
+    r = cos.shape[-1]
     if batch * n_tokens * d == 0:
         return
     block_pairs = power_of_2(r // 2)
     most_heads = max(1, TILE_PAIRS // block_pairs)
+    time, height, width = form.sections or (0, 0, 0)
     with on_device(q):
         _rope_kernel[(batch * n_tokens,)](
             q,
             k,
             cos,
-            sin,
+            cos if sin is None else sin,
             yq,
             yk,
             *_strides(q),
@@ -207,8 +291,15 @@ def _rope(
             K_HEADS=k_heads,
             D=d,
             R=r,
-            INTERLEAVED=interleaved,
+            INTERLEAVED=form.interleaved,
+            COMPLEX=form.complex,
+            SECTIONS=form.sections is not None,
+            TIME=time,
+            HEIGHT=height,
+            WIDTH=width,
+            ALTERNATING=form.alternating,
             BACKWARD=backward,
+            INPLACE=inplace,
             BLOCK_Q_HEADS=min(power_of_2(q_heads), most_heads),
             BLOCK_K_HEADS=min(power_of_2(k_heads), most_heads),
             BLOCK_PAIRS=block_pairs,
@@ -217,44 +308,74 @@ def _rope(
         )
 
 
-def rope_fwd(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """[B, Hq, T, D], [B, Hk, T, D], [B, T, R] x 2 -> q', k' in the layout of q and k."""
+def rope_fwd(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor | None, form: RopeForm, keep_dtype: bool
+) -> tuple[Tensor, Tensor]:
+    """[B, Hq, T, D], [B, Hk, T, D], [(3,) B, T, R] x 2 -> q', k' in the layout of q and k."""
     # preserve_format: strides in the order of q's, without its gaps
-    yq = torch.empty_like(q, dtype=torch.promote_types(q.dtype, cos.dtype))
-    yk = torch.empty_like(k, dtype=torch.promote_types(k.dtype, cos.dtype))
-    _rope(q, k, cos, sin, yq, yk, interleaved, backward=False)
+    yq, yk = (
+        torch.empty_like(x, dtype=x.dtype if keep_dtype else torch.promote_types(x.dtype, cos.dtype)) for x in (q, k)
+    )
+    _rope(q, k, cos, sin, yq, yk, form)
     return yq, yk
 
 
 def rope_bwd(
-    dyq: Tensor, dyk: Tensor, cos: Tensor, sin: Tensor, dq: Tensor, dk: Tensor, interleaved: bool
-) -> tuple[Tensor, Tensor]:
-    """dyq, dq [B, Hq, T, D], dyk, dk [B, Hk, T, D], [B, T, R] x 2 -> dq, dk, written."""
-    _rope(dyq, dyk, cos, sin, dq, dk, interleaved, backward=True)
-    return dq, dk
+    dyq: Tensor | None,
+    dyk: Tensor | None,
+    cos: Tensor,
+    sin: Tensor | None,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    form: RopeForm,
+) -> None:
+    """dyq, dq [B, Hq, T, D], dyk, dk [B, Hk, T, D], [(3,) B, T, R] x 2: writes dq and dk; None where not wanted."""
+    _rope(dyq, dyk, cos, sin, dq, dk, form, backward=True)
 
 
 class RopeFunction(torch.autograd.Function):
-    """Autograd around the two launchers; sees q [B, Hq, T, D], k [B, Hk, T, D], cos and sin [B, T, R]."""
+    """Autograd around the launches; sees q [B, Hq, T, D], k [B, Hk, T, D], cos and sin [(3,) B, T, R]."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-        yq, yk = rope_fwd(q, k, cos, sin, interleaved)
+    def forward(
+        ctx,
+        q: Tensor,
+        k: Tensor,
+        cos: Tensor,
+        sin: Tensor | None,
+        form: RopeForm,
+        keep_dtype: bool,
+        inplace: bool,
+    ) -> tuple[Tensor, Tensor]:
+        if inplace:
+            # mark_dirty is no way: autograd refuses it for two views, which q and k are in every model. So the results
+            # are other tensors over the same memory, and whoever saved q or k gets autograd's error, not wrong numbers
+            yq, yk = q.detach(), k.detach()
+            _rope(q, k, cos, sin, yq, yk, form, inplace=True)
+            if not q.is_inference():
+                torch.autograd.graph.increment_version((q, k))
+        else:
+            yq, yk = rope_fwd(q, k, cos, sin, form, keep_dtype)
         ctx.save_for_backward(cos, sin)
-        ctx.interleaved = interleaved
+        wanted_q, wanted_k = ctx.needs_input_grad[:2]
+        if wanted_q != wanted_k:
+            ctx.mark_non_differentiable(yk if wanted_q else yq)
+        ctx.form = form
         ctx.by_token, ctx.dtypes = tuple(map(_by_token, (yq, yk))), (q.dtype, k.dtype)
         return yq, yk
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dyq: Tensor, dyk: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx, dyq: Tensor, dyk: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        # in the layout that q and k had, whatever attention handed back: the projections want it
-        dq, dk = (
-            _room(dy, by_token, dtype) for dy, by_token, dtype in zip((dyq, dyk), ctx.by_token, ctx.dtypes, strict=True)
-        )
-        dq, dk = rope_bwd(_neighbours(dyq), _neighbours(dyk), cos, sin, dq, dk, ctx.interleaved)
-        return dq, dk, None, None, None
+        dys, dxs = [], []
+        for i, dy in enumerate((dyq, dyk)):
+            wanted = ctx.needs_input_grad[i]
+            dys.append(_neighbours(dy) if wanted else None)
+            # in the layout that q and k had, whatever attention handed back: the projections want it
+            dxs.append(_room(dy, ctx.by_token[i], ctx.dtypes[i]) if wanted else None)
+        rope_bwd(*dys, cos, sin, *dxs, ctx.form)
+        return *dxs, None, None, None, None, None
 
 
 def _by_token(x: Tensor) -> bool:
@@ -274,46 +395,79 @@ def _neighbours(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}"
-    if unsqueeze_dim not in (1, 2):
-        raise ValueError(f"rope: unsqueeze_dim is {unsqueeze_dim}; 1 is for [B, H, T, D], 2 for [B, T, H, D]")
-    if q.ndim != 4 or k.ndim != 4 or cos.ndim != 3 or cos.shape != sin.shape:
-        raise ValueError(f"rope: q and k must have 4 dimensions, cos and sin one shape [B or 1, T, R]; got {shapes}")
-    batch, n_tokens, d = q.shape[0], q.shape[3 - unsqueeze_dim], q.shape[3]
-    if (k.shape[0], k.shape[3 - unsqueeze_dim], k.shape[3]) != (batch, n_tokens, d):
-        raise ValueError(f"rope: q and k may differ in their heads only (dimension {unsqueeze_dim}); got {shapes}")
-    if cos.shape[0] not in (1, batch) or cos.shape[1] != n_tokens:
-        raise ValueError(f"rope: cos must be [{batch} or 1, {n_tokens}, R]; got {shapes}")
-    if not 0 < cos.shape[2] <= d or cos.shape[2] % 2:
-        raise ValueError(f"rope: cos must be an even number of columns wide, at most {d} (a head); got {shapes}")
-    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
-        raise ValueError("rope: cos and sin get no gradient, and one of them requires it; detach them")
-
-
 def rope(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, unsqueeze_dim: int = 1
+    q: Tensor,  # [B, Hq, T, D]
+    k: Tensor,  # [B, Hk, T, D]
+    cos: Tensor,  # [B or 1, T, R]
+    sin: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+    unsqueeze_dim: int = 1,
+    sections: Sequence[int] | None = None,
+    alternating: bool = False,
+    keep_dtype: bool = False,
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Turns q [B, Hq, T, D] and k [B, Hk, T, D] (``unsqueeze_dim=2``: [B, T, H, D]) by the angles of cos and sin.
 
     cos and sin are [B or 1, T, R], R <= D, as HuggingFace makes them: column i and column R/2 + i belong to pair i
     (``cat((angles, angles), -1)``), whichever columns of q the pair is: i and R/2 + i, or with ``interleaved`` 2i and
-    2i + 1. They get no gradient. Any strides of q and k are read in place if the columns of a head lie side by side.
-    The results have the promoted dtype of q (k) and cos.
+    2i + 1. Or cos is complex, [B or 1, T, R/2], with cos + i sin of each pair, and there is no sin: Llama-4's
+    freqs_cis, with ``interleaved=True``. The batch dimension of the angles may be left out, and then that of q and k,
+    too (a vision tower's patches). Angles get no gradient.
+    ``sections``: angles have a dimension of 3 in front, for time, height and width, and that many pairs turn by each of
+    them: the first ones by time, the next by height, the last by width (Qwen2-VL), or ``alternating`` (Qwen3-VL).
+    Any strides of q and k are read in place if the columns of a head lie side by side. The results have the promoted
+    dtype of q (k) and cos; with ``keep_dtype`` that of q (k).
+    ``inplace``: the results, in the dtype of q (k), take the memory of q and k, whose values are lost. Only for tensors
+    whose producer keeps nothing of them (a matrix product's output); autograd raises where it does. Backward is not in
+    place. A compiled graph, which sees to its own memory, may ignore it.
     """
-    _check(q, k, cos, sin, unsqueeze_dim)
-    if not runs_kernels(q, k, cos, sin):
-        return rope_reference(q, k, cos, sin, interleaved=interleaved, unsqueeze_dim=unsqueeze_dim)
+    form = RopeForm(interleaved, None if sections is None else tuple(sections), alternating, cos.is_complex())
+    check_rope(q, k, cos, sin, unsqueeze_dim, form)
+    compiling = torch.compiler.is_compiling()
+    if inplace and not compiling:
+        check_inplace(q, k)
+    if not (runs_kernels(q, k, cos) if sin is None else runs_kernels(q, k, cos, sin)):
+        return rope_reference(
+            q, k, cos, sin, interleaved=interleaved, unsqueeze_dim=unsqueeze_dim, sections=sections,
+            alternating=alternating, keep_dtype=keep_dtype, inplace=inplace and not compiling,
+        )  # fmt: skip
+    if form.complex:
+        cos = torch.view_as_real(cos.resolve_conj()).flatten(-2)
     check_dtypes("rope", q=q, k=k, cos=cos, sin=sin)
+    if q.ndim == 3:
+        yq, yk = _call(
+            q[None], k[None], cos, sin, unsqueeze_dim, form, keep_dtype or inplace, inplace and not compiling
+        )
+        return yq[0], yk[0]
+    return _call(q, k, cos, sin, unsqueeze_dim, form, keep_dtype or inplace, inplace and not compiling)
+
+
+def _call(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor | None,
+    unsqueeze_dim: int,
+    form: RopeForm,
+    keep_dtype: bool,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    """With a batch dimension on q and k: the layouts that the Function sees, and back."""
     if unsqueeze_dim == 2:
         q, k = q.transpose(1, 2), k.transpose(1, 2)
-    cos, sin = _neighbours(cos), _neighbours(sin)
-    if cos.stride() != sin.stride():
+    cos, sin = (None if x is None else _neighbours(_whole(x, q.shape[0], form)) for x in (cos, sin))
+    if sin is not None and cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
-    batch = q.shape[0]
-    yq, yk = RopeFunction.apply(
-        _neighbours(q), _neighbours(k), cos.expand(batch, -1, -1), sin.expand(batch, -1, -1), interleaved
-    )
+    yq, yk = RopeFunction.apply(_neighbours(q), _neighbours(k), cos, sin, form, keep_dtype, inplace)
     if unsqueeze_dim == 2:
         yq, yk = yq.transpose(1, 2), yk.transpose(1, 2)
     return yq, yk
+
+
+def _whole(angles: Tensor, batch: int, form: RopeForm) -> Tensor:
+    """[(3,) B, T, R], whether the batch dimension was there, 1 or missing."""
+    if angles.ndim == (2 if form.sections is None else 3):
+        angles = angles.unsqueeze(-3)
+    return angles.expand(*angles.shape[:-3], batch, -1, -1)

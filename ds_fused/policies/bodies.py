@@ -89,7 +89,7 @@ def _read_mlp(act: str, *children: str) -> Callable[[nn.Module], Reading | str]:
         fused_act = mlp.act_of(function)
         if fused_act is None:
             kind = getattr(function, "__name__", type(function).__name__)
-            return f"its activation {kind} is none that glu knows"
+            return f"its activation {kind} is neither a silu nor a gelu"
         if isinstance(function, nn.Module) and (function._forward_hooks or function._forward_pre_hooks):
             return "its activation carries hooks, which a fused one would not call"
         key = "swiglu" if fused_act == "silu" else "geglu"

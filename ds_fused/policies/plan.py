@@ -14,6 +14,7 @@ from torch import nn
 from ds_fused.modules import OPS
 from ds_fused.modules.head import HeadWeight
 from ds_fused.modules.swap import fused_class, is_fused, patched_by, swap, unswap, why_not
+from ds_fused.modules.tiled_mlp import TILED
 from ds_fused.policies.bodies import Body
 from ds_fused.policies.families import find
 from ds_fused.policies.loss import claim_loss
@@ -40,6 +41,7 @@ def apply(
     logits: str = "defer",
     eval: str = "defer",
     weight: HeadWeight = HeadWeight(),  # noqa: B008 (frozen)
+    tiles: int | None = None,
     agree: Callable[[dict], None] | None = None,
     **switches: object,
 ) -> Report:
@@ -53,6 +55,7 @@ def apply(
     ``logits``: after a fused loss, "defer" computes them when they are read, "keep" in the forward as well.
     ``eval``: "defer" fuses the loss of an evaluation too, "stock" leaves evaluation alone.
     ``weight``: how the weight of a head is reached where it is sharded.
+    ``tiles``: in how many tiles of tokens replaced MLPs run, computed again in backward; whole where not given.
     ``agree``: called with the decisions (a JSON-able dict) before anything changes; raises where ranks differ.
     """
     started = time.perf_counter()
@@ -60,7 +63,9 @@ def apply(
     for name, value, known in (("logits", logits, ("defer", "keep")), ("eval", eval, ("defer", "stock"))):
         if value not in known:
             raise ValueError(f"apply: {name} is {value!r}; it can be {' or '.join(map(repr, known))}")
-    planned = plan(model, keys, logits=logits, eval=eval, weight=weight)
+    if tiles is not None and (type(tiles) is not int or tiles < 1):
+        raise ValueError(f"apply: tiles is {tiles!r}; it must be a whole number, at least 1")
+    planned = plan(model, keys, logits=logits, eval=eval, weight=weight, tiles=tiles)
 
     device, dtype = _place(model, device, dtype)
     outcomes = [_outcome(claim, device, dtype) if verify else None for claim in planned.claims]
@@ -69,6 +74,9 @@ def apply(
     for claim, differs in zip(planned.claims, outcomes, strict=True):
         if differs is not None:
             left.append(Left(_short(claim.original), len(claim.paths), differs))
+
+    if tiles is not None and not any(isinstance(claim, SwapClaim) and claim.tiles for claim in claims):
+        left.append(Left("tiled_mlp", 1, "no gated MLP is replaced, and only such run in tiles"))
 
     if agree is not None:
         agree(_digest(planned, outcomes))
@@ -85,6 +93,7 @@ def plan(
     logits: str = "defer",
     eval: str = "defer",
     weight: HeadWeight = HeadWeight(),  # noqa: B008 (frozen)
+    tiles: int | None = None,
 ) -> Plan:
     """All claims on a model and all that is left, with reasons. ``wanted``: JSON key that is on -> its options.
 
@@ -118,7 +127,7 @@ def plan(
         elif reading.key in wanted:
             kind = (reading.key, type(module), body.name, tuple(reading.state.items()), body.alike(module))
             if kind not in alike:
-                alike[kind] = SwapClaim(reading.key, body, reading.state, model)
+                alike[kind] = SwapClaim(reading.key, body, reading.state, model, tiles)
             alike[kind].add(path, module)
 
     loss, loss_left = claim_loss(model, wanted, logits=logits, eval=eval, weight=weight)
@@ -132,12 +141,19 @@ def plan(
 class SwapClaim:
     """Layers of one class, alike in all that the proof depends on, and the body they get."""
 
-    def __init__(self, key: str, body: Body, state: Mapping[str, object], model: nn.Module) -> None:
+    def __init__(
+        self, key: str, body: Body, state: Mapping[str, object], model: nn.Module, tiles: int | None = None
+    ) -> None:
         self.key = key
         self.paths: tuple[str, ...] = ()
         self.original = ""
         self.replacement = body.name
         self._body, self._state, self._model = body, dict(state), model
+        self.tiles = tiles if body.mixin in TILED else None
+        self._mixin, self._committed = body.mixin, self._state
+        if self.tiles is not None:
+            self.replacement += f" in {tiles} tiles"
+            self._mixin, self._committed = TILED[body.mixin], {**self._state, "fused_tiles": tiles}
         self._modules: list[nn.Module] = []
 
     def add(self, path: str, module: nn.Module) -> None:
@@ -147,12 +163,13 @@ class SwapClaim:
         self.original = f"{self._cls.__module__}.{self._cls.__qualname__}"
 
     def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        # what runs tile by tile is what is proven; its copies have stub children, whose weights no tile would know
         return self._body.prove(self._modules[0], self._body.mixin, self._state, device, dtype)
 
     def commit(self) -> None:
         try:
             for module in self._modules:
-                swap(module, self._body.mixin, **self._state)
+                swap(module, self._mixin, **self._committed)
         except BaseException:
             self.restore()
             raise
@@ -169,7 +186,7 @@ class SwapClaim:
         )
 
     def watched(self) -> tuple[type, ...]:
-        return (fused_class(self._body.mixin, self._cls),)
+        return (fused_class(self._mixin, self._cls),)
 
 
 def _keys(wanted: Mapping[str, object] | None, switches: Mapping[str, object]) -> dict[str, dict[str, object]]:

@@ -47,6 +47,14 @@ def test_everything_can_be_said():
     assert config.wanted == {}
 
 
+def test_tiles():
+    said = {value: parse({"enabled": True, "tiled_mlp": value}).tiles for value in (True, False)}
+    assert said == {True: 8, False: None}
+    assert parse({"enabled": True}).tiles is None
+    assert parse({"enabled": True, "tiled_mlp": {}}).tiles == 8
+    assert parse({"enabled": True, "tiled_mlp": {"tiles": 3}}).tiles == 3
+
+
 def test_a_config_does_not_change():
     config = parse({"enabled": True})
     with pytest.raises(FrozenInstanceError):
@@ -109,6 +117,10 @@ MALFORMED = [
         "'auto' or 'stream' or 'stationary' or 'gather'",
     ),
     ({"enabled": True, "fused_linear_cross_entropy": {"slab_mb": "128"}}, "slab_mb", "'128' (str)", "an integer"),
+    ({"enabled": True, "tiled_mlp": 4}, "ds_fused.tiled_mlp", "4 (int)", "true or false or an object of tiles"),
+    ({"enabled": True, "tiled_mlp": {"tiles": 0}}, "ds_fused.tiled_mlp.tiles", "at least 1", "0"),
+    ({"enabled": True, "tiled_mlp": {"tiles": 2.0}}, "ds_fused.tiled_mlp.tiles", "2.0 (float)", "an integer"),
+    ({"enabled": True, "tiled_mlp": {"shards": 2}}, "ds_fused.tiled_mlp", "'shards'", "known keys: tiles"),
     ({"enabled": True, "embedding": {}}, "ds_fused.embedding", "{}", "true or false"),
 ]
 

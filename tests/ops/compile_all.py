@@ -113,9 +113,12 @@ def sparsemax() -> None:
 
 
 def glu() -> None:
-    for act in ("silu", "gelu_tanh", "gelu"):
+    for act in ("silu", "gelu_tanh", "gelu", "relu", "relu2"):
         ops.glu(leaf(2, 4096), leaf(2, 4096), act).sum().backward()
-    ops.glu(*leaf(2, 8192).chunk(2, -1)).sum().backward()
+    ops.glu(leaf(2, 8192)).sum().backward()
+    ops.glu(leaf(2, 5760), interleaved=True, alpha=1.702, limit=7.0, offset=1.0).sum().backward()  # GPT-OSS
+    ops.glu(leaf(2, 4096), leaf(2, 4096), limit=10.0).sum().backward()  # DeepSeek-V4
+    ops.glu(leaf(2, 4096), leaf(2, 4096).detach()).sum().backward()
     ops.glu(leaf(2, 4096, dtype=torch.float32), leaf(2, 4096, dtype=torch.float32)).sum().backward()
 
 
@@ -128,6 +131,21 @@ def rope() -> None:
         cos = torch.ones(1, 3, r, dtype=dtype)
         q, k = leaf(1, 3, 32, d, dtype=dtype).transpose(1, 2), leaf(1, 3, 8, d, dtype=dtype).transpose(1, 2)
         torch.autograd.backward([y.sum() for y in ops.rope(q, k, cos, cos, interleaved=interleaved)])
+    q, k = leaf(1, 3, 32, 128), leaf(1, 3, 8, 128)
+    freqs = torch.ones(1, 3, 64, dtype=torch.complex64)
+    turned = ops.rope(q, k, freqs, interleaved=True, unsqueeze_dim=2, keep_dtype=True)  # Llama-4
+    torch.autograd.backward([y.sum() for y in turned])
+    cos = torch.ones(3, 1, 3, 128, dtype=torch.bfloat16)
+    for sections, alternating in (((16, 24, 24), False), ((24, 20, 20), True)):  # Qwen2-VL, Qwen3-VL
+        options = {"sections": sections, "alternating": alternating, "unsqueeze_dim": 2}
+        torch.autograd.backward([y.sum() for y in ops.rope(q, k, cos, cos, **options)])
+    ops.rope(q.detach(), k.detach(), cos[0], cos[0], unsqueeze_dim=2, inplace=True)
+
+
+def relu2() -> None:
+    ops.relu2(leaf(2, 4096)).sum().backward()
+    ops.relu2(leaf(2, 8192)[:, :4096]).sum().backward()
+    ops.relu2(leaf(2, 4096, dtype=torch.float32)).sum().backward()
 
 
 def cross_entropy() -> None:
@@ -227,6 +245,7 @@ EXAMPLES: tuple[Callable[[], None], ...] = (
     dyt,
     rope,
     glu,
+    relu2,
     add_rms_norm,
     gated_rms_norm,
     embedding,

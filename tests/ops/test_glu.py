@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accuracy import as_accurate, randn, same_bits
@@ -17,6 +19,81 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def test_glu(shape, dtype, act, device):
     inputs = [randn(*shape, device=device, seed=seed) for seed in (0, 1)]
     as_accurate(glu, glu_reference, inputs, dtype, act=act)
+
+
+GPT_OSS = {"alpha": 1.702, "limit": 7.0, "offset": 1.0}
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    "form",
+    [{}, {"act": "relu2"}, GPT_OSS, {"act": "gelu_tanh", "limit": 1.0}],  # 1: many values beyond it
+    ids=["silu", "relu2", "gpt_oss", "clamped gelu"],
+)
+@pytest.mark.parametrize("dtype", [*DTYPES[:2], pytest.param(DTYPES[2], marks=pytest.mark.all)])
+@pytest.mark.parametrize("shape", [(2,), (3, 14), (2, 2 * BLOCK + 6)])  # one pair; odd halves; over one block
+def test_packed(shape, dtype, form, interleaved, device):
+    as_accurate(glu, glu_reference, [3 * randn(*shape, device=device), None], dtype, interleaved=interleaved, **form)
+
+
+def test_packed_in_fp16(device):
+    for interleaved in (False, True):
+        as_accurate(
+            glu,
+            glu_reference,
+            [3 * randn(3, 14, device=device), None],
+            torch.float16,
+            interleaved=interleaved,
+            **GPT_OSS,
+        )
+
+
+def test_forms_of_two_tensors(device):
+    inputs = [4 * randn(3, 7, device=device, seed=seed) for seed in (0, 1)]
+    for form in (GPT_OSS, {"limit": 2.0}, {"act": "relu", "limit": 2.0, "offset": -0.5}):
+        for dtype in DTYPES:
+            as_accurate(glu, glu_reference, inputs, dtype, **form)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_packed_rows_with_gaps(interleaved, device):
+    gate_up = randn(3, 40, device=device).bfloat16()[:, 3:17]
+    as_accurate(glu, glu_reference, [gate_up, None], torch.bfloat16, interleaved=interleaved, **GPT_OSS)
+    columns_apart = randn(6, 5, device=device).bfloat16().t()
+    as_accurate(glu, glu_reference, [columns_apart, None], torch.bfloat16, interleaved=interleaved)
+
+
+def test_gradients_at_the_limits_are_those_of_clamp(device):
+    inf, nan = float("inf"), float("nan")
+    values = torch.tensor([-inf, -7.5, -7.0, 0.0, 6.96875, 7.0, 7.03125, inf, nan], device=device)
+    gate, up = (x.flatten() for x in torch.meshgrid(values, values, indexing="ij"))
+    for dtype in (torch.float32, torch.bfloat16):
+        as_accurate(glu, glu_reference, [gate.to(dtype), up.to(dtype)], dtype, limit=7.0, offset=1.0)
+    gate, up = (torch.full((3,), 7.0, device=device, requires_grad=True) for _ in range(2))
+    glu(gate, up, **GPT_OSS).sum().backward()
+    assert (gate.grad > 7.0).all() and (up.grad > 6.0).all()
+
+
+@pytest.mark.parametrize("act", ["relu", "relu2"])
+def test_relu_at_zero_and_nan(act, device):
+    gate = torch.tensor([-0.0, 0.0, float("nan"), -1e-30, 1e-30], device=device)
+    as_accurate(glu, glu_reference, [gate, torch.ones_like(gate)], torch.float32, act=act)
+
+
+def test_gpt_oss_computes_the_same(device):
+    gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss").GptOssExperts
+    experts = SimpleNamespace(alpha=1.702, limit=7.0)
+    gate_up = 6 * randn(5, 14, device=device).float()
+    wanted = gpt_oss._apply_gate(experts, gate_up)
+    assert torch.allclose(glu(gate_up, interleaved=True, **GPT_OSS), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(511, 2 * 8192), (511, 2 * 2880)])  # Phi-3-mini; GPT-OSS, no multiple of a block
+def test_packed_of_real_sizes(shape, dtype, interleaved, device):
+    as_accurate(glu, glu_reference, [randn(*shape, device=device), None], dtype, interleaved=interleaved, **GPT_OSS)
 
 
 @pytest.mark.gpu
@@ -56,9 +133,39 @@ def test_empty(shape, device):
     as_accurate(glu, glu_reference, [randn(*shape, device=device)] * 2, torch.float32)
 
 
-def test_one_frozen_input(device):
+@pytest.mark.parametrize("shape", [(0, 6), (5, 0), (2, 0, 4)])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_empty_packed(shape, interleaved, device):
+    as_accurate(glu, glu_reference, [randn(*shape, device=device), None], torch.float32, interleaved=interleaved)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_one_frozen_input(frozen, device):
     inputs = [randn(3, 7, device=device, seed=seed) for seed in (0, 1)]
-    as_accurate(glu, glu_reference, inputs, torch.float32, frozen=(1,))
+    as_accurate(glu, glu_reference, inputs, torch.float32, frozen=(frozen,))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(dtype, device):
+    gate, up = (randn(3, 7, device=device, seed=seed).float() for seed in (0, 1))
+    wanted = glu(gate, up)
+    with torch.autocast(device.type, dtype):
+        assert same_bits(glu(gate, up), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("whole_gpu")
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_packed_of_more_elements_than_int32(interleaved, device):
+    n, d = 2**17 + 1, 2**14  # 2^31 + 2^14 elements, 4 GiB
+    gate_up = torch.randn(n, d, dtype=torch.bfloat16, device=device).requires_grad_()
+    y = glu(gate_up, interleaved=interleaved)
+    y.backward(y.detach())
+    tail = gate_up.detach()[-3:].clone().requires_grad_()
+    y_tail = glu(tail, interleaved=interleaved)
+    y_tail.backward(y_tail.detach())
+    assert same_bits(y[-3:].detach(), y_tail.detach())
+    assert same_bits(gate_up.grad[-3:], tail.grad)
 
 
 @pytest.mark.gpu
@@ -87,12 +194,31 @@ def test_compiles_to_one_graph(device):
     assert all(torch.equal(a, b) for a, b in zip(*dys, strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_packed_compiles_to_one_graph(interleaved, device):
+    gate_up = randn(65, 514, device=device).bfloat16().requires_grad_()
+    compiled = torch.compile(lambda x: glu(x, interleaved=interleaved, **GPT_OSS) * 2, fullgraph=True)
+    got, wanted = compiled(gate_up), glu(gate_up, interleaved=interleaved, **GPT_OSS) * 2
+    assert torch.equal(got, wanted)
+    assert torch.equal(*(torch.autograd.grad(y.sum(), gate_up)[0] for y in (got, wanted)))
+
+
 def test_errors_name_the_argument(device):
     x = torch.ones(2, 3, device=device)
     with pytest.raises(ValueError, match=r"glu: gate \(2, 3\) and up \(2, 4\)"):
         glu(x, torch.ones(2, 4, device=device))
-    with pytest.raises(ValueError, match="glu: act is 'relu'; known are silu"):
-        glu(x, x, "relu")
+    with pytest.raises(ValueError, match="glu: act is 'tanh'; known are silu"):
+        glu(x, x, "tanh")
+    with pytest.raises(ValueError, match=r"without up, .* an even number of columns .*; got \(2, 3\)"):
+        glu(x)
+    with pytest.raises(ValueError, match="interleaved is for gate and up in one tensor"):
+        glu(x, x, interleaved=True)
+    with pytest.raises(ValueError, match=r"alpha is 1.702 and act 'relu'; only silu has an alpha"):
+        glu(x, x, "relu", alpha=1.702)
+    for limit in (0.0, -7.0, float("nan")):
+        with pytest.raises(ValueError, match=rf"limit is {limit}; it must be above 0"):
+            glu(x, x, limit=limit)
     with pytest.raises(ValueError, match="glu: gate is torch.float64"):
         glu(x.double(), x.double())
 

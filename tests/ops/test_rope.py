@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accuracy import as_accurate, randn, same_bits
@@ -122,6 +124,170 @@ def test_only_one_of_both_is_used(device):
     assert torch.allclose(dq, wanted)
 
 
+def frequencies(batch: int, tokens: int, r: int, device: torch.device) -> Tensor:
+    """cos + i sin of each pair, as Llama-4's freqs_cis."""
+    angle = (randn(batch, tokens, r // 2, device=device) * 3).float()
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 2, 2), (2, 3, 1, 5, 9, 6)])  # the least; odd, partial
+def test_complex_angles(sizes, dtype, device):
+    q, k, *_ = inputs_of(*sizes, device, dtype)
+    freqs = frequencies(sizes[0], sizes[3], sizes[5], device)
+    judge([q, k, freqs, None], dtype, interleaved=True, keep_dtype=True)
+    judge([q.transpose(1, 2), k.transpose(1, 2), freqs[:1], None], dtype, interleaved=True, unsqueeze_dim=2)
+
+
+def test_complex_angles_of_halves_and_conjugates(device):
+    q, k, *_ = inputs_of(2, 3, 1, 5, 9, 6, device, torch.float32)
+    freqs = frequencies(2, 5, 6, device)
+    judge([q, k, freqs, None], torch.float32)
+    there = rope(q, k, freqs)
+    for got, wanted in zip(rope(*there, freqs.conj()), (q, k), strict=True):
+        assert torch.allclose(got, wanted, atol=1e-6)
+
+
+SECTIONS = [
+    ((2, 3, 3), False),
+    ((5, 0, 3), False),
+    ((4, 2, 2), True),
+    ((2, 3, 3), True),
+    ((8, 0, 0), True),
+]
+
+
+@pytest.mark.parametrize("sections, alternating", SECTIONS)
+def test_sections(sections, alternating, device):
+    r = 2 * sum(sections)
+    for dtype, batch, interleaved in ((torch.bfloat16, 2, False), (torch.float16, 1, True)):
+        q, k, *_ = inputs_of(2, 3, 1, 3, r + 1, r, device, dtype)
+        three = [x.to(dtype).view(3, batch, 3, r) for x in angles(3 * batch, 3, r, device)]
+        judge([q, k, *three], dtype, interleaved=interleaved, sections=sections, alternating=alternating)
+
+
+def test_sections_of_complex_angles(device):
+    q, k, *_ = inputs_of(2, 3, 1, 3, 17, 16, device, torch.float32)
+    freqs = frequencies(3, 3, 16, device).view(3, 1, 3, -1)
+    for sections, alternating in SECTIONS:
+        judge([q, k, freqs, None], torch.float32, sections=sections, alternating=alternating)
+
+
+def test_angles_in_fp32_may_leave_the_dtype_alone(device):
+    for dtype in DTYPES:
+        q, k, *_ = inputs_of(1, 2, 1, 3, 8, 8, device, dtype)
+        judge([q, k, *(x.float() for x in angles(1, 3, 8, device))], dtype, keep_dtype=True)
+
+
+def test_without_a_batch(device):
+    q, k, cos, sin = inputs_of(1, 2, 1, 3, 8, 6, device, torch.bfloat16)
+    judge([q, k, cos[0], sin[0]], torch.bfloat16)
+    judge([q[0], k[0], cos[0], sin[0]], torch.bfloat16)
+    by_token = [x[0].transpose(0, 1) for x in (q, k)]
+    judge([*by_token, cos[0], sin[0]], torch.bfloat16, unsqueeze_dim=2)
+    three = [x.expand(3, -1, -1) for x in (cos[0], sin[0])]
+    judge([*by_token, *three], torch.bfloat16, unsqueeze_dim=2, sections=(1, 1, 1))
+
+
+def overwriting(function):
+    """An op that is free to write into what it is given, as one that must not."""
+    return lambda q, k, *rest, **options: function(q * 1, k * 1, *rest, inplace=True, **options)
+
+
+@pytest.mark.parametrize("dtype, interleaved", [(torch.float32, False), (torch.bfloat16, True), (torch.float16, False)])
+def test_in_place(dtype, interleaved, device):
+    inputs = inputs_of(2, 3, 1, 3, 11, 8, device, dtype)
+    options = {"frozen": (2, 3), "interleaved": interleaved}
+    as_accurate(overwriting(rope), overwriting(rope_reference), inputs, dtype, **options)
+    by_token = [x.transpose(1, 2) for x in inputs[:2]]
+    as_accurate(overwriting(rope), rope_reference, [*by_token, *inputs[2:]], dtype, unsqueeze_dim=2, **options)
+    freqs = frequencies(2, 3, 8, device)
+    as_accurate(overwriting(rope), overwriting(rope_reference), [*inputs[:2], freqs, None], dtype, **options)
+
+
+def test_in_place_on_the_views_that_models_have(device):
+    x, weight = (randn(*shape, device=device).float().requires_grad_() for shape in ((2, 5, 6), (40, 6)))
+    cos, sin = (x.float() for x in angles(1, 5, 8, device))
+
+    def heads(inplace: bool) -> tuple[Tensor, ...]:
+        q, k = (y.view(2, 5, -1, 8).transpose(1, 2) for y in torch.nn.functional.linear(x, weight).split((32, 8), -1))
+        memory = q.data_ptr(), k.data_ptr()
+        yq, yk = rope(q, k, cos, sin, inplace=inplace)
+        assert ((yq.data_ptr(), yk.data_ptr()) == memory) == inplace
+        return (yq, yk, *torch.autograd.grad((yq.square().sum() + yk.pow(3).sum()), (x, weight)))
+
+    for got, wanted in zip(heads(True), heads(False), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_in_place_over_what_somebody_saved_is_an_error(device):
+    x = randn(1, 2, 3, 8, device=device).float().requires_grad_()
+    cos, sin = (x.float() for x in angles(1, 3, 8, device))
+    yq, yk = rope(x.tanh(), x * 1, cos, sin, inplace=True)  # the derivative of tanh is made of its output
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (yq.sum() + yk.sum()).backward()
+    plain = x.detach()
+    for q in (x, x.transpose(2, 3).mT):
+        with pytest.raises(ValueError, match="would overwrite q, a leaf that requires a gradient or its view"):
+            rope(q, x * 1, cos, sin, inplace=True)
+    with pytest.raises(ValueError, match="elements of k share memory"):
+        rope(plain, plain[:, :1].expand(-1, 4, -1, -1), cos, sin, inplace=True)
+    with pytest.raises(ValueError, match="the columns of q do not lie side by side"):
+        rope(plain.mT.contiguous().mT, plain.clone(), cos, sin, inplace=True)
+    with pytest.raises(ValueError, match="q and k share memory"):
+        rope(plain, plain, cos, sin, inplace=True)
+
+
+def test_one_of_both_is_frozen(device):
+    q, k, cos, sin = inputs_of(2, 3, 1, 5, 11, 8, device, torch.float32)
+    for place in (0, 1):
+        for inplace in (False, True):
+            leaf = (q, k)[place].clone().requires_grad_()
+            given = [q * 1, k * 1]
+            given[place] = leaf * 1
+            ys = rope(*given, cos, sin, inplace=inplace)
+            assert [y.requires_grad for y in ys] == [place == 0, place == 1]
+            (got,) = torch.autograd.grad(ys[place], leaf, leaf.detach())
+            wanted = rope_reference(*((leaf, k) if place == 0 else (q, leaf)), cos, sin)[place]
+            assert torch.allclose(got, torch.autograd.grad(wanted, leaf, leaf.detach())[0], atol=1e-6)
+
+
+def test_vision_towers_and_llama_4_turn_the_same(device):
+    qwen = pytest.importorskip("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
+    q, k, cos, sin = inputs_of(1, 3, 3, 5, 8, 8, device, torch.bfloat16)
+    q, k, cos, sin = q[0].transpose(0, 1), k[0].transpose(0, 1), cos[0].float(), sin[0].float()
+    same(rope(q, k, cos, sin, unsqueeze_dim=2, keep_dtype=True), qwen.apply_rotary_pos_emb_vision(q, k, cos, sin))
+
+    llama4 = pytest.importorskip("transformers.models.llama4.modeling_llama4")
+    q, k, *_ = (x.transpose(1, 2) for x in inputs_of(2, 3, 1, 5, 8, 8, device, torch.bfloat16))
+    freqs = frequencies(2, 5, 8, device)
+    ours = rope(q, k, freqs, interleaved=True, unsqueeze_dim=2, keep_dtype=True)
+    same(ours, llama4.apply_rotary_emb(q, k, freqs))
+    freqs = frequencies(5, 1, 8, device)
+    ours = rope(q, q * 2, freqs.view(5, -1), interleaved=True, unsqueeze_dim=2, keep_dtype=True)
+    same(ours, llama4.vision_apply_rotary_emb(q, q * 2, freqs))
+
+
+@pytest.mark.parametrize("family, alternating", [("qwen2_5_vl", False), ("qwen3_vl", True)])
+def test_multimodal_models_turn_the_same(family, alternating, device):
+    file = pytest.importorskip(f"transformers.models.{family}.modeling_{family}")
+    rotary = getattr(
+        file, {"qwen2_5_vl": "Qwen2_5_VLRotaryEmbedding", "qwen3_vl": "Qwen3VLTextRotaryEmbedding"}[family]
+    )
+    layer = SimpleNamespace(mrope_section=[4, 2, 2])
+    angle = randn(3, 2, 5, 8, device=device).float()
+    q, k, *_ = inputs_of(2, 3, 1, 5, 16, 16, device, torch.float32)
+    cos, sin = (rotary.recomposition_frequencies(layer, x.clone()) for x in (angle.cos(), angle.sin()))
+    three = [torch.cat((x, x), -1) for x in (angle.cos(), angle.sin())]
+    same(rope(q, k, *three, sections=[4, 2, 2], alternating=alternating), file.apply_rotary_pos_emb(q, k, cos, sin))
+
+
+def same(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
+    for got, wanted in zip(ours, theirs, strict=True):
+        assert got.dtype == wanted.dtype
+        assert torch.allclose(got.float(), wanted.float(), atol=1e-6, rtol=2 * torch.finfo(got.dtype).eps)
+
+
 @pytest.mark.parametrize("shape", [(0, 2, 3, 8), (2, 2, 0, 8)])
 def test_empty(shape, device):
     cos = randn(shape[0], shape[2], 8, device=device)
@@ -163,6 +329,22 @@ def test_more_elements_than_int32(device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forms_of_real_sizes(dtype, device):
+    q, k, *_ = inputs_of(1, 32, 8, 1025, 128, 128, device, dtype)
+    judge([q, k, frequencies(1, 1025, 128, device), None], dtype, interleaved=True, keep_dtype=True)  # Llama-4
+    three = [x.to(dtype).view(3, 1, 1025, 128) for x in angles(3, 1025, 128, device)]
+    judge([q, k, *three], dtype, sections=(16, 24, 24))  # Qwen2-VL
+    judge([q, k, *three], dtype, sections=(24, 20, 20), alternating=True)  # Qwen3-VL
+    for interleaved in (False, True):
+        cos, sin = (x.to(dtype) for x in angles(1, 1025, 96, device))
+        given = [x.clone() for x in (q, k)]
+        in_place = rope(*given, cos, sin, interleaved=interleaved, inplace=True)
+        for got, wanted in zip(in_place, rope(q, k, cos, sin, interleaved=interleaved), strict=True):
+            assert same_bits(got, wanted)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("unsqueeze_dim", [1, 2])
 def test_compiles_to_one_graph(unsqueeze_dim, device):
     q, k, cos, sin = inputs_of(2, 4, 2, 65, 64, 48, device, torch.bfloat16)
@@ -177,15 +359,35 @@ def test_compiles_to_one_graph(unsqueeze_dim, device):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.gpu
+def test_forms_compile_to_one_graph(device):
+    q, k, *three = inputs_of(2, 4, 2, 65, 64, 64, device, torch.bfloat16)
+    three = [x.expand(3, *x.shape) for x in three]
+    freqs = frequencies(2, 65, 64, device)
+    q.requires_grad_(), k.requires_grad_()
+    for call, angles_ in (
+        (lambda *x: rope(*x, sections=(8, 12, 12)), three),
+        (lambda *x: rope(*x, interleaved=True, keep_dtype=True), [freqs]),
+        (lambda q, k, *x: rope(q * 2, k * 2, *x, interleaved=True, inplace=True), [freqs]),
+    ):
+        got, wanted = (f(q, k, *angles_) for f in (torch.compile(call, fullgraph=True), call))
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+        grads = [torch.autograd.grad([y.sum() for y in ys], (q, k)) for ys in (got, wanted)]
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 def test_errors_name_the_argument(device):
     q, k, cos, sin = inputs_of(2, 3, 1, 5, 8, 8, device, torch.float32)
     for wrong, message in (
-        ((q[0], k[0], cos, sin), "must have 4 dimensions"),
         ((q, k[:1], cos, sin), r"may differ in their heads only .* k \(1, 1, 5, 8\)"),
         ((q, k, cos[:, :4], sin[:, :4]), r"cos must be \[2 or 1, 5, R\]"),
+        ((q, k, cos, None), "sin is missing, and cos is torch.float32"),
         ((q, k, cos[..., :5], sin[..., :5]), "an even number of columns"),
         ((q, k, torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)), r"at most 8 \(a head\)"),
-        ((q, k, cos, sin[..., :4]), "cos and sin one shape"),
+        ((q, k, cos, sin[..., :4]), r"cos must be \[B or 1, T, R\], and so must sin; got"),
+        ((q, k, torch.complex(cos, sin), sin), "cos is torch.complex64, which holds the sine too"),
+        ((q, k, torch.complex(cos, sin)), r"at most 4 \(half a head\)"),
+        ((q[0], k[0], cos, sin), "must have 4 dimensions .3 without a batch."),
         ((q, k, cos.clone().requires_grad_(), sin), "get no gradient"),
         ((q.double(), k, cos, sin), "rope: q is torch.float64"),
     ):
@@ -193,6 +395,18 @@ def test_errors_name_the_argument(device):
             rope(*wrong)
     with pytest.raises(ValueError, match="unsqueeze_dim is 3"):
         rope(q, k, cos, sin, unsqueeze_dim=3)
+    with pytest.raises(ValueError, match="alternating is how sections mix"):
+        rope(q, k, cos, sin, alternating=True)
+    three = [x.expand(3, *x.shape) for x in (cos, sin)]
+    for sections in ((1, 1, 1), (2, 2), (5, -1, 0)):
+        with pytest.raises(ValueError, match=r"sections is .* time, height and width, 4 together"):
+            rope(q, k, *three, sections=sections)
+    with pytest.raises(ValueError, match=r"cos must be \[3, B or 1, T, R\]"):
+        rope(q, k, cos, sin, sections=(2, 1, 1))
+    # a head of 41, as if cos had been rounded up to whole pairs
+    q, k, cos, sin = inputs_of(1, 2, 1, 3, 41, 42, device, torch.float32)
+    with pytest.raises(ValueError, match=r"at most 41 \(a head\); got .*cos \(1, 3, 42\)"):
+        rope(q, k, cos, sin)
 
 
 def test_without_the_interpreter_a_cpu_runs_the_reference(monkeypatch):

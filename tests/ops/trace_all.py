@@ -85,6 +85,10 @@ def glu() -> Iterator[Case]:
     yield ops.glu, [(leaf(5, d), leaf(5, d)) for d in (64, 128, 100)]
     yield ops.glu, [(leaf(2, n, 64), leaf(2, n, 64)) for n in (3, 4, 5)]
     yield lambda packed: ops.glu(*packed.chunk(2, -1)), [(leaf(5, 2 * d),) for d in (64, 128, 100)]
+    yield lambda packed: ops.glu(packed, act="relu2"), [(leaf(5, 2 * d),) for d in (64, 128, 100)]
+    clamped = partial(ops.glu, interleaved=True, alpha=1.702, limit=7.0, offset=1.0)
+    yield clamped, [(leaf(2, n, 64),) for n in (3, 4, 5)]
+    yield lambda gate, up: ops.glu(gate, up.detach()), [(leaf(5, d), leaf(5, d)) for d in (64, 128)]
 
 
 def rope() -> Iterator[Case]:
@@ -95,6 +99,23 @@ def rope() -> Iterator[Case]:
     yield ops.rope, [inputs(n, 4, 64) for n in (3, 4, 5)]
     yield ops.rope, [inputs(5, 4, d) for d in (64, 128)]
     yield ops.rope, [inputs(5, h, 64) for h in (4, 8)]
+    yield lambda q, k, *rest: ops.rope(q, k.detach(), *rest), [inputs(n, 4, 64) for n in (3, 4, 5)]
+    by_sections = partial(ops.rope, sections=(8, 12, 12))
+    yield (
+        lambda q, k, *three: by_sections(q, k, *(x.expand(3, *x.shape) for x in three)),
+        [inputs(n, 4, 64) for n in (3, 4, 5)],
+    )
+    by_pairs = partial(ops.rope, interleaved=True, keep_dtype=True, inplace=True)
+    yield (
+        lambda q, k, cos, sin: by_pairs(q * 1, k * 1, torch.complex(cos, sin)),
+        [(*inputs(n, 4, 64)[:2], *inputs(n, 4, 32)[2:]) for n in (3, 4, 5)],
+    )
+
+
+def relu2() -> Iterator[Case]:
+    yield ops.relu2, [(leaf(5, d),) for d in (64, 128, 100)]
+    yield ops.relu2, [(leaf(2, n, 64),) for n in (3, 4, 5)]
+    yield lambda x: ops.relu2(x.chunk(2, -1)[0]), [(leaf(5, 2 * d),) for d in (64, 128, 100)]
 
 
 def labels(n: int) -> Tensor:
@@ -158,6 +179,7 @@ EXAMPLES: tuple[Callable[[], Iterator[Case]], ...] = (
     dyt,
     rope,
     glu,
+    relu2,
     add_rms_norm,
     gated_rms_norm,
     embedding,

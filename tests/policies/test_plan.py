@@ -55,6 +55,27 @@ def test_wrong_wishes_are_errors_that_name_the_known(wrong: dict, words: list[st
     assert classes(model) == classes(LLAMA.make())
 
 
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family.name in ("Llama", "Phi3", "Gemma")])
+def test_tiles(family) -> None:
+    stock, fused = family.make(), family.make()
+    report = ds_fused.apply(fused, {family.glu: True}, tiles=3, strict=True)
+    assert [row.replacement for row in report.replaced] == ["glu in 3 tiles"]
+    (loss, gradients), (wanted, stock_gradients) = step(fused), step(stock)
+    assert torch.allclose(loss, wanted)
+    for name, gradient in stock_gradients.items():
+        assert torch.allclose(gradients[name], gradient, rtol=1e-4, atol=1e-6), name
+    report.restore()
+    assert classes(fused) == classes(stock) and not hasattr(fused.model.layers[0].mlp, "fused_tiles")
+
+
+def test_tiles_without_an_mlp() -> None:
+    report = ds_fused.apply(LLAMA.make(), {"rope": True}, tiles=3)
+    assert [row.what for row in report.left] == ["tiled_mlp"]
+    for tiles in (0, True, 2.0):
+        with pytest.raises(ValueError, match=f"tiles is {tiles}; it must be a whole number"):
+            ds_fused.apply(LLAMA.make(), tiles=tiles)
+
+
 def test_strict() -> None:
     # alternatives count for each other: a Llama has no geglu, and that is no miss
     ds_fused.apply(LLAMA.make(), strict=True)

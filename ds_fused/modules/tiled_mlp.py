@@ -1,0 +1,210 @@
+"""A layer that treats every token alone, run tile by tile: its activations exist for one tile at a time.
+
+    y = cat([function(tile) for tile in x.chunk(tiles)])
+
+Forward keeps x and nothing else. Backward computes a tile again, takes its gradients, and goes on to the next, so that
+the peak is one tile's activations, x, y and their gradients. Costs one more forward. The idea is that of DeepSpeed's
+ALST (arXiv 2506.13996), where parameters collect their gradients tile by tile; here each gets one gradient:
+
+- what the tiles give is summed in fp32 (4 bytes a parameter while a backward lasts), and rounded once;
+- the sum reaches the parameter inside the last tile's own backward, where whoever waits for gradients (ZeRO's buckets,
+  a hook) sees it once for each backward, as of an untiled layer, with the parameter in place (ZeRO-3 has it gathered);
+- all ranks run the same number of tiles, however many tokens they have: a layer whose weights are gathered must.
+
+Under ZeRO-3 a tiled layer should be a leaf module (``deepspeed.utils.set_z3_leaf_modules``): its weights are then
+gathered once each way, as an untiled layer's. Otherwise each tile asks for them, and DeepSpeed keeps them in between
+only when it has seen the order of layers.
+
+Random numbers and autocast are in a recomputed tile what they were before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from ds_fused.modules.mlp import GatedMLP, PackedMLP
+
+Layer = Callable[[Tensor], Tensor]
+
+
+def tiled(function: Layer, x: Tensor, tiles: int, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """``function(x)`` for x [..., T, H], in ``tiles`` calls with about as many rows [..., 1, n, H] each.
+
+    ``function`` must treat every row alone and return [..., 1, n, D]. ``parameters`` are those that it uses: they get
+    their gradients by ``.backward()``, as under reentrant checkpointing, not by ``torch.autograd.grad``. A tensor hook
+    on a parameter sees the parts of a gradient, a post-accumulate hook the whole. In a compiled graph it is a
+    checkpoint around each tile.
+    """
+    if type(tiles) is not int or tiles < 1:
+        raise ValueError(f"tiled: tiles is {tiles!r}; it must be a whole number, at least 1")
+    if x.ndim < 2:
+        raise ValueError(f"tiled: x must be [..., tokens, width]; got {tuple(x.shape)}")
+    if torch.compiler.is_compiling():
+        pieces = [
+            checkpoint(function, tile, use_reentrant=False) if torch.is_grad_enabled() else function(tile)
+            for tile in _tiles(x, tiles)
+        ]
+        return torch.cat(pieces, -2).reshape(*x.shape[:-1], -1)
+    trained = [p for p in parameters if p.requires_grad]
+    if not torch.is_grad_enabled() or not (trained or x.requires_grad):
+        return _forward(function, x, tiles)
+    # of trained parameters autograd knows nothing here: something has to lead back even if x needs no gradient
+    anchor = x.new_empty(0).requires_grad_(bool(trained))
+    return TiledFunction.apply(x, anchor, function, tiles, trained)
+
+
+def _tiles(x: Tensor, tiles: int) -> list[Tensor]:
+    """Views of x's rows, [..., 1, n, H]; exactly that many, of which the last ones may be empty."""
+    rows = x.reshape(*[1] * (x.ndim - 2), -1, x.shape[-1])
+    n = rows.shape[-2]
+    size = -(-n // tiles)
+    return list(rows.split([max(0, min(size, n - i * size)) for i in range(tiles)], -2))
+
+
+def _forward(function: Layer, x: Tensor, tiles: int) -> Tensor:
+    y, end = None, 0
+    for tile in _tiles(x, tiles):
+        piece = function(tile)
+        if piece.shape[:-1] != tile.shape[:-1]:
+            raise ValueError(f"tiled: the function made {tuple(piece.shape)} of {tuple(tile.shape)}; rows must stay")
+        if y is None:
+            y = piece.new_empty(*x.shape[:-1], piece.shape[-1])
+            rows = y.view(*tile.shape[:-2], -1, piece.shape[-1])
+        start, end = end, end + tile.shape[-2]
+        rows[..., start:end, :] = piece
+    return y
+
+
+class TiledFunction(torch.autograd.Function):
+    """Keeps x; see the file's text."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, anchor: Tensor, function: Layer, tiles: int, trained: list[nn.Parameter]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.function, ctx.tiles, ctx.trained = function, tiles, trained
+        ctx.then = _Surroundings(x)
+        with ctx.then.autocast():
+            return _forward(function, x, tiles)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.trained and not torch.autograd._is_checkpoint_valid():
+            raise RuntimeError(
+                "tiled: parameters get their gradients by .backward() without inputs=, not by torch.autograd.grad"
+            )
+        (x,) = ctx.saved_tensors
+        wants_dx = ctx.needs_input_grad[0]
+        tiles, dys = _tiles(x.detach(), ctx.tiles), _tiles(dy, ctx.tiles)
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wants_dx else None
+        dxs = _tiles(dx, ctx.tiles) if wants_dx else None
+        sums: list[Tensor | None] = [None] * len(ctx.trained)
+        with ctx.then.random_numbers():
+            for i, tile in enumerate(tiles):
+                tile = tile.detach().requires_grad_(wants_dx)
+                with torch.enable_grad(), ctx.then.autocast():
+                    y = ctx.function(tile)
+                if i < ctx.tiles - 1:
+                    dtile = _collect(y, dys[i], tile if wants_dx else None, ctx.trained, sums)
+                else:
+                    _deliver(y, dys[i], ctx.trained, sums)
+                    dtile = tile.grad
+                if wants_dx:
+                    dxs[i].copy_(dtile)
+        return dx, None, None, None, None
+
+
+def _collect(
+    y: Tensor, dy: Tensor, tile: Tensor | None, trained: list[nn.Parameter], sums: list[Tensor | None]
+) -> Tensor | None:
+    """One tile's gradients: those of parameters are added to the sums, the tile's is returned."""
+    inputs = trained if tile is None else [tile, *trained]
+    gradients = list(torch.autograd.grad(y, inputs, dy, allow_unused=True))
+    dtile = None if tile is None else gradients.pop(0)
+    for i, gradient in enumerate(gradients):
+        if gradient is None:
+            continue
+        if sums[i] is None:
+            # a copy: two parameters may have been handed one tensor
+            wide = torch.promote_types(gradient.dtype, torch.float32)
+            sums[i] = gradient.to(wide, copy=True)
+        else:
+            sums[i] += gradient
+    return dtile
+
+
+def _deliver(y: Tensor, dy: Tensor, trained: list[nn.Parameter], sums: list[Tensor | None]) -> None:
+    """The last tile's backward, in which every parameter's gradient becomes that of all tiles."""
+
+    def adding(i: int) -> Callable[[Tensor], Tensor]:
+        def add(gradient: Tensor) -> Tensor:
+            total, sums[i] = sums[i], None
+            return total.add_(gradient).to(gradient.dtype)
+
+        return add
+
+    handles = [p.register_hook(adding(i)) for i, p in enumerate(trained) if sums[i] is not None]
+    try:
+        torch.autograd.backward(y, dy)
+    finally:
+        for handle in handles:
+            handle.remove()
+    lost = [tuple(p.shape) for p, left in zip(trained, sums, strict=True) if left is not None]
+    if lost:
+        raise RuntimeError(f"tiled: parameters {lost} were used in some tiles and not in the last one")
+
+
+class _Surroundings:
+    """What was around a forward and has to be around its repetition: autocast and the states of random generators."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.kind = x.device.type
+        self.enabled = torch.is_autocast_enabled(self.kind)
+        self.dtype = torch.get_autocast_dtype(self.kind)
+        self.cpu_state = torch.get_rng_state()
+        self.device = None if self.kind == "cpu" else x.device
+        self.device_state = None
+        if self.device is not None:
+            self.device_state = torch.get_device_module(self.kind).get_rng_state(self.device)
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        # without its cache: a weight that was cast while no gradients were recorded would get none later
+        return torch.autocast(self.kind, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
+
+    @contextlib.contextmanager
+    def random_numbers(self) -> Iterator[None]:
+        devices = [] if self.device is None else [self.device]
+        with torch.random.fork_rng(devices, device_type="cuda" if self.device is None else self.kind):
+            torch.set_rng_state(self.cpu_state)
+            if self.device is not None:
+                torch.get_device_module(self.kind).set_rng_state(self.device_state, self.device)
+            yield
+
+
+class TiledMLP:
+    """The original forward, or that of a mix-in between, tile by tile."""
+
+    fused_tiles: int
+
+    def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
+        (x,) = (*args, *named.values())  # hidden_states to some, x to others
+        # not by name: under ZeRO-3 a look-up of a parameter gathers it
+        return tiled(super().forward, x, self.fused_tiles, self.parameters())
+
+
+class TiledGatedMLP(TiledMLP, GatedMLP):
+    """``GatedMLP``, tile by tile."""
+
+
+class TiledPackedMLP(TiledMLP, PackedMLP):
+    """``PackedMLP``, tile by tile."""
+
+
+# mix-in -> the same, tile by tile
+TILED: Mapping[type, type] = {GatedMLP: TiledGatedMLP, PackedMLP: TiledPackedMLP}

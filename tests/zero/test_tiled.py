@@ -1,0 +1,46 @@
+"""Tiled MLPs against stock ones on two ranks, under ZeRO-3 and ZeRO-2, with gradient accumulation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import products
+import pytest
+from launching import launch
+
+GAS = 2
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    out = tmp_path_factory.mktemp("tiled")
+    launch(Path(__file__).with_name("tiled_ranks.py"), str(out), timeout=200)
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("stage, way", [("3", "tiled"), ("3", "leaf"), ("3", "json"), ("2", "tiled")])
+def test_it_trains_as_stock(ranks, stage, way):
+    for found in ranks:
+        stock, tiled = found[stage]["stock"]["losses"], found[stage][way]["losses"]
+        assert len(stock) == GAS * products.FEW_STEPS and stock[-1] != stock[0]
+        assert tiled == pytest.approx(stock, rel=1e-5)
+
+
+def test_a_gradient_is_reduced_once_a_backward(ranks):
+    for found in ranks:
+        stock = found["3"]["stock"]["counts"]
+        assert sum("mlp" in name for name in stock) == 3 * products.SIZES["num_hidden_layers"]
+        assert set(stock.values()) == {GAS * products.FEW_STEPS}
+        for way in ("tiled", "leaf", "json"):
+            assert found["3"][way]["counts"] == stock
+
+
+def test_the_json_key_tiles_mlps_and_has_them_gathered_once(ranks):
+    for found in ranks:
+        assert [(found["3"][way]["tiles"], found["3"][way]["leaf"]) for way in ("stock", "tiled", "leaf", "json")] == [
+            (None, False),
+            (5, False),
+            (5, True),
+            (5, True),
+        ]

@@ -1,0 +1,105 @@
+"""One rank of test_tiled.py: a Llama with tiled MLPs and one without train alike under every ZeRO stage.
+
+    tiled_ranks.py OUT
+
+OUT/RANK.json: by stage, the losses of both and how often a parameter's gradient was handed to the optimizer.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import deepspeed
+import jobs
+import products
+import torch
+import torch.distributed as dist
+from deepspeed.utils import set_z3_leaf_modules, z3_leaf_module
+from transformers import LlamaForCausalLM
+
+from ds_fused.engine.config import OP_OPTIONS
+from ds_fused.modules.swap import swap
+from ds_fused.modules.tiled_mlp import TiledMLP
+
+TILES = 5  # of 24 rows, and of 22 on the other rank
+GAS = 2
+
+
+# by the JSON, with nothing else on
+BLOCK = dict.fromkeys(OP_OPTIONS, False) | {"enabled": True, "swiglu": True, "tiled_mlp": {"tiles": TILES}}
+
+
+def engine_of(stage: int, tiled: bool, leaf: bool, block: dict | None) -> deepspeed.DeepSpeedEngine:
+    model = LlamaForCausalLM(jobs.config_of(False))
+    weights = jobs.first_weights(False)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(weights[name])
+    if tiled:
+        for layer in model.model.layers:
+            swap(layer.mlp, TiledMLP, fused_tiles=TILES)
+    if leaf:
+        set_z3_leaf_modules(model, [type(model.model.layers[0].mlp)])
+    config = {
+        "train_micro_batch_size_per_gpu": products.ROWS,
+        "gradient_accumulation_steps": GAS,
+        "gradient_clipping": products.CLIP,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
+    if block is not None:
+        config["ds_fused"] = block
+    optimizer = torch.optim.SGD(model.parameters(), lr=products.LEARNING_RATE["sgd"])
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def counted(engine: deepspeed.DeepSpeedEngine) -> Counter:
+    """How often a parameter arrives where ZeRO-3 puts gradients into its buckets, by name."""
+    names = {p.ds_id: name for name, p in engine.module.named_parameters()}
+    counts: Counter = Counter()
+    stock = engine.optimizer.reduce_independent_p_g_buckets_and_remove_grads
+
+    def reduce(param: torch.nn.Parameter) -> None:
+        counts[names[param.ds_id]] += 1
+        stock(param)
+
+    engine.optimizer.reduce_independent_p_g_buckets_and_remove_grads = reduce
+    return counts
+
+
+def train(stage: int, tiled: bool, leaf: bool = False, block: dict | None = None) -> dict:
+    engine = engine_of(stage, tiled, leaf, block)
+    counts = counted(engine) if stage == 3 else Counter()
+    losses = []
+    for step in jobs.batches(GAS, products.FEW_STEPS):
+        for micro_batch in step:
+            ids, labels = micro_batch[dist.get_rank()]
+            if dist.get_rank() == 1:
+                ids, labels = ids[:, 1:], labels[:, 1:]
+            loss = engine(input_ids=ids, labels=labels).loss
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+    mlp = engine.module.model.layers[0].mlp
+    found = {
+        "losses": losses,
+        "counts": counts,
+        "leaf": z3_leaf_module(mlp),
+        "tiles": getattr(mlp, "fused_tiles", None),
+    }
+    engine.destroy()
+    return found
+
+
+def main(out: Path) -> None:
+    deepspeed.init_distributed("gloo")
+    found = {stage: {"stock": train(stage, False), "tiled": train(stage, True)} for stage in (3, 2)}
+    found[3] |= {"leaf": train(3, True, leaf=True), "json": train(3, False, block=BLOCK)}
+    (out / f"{dist.get_rank()}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
