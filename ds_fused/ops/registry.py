@@ -10,9 +10,12 @@ from typing import NamedTuple
 
 from ds_fused.ops.cross_entropy import cross_entropy, cross_entropy_reference
 from ds_fused.ops.glu import glu, glu_reference
+from ds_fused.ops.jsd import jsd, jsd_reference
+from ds_fused.ops.kl_div import kl_div, kl_div_reference
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from ds_fused.ops.rms_norm import rms_norm, rms_norm_reference
 from ds_fused.ops.rope import rope, rope_reference
+from ds_fused.ops.tvd import tvd, tvd_reference
 
 
 class Option(NamedTuple):
@@ -71,6 +74,10 @@ OPS: tuple[Op, ...] = (
             }
         ),
     ),
+    # losses that replace no layer
+    Op("kl_div", kl_div, kl_div_reference, (), "KL divergence of log-probabilities from a target, as in PyTorch"),
+    Op("jsd", jsd, jsd_reference, (), "distillation: generalized Jensen-Shannon divergence, both KLs; from logits"),
+    Op("tvd", tvd, tvd_reference, (), "distillation: total variation distance; from logits"),
 )
 
 

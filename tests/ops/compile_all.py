@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
@@ -74,6 +75,15 @@ def cross_entropy() -> None:
     ops.cross_entropy(leaf(2, 50257), labels, **options).backward()
 
 
+class Landed(NamedTuple):
+    """A collective that is over."""
+
+    result: Tensor
+
+    def land(self) -> Tensor:
+        return self.result
+
+
 class OneOfTwo(VocabShard):
     """The first of two ranks, which sees itself in the other."""
 
@@ -86,16 +96,11 @@ class OneOfTwo(VocabShard):
     def most(self, n: int) -> int:
         return n
 
-    def gather(self, mine: Tensor) -> OneOfTwo:
-        self.landing = torch.stack([mine, mine])
-        return self
+    def gather(self, mine: Tensor) -> Landed:
+        return Landed(torch.stack([mine, mine]))
 
-    def reduce_scatter(self, parts: Tensor) -> OneOfTwo:
-        self.landing = parts[0]
-        return self
-
-    def land(self) -> Tensor:
-        return self.landing
+    def reduce_scatter(self, parts: Tensor) -> Landed:
+        return Landed(parts[0])
 
     def gradient(self) -> None:
         raise AssertionError("nobody asked for one")
@@ -109,7 +114,40 @@ def linear_cross_entropy() -> None:
     ops.linear_cross_entropy(leaf(2, 8).detach(), OneOfTwo(), labels)
 
 
-EXAMPLES: tuple[Callable[[], None], ...] = (rms_norm, glu, rope, cross_entropy, linear_cross_entropy)
+def kl_div() -> None:
+    for dtype, log_target in ((torch.bfloat16, False), (torch.float32, True)):
+        for reduction in ("batchmean", "none"):
+            x, t = leaf(2, 4096, dtype=dtype), leaf(2, 4096, dtype=dtype)
+            ops.kl_div(x, t, log_target=log_target, reduction=reduction).sum().backward()
+    ops.kl_div(leaf(2, 50257), leaf(2, 50257).detach()).backward()
+    ops.kl_div(leaf(2, 8192)[:, :4096], leaf(2, 4096).detach()).backward()
+
+
+def jsd() -> None:
+    labels = torch.zeros(2, dtype=torch.int64)
+    for beta in (0.0, 0.5):
+        for dtype in (torch.bfloat16, torch.float32):
+            ops.jsd(leaf(2, 128256, dtype=dtype), leaf(2, 128256, dtype=dtype), beta=beta).backward()
+        ops.jsd(leaf(2, 50257), leaf(2, 50257).detach(), labels, beta=beta, temperature=2.0).backward()
+
+
+def tvd() -> None:
+    labels = torch.zeros(2, dtype=torch.int64)
+    for dtype in (torch.bfloat16, torch.float32):
+        ops.tvd(leaf(2, 128256, dtype=dtype), leaf(2, 128256, dtype=dtype)).backward()
+    ops.tvd(leaf(2, 50257), leaf(2, 50257).detach(), labels, temperature=2.0).backward()
+
+
+EXAMPLES: tuple[Callable[[], None], ...] = (
+    rms_norm,
+    glu,
+    rope,
+    cross_entropy,
+    linear_cross_entropy,
+    kl_div,
+    jsd,
+    tvd,
+)
 
 
 def kernels() -> set[str]:

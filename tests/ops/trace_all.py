@@ -73,7 +73,41 @@ def linear_cross_entropy() -> Iterator[Case]:
     yield recomputed, [(leaf(n, 8), leaf(1024, 8), labels(n)) for n in (3, 4)]
 
 
-EXAMPLES: tuple[Callable[[], Iterator[Case]], ...] = (rms_norm, glu, rope, cross_entropy, linear_cross_entropy)
+def kl_div() -> Iterator[Case]:
+    for reduction in ("batchmean", "none"):
+        call = partial(ops.kl_div, reduction=reduction)
+        yield call, [(leaf(5, d), leaf(5, d)) for d in (64, 128, 100)]
+        yield call, [(leaf(n, 64), leaf(n, 64).detach()) for n in (3, 4, 5)]
+    yield lambda both: ops.kl_div(*both.chunk(2, -1), log_target=True), [(leaf(5, 2 * d),) for d in (64, 128)]
+
+
+def pairs(n: int, n_vocab: int) -> tuple[Tensor, Tensor]:
+    return leaf(n, n_vocab), leaf(n, n_vocab)
+
+
+def jsd() -> Iterator[Case]:
+    for beta in (0.0, 0.5):
+        call = partial(ops.jsd, beta=beta)
+        yield call, [pairs(5, n_vocab) for n_vocab in (1024, 32000)]
+        yield call, [(*pairs(n, 1024), labels(n)) for n in (3, 4, 5)]
+    yield partial(ops.jsd, reduction="none", temperature=2.0), [(leaf(n, 8), torch.ones(n, 8)) for n in (3, 4)]
+
+
+def tvd() -> Iterator[Case]:
+    yield ops.tvd, [pairs(5, n_vocab) for n_vocab in (1024, 32000)]
+    yield ops.tvd, [(*pairs(n, 1024), labels(n)) for n in (3, 4, 5)]
+
+
+EXAMPLES: tuple[Callable[[], Iterator[Case]], ...] = (
+    rms_norm,
+    glu,
+    rope,
+    cross_entropy,
+    linear_cross_entropy,
+    kl_div,
+    jsd,
+    tvd,
+)
 
 
 class Traced(Exception):
