@@ -7,8 +7,8 @@ Per token, with P = softmax(teacher_logits / temperature), Q = softmax(student_l
     loss = KL(P || Q), forward                              beta = 0
     loss = KL(Q || P), reverse                              beta = 1
 
-as in "On-Policy Distillation of Language Models" (Agarwal et al. 2023): the two KLs are the limits of loss / beta and of
-loss / (1 - beta). TRL and Liger mean the same by beta. Nothing is multiplied by temperature**2.
+as in "On-Policy Distillation of Language Models" (Agarwal et al. 2023); the two KLs are the limits of loss / beta and
+of loss / (1 - beta). TRL and Liger mean the same by beta. Nothing is multiplied by temperature**2.
 
 Traffic per logit, what is saved for backward and the gradients: see _divergence.py.
 """
