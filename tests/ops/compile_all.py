@@ -73,6 +73,9 @@ def cross_entropy() -> None:
         ops.cross_entropy(leaf(2, 128256, dtype=dtype), labels).backward()
     options = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0}
     ops.cross_entropy(leaf(2, 50257), labels, **options).backward()
+    for dtype in (torch.bfloat16, torch.float32):
+        logits, weight = leaf(2, 128256, dtype=dtype), leaf(128256).detach()
+        ops.cross_entropy(logits, labels, weight=weight, label_smoothing=0.1, return_accuracy=True)[0].backward()
 
 
 class Landed(NamedTuple):

@@ -64,6 +64,12 @@ def cross_entropy() -> Iterator[Case]:
     yield ops.cross_entropy, [(leaf(n, 1024), labels(n)) for n in (3, 4, 5)]
     overwriting = partial(ops.cross_entropy, overwrite_logits=True, label_smoothing=0.1, softcap=30.0)
     yield lambda x, labels: overwriting(x * 2, labels), [(leaf(5, 1024), labels(5))]
+    for smoothing in (0.0, 0.1):
+        more = partial(ops.cross_entropy, label_smoothing=smoothing, return_z_loss=True, return_accuracy=True)
+        yield (
+            lambda x, labels, weight, more=more: more(x, labels, weight=weight)[0],
+            [(leaf(n, 1024), labels(n), torch.ones(1024)) for n in (3, 4, 5)],
+        )
 
 
 def linear_cross_entropy() -> Iterator[Case]:
