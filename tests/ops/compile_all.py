@@ -115,6 +115,7 @@ def linear_cross_entropy() -> None:
     options = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0, "logit_scale": 0.5}
     ops.linear_cross_entropy(leaf(2, 8), leaf(50257, 8), labels, bias=leaf(50257), **options).backward()
     ops.linear_cross_entropy(leaf(2, 8).detach(), OneOfTwo(), labels)
+    ops.linear_cross_entropy(leaf(2, 8).detach(), OneOfTwo(), labels, return_accuracy=True)
 
 
 def kl_div() -> None:

@@ -77,6 +77,11 @@ def linear_cross_entropy() -> Iterator[Case]:
     yield ops.linear_cross_entropy, [(leaf(5, d), leaf(1024, d), labels(5)) for d in (8, 16)]
     recomputed = partial(ops.linear_cross_entropy, keep_mb=0, reduction="sum", logit_scale=0.5)
     yield recomputed, [(leaf(n, 8), leaf(1024, 8), labels(n)) for n in (3, 4)]
+    more = partial(ops.linear_cross_entropy, label_smoothing=0.1, return_z_loss=True, return_accuracy=True)
+    yield (
+        lambda x, weight, labels, of_class: more(x, weight, labels, class_weight=of_class)[0],
+        [(leaf(n, 8), leaf(1024, 8), labels(n), torch.ones(1024)) for n in (3, 4)],
+    )
 
 
 def kl_div() -> Iterator[Case]:
