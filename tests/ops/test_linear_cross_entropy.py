@@ -229,12 +229,20 @@ def weighted(loss_of):
     return run
 
 
+@only_plain
 @pytest.mark.parametrize("cut", CUTS[1:3])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, EVERYTHING])
 def test_class_weights(options, cut, where):
     inputs = [*some(5, 3, 23, where, options.get("ignore_index", -100)), randn(23, device=where, seed=5).abs()]
     for loss_of in (ours, in_slabs) if cut is CUTS[1] else (ours,):
         as_accurate(weighted(loss_of), weighted(theirs), inputs, torch.bfloat16, frozen=(4,), **options, **cut)
+
+
+@only_kernels
+def test_class_weights_in_kernels(where):
+    inputs = [*some(5, 3, 11, where), randn(11, device=where, seed=5).abs()]
+    options = {**EVERYTHING, "ignore_index": -100, **CUTS[1]}
+    as_accurate(weighted(ours), weighted(theirs), inputs, torch.bfloat16, frozen=(4,), **options)
 
 
 def shared_peaks(m, h, v, where):
