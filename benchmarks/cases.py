@@ -187,6 +187,17 @@ def linear_loss_inputs(generator: torch.Generator, m: int, h: int, n_vocab: int)
     return Inputs({"x": x, "weight": weight, "labels": _labels(generator, m, n_vocab)})
 
 
+def kl_div_inputs(generator: torch.Generator, n: int, n_vocab: int) -> Inputs:
+    x, target = (_randn(generator, n, n_vocab, scale=LOGITS_SCALE) for _ in range(2))
+    return Inputs({"x": x.log_softmax(-1).requires_grad_(), "target": target.softmax(-1)})
+
+
+def pair_inputs(generator: torch.Generator, n: int, n_vocab: int) -> Inputs:
+    student, teacher = (_randn(generator, n, n_vocab, scale=LOGITS_SCALE) for _ in range(2))
+    labels = _labels(generator, n, n_vocab)
+    return Inputs({"student": student.requires_grad_(), "teacher": teacher, "labels": labels})
+
+
 def _norm_bytes(n: int, d: int) -> tuple[int, int]:
     # x -> y; x, dy -> dx; the weight and its gradient, once each
     return SIZE * (2 * n * d + d), SIZE * (5 * n * d + 3 * d)
@@ -264,11 +275,18 @@ def _loss_bytes(n: int, n_vocab: int) -> tuple[int, int]:
     return SIZE * n * n_vocab, SIZE * 2 * n * n_vocab
 
 
+def _pair_bytes(n: int, n_vocab: int) -> tuple[int, int]:
+    # student and teacher once, the student's gradient once
+    return SIZE * 2 * n * n_vocab, SIZE * 3 * n * n_vocab
+
+
 def _linear_loss_flops(m: int, h: int, n_vocab: int) -> tuple[int, int]:
     # logits; logits, dx and dweight
     return 2 * m * h * n_vocab, 6 * m * h * n_vocab
 
 
+# Llama-3's vocabulary and Llama-2's; half the tokens of the cross entropies, since eager code keeps 18 GiB of the first
+PAIR_SWEEP = ((4096, 128256), (8192, 32000))
 # Llama-3-8B's width at 8k tokens, a 70B's at 16k, and a q-norm over 128-wide heads (8192 tokens x 32 heads)
 NORM_SWEEP = ((8192, 4096), (16384, 8192), (262144, 128))
 # 4096 queries of 32 heads, each over 4096 keys; a vocabulary
@@ -385,5 +403,21 @@ CASES = (
         "linear_cross_entropy", "", linear_loss_inputs, rivals.LINEAR_CROSS_ENTROPY,
         sweep=((8192, 4096, 128256), (16384, 2048, 151936), (4096, 4096, 128256)),
         launch_bound=(128, 256, 1024), tiny=(140, 16, 96), flops=_linear_loss_flops,
+    ),
+    Case(
+        "kl_div", "", kl_div_inputs, rivals.KL_DIV,
+        sweep=PAIR_SWEEP, launch_bound=(16, 1024), tiny=(140, 96), bytes=_pair_bytes,
+    ),
+    Case(
+        "jsd", "beta=0.5", pair_inputs, rivals.jsd_providers(0.5),
+        sweep=PAIR_SWEEP, launch_bound=(16, 1024), tiny=(140, 96), bytes=_pair_bytes,
+    ),
+    Case(
+        "jsd", "beta=0", pair_inputs, rivals.jsd_providers(0.0),
+        sweep=PAIR_SWEEP, launch_bound=(16, 1024), tiny=(140, 96), bytes=_pair_bytes,
+    ),
+    Case(
+        "tvd", "", pair_inputs, rivals.TVD,
+        sweep=PAIR_SWEEP, launch_bound=(16, 1024), tiny=(140, 96), bytes=_pair_bytes,
     ),
 )  # fmt: skip

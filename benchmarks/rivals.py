@@ -12,6 +12,7 @@ which is missing or broken costs its own row and nothing else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -722,4 +723,112 @@ LINEAR_CROSS_ENTROPY = {
     "liger": Provider(_liger_linear_loss(), note=_IN_FORWARD),
     "liger chunk_mem_const=8": Provider(_liger_linear_loss(chunk_mem_const=8), note=_IN_FORWARD),
     "liger chunk_mem_const=16": Provider(_liger_linear_loss(chunk_mem_const=16), note=_IN_FORWARD),
+}
+
+
+# --- kl_div: x [N, V] log-probabilities, target [N, V] probabilities ---
+
+
+def _torch_kl_div(t: Tensors):
+    return lambda x, target: F.kl_div(x, target, reduction="batchmean"), (t["x"], t["target"])
+
+
+def _liger_kl_div(t: Tensors) -> Call:
+    loss = _liger().liger_kl_div
+    return lambda: loss(t["x"], t["target"], reduction="batchmean")
+
+
+def _our_kl_div(t: Tensors) -> Call:
+    loss = _ops().kl_div
+    return lambda: loss(t["x"], t["target"], reduction="batchmean")
+
+
+KL_DIV = {
+    "ds_fused": Provider(_our_kl_div),
+    "hf_eager": Provider(_eager(_torch_kl_div), note="F.kl_div"),
+    "compile": Provider(_compiled(_torch_kl_div)),
+    "liger": Provider(_liger_kl_div),
+}
+
+
+# --- jsd, tvd: student and teacher [N, V] logits, labels [N] ---
+
+
+def _torch_jsd(beta: float):
+    """From the definition; in fp32, as the losses of transformers are."""
+
+    def loss(student, teacher, labels):
+        log_q, log_p = (torch.log_softmax(x.float(), -1) for x in (student, teacher))
+        if beta == 0.0:
+            each = log_p.exp() * (log_p - log_q)
+        else:
+            log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+            each = beta * log_p.exp() * (log_p - log_m) + (1.0 - beta) * log_q.exp() * (log_q - log_m)
+        return _mean_of_counting(each.sum(-1), labels)
+
+    return lambda t: (loss, (t["student"], t["teacher"], t["labels"]))
+
+
+def _torch_tvd(t: Tensors):
+    def loss(student, teacher, labels):
+        q, p = (torch.softmax(x.float(), -1) for x in (student, teacher))
+        return _mean_of_counting(0.5 * (p - q).abs().sum(-1), labels)
+
+    return loss, (t["student"], t["teacher"], t["labels"])
+
+
+def _mean_of_counting(loss: Tensor, labels: Tensor) -> Tensor:
+    counts = labels != -100
+    return torch.where(counts, loss, 0.0).sum() / counts.sum()
+
+
+def _liger_jsd(beta: float) -> Callable[[Tensors], Call]:
+    def build(t: Tensors) -> Call:
+        loss = _liger().liger_jsd
+
+        def call() -> Tensor:
+            log_q, log_p = (torch.log_softmax(t[name].float(), -1) for name in ("student", "teacher"))
+            return loss(log_q, log_p, t["labels"], beta)
+
+        return call
+
+    return build
+
+
+def _liger_tvd(t: Tensors) -> Call:
+    loss = _liger().liger_tvd
+
+    def call() -> Tensor:
+        q, p = (torch.softmax(t[name].float(), -1) for name in ("student", "teacher"))
+        return loss(q, p, t["labels"], "batchmean")
+
+    return call
+
+
+def _our_divergence(op: str, **options) -> Callable[[Tensors], Call]:
+    def build(t: Tensors) -> Call:
+        loss = getattr(_ops(), op)
+        return lambda: loss(t["student"], t["teacher"], t["labels"], **options)
+
+    return build
+
+
+_SOFTMAX_BEFORE = "PyTorch's fp32 softmax of both logits before it"
+
+
+def jsd_providers(beta: float) -> dict[str, Provider]:
+    torchs = _torch_jsd(beta)
+    return {
+        "ds_fused": Provider(_our_divergence("jsd", beta=beta)),
+        "hf_eager": Provider(_eager(torchs), note="the definition in PyTorch"),
+        "compile": Provider(_compiled(torchs)),
+        "liger": Provider(_liger_jsd(beta), note=_SOFTMAX_BEFORE),
+    }
+
+
+TVD = {
+    "ds_fused": Provider(_our_divergence("tvd")),
+    "hf_eager": Provider(_eager(_torch_tvd), note="the definition in PyTorch"),
+    "compile": Provider(_compiled(_torch_tvd)),
+    "liger": Provider(_liger_tvd, note=_SOFTMAX_BEFORE),
 }

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 # run as a script: find this folder's modules and the package beside it, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -44,8 +45,14 @@ class Search:
     variant: str
     direction: str  # "forward", "backward" or "both"
     shapes: tuple[tuple[int, ...], ...]
-    constants: Mapping[str, tuple]  # attribute of ds_fused.ops.<op> -> values
+    constants: Mapping[str, tuple]  # attribute of the module -> values
     options: Mapping[str, tuple] | None = None  # argument of the op -> values
+    file: str = ""  # of ds_fused.ops, where the constants stand elsewhere than in the op's own
+
+    @property
+    def module(self) -> ModuleType:
+        """Where the constants stand."""
+        return importlib.import_module(f"ds_fused.ops.{self.file or self.op}")
 
     def choices(self) -> list[Choice]:
         axes = {**self.constants, **(self.options or {})}
@@ -55,6 +62,8 @@ class Search:
 # widths where a tile is one row, and one where it is many
 ROW_SHAPES, NARROW_SHAPES = ((8192, 4096), (16384, 8192)), ((262144, 128),)
 LOSS_SHAPES = ((8192, 128256), (8192, 32000))
+PAIR_SHAPES = ((4096, 128256), (8192, 32000))
+PAIR_FORWARD = {"FWD_BLOCK": (2048, 4096, 8192), "FWD_STAGES": (1, 2, 3, 4), "FWD_PER_THREAD": (4, 8, 16)}
 
 SEARCHES = (
     Search(
@@ -144,13 +153,19 @@ SEARCHES = (
         "linear_cross_entropy", "", "both", ((8192, 4096, 128256),),
         {}, options={"chunk_mb": (256, 512, 1024), "keep_mb": (0, 1024, 2048)},
     ),
+    Search("kl_div", "", "both", PAIR_SHAPES, {"BLOCK": (1024, 2048, 4096, 8192), "NUM_WARPS": (4, 8, 16)}),
+    Search("jsd", "beta=0.5", "forward", PAIR_SHAPES, PAIR_FORWARD, file="_divergence"),
+    Search("jsd", "beta=0", "forward", PAIR_SHAPES, PAIR_FORWARD, file="_divergence"),
+    Search(
+        "jsd", "beta=0.5", "backward", PAIR_SHAPES,
+        {"BWD_BLOCK": (1024, 2048, 4096, 8192), "BWD_PER_THREAD": (8, 16, 32)}, file="_divergence",
+    ),
 )  # fmt: skip
 
 
 @contextlib.contextmanager
-def in_place(op: str, choice: Choice) -> Iterator[None]:
-    """The op's module with these constants, and as it was afterwards."""
-    module = importlib.import_module(f"ds_fused.ops.{op}")
+def in_place(module: ModuleType, choice: Choice) -> Iterator[None]:
+    """An op's module with these constants, and as it was afterwards."""
     before = {name: getattr(module, name) for name in choice}
     try:
         for name, value in choice.items():
@@ -175,7 +190,7 @@ def calls(op: str, variant: str, inputs: Inputs, options: Choice) -> Callable[[]
 def timed(search: Search, inputs: Inputs, choice: Choice, wanted: tuple[Tensor, ...], on: Instruments) -> float:
     """Milliseconds of the direction; ValueError where the answer is another one."""
     options = {name: choice[name] for name in search.options or {}}
-    with in_place(search.op, {name: choice[name] for name in search.constants}):
+    with in_place(search.module, {name: choice[name] for name in search.constants}):
         forward = calls(search.op, search.variant, inputs, options)
         full = full_call(forward, inputs)
         error = max(relative_error(got, want) for got, want in zip(full(), wanted, strict=True))
@@ -193,8 +208,7 @@ def timed(search: Search, inputs: Inputs, choice: Choice, wanted: tuple[Tensor, 
 
 def current(search: Search) -> Choice:
     """What the files say now: constants from the module, options left to the op's own defaults."""
-    module = importlib.import_module(f"ds_fused.ops.{search.op}")
-    return {name: getattr(module, name) for name in search.constants}
+    return {name: getattr(search.module, name) for name in search.constants}
 
 
 def explore(search: Search, shape: tuple[int, ...], seconds: float, on: Instruments) -> list[tuple[float, str]]:

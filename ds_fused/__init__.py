@@ -23,6 +23,9 @@ _HOME = {
     "relu2": "ds_fused.ops",
     "cross_entropy": "ds_fused.ops",
     "linear_cross_entropy": "ds_fused.ops",
+    "kl_div": "ds_fused.ops",
+    "jsd": "ds_fused.ops",
+    "tvd": "ds_fused.ops",
     "apply": "ds_fused.policies",
     "install": "ds_fused.engine.install",
 }

@@ -8,6 +8,8 @@ from ds_fused.ops.embedding import embedding
 from ds_fused.ops.gated_rms_norm import gated_rms_norm
 from ds_fused.ops.glu import glu
 from ds_fused.ops.group_norm import group_norm
+from ds_fused.ops.jsd import jsd
+from ds_fused.ops.kl_div import kl_div
 from ds_fused.ops.layer_norm import layer_norm
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy
 from ds_fused.ops.relu2 import relu2
@@ -15,6 +17,7 @@ from ds_fused.ops.rms_norm import rms_norm
 from ds_fused.ops.rope import rope
 from ds_fused.ops.softmax import softmax
 from ds_fused.ops.sparsemax import sparsemax
+from ds_fused.ops.tvd import tvd
 
 __all__ = [
     "add_layer_norm",
@@ -25,6 +28,8 @@ __all__ = [
     "gated_rms_norm",
     "glu",
     "group_norm",
+    "jsd",
+    "kl_div",
     "layer_norm",
     "linear_cross_entropy",
     "relu2",
@@ -32,4 +37,5 @@ __all__ = [
     "rope",
     "softmax",
     "sparsemax",
+    "tvd",
 ]

@@ -28,6 +28,68 @@ def reduced(loss: Tensor, shape: torch.Size, count: Tensor, reduction: str) -> T
     return loss.sum() / count
 
 
+def weights_of_tokens(
+    weight: Tensor | None, labels: Tensor, options: LossOptions, dtype: torch.dtype
+) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None]]:
+    """What class weights [V] come to: that of each label [N], 0 where it is ignored; and what the softmax passes need.
+
+    That is nothing without smoothing, where a token's loss is its weight times the plain one. Else the weights [V] and,
+    per token [2, N], the weight of its label and the sum over all classes of weight times wanted probability.
+    """
+    if weight is None:
+        return None, (None, None)
+    weight = weight.to(dtype).contiguous()
+    ignored = labels == options.ignore_index
+    of_token = weight[labels.clamp(0, weight.shape[0] - 1).long()].masked_fill(ignored, 0.0)
+    smoothing = options.label_smoothing
+    if not smoothing:
+        return of_token, (None, None)
+    of_all = (1.0 - smoothing) * of_token + smoothing * weight.mean()
+    return of_token, (weight, torch.stack([of_token, of_all]))
+
+
+def weighted(
+    loss: Tensor, z_losses: Tensor | None, of_token: Tensor | None, in_kernel: tuple[Tensor | None, Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
+    """Losses [N] and z-losses [N] with the weights that the softmax passes did not see."""
+    if of_token is None:
+        return loss, z_losses
+    return loss if in_kernel[0] is not None else of_token * loss, None if z_losses is None else of_token * z_losses
+
+
+def outputs(
+    loss: Tensor,  # [N]
+    z_losses: Tensor | None,  # [N]
+    right: Tensor | None,  # [N]
+    of_token: Tensor | None,  # [N]: weights
+    count: Tensor,  # of the tokens that count
+    shape: torch.Size,
+    reduction: str,
+) -> Tensor | tuple[Tensor, ...]:
+    """The loss alone, or with what else was asked for."""
+    total = count if of_token is None else of_token.sum()
+    result = reduced(loss, shape, total, reduction)
+    if z_losses is None and right is None:
+        return result
+    more = [] if z_losses is None else [reduced(z_losses.detach(), shape, total, reduction)]
+    return result, *more, *([] if right is None else [right.sum() / count])
+
+
+def check_weight(op: str, name: str, weight: Tensor | None, n_vocab: int, device: torch.device) -> None:
+    """Class weights: one floating-point number for each class, without a gradient."""
+    if weight is None:
+        return
+    if weight.shape != (n_vocab,) or not weight.is_floating_point():
+        raise ValueError(
+            f"{op}: {name} is {weight.dtype} {tuple(weight.shape)}; it must be a floating-point number for each of the "
+            f"{n_vocab} classes"
+        )
+    if weight.device != device:
+        raise ValueError(f"{op}: {name} is on {weight.device}, the scores on {device}; they must share a device")
+    if weight.requires_grad:
+        raise ValueError(f"{op}: {name} requires a gradient, and none is made for it; pass {name}.detach()")
+
+
 def check_loss(
     op: str,
     options: LossOptions,
@@ -65,17 +127,24 @@ def cross_entropy_fwd_torch(
     first_id: int = 0,
     is_first: bool = True,
     is_last: bool = True,
+    right: Tensor | None = None,
+    weight: Tensor | None = None,
+    token_weights: Tensor | None = None,
 ) -> None:
     """cross_entropy_fwd without kernels: the same arguments, [N, n_cols] and [N]."""
     smoothing = options.label_smoothing
     for rows in _row_blocks(logits):
         z, _ = _capped_torch(logits[rows].to(loss.dtype), options)
         col, here = _columns_torch(labels[rows], first_id, z.shape[1])
-        picked = torch.where(here, (1.0 - smoothing) * z.gather(1, col[:, None])[:, 0], 0.0)
+        of_label, of_all = (1.0, 1.0) if token_weights is None else token_weights[:, rows]
+        picked = torch.where(here, (1.0 - smoothing) * of_label * z.gather(1, col[:, None])[:, 0], 0.0)
         if smoothing:
-            picked = picked + smoothing / n_vocab * z.sum(1)
+            picked = picked + smoothing / n_vocab * (z.sum(1) if weight is None else (z * weight).sum(1))
         # finite where a whole slab is -inf, since -inf - -inf is not a number
         peak = z.amax(1).clamp_min(torch.finfo(z.dtype).min)
+        if right is not None:
+            is_right = (here & (z.argmax(1) == col)).to(right.dtype)
+            right[rows] = is_right if is_first else torch.where(peak > lse[0, rows], is_right, right[rows])
         if not is_first:
             picked, peak = picked + loss[rows], torch.maximum(peak, lse[0, rows])
         total = (z - peak[:, None]).exp_().sum(1)
@@ -85,8 +154,12 @@ def cross_entropy_fwd_torch(
         whole = peak + rest
         ignored = labels[rows] == options.ignore_index
         lse[0, rows], lse[1, rows] = peak.masked_fill(ignored, 0.0), rest.masked_fill(ignored, 0.0)
-        done = (peak - picked) + rest + options.z_loss * whole * whole if is_last else picked
+        done = picked
+        if is_last:
+            done = (of_all * peak - picked) + of_all * rest + options.z_loss * of_label * whole * whole
         loss[rows] = done.masked_fill(ignored, 0.0)
+        if right is not None:
+            right[rows] = right[rows].masked_fill(ignored, 0.0)
 
 
 def cross_entropy_bwd_torch(
@@ -99,6 +172,8 @@ def cross_entropy_bwd_torch(
     *,
     n_vocab: int,
     first_id: int = 0,
+    weight: Tensor | None = None,
+    token_weights: Tensor | None = None,
 ) -> None:
     """cross_entropy_bwd without kernels."""
     smoothing = options.label_smoothing
@@ -107,10 +182,14 @@ def cross_entropy_bwd_torch(
         col, here = _columns_torch(labels[rows], first_id, z.shape[1])
         peak, rest = lse[:, rows, None]
         dz = (z - peak).sub_(rest).exp_()
-        of_lse = dz * (2.0 * options.z_loss * (peak + rest)) if options.z_loss else 0.0
+        of_label, of_all = (1.0, 1.0) if token_weights is None else token_weights[:, rows, None]
+        of_lse = dz * (2.0 * options.z_loss * of_label * (peak + rest)) if options.z_loss else 0.0
         # p - wanted first: what is left of it may be small
         wanted = torch.full_like(dz, smoothing / n_vocab)
         wanted.scatter_add_(1, col[:, None], torch.where(here, 1.0 - smoothing, 0.0).to(dz.dtype)[:, None])
+        if weight is not None:
+            wanted.mul_(weight)
+            dz.mul_(of_all)
         dz.sub_(wanted).add_(of_lse)
         dz.mul_(dloss[rows, None]).mul_(slope)
         dlogits[rows] = dz.masked_fill_((labels[rows] == options.ignore_index)[:, None], 0.0).to(dlogits.dtype)

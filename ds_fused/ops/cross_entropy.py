@@ -6,6 +6,13 @@ Per token, with ``z = softcap * tanh(logit_scale * logits / softcap)`` (or ``log
     loss = lse - (1 - label_smoothing) * z[label] - label_smoothing * mean(z) + z_loss * lse**2
     dz   = dloss * (softmax(z) * (1 + 2 * z_loss * lse) - (1 - label_smoothing) * onehot - label_smoothing / V)
 
+With class weights w [V] each term of a class is multiplied by its weight, and z_loss by that of the label:
+
+    loss = sum(t * w * (lse - z)) + z_loss * w[label] * lse**2, t = (1 - label_smoothing) * onehot + label_smoothing / V
+
+and a mean divides by the sum of w[label]. Without smoothing that is w[label] times the loss above, so the kernels see
+weights only where both are given.
+
 Ignored tokens: loss and gradient are exactly zero and their logits are never read.
 
 Saved for backward: the logits (no copy of them) and lse, 8 bytes a token: it is held as two numbers, the maximum and
@@ -26,7 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._labels import counting_tokens
-from ds_fused.ops._loss import LossOptions, check_loss, reduced
+from ds_fused.ops._loss import LossOptions, check_loss, check_weight, outputs, weighted, weights_of_tokens
 from ds_fused.ops._triton import (
     cdiv,
     check_dtypes,
@@ -49,22 +56,34 @@ def cross_entropy_reference(
     logits: Tensor,  # [..., V]
     labels: Tensor,  # [...]
     *,
+    weight: Tensor | None = None,  # [V]
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    return_z_loss: bool = False,
+    return_accuracy: bool = False,
     overwrite_logits: bool = False,  # a permission that plain PyTorch makes no use of
-) -> Tensor:
+) -> Tensor | tuple[Tensor, ...]:
     """What this file computes, in PyTorch: the specification, the CPU path and the yardstick of the tests."""
     z = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
     flat = labels.reshape(-1).long()
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    loss = F.cross_entropy(z, flat, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
-    if z_loss:
-        loss = loss + z_loss * torch.where(flat == ignore_index, 0.0, torch.logsumexp(z, -1) ** 2)
-    return reduced(loss, labels.shape, (flat != ignore_index).sum(), reduction)
+    weight = None if weight is None else weight.to(z.dtype)
+    loss = F.cross_entropy(
+        z, flat, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
+    )
+    counts = flat != ignore_index
+    of_token = None if weight is None else torch.where(counts, weight[torch.where(counts, flat, 0)], 0.0)
+    z_losses = None
+    if z_loss or return_z_loss:
+        z_losses = z_loss * torch.where(counts, torch.logsumexp(z, -1) ** 2, 0.0)
+        z_losses = z_losses if of_token is None else of_token * z_losses
+        loss = loss + z_losses
+    right = (counts & (z.argmax(-1) == flat)).to(z.dtype) if return_accuracy else None
+    return outputs(loss, z_losses if return_z_loss else None, right, of_token, counts.sum(), labels.shape, reduction)
 
 
 @triton.jit
@@ -106,11 +125,14 @@ def _cross_entropy_fwd_kernel(
     logits_ptr,  # [N, n_cols]
     labels_ptr, loss_ptr,  # [N]
     lse_ptr,  # [2, N]: peak and rest
-    logits_stride, lse_stride,
+    right_ptr,  # [N]: 1 where no column's z is above the label's, nor equal and before it
+    weight_ptr,  # [n_cols]: of the classes
+    token_weights_ptr,  # [2, N]: of the label; of all that a token wants
+    logits_stride, lse_stride, token_weights_stride,
     n_cols, first_id,  # the columns are the vocabulary ids first_id, first_id + 1, ...
     ignore_index,
     logit_scale, softcap, z_loss, on_label, on_each,  # weights of z[label] and of every z
-    HAS_SOFTCAP: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_ACCURACY: tl.constexpr,
     IS_FIRST: tl.constexpr, IS_LAST: tl.constexpr,  # slab of the row
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -120,6 +142,8 @@ def _cross_entropy_fwd_kernel(
         tl.store(loss_ptr + row, 0.0)
         tl.store(lse_ptr + row, 0.0)
         tl.store(lse_ptr + lse_stride + row, 0.0)
+        if HAS_ACCURACY:
+            tl.store(right_ptr + row, 0.0)
     else:
         row_ptr = logits_ptr + row * logits_stride
         cols = tl.arange(0, BLOCK)
@@ -127,20 +151,29 @@ def _cross_entropy_fwd_kernel(
         top = tl.full([BLOCK], -1e38, tl.float32)
         total = tl.zeros([BLOCK], tl.float32)
         each = tl.zeros([BLOCK], tl.float32)
+        first = tl.zeros([BLOCK], tl.int32)  # the block in which a lane saw its top first
         # whole blocks carry no mask: one on an odd n_cols would cut every load down to single elements
         n_whole = (n_cols // BLOCK) * BLOCK
         for start in tl.range(0, n_whole, BLOCK, num_stages=STAGES):
             z, _ = _capped(tl.load(row_ptr + start + cols).to(tl.float32), logit_scale, softcap, HAS_SOFTCAP)
+            if HAS_ACCURACY:
+                first = tl.where(z > top, start, first)
             top, total = _online(top, total, z)
-            if HAS_SMOOTHING:
+            if HAS_WEIGHT:
+                each += z * tl.load(weight_ptr + start + cols)
+            elif HAS_SMOOTHING:
                 each += z
         if n_whole < n_cols:
             mask = n_whole + cols < n_cols
             x = tl.load(row_ptr + n_whole + cols, mask=mask, other=0.0).to(tl.float32)
             z, _ = _capped(x, logit_scale, softcap, HAS_SOFTCAP)
             # after the cap, which would make a small finite number of -inf
+            if HAS_ACCURACY:
+                first = tl.where(mask & (z > top), n_whole, first)
             top, total = _online(top, total, tl.where(mask, z, float("-inf")))
-            if HAS_SMOOTHING:
+            if HAS_WEIGHT:
+                each += tl.where(mask, z, 0.0) * tl.load(weight_ptr + n_whole + cols, mask=mask, other=0.0)
+            elif HAS_SMOOTHING:
                 each += tl.where(mask, z, 0.0)
 
         peak = tl.max(top, 0)
@@ -149,7 +182,15 @@ def _cross_entropy_fwd_kernel(
         here = (col >= 0) & (col < n_cols)
         x = tl.load(row_ptr + col, mask=here, other=0.0).to(tl.float32)
         z, _ = _capped(x, logit_scale, softcap, HAS_SOFTCAP)
+        if HAS_WEIGHT:
+            of_label, of_all = tl.load(token_weights_ptr + row), tl.load(token_weights_ptr + token_weights_stride + row)
+            on_label *= of_label
         picked = tl.where(here, on_label * z, 0.0)
+        if HAS_ACCURACY:
+            right = (here & (tl.min(tl.where(top == peak, first + cols, n_cols), 0) == col)).to(tl.float32)
+            if not IS_FIRST:
+                right = tl.where(peak > tl.load(lse_ptr + row), right, tl.load(right_ptr + row))
+            tl.store(right_ptr + row, right)
         if HAS_SMOOTHING:
             picked += on_each * tl.sum(each, 0)
 
@@ -165,8 +206,11 @@ def _cross_entropy_fwd_kernel(
         tl.store(lse_ptr + lse_stride + row, rest)
         if IS_LAST:
             lse = peak + rest
-            # this order keeps the bits of a small loss under large logits
-            tl.store(loss_ptr + row, (peak - picked) + rest + z_loss * lse * lse)
+            if HAS_WEIGHT:
+                tl.store(loss_ptr + row, (of_all * peak - picked) + of_all * rest + z_loss * of_label * lse * lse)
+            else:
+                # this order keeps the bits of a small loss under large logits
+                tl.store(loss_ptr + row, (peak - picked) + rest + z_loss * lse * lse)
         else:
             tl.store(loss_ptr + row, picked)
 
@@ -183,11 +227,12 @@ def _cross_entropy_bwd_kernel(
     dloss_ptr, labels_ptr,  # [N]
     lse_ptr,  # [2, N]: peak and rest
     logits_ptr, dlogits_ptr,  # [N, n_cols], may be one and the same
-    dloss_stride, lse_stride, logits_stride, dlogits_stride,
+    weight_ptr, token_weights_ptr,  # [n_cols], [2, N]: see the forward
+    dloss_stride, lse_stride, logits_stride, dlogits_stride, token_weights_stride,
     n_cols, n_blocks, first_id,
     ignore_index,
     logit_scale, softcap, z_loss, wanted_label, wanted_other,  # probabilities: without z_loss, dz is p - wanted
-    HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     row = pid // n_blocks
@@ -207,7 +252,16 @@ def _cross_entropy_bwd_kernel(
         peak, rest = tl.load(lse_ptr + row), tl.load(lse_ptr + lse_stride + row)
         col = (label.to(tl.int64) - first_id).to(tl.int32)  # compared with every column: at half the cost of int64
         on_lse = 2.0 * z_loss * (peak + rest)
-        if whole:  # without a mask: see the forward
+        if HAS_WEIGHT:
+            of_label, of_all = tl.load(token_weights_ptr + row), tl.load(token_weights_ptr + token_weights_stride + row)
+            w = tl.load(weight_ptr + cols, mask=mask, other=0.0)
+            x = tl.load(in_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+            z, slope = _capped(x, logit_scale, softcap, HAS_SOFTCAP)
+            p = tl.exp((z - peak) - rest)
+            wanted = w * tl.where(cols == col, wanted_label, wanted_other)
+            dz = (p * of_all - wanted) + p * (on_lse * of_label)
+            tl.store(out_ptr + cols, dloss * dz * slope, mask=mask)
+        elif whole:  # without a mask: see the forward
             z, slope = _capped(tl.load(in_ptr + cols).to(tl.float32), logit_scale, softcap, HAS_SOFTCAP)
             dz = _dz(z, peak, rest, cols == col, wanted_label, wanted_other, on_lse)
             tl.store(out_ptr + cols, dloss * dz * slope)
@@ -229,6 +283,9 @@ def cross_entropy_fwd(
     first_id: int = 0,
     is_first: bool = True,
     is_last: bool = True,
+    right: Tensor | None = None,  # [N] fp32, written; between slabs the state
+    weight: Tensor | None = None,  # [n_cols] fp32: the slab's classes
+    token_weights: Tensor | None = None,  # [2, N] fp32, see weights_of_tokens
 ) -> None:
     n, n_cols = logits.shape
     if n == 0:
@@ -237,11 +294,16 @@ def cross_entropy_fwd(
     smoothing = options.label_smoothing
     with on_device(logits):
         _cross_entropy_fwd_kernel[(n,)](
-            logits, labels, loss, lse, row_stride(logits), row_stride(lse),
+            logits, labels, loss, lse,
+            # a tensor that stands for one that is not there is never touched
+            loss if right is None else right, loss if weight is None else weight,
+            lse if token_weights is None else token_weights,
+            row_stride(logits), row_stride(lse), row_stride(lse if token_weights is None else token_weights),
             n_cols, first_id, options.ignore_index,
             float(options.logit_scale), float(options.softcap or 1.0), float(options.z_loss),
             1.0 - smoothing, smoothing / n_vocab,
             HAS_SOFTCAP=options.softcap is not None, HAS_SMOOTHING=smoothing > 0.0,
+            HAS_WEIGHT=weight is not None, HAS_ACCURACY=right is not None,
             IS_FIRST=is_first, IS_LAST=is_last,
             BLOCK=block, STAGES=FWD_STAGES, num_warps=warps_for(block, FWD_PER_THREAD),
         )  # fmt: skip
@@ -257,6 +319,8 @@ def cross_entropy_bwd(
     *,
     n_vocab: int,
     first_id: int = 0,
+    weight: Tensor | None = None,  # [n_cols] fp32
+    token_weights: Tensor | None = None,  # [2, N] fp32
 ) -> None:
     n, n_cols = logits.shape
     if n == 0:
@@ -267,36 +331,55 @@ def cross_entropy_bwd(
     with on_device(logits):
         _cross_entropy_bwd_kernel[(n * n_blocks,)](
             dloss, labels, lse, logits, dlogits,
+            lse if weight is None else weight, lse if token_weights is None else token_weights,
             dloss.stride(0), row_stride(lse), row_stride(logits), row_stride(dlogits),
+            row_stride(lse if token_weights is None else token_weights),
             n_cols, n_blocks, first_id, options.ignore_index,
             float(options.logit_scale), float(options.softcap or 1.0), float(options.z_loss),
             1.0 - smoothing + smoothing / n_vocab, smoothing / n_vocab,
-            HAS_SOFTCAP=options.softcap is not None,
+            HAS_SOFTCAP=options.softcap is not None, HAS_WEIGHT=weight is not None,
             BLOCK=block, num_warps=warps_for(block, BWD_PER_THREAD),
         )  # fmt: skip
 
 
 class CrossEntropyFunction(torch.autograd.Function):
-    """Logits [N, V] and labels [N] to one loss a token [N], fp32: any reduction or weighting goes on top."""
+    """Logits [N, V] and labels [N] to one loss a token [N], fp32: any reduction or weighting goes on top.
+
+    ``weight`` and ``token_weights``: where there is smoothing too. ``more``: lse [2, N] and right [N] as well.
+    """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, options: LossOptions, overwrite: bool) -> Tensor:
+    def forward(
+        ctx,
+        logits: Tensor,
+        labels: Tensor,
+        options: LossOptions,
+        overwrite: bool,
+        weight: Tensor | None,
+        token_weights: Tensor | None,
+        more: bool,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         n, n_vocab = logits.shape
         loss, lse = (logits.new_empty(size, dtype=torch.float32) for size in (n, (2, n)))
-        cross_entropy_fwd(logits, labels, loss, lse, options, n_vocab=n_vocab)
-        ctx.save_for_backward(logits, labels, lse)
+        right = torch.empty_like(loss) if more else None
+        weights = {"weight": weight, "token_weights": token_weights}
+        cross_entropy_fwd(logits, labels, loss, lse, options, n_vocab=n_vocab, right=right, **weights)
+        ctx.save_for_backward(logits, labels, lse, weight, token_weights)
         ctx.options, ctx.overwrite, ctx.overwritten = options, overwrite, False
-        return loss
+        if not more:
+            return loss
+        ctx.mark_non_differentiable(lse, right)
+        return loss, lse, right
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dloss: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.overwritten:
             raise RuntimeError(
                 "cross_entropy: a second backward, but the first wrote the gradient over the logits; "
                 "pass overwrite_logits=False to keep them"
             )
-        logits, labels, lse = ctx.saved_tensors
+        logits, labels, lse, weight, token_weights = ctx.saved_tensors
         if ctx.overwrite:
             dlogits = logits.detach()
             # a trace writes nothing, and dynamo may need two
@@ -305,22 +388,30 @@ class CrossEntropyFunction(torch.autograd.Function):
             torch.autograd.graph.increment_version(logits)
         else:
             dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        cross_entropy_bwd(dloss, logits, labels, lse, dlogits, ctx.options, n_vocab=logits.shape[1])
-        return dlogits, None, None, None
+        weights = {"weight": weight, "token_weights": token_weights}
+        cross_entropy_bwd(dloss, logits, labels, lse, dlogits, ctx.options, n_vocab=logits.shape[1], **weights)
+        return dlogits, None, None, None, None, None, None
 
 
 def cross_entropy(
     logits: Tensor,  # [..., V]
     labels: Tensor,  # [...] int64 or int32
     *,
+    weight: Tensor | None = None,  # [V]
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    return_z_loss: bool = False,
+    return_accuracy: bool = False,
     overwrite_logits: bool = False,
-) -> Tensor:
-    """``F.cross_entropy(softcap * tanh(logits / softcap), labels) + z_loss * logsumexp(...) ** 2``, in fp32.
+) -> Tensor | tuple[Tensor, ...]:
+    """``F.cross_entropy(softcap * tanh(logits / softcap), labels, weight) + z_loss * logsumexp(...) ** 2``, in fp32.
+
+    ``return_z_loss``: a tuple, its second the part of the loss that is z_loss's, reduced alike. ``return_accuracy``: a
+    tuple, its last the share of the counting tokens whose label is the argmax (of equal logits the first). Neither has
+    a gradient, and the host waits for neither.
 
     ``overwrite_logits``: the backward may write the gradient over the logits. Only for logits whose producer keeps
     nothing of them (a matrix product's output); a second backward through them then raises.
@@ -329,13 +420,24 @@ def cross_entropy(
         raise ValueError("cross_entropy: logits must be [..., vocabulary], got a scalar")
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
     check_loss("cross_entropy", options, labels, reduction, logits.shape[:-1], logits.shape[-1], logits.device)
+    check_weight("cross_entropy", "weight", weight, logits.shape[-1], logits.device)
     flat = labels.reshape(-1)
     count = counting_tokens("cross_entropy", flat, logits.shape[-1], ignore_index)
     if not runs_kernels(logits):
         return cross_entropy_reference(
-            logits, labels, ignore_index=ignore_index, reduction=reduction,
+            logits, labels, weight=weight, ignore_index=ignore_index, reduction=reduction,
             label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+            return_z_loss=return_z_loss, return_accuracy=return_accuracy,
         )  # fmt: skip
     check_dtypes("cross_entropy", logits=logits)
-    loss = CrossEntropyFunction.apply(rows_of(logits), flat, options, overwrite_logits)
-    return reduced(loss, labels.shape, count, reduction)
+    rows = rows_of(logits)
+    if weight is None and not (return_z_loss or return_accuracy):
+        loss = CrossEntropyFunction.apply(rows, flat, options, overwrite_logits, None, None, False)
+        return outputs(loss, None, None, None, count, labels.shape, reduction)
+    of_token, in_kernel = weights_of_tokens(weight, flat, options, torch.float32)
+    loss, lse, right = CrossEntropyFunction.apply(rows, flat, options, overwrite_logits, *in_kernel, True)
+    z_losses = z_loss * lse.sum(0) ** 2 if return_z_loss else None
+    return outputs(
+        *weighted(loss, z_losses, of_token, in_kernel), right if return_accuracy else None,
+        of_token, count, labels.shape, reduction,
+    )  # fmt: skip

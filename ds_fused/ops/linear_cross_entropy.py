@@ -23,7 +23,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._labels import counting_tokens
-from ds_fused.ops._loss import LossOptions, check_loss, cross_entropy_bwd_torch, cross_entropy_fwd_torch, reduced
+from ds_fused.ops._loss import (
+    LossOptions,
+    check_loss,
+    check_weight,
+    cross_entropy_bwd_torch,
+    cross_entropy_fwd_torch,
+    outputs,
+    weighted,
+    weights_of_tokens,
+)
 from ds_fused.ops._tiles import Tiling, product, tile, tile_elements, tiling, wide
 from ds_fused.ops._triton import autocast_dtype, check_dtypes, rows_of, runs_kernels
 from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd, cross_entropy_reference
@@ -38,23 +47,29 @@ def linear_cross_entropy_reference(
     labels: Tensor,  # [...]
     *,
     bias: Tensor | None = None,
+    class_weight: Tensor | None = None,  # [V]
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-) -> Tensor:
+    return_z_loss: bool = False,
+    return_accuracy: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """What this file computes, in PyTorch and with all logits at once: the specification and the tests' yardstick."""
     logits = F.linear(x, weight, bias)
     return cross_entropy_reference(
         logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale,
         labels,
+        weight=class_weight,
         ignore_index=ignore_index,
         reduction=reduction,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         softcap=softcap,
+        return_z_loss=return_z_loss,
+        return_accuracy=return_accuracy,
     )
 
 
@@ -70,6 +85,10 @@ def _logits(room: Tensor, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tenso
     else:
         torch.addmm(bias, x, rows.t(), out=z)
     return z
+
+
+def _of_chunk(token_weights: Tensor | None, chunk: slice) -> Tensor | None:
+    return None if token_weights is None else token_weights[:, chunk]
 
 
 def _of_slab(whole: Tensor, ids: Tensor | int, n: int) -> Tensor:
@@ -89,11 +108,13 @@ class _Slab:
         bias: Tensor | None,
         labels: Tensor,
         options: LossOptions,
+        class_weight: Tensor | None,
     ):
         self.ids = slabs.places(k)[1]
         n_vocab = slabs.shape[0]
         self.rows = rows.to(x.dtype)  # under autocast the weight has its own
         self.bias = None if bias is None else _of_slab(bias, self.ids, rows.shape[0]).to(x.dtype)
+        self.class_weight = None if class_weight is None else _of_slab(class_weight, self.ids, rows.shape[0])
         self.labels, self.options = labels, options
         self.place = {"n_vocab": n_vocab, "first_id": self.ids if isinstance(self.ids, int) else 0}
         if not isinstance(self.ids, int):
@@ -107,7 +128,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     """x [M, H], a weight [V, H] and labels [M] to one loss a token [M], fp32: any reduction or weighting goes on top.
 
     `weight` is what autograd knows of the head: the weight itself (then `slabs` is None), or, where slabs bring their
-    gradient home themselves, an empty anchor that requires grad if they do.
+    gradient home themselves, an empty anchor that requires grad if they do. `class_weight` [V] and `token_weights`
+    [2, M] are given where there is smoothing too. `more`: lse [2, M] and right [M] as well.
     """
 
     @staticmethod
@@ -120,18 +142,22 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         slabs: WeightSlabs | None,
         tiles: Tiling,
         options: LossOptions,
-    ) -> Tensor:
+        class_weight: Tensor | None,
+        token_weights: Tensor | None,
+        more: bool,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         n_tokens = x.shape[0]
         softmax_fwd = cross_entropy_fwd if runs_kernels(x) else cross_entropy_fwd_torch
         source = WholeWeight(weight, tiles.rows) if slabs is None else slabs
         loss, lse = (x.new_empty(size, dtype=wide(x)) for size in (n_tokens, (2, n_tokens)))
+        right = torch.empty_like(loss) if more else None
         kept: list[Tensor] = []
         room = None
         for k in range(len(source)):
             rows = source.gather(k)
             if k + 1 < len(source):
                 source.prefetch(k + 1)
-            slab = _Slab(source, k, rows, x, bias, labels, options)
+            slab = _Slab(source, k, rows, x, bias, labels, options, class_weight)
             for start in range(0, n_tokens, tiles.tokens):
                 chunk = slice(start, start + tiles.tokens)
                 if len(kept) < tiles.kept:
@@ -142,23 +168,27 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                 last = k == len(source) - 1
                 softmax_fwd(
                     z, slab.labels[chunk], loss[chunk], lse[:, chunk], slab.options,
-                    **slab.place, is_first=k == 0, is_last=last,
+                    **slab.place, is_first=k == 0, is_last=last, right=None if right is None else right[chunk],
+                    weight=slab.class_weight, token_weights=_of_chunk(token_weights, chunk),
                 )  # fmt: skip
-        ctx.save_for_backward(x, weight, bias, labels, lse, *kept)
+        ctx.save_for_backward(x, weight, bias, labels, lse, class_weight, token_weights, *kept)
         ctx.slabs, ctx.tiles, ctx.options, ctx.overwritten = slabs, tiles, options, False
         # the backward begins with them. Those of a whole weight are looked up again, see WholeWeight
         ctx.last_rows = None if slabs is None else rows
-        return loss
+        if not more:
+            return loss
+        ctx.mark_non_differentiable(lse, right)
+        return loss, lse, right
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.overwritten:
             raise RuntimeError(
                 "linear_cross_entropy: a second backward, but the first wrote the gradient over the logits it had "
                 "kept; pass keep_mb=0 to compute them again each time"
             )
-        x, weight, bias, labels, lse, *kept = ctx.saved_tensors
+        x, weight, bias, labels, lse, class_weight, token_weights, *kept = ctx.saved_tensors
         # a trace writes nothing, and dynamo may need two
         ctx.overwritten = len(kept) > 0 and not torch.compiler.is_compiling()
         tiles, n_tokens = ctx.tiles, x.shape[0]
@@ -180,7 +210,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                 rows = source.gather(k)
             if k > 0:
                 source.prefetch(k - 1)
-            slab = _Slab(source, k, rows, x, bias, labels, ctx.options)
+            slab = _Slab(source, k, rows, x, bias, labels, ctx.options, class_weight)
             dw = source.gradient(k) if wants_dweight else None
             dw_sum = dw
             if wants_dweight and n_tokens > tiles.tokens and dw.dtype != wide(x):
@@ -194,7 +224,10 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                         room = _room(x, tiles)
                     z = _logits(room, x[chunk], slab.rows, slab.bias)
                 dz = z  # in place: nobody else has the tile
-                softmax_bwd(dloss[chunk], z, slab.labels[chunk], lse[:, chunk], dz, slab.options, **slab.place)
+                softmax_bwd(
+                    dloss[chunk], z, slab.labels[chunk], lse[:, chunk], dz, slab.options, **slab.place,
+                    weight=slab.class_weight, token_weights=_of_chunk(token_weights, chunk),
+                )  # fmt: skip
                 if wants_dx:
                     product(dx[chunk], dz, slab.rows, add=not is_first)
                 if wants_dweight:
@@ -213,7 +246,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             None if dx is None else dx.to(x.dtype),
             source.grad if wants_dweight and ctx.slabs is None else None,
             None if dbias is None else dbias.to(bias.dtype),
-            None, None, None, None,
+            None, None, None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -231,32 +264,44 @@ def linear_cross_entropy(
     labels: Tensor,  # [...] int64 or int32
     *,
     bias: Tensor | None = None,  # [V]
+    class_weight: Tensor | None = None,  # [V]
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    return_z_loss: bool = False,
+    return_accuracy: bool = False,
     chunk_mb: int = 512,
     # all logits of 8192 tokens at a vocabulary of 128256: 37 ms on H100; with 1024, at a peak 364 MiB lower, 43
     # (benchmarks/results/h100/ops.csv)
     keep_mb: int = 2048,
     grad_in_forward: bool = False,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, ...]:
     """``cross_entropy(logit_scale * F.linear(x, weight, bias), labels, ...)``; the logits never exist as a whole.
+
+    ``class_weight`` is what ``weight`` is there, and what is returned is the same. Of equal logits the first is the
+    argmax; where slabs bring rows out of order, the first that came.
 
     ``chunk_mb``: MiB of logits that are worked on at a time. ``keep_mb``: MiB of logits kept for backward; the rest is
     computed again. Logits that fit it whole are not cut. Kept logits make way for their gradient, so a second
     backward raises unless ``keep_mb=0``.
 
-    ``grad_in_forward``: where the weight is whole, the loss a mean or a sum, and x not in fp16, gradients are made in
-    the forward, chunk after chunk: each logit is computed once and none is kept, whatever ``keep_mb`` says. The result
-    is the same (one_pass.py).
+    ``grad_in_forward``: where the weight is whole, the loss alone a mean or a sum, without class weights, and x not in
+    fp16, gradients are made in the forward, chunk after chunk: each logit is computed once and none is kept, whatever
+    ``keep_mb`` says. The result is the same (one_pass.py).
     """
     op = "linear_cross_entropy"
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     n_vocab = _checked_vocabulary(op, x, weight, bias)
     check_loss(op, options, labels, reduction, x.shape[:-1], n_vocab, x.device)
+    check_weight(op, "class_weight", class_weight, n_vocab, x.device)
+    if class_weight is not None and label_smoothing and isinstance(weight, VocabShard):
+        raise ValueError(
+            f"{op}: class_weight with label_smoothing={label_smoothing} while the rows of the weight stay on their "
+            'ranks; take one of the two, or another mode than "stationary"'
+        )
     if chunk_mb <= 0 or keep_mb < 0:
         raise ValueError(f"{op}: chunk_mb={chunk_mb} must be positive and keep_mb={keep_mb} not negative")
     autocast = autocast_dtype(x)
@@ -277,22 +322,32 @@ def linear_cross_entropy(
     trains = training and any(t is not None and t.requires_grad for t in (x, handle, bias))
     flat = labels.reshape(-1)
     count = counting_tokens(op, flat, n_vocab, ignore_index)
+    of_token, in_kernel = weights_of_tokens(class_weight, flat, options, wide(rows))
+    more = return_z_loss or return_accuracy
     chunk_bytes = int(chunk_mb * 2**20)
+    is_plain = slabs is None and class_weight is None and not more and reduction != "none"
     if isinstance(weight, VocabShard):
-        guess = reduction if trains and weight.guesses and reduction != "none" else None
-        loss = StationaryFunction.apply(rows, handle, bias, flat, weight, options, chunk_bytes, guess)
-        return reduced(loss, labels.shape, count, reduction)
-    if grad_in_forward and trains and slabs is None and reduction != "none" and rows.dtype != torch.float16:
+        guess = reduction if trains and weight.guesses and reduction != "none" and of_token is None else None
+        results = StationaryFunction.apply(
+            rows, handle, bias, flat, weight, options, chunk_bytes, guess, more
+        )  # fmt: skip
+    elif grad_in_forward and trains and is_plain and rows.dtype != torch.float16:
         # a frozen weight's tiling: along the tokens, whole rows of logits
         tokens = tiling(rows.shape[0], n_vocab, rows.element_size(), chunk_bytes, 0, dx=True, dweight=False).tokens
         return OnePassFunction.apply(rows, weight, bias, flat, count, options, reduction, tokens)
-    tiles = tiling(
-        rows.shape[0], n_vocab, rows.element_size(), chunk_bytes, int(keep_mb * 2**20) if trains else 0,
-        dx=training and x.requires_grad, dweight=training and handle.requires_grad,
-        slab_rows=slabs.slab_rows if slabs is not None else None,
+    else:
+        tiles = tiling(
+            rows.shape[0], n_vocab, rows.element_size(), chunk_bytes, int(keep_mb * 2**20) if trains else 0,
+            dx=training and x.requires_grad, dweight=training and handle.requires_grad,
+            slab_rows=slabs.slab_rows if slabs is not None else None,
+        )  # fmt: skip
+        results = LinearCrossEntropyFunction.apply(rows, handle, bias, flat, slabs, tiles, options, *in_kernel, more)
+    loss, lse, right = results if more else (results, None, None)
+    z_losses = z_loss * lse.sum(0) ** 2 if return_z_loss else None
+    return outputs(
+        *weighted(loss, z_losses, of_token, in_kernel), right if return_accuracy else None,
+        of_token, count, labels.shape, reduction,
     )  # fmt: skip
-    loss = LinearCrossEntropyFunction.apply(rows, handle, bias, flat, slabs, tiles, options)
-    return reduced(loss, labels.shape, count, reduction)
 
 
 def _checked_vocabulary(op: str, x: Tensor, weight: Tensor | WeightSlabs | VocabShard, bias: Tensor | None) -> int:

@@ -16,6 +16,8 @@ from ds_fused.ops.embedding import embedding, embedding_reference
 from ds_fused.ops.gated_rms_norm import gated_rms_norm, gated_rms_norm_reference
 from ds_fused.ops.glu import glu, glu_reference
 from ds_fused.ops.group_norm import group_norm, group_norm_reference
+from ds_fused.ops.jsd import jsd, jsd_reference
+from ds_fused.ops.kl_div import kl_div, kl_div_reference
 from ds_fused.ops.layer_norm import layer_norm, layer_norm_reference
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from ds_fused.ops.relu2 import relu2, relu2_reference
@@ -23,6 +25,7 @@ from ds_fused.ops.rms_norm import rms_norm, rms_norm_reference
 from ds_fused.ops.rope import rope, rope_reference
 from ds_fused.ops.softmax import softmax, softmax_reference
 from ds_fused.ops.sparsemax import sparsemax, sparsemax_reference
+from ds_fused.ops.tvd import tvd, tvd_reference
 
 
 class Option(NamedTuple):
@@ -124,6 +127,10 @@ OPS: tuple[Op, ...] = (
             }
         ),
     ),
+    # losses that replace no layer
+    Op("kl_div", kl_div, kl_div_reference, (), "KL divergence of log-probabilities from a target, as in PyTorch"),
+    Op("jsd", jsd, jsd_reference, (), "distillation: generalized Jensen-Shannon divergence, both KLs; from logits"),
+    Op("tvd", tvd, tvd_reference, (), "distillation: total variation distance; from logits"),
 )
 
 

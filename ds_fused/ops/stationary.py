@@ -4,7 +4,8 @@ Each rank multiplies the tokens of all ranks with its own vocabulary rows, block
 
     x [W * T, H]    from all ranks                           (all-gather)
     z [W * T, n]  = x @ rows.T, its softmax pass over n columns
-    lse, loss       from the W parts of each token           (all-gather of 3 numbers a token; merged by every rank)
+    lse, loss       from the W parts of each token           (all-gather of 3 numbers a token; merged by every rank;
+                                                              4 where the argmax is asked for)
     dz              over z, in place
     dx            = sum over ranks of dz @ rows              (reduce-scatter, in fp32)
     dw           += dz.T @ x                                 fp32, of these rows alone: nothing to reduce
@@ -240,7 +241,8 @@ class StationaryFunction(torch.autograd.Function):
     """x [M, H], this rank's rows of a weight and labels [M] to one loss a token [M], fp32.
 
     `anchor` is empty and requires grad if the weight does. `guess`: the reduction on top, "mean" or "sum", with which
-    gradients are made in the forward; None makes none there.
+    gradients are made in the forward; None makes none there. `more`: lse [2, M] and right [M] as well, which costs a
+    fourth number a token.
     """
 
     @staticmethod
@@ -254,27 +256,34 @@ class StationaryFunction(torch.autograd.Function):
         options: LossOptions,
         chunk_bytes: int,
         guess: str | None,
-    ) -> Tensor:
+        more: bool,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         most = shard.most(x.shape[0])
         block = block_tokens(most, *shard.shape, shard.ranks, x.element_size(), chunk_bytes)
         tokens = _Tokens(shard, x, most, block)
         everyones = _Labels(shard, labels, most, options)
         loss = x.new_empty(x.shape[0], dtype=wide(x))
         lse = x.new_empty(2, shard.ranks, most, dtype=wide(x))
+        right = torch.empty_like(loss) if more else None
         rows = _Rows(shard, x, bias)
         made = None
         if guess is not None:
             made = _Gradients(shard, rows, x, bias, ctx.needs_input_grad[:3])
         weights = cache(lambda: everyones.weights(guess, x))
         upstream = lambda: weights()[:, None].expand(-1, most)  # noqa: E731
-        _Walk(tokens, rows, options, lambda: everyones.all, lse, upstream, made)(loss)
+        _Walk(tokens, rows, options, lambda: everyones.all, lse, upstream, made)(loss, right)
         ctx.save_for_backward(x, bias, everyones.all, lse, everyones.counts, weights())
         ctx.shard, ctx.options, ctx.block, ctx.made = shard, options, block, made
-        return loss
+        if not more:
+            return loss
+        # a copy: whoever keeps it should not keep the lse of all ranks
+        mine = lse[:, shard.rank, : x.shape[0]].clone()
+        ctx.mark_non_differentiable(mine, right)
+        return loss, mine, right
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, bias, labels, lse, counts, weights = ctx.saved_tensors
         shard, (made, ctx.made) = ctx.shard, (ctx.made, None)
         factor = None if made is None else _common_factor(shard, dloss, weights, counts)
@@ -293,7 +302,7 @@ class StationaryFunction(torch.autograd.Function):
             None if made.dx is None else made.dx.mul_(factor),
             None,
             None if made.dbias is None else made.dbias.mul_(factor).to(bias.dtype),
-            None, None, None, None, None,
+            None, None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -318,8 +327,11 @@ class _Walk:
         self.kernels = runs_kernels(tokens.x)
         self.columns = {"n_vocab": self.shard.shape[0], "first_id": self.shard.first_id}
 
-    def __call__(self, loss: Tensor | None = None) -> None:
-        """``loss`` [M]: where given, it and lse are written, else lse is read. Gradients if they are wanted."""
+    def __call__(self, loss: Tensor | None = None, right: Tensor | None = None) -> None:
+        """``loss`` [M]: where given, it and lse are written, else lse is read. Gradients if they are wanted.
+
+        ``right`` [M]: written where given.
+        """
         tokens, gradients = self.tokens, self.gradients
         most = self.shard.ranks * min(tokens.block, tokens.most)
         room = tokens.x.new_empty(tile_elements(most, self.shard.n_rows))
@@ -330,11 +342,11 @@ class _Walk:
             if gradients is not None:
                 gradients.send()
             labels = self.labels()[:, place].reshape(-1)
-            coming = None if loss is None else self.shard.gather(self._numbers(z, labels))
+            coming = None if loss is None else self.shard.gather(self._numbers(z, labels, right is not None))
             # behind those numbers, which are waited for sooner
             tokens.start(i + 1)
             if coming is not None:
-                self._merge(coming.land(), place, labels, loss)
+                self._merge(coming.land(), place, labels, loss, right)
             if gradients is not None:
                 # dz in place: nobody else has the logits
                 self._softmax_bwd(place, z, labels)
@@ -342,19 +354,23 @@ class _Walk:
         if gradients is not None:
             gradients.finish()
 
-    def _numbers(self, z: Tensor, labels: Tensor) -> Tensor:
-        """[3, W * T]: what this rank's columns say of each token."""
+    def _numbers(self, z: Tensor, labels: Tensor, wants_right: bool) -> Tensor:
+        """[3 or 4, W * T]: what this rank's columns say of each token."""
         softmax = cross_entropy_fwd if self.kernels else cross_entropy_fwd_torch
-        part = self.lse.new_empty(3, z.shape[0])
-        softmax(z, labels, part[0], part[1:], self.options, **self.columns, is_first=True, is_last=False)
+        part = self.lse.new_empty(4 if wants_right else 3, z.shape[0])
+        right = part[3] if wants_right else None
+        softmax(z, labels, part[0], part[1:3], self.options, **self.columns, is_first=True, is_last=False, right=right)
         return part
 
-    def _merge(self, parts: Tensor, place: slice, labels: Tensor, loss: Tensor) -> None:
+    def _merge(self, parts: Tensor, place: slice, labels: Tensor, loss: Tensor, right: Tensor | None) -> None:
         n = labels.shape[0]
         block_loss, block_lse = self.lse.new_empty(n), self.lse.new_empty(2, n)
-        (merge if self.kernels else merge_torch)(parts, labels, block_loss, block_lse, self.options)
-        mine = loss[place]
-        mine.copy_(block_loss.view(self.shard.ranks, -1)[self.shard.rank, : mine.shape[0]])
+        block_right = None if right is None else self.lse.new_empty(n)
+        (merge if self.kernels else merge_torch)(parts, labels, block_loss, block_lse, self.options, block_right)
+        for whole, block in ((loss, block_loss), (right, block_right)):
+            if whole is not None:
+                mine = whole[place]
+                mine.copy_(block.view(self.shard.ranks, -1)[self.shard.rank, : mine.shape[0]])
         self.lse[:, :, place] = block_lse.view(2, self.shard.ranks, -1)
 
     def _softmax_bwd(self, place: slice, z: Tensor, labels: Tensor) -> None:

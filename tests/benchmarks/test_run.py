@@ -188,5 +188,5 @@ def test_tune_tries_constants_and_leaves_them_as_they_were(tmp_path):
     text = (tmp_path / "tune.csv").read_text()
     for search in tune.SEARCHES:
         assert f"{search.op} {search.variant} {search.direction}".replace("  ", " ") in text
-        assert set(search.constants) <= set(vars(sys.modules[f"ds_fused.ops.{search.op}"]))
+        assert set(search.constants) <= set(vars(search.module))
     assert "Error" not in text

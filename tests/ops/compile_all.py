@@ -154,6 +154,9 @@ def cross_entropy() -> None:
         ops.cross_entropy(leaf(2, 128256, dtype=dtype), labels).backward()
     options = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0}
     ops.cross_entropy(leaf(2, 50257), labels, **options).backward()
+    for dtype in (torch.bfloat16, torch.float32):
+        logits, weight = leaf(2, 128256, dtype=dtype), leaf(128256).detach()
+        ops.cross_entropy(logits, labels, weight=weight, label_smoothing=0.1, return_accuracy=True)[0].backward()
 
 
 class Landed(NamedTuple):
@@ -192,6 +195,31 @@ def linear_cross_entropy() -> None:
     options = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0, "logit_scale": 0.5}
     ops.linear_cross_entropy(leaf(2, 8), leaf(50257, 8), labels, bias=leaf(50257), **options).backward()
     ops.linear_cross_entropy(leaf(2, 8).detach(), OneOfTwo(), labels)
+    ops.linear_cross_entropy(leaf(2, 8).detach(), OneOfTwo(), labels, return_accuracy=True)
+
+
+def kl_div() -> None:
+    for dtype, log_target in ((torch.bfloat16, False), (torch.float32, True)):
+        for reduction in ("batchmean", "none"):
+            x, t = leaf(2, 4096, dtype=dtype), leaf(2, 4096, dtype=dtype)
+            ops.kl_div(x, t, log_target=log_target, reduction=reduction).sum().backward()
+    ops.kl_div(leaf(2, 50257), leaf(2, 50257).detach()).backward()
+    ops.kl_div(leaf(2, 8192)[:, :4096], leaf(2, 4096).detach()).backward()
+
+
+def jsd() -> None:
+    labels = torch.zeros(2, dtype=torch.int64)
+    for beta in (0.0, 0.5):
+        for dtype in (torch.bfloat16, torch.float32):
+            ops.jsd(leaf(2, 128256, dtype=dtype), leaf(2, 128256, dtype=dtype), beta=beta).backward()
+        ops.jsd(leaf(2, 50257), leaf(2, 50257).detach(), labels, beta=beta, temperature=2.0).backward()
+
+
+def tvd() -> None:
+    labels = torch.zeros(2, dtype=torch.int64)
+    for dtype in (torch.bfloat16, torch.float32):
+        ops.tvd(leaf(2, 128256, dtype=dtype), leaf(2, 128256, dtype=dtype)).backward()
+    ops.tvd(leaf(2, 50257), leaf(2, 50257).detach(), labels, temperature=2.0).backward()
 
 
 def layer_norm() -> None:
@@ -253,6 +281,9 @@ EXAMPLES: tuple[Callable[[], None], ...] = (
     sparsemax,
     cross_entropy,
     linear_cross_entropy,
+    kl_div,
+    jsd,
+    tvd,
 )
 
 

@@ -1,11 +1,11 @@
-"""What the tests of linear_cross_entropy share, however the weight comes."""
+"""What tests of several files share: small tiles of linear_cross_entropy, small blocks of jsd and tvd."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from ds_fused.ops import _tiles
+from ds_fused.ops import _divergence, _tiles
 
 
 @pytest.fixture(params=["kernels", "plain"])
@@ -18,3 +18,10 @@ def where(request, monkeypatch, device) -> torch.device:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         return torch.device("cpu")
     return device
+
+
+@pytest.fixture
+def pair_blocks(monkeypatch) -> None:
+    """Blocks so small that a row of 71 has whole ones and a rest."""
+    for name in ("FWD_BLOCK", "BWD_BLOCK"):
+        monkeypatch.setattr(_divergence, name, 32)

@@ -66,6 +66,87 @@ def test_full_product(n_vocab, dtype, reduction, options, device, blocks):
     judged((4, n_vocab), dtype, device, **{**options, "reduction": reduction, "ignore_index": -100})
 
 
+def with_weight(loss_of):
+    """Takes the weights as an input after the labels."""
+
+    def run(logits, labels, weight, **options):
+        return loss_of(logits, labels, weight=weight, **options)
+
+    return run
+
+
+def class_weights(n_vocab, device):
+    weight = randn(n_vocab, device=device, seed=5).abs()
+    weight[0] = 0.0
+    return weight
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, OPTIONS[-1], {**OPTIONS[-1], "reduction": "mean"}])
+def test_class_weights(options, device, blocks):
+    labels = some_labels(2, 4, n_vocab=71, device=device, ignore_index=options.get("ignore_index", -100))
+    labels[0, 0] = 0
+    inputs = [3 * randn(2, 4, 71, device=device), labels, class_weights(71, device)]
+    ops = with_weight(cross_entropy), with_weight(cross_entropy_reference)
+    as_accurate(*ops, inputs, torch.bfloat16, frozen=(2,), **options)
+    as_accurate(*ops, [inputs[0], labels, inputs[2].bfloat16()], torch.float32, frozen=(2,), **options)
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_vocab", [1, 31, 32, 33, 96])
+def test_class_weights_in_full(n_vocab, dtype, reduction, label_smoothing, device, blocks):
+    labels = some_labels(8, n_vocab=n_vocab, device=device)
+    inputs = [3 * randn(8, n_vocab, device=device), labels, 0.5 + class_weights(n_vocab, device)]
+    ops = with_weight(cross_entropy), with_weight(cross_entropy_reference)
+    as_accurate(*ops, inputs, dtype, frozen=(2,), reduction=reduction, label_smoothing=label_smoothing)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_class_weights_are_those_of_pytorch(label_smoothing, reduction):
+    logits, labels = randn(6, 9, device="cpu"), some_labels(6, n_vocab=9, device="cpu")
+    options = {"weight": class_weights(9, "cpu"), "label_smoothing": label_smoothing, "reduction": reduction}
+    torch.testing.assert_close(
+        cross_entropy_reference(logits, labels, **options), F.cross_entropy(logits, labels, **options)
+    )
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_else_is_returned(reduction, label_smoothing, weighted, device, blocks):
+    labels = some_labels(13, n_vocab=71, device=device)
+    logits = randn(13, 71, device=device).float()
+    # a third of the labels win, some of them by a tie; others lose a tie to a column before them
+    logits[torch.arange(0, 13, 3), labels[0::3].clamp_min(0)] = 6.0
+    logits[3, -1], logits[6, 0], logits[9, 33] = 6.0, 6.0, 6.0
+    labels[9], logits[9, 65] = 65, 6.0
+    logits.requires_grad_()
+    options = {"weight": class_weights(71, device) if weighted else None, "reduction": reduction}
+    options |= {"label_smoothing": label_smoothing, "z_loss": 0.1}
+    alone = cross_entropy(logits, labels, **options)
+    with nan_filled():
+        loss, z_losses, accuracy = cross_entropy(logits, labels, return_z_loss=True, return_accuracy=True, **options)
+        (dlogits,) = torch.autograd.grad(loss.sum(), logits)
+    _, z_exact, accuracy_exact = cross_entropy_reference(
+        logits.double(), labels, return_z_loss=True, return_accuracy=True, **options
+    )
+    assert torch.equal(loss, alone) and torch.equal(dlogits, torch.autograd.grad(alone.sum(), logits)[0])
+    torch.testing.assert_close(z_losses, z_exact.float())
+    keeps = labels != -100
+    right = (logits.argmax(-1) == labels)[keeps].float().mean()
+    assert torch.allclose(accuracy, right) and torch.allclose(accuracy_exact.float(), right) and 0.1 < right < 0.9
+    assert not z_losses.requires_grad and not accuracy.requires_grad
+    assert len(cross_entropy(logits, labels, return_accuracy=True, **options)) == 2
+
+
+def test_accuracy_where_nothing_counts(device):
+    logits = randn(3, 7, device=device).float()
+    assert cross_entropy(logits, torch.full((3,), -100, device=device), return_accuracy=True)[1].isnan()
+
+
 def test_int32_labels(device):
     judged((3, 7), torch.bfloat16, device, labels_dtype=torch.int32)
 
@@ -197,6 +278,13 @@ def test_plain_path_is_the_reference(monkeypatch):
         ({"reduction": "avg"}, "reduction is 'avg'; it must be 'mean', 'sum' or 'none'"),
         ({"label_smoothing": 1.5}, "label_smoothing is 1.5"),
         ({"softcap": 0.0}, "softcap is 0.0"),
+        (
+            {"weight": torch.ones(6)},
+            r"weight is torch.float32 \(6,\); it must be a floating-point number for each of the 7",
+        ),
+        ({"weight": torch.ones(7, dtype=torch.int64)}, r"weight is torch.int64 \(7,\)"),
+        ({"weight": torch.ones(7, device="meta")}, "weight is on meta"),
+        ({"weight": torch.ones(7, requires_grad=True)}, r"weight requires a gradient.*weight.detach\(\)"),
         ({"logits": torch.zeros(2, 0)}, "a vocabulary of 0"),
         ({"logits": torch.zeros(())}, "got a scalar"),
         ({"logits": torch.zeros(1).expand(2, 2**31)}, "columns are counted in int32"),

@@ -220,6 +220,66 @@ def test_autocast(cut, where):
     as_accurate(autocasted(ours), autocasted(theirs), inputs, torch.float32, **cut)
 
 
+def weighted(loss_of):
+    """Takes class weights as an input, after the bias."""
+
+    def run(x, weight, labels, bias, class_weight, **options):
+        return loss_of(x, weight, labels, bias, class_weight=class_weight, **options)
+
+    return run
+
+
+@only_plain
+@pytest.mark.parametrize("cut", CUTS[1:3])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, EVERYTHING])
+def test_class_weights(options, cut, where):
+    inputs = [*some(5, 3, 23, where, options.get("ignore_index", -100)), randn(23, device=where, seed=5).abs()]
+    for loss_of in (ours, in_slabs) if cut is CUTS[1] else (ours,):
+        as_accurate(weighted(loss_of), weighted(theirs), inputs, torch.bfloat16, frozen=(4,), **options, **cut)
+
+
+@only_kernels
+def test_class_weights_in_kernels(where):
+    inputs = [*some(5, 3, 11, where), randn(11, device=where, seed=5).abs()]
+    options = {**EVERYTHING, "ignore_index": -100, **CUTS[1]}
+    as_accurate(weighted(ours), weighted(theirs), inputs, torch.bfloat16, frozen=(4,), **options)
+
+
+def shared_peaks(m, h, v, where):
+    """Logits of which some are won by a tie with another row of the weight, of the same slab or not."""
+    x, weight, labels, _ = (t.float() if t.is_floating_point() else t for t in some(m, h, v, where))
+    weight[v // 2 :] = weight[: v - v // 2].clone()
+    labels[0::2] = torch.nn.functional.linear(x, weight).argmax(-1)[0::2].int().to(labels.dtype)
+    labels[2] += v // 2 if int(labels[2]) < v // 2 else 0
+    return x, weight, labels
+
+
+@pytest.mark.parametrize("cut", CUTS[:2])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_what_else_is_returned(label_smoothing, cut, where):
+    x, weight, labels = shared_peaks(11, 5, 22, where)
+    weight.requires_grad_()
+    options = {"z_loss": 0.1, "label_smoothing": label_smoothing, "return_z_loss": True, "return_accuracy": True}
+    _, z_exact, accuracy_exact = theirs(x.double(), weight.detach().double(), labels, **options)
+    with nan_filled():
+        loss, z_losses, accuracy = ours(x, weight, labels, **options, **cut)
+        (dweight,) = torch.autograd.grad(loss, weight)
+    alone = ours(x, weight, labels, z_loss=0.1, label_smoothing=label_smoothing, **cut)
+    assert torch.equal(loss, alone) and torch.equal(dweight, torch.autograd.grad(alone, weight)[0])
+    torch.testing.assert_close(z_losses, z_exact.float())
+    assert torch.allclose(accuracy, accuracy_exact.float()) and 0.2 < accuracy < 0.9
+    assert not z_losses.requires_grad and not accuracy.requires_grad
+    # rows out of order: without ties the argmax is one and the same
+    x = 1.01 * x
+    weight = weight.detach() + 0.1 * randn(*weight.shape, device=where, seed=9).float()
+    sums = torch.nn.functional.linear(x, weight)
+    labels[0::2] = sums.argmax(-1)[0::2].to(labels.dtype)
+    options = {**options, "ignore_index": 3}
+    _, z_exact, accuracy_exact = theirs(x, weight, labels.clamp_min(0), **options)
+    _, z_losses, accuracy = in_slabs(x, weight, labels.clamp_min(0), **options, **cut)
+    torch.testing.assert_close((z_losses, accuracy), (z_exact, accuracy_exact))
+
+
 class ThreeSlabs:
     """The weight as ZeRO-3 might bring it: rows in another order, in uneven parts, gone when the next part is here.
 
@@ -377,6 +437,7 @@ def test_nothing_is_kept_where_no_gradient_is_wanted(where):
         ({"weight": torch.zeros(7, 3, device="meta")}, "weight is on meta, x on cpu"),
         ({"reduction": "avg"}, "reduction is 'avg'"),
         ({"chunk_mb": 0}, "chunk_mb=0 must be positive"),
+        ({"class_weight": torch.ones(3)}, r"class_weight is torch.float32 \(3,\); .*each of the 7 classes"),
         ({"keep_mb": -1}, "keep_mb=-1 not negative"),
     ],
 )

@@ -99,6 +99,62 @@ def _interpreted() -> bool:
     return runs_kernels(torch.empty(0))
 
 
+def weighted(loss_of):
+    def run(x, weight, labels, class_weight, **options):
+        return loss_of(x, weight, labels, class_weight=class_weight, **options)
+
+    return run
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_class_weights(reduction, where):
+    labels = torch.arange(6, device=where) * 3 % 23
+    labels[2] = -100
+    inputs = [2 * randn(6, 3, device=where), randn(23, 3, device=where), labels, randn(23, device=where, seed=5).abs()]
+    as_accurate(
+        weighted(ours),
+        weighted(theirs),
+        inputs,
+        torch.bfloat16,
+        frozen=(3,),
+        reduction=reduction,
+        z_loss=0.1,
+        **BLOCKS[0],
+    )
+
+
+@only_plain
+def test_class_weights_with_smoothing_are_an_error(where):
+    x, weight, labels = torch.zeros(2, 3), torch.zeros(7, 3), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="linear_cross_entropy: class_weight with label_smoothing=0.1 while the rows"):
+        ours(x, weight, labels, class_weight=torch.ones(7), label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("n_ranks", [1, 3])
+def test_what_else_is_returned(n_ranks, where):
+    if n_ranks > 1 and (where.type != "cpu" or _interpreted()):
+        pytest.skip("ranks that are threads run without kernels")
+    x, weight = randn(7, 5, device=where).float(), randn(29, 5, device=where).float()
+    weight[14:28] = weight[:14].clone()  # ties, on one rank and between ranks
+    labels = torch.nn.functional.linear(x, weight).argmax(-1)
+    labels[1], labels[2] = labels[1] + 14, -100
+    labels[3:5] = 0
+    options = {"z_loss": 0.1, "return_z_loss": True, "return_accuracy": True}
+    exact = linear_cross_entropy_reference(x, weight, labels, **options)
+    all_ranks = Round(n_ranks)
+    rows = ROWS if n_ranks == 3 else [(0, 29)]
+    shards = [Shard(weight, *rows[rank], rank, all_ranks) for rank in range(n_ranks)]
+    results = [None] * n_ranks
+
+    def rank_of(rank: int) -> None:
+        results[rank] = linear_cross_entropy(x, shards[rank], labels, chunk_mb=MB, **options)
+
+    on_ranks(all_ranks, rank_of)
+    for result in results:
+        torch.testing.assert_close(result, exact)
+    assert 0.0 < float(exact[2]) < 1.0
+
+
 UPSTREAM: dict[str, Callable[[Tensor, int], Tensor]] = {
     "mean": lambda loss, rank: 3.0 * loss.sum() / max(1, loss.count_nonzero()),
     "sum": lambda loss, rank: 3.0 * loss.sum(),

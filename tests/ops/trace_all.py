@@ -127,6 +127,12 @@ def cross_entropy() -> Iterator[Case]:
     yield ops.cross_entropy, [(leaf(n, 1024), labels(n)) for n in (3, 4, 5)]
     overwriting = partial(ops.cross_entropy, overwrite_logits=True, label_smoothing=0.1, softcap=30.0)
     yield lambda x, labels: overwriting(x * 2, labels), [(leaf(5, 1024), labels(5))]
+    for smoothing in (0.0, 0.1):
+        more = partial(ops.cross_entropy, label_smoothing=smoothing, return_z_loss=True, return_accuracy=True)
+        yield (
+            lambda x, labels, weight, more=more: more(x, labels, weight=weight)[0],
+            [(leaf(n, 1024), labels(n), torch.ones(1024)) for n in (3, 4, 5)],
+        )
 
 
 def linear_cross_entropy() -> Iterator[Case]:
@@ -136,6 +142,36 @@ def linear_cross_entropy() -> Iterator[Case]:
     yield recomputed, [(leaf(n, 8), leaf(1024, 8), labels(n)) for n in (3, 4)]
     one_pass = partial(ops.linear_cross_entropy, grad_in_forward=True)
     yield one_pass, [(leaf(n, 8), leaf(1024, 8), labels(n)) for n in (3, 4)]
+    more = partial(ops.linear_cross_entropy, label_smoothing=0.1, return_z_loss=True, return_accuracy=True)
+    yield (
+        lambda x, weight, labels, of_class: more(x, weight, labels, class_weight=of_class)[0],
+        [(leaf(n, 8), leaf(1024, 8), labels(n), torch.ones(1024)) for n in (3, 4)],
+    )
+
+
+def kl_div() -> Iterator[Case]:
+    for reduction in ("batchmean", "none"):
+        call = partial(ops.kl_div, reduction=reduction)
+        yield call, [(leaf(5, d), leaf(5, d)) for d in (64, 128, 100)]
+        yield call, [(leaf(n, 64), leaf(n, 64).detach()) for n in (3, 4, 5)]
+    yield lambda both: ops.kl_div(*both.chunk(2, -1), log_target=True), [(leaf(5, 2 * d),) for d in (64, 128)]
+
+
+def pairs(n: int, n_vocab: int) -> tuple[Tensor, Tensor]:
+    return leaf(n, n_vocab), leaf(n, n_vocab)
+
+
+def jsd() -> Iterator[Case]:
+    for beta in (0.0, 0.5):
+        call = partial(ops.jsd, beta=beta)
+        yield call, [pairs(5, n_vocab) for n_vocab in (1024, 32000)]
+        yield call, [(*pairs(n, 1024), labels(n)) for n in (3, 4, 5)]
+    yield partial(ops.jsd, reduction="none", temperature=2.0), [(leaf(n, 8), torch.ones(n, 8)) for n in (3, 4)]
+
+
+def tvd() -> Iterator[Case]:
+    yield ops.tvd, [pairs(5, n_vocab) for n_vocab in (1024, 32000)]
+    yield ops.tvd, [(*pairs(n, 1024), labels(n)) for n in (3, 4, 5)]
 
 
 def layer_norm() -> Iterator[Case]:
@@ -187,6 +223,9 @@ EXAMPLES: tuple[Callable[[], Iterator[Case]], ...] = (
     sparsemax,
     cross_entropy,
     linear_cross_entropy,
+    kl_div,
+    jsd,
+    tvd,
 )
 
 

@@ -1,0 +1,434 @@
+"""How far two distributions over the vocabulary are apart, from the logits of both: the kernels of jsd and tvd.
+
+Per token, with ``p = softmax(scale * p_logits)`` and ``q = softmax(scale * q_logits)``:
+
+    kl   sum(p * log(p / q))
+    jsd  beta * sum(p * log(p / m)) + (1 - beta) * sum(q * log(q / m)), m = beta * p + (1 - beta) * q
+    tvd  sum(abs(p - q)) / 2
+
+The gradient of each is ``dp_logits = scale * p * (g - sum(p * g))`` with ``g = dloss/dp``, and for q alike:
+
+    kl   g_p = log(p / q),         dq_logits = scale * (q - p)
+    jsd  g_p = beta * log(p / m),  g_q = (1 - beta) * log(q / m)
+    tvd  g_p = sign(p - q) / 2,    g_q = sign(q - p) / 2, which is 0 where p = q
+
+A column that p gives nothing counts 0 in sum(p * ...), whatever q gives it. Ignored tokens: loss and gradients are
+exactly zero and their logits are never read.
+
+Saved for backward: the logits (no copy of them) and 24 bytes a token: peak and rest of each lse, and both sum(p * g).
+Traffic per column: forward 2 reads (kl), or 4 of which the caches may give some of the second pair; backward 2 reads +
+1 write, + 1 where both inputs require a gradient.
+
+Sizes: N tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ds_fused.ops._labels import label_facts
+from ds_fused.ops._loss import reduced
+from ds_fused.ops._triton import cdiv, check_dtypes, on_device, power_of_2, row_stride, rows_of, warps_for
+from ds_fused.ops.cross_entropy import _online
+
+# not yet measured. the second pass of a row wants the first one's columns in L2, so few and large programs: of 16 warps
+# with 8 elements a thread (64 registers on sm90) two run side by side on a multiprocessor; with 16 elements they spill
+FWD_BLOCK, FWD_STAGES, FWD_PER_THREAD = 4096, 3, 8
+BWD_BLOCK, BWD_PER_THREAD = 4096, 16
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Which of the three, and of what."""
+
+    kind: str  # "kl", "jsd" or "tvd"
+    beta: float = 0.5
+    scale: float = 1.0  # of both logits
+    ignore_index: int = -100
+
+
+@triton.jit
+def _below(log_p):
+    """A finite number for the log of nothing, since -inf - -inf is not one; exp of it is 0. Keeps NaN."""
+    return tl.where(log_p < -1e4, -1e4, log_p)
+
+
+@triton.jit
+def _jsd_terms(log_p, log_q, beta):
+    """p, q, log(p / m), log(q / m). The larger of p and q is taken out of m, so its log never sees an underflow."""
+    log_p, log_q = _below(log_p), _below(log_q)
+    gap = log_p - log_q
+    more = tl.exp(tl.maximum(log_p, log_q))
+    ratio = tl.exp(-tl.abs(gap))
+    less = more * ratio
+    p_has_more = gap > 0.0
+    log_mean = tl.log(tl.where(p_has_more, beta + (1.0 - beta) * ratio, (1.0 - beta) + beta * ratio))
+    p, q = tl.where(p_has_more, more, less), tl.where(p_has_more, less, more)
+    return p, q, tl.minimum(gap, 0.0) - log_mean, -tl.maximum(gap, 0.0) - log_mean
+
+
+@triton.jit
+def _tvd_terms(log_p, log_q):
+    """p, q, and the slope of abs(p - q) / 2 in p."""
+    p, q = tl.exp(log_p), tl.exp(log_q)
+    return p, q, tl.where(p > q, 0.5, tl.where(p < q, -0.5, 0.0))
+
+
+@triton.jit
+def _add_terms(p_logit, q_logit, peak_p, rest_p, peak_q, rest_q, beta, loss, mean_p, mean_q, KIND: tl.constexpr):
+    """The lanes' sums of the loss and of p * g, with one more column each."""
+    log_p, log_q = (p_logit - peak_p) - rest_p, (q_logit - peak_q) - rest_q
+    if KIND == "jsd":
+        p, q, over_p, over_q = _jsd_terms(log_p, log_q, beta)
+        from_p, from_q = beta * p * over_p, (1.0 - beta) * q * over_q
+        loss += from_p + from_q
+    else:
+        p, q, slope = _tvd_terms(log_p, log_q)
+        from_p, from_q = p * slope, -q * slope
+        loss += 0.5 * tl.abs(p - q)
+    return loss, mean_p + from_p, mean_q + from_q
+
+
+@triton.jit
+def _store_zeros(row, loss_ptr, stats_ptr, stats_stride):
+    """For an ignored token: nobody reads its stats, but no memory is left as it was found."""
+    tl.store(loss_ptr + row, 0.0)
+    for i in tl.static_range(6):
+        tl.store(stats_ptr + i * stats_stride + row, 0.0)
+
+
+@triton.jit
+def _divergence_fwd_kernel(
+    p_ptr, q_ptr,  # [N, V] logits
+    labels_ptr,  # [N]
+    loss_ptr,  # [N]
+    stats_ptr,  # [6, N]: peak and rest of p, of q, the means of g under p and q
+    p_stride, q_stride, stats_stride,
+    n_cols, ignore_index, scale, beta,
+    HAS_LABELS: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    counts = True
+    if HAS_LABELS:
+        counts = tl.load(labels_ptr + row) != ignore_index
+    if counts:
+        p_row, q_row = p_ptr + row * p_stride, q_ptr + row * q_stride
+        cols = tl.arange(0, BLOCK)
+        n_whole = (n_cols // BLOCK) * BLOCK  # whole blocks carry no mask: see cross_entropy
+        mask = n_whole + cols < n_cols
+
+        top_p, top_q = tl.full([BLOCK], -1e38, tl.float32), tl.full([BLOCK], -1e38, tl.float32)
+        total_p, total_q = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        for start in tl.range(0, n_whole, BLOCK, num_stages=STAGES):
+            p = tl.load(p_row + start + cols).to(tl.float32) * scale
+            q = tl.load(q_row + start + cols).to(tl.float32) * scale
+            top_p, total_p = _online(top_p, total_p, p)
+            top_q, total_q = _online(top_q, total_q, q)
+        if n_whole < n_cols:
+            p = tl.load(p_row + n_whole + cols, mask=mask, other=float("-inf")).to(tl.float32) * scale
+            q = tl.load(q_row + n_whole + cols, mask=mask, other=float("-inf")).to(tl.float32) * scale
+            top_p, total_p = _online(top_p, total_p, p)
+            top_q, total_q = _online(top_q, total_q, q)
+        peak_p, peak_q = tl.max(top_p, 0), tl.max(top_q, 0)
+        rest_p = tl.log(tl.sum(total_p * tl.exp(top_p - peak_p), 0))
+        rest_q = tl.log(tl.sum(total_q * tl.exp(top_q - peak_q), 0))
+
+        loss = tl.zeros([BLOCK], tl.float32)
+        mean_p, mean_q = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        # from the end of the row to its start: what was read last is the likeliest to be in the caches
+        if n_whole < n_cols:
+            p = tl.load(p_row + n_whole + cols, mask=mask, other=float("-inf")).to(tl.float32) * scale
+            q = tl.load(q_row + n_whole + cols, mask=mask, other=float("-inf")).to(tl.float32) * scale
+            loss, mean_p, mean_q = _add_terms(p, q, peak_p, rest_p, peak_q, rest_q, beta, loss, mean_p, mean_q, KIND)
+        for done in tl.range(0, n_whole, BLOCK, num_stages=STAGES):
+            start = n_whole - BLOCK - done
+            p = tl.load(p_row + start + cols).to(tl.float32) * scale
+            q = tl.load(q_row + start + cols).to(tl.float32) * scale
+            loss, mean_p, mean_q = _add_terms(p, q, peak_p, rest_p, peak_q, rest_q, beta, loss, mean_p, mean_q, KIND)
+
+        tl.store(loss_ptr + row, tl.sum(loss, 0))
+        tl.store(stats_ptr + row, peak_p)
+        tl.store(stats_ptr + stats_stride + row, rest_p)
+        tl.store(stats_ptr + 2 * stats_stride + row, peak_q)
+        tl.store(stats_ptr + 3 * stats_stride + row, rest_q)
+        tl.store(stats_ptr + 4 * stats_stride + row, tl.sum(mean_p, 0))
+        tl.store(stats_ptr + 5 * stats_stride + row, tl.sum(mean_q, 0))
+    else:
+        _store_zeros(row, loss_ptr, stats_ptr, stats_stride)
+
+
+@triton.jit
+def _online_kl(top_p, total_p, top_q, total_q, above, lost, p, q):
+    """The lanes' softmax sums as in `_online`; above: the sum of exp(p - top_p) * ((p - top_p) - (q - top_q)).
+
+    lost: the largest p where q has nothing at all; such columns are left out of `above`.
+    """
+    e = tl.exp(-tl.abs(p - top_p))
+    p_wins = p > top_p
+    keep, weight = tl.where(p_wins, e, 1.0), tl.where(p_wins, 1.0, e)
+    new_p = tl.maximum(p, top_p)
+    new_q, total_q = _online(top_q, total_q, q)
+    q_has_none = q == float("-inf")
+    gap = tl.where(q_has_none | (weight == 0.0), 0.0, (p - new_p) - (q - new_q))
+    # what was summed so far was relative to the old maxima; before the first q there is none to be relative to
+    shift = (top_p - new_p) - tl.where(top_q < -1e37, 0.0, top_q - new_q)
+    above = keep * (above + total_p * shift) + weight * gap
+    lost = tl.maximum(lost, tl.where(q_has_none, p, float("-inf")))
+    return new_p, keep * total_p + weight, new_q, total_q, above, lost
+
+
+@triton.jit
+def _kl_fwd_kernel(
+    p_ptr, q_ptr,  # [N, V] logits
+    labels_ptr,  # [N]
+    loss_ptr,  # [N]
+    stats_ptr,  # [6, N], as above
+    p_stride, q_stride, stats_stride,
+    n_cols, ignore_index, scale,
+    HAS_LABELS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    counts = True
+    if HAS_LABELS:
+        counts = tl.load(labels_ptr + row) != ignore_index
+    if counts:
+        p_row, q_row = p_ptr + row * p_stride, q_ptr + row * q_stride
+        cols = tl.arange(0, BLOCK)
+        top_p, top_q = tl.full([BLOCK], -1e38, tl.float32), tl.full([BLOCK], -1e38, tl.float32)
+        total_p, total_q = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        above, lost = tl.zeros([BLOCK], tl.float32), tl.full([BLOCK], float("-inf"), tl.float32)
+        n_whole = (n_cols // BLOCK) * BLOCK
+        for start in tl.range(0, n_whole, BLOCK, num_stages=STAGES):
+            p = tl.load(p_row + start + cols).to(tl.float32) * scale
+            q = tl.load(q_row + start + cols).to(tl.float32) * scale
+            top_p, total_p, top_q, total_q, above, lost = _online_kl(top_p, total_p, top_q, total_q, above, lost, p, q)
+        if n_whole < n_cols:
+            mask = n_whole + cols < n_cols
+            p = tl.load(p_row + n_whole + cols, mask=mask, other=float("-inf")).to(tl.float32) * scale
+            q = tl.load(q_row + n_whole + cols, mask=mask, other=float("-inf")).to(tl.float32) * scale
+            top_p, total_p, top_q, total_q, above, lost = _online_kl(top_p, total_p, top_q, total_q, above, lost, p, q)
+        peak_p, peak_q = tl.max(top_p, 0), tl.max(top_q, 0)
+        sum_p = tl.sum(total_p * tl.exp(top_p - peak_p), 0)
+        rest_p, rest_q = tl.log(sum_p), tl.log(tl.sum(total_q * tl.exp(top_q - peak_q), 0))
+        shift = (top_p - peak_p) - tl.where(top_q < -1e37, 0.0, top_q - peak_q)
+        above = tl.sum((above + total_p * shift) * tl.exp(top_p - peak_p), 0)
+        loss = above / sum_p + (rest_q - rest_p)
+        # p has a share, however small, of what q rules out
+        loss = tl.where(tl.exp((tl.max(lost, 0) - peak_p) - rest_p) > 0.0, float("inf"), loss)
+
+        tl.store(loss_ptr + row, loss)
+        tl.store(stats_ptr + row, peak_p)
+        tl.store(stats_ptr + stats_stride + row, rest_p)
+        tl.store(stats_ptr + 2 * stats_stride + row, peak_q)
+        tl.store(stats_ptr + 3 * stats_stride + row, rest_q)
+        tl.store(stats_ptr + 4 * stats_stride + row, loss)
+        tl.store(stats_ptr + 5 * stats_stride + row, 0.0)
+    else:
+        _store_zeros(row, loss_ptr, stats_ptr, stats_stride)
+
+
+@triton.jit
+def _slopes(p_logit, q_logit, peak_p, rest_p, peak_q, rest_q, mean_p, mean_q, beta, KIND: tl.constexpr):
+    """The gradients of both logits, up to the upstream one and the scale."""
+    log_p, log_q = (p_logit - peak_p) - rest_p, (q_logit - peak_q) - rest_q
+    if KIND == "jsd":
+        p, q, over_p, over_q = _jsd_terms(log_p, log_q, beta)
+        dp, dq = p * (beta * over_p - mean_p), q * ((1.0 - beta) * over_q - mean_q)
+    elif KIND == "kl":
+        p, q = tl.exp(log_p), tl.exp(log_q)
+        dp, dq = tl.where(p == 0.0, 0.0, p * ((log_p - log_q) - mean_p)), q - p
+    else:
+        p, q, slope = _tvd_terms(log_p, log_q)
+        dp, dq = p * (slope - mean_p), q * (-slope - mean_q)
+    return dp, dq
+
+
+@triton.jit
+def _divergence_bwd_kernel(
+    dloss_ptr, labels_ptr,  # [N]
+    stats_ptr,  # [6, N]
+    p_ptr, q_ptr, dp_ptr, dq_ptr,  # [N, V]
+    dloss_stride, stats_stride, p_stride, q_stride, dp_stride, dq_stride,
+    n_cols, n_blocks, ignore_index, scale, beta,
+    HAS_LABELS: tl.constexpr, WANTS_P: tl.constexpr, WANTS_Q: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid // n_blocks
+    start = (pid % n_blocks).to(tl.int32) * BLOCK
+    cols = start + tl.arange(0, BLOCK)
+    mask = cols < n_cols
+    counts = True
+    if HAS_LABELS:
+        counts = tl.load(labels_ptr + row) != ignore_index
+    if counts:
+        factor = tl.load(dloss_ptr + row * dloss_stride).to(tl.float32) * scale
+        peak_p, rest_p = tl.load(stats_ptr + row), tl.load(stats_ptr + stats_stride + row)
+        peak_q, rest_q = tl.load(stats_ptr + 2 * stats_stride + row), tl.load(stats_ptr + 3 * stats_stride + row)
+        mean_p, mean_q = tl.load(stats_ptr + 4 * stats_stride + row), tl.load(stats_ptr + 5 * stats_stride + row)
+        if start + BLOCK <= n_cols:  # without a mask: see cross_entropy
+            p = tl.load(p_ptr + row * p_stride + cols).to(tl.float32) * scale
+            q = tl.load(q_ptr + row * q_stride + cols).to(tl.float32) * scale
+            dp, dq = _slopes(p, q, peak_p, rest_p, peak_q, rest_q, mean_p, mean_q, beta, KIND)
+            if WANTS_P:
+                tl.store(dp_ptr + row * dp_stride + cols, factor * dp)
+            if WANTS_Q:
+                tl.store(dq_ptr + row * dq_stride + cols, factor * dq)
+        else:
+            p = tl.load(p_ptr + row * p_stride + cols, mask=mask, other=0.0).to(tl.float32) * scale
+            q = tl.load(q_ptr + row * q_stride + cols, mask=mask, other=0.0).to(tl.float32) * scale
+            dp, dq = _slopes(p, q, peak_p, rest_p, peak_q, rest_q, mean_p, mean_q, beta, KIND)
+            if WANTS_P:
+                tl.store(dp_ptr + row * dp_stride + cols, factor * dp, mask=mask)
+            if WANTS_Q:
+                tl.store(dq_ptr + row * dq_stride + cols, factor * dq, mask=mask)
+    else:
+        # zeros, whatever the upstream gradient is: with all tokens ignored the mean's is infinite
+        if WANTS_P:
+            tl.store(dp_ptr + row * dp_stride + cols, tl.zeros([BLOCK], tl.float32), mask=mask)
+        if WANTS_Q:
+            tl.store(dq_ptr + row * dq_stride + cols, tl.zeros([BLOCK], tl.float32), mask=mask)
+
+
+def divergence_fwd(p: Tensor, q: Tensor, labels: Tensor | None, what: Divergence) -> tuple[Tensor, Tensor]:
+    """[N, V] logits, [N] labels -> loss [N], stats [6, N], fp32."""
+    n, n_cols = p.shape
+    loss, stats = (p.new_empty(size, dtype=torch.float32) for size in (n, (6, n)))
+    if n == 0:
+        return loss, stats
+    one_pass = what.kind == "kl"
+    block = min(FWD_BLOCK, power_of_2(n_cols))
+    tensors = (p, q, p if labels is None else labels, loss, stats)
+    strides = (row_stride(p), row_stride(q), row_stride(stats))
+    with on_device(p):
+        if one_pass:
+            _kl_fwd_kernel[(n,)](
+                *tensors, *strides, n_cols, what.ignore_index, what.scale,
+                HAS_LABELS=labels is not None, BLOCK=block, STAGES=FWD_STAGES,
+                num_warps=warps_for(block, FWD_PER_THREAD),
+            )  # fmt: skip
+        else:
+            _divergence_fwd_kernel[(n,)](
+                *tensors, *strides, n_cols, what.ignore_index, what.scale, what.beta,
+                HAS_LABELS=labels is not None, KIND=what.kind, BLOCK=block, STAGES=FWD_STAGES,
+                num_warps=warps_for(block, FWD_PER_THREAD),
+            )  # fmt: skip
+    return loss, stats
+
+
+def divergence_bwd(
+    dloss: Tensor,  # [N], any stride
+    p: Tensor,
+    q: Tensor,
+    labels: Tensor | None,
+    stats: Tensor,
+    what: Divergence,
+    wants: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients [N, V] of those logits that want one."""
+    n, n_cols = p.shape
+    dp, dq = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else None
+        for x, wanted in zip((p, q), wants, strict=True)
+    )
+    if n == 0:
+        return dp, dq
+    block = min(BWD_BLOCK, power_of_2(n_cols))
+    n_blocks = cdiv(n_cols, block)
+    # a tensor that stands for one that is not there is never touched
+    out_p, out_q = p if dp is None else dp, q if dq is None else dq
+    with on_device(p):
+        _divergence_bwd_kernel[(n * n_blocks,)](
+            dloss, p if labels is None else labels, stats, p, q, out_p, out_q,
+            dloss.stride(0), row_stride(stats), row_stride(p), row_stride(q), row_stride(out_p), row_stride(out_q),
+            n_cols, n_blocks, what.ignore_index, what.scale, what.beta,
+            HAS_LABELS=labels is not None, WANTS_P=wants[0], WANTS_Q=wants[1], KIND=what.kind,
+            BLOCK=block, num_warps=warps_for(block, BWD_PER_THREAD),
+        )  # fmt: skip
+    return dp, dq
+
+
+class DivergenceFunction(torch.autograd.Function):
+    """Logits [N, V] of p and of q to one loss a token [N], fp32: any reduction or weighting goes on top."""
+
+    @staticmethod
+    def forward(ctx, p: Tensor, q: Tensor, labels: Tensor | None, what: Divergence) -> Tensor:
+        loss, stats = divergence_fwd(p, q, labels, what)
+        ctx.save_for_backward(p, q, labels, stats)
+        ctx.what = what
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        p, q, labels, stats = ctx.saved_tensors
+        dp, dq = divergence_bwd(dloss, p, q, labels, stats, ctx.what, ctx.needs_input_grad[:2])
+        return dp, dq, None, None
+
+
+def divergence(
+    op: str,
+    p: Tensor,  # [..., V]
+    q: Tensor,
+    labels: Tensor | None,
+    what: Divergence,
+    reduction: str,
+) -> Tensor:
+    """The kernels' way, behind `check_pair`."""
+    check_dtypes(op, p=p, q=q)
+    flat = None if labels is None else labels.reshape(-1)
+    loss = DivergenceFunction.apply(rows_of(p), rows_of(q), flat, what)
+    # no label has to be in the vocabulary here
+    count = loss.shape[0] if flat is None else label_facts(flat, p.shape[-1], what.ignore_index)[0]
+    return reduced(loss, p.shape[:-1], count, reduction)
+
+
+def check_pair(
+    op: str, student: Tensor, teacher: Tensor, labels: Tensor | None, temperature: float, reduction: str
+) -> None:
+    """One clear error for each bad argument."""
+    if student.ndim == 0 or student.shape != teacher.shape:
+        raise ValueError(
+            f"{op}: student_logits {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)} must have one "
+            "shape, [..., vocabulary]"
+        )
+    if not 0 < student.shape[-1] < 2**31:
+        raise ValueError(f"{op}: a vocabulary of {student.shape[-1]}; 1 to {2**31 - 1} columns fit")
+    if not temperature > 0.0:
+        raise ValueError(f"{op}: temperature is {temperature}; it must be positive")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{op}: reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
+    if teacher.device != student.device:
+        raise ValueError(f"{op}: teacher_logits are on {teacher.device}, student_logits on {student.device}")
+    if labels is not None:
+        if labels.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"{op}: labels are {labels.dtype}; they must be int64 or int32")
+        if labels.shape != student.shape[:-1]:
+            shape = tuple(student.shape[:-1])
+            raise ValueError(f"{op}: labels {tuple(labels.shape)} must have the shape of the tokens, {shape}")
+        if labels.device != student.device:
+            raise ValueError(f"{op}: labels are on {labels.device}, the logits on {student.device}")
+
+
+def counting_pair(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, temperature: float, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """For the references: logits / temperature [N, V], in fp32 at least and zero for ignored tokens; who is ignored."""
+    wide = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    s, t = (x.reshape(-1, x.shape[-1]).to(wide) / temperature for x in (student, teacher))
+    if labels is None:
+        return s, t, None
+    ignored = labels.reshape(-1) == ignore_index
+    return s.masked_fill(ignored[:, None], 0.0), t.masked_fill(ignored[:, None], 0.0), ignored
+
+
+def reduced_pair(loss: Tensor, shape: torch.Size, ignored: Tensor | None, reduction: str) -> Tensor:
+    """For the references: [N] to what `reduction` names."""
+    if ignored is None:
+        return reduced(loss, shape, loss.shape[0], reduction)
+    return reduced(loss.masked_fill(ignored, 0.0), shape, (~ignored).sum(), reduction)
