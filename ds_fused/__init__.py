@@ -13,6 +13,9 @@ _HOME = {
     "rope": "ds_fused.ops",
     "cross_entropy": "ds_fused.ops",
     "linear_cross_entropy": "ds_fused.ops",
+    "linear_log_probs": "ds_fused.ops",
+    "linear_jsd": "ds_fused.ops",
+    "linear_kl_div": "ds_fused.ops",
     "apply": "ds_fused.policies",
     "install": "ds_fused.engine.install",
 }

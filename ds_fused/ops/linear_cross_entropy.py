@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._labels import counting_tokens
 from ds_fused.ops._loss import LossOptions, check_loss, cross_entropy_bwd_torch, cross_entropy_fwd_torch, reduced
-from ds_fused.ops._tiles import Tiling, product, tile, tile_elements, tiling, wide
+from ds_fused.ops._tiles import Tiling, logits_of, product, tile, tile_elements, tiling, wide
 from ds_fused.ops._triton import autocast_dtype, check_dtypes, rows_of, runs_kernels
 from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd, cross_entropy_reference
 from ds_fused.ops.slabs import WeightSlabs, WholeWeight, columns_of
@@ -59,16 +59,6 @@ def linear_cross_entropy_reference(
 
 def _room(x: Tensor, tiles: Tiling) -> Tensor:
     return x.new_empty(tile_elements(tiles.tokens, tiles.rows))
-
-
-def _logits(room: Tensor, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ rows.T + bias, written into the room of a tile."""
-    z = tile(room, x.shape[0], rows.shape[0])
-    if bias is None:
-        torch.mm(x, rows.t(), out=z)
-    else:
-        torch.addmm(bias, x, rows.t(), out=z)
-    return z
 
 
 def _of_slab(whole: Tensor, ids: Tensor | int, n: int) -> Tensor:
@@ -106,7 +96,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     """x [M, H], a weight [V, H] and labels [M] to one loss a token [M], fp32: any reduction or weighting goes on top.
 
     `weight` is what autograd knows of the head: the weight itself (then `slabs` is None), or, where slabs bring their
-    gradient home themselves, an empty anchor that requires grad if they do.
+    gradient home themselves, an empty anchor that requires grad if they do. With `entropy`, there is a second output
+    [M], the entropy of each token's softmax. `op` is who speaks in an error.
     """
 
     @staticmethod
@@ -119,11 +110,14 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         slabs: WeightSlabs | None,
         tiles: Tiling,
         options: LossOptions,
-    ) -> Tensor:
+        op: str,
+        entropy: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         n_tokens = x.shape[0]
         softmax_fwd = cross_entropy_fwd if runs_kernels(x) else cross_entropy_fwd_torch
         source = WholeWeight(weight, tiles.rows) if slabs is None else slabs
         loss, lse = (x.new_empty(size, dtype=wide(x)) for size in (n_tokens, (2, n_tokens)))
+        entropies = torch.empty_like(loss) if entropy else None
         kept: list[Tensor] = []
         room = None
         for k in range(len(source)):
@@ -137,27 +131,27 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                     kept.append(_room(x, tiles))
                 elif room is None:
                     room = _room(x, tiles)
-                z = _logits(kept[-1] if room is None else room, x[chunk], slab.rows, slab.bias)
+                z = logits_of(kept[-1] if room is None else room, x[chunk], slab.rows, slab.bias)
                 last = k == len(source) - 1
                 softmax_fwd(
                     z, slab.labels[chunk], loss[chunk], lse[:, chunk], slab.options,
-                    **slab.place, is_first=k == 0, is_last=last,
+                    **slab.place, is_first=k == 0, is_last=last, entropy=_part(entropies, chunk),
                 )  # fmt: skip
-        ctx.save_for_backward(x, weight, bias, labels, lse, *kept)
-        ctx.slabs, ctx.tiles, ctx.options, ctx.overwritten = slabs, tiles, options, False
+        ctx.save_for_backward(x, weight, bias, labels, lse, entropies, *kept)
+        ctx.slabs, ctx.tiles, ctx.options, ctx.op, ctx.overwritten = slabs, tiles, options, op, False
         # the backward begins with them. Those of a whole weight are looked up again, see WholeWeight
         ctx.last_rows = None if slabs is None else rows
-        return loss
+        return (loss, entropies) if entropy else loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, dloss: Tensor, dentropy: Tensor | None = None) -> tuple[Tensor | None, ...]:
         if ctx.overwritten:
             raise RuntimeError(
-                "linear_cross_entropy: a second backward, but the first wrote the gradient over the logits it had "
+                f"{ctx.op}: a second backward, but the first wrote the gradient over the logits it had "
                 "kept; pass keep_mb=0 to compute them again each time"
             )
-        x, weight, bias, labels, lse, *kept = ctx.saved_tensors
+        x, weight, bias, labels, lse, entropies, *kept = ctx.saved_tensors
         # a trace writes nothing, and dynamo may need two
         ctx.overwritten = len(kept) > 0 and not torch.compiler.is_compiling()
         tiles, n_tokens = ctx.tiles, x.shape[0]
@@ -191,9 +185,12 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                 else:
                     if room is None:
                         room = _room(x, tiles)
-                    z = _logits(room, x[chunk], slab.rows, slab.bias)
+                    z = logits_of(room, x[chunk], slab.rows, slab.bias)
                 dz = z  # in place: nobody else has the tile
-                softmax_bwd(dloss[chunk], z, slab.labels[chunk], lse[:, chunk], dz, slab.options, **slab.place)
+                softmax_bwd(
+                    dloss[chunk], z, slab.labels[chunk], lse[:, chunk], dz, slab.options,
+                    **slab.place, entropy=_part(entropies, chunk), dentropy=_part(dentropy, chunk),
+                )  # fmt: skip
                 if wants_dx:
                     product(dx[chunk], dz, slab.rows, add=not is_first)
                 if wants_dweight:
@@ -212,8 +209,12 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             None if dx is None else dx.to(x.dtype),
             source.grad if wants_dweight and ctx.slabs is None else None,
             None if dbias is None else dbias.to(bias.dtype),
-            None, None, None, None,
+            None, None, None, None, None, None,
         )  # fmt: skip
+
+
+def _part(whole: Tensor | None, chunk: slice) -> Tensor | None:
+    return None if whole is None else whole[chunk]
 
 
 def _add_dbias(dbias: Tensor, ids: Tensor | int, dz: Tensor) -> None:
@@ -247,12 +248,32 @@ def linear_cross_entropy(
     computed again. Logits that fit it whole are not cut. Kept logits make way for their gradient, so a second
     backward raises unless ``keep_mb=0``.
     """
-    op = "linear_cross_entropy"
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    loss, _, count = token_losses(
+        "linear_cross_entropy", x, weight, labels, bias, options, reduction, chunk_mb=chunk_mb, keep_mb=keep_mb
+    )
+    return reduced(loss, labels.shape, count, reduction)
+
+
+def token_losses(
+    op: str,  # who speaks in an error
+    x: Tensor,
+    weight: Tensor | WeightSlabs | VocabShard,
+    labels: Tensor,
+    bias: Tensor | None,
+    options: LossOptions,
+    reduction: str,  # what the caller will do with the losses
+    *,
+    chunk_mb: int,
+    keep_mb: int,
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Loss [M] and, where asked for, entropy [M] of each token, and how many tokens count."""
     n_vocab = _checked_vocabulary(op, x, weight, bias)
     check_loss(op, options, labels, reduction, x.shape[:-1], n_vocab, x.device)
-    if chunk_mb <= 0 or keep_mb < 0:
-        raise ValueError(f"{op}: chunk_mb={chunk_mb} must be positive and keep_mb={keep_mb} not negative")
+    check_memory(op, chunk_mb, keep_mb)
+    if entropy and isinstance(weight, VocabShard):
+        raise ValueError(f"{op}: there is no entropy yet of a weight that stays on its ranks (mode stationary)")
     autocast = autocast_dtype(x)
     slabs = None if isinstance(weight, (Tensor, VocabShard)) else weight
     for name, dtype in (("weight", weight.dtype), ("bias", bias.dtype if bias is not None else x.dtype)):
@@ -270,18 +291,24 @@ def linear_cross_entropy(
     training = torch.is_grad_enabled()
     trains = training and any(t is not None and t.requires_grad for t in (x, handle, bias))
     flat = labels.reshape(-1)
-    count = counting_tokens(op, flat, n_vocab, ignore_index)
+    count = counting_tokens(op, flat, n_vocab, options.ignore_index)
     if isinstance(weight, VocabShard):
         guess = reduction if trains and weight.guesses and reduction != "none" else None
         loss = StationaryFunction.apply(rows, handle, bias, flat, weight, options, int(chunk_mb * 2**20), guess)
-        return reduced(loss, labels.shape, count, reduction)
+        return loss, None, count
     tiles = tiling(
         rows.shape[0], n_vocab, rows.element_size(), int(chunk_mb * 2**20), int(keep_mb * 2**20) if trains else 0,
         dx=training and x.requires_grad, dweight=training and handle.requires_grad,
         slab_rows=slabs.slab_rows if slabs is not None else None,
     )  # fmt: skip
-    loss = LinearCrossEntropyFunction.apply(rows, handle, bias, flat, slabs, tiles, options)
-    return reduced(loss, labels.shape, count, reduction)
+    result = LinearCrossEntropyFunction.apply(rows, handle, bias, flat, slabs, tiles, options, op, entropy)
+    loss, entropies = result if entropy else (result, None)
+    return loss, entropies, count
+
+
+def check_memory(op: str, chunk_mb: float, keep_mb: float) -> None:
+    if chunk_mb <= 0 or keep_mb < 0:
+        raise ValueError(f"{op}: chunk_mb={chunk_mb} must be positive and keep_mb={keep_mb} not negative")
 
 
 def _checked_vocabulary(op: str, x: Tensor, weight: Tensor | WeightSlabs | VocabShard, bias: Tensor | None) -> int:

@@ -11,6 +11,9 @@ from typing import NamedTuple
 from ds_fused.ops.cross_entropy import cross_entropy, cross_entropy_reference
 from ds_fused.ops.glu import glu, glu_reference
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from ds_fused.ops.linear_jsd import linear_jsd, linear_jsd_reference
+from ds_fused.ops.linear_kl_div import linear_kl_div, linear_kl_div_reference
+from ds_fused.ops.linear_log_probs import linear_log_probs, linear_log_probs_reference
 from ds_fused.ops.rms_norm import rms_norm, rms_norm_reference
 from ds_fused.ops.rope import rope, rope_reference
 
@@ -26,7 +29,10 @@ class Option(NamedTuple):
 
 @dataclass(frozen=True)
 class Op:
-    """One row: a public function, its specification in PyTorch and the JSON keys that switch it on."""
+    """One row: a public function, its specification in PyTorch and the JSON keys that switch it on.
+
+    An op without keys replaces no layer: users call it.
+    """
 
     name: str
     function: Callable[..., object]
@@ -40,6 +46,14 @@ class Op:
         """The op's file (``ds_fused.ops.<name>`` as an attribute is the function)."""
         return sys.modules[self.function.__module__]
 
+
+# of every op that makes logits
+MEMORY = MappingProxyType(
+    {
+        "chunk_mb": Option(int, 512, "MiB of logits that are worked on at a time"),
+        "keep_mb": Option(int, 2048, "MiB of logits kept for backward instead of being computed again"),
+    }
+)
 
 OPS: tuple[Op, ...] = (
     Op(
@@ -64,12 +78,31 @@ OPS: tuple[Op, ...] = (
         linear_cross_entropy_reference,
         ("fused_linear_cross_entropy",),
         "lm head and cross entropy without the whole logits",
-        MappingProxyType(
-            {
-                "chunk_mb": Option(int, 512, "MiB of logits that are worked on at a time"),
-                "keep_mb": Option(int, 2048, "MiB of logits kept for backward instead of being computed again"),
-            }
-        ),
+        MEMORY,
+    ),
+    Op(
+        "linear_log_probs",
+        linear_log_probs,
+        linear_log_probs_reference,
+        (),
+        "log-probabilities of labels, and entropies, from hidden states: RLHF, GRPO, DPO",
+        MEMORY,
+    ),
+    Op(
+        "linear_jsd",
+        linear_jsd,
+        linear_jsd_reference,
+        (),
+        "generalised Jensen-Shannon divergence of a student's head and a teacher's, from hidden states",
+        MEMORY,
+    ),
+    Op(
+        "linear_kl_div",
+        linear_kl_div,
+        linear_kl_div_reference,
+        (),
+        "forward or reverse KL divergence of a student's head and a teacher's, from hidden states",
+        MEMORY,
     ),
 )
 

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
@@ -74,6 +75,15 @@ def cross_entropy() -> None:
     ops.cross_entropy(leaf(2, 50257), labels, **options).backward()
 
 
+class Landed(NamedTuple):
+    """A collective that is over."""
+
+    result: Tensor
+
+    def land(self) -> Tensor:
+        return self.result
+
+
 class OneOfTwo(VocabShard):
     """The first of two ranks, which sees itself in the other."""
 
@@ -86,16 +96,11 @@ class OneOfTwo(VocabShard):
     def most(self, n: int) -> int:
         return n
 
-    def gather(self, mine: Tensor) -> OneOfTwo:
-        self.landing = torch.stack([mine, mine])
-        return self
+    def gather(self, mine: Tensor) -> Landed:
+        return Landed(torch.stack([mine, mine]))
 
-    def reduce_scatter(self, parts: Tensor) -> OneOfTwo:
-        self.landing = parts[0]
-        return self
-
-    def land(self) -> Tensor:
-        return self.landing
+    def reduce_scatter(self, parts: Tensor) -> Landed:
+        return Landed(parts[0])
 
     def gradient(self) -> None:
         raise AssertionError("nobody asked for one")
@@ -109,7 +114,36 @@ def linear_cross_entropy() -> None:
     ops.linear_cross_entropy(leaf(2, 8).detach(), OneOfTwo(), labels)
 
 
-EXAMPLES: tuple[Callable[[], None], ...] = (rms_norm, glu, rope, cross_entropy, linear_cross_entropy)
+def linear_log_probs() -> None:
+    labels = torch.zeros(2, dtype=torch.int64)
+    for options in ({}, {"softcap": 30.0, "temperature": 0.7}):
+        sum(ops.linear_log_probs(leaf(2, 8), leaf(32000, 8), labels, entropy=True, **options)).sum().backward()
+    ops.linear_log_probs(leaf(2, 8), leaf(50257, 8), labels).sum().backward()
+
+
+def linear_jsd() -> None:
+    labels = torch.zeros(2, dtype=torch.int64)
+    for dtype in (torch.bfloat16, torch.float32):
+        student, teacher = ((leaf(2, h, dtype=dtype), leaf(32000, h, dtype=dtype)) for h in (8, 16))
+        ops.linear_jsd(*student, *(t.detach() for t in teacher), labels).backward()
+
+
+def linear_kl_div() -> None:
+    teacher = leaf(2, 16).detach(), leaf(50257, 16).detach()
+    for reverse in (False, True):
+        ops.linear_kl_div(leaf(2, 8), leaf(50257, 8), *teacher, reverse=reverse, temperature=2.0).backward()
+
+
+EXAMPLES: tuple[Callable[[], None], ...] = (
+    rms_norm,
+    glu,
+    rope,
+    cross_entropy,
+    linear_cross_entropy,
+    linear_log_probs,
+    linear_jsd,
+    linear_kl_div,
+)
 
 
 def kernels() -> set[str]:

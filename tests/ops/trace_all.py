@@ -22,6 +22,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 import ds_fused.ops as ops
+from ds_fused.ops import _linear_divergence
 from ds_fused.ops.registry import OPS
 
 MULTIPROCESSORS = 132
@@ -73,7 +74,38 @@ def linear_cross_entropy() -> Iterator[Case]:
     yield recomputed, [(leaf(n, 8), leaf(1024, 8), labels(n)) for n in (3, 4)]
 
 
-EXAMPLES: tuple[Callable[[], Iterator[Case]], ...] = (rms_norm, glu, rope, cross_entropy, linear_cross_entropy)
+def linear_log_probs() -> Iterator[Case]:
+    both = partial(ops.linear_log_probs, entropy=True, temperature=0.7)
+    yield both, [(leaf(n, 8), leaf(1024, 8), labels(n)) for n in (3, 4, 5)]
+    recomputed = partial(ops.linear_log_probs, keep_mb=0, softcap=30.0)
+    yield recomputed, [(leaf(n, 8), leaf(1024, 8), labels(n)) for n in (3, 4)]
+
+
+def heads(n: int, d: int = 8) -> tuple[Tensor, ...]:
+    return leaf(n, d), leaf(1024, d), leaf(n, 16).detach(), leaf(1024, 16).detach()
+
+
+def linear_jsd() -> Iterator[Case]:
+    yield ops.linear_jsd, [(*heads(n), labels(n)) for n in (3, 4, 5)]
+    yield ops.linear_jsd, [heads(5, d) for d in (8, 16)]
+    yield partial(ops.linear_jsd, keep_mb=0, reduction="sum", beta=0.1), [(*heads(n), labels(n)) for n in (3, 4)]
+
+
+def linear_kl_div() -> Iterator[Case]:
+    for reverse in (False, True):
+        yield partial(ops.linear_kl_div, reverse=reverse), [heads(n) for n in (3, 4)]
+
+
+EXAMPLES: tuple[Callable[[], Iterator[Case]], ...] = (
+    rms_norm,
+    glu,
+    rope,
+    cross_entropy,
+    linear_cross_entropy,
+    linear_log_probs,
+    linear_jsd,
+    linear_kl_div,
+)
 
 
 class Traced(Exception):
@@ -106,10 +138,10 @@ def pretend_to_have_a_gpu() -> None:
     triton.runtime.driver.set_active(Elsewhere(GPUTarget("cuda", 90, 32), 0))
     # dynamo asks before it looks whether a function is a kernel
     torch.utils._triton.has_triton = lambda: True
-    for op in OPS:
+    for module in (*(op.module for op in OPS), _linear_divergence):
         for name, answer in (("runs_kernels", lambda *_: True), ("multiprocessors", lambda _: MULTIPROCESSORS)):
-            if hasattr(op.module, name):
-                setattr(op.module, name, answer)
+            if hasattr(module, name):
+                setattr(module, name, answer)
 
 
 def main() -> None:
