@@ -31,7 +31,7 @@ only_kernels = pytest.mark.parametrize("where", ["kernels"], indirect=True)
 
 @pytest.fixture
 def blocks(monkeypatch):
-    """Blocks so small that a row of 23 has whole ones and a rest."""
+    """Blocks so small that a row of 11 or 23 has whole ones and a rest."""
     monkeypatch.setattr(_divergence, "FWD_BLOCK", 8)
     monkeypatch.setattr(_divergence, "BWD_BLOCK", 8)
 
@@ -74,7 +74,7 @@ def test_plan(monkeypatch):
 
 
 # least; odd, with a rest of every side
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 3, 23)])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 3, 11)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_linear_jsd(dtype, sizes, where, blocks):
     judged(where, dtype, sizes, reduction="none", **CUTS[2])
@@ -82,20 +82,25 @@ def test_linear_jsd(dtype, sizes, where, blocks):
 
 @only_plain
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_cuts(dtype, beta, cut, where):
-    judged(where, dtype, beta=beta, temperature=1.7, ignore_index=3, **cut)
+@pytest.mark.parametrize("beta", BETAS[1:])
+def test_cuts(beta, cut, where):
+    judged(where, torch.bfloat16, beta=beta, temperature=1.7, ignore_index=3, **cut)
+
+
+# in fp16 kept gradients have their headroom
+@only_plain
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_dtypes_of_kept_gradients(dtype, where):
+    judged(where, dtype, **CUTS[3])
 
 
 @only_kernels
 @pytest.mark.parametrize("beta", BETAS)
 def test_betas_in_kernels(beta, where, blocks):
-    judged(where, torch.bfloat16, (5, 3, 23), beta=beta, temperature=0.8, ignore_index=3, **CUTS[3])
+    judged(where, torch.bfloat16, (4, 3, 11), beta=beta, temperature=0.8, ignore_index=3, **CUTS[2])
 
 
 @pytest.mark.all
-@only_kernels
 @pytest.mark.parametrize("cut", CUTS)
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -105,16 +110,15 @@ def test_full_product(dtype, beta, cut, where, blocks):
 
 # along the tokens: fp32 sums of dweight
 @only_plain
-@pytest.mark.parametrize("cut", CUTS[2:])
+@pytest.mark.parametrize("cut", CUTS[2:4])
 def test_more_tokens_than_vocabulary(cut, where):
     judged(where, torch.bfloat16, sizes=(23, 5, 7), reduction="none", **cut)
 
 
 @only_plain
-@pytest.mark.parametrize("cut", [CUTS[0], CUTS[3]])
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2)])
-def test_frozen(frozen, cut, where):
-    judged(where, torch.bfloat16, frozen=frozen, **cut)
+def test_frozen(frozen, where):
+    judged(where, torch.bfloat16, sizes=(6, 3, 23), frozen=frozen, **CUTS[3])
 
 
 @only_plain
@@ -131,7 +135,7 @@ def test_a_frozen_weight_costs_no_product(where, monkeypatch):
 
 
 def test_without_labels_and_biases(where):
-    inputs = some(6, 3, 23, where)
+    inputs = some(3, 3, 11, where)
     inputs[2] = inputs[5] = None
     for cut in CUTS[:2]:
         as_accurate(ours, theirs, inputs[:6], torch.bfloat16, frozen=TEACHER, **cut)
@@ -154,8 +158,7 @@ def test_masked_vocabulary(beta, where, blocks):
         inputs[2][3] = float("-inf")
     if beta != 1.0:
         inputs[5][4] = float("-inf")
-    for cut in CUTS[:2]:
-        as_accurate(ours, theirs, inputs, torch.float32, frozen=TEACHER, beta=beta, **cut)
+    as_accurate(ours, theirs, inputs, torch.float32, frozen=TEACHER, beta=beta, **CUTS[1])
 
 
 def far_apart(m, v, device):
@@ -195,9 +198,9 @@ def test_equal_heads_have_no_divergence(where):
 
 @only_plain
 def test_dweight_is_as_good_as_one_product(where):
-    # 64 chunks, each rounded to bf16 when added, would be several times worse
-    inputs = some(512, 16, 48, where)
-    cut = {"chunk_mb": 8 * 96 * MB, "keep_mb": 100 * 96 * MB}
+    # 26 chunks, each rounded to bf16 when added, would be several times worse
+    inputs = some(256, 8, 48, where)
+    cut = {"chunk_mb": 8 * 96 * MB, "keep_mb": 50 * 96 * MB}
     as_accurate(ours, theirs, inputs, torch.bfloat16, frozen=TEACHER, reduction="sum", **cut)
 
 

@@ -62,11 +62,24 @@ def test_without_an_entropy(where):
 
 
 @only_plain
+@pytest.mark.parametrize("options", [*({k: v} for k, v in EVERYTHING.items()), EVERYTHING])
+def test_options(options, where):
+    inputs = some(6, 5, 23, where, options.get("ignore_index", -100))
+    as_accurate(ours, theirs, inputs, torch.bfloat16, entropy=True, **options, **CUTS[2])
+
+
+@only_plain
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("options", [{}, *({k: v} for k, v in EVERYTHING.items()), EVERYTHING])
-def test_options(options, cut, where):
-    inputs = some(11, 5, 29, where, options.get("ignore_index", -100))
-    as_accurate(ours, theirs, inputs, torch.bfloat16, entropy=True, **options, **cut)
+def test_cuts(cut, where):
+    as_accurate(ours, theirs, some(11, 5, 29, where), torch.float32, entropy=True, **cut)
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("options", [{}, {"entropy": True}, {"entropy": True, **EVERYTHING}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_full_product(dtype, options, cut, where):
+    as_accurate(ours, theirs, some(6, 5, 23, where, options.get("ignore_index", -100)), dtype, **options, **cut)
 
 
 @only_kernels
@@ -209,7 +222,7 @@ def test_compiled_without_graph_breaks(where):
 
 @only_plain
 def test_scratch_is_bounded(where, monkeypatch):
-    h, m, v = 64, 64, 1024
+    h, m, v = 32, 32, 512
     x, weight, labels, _ = some(m, h, v, where)
     x, weight = x.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
     monkeypatch.setattr(_tiles, "LEAST_SIDE", 32)
