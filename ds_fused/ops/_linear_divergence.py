@@ -8,7 +8,9 @@ matrix products, with the upstream gradient as a factor of rows of x and dx, and
 logits are computed again, in tiles as linear_cross_entropy's: the rows' statistics are known by then, so a tile need
 not have whole rows, and cutting the vocabulary spares an fp32 copy of dweight.
 
-What is summed over tiles is summed in fp32, and only then rounded.
+What is summed over tiles is summed in fp32, and only then rounded. In fp16 kept gradients have a headroom, and upstream
+gradients are divided by the largest of them, which comes back to an fp32 sum of dweight: the one such copy where all
+tokens are kept.
 
 Saved for backward: student_x and student_weight, 20 bytes a token, the kept gradients (in x's dtype), and unless all
 are kept the teacher's tensors.
@@ -153,7 +155,9 @@ class _Sums:
         n_again = x.shape[0] - kept
         # dz @ weight is summed over slabs, dz.T @ x over chunks: fp32 where there is more than one
         self.slabs = -(-weight.shape[0] // tiles.rows) if n_again else 0
-        self.is_one_sum = (kept > 0) + -(-n_again // tiles.tokens) <= 1
+        n_sums = (kept > 0) + -(-n_again // tiles.tokens)
+        # what fp16 holds of kept gradients has yet to be multiplied by the upstream gradient, and may be too large
+        self.is_one_sum = n_sums <= 1 and not (kept and x.dtype == torch.float16)
         self.dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wants[0] else None
         if wants[0]:
             self.dx_sum = self.dx[kept:] if self.slabs <= 1 else torch.empty_like(self.dx[kept:], dtype=wide(x))
@@ -169,18 +173,18 @@ class _Sums:
         if self.dx is not None:
             product(self.dx[kept], dz, self.weight.to(dz.dtype), scale=shrink)
             self.dx[kept].mul_(upstream[:, None])
+        if self.x.dtype == torch.float16:
+            # a loss scale times x may be too large for fp16, one token's part of a mean too small
+            self.unit = upstream.abs().amax().clamp_min(torch.finfo(upstream.dtype).tiny)
+            upstream = upstream / self.unit
         if self.dbias is not None:
             # a factor in two numbers of dz's dtype loses nothing that dbias would show
-            high = (upstream * shrink).to(dz.dtype)
-            low = (upstream * shrink - high).to(dz.dtype)
+            high = upstream.to(dz.dtype)
+            low = (upstream - high).to(dz.dtype)
             parts = self.dbias.new_empty(2, dz.shape[1])
-            product(parts, torch.stack([high, low]), dz)
-            self.dbias += parts.sum(0)
+            product(parts, torch.stack([high, low]), dz, scale=shrink)
+            self.dbias += parts.sum(0) if self.unit is None else parts.sum(0) * self.unit
         if self.dweight is not None:
-            if self.x.dtype == torch.float16:
-                # a loss scale times x may be too large for fp16
-                self.unit = upstream.abs().amax().clamp_min(torch.finfo(upstream.dtype).tiny)
-                upstream = upstream / self.unit
             self.xs = torch.empty_like(self.x[kept], memory_format=torch.contiguous_format)
             torch.mul(self.x[kept], upstream[:, None], out=self.xs)
 
