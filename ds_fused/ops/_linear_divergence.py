@@ -40,9 +40,19 @@ from ds_fused.ops._divergence import (
 )
 from ds_fused.ops._labels import counting_tokens
 from ds_fused.ops._loss import LossOptions, check_loss, reduced
-from ds_fused.ops._tiles import Tiling, logits_of, product, side, tile, tile_elements, tiling, whole_rows, wide
+from ds_fused.ops._tiles import (
+    Tiling,
+    check_memory,
+    logits_of,
+    product,
+    side,
+    tile,
+    tile_elements,
+    tiling,
+    whole_rows,
+    wide,
+)
 from ds_fused.ops._triton import autocast_dtype, check_dtypes, rows_of, runs_kernels
-from ds_fused.ops.linear_cross_entropy import check_memory
 
 # what a kept gradient, which lies about in [-1, 1], is multiplied by in fp16: the small ones of a large vocabulary stay
 # clear of its least number (6e-8), and a reverse KL's, which has no bound, far from its largest

@@ -27,6 +27,11 @@ class Tiling:
     kept: int  # tiles kept for backward: the first ones, slab by slab
 
 
+def check_memory(op: str, chunk_mb: float, keep_mb: float) -> None:
+    if chunk_mb <= 0 or keep_mb < 0:
+        raise ValueError(f"{op}: chunk_mb={chunk_mb} must be positive and keep_mb={keep_mb} not negative")
+
+
 def tiling(
     n_tokens: int,
     n_vocab: int,

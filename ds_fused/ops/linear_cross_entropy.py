@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._labels import counting_tokens
 from ds_fused.ops._loss import LossOptions, check_loss, cross_entropy_bwd_torch, cross_entropy_fwd_torch, reduced
-from ds_fused.ops._tiles import Tiling, logits_of, product, tile, tile_elements, tiling, wide
+from ds_fused.ops._tiles import Tiling, check_memory, logits_of, product, tile, tile_elements, tiling, wide
 from ds_fused.ops._triton import autocast_dtype, check_dtypes, rows_of, runs_kernels
 from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd, cross_entropy_reference
 from ds_fused.ops.slabs import WeightSlabs, WholeWeight, columns_of
@@ -304,11 +304,6 @@ def token_losses(
     result = LinearCrossEntropyFunction.apply(rows, handle, bias, flat, slabs, tiles, options, op, entropy)
     loss, entropies = result if entropy else (result, None)
     return loss, entropies, count
-
-
-def check_memory(op: str, chunk_mb: float, keep_mb: float) -> None:
-    if chunk_mb <= 0 or keep_mb < 0:
-        raise ValueError(f"{op}: chunk_mb={chunk_mb} must be positive and keep_mb={keep_mb} not negative")
 
 
 def _checked_vocabulary(op: str, x: Tensor, weight: Tensor | WeightSlabs | VocabShard, bias: Tensor | None) -> int:

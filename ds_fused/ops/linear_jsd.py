@@ -65,7 +65,7 @@ def linear_jsd(
     ``beta * KL(teacher || m) + (1 - beta) * KL(student || m)`` with the mixture ``m = beta * teacher + (1 - beta) *
     student``; ``beta=0`` is KL(teacher || student), the forward KL, and ``beta=1`` KL(student || teacher). It is not
     multiplied by ``temperature ** 2``. The teacher is frozen: its tensors must not require a gradient. Tokens whose
-    label is ``ignore_index`` count nothing; nothing else of the labels matters.
+    label is ``ignore_index`` count nothing; labels have no other meaning.
 
     ``chunk_mb``: MiB of logits of each model that are worked on at a time. ``keep_mb``: MiB of gradients of the
     student's logits kept for backward; for the other tokens both logits are computed again.

@@ -62,7 +62,7 @@ def linear_kl_div(
     """KL(teacher || student) of two heads, or with ``reverse`` KL(student || teacher), in fp32.
 
     It is not multiplied by ``temperature ** 2``. The teacher is frozen: its tensors must not require a gradient. Tokens
-    whose label is ``ignore_index`` count nothing; nothing else of the labels matters.
+    whose label is ``ignore_index`` count nothing; labels have no other meaning.
 
     ``chunk_mb``: MiB of logits of each model that are worked on at a time. ``keep_mb``: MiB of gradients of the
     student's logits kept for backward; for the other tokens both logits are computed again.
