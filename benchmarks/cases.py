@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -187,6 +188,24 @@ def linear_loss_inputs(generator: torch.Generator, m: int, h: int, n_vocab: int)
     return Inputs({"x": x, "weight": weight, "labels": _labels(generator, m, n_vocab)})
 
 
+def log_probs_inputs(generator: torch.Generator, m: int, h: int, n_vocab: int, outputs: int = 1) -> Inputs:
+    tensors = linear_loss_inputs(generator, m, h, n_vocab).tensors
+    # a gradient of each token, as a policy's advantages give it
+    upstream = {
+        name: torch.randn(m, generator=generator, device=generator.device)
+        for name in ("dlog_probs", "dentropy")[:outputs]
+    }
+    return Inputs(tensors | upstream, tuple(upstream))
+
+
+def distillation_inputs(generator: torch.Generator, m: int, h: int, n_vocab: int) -> Inputs:
+    tensors = linear_loss_inputs(generator, m, h, n_vocab).tensors
+    # a teacher that agrees with the student to some extent, and is as wide
+    teacher_x = tensors["x"].detach() + _randn(generator, m, h, scale=0.5)
+    teacher_weight = tensors["weight"].detach() + _randn(generator, n_vocab, h, scale=h**-0.5)
+    return Inputs(tensors | {"teacher_x": teacher_x, "teacher_weight": teacher_weight})
+
+
 def kl_div_inputs(generator: torch.Generator, n: int, n_vocab: int) -> Inputs:
     x, target = (_randn(generator, n, n_vocab, scale=LOGITS_SCALE) for _ in range(2))
     return Inputs({"x": x.log_softmax(-1).requires_grad_(), "target": target.softmax(-1)})
@@ -285,10 +304,17 @@ def _linear_loss_flops(m: int, h: int, n_vocab: int) -> tuple[int, int]:
     return 2 * m * h * n_vocab, 6 * m * h * n_vocab
 
 
+def _distillation_flops(m: int, h: int, n_vocab: int) -> tuple[int, int]:
+    # logits of both; of both, dx and dweight
+    return 4 * m * h * n_vocab, 8 * m * h * n_vocab
+
+
 # Llama-3's vocabulary and Llama-2's; half the tokens of the cross entropies, since eager code keeps 18 GiB of the first
 PAIR_SWEEP = ((4096, 128256), (8192, 32000))
 # Llama-3-8B's width at 8k tokens, a 70B's at 16k, and a q-norm over 128-wide heads (8192 tokens x 32 heads)
 NORM_SWEEP = ((8192, 4096), (16384, 8192), (262144, 128))
+# plain PyTorch in fp32, against which all are judged, needs about 30 GiB for them
+DISTILLED = ((4096, 4096, 128256), (4096, 2048, 151936))
 # 4096 queries of 32 heads, each over 4096 keys; a vocabulary
 ROW_SWEEP = ((131072, 4096), (8192, 128256))
 # fewer rows: the sort of the reference takes 40 bytes an element
@@ -403,6 +429,23 @@ CASES = (
         "linear_cross_entropy", "", linear_loss_inputs, rivals.LINEAR_CROSS_ENTROPY,
         sweep=((8192, 4096, 128256), (16384, 2048, 151936), (4096, 4096, 128256)),
         launch_bound=(128, 256, 1024), tiny=(140, 16, 96), flops=_linear_loss_flops,
+    ),
+    Case(
+        "linear_log_probs", "", log_probs_inputs, rivals.log_probs_providers(entropy=False),
+        sweep=((8192, 4096, 128256), (16384, 2048, 151936)),
+        launch_bound=(128, 256, 1024), tiny=(140, 16, 96), flops=_linear_loss_flops,
+    ),
+    Case(
+        "linear_log_probs", "entropy", partial(log_probs_inputs, outputs=2), rivals.log_probs_providers(entropy=True),
+        sweep=(DISTILLED[0],), launch_bound=(128, 256, 1024), tiny=(140, 16, 96), flops=_linear_loss_flops,
+    ),
+    Case(
+        "linear_jsd", "", distillation_inputs, rivals.divergence_providers("linear_jsd", beta=0.5),
+        sweep=DISTILLED, launch_bound=(128, 256, 1024), tiny=(140, 16, 96), flops=_distillation_flops,
+    ),
+    Case(
+        "linear_kl_div", "", distillation_inputs, rivals.divergence_providers("linear_kl_div", beta=0.0),
+        sweep=DISTILLED[:1], launch_bound=(128, 256, 1024), tiny=(140, 16, 96), flops=_distillation_flops,
     ),
     Case(
         "kl_div", "", kl_div_inputs, rivals.KL_DIV,

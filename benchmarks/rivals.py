@@ -3,7 +3,8 @@
 A builder takes a case's tensors and returns the call that is timed. It imports its library itself, so that a library
 which is missing or broken costs its own row and nothing else.
 
-    hf_eager         the function or module of transformers.models, called as its models call it
+    hf_eager         the function or module of transformers.models, called as its models call it; where it has none,
+                     the formula in plain PyTorch
     compile          the same under torch.compile(fullgraph=True, dynamic=False)
     torch            PyTorch's own fused function, where there is one
     liger            liger_kernel, called as its own patches call it
@@ -726,6 +727,80 @@ LINEAR_CROSS_ENTROPY = {
 }
 
 
+# --- linear_log_probs: x [M, H], weight [V, H], labels [M] ---
+
+
+def _plain_log_probs(entropy: bool):
+    def build(t: Tensors):
+        def log_probs(x, weight, labels):
+            logits = F.linear(x, weight).float()
+            picked = -F.cross_entropy(logits, labels, reduction="none")
+            if not entropy:
+                return picked
+            log_p = torch.log_softmax(logits, -1)
+            return picked, -(log_p.exp() * log_p).sum(-1).masked_fill(labels == -100, 0.0)
+
+        return log_probs, (t["x"], t["weight"], t["labels"])
+
+    return build
+
+
+def _our_log_probs(**options) -> Callable[[Tensors], Call]:
+    def build(t: Tensors) -> Call:
+        log_probs = _ops().linear_log_probs
+        return lambda: log_probs(t["x"], t["weight"], t["labels"], **options)
+
+    return build
+
+
+def log_probs_providers(entropy: bool) -> dict[str, Provider]:
+    plain = _plain_log_probs(entropy)
+    return {
+        "ds_fused": Provider(
+            _our_log_probs(entropy=entropy), note="6 MHV for the tiles that fit keep_mb, 8 for others"
+        ),
+        "ds_fused keep_mb=0": Provider(
+            _our_log_probs(entropy=entropy, keep_mb=0), note="8 MHV: logits computed again in backward"
+        ),
+        "hf_eager": Provider(_eager(plain), note="plain PyTorch"),
+        "compile": Provider(_compiled(plain)),
+    }
+
+
+# --- linear_jsd and linear_kl_div: x [M, H], weight [V, H], teacher_x [M, H], teacher_weight [V, H], labels [M] ---
+
+
+def _plain_divergence(beta: float):
+    def build(t: Tensors):
+        def divergence(x, weight, teacher_x, teacher_weight, labels):
+            student = torch.log_softmax(F.linear(x, weight).float(), -1)
+            teacher = torch.log_softmax(F.linear(teacher_x, teacher_weight).float(), -1)
+            if beta == 0.0:
+                apart = F.kl_div(student, teacher, reduction="none", log_target=True)
+            else:
+                mixture = torch.logaddexp(teacher + math.log(beta), student + math.log(1.0 - beta))
+                apart = beta * F.kl_div(mixture, teacher, reduction="none", log_target=True)
+                apart = apart + (1.0 - beta) * F.kl_div(mixture, student, reduction="none", log_target=True)
+            counts = labels != -100
+            return (apart.sum(-1) * counts).sum() / counts.sum()
+
+        return divergence, _heads(t)
+
+    return build
+
+
+def _heads(t: Tensors) -> tuple[Tensor, ...]:
+    return t["x"], t["weight"], t["teacher_x"], t["teacher_weight"], t["labels"]
+
+
+def _liger_divergence(beta: float) -> Callable[[Tensors], Call]:
+    def build(t: Tensors) -> Call:
+        divergence = _liger().liger_fused_linear_jsd
+        return lambda: divergence(*_heads(t), jsd_beta=beta)
+
+    return build
+
+
 # --- kl_div: x [N, V] log-probabilities, target [N, V] probabilities ---
 
 
@@ -811,6 +886,27 @@ def _our_divergence(op: str, **options) -> Callable[[Tensors], Call]:
         return lambda: loss(t["student"], t["teacher"], t["labels"], **options)
 
     return build
+
+
+def _our_linear_divergence(name: str, **options) -> Callable[[Tensors], Call]:
+    def build(t: Tensors) -> Call:
+        divergence = getattr(_ops(), name)
+        return lambda: divergence(*_heads(t), **options)
+
+    return build
+
+
+def divergence_providers(name: str, beta: float) -> dict[str, Provider]:
+    plain = _plain_divergence(beta)
+    return {
+        "ds_fused": Provider(_our_linear_divergence(name), note="8 MHV where it fits keep_mb, else 12"),
+        "ds_fused keep_mb=0": Provider(
+            _our_linear_divergence(name, keep_mb=0), note="12 MHV: both logits computed again in backward"
+        ),
+        "hf_eager": Provider(_eager(plain), note="plain PyTorch"),
+        "compile": Provider(_compiled(plain)),
+        "liger": Provider(_liger_divergence(beta), note=_IN_FORWARD),
+    }
 
 
 _SOFTMAX_BEFORE = "PyTorch's fp32 softmax of both logits before it"

@@ -120,12 +120,19 @@ def measure(
 
 
 def measure_bare(row: Row, inputs: Inputs, floors: tuple[float, float], on: Instruments) -> None:
-    """The three GEMMs of a linear cross entropy with nothing between them: what its time can be compared with."""
+    """The GEMMs of a head's loss with nothing between them: what its time can be compared with."""
     x, weight = (inputs.tensors[name].detach() for name in ("x", "weight"))
+    teacher = [inputs.tensors[name] for name in ("teacher_x", "teacher_weight") if name in inputs.tensors]
     dz = torch.randn(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-    row.status, row.note = CEILING, "x @ W.T, dz @ W, dz.T @ x"
-    row.forward_ms = on.median_ms(lambda: x @ weight.T)
-    row.full_ms = on.median_ms(lambda: (x @ weight.T, dz @ weight, dz.T @ x))
+    row.status, row.note = CEILING, "x @ W.T, dz @ W, dz.T @ x" + (", the teacher's x @ W.T" if teacher else "")
+
+    def forward() -> None:
+        x @ weight.T
+        if teacher:
+            teacher[0] @ teacher[1].T
+
+    row.forward_ms = on.median_ms(forward)
+    row.full_ms = on.median_ms(lambda: (forward(), dz @ weight, dz.T @ x))
     row.forward_share, row.full_share = floors[0] / row.forward_ms, floors[1] / row.full_ms
 
 

@@ -12,6 +12,9 @@ from ds_fused.ops.jsd import jsd
 from ds_fused.ops.kl_div import kl_div
 from ds_fused.ops.layer_norm import layer_norm
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy
+from ds_fused.ops.linear_jsd import linear_jsd
+from ds_fused.ops.linear_kl_div import linear_kl_div
+from ds_fused.ops.linear_log_probs import linear_log_probs
 from ds_fused.ops.relu2 import relu2
 from ds_fused.ops.rms_norm import rms_norm
 from ds_fused.ops.rope import rope
@@ -32,6 +35,9 @@ __all__ = [
     "kl_div",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_jsd",
+    "linear_kl_div",
+    "linear_log_probs",
     "relu2",
     "rms_norm",
     "rope",

@@ -19,7 +19,7 @@ class LossOptions:
     logit_scale: float = 1.0
 
 
-def reduced(loss: Tensor, shape: torch.Size, count: Tensor, reduction: str) -> Tensor:
+def reduced(loss: Tensor, shape: torch.Size, count: Tensor | int, reduction: str) -> Tensor:
     """[N] losses by token to what `reduction` names. The mean is over the tokens that count, NaN where none does."""
     if reduction == "none":
         return loss.view(shape)
@@ -93,7 +93,7 @@ def check_weight(op: str, name: str, weight: Tensor | None, n_vocab: int, device
 def check_loss(
     op: str,
     options: LossOptions,
-    labels: Tensor,
+    labels: Tensor | None,  # None: all tokens count
     reduction: str,
     shape: torch.Size,  # of the tokens
     n_vocab: int,
@@ -108,6 +108,8 @@ def check_loss(
         raise ValueError(f"{op}: softcap is {options.softcap}; it must be positive, or None for no cap")
     if not 0 < n_vocab < 2**31:
         raise ValueError(f"{op}: a vocabulary of {n_vocab}; columns are counted in int32, so 1 to {2**31 - 1} fit")
+    if labels is None:
+        return
     if labels.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{op}: labels are {labels.dtype}; they must be int64 or int32")
     if labels.shape != shape:
@@ -130,6 +132,7 @@ def cross_entropy_fwd_torch(
     right: Tensor | None = None,
     weight: Tensor | None = None,
     token_weights: Tensor | None = None,
+    entropy: Tensor | None = None,
 ) -> None:
     """cross_entropy_fwd without kernels: the same arguments, [N, n_cols] and [N]."""
     smoothing = options.label_smoothing
@@ -147,13 +150,22 @@ def cross_entropy_fwd_torch(
             right[rows] = is_right if is_first else torch.where(peak > lse[0, rows], is_right, right[rows])
         if not is_first:
             picked, peak = picked + loss[rows], torch.maximum(peak, lse[0, rows])
-        total = (z - peak[:, None]).exp_().sum(1)
+        below = peak[:, None] - z
+        e = (-below).exp_()
+        total = e.sum(1)
+        if entropy is not None:
+            below_sum = e.mul_(below.clamp_max_(torch.finfo(z.dtype).max)).sum(1)
         if not is_first:
-            total += lse[1, rows].exp() * (lse[0, rows] - peak).exp()
+            before, shrunk = lse[1, rows].exp(), (lse[0, rows] - peak).exp()
+            total += before * shrunk
+            if entropy is not None:
+                below_sum += (entropy[rows] + before * (peak - lse[0, rows])) * shrunk
         rest = total.log()
         whole = peak + rest
         ignored = labels[rows] == options.ignore_index
         lse[0, rows], lse[1, rows] = peak.masked_fill(ignored, 0.0), rest.masked_fill(ignored, 0.0)
+        if entropy is not None:
+            entropy[rows] = (rest + below_sum / total if is_last else below_sum).masked_fill(ignored, 0.0)
         done = picked
         if is_last:
             done = (of_all * peak - picked) + of_all * rest + options.z_loss * of_label * whole * whole
@@ -174,6 +186,8 @@ def cross_entropy_bwd_torch(
     first_id: int = 0,
     weight: Tensor | None = None,
     token_weights: Tensor | None = None,
+    entropy: Tensor | None = None,
+    dentropy: Tensor | None = None,
 ) -> None:
     """cross_entropy_bwd without kernels."""
     smoothing = options.label_smoothing
@@ -181,7 +195,10 @@ def cross_entropy_bwd_torch(
         z, slope = _capped_torch(logits[rows].to(lse.dtype), options)
         col, here = _columns_torch(labels[rows], first_id, z.shape[1])
         peak, rest = lse[:, rows, None]
-        dz = (z - peak).sub_(rest).exp_()
+        log_p = (z - peak).sub_(rest)
+        dz = log_p.exp()
+        if dentropy is not None:
+            log_p.clamp_min_(torch.finfo(z.dtype).min).add_(entropy[rows, None]).mul_(dz).mul_(-dentropy[rows, None])
         of_label, of_all = (1.0, 1.0) if token_weights is None else token_weights[:, rows, None]
         of_lse = dz * (2.0 * options.z_loss * of_label * (peak + rest)) if options.z_loss else 0.0
         # p - wanted first: what is left of it may be small
@@ -191,7 +208,10 @@ def cross_entropy_bwd_torch(
             wanted.mul_(weight)
             dz.mul_(of_all)
         dz.sub_(wanted).add_(of_lse)
-        dz.mul_(dloss[rows, None]).mul_(slope)
+        dz.mul_(dloss[rows, None])
+        if dentropy is not None:
+            dz.add_(log_p)
+        dz.mul_(slope)
         dlogits[rows] = dz.masked_fill_((labels[rows] == options.ignore_index)[:, None], 0.0).to(dlogits.dtype)
 
 

@@ -27,6 +27,11 @@ class Tiling:
     kept: int  # tiles kept for backward: the first ones, slab by slab
 
 
+def check_memory(op: str, chunk_mb: float, keep_mb: float) -> None:
+    if chunk_mb <= 0 or keep_mb < 0:
+        raise ValueError(f"{op}: chunk_mb={chunk_mb} must be positive and keep_mb={keep_mb} not negative")
+
+
 def tiling(
     n_tokens: int,
     n_vocab: int,
@@ -65,6 +70,11 @@ def side(size: int, fits: int, ranks: int = 1, least: int | None = None) -> int:
     return -(-size // (parts * step)) * step
 
 
+def whole_rows(size: int, fits: int) -> int:
+    """How many rows of `size` to keep where so many fit: all, or whole steps of them."""
+    return size if fits >= size else fits // SIDE_STEP * SIDE_STEP
+
+
 def _row_stride(rows: int) -> int:
     # torch.compile takes whole tensors only for the `out` of a product
     return rows if torch.compiler.is_compiling() else -(-rows // ROW_STEP) * ROW_STEP
@@ -79,6 +89,16 @@ def tile(room: Tensor, n_tokens: int, n_rows: int) -> Tensor:
     """[tokens, n] at the start of its room, rows strided; smaller ones of the last chunk and slab too."""
     stride = _row_stride(n_rows)
     return room[: n_tokens * stride].view(n_tokens, stride)[:, :n_rows]
+
+
+def logits_of(room: Tensor, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ rows.T + bias, written into the room of a tile."""
+    z = tile(room, x.shape[0], rows.shape[0])
+    if bias is None:
+        torch.mm(x, rows.t(), out=z)
+    else:
+        torch.addmm(bias, x, rows.t(), out=z)
+    return z
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False, scale: float = 1.0) -> None:

@@ -15,6 +15,12 @@ weights only where both are given.
 
 Ignored tokens: loss and gradient are exactly zero and their logits are never read.
 
+On demand the softmax pass also takes the entropy H of softmax(z), for linear_log_probs. With u = max(z) - z no term of
+it is negative, so nothing cancels; it costs a third accumulator, hence a switch of the kernel:
+
+    H  = (lse - max(z)) + sum(softmax(z) * u)
+    dz = -dH * softmax(z) * (log(softmax(z)) + H)
+
 Saved for backward: the logits (no copy of them) and lse, 8 bytes a token: it is held as two numbers, the maximum and
 the rest, since one fp32 would round exp(z - lse) by 1e-5 where the logits are some hundreds.
 Traffic per logit: forward 1 read; backward 1 read + 1 write, over the logits themselves with ``overwrite_logits``.
@@ -121,9 +127,20 @@ def _online(top, total, z):
 
 
 @triton.jit
+def _online_entropy(top, total, below, z):
+    """_online, and each lane's sum of exponentials times their distance from the maximum."""
+    gap = tl.minimum(tl.abs(z - top), 1e38, propagate_nan=tl.PropagateNan.ALL)  # finite: e is 0 there
+    e = tl.exp(-gap)
+    # a new maximum is that much farther from all that was before
+    below = tl.where(z > top, (below + total * gap) * e, below + gap * e)
+    total = tl.where(z > top, total * e + 1.0, total + e)
+    return tl.maximum(z, top), total, below
+
+
+@triton.jit
 def _cross_entropy_fwd_kernel(
     logits_ptr,  # [N, n_cols]
-    labels_ptr, loss_ptr,  # [N]
+    labels_ptr, loss_ptr, entropy_ptr,  # [N]
     lse_ptr,  # [2, N]: peak and rest
     right_ptr,  # [N]: 1 where no column's z is above the label's, nor equal and before it
     weight_ptr,  # [n_cols]: of the classes
@@ -133,6 +150,7 @@ def _cross_entropy_fwd_kernel(
     ignore_index,
     logit_scale, softcap, z_loss, on_label, on_each,  # weights of z[label] and of every z
     HAS_SOFTCAP: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_ACCURACY: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
     IS_FIRST: tl.constexpr, IS_LAST: tl.constexpr,  # slab of the row
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -144,6 +162,8 @@ def _cross_entropy_fwd_kernel(
         tl.store(lse_ptr + lse_stride + row, 0.0)
         if HAS_ACCURACY:
             tl.store(right_ptr + row, 0.0)
+        if HAS_ENTROPY:
+            tl.store(entropy_ptr + row, 0.0)
     else:
         row_ptr = logits_ptr + row * logits_stride
         cols = tl.arange(0, BLOCK)
@@ -152,13 +172,17 @@ def _cross_entropy_fwd_kernel(
         total = tl.zeros([BLOCK], tl.float32)
         each = tl.zeros([BLOCK], tl.float32)
         first = tl.zeros([BLOCK], tl.int32)  # the block in which a lane saw its top first
+        below = tl.zeros([BLOCK], tl.float32)
         # whole blocks carry no mask: one on an odd n_cols would cut every load down to single elements
         n_whole = (n_cols // BLOCK) * BLOCK
         for start in tl.range(0, n_whole, BLOCK, num_stages=STAGES):
             z, _ = _capped(tl.load(row_ptr + start + cols).to(tl.float32), logit_scale, softcap, HAS_SOFTCAP)
             if HAS_ACCURACY:
                 first = tl.where(z > top, start, first)
-            top, total = _online(top, total, z)
+            if HAS_ENTROPY:
+                top, total, below = _online_entropy(top, total, below, z)
+            else:
+                top, total = _online(top, total, z)
             if HAS_WEIGHT:
                 each += z * tl.load(weight_ptr + start + cols)
             elif HAS_SMOOTHING:
@@ -170,14 +194,21 @@ def _cross_entropy_fwd_kernel(
             # after the cap, which would make a small finite number of -inf
             if HAS_ACCURACY:
                 first = tl.where(mask & (z > top), n_whole, first)
-            top, total = _online(top, total, tl.where(mask, z, float("-inf")))
+            masked = tl.where(mask, z, float("-inf"))
+            if HAS_ENTROPY:
+                top, total, below = _online_entropy(top, total, below, masked)
+            else:
+                top, total = _online(top, total, masked)
             if HAS_WEIGHT:
                 each += tl.where(mask, z, 0.0) * tl.load(weight_ptr + n_whole + cols, mask=mask, other=0.0)
             elif HAS_SMOOTHING:
                 each += tl.where(mask, z, 0.0)
 
         peak = tl.max(top, 0)
-        total_sum = tl.sum(total * tl.exp(top - peak), 0)
+        shrunk = tl.exp(top - peak)
+        total_sum = tl.sum(total * shrunk, 0)
+        if HAS_ENTROPY:
+            below_sum = tl.sum((below + total * (peak - top)) * shrunk, 0)
         col = label.to(tl.int64) - first_id
         here = (col >= 0) & (col < n_cols)
         x = tl.load(row_ptr + col, mask=here, other=0.0).to(tl.float32)
@@ -194,12 +225,18 @@ def _cross_entropy_fwd_kernel(
         if HAS_SMOOTHING:
             picked += on_each * tl.sum(each, 0)
 
-        # between slabs `loss` holds what is picked so far, peak and rest are those of the columns so far
+        # between slabs `loss` holds what is picked so far, peak and rest are those of the columns so far; so is the sum
+        # in `entropy`
         if not IS_FIRST:
             picked += tl.load(loss_ptr + row)
             before, rest_before = tl.load(lse_ptr + row), tl.load(lse_ptr + lse_stride + row)
             most = tl.maximum(before, peak)
-            total_sum = total_sum * tl.exp(peak - most) + tl.exp(rest_before) * tl.exp(before - most)
+            total_before = tl.exp(rest_before)
+            if HAS_ENTROPY:
+                below_before = tl.load(entropy_ptr + row) + total_before * (most - before)
+                below_sum = (below_sum + total_sum * (most - peak)) * tl.exp(peak - most)
+                below_sum += below_before * tl.exp(before - most)
+            total_sum = total_sum * tl.exp(peak - most) + total_before * tl.exp(before - most)
             peak = most
         rest = tl.log(total_sum)
         tl.store(lse_ptr + row, peak)
@@ -213,6 +250,11 @@ def _cross_entropy_fwd_kernel(
                 tl.store(loss_ptr + row, (peak - picked) + rest + z_loss * lse * lse)
         else:
             tl.store(loss_ptr + row, picked)
+        if HAS_ENTROPY:
+            if IS_LAST:
+                tl.store(entropy_ptr + row, rest + below_sum / total_sum)
+            else:
+                tl.store(entropy_ptr + row, below_sum)
 
 
 @triton.jit
@@ -223,16 +265,23 @@ def _dz(z, peak, rest, is_label, wanted_label, wanted_other, on_lse):
 
 
 @triton.jit
+def _dz_of_entropy(z, peak, rest, entropy):
+    log_p = (z - peak) - rest
+    # finite where p is 0
+    return tl.exp(log_p) * -(tl.maximum(log_p, -1e38, propagate_nan=tl.PropagateNan.ALL) + entropy)
+
+
+@triton.jit
 def _cross_entropy_bwd_kernel(
-    dloss_ptr, labels_ptr,  # [N]
+    dloss_ptr, labels_ptr, entropy_ptr, dentropy_ptr,  # [N]
     lse_ptr,  # [2, N]: peak and rest
     logits_ptr, dlogits_ptr,  # [N, n_cols], may be one and the same
     weight_ptr, token_weights_ptr,  # [n_cols], [2, N]: see the forward
-    dloss_stride, lse_stride, logits_stride, dlogits_stride, token_weights_stride,
+    dloss_stride, dentropy_stride, lse_stride, logits_stride, dlogits_stride, token_weights_stride,
     n_cols, n_blocks, first_id,
     ignore_index,
     logit_scale, softcap, z_loss, wanted_label, wanted_other,  # probabilities: without z_loss, dz is p - wanted
-    HAS_SOFTCAP: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     row = pid // n_blocks
@@ -252,6 +301,9 @@ def _cross_entropy_bwd_kernel(
         peak, rest = tl.load(lse_ptr + row), tl.load(lse_ptr + lse_stride + row)
         col = (label.to(tl.int64) - first_id).to(tl.int32)  # compared with every column: at half the cost of int64
         on_lse = 2.0 * z_loss * (peak + rest)
+        if HAS_ENTROPY:
+            entropy = tl.load(entropy_ptr + row)
+            dentropy = tl.load(dentropy_ptr + row * dentropy_stride).to(tl.float32)
         if HAS_WEIGHT:
             of_label, of_all = tl.load(token_weights_ptr + row), tl.load(token_weights_ptr + token_weights_stride + row)
             w = tl.load(weight_ptr + cols, mask=mask, other=0.0)
@@ -263,13 +315,17 @@ def _cross_entropy_bwd_kernel(
             tl.store(out_ptr + cols, dloss * dz * slope, mask=mask)
         elif whole:  # without a mask: see the forward
             z, slope = _capped(tl.load(in_ptr + cols).to(tl.float32), logit_scale, softcap, HAS_SOFTCAP)
-            dz = _dz(z, peak, rest, cols == col, wanted_label, wanted_other, on_lse)
-            tl.store(out_ptr + cols, dloss * dz * slope)
+            dz = dloss * _dz(z, peak, rest, cols == col, wanted_label, wanted_other, on_lse)
+            if HAS_ENTROPY:
+                dz += dentropy * _dz_of_entropy(z, peak, rest, entropy)
+            tl.store(out_ptr + cols, dz * slope)
         else:
             x = tl.load(in_ptr + cols, mask=mask, other=0.0).to(tl.float32)
             z, slope = _capped(x, logit_scale, softcap, HAS_SOFTCAP)
-            dz = _dz(z, peak, rest, cols == col, wanted_label, wanted_other, on_lse)
-            tl.store(out_ptr + cols, dloss * dz * slope, mask=mask)
+            dz = dloss * _dz(z, peak, rest, cols == col, wanted_label, wanted_other, on_lse)
+            if HAS_ENTROPY:
+                dz += dentropy * _dz_of_entropy(z, peak, rest, entropy)
+            tl.store(out_ptr + cols, dz * slope, mask=mask)
 
 
 def cross_entropy_fwd(
@@ -286,6 +342,7 @@ def cross_entropy_fwd(
     right: Tensor | None = None,  # [N] fp32, written; between slabs the state
     weight: Tensor | None = None,  # [n_cols] fp32: the slab's classes
     token_weights: Tensor | None = None,  # [2, N] fp32, see weights_of_tokens
+    entropy: Tensor | None = None,  # [N] fp32, written; between slabs the state
 ) -> None:
     n, n_cols = logits.shape
     if n == 0:
@@ -294,7 +351,7 @@ def cross_entropy_fwd(
     smoothing = options.label_smoothing
     with on_device(logits):
         _cross_entropy_fwd_kernel[(n,)](
-            logits, labels, loss, lse,
+            logits, labels, loss, entropy, lse,
             # a tensor that stands for one that is not there is never touched
             loss if right is None else right, loss if weight is None else weight,
             lse if token_weights is None else token_weights,
@@ -303,7 +360,7 @@ def cross_entropy_fwd(
             float(options.logit_scale), float(options.softcap or 1.0), float(options.z_loss),
             1.0 - smoothing, smoothing / n_vocab,
             HAS_SOFTCAP=options.softcap is not None, HAS_SMOOTHING=smoothing > 0.0,
-            HAS_WEIGHT=weight is not None, HAS_ACCURACY=right is not None,
+            HAS_WEIGHT=weight is not None, HAS_ACCURACY=right is not None, HAS_ENTROPY=entropy is not None,
             IS_FIRST=is_first, IS_LAST=is_last,
             BLOCK=block, STAGES=FWD_STAGES, num_warps=warps_for(block, FWD_PER_THREAD),
         )  # fmt: skip
@@ -321,6 +378,8 @@ def cross_entropy_bwd(
     first_id: int = 0,
     weight: Tensor | None = None,  # [n_cols] fp32
     token_weights: Tensor | None = None,  # [2, N] fp32
+    entropy: Tensor | None = None,  # [N] fp32, over all slabs
+    dentropy: Tensor | None = None,  # [N], any stride
 ) -> None:
     n, n_cols = logits.shape
     if n == 0:
@@ -330,14 +389,16 @@ def cross_entropy_bwd(
     smoothing = options.label_smoothing
     with on_device(logits):
         _cross_entropy_bwd_kernel[(n * n_blocks,)](
-            dloss, labels, lse, logits, dlogits,
+            dloss, labels, entropy, dentropy, lse, logits, dlogits,
             lse if weight is None else weight, lse if token_weights is None else token_weights,
-            dloss.stride(0), row_stride(lse), row_stride(logits), row_stride(dlogits),
+            dloss.stride(0), 0 if dentropy is None else dentropy.stride(0),
+            row_stride(lse), row_stride(logits), row_stride(dlogits),
             row_stride(lse if token_weights is None else token_weights),
             n_cols, n_blocks, first_id, options.ignore_index,
             float(options.logit_scale), float(options.softcap or 1.0), float(options.z_loss),
             1.0 - smoothing + smoothing / n_vocab, smoothing / n_vocab,
             HAS_SOFTCAP=options.softcap is not None, HAS_WEIGHT=weight is not None,
+            HAS_ENTROPY=dentropy is not None,
             BLOCK=block, num_warps=warps_for(block, BWD_PER_THREAD),
         )  # fmt: skip
 

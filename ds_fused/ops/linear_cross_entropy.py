@@ -16,6 +16,7 @@ Sizes: M tokens (every leading dimension of x, flattened), H hidden, V vocabular
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ from ds_fused.ops._loss import (
     weighted,
     weights_of_tokens,
 )
-from ds_fused.ops._tiles import Tiling, product, tile, tile_elements, tiling, wide
+from ds_fused.ops._tiles import Tiling, check_memory, logits_of, product, tile, tile_elements, tiling, wide
 from ds_fused.ops._triton import autocast_dtype, check_dtypes, rows_of, runs_kernels
 from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd, cross_entropy_reference
 from ds_fused.ops.one_pass import OnePassFunction
@@ -75,16 +76,6 @@ def linear_cross_entropy_reference(
 
 def _room(x: Tensor, tiles: Tiling) -> Tensor:
     return x.new_empty(tile_elements(tiles.tokens, tiles.rows))
-
-
-def _logits(room: Tensor, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ rows.T + bias, written into the room of a tile."""
-    z = tile(room, x.shape[0], rows.shape[0])
-    if bias is None:
-        torch.mm(x, rows.t(), out=z)
-    else:
-        torch.addmm(bias, x, rows.t(), out=z)
-    return z
 
 
 def _of_chunk(token_weights: Tensor | None, chunk: slice) -> Tensor | None:
@@ -129,7 +120,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
 
     `weight` is what autograd knows of the head: the weight itself (then `slabs` is None), or, where slabs bring their
     gradient home themselves, an empty anchor that requires grad if they do. `class_weight` [V] and `token_weights`
-    [2, M] are given where there is smoothing too. `more`: lse [2, M] and right [M] as well.
+    [2, M] are given where there is smoothing too. `more`: lse [2, M] and right [M] as well; `entropy`: the entropy [M]
+    of each token's softmax as well; not both. `op` is who speaks in an error.
     """
 
     @staticmethod
@@ -145,12 +137,15 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         class_weight: Tensor | None,
         token_weights: Tensor | None,
         more: bool,
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        op: str,
+        entropy: bool,
+    ) -> Tensor | tuple[Tensor, ...]:
         n_tokens = x.shape[0]
         softmax_fwd = cross_entropy_fwd if runs_kernels(x) else cross_entropy_fwd_torch
         source = WholeWeight(weight, tiles.rows) if slabs is None else slabs
         loss, lse = (x.new_empty(size, dtype=wide(x)) for size in (n_tokens, (2, n_tokens)))
         right = torch.empty_like(loss) if more else None
+        entropies = torch.empty_like(loss) if entropy else None
         kept: list[Tensor] = []
         room = None
         for k in range(len(source)):
@@ -164,17 +159,20 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                     kept.append(_room(x, tiles))
                 elif room is None:
                     room = _room(x, tiles)
-                z = _logits(kept[-1] if room is None else room, x[chunk], slab.rows, slab.bias)
+                z = logits_of(kept[-1] if room is None else room, x[chunk], slab.rows, slab.bias)
                 last = k == len(source) - 1
                 softmax_fwd(
                     z, slab.labels[chunk], loss[chunk], lse[:, chunk], slab.options,
                     **slab.place, is_first=k == 0, is_last=last, right=None if right is None else right[chunk],
                     weight=slab.class_weight, token_weights=_of_chunk(token_weights, chunk),
+                    entropy=_part(entropies, chunk),
                 )  # fmt: skip
-        ctx.save_for_backward(x, weight, bias, labels, lse, class_weight, token_weights, *kept)
-        ctx.slabs, ctx.tiles, ctx.options, ctx.overwritten = slabs, tiles, options, False
+        ctx.save_for_backward(x, weight, bias, labels, lse, class_weight, token_weights, entropies, *kept)
+        ctx.slabs, ctx.tiles, ctx.options, ctx.op, ctx.overwritten = slabs, tiles, options, op, False
         # the backward begins with them. Those of a whole weight are looked up again, see WholeWeight
         ctx.last_rows = None if slabs is None else rows
+        if entropy:
+            return loss, entropies
         if not more:
             return loss
         ctx.mark_non_differentiable(lse, right)
@@ -182,13 +180,14 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, dloss: Tensor, *more: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.overwritten:
             raise RuntimeError(
-                "linear_cross_entropy: a second backward, but the first wrote the gradient over the logits it had "
+                f"{ctx.op}: a second backward, but the first wrote the gradient over the logits it had "
                 "kept; pass keep_mb=0 to compute them again each time"
             )
-        x, weight, bias, labels, lse, class_weight, token_weights, *kept = ctx.saved_tensors
+        x, weight, bias, labels, lse, class_weight, token_weights, entropies, *kept = ctx.saved_tensors
+        dentropy = None if entropies is None else more[0]
         # a trace writes nothing, and dynamo may need two
         ctx.overwritten = len(kept) > 0 and not torch.compiler.is_compiling()
         tiles, n_tokens = ctx.tiles, x.shape[0]
@@ -222,11 +221,12 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                 else:
                     if room is None:
                         room = _room(x, tiles)
-                    z = _logits(room, x[chunk], slab.rows, slab.bias)
+                    z = logits_of(room, x[chunk], slab.rows, slab.bias)
                 dz = z  # in place: nobody else has the tile
                 softmax_bwd(
                     dloss[chunk], z, slab.labels[chunk], lse[:, chunk], dz, slab.options, **slab.place,
                     weight=slab.class_weight, token_weights=_of_chunk(token_weights, chunk),
+                    entropy=_part(entropies, chunk), dentropy=_part(dentropy, chunk),
                 )  # fmt: skip
                 if wants_dx:
                     product(dx[chunk], dz, slab.rows, add=not is_first)
@@ -246,8 +246,12 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             None if dx is None else dx.to(x.dtype),
             source.grad if wants_dweight and ctx.slabs is None else None,
             None if dbias is None else dbias.to(bias.dtype),
-            None, None, None, None, None, None, None,
+            None, None, None, None, None, None, None, None, None,
         )  # fmt: skip
+
+
+def _part(whole: Tensor | None, chunk: slice) -> Tensor | None:
+    return None if whole is None else whole[chunk]
 
 
 def _add_dbias(dbias: Tensor, ids: Tensor | int, dz: Tensor) -> None:
@@ -292,18 +296,64 @@ def linear_cross_entropy(
     fp16, gradients are made in the forward, chunk after chunk: each logit is computed once and none is kept, whatever
     ``keep_mb`` says. The result is the same (one_pass.py).
     """
-    op = "linear_cross_entropy"
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    more = return_z_loss or return_accuracy
+    found = token_losses(
+        "linear_cross_entropy", x, weight, labels, bias, options, reduction, chunk_mb=chunk_mb, keep_mb=keep_mb,
+        class_weight=class_weight, more=more,
+        in_forward=grad_in_forward and reduction != "none" and class_weight is None and not more,
+    )  # fmt: skip
+    if found.is_reduced:
+        return found.loss
+    z_losses = z_loss * found.lse.sum(0) ** 2 if return_z_loss else None
+    return outputs(
+        *weighted(found.loss, z_losses, found.of_token, found.in_kernel), found.right if return_accuracy else None,
+        found.of_token, found.count, labels.shape, reduction,
+    )  # fmt: skip
+
+
+class TokenLosses(NamedTuple):
+    """What `token_losses` finds; None is what it was not asked for."""
+
+    loss: Tensor  # [M]; [] where it is reduced
+    count: Tensor  # of the tokens that count
+    lse: Tensor | None = None  # [2, M]
+    right: Tensor | None = None  # [M]
+    entropy: Tensor | None = None  # [M]
+    # see weights_of_tokens
+    of_token: Tensor | None = None
+    in_kernel: tuple[Tensor | None, Tensor | None] = (None, None)
+    is_reduced: bool = False
+
+
+def token_losses(
+    op: str,  # who speaks in an error
+    x: Tensor,
+    weight: Tensor | WeightSlabs | VocabShard,
+    labels: Tensor,
+    bias: Tensor | None,
+    options: LossOptions,
+    reduction: str,  # what the caller will do with the losses
+    *,
+    chunk_mb: int,
+    keep_mb: int,
+    class_weight: Tensor | None = None,
+    more: bool = False,  # lse and right
+    entropy: bool = False,  # not beside `more`
+    in_forward: bool = False,  # gradients made there, with the reduction, where that can be
+) -> TokenLosses:
+    """What each token loses, and what else is asked for."""
     n_vocab = _checked_vocabulary(op, x, weight, bias)
     check_loss(op, options, labels, reduction, x.shape[:-1], n_vocab, x.device)
     check_weight(op, "class_weight", class_weight, n_vocab, x.device)
-    if class_weight is not None and label_smoothing and isinstance(weight, VocabShard):
+    if class_weight is not None and options.label_smoothing and isinstance(weight, VocabShard):
         raise ValueError(
-            f"{op}: class_weight with label_smoothing={label_smoothing} while the rows of the weight stay on their "
-            'ranks; take one of the two, or another mode than "stationary"'
+            f"{op}: class_weight with label_smoothing={options.label_smoothing} while the rows of the weight stay on "
+            'their ranks; take one of the two, or another mode than "stationary"'
         )
-    if chunk_mb <= 0 or keep_mb < 0:
-        raise ValueError(f"{op}: chunk_mb={chunk_mb} must be positive and keep_mb={keep_mb} not negative")
+    check_memory(op, chunk_mb, keep_mb)
+    if entropy and isinstance(weight, VocabShard):
+        raise ValueError(f"{op}: there is no entropy yet of a weight that stays on its ranks (mode stationary)")
     autocast = autocast_dtype(x)
     slabs = None if isinstance(weight, (Tensor, VocabShard)) else weight
     for name, dtype in (("weight", weight.dtype), ("bias", bias.dtype if bias is not None else x.dtype)):
@@ -321,33 +371,32 @@ def linear_cross_entropy(
     training = torch.is_grad_enabled()
     trains = training and any(t is not None and t.requires_grad for t in (x, handle, bias))
     flat = labels.reshape(-1)
-    count = counting_tokens(op, flat, n_vocab, ignore_index)
+    count = counting_tokens(op, flat, n_vocab, options.ignore_index)
     of_token, in_kernel = weights_of_tokens(class_weight, flat, options, wide(rows))
-    more = return_z_loss or return_accuracy
     chunk_bytes = int(chunk_mb * 2**20)
-    is_plain = slabs is None and class_weight is None and not more and reduction != "none"
-    if isinstance(weight, VocabShard):
-        guess = reduction if trains and weight.guesses and reduction != "none" and of_token is None else None
-        results = StationaryFunction.apply(
-            rows, handle, bias, flat, weight, options, chunk_bytes, guess, more
-        )  # fmt: skip
-    elif grad_in_forward and trains and is_plain and rows.dtype != torch.float16:
+    is_whole = slabs is None and not isinstance(weight, VocabShard)
+    if in_forward and trains and is_whole and rows.dtype != torch.float16:
         # a frozen weight's tiling: along the tokens, whole rows of logits
         tokens = tiling(rows.shape[0], n_vocab, rows.element_size(), chunk_bytes, 0, dx=True, dweight=False).tokens
-        return OnePassFunction.apply(rows, weight, bias, flat, count, options, reduction, tokens)
+        loss = OnePassFunction.apply(rows, weight, bias, flat, count, options, reduction, tokens)
+        return TokenLosses(loss, count, is_reduced=True)
+    if isinstance(weight, VocabShard):
+        guess = reduction if trains and weight.guesses and reduction != "none" and of_token is None else None
+        results = StationaryFunction.apply(rows, handle, bias, flat, weight, options, chunk_bytes, guess, more)
     else:
         tiles = tiling(
             rows.shape[0], n_vocab, rows.element_size(), chunk_bytes, int(keep_mb * 2**20) if trains else 0,
             dx=training and x.requires_grad, dweight=training and handle.requires_grad,
             slab_rows=slabs.slab_rows if slabs is not None else None,
         )  # fmt: skip
-        results = LinearCrossEntropyFunction.apply(rows, handle, bias, flat, slabs, tiles, options, *in_kernel, more)
+        results = LinearCrossEntropyFunction.apply(
+            rows, handle, bias, flat, slabs, tiles, options, *in_kernel, more, op, entropy
+        )
+    if entropy:
+        loss, entropies = results
+        return TokenLosses(loss, count, entropy=entropies)
     loss, lse, right = results if more else (results, None, None)
-    z_losses = z_loss * lse.sum(0) ** 2 if return_z_loss else None
-    return outputs(
-        *weighted(loss, z_losses, of_token, in_kernel), right if return_accuracy else None,
-        of_token, count, labels.shape, reduction,
-    )  # fmt: skip
+    return TokenLosses(loss, count, lse, right, of_token=of_token, in_kernel=in_kernel)
 
 
 def _checked_vocabulary(op: str, x: Tensor, weight: Tensor | WeightSlabs | VocabShard, bias: Tensor | None) -> int:

@@ -20,6 +20,9 @@ from ds_fused.ops.jsd import jsd, jsd_reference
 from ds_fused.ops.kl_div import kl_div, kl_div_reference
 from ds_fused.ops.layer_norm import layer_norm, layer_norm_reference
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from ds_fused.ops.linear_jsd import linear_jsd, linear_jsd_reference
+from ds_fused.ops.linear_kl_div import linear_kl_div, linear_kl_div_reference
+from ds_fused.ops.linear_log_probs import linear_log_probs, linear_log_probs_reference
 from ds_fused.ops.relu2 import relu2, relu2_reference
 from ds_fused.ops.rms_norm import rms_norm, rms_norm_reference
 from ds_fused.ops.rope import rope, rope_reference
@@ -52,6 +55,15 @@ class Op:
     def module(self) -> ModuleType:
         """The op's file (``ds_fused.ops.<name>`` as an attribute is the function)."""
         return sys.modules[self.function.__module__]
+
+
+# of every op that makes logits
+MEMORY = MappingProxyType(
+    {
+        "chunk_mb": Option(int, 512, "MiB of logits that are worked on at a time"),
+        "keep_mb": Option(int, 2048, "MiB of logits kept for backward instead of being computed again"),
+    }
+)
 
 
 OPS: tuple[Op, ...] = (
@@ -119,13 +131,36 @@ OPS: tuple[Op, ...] = (
         "lm head and cross entropy without the whole logits",
         MappingProxyType(
             {
-                "chunk_mb": Option(int, 512, "MiB of logits that are worked on at a time"),
-                "keep_mb": Option(int, 2048, "MiB of logits kept for backward instead of being computed again"),
+                **MEMORY,
                 "grad_in_forward": Option(
                     bool, False, "where the weight is whole: gradients made in forward, so that no logits are kept"
                 ),
             }
         ),
+    ),
+    Op(
+        "linear_log_probs",
+        linear_log_probs,
+        linear_log_probs_reference,
+        (),
+        "log-probabilities of labels, and entropies, from hidden states: RLHF, GRPO, DPO",
+        MEMORY,
+    ),
+    Op(
+        "linear_jsd",
+        linear_jsd,
+        linear_jsd_reference,
+        (),
+        "generalised Jensen-Shannon divergence of a student's head and a teacher's, from hidden states",
+        MEMORY,
+    ),
+    Op(
+        "linear_kl_div",
+        linear_kl_div,
+        linear_kl_div_reference,
+        (),
+        "forward or reverse KL divergence of a student's head and a teacher's, from hidden states",
+        MEMORY,
     ),
     # losses that replace no layer
     Op("kl_div", kl_div, kl_div_reference, (), "KL divergence of log-probabilities from a target, as in PyTorch"),

@@ -198,6 +198,26 @@ def linear_cross_entropy() -> None:
     ops.linear_cross_entropy(leaf(2, 8).detach(), OneOfTwo(), labels, return_accuracy=True)
 
 
+def linear_log_probs() -> None:
+    labels = torch.zeros(2, dtype=torch.int64)
+    for options in ({}, {"softcap": 30.0, "temperature": 0.7}):
+        sum(ops.linear_log_probs(leaf(2, 8), leaf(32000, 8), labels, entropy=True, **options)).sum().backward()
+    ops.linear_log_probs(leaf(2, 8), leaf(50257, 8), labels).sum().backward()
+
+
+def linear_jsd() -> None:
+    labels = torch.zeros(2, dtype=torch.int64)
+    for dtype in (torch.bfloat16, torch.float32):
+        student, teacher = ((leaf(2, h, dtype=dtype), leaf(32000, h, dtype=dtype)) for h in (8, 16))
+        ops.linear_jsd(*student, *(t.detach() for t in teacher), labels).backward()
+
+
+def linear_kl_div() -> None:
+    teacher = leaf(2, 16).detach(), leaf(50257, 16).detach()
+    for reverse in (False, True):
+        ops.linear_kl_div(leaf(2, 8), leaf(50257, 8), *teacher, reverse=reverse, temperature=2.0).backward()
+
+
 def kl_div() -> None:
     for dtype, log_target in ((torch.bfloat16, False), (torch.float32, True)):
         for reduction in ("batchmean", "none"):
@@ -281,6 +301,9 @@ EXAMPLES: tuple[Callable[[], None], ...] = (
     sparsemax,
     cross_entropy,
     linear_cross_entropy,
+    linear_log_probs,
+    linear_jsd,
+    linear_kl_div,
     kl_div,
     jsd,
     tvd,

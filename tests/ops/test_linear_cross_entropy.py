@@ -7,8 +7,8 @@ import importlib
 import pytest
 import torch
 from accuracy import as_accurate, nan_filled, randn
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from allocations import Allocations
+from three_slabs import ThreeSlabs
 
 from ds_fused.ops import _tiles
 from ds_fused.ops._tiles import Tiling, tiling
@@ -280,53 +280,6 @@ def test_what_else_is_returned(label_smoothing, cut, where):
     torch.testing.assert_close((z_losses, accuracy), (z_exact, accuracy_exact))
 
 
-class ThreeSlabs:
-    """The weight as ZeRO-3 might bring it: rows in another order, in uneven parts, gone when the next part is here.
-
-    As on two ranks of which the other one has no tokens: the mean is half of this one's gradient, `owner` gets all.
-    """
-
-    share = 0.5
-
-    def __init__(self, weight: Tensor, requires_grad: bool = True) -> None:
-        order = torch.randperm(len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device)
-        self.owner = weight
-        self.weight, self.ids = weight.detach(), torch.tensor_split(order, [9, 20])
-        self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
-        self.slab_rows, self.requires_grad = max(len(ids) for ids in self.ids), requires_grad
-        self.grad, self.calls = torch.full_like(self.weight, float("nan")), []
-        self.rows, self.coming = None, None
-
-    def __len__(self) -> int:
-        return 3
-
-    def places(self, k: int) -> tuple[int, Tensor]:
-        return len(self.ids[k]), self.ids[k]
-
-    def prefetch(self, k: int) -> None:
-        self.calls.append(f"prefetch {k}")
-        self.coming = k, self.weight[self.ids[k]]
-
-    def gather(self, k: int) -> Tensor:
-        self.calls.append(f"gather {k}")
-        if self.rows is not None:
-            self.rows.fill_(float("nan"))
-        (coming, self.rows), self.coming = self.coming, None
-        assert coming == k
-        return self.rows
-
-    def gradient(self, k: int) -> Tensor:
-        return torch.full_like(self.weight[self.ids[k]], float("nan"))
-
-    def scatter(self, k: int, dw: Tensor) -> None:
-        self.calls.append(f"scatter {k}")
-        self.grad[self.ids[k]] = dw / self.share
-
-    def finish(self) -> None:
-        self.calls.append("finish")
-        self.owner.grad = self.grad
-
-
 def in_slabs(x, weight, labels, bias=None, **options):
     return linear_cross_entropy(x, ThreeSlabs(weight, weight.requires_grad), labels, bias=bias, **options)
 
@@ -375,23 +328,6 @@ def test_compiled_without_graph_breaks(cut, where):
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     for mine, exact in zip(torch.autograd.grad(compiled(x, weight, labels, bias), leaves), expected, strict=True):
         torch.testing.assert_close(mine, exact)
-
-
-class Allocations(TorchDispatchMode):
-    """The storages that operations made, in elements and dtype."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: dict[int, tuple[int, torch.dtype, Tensor]] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for t in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(t, Tensor):
-                storage = t.untyped_storage()
-                # holding the tensor keeps its address from being used again
-                self.seen.setdefault(storage.data_ptr(), (storage.nbytes() // t.element_size(), t.dtype, t))
-        return result
 
 
 @only_plain

@@ -149,6 +149,28 @@ def linear_cross_entropy() -> Iterator[Case]:
     )
 
 
+def linear_log_probs() -> Iterator[Case]:
+    both = partial(ops.linear_log_probs, entropy=True, temperature=0.7)
+    yield both, [(leaf(n, 8), leaf(1024, 8), labels(n)) for n in (3, 4, 5)]
+    recomputed = partial(ops.linear_log_probs, keep_mb=0, softcap=30.0)
+    yield recomputed, [(leaf(n, 8), leaf(1024, 8), labels(n)) for n in (3, 4)]
+
+
+def heads(n: int, d: int = 8) -> tuple[Tensor, ...]:
+    return leaf(n, d), leaf(1024, d), leaf(n, 16).detach(), leaf(1024, 16).detach()
+
+
+def linear_jsd() -> Iterator[Case]:
+    yield ops.linear_jsd, [(*heads(n), labels(n)) for n in (3, 4, 5)]
+    yield ops.linear_jsd, [heads(5, d) for d in (8, 16)]
+    yield partial(ops.linear_jsd, keep_mb=0, reduction="sum", beta=0.1), [(*heads(n), labels(n)) for n in (3, 4)]
+
+
+def linear_kl_div() -> Iterator[Case]:
+    for reverse in (False, True):
+        yield partial(ops.linear_kl_div, reverse=reverse), [heads(n) for n in (3, 4)]
+
+
 def kl_div() -> Iterator[Case]:
     for reduction in ("batchmean", "none"):
         call = partial(ops.kl_div, reduction=reduction)
@@ -223,6 +245,9 @@ EXAMPLES: tuple[Callable[[], Iterator[Case]], ...] = (
     sparsemax,
     cross_entropy,
     linear_cross_entropy,
+    linear_log_probs,
+    linear_jsd,
+    linear_kl_div,
     kl_div,
     jsd,
     tvd,

@@ -1,0 +1,49 @@
+"""linear_kl_div: it is PyTorch's KL divergence, either way round. How it is cut is tested in test_linear_jsd.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import as_accurate, randn
+
+from ds_fused.ops.linear_kl_div import linear_kl_div, linear_kl_div_reference
+
+pytestmark = pytest.mark.usefixtures("where")
+only_plain = pytest.mark.parametrize("where", ["plain"], indirect=True)
+
+
+def some(m, h, v, device):
+    labels = torch.arange(m, device=device) % v
+    labels[1::4] = -100
+    student, teacher = [randn(m, h, device=device), randn(v, h, device=device)], randn(m + v, h + 1, device=device)
+    return [*student, teacher[:m], teacher[m:], labels]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_kl_div(dtype, reverse, where):
+    inputs = some(5, 3, 11, where)
+    options = {"reverse": reverse, "temperature": 1.5, "chunk_mb": 2**-20}
+    reference = lambda *args, chunk_mb=0, **options: linear_kl_div_reference(*args, **options)  # noqa: E731
+    as_accurate(linear_kl_div, reference, inputs, dtype, frozen=(2, 3), **options)
+
+
+@only_plain
+@pytest.mark.parametrize("reverse", [False, True])
+def test_it_is_the_kl_divergence_of_pytorch(reverse, where):
+    x, weight, tx, tweight, _ = some(5, 3, 11, where)
+    student, teacher = (F.linear(a, b).div(2.0).log_softmax(-1) for a, b in ((x, weight), (tx, tweight)))
+    of, to = (student, teacher) if reverse else (teacher, student)
+    expected = F.kl_div(to, of, log_target=True, reduction="none").sum(-1)
+    loss = linear_kl_div(x, weight, tx, tweight, reverse=reverse, temperature=2.0, reduction="none")
+    torch.testing.assert_close(loss, expected)
+
+
+@only_plain
+def test_errors(where):
+    x, weight, tx, tweight, _ = (t.float() if t.is_floating_point() else t for t in some(5, 3, 11, where))
+    with pytest.raises(ValueError, match="linear_kl_div: temperature is -1.0; it must be positive"):
+        linear_kl_div(x, weight, tx, tweight, temperature=-1.0)
+    with pytest.raises(ValueError, match="linear_kl_div: teacher_weight requires a gradient"):
+        linear_kl_div(x, weight, tx, tweight.requires_grad_())

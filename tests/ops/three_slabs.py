@@ -1,0 +1,53 @@
+"""A weight that comes in slabs, without a rank anywhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class ThreeSlabs:
+    """The weight as ZeRO-3 might bring it: rows in another order, in uneven parts, gone when the next part is here.
+
+    As on two ranks of which the other one has no tokens: the mean is half of this one's gradient, `owner` gets all.
+    """
+
+    share = 0.5
+
+    def __init__(self, weight: Tensor, requires_grad: bool = True) -> None:
+        order = torch.randperm(len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device)
+        self.owner = weight
+        self.weight, self.ids = weight.detach(), torch.tensor_split(order, [9, 20])
+        self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
+        self.slab_rows, self.requires_grad = max(len(ids) for ids in self.ids), requires_grad
+        self.grad, self.calls = torch.full_like(self.weight, float("nan")), []
+        self.rows, self.coming = None, None
+
+    def __len__(self) -> int:
+        return 3
+
+    def places(self, k: int) -> tuple[int, Tensor]:
+        return len(self.ids[k]), self.ids[k]
+
+    def prefetch(self, k: int) -> None:
+        self.calls.append(f"prefetch {k}")
+        self.coming = k, self.weight[self.ids[k]]
+
+    def gather(self, k: int) -> Tensor:
+        self.calls.append(f"gather {k}")
+        if self.rows is not None:
+            self.rows.fill_(float("nan"))
+        (coming, self.rows), self.coming = self.coming, None
+        assert coming == k
+        return self.rows
+
+    def gradient(self, k: int) -> Tensor:
+        return torch.full_like(self.weight[self.ids[k]], float("nan"))
+
+    def scatter(self, k: int, dw: Tensor) -> None:
+        self.calls.append(f"scatter {k}")
+        self.grad[self.ids[k]] = dw / self.share
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+        self.owner.grad = self.grad
