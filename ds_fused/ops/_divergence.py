@@ -218,16 +218,18 @@ def _kl_fwd_kernel(
         rest_p, rest_q = tl.log(sum_p), tl.log(tl.sum(total_q * tl.exp(top_q - peak_q), 0))
         shift = (top_p - peak_p) - tl.where(top_q < -1e37, 0.0, top_q - peak_q)
         above = tl.sum((above + total_p * shift) * tl.exp(top_p - peak_p), 0)
-        loss = above / sum_p + (rest_q - rest_p)
         # p has a share, however small, of what q rules out
-        loss = tl.where(tl.exp((tl.max(lost, 0) - peak_p) - rest_p) > 0.0, float("inf"), loss)
+        is_infinite = tl.exp((tl.max(lost, 0) - peak_p) - rest_p) > 0.0
+        mean = tl.where(is_infinite, float("inf"), above / sum_p)
+        loss = mean + (rest_q - rest_p)
 
         tl.store(loss_ptr + row, loss)
         tl.store(stats_ptr + row, peak_p)
         tl.store(stats_ptr + stats_stride + row, rest_p)
         tl.store(stats_ptr + 2 * stats_stride + row, peak_q)
         tl.store(stats_ptr + 3 * stats_stride + row, rest_q)
-        tl.store(stats_ptr + 4 * stats_stride + row, loss)
+        # without the rests, which log(p / q) and its mean have in common: the backward's difference keeps more bits
+        tl.store(stats_ptr + 4 * stats_stride + row, mean)
         tl.store(stats_ptr + 5 * stats_stride + row, 0.0)
     else:
         _store_zeros(row, loss_ptr, stats_ptr, stats_stride)
@@ -242,7 +244,8 @@ def _slopes(p_logit, q_logit, peak_p, rest_p, peak_q, rest_q, mean_p, mean_q, be
         dp, dq = p * (beta * over_p - mean_p), q * ((1.0 - beta) * over_q - mean_q)
     elif KIND == "kl":
         p, q = tl.exp(log_p), tl.exp(log_q)
-        dp, dq = tl.where(p == 0.0, 0.0, p * ((log_p - log_q) - mean_p)), q - p
+        gap = (p_logit - peak_p) - (q_logit - peak_q)
+        dp, dq = tl.where(p == 0.0, 0.0, p * (gap - mean_p)), q - p
     else:
         p, q, slope = _tvd_terms(log_p, log_q)
         dp, dq = p * (slope - mean_p), q * (-slope - mean_q)

@@ -38,10 +38,11 @@ def test_one_column_over_a_block(device):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("beta", [*BETAS, 0.5])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n_vocab", [1, 31, 32, 33, 96])  # around a block, and a row without a rest
+# around a block, and a row without a rest; so many rows that the worst error of PyTorch is no luck
+@pytest.mark.parametrize("n_vocab", [1, 31, 32, 33, 96])
 def test_full_product(n_vocab, dtype, beta, reduction, temperature, device, pair_blocks):
     options = {"beta": beta, "reduction": reduction, "temperature": temperature}
-    as_accurate(jsd, jsd_reference, pair(12, n_vocab, device=device), dtype, **options)
+    as_accurate(jsd, jsd_reference, pair(40, n_vocab, device=device), dtype, **options)
 
 
 @pytest.mark.gpu

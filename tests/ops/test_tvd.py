@@ -29,10 +29,11 @@ def test_blocks(options, device, pair_blocks):
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n_vocab", [1, 31, 32, 33, 96])  # around a block, and a row without a rest
+# around a block, and a row without a rest; so many rows that the worst error of PyTorch is no luck
+@pytest.mark.parametrize("n_vocab", [1, 31, 32, 33, 96])
 def test_full_product(n_vocab, dtype, reduction, temperature, device, pair_blocks):
     options = {"reduction": reduction, "temperature": temperature}
-    as_accurate(tvd, tvd_reference, pair(12, n_vocab, device=device), dtype, **options)
+    as_accurate(tvd, tvd_reference, pair(40, n_vocab, device=device), dtype, **options)
 
 
 @pytest.mark.gpu
