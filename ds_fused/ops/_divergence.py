@@ -16,8 +16,8 @@ A column that p gives nothing counts 0 in sum(p * ...), whatever q gives it. Ign
 exactly zero and their logits are never read.
 
 Saved for backward: the logits (no copy of them) and 24 bytes a token: peak and rest of each lse, and both sum(p * g).
-Traffic per column: forward 2 reads (kl), or 4 of which the caches may give some of the second pair; backward 2 reads +
-1 write, + 1 where both inputs require a gradient.
+Traffic per column: forward 2 reads (kl, where p gets no gradient), or 4 of which the caches may give some of the second
+pair; backward 2 reads + 1 write, + 1 where both inputs require a gradient.
 
 Sizes: N tokens, V vocabulary.
 """
@@ -88,6 +88,10 @@ def _add_terms(p_logit, q_logit, peak_p, rest_p, peak_q, rest_q, beta, loss, mea
         p, q, over_p, over_q = _jsd_terms(log_p, log_q, beta)
         from_p, from_q = beta * p * over_p, (1.0 - beta) * q * over_q
         loss += from_p + from_q
+    elif KIND == "kl":
+        # without the rests, see _kl_fwd_kernel; to be divided by the sum of p, which is 1 but for rounding
+        p = tl.exp(log_p)
+        from_p, from_q = tl.where(p == 0.0, 0.0, p * ((p_logit - peak_p) - (q_logit - peak_q))), p
     else:
         p, q, slope = _tvd_terms(log_p, log_q)
         from_p, from_q = p * slope, -q * slope
@@ -152,12 +156,16 @@ def _divergence_fwd_kernel(
             q = tl.load(q_row + start + cols).to(tl.float32) * scale
             loss, mean_p, mean_q = _add_terms(p, q, peak_p, rest_p, peak_q, rest_q, beta, loss, mean_p, mean_q, KIND)
 
-        tl.store(loss_ptr + row, tl.sum(loss, 0))
+        total, mean = tl.sum(loss, 0), tl.sum(mean_p, 0)
+        if KIND == "kl":
+            mean = mean / tl.sum(mean_q, 0)
+            total = mean + (rest_q - rest_p)
+        tl.store(loss_ptr + row, total)
         tl.store(stats_ptr + row, peak_p)
         tl.store(stats_ptr + stats_stride + row, rest_p)
         tl.store(stats_ptr + 2 * stats_stride + row, peak_q)
         tl.store(stats_ptr + 3 * stats_stride + row, rest_q)
-        tl.store(stats_ptr + 4 * stats_stride + row, tl.sum(mean_p, 0))
+        tl.store(stats_ptr + 4 * stats_stride + row, mean)
         tl.store(stats_ptr + 5 * stats_stride + row, tl.sum(mean_q, 0))
     else:
         _store_zeros(row, loss_ptr, stats_ptr, stats_stride)
@@ -298,13 +306,17 @@ def _divergence_bwd_kernel(
             tl.store(dq_ptr + row * dq_stride + cols, tl.zeros([BLOCK], tl.float32), mask=mask)
 
 
-def divergence_fwd(p: Tensor, q: Tensor, labels: Tensor | None, what: Divergence) -> tuple[Tensor, Tensor]:
-    """[N, V] logits, [N] labels -> loss [N], stats [6, N], fp32."""
+def divergence_fwd(
+    p: Tensor, q: Tensor, labels: Tensor | None, what: Divergence, wants_p: bool
+) -> tuple[Tensor, Tensor]:
+    """[N, V] logits, [N] labels -> loss [N], stats [6, N], fp32. ``wants_p``: p will get a gradient."""
     n, n_cols = p.shape
     loss, stats = (p.new_empty(size, dtype=torch.float32) for size in (n, (6, n)))
     if n == 0:
         return loss, stats
-    one_pass = what.kind == "kl"
+    # in one pass a KL is summed relative to maxima that still move: good enough for the loss, but p's gradient is what
+    # two numbers near its mean differ by
+    one_pass = what.kind == "kl" and not wants_p
     block = min(FWD_BLOCK, power_of_2(n_cols))
     tensors = (p, q, p if labels is None else labels, loss, stats)
     strides = (row_stride(p), row_stride(q), row_stride(stats))
@@ -361,7 +373,7 @@ class DivergenceFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, p: Tensor, q: Tensor, labels: Tensor | None, what: Divergence) -> Tensor:
-        loss, stats = divergence_fwd(p, q, labels, what)
+        loss, stats = divergence_fwd(p, q, labels, what, ctx.needs_input_grad[0])
         ctx.save_for_backward(p, q, labels, stats)
         ctx.what = what
         return loss
