@@ -165,6 +165,25 @@ def instance_forward_of_the_model() -> dict:
 
 
 @case
+def grad_in_forward() -> dict:
+    """The head's weight is gathered for the forward, which makes its gradient too; several micro steps."""
+
+    def run(engine: deepspeed.DeepSpeedEngine) -> list[float]:
+        losses = []
+        for step in jobs.batches(2, products.FEW_STEPS):
+            for micro in step:
+                ids, labels = micro[dist.get_rank()]
+                loss = engine(input_ids=ids, labels=labels).loss
+                engine.backward(loss)
+                engine.step()
+                losses.append(loss.item())
+        return losses
+
+    block = {"fused_linear_cross_entropy": {"mode": "gather", "grad_in_forward": True}}
+    return both(lambda: model_of(tied=True), 3, block=block, run=run, gradient_accumulation_steps=2)
+
+
+@case
 def tensor_parallel() -> dict:
     return both(model_of, stage=1, joined=True, tensor_parallel={"autotp_size": 2})
 

@@ -40,6 +40,7 @@ CASES = (
     "lora_on_the_head",
     "instance_forward",
     "instance_forward_of_the_model",
+    "grad_in_forward",
     "logits_read_by_all",
     "logits_kept",
     "ranks_decide_differently",
@@ -159,6 +160,11 @@ def test_instance_forward(ranks):
 
 def test_instance_forward_of_the_model(ranks):
     equal_losses(ranks)
+
+
+def test_grad_in_forward(ranks):
+    equal_losses(ranks)
+    assert ranks[0]["replaced"]["fused_linear_cross_entropy"] == 1
 
 
 def test_tensor_parallel(ranks):
