@@ -41,6 +41,8 @@ from ds_fused.ops.cross_entropy import _online
 # with 8 elements a thread (64 registers on sm90) two run side by side on a multiprocessor; with 16 elements they spill
 FWD_BLOCK, FWD_STAGES, FWD_PER_THREAD = 4096, 3, 8
 BWD_BLOCK, BWD_PER_THREAD = 4096, 16
+# rows of `stats`
+N_STATS = 6
 
 
 @dataclass(frozen=True)
@@ -307,13 +309,17 @@ def _divergence_bwd_kernel(
 
 
 def divergence_fwd(
-    p: Tensor, q: Tensor, labels: Tensor | None, what: Divergence, wants_p: bool
-) -> tuple[Tensor, Tensor]:
-    """[N, V] logits, [N] labels -> loss [N], stats [6, N], fp32. ``wants_p``: p will get a gradient."""
+    p: Tensor,  # [N, V] logits
+    q: Tensor,
+    labels: Tensor | None,  # [N]
+    loss: Tensor,  # [N] fp32, written
+    stats: Tensor,  # [6, N] fp32, written
+    what: Divergence,
+    wants_p: bool,  # p will get a gradient
+) -> None:
     n, n_cols = p.shape
-    loss, stats = (p.new_empty(size, dtype=torch.float32) for size in (n, (6, n)))
     if n == 0:
-        return loss, stats
+        return
     # in one pass a KL is summed relative to maxima that still move: good enough for the loss, but p's gradient is what
     # two numbers near its mean differ by
     one_pass = what.kind == "kl" and not wants_p
@@ -333,26 +339,21 @@ def divergence_fwd(
                 HAS_LABELS=labels is not None, KIND=what.kind, BLOCK=block, STAGES=FWD_STAGES,
                 num_warps=warps_for(block, FWD_PER_THREAD),
             )  # fmt: skip
-    return loss, stats
 
 
 def divergence_bwd(
     dloss: Tensor,  # [N], any stride
-    p: Tensor,
+    p: Tensor,  # [N, n_cols]: all columns or some
     q: Tensor,
     labels: Tensor | None,
-    stats: Tensor,
+    stats: Tensor,  # [6, N], of whole rows
+    dp: Tensor | None,  # [N, n_cols], written; may be p itself; None: none is wanted
+    dq: Tensor | None,
     what: Divergence,
-    wants: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients [N, V] of those logits that want one."""
+) -> None:
     n, n_cols = p.shape
-    dp, dq = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else None
-        for x, wanted in zip((p, q), wants, strict=True)
-    )
     if n == 0:
-        return dp, dq
+        return
     block = min(BWD_BLOCK, power_of_2(n_cols))
     n_blocks = cdiv(n_cols, block)
     # a tensor that stands for one that is not there is never touched
@@ -362,10 +363,9 @@ def divergence_bwd(
             dloss, p if labels is None else labels, stats, p, q, out_p, out_q,
             dloss.stride(0), row_stride(stats), row_stride(p), row_stride(q), row_stride(out_p), row_stride(out_q),
             n_cols, n_blocks, what.ignore_index, what.scale, what.beta,
-            HAS_LABELS=labels is not None, WANTS_P=wants[0], WANTS_Q=wants[1], KIND=what.kind,
+            HAS_LABELS=labels is not None, WANTS_P=dp is not None, WANTS_Q=dq is not None, KIND=what.kind,
             BLOCK=block, num_warps=warps_for(block, BWD_PER_THREAD),
         )  # fmt: skip
-    return dp, dq
 
 
 class DivergenceFunction(torch.autograd.Function):
@@ -373,7 +373,8 @@ class DivergenceFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, p: Tensor, q: Tensor, labels: Tensor | None, what: Divergence) -> Tensor:
-        loss, stats = divergence_fwd(p, q, labels, what, ctx.needs_input_grad[0])
+        loss, stats = (p.new_empty(size, dtype=torch.float32) for size in (p.shape[0], (N_STATS, p.shape[0])))
+        divergence_fwd(p, q, labels, loss, stats, what, ctx.needs_input_grad[0])
         ctx.save_for_backward(p, q, labels, stats)
         ctx.what = what
         return loss
@@ -382,7 +383,11 @@ class DivergenceFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         p, q, labels, stats = ctx.saved_tensors
-        dp, dq = divergence_bwd(dloss, p, q, labels, stats, ctx.what, ctx.needs_input_grad[:2])
+        dp, dq = (
+            torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else None
+            for x, wanted in zip((p, q), ctx.needs_input_grad[:2], strict=True)
+        )
+        divergence_bwd(dloss, p, q, labels, stats, dp, dq, ctx.what)
         return dp, dq, None, None
 
 

@@ -12,7 +12,7 @@ What is summed over tiles is summed in fp32, and only then rounded. In fp16 kept
 gradients are divided by the largest of them, which comes back to an fp32 sum of dweight: the one such copy where all
 tokens are kept.
 
-Saved for backward: student_x and student_weight, 20 bytes a token, the kept gradients (in x's dtype), and unless all
+Saved for backward: student_x and student_weight, 24 bytes a token, the kept gradients (in x's dtype), and unless all
 are kept the teacher's tensors.
 Work, with as wide a teacher: 8 MHV FLOPs for kept tokens, 12 for the others. Traffic per pair of logits beside the
 products: kept 6 reads + 1 write, all in the forward; else 4 reads there, 2 reads + 1 write in the backward.
@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_fused.ops._divergence import N_STATS
 from ds_fused.ops._labels import counting_tokens
 from ds_fused.ops._loss import LossOptions, check_loss, reduced
 from ds_fused.ops._teacher_divergence import (
-    N_STATS,
     DivergenceOptions,
     check_divergence,
     divergence_bwd,

@@ -1,4 +1,4 @@
-"""How far two distributions over a vocabulary are apart, token by token: the row passes of the distillation losses.
+"""How far a student's distribution over a vocabulary is from a frozen teacher's: the row passes of linear distillation.
 
 With ``p = softmax(student / temperature)``, ``q = softmax(teacher / temperature)`` and ``m = beta q + (1 - beta) p``:
 
@@ -6,15 +6,8 @@ With ``p = softmax(student / temperature)``, ``q = softmax(teacher / temperature
     beta = 0       D = KL(q || p)                                  dz = p - q
     beta = 1       D = KL(p || q)                                  dz = p (log p - log q - D)
 
-where dz is the gradient of D by ``student / temperature``; the teacher has none. This is the generalised Jensen-Shannon
-divergence of Agarwal et al., "On-Policy Distillation of Language Models" (2023), and at the ends, where it vanishes,
-the two divergences that ``D / beta`` and ``D / (1 - beta)`` tend to.
-
-The mixture is never formed: log(m / p) and log(m / q) come from d = log q - log p alone, by the exponential of -|d|, so
-nothing underflows, and a word without probability (a logit of -inf) adds nothing.
-
-Kept for backward: 20 bytes a token: maximum and rest of both log-sum-exps (see cross_entropy.py), and the mean that dz
-subtracts. Traffic per pair of logits: forward 4 reads, backward 2 reads + 1 write, which may be in place.
+where dz is the gradient of D by ``student / temperature``. The kernels are _divergence.py's; here are the roles that
+student and teacher have there, and the passes without kernels.
 
 Sizes: N tokens, V vocabulary. The backward may see some columns of the rows alone.
 """
@@ -24,17 +17,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from ds_fused.ops._triton import cdiv, on_device, power_of_2, row_stride, warps_for
-
-# forward: one program walks the row of both twice; backward: one program a block. Not yet measured
-FWD_BLOCK, FWD_STAGES, FWD_PER_THREAD = 2048, 3, 16
-BWD_BLOCK, BWD_PER_THREAD = 4096, 16
-# rows of `stats`
-N_STATS = 5
+from ds_fused.ops import _divergence
+from ds_fused.ops._divergence import Divergence
 
 
 @dataclass(frozen=True)
@@ -82,187 +68,16 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (p * torch.where(p == 0.0, 0.0, log_p - log_q)).sum(-1)
 
 
-@triton.jit
-def _log_p(x, scale, peak, rest):
-    return (x.to(tl.float32) * scale - peak) - rest
-
-
-@triton.jit
-def _lse(top, total):
-    """Each lane's running maximum and sum to maximum and rest of the row."""
-    peak = tl.max(top, 0)
-    return peak, tl.log(tl.sum(total * tl.exp(top - peak), 0))
-
-
-@triton.jit
-def _more(top, total, z):
-    """One exponential an element: either z or top is the new maximum, whose own is 1."""
-    e = tl.exp(-tl.abs(z - top))
-    return tl.maximum(z, top), tl.where(z > top, total * e + 1.0, total + e)
-
-
-@triton.jit
-def _from_mixture(a, b, beta):
-    """log p - log m and log q - log m, from a = log p and b = log q."""
-    d = b - a
-    t = tl.exp(-tl.abs(d))
-    # the larger of p and q divides, so that t never overflows
-    log_m = tl.log(tl.where(d > 0.0, beta + (1.0 - beta) * t, (1.0 - beta) + beta * t))
-    return tl.where(d > 0.0, -d - log_m, -log_m), tl.where(d > 0.0, -log_m, d - log_m)
-
-
-@triton.jit
-def _terms(a, b, beta, KIND: tl.constexpr):
-    """What an element adds to the divergence, and to the mean that the gradient subtracts."""
-    p, q = tl.exp(a), tl.exp(b)
-    if KIND == "mixture":
-        of_p, of_q = _from_mixture(a, b, beta)
-        own = tl.where(p == 0.0, 0.0, p * of_p)
-        return beta * tl.where(q == 0.0, 0.0, q * of_q) + (1.0 - beta) * own, own
-    if KIND == "forward":
-        term = tl.where(q == 0.0, 0.0, q * (b - a))
-    else:
-        term = tl.where(p == 0.0, 0.0, p * (a - b))
-    return term, term
-
-
-@triton.jit
-def _divergence_fwd_kernel(
-    student_ptr, teacher_ptr,  # [N, V]
-    labels_ptr, loss_ptr,  # [N]
-    stats_ptr,  # [5, N]: peak and rest of the student, of the teacher; the mean
-    student_stride, teacher_stride, stats_stride,
-    n_cols, ignore_index, scale, beta,
-    KIND: tl.constexpr, HAS_LABELS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    stats_ptr += row
-    counts = True
-    if HAS_LABELS:
-        counts = tl.load(labels_ptr + row) != ignore_index
-    if counts:
-        student_ptr += row * student_stride
-        teacher_ptr += row * teacher_stride
-        cols = tl.arange(0, BLOCK)
-        # finite, since -inf - -inf is not a number; no logit lies below it
-        top_s = tl.full([BLOCK], -1e38, tl.float32)
-        top_t = tl.full([BLOCK], -1e38, tl.float32)
-        total_s = tl.zeros([BLOCK], tl.float32)
-        total_t = tl.zeros([BLOCK], tl.float32)
-        # whole blocks carry no mask: one on an odd n_cols would cut every load down to single elements
-        n_whole = (n_cols // BLOCK) * BLOCK
-        mask = n_whole + cols < n_cols
-        for start in tl.range(0, n_whole, BLOCK, num_stages=STAGES):
-            s = tl.load(student_ptr + start + cols).to(tl.float32) * scale
-            t = tl.load(teacher_ptr + start + cols).to(tl.float32) * scale
-            top_s, total_s = _more(top_s, total_s, s)
-            top_t, total_t = _more(top_t, total_t, t)
-        if n_whole < n_cols:
-            s = tl.load(student_ptr + n_whole + cols, mask=mask, other=float("-inf")).to(tl.float32) * scale
-            t = tl.load(teacher_ptr + n_whole + cols, mask=mask, other=float("-inf")).to(tl.float32) * scale
-            top_s, total_s = _more(top_s, total_s, s)
-            top_t, total_t = _more(top_t, total_t, t)
-        peak_s, rest_s = _lse(top_s, total_s)
-        peak_t, rest_t = _lse(top_t, total_t)
-
-        apart = tl.zeros([BLOCK], tl.float32)
-        mean = tl.zeros([BLOCK], tl.float32)
-        for start in tl.range(0, n_whole, BLOCK, num_stages=STAGES):
-            a = _log_p(tl.load(student_ptr + start + cols), scale, peak_s, rest_s)
-            b = _log_p(tl.load(teacher_ptr + start + cols), scale, peak_t, rest_t)
-            term, own = _terms(a, b, beta, KIND)
-            apart += term
-            mean += own
-        if n_whole < n_cols:
-            # -inf in both adds nothing
-            a = _log_p(tl.load(student_ptr + n_whole + cols, mask=mask, other=float("-inf")), scale, peak_s, rest_s)
-            b = _log_p(tl.load(teacher_ptr + n_whole + cols, mask=mask, other=float("-inf")), scale, peak_t, rest_t)
-            term, own = _terms(a, b, beta, KIND)
-            apart += term
-            mean += own
-        tl.store(loss_ptr + row, tl.sum(apart, 0))
-        tl.store(stats_ptr, peak_s)
-        tl.store(stats_ptr + stats_stride, rest_s)
-        tl.store(stats_ptr + 2 * stats_stride, peak_t)
-        tl.store(stats_ptr + 3 * stats_stride, rest_t)
-        tl.store(stats_ptr + 4 * stats_stride, tl.sum(mean, 0))
-    else:
-        tl.store(loss_ptr + row, 0.0)
-        for i in tl.static_range(5):
-            tl.store(stats_ptr + i * stats_stride, 0.0)
-
-
-@triton.jit
-def _dz(a, b, mean, beta, KIND: tl.constexpr):
-    p = tl.exp(a)
-    if KIND == "forward":
-        dz = p - tl.exp(b)
-    elif KIND == "reverse":
-        dz = p * (tl.where(p == 0.0, 0.0, a - b) - mean)
-    else:
-        of_p, _ = _from_mixture(a, b, beta)
-        dz = (1.0 - beta) * p * (tl.where(p == 0.0, 0.0, of_p) - mean)
-    return dz
-
-
-@triton.jit
-def _divergence_bwd_kernel(
-    dloss_ptr, labels_ptr,  # [N]
-    stats_ptr,  # [5, N]
-    student_ptr, teacher_ptr, dstudent_ptr,  # [N, n_cols]; dstudent may be student
-    dloss_stride, stats_stride, student_stride, teacher_stride, dstudent_stride,
-    n_cols, n_blocks, ignore_index, scale, beta,
-    KIND: tl.constexpr, HAS_LABELS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    row = pid // n_blocks
-    start = (pid % n_blocks).to(tl.int32) * BLOCK
-    cols = start + tl.arange(0, BLOCK)
-    mask = cols < n_cols
-    student_ptr += row * student_stride
-    teacher_ptr += row * teacher_stride
-    dstudent_ptr += row * dstudent_stride
-    counts = True
-    if HAS_LABELS:
-        counts = tl.load(labels_ptr + row) != ignore_index
-    if counts:
-        stats_ptr += row
-        factor = tl.load(dloss_ptr + row * dloss_stride).to(tl.float32) * scale
-        peak_s, rest_s = tl.load(stats_ptr), tl.load(stats_ptr + stats_stride)
-        peak_t, rest_t = tl.load(stats_ptr + 2 * stats_stride), tl.load(stats_ptr + 3 * stats_stride)
-        mean = tl.load(stats_ptr + 4 * stats_stride)
-        if start + BLOCK <= n_cols:  # without a mask: see the forward
-            a = _log_p(tl.load(student_ptr + cols), scale, peak_s, rest_s)
-            b = _log_p(tl.load(teacher_ptr + cols), scale, peak_t, rest_t)
-            tl.store(dstudent_ptr + cols, factor * _dz(a, b, mean, beta, KIND))
-        else:
-            a = _log_p(tl.load(student_ptr + cols, mask=mask, other=0.0), scale, peak_s, rest_s)
-            b = _log_p(tl.load(teacher_ptr + cols, mask=mask, other=0.0), scale, peak_t, rest_t)
-            tl.store(dstudent_ptr + cols, factor * _dz(a, b, mean, beta, KIND), mask=mask)
-    else:
-        # zeros, whatever the upstream gradient is: with all tokens ignored the mean's is infinite
-        tl.store(dstudent_ptr + cols, tl.zeros([BLOCK], tl.float32), mask=mask)
-
-
 def divergence_fwd(
     student: Tensor,  # [N, V]
     teacher: Tensor,  # [N, V]
     labels: Tensor | None,  # [N]
     loss: Tensor,  # [N] fp32, written
-    stats: Tensor,  # [5, N] fp32, written
+    stats: Tensor,  # [N_STATS, N] fp32, written; what they are is the backward's business
     options: DivergenceOptions,
 ) -> None:
-    n, n_cols = student.shape
-    if n == 0:
-        return
-    block = min(FWD_BLOCK, power_of_2(n_cols))
-    with on_device(student):
-        _divergence_fwd_kernel[(n,)](
-            student, teacher, labels, loss, stats, row_stride(student), row_stride(teacher), row_stride(stats),
-            n_cols, options.ignore_index, 1.0 / options.temperature, float(options.beta),
-            KIND=options.kind, HAS_LABELS=labels is not None,
-            BLOCK=block, STAGES=FWD_STAGES, num_warps=warps_for(block, FWD_PER_THREAD),
-        )  # fmt: skip
+    p, q = _roles(student, teacher, options)
+    _divergence.divergence_fwd(p, q, labels, loss, stats, _what(options), wants_p=p is student)
 
 
 def divergence_bwd(
@@ -270,23 +85,23 @@ def divergence_bwd(
     student: Tensor,  # [N, n_cols]
     teacher: Tensor,  # [N, n_cols]
     labels: Tensor | None,  # [N]
-    stats: Tensor,  # [5, N], of whole rows
+    stats: Tensor,  # [N_STATS, N], of whole rows
     dstudent: Tensor,  # [N, n_cols], written; may be student itself
     options: DivergenceOptions,
 ) -> None:
-    n, n_cols = student.shape
-    if n == 0:
-        return
-    block = min(BWD_BLOCK, power_of_2(n_cols))
-    n_blocks = cdiv(n_cols, block)
-    with on_device(student):
-        _divergence_bwd_kernel[(n * n_blocks,)](
-            dloss, labels, stats, student, teacher, dstudent,
-            dloss.stride(0), row_stride(stats), row_stride(student), row_stride(teacher), row_stride(dstudent),
-            n_cols, n_blocks, options.ignore_index, 1.0 / options.temperature, float(options.beta),
-            KIND=options.kind, HAS_LABELS=labels is not None,
-            BLOCK=block, num_warps=warps_for(block, BWD_PER_THREAD),
-        )  # fmt: skip
+    p, q = _roles(student, teacher, options)
+    dp, dq = (dstudent if logits is student else None for logits in (p, q))
+    _divergence.divergence_bwd(dloss, p, q, labels, stats, dp, dq, _what(options))
+
+
+def _roles(student: Tensor, teacher: Tensor, options: DivergenceOptions) -> tuple[Tensor, Tensor]:
+    """p and q of _divergence.py."""
+    return (student, teacher) if options.kind == "reverse" else (teacher, student)
+
+
+def _what(options: DivergenceOptions) -> Divergence:
+    kind = "jsd" if options.kind == "mixture" else "kl"
+    return Divergence(kind, float(options.beta), 1.0 / options.temperature, options.ignore_index)
 
 
 def divergence_fwd_torch(
