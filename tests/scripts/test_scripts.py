@@ -30,8 +30,6 @@ STAGES = (0, 3)
 # of the quick subset
 QUICK_STAGES = {"plain_labels": 3, "plain_logits": 0, "accelerate_loop": 3, "hf_trainer": 3, "trl_sft": 0}
 LAUNCHERS = ("deepspeed", "torchrun")
-# what C++ says of a thread that is still running when its object goes
-TEARDOWN = "terminate called without an active exception"
 
 TRAINING = {
     "--max_steps": 4,
@@ -127,8 +125,7 @@ def run(tmp_path_factory: pytest.TempPathFactory):
                 # what `accelerate launch` sets
                 env |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config)}
         ended = start([*command, *words], timeout=240, cwd=folder, **env)
-        if ended.status and TEARDOWN in ended.output and Path(env["LOSSES"]).exists():
-            # seen once in some hundred starts, with the flag off: a rank had finished, and aborted as it went
+        if ended.aborted_at_its_end and Path(env["LOSSES"]).exists():
             ended = start([*command, *words], timeout=240, cwd=folder, **env)
         assert ended.status == 0, ended.output
         return json.loads(Path(env["LOSSES"]).read_text()), ended.output
