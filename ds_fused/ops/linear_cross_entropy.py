@@ -163,7 +163,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                 last = k == len(source) - 1
                 softmax_fwd(
                     z, slab.labels[chunk], loss[chunk], lse[:, chunk], slab.options,
-                    **slab.place, is_first=k == 0, is_last=last, right=None if right is None else right[chunk],
+                    **slab.place, is_first=k == 0, is_last=last, right=_part(right, chunk),
                     weight=slab.class_weight, token_weights=_of_chunk(token_weights, chunk),
                     entropy=_part(entropies, chunk),
                 )  # fmt: skip

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._loss import LossOptions, cross_entropy_bwd_torch, cross_entropy_fwd_torch
-from ds_fused.ops._tiles import product, tile, tile_elements, wide
+from ds_fused.ops._tiles import logits_of, product, tile_elements, wide
 from ds_fused.ops._triton import cdiv, on_device, runs_kernels
 from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
 
@@ -92,11 +92,7 @@ class OnePassFunction(torch.autograd.Function):
         for start in range(0, n_tokens, tokens):
             chunk = slice(start, start + tokens)
             part, label = x[chunk], labels[chunk]
-            z = tile(room, part.shape[0], n_vocab)
-            if offsets is None:
-                torch.mm(part, rows.t(), out=z)
-            else:
-                torch.addmm(offsets, part, rows.t(), out=z)
+            z = logits_of(room, part, rows, offsets)
             softmax_fwd(z, label, loss[chunk], lse[:, chunk], options, n_vocab=n_vocab)
             softmax_bwd(upstream[chunk], z, label, lse[:, chunk], z, options, n_vocab=n_vocab)
             if wants_dx:

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -139,9 +139,11 @@ class _Tokens:
 class _Labels:
     """The labels of all ranks [W, most], on their way until they are asked for, and what follows from them."""
 
-    def __init__(self, shard: VocabShard, mine: Tensor, most: int, options: LossOptions) -> None:
+    def __init__(
+        self, shard: VocabShard, mine: Tensor, most: int, options: LossOptions, guess: str | None, dtype: torch.dtype
+    ) -> None:
         self._flight = shard.gather(padded(mine, most, options.ignore_index))
-        self._ignored = options.ignore_index
+        self._ignored, self._guess, self._dtype = options.ignore_index, guess, dtype
 
     @cached_property
     def all(self) -> Tensor:
@@ -152,11 +154,16 @@ class _Labels:
         """[W]: tokens that count."""
         return (self.all != self._ignored).sum(1)
 
-    def weights(self, guess: str | None, x: Tensor) -> Tensor:
+    @cached_property
+    def weights(self) -> Tensor:
         """[W]: what a loss of each rank's tokens weighs, up to one factor for all, and at most `FP16_HEADROOM`."""
-        counts = self.counts.clamp_min(1).to(wide(x))
-        weights = counts.min() / counts if guess == "mean" else torch.ones_like(counts)
-        return weights * FP16_HEADROOM if x.dtype == torch.float16 else weights
+        counts = self.counts.clamp_min(1).to(torch.promote_types(self._dtype, torch.float32))
+        weights = counts.min() / counts if self._guess == "mean" else torch.ones_like(counts)
+        return weights * FP16_HEADROOM if self._dtype == torch.float16 else weights
+
+    def upstream(self) -> Tensor:
+        """[W, most]"""
+        return self.weights[:, None].expand(-1, self.all.shape[1])
 
 
 def padded(mine: Tensor, n: int, value: float) -> Tensor:
@@ -261,7 +268,7 @@ class StationaryFunction(torch.autograd.Function):
         most = shard.most(x.shape[0])
         block = block_tokens(most, *shard.shape, shard.ranks, x.element_size(), chunk_bytes)
         tokens = _Tokens(shard, x, most, block)
-        everyones = _Labels(shard, labels, most, options)
+        everyones = _Labels(shard, labels, most, options, guess, x.dtype)
         loss = x.new_empty(x.shape[0], dtype=wide(x))
         lse = x.new_empty(2, shard.ranks, most, dtype=wide(x))
         right = torch.empty_like(loss) if more else None
@@ -269,10 +276,8 @@ class StationaryFunction(torch.autograd.Function):
         made = None
         if guess is not None:
             made = _Gradients(shard, rows, x, bias, ctx.needs_input_grad[:3])
-        weights = cache(lambda: everyones.weights(guess, x))
-        upstream = lambda: weights()[:, None].expand(-1, most)  # noqa: E731
-        _Walk(tokens, rows, options, lambda: everyones.all, lse, upstream, made)(loss, right)
-        ctx.save_for_backward(x, bias, everyones.all, lse, everyones.counts, weights())
+        _Walk(tokens, rows, options, lambda: everyones.all, lse, everyones.upstream, made)(loss, right)
+        ctx.save_for_backward(x, bias, everyones.all, lse, everyones.counts, everyones.weights)
         ctx.shard, ctx.options, ctx.block, ctx.made = shard, options, block, made
         if not more:
             return loss

@@ -17,16 +17,17 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import triton
+from shards import Landed
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import ds_fused.ops as ops
 import ds_fused.ops._triton as shared
+from ds_fused.ops.registry import OPS
 from ds_fused.ops.stationary import VocabShard
 
 
@@ -159,13 +160,6 @@ def cross_entropy() -> None:
         ops.cross_entropy(logits, labels, weight=weight, label_smoothing=0.1, return_accuracy=True)[0].backward()
 
 
-class Landed(NamedTuple):
-    result: Tensor
-
-    def land(self) -> Tensor:
-        return self.result
-
-
 class OneOfTwo(VocabShard):
     """The first of two ranks, which sees itself in the other."""
 
@@ -285,29 +279,8 @@ def dyt() -> None:
         ).sum().backward()
 
 
-EXAMPLES: tuple[Callable[[], None], ...] = (
-    rms_norm,
-    layer_norm,
-    add_layer_norm,
-    group_norm,
-    dyt,
-    rope,
-    glu,
-    relu2,
-    add_rms_norm,
-    gated_rms_norm,
-    embedding,
-    softmax,
-    sparsemax,
-    cross_entropy,
-    linear_cross_entropy,
-    linear_log_probs,
-    linear_jsd,
-    linear_kl_div,
-    kl_div,
-    jsd,
-    tvd,
-)
+# the function of each op's name
+EXAMPLES: tuple[Callable[[], None], ...] = tuple(globals()[op.name] for op in OPS)
 
 
 def kernels() -> set[str]:

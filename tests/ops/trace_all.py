@@ -23,6 +23,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 import ds_fused.ops as ops
+from ds_fused.ops.registry import OPS
 
 MULTIPROCESSORS = 132
 
@@ -229,29 +230,8 @@ def dyt() -> Iterator[Case]:
     yield ops.dyt, [(leaf(2, 3, d), leaf(1), leaf(d)) for d in (64, 128)]
 
 
-EXAMPLES: tuple[Callable[[], Iterator[Case]], ...] = (
-    rms_norm,
-    layer_norm,
-    add_layer_norm,
-    group_norm,
-    dyt,
-    rope,
-    glu,
-    relu2,
-    add_rms_norm,
-    gated_rms_norm,
-    embedding,
-    softmax,
-    sparsemax,
-    cross_entropy,
-    linear_cross_entropy,
-    linear_log_probs,
-    linear_jsd,
-    linear_kl_div,
-    kl_div,
-    jsd,
-    tvd,
-)
+# the function of each op's name
+EXAMPLES: tuple[Callable[[], Iterator[Case]], ...] = tuple(globals()[op.name] for op in OPS)
 
 
 class Traced(Exception):
