@@ -189,7 +189,7 @@ def test_more_elements_than_int32(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.gpus
 def test_runs_on_the_tensors_own_device():
     assert torch.cuda.current_device() == 0
     judge(inputs_of(5, 33, device="cuda:1"), torch.bfloat16)

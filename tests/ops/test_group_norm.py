@@ -180,7 +180,7 @@ def test_more_elements_than_int32(n_groups, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.gpus
 @pytest.mark.usefixtures("way")
 def test_runs_on_the_tensors_own_device():
     assert torch.cuda.current_device() == 0

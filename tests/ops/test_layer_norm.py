@@ -220,7 +220,7 @@ def test_more_elements_than_int32(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.gpus
 @BOTH
 def test_runs_on_the_tensors_own_device(op):
     function, reference, inputs = norm_and_inputs(op, (5, 33), "cuda:1")
