@@ -77,13 +77,6 @@ SEARCHES = (
         "gated_rms_norm", "norm_first", "forward", NARROW_SHAPES,
         {"TILE_FWD": (1024, 2048, 4096), "PER_THREAD_FWD": (8, 16, 32)},
     ),
-    Search("softmax", "", "forward", ((131072, 4096),), {"PER_THREAD": (8, 16, 32)}),
-    Search("sparsemax", "", "forward", ((32768, 4096),), {"PER_THREAD": (8, 16, 32)}),
-    Search(
-        "embedding", "", "backward", ((16384, 4096, 128256), (32768, 576, 49152)),
-        {"BLOCK_COLS": (256, 512, 1024), "PER_THREAD": (4, 8), "CHUNK": (128, 256, 512), "ROWS": (2, 4, 8)},
-    ),
-    Search("softmax", "", "backward", ((131072, 4096),), {"PER_THREAD": (8, 16, 32)}),
     Search(
         "gated_rms_norm", "gate_first", "backward", ((8192, 8192),),
         {"PER_THREAD_BWD": (8, 16), "STAGES_BWD": (1, 2), "WARPS_PER_MULTIPROCESSOR": (16, 32, 64)},
@@ -93,26 +86,12 @@ SEARCHES = (
         "gated_rms_norm", "norm_first", "backward", NARROW_SHAPES,
         {"TILE_BWD": (1024, 2048, 4096), "PER_THREAD_BWD": (8, 16), "STAGES_BWD": (1, 2)},
     ),
+    Search("softmax", "", "forward", ((131072, 4096),), {"PER_THREAD": (8, 16, 32)}),
+    Search("softmax", "", "backward", ((131072, 4096),), {"PER_THREAD": (8, 16, 32)}),
+    Search("sparsemax", "", "forward", ((32768, 4096),), {"PER_THREAD": (8, 16, 32)}),
     Search(
-        "rms_norm", "before_weight", "backward", NARROW_SHAPES,
-        {
-            "TILE_BWD": (1024, 2048, 4096), "PER_THREAD_BWD": (8, 16), "STAGES_BWD": (1, 2, 3),
-            "WARPS_PER_MULTIPROCESSOR": (32, 64),
-        },
-    ),
-    Search(
-        "rms_norm", "before_weight", "backward", NARROW_SHAPES,
-        {
-            "TILE_BWD": (1024, 2048, 4096), "PER_THREAD_BWD": (8, 16), "STAGES_BWD": (1, 2, 3),
-            "WARPS_PER_MULTIPROCESSOR": (32, 64),
-        },
-    ),
-    Search(
-        "rms_norm", "before_weight", "backward", NARROW_SHAPES,
-        {
-            "TILE_BWD": (1024, 2048, 4096), "PER_THREAD_BWD": (8, 16), "STAGES_BWD": (1, 2, 3),
-            "WARPS_PER_MULTIPROCESSOR": (32, 64),
-        },
+        "embedding", "", "backward", ((16384, 4096, 128256), (32768, 576, 49152)),
+        {"BLOCK_COLS": (256, 512, 1024), "PER_THREAD": (4, 8), "CHUNK": (128, 256, 512), "ROWS": (2, 4, 8)},
     ),
     Search(
         "layer_norm", "", "backward", ROW_SHAPES,
@@ -134,16 +113,8 @@ SEARCHES = (
         {"BLOCK": (1024, 2048, 4096, 8192), "NUM_WARPS": (2, 4, 8, 16)},
     ),
     Search(
-        "glu", "silu", "forward", ((8192, 14336),),
-        {"BLOCK": (1024, 2048, 4096, 8192), "NUM_WARPS": (2, 4, 8, 16)},
-    ),
-    Search(
         "rope", "", "both", ((4, 4096, 32, 8, 128), (1, 32768, 64, 8, 128)),
         {"TILE_PAIRS": (512, 1024, 2048, 4096), "NUM_WARPS": (1, 2, 4, 8)},
-    ),
-    Search(
-        "cross_entropy", "", "forward", LOSS_SHAPES,
-        {"FWD_BLOCK": (2048, 4096, 8192), "FWD_STAGES": (1, 2, 3, 4), "FWD_PER_THREAD": (8, 16, 32)},
     ),
     Search(
         "cross_entropy", "", "forward", LOSS_SHAPES,
