@@ -57,7 +57,7 @@ def _group_norm_moments_kernel(
         x = tl.load(x_ptr + offset[:, None] + start + lane, mask=mask, other=0.0).to(tl.float32)
         turn += 1.0
         distance = tl.where(mask, x - means, 0.0)
-        means += distance / turn
+        means += distance * (1.0 / turn)  # one division for all lanes
         squares += tl.where(mask, distance * (x - means), 0.0)
         count += tl.where(mask, 1.0, 0.0)
     # measured from the first lane's mean, so that values far from zero don't cost bits

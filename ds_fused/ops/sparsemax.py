@@ -36,7 +36,7 @@ WHOLE_ROW_BWD = 16384
 # elements of a tile when a row is narrower (as many rows as fit), and of a thread. Not measured yet.
 TILE, PER_THREAD = 2048, 16
 # the least positive value of fp16: what is smaller must not leave the support, or the gradient would lose it
-LEAST_FP16 = 2.0**-24
+LEAST_FP16 = tl.constexpr(2.0**-24)
 
 
 def sparsemax_reference(x: Tensor, dim: int = -1) -> Tensor:
@@ -55,10 +55,15 @@ def sparsemax_reference(x: Tensor, dim: int = -1) -> Tensor:
 
 
 @triton.jit
-def _kept_positive(y, DTYPE: tl.constexpr, LEAST: tl.constexpr):
-    """y, whose positive values stay positive in DTYPE; NaN stays."""
+def _above(z, tau, excess, size, DTYPE: tl.constexpr):
+    """z - tau where that is positive, else 0; NaN stays. What rounding left in tau is taken off for itself.
+
+    A positive value stays positive in DTYPE.
+    """
+    y = (z - tau) - tl.div_rn(excess, size)
+    y = tl.where(y <= 0.0, 0.0, y)
     if tl.float16 == DTYPE:
-        y = tl.where((y > 0.0) & (y < LEAST), LEAST, y)
+        y = tl.where((y > 0.0) & (y < LEAST_FP16), LEAST_FP16, y)
     return y
 
 
@@ -70,7 +75,7 @@ def _sparsemax_fwd_kernel(
     x_stride,  # elements from one row to the next; y has no gaps
     n_rows,
     n_cols,
-    LEAST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     cols = tl.arange(0, BLOCK_COLS)[None, :]
@@ -84,22 +89,24 @@ def _sparsemax_fwd_kernel(
     # NaN is above any tau, so that it gets into the sum, and from there into the whole row
     above = mask & ~(z <= tau)
     fewer = tl.sum(above.to(tl.int32), axis=1, keep_dims=True)
+    excess = tl.sum(tl.where(above, z - tau, 0.0), axis=1, keep_dims=True) - 1.0
     shrinks = fewer < size
     while tl.max(shrinks.to(tl.int32)) > 0:
-        total = tl.sum(tl.where(above, z, 0.0), axis=1, keep_dims=True)
-        # a row that is ready waits for the others of its tile, unchanged: its bits don't depend on them
-        tau = tl.where(shrinks, (total - 1.0) / tl.maximum(fewer, 1).to(tl.float32), tau)
+        # a row that is ready waits for the others of its tile, unchanged: its bits don't depend on them. Rounded
+        # right, since a value that lies exactly on the threshold, as bf16 ones often do, isn't in the support
+        tau = tl.where(shrinks, tau + tl.div_rn(excess, tl.maximum(fewer, 1).to(tl.float32)), tau)
         size = tl.where(shrinks, fewer, size)
         above = mask & ~(z <= tau)
         fewer = tl.sum(above.to(tl.int32), axis=1, keep_dims=True)
+        excess = tl.sum(tl.where(above, z - tau, 0.0), axis=1, keep_dims=True) - 1.0
         shrinks = fewer < size
-    y = tl.where(z <= tau, 0.0, z - tau)
-    tl.store(y_ptr + rows * n_cols + cols, _kept_positive(y, y_ptr.dtype.element_ty, LEAST), mask=mask)
+    y = _above(z, tau, excess, tl.maximum(fewer, 1).to(tl.float32), y_ptr.dtype.element_ty)
+    tl.store(y_ptr + rows * n_cols + cols, y, mask=mask)
 
 
 @triton.jit
-def _count_and_sum(x_ptr, highest, tau, n_cols, BLOCK_COLS: tl.constexpr):
-    """How many values of a row lie above tau, counted from the highest, and their sum."""
+def _count_and_excess(x_ptr, highest, tau, n_cols, BLOCK_COLS: tl.constexpr):
+    """How many values of a row, counted from the highest, lie above tau, and by how much in all more than 1."""
     counts = tl.zeros((BLOCK_COLS,), tl.int32)
     sums = tl.zeros((BLOCK_COLS,), tl.float32)
     for start in range(0, n_cols, BLOCK_COLS):
@@ -108,8 +115,8 @@ def _count_and_sum(x_ptr, highest, tau, n_cols, BLOCK_COLS: tl.constexpr):
         z = tl.load(x_ptr + cols, mask=mask, other=-float("inf")).to(tl.float32) - highest
         above = mask & ~(z <= tau)
         counts += above.to(tl.int32)
-        sums += tl.where(above, z, 0.0)
-    return tl.sum(counts), tl.sum(sums)
+        sums += tl.where(above, z - tau, 0.0)
+    return tl.sum(counts), tl.sum(sums) - 1.0
 
 
 @triton.jit
@@ -118,8 +125,8 @@ def _sparsemax_fwd_walk_kernel(
     y_ptr,  # [N, D]
     x_stride,
     n_cols,
-    LEAST: tl.constexpr, BLOCK_COLS: tl.constexpr,
-):  # fmt: skip
+    BLOCK_COLS: tl.constexpr,
+):
     """One row that is too wide for registers."""
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
@@ -131,17 +138,17 @@ def _sparsemax_fwd_walk_kernel(
 
     tau = -1.0
     size = n_cols + 1
-    fewer, total = _count_and_sum(x_ptr, highest, tau, n_cols, BLOCK_COLS)
+    fewer, excess = _count_and_excess(x_ptr, highest, tau, n_cols, BLOCK_COLS)
     while fewer < size:
-        tau = (total - 1.0) / fewer
+        tau += tl.div_rn(excess, fewer.to(tl.float32))
         size = fewer
-        fewer, total = _count_and_sum(x_ptr, highest, tau, n_cols, BLOCK_COLS)
+        fewer, excess = _count_and_excess(x_ptr, highest, tau, n_cols, BLOCK_COLS)
     for start in range(0, n_cols, BLOCK_COLS):
         cols = start + tl.arange(0, BLOCK_COLS)
         mask = cols < n_cols
         z = tl.load(x_ptr + cols, mask=mask, other=-float("inf")).to(tl.float32) - highest
-        y = tl.where(z <= tau, 0.0, z - tau)
-        tl.store(y_ptr + row * n_cols + cols, _kept_positive(y, y_ptr.dtype.element_ty, LEAST), mask=mask)
+        y = _above(z, tau, excess, tl.maximum(fewer, 1).to(tl.float32), y_ptr.dtype.element_ty)
+        tl.store(y_ptr + row * n_cols + cols, y, mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -201,7 +208,7 @@ def sparsemax_fwd(x: Tensor) -> Tensor:
     if n == 0 or d == 0:
         return y
     block = tile(d, TILE, PER_THREAD, WHOLE_ROW_FWD)
-    constants = {"LEAST": LEAST_FP16, "BLOCK_COLS": block.cols, "num_warps": block.warps}
+    constants = {"BLOCK_COLS": block.cols, "num_warps": block.warps}
     with on_device(x):
         if block.rows:
             grid = (cdiv(n, block.rows),)
