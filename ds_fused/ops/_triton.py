@@ -11,6 +11,8 @@ from torch import Tensor
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KERNEL_DEVICES = ("cuda", "xpu")  # an AMD device calls itself cuda in PyTorch
 LANES = 64 if torch.version.hip else 32  # threads of a warp
+# of shared memory, in bytes: sm80 has 163 KiB for a program
+MOST_IN_FLIGHT = 128 * 1024
 
 _multiprocessors: dict[torch.device, int] = {}
 
@@ -110,3 +112,8 @@ def power_of_2(n: int) -> int:
 def warps_for(elements: int, per_thread: int = 16) -> int:
     """Warps for a tile so that each thread holds about `per_thread` elements; at most 1024 threads."""
     return min(1024 // LANES, max(1, power_of_2(elements // (LANES * per_thread))))
+
+
+def stages_for(most: int, tile_bytes: int) -> int:
+    """Tiles of a program that are in flight, at most so many: all but one wait in shared memory."""
+    return min(most, 1 + MOST_IN_FLIGHT // tile_bytes)

@@ -33,6 +33,7 @@ from ds_fused.ops._triton import (
     row_stride,
     rows_of,
     runs_kernels,
+    stages_for,
     warps_for,
 )
 from ds_fused.ops._wide_rows import (
@@ -41,7 +42,6 @@ from ds_fused.ops._wide_rows import (
     _layer_norm_fwd_walk_kernel,
 )
 
-# None of these constants is measured yet.
 # A tile is whole rows up to these widths; wider rows are walked in blocks, twice (the second walk hits L2).
 # At 8192 columns the backward doesn't spill on sm90, at 16384 it spills 248 bytes a thread (in fp32 292).
 WHOLE_ROW_FWD = 32768
@@ -49,10 +49,12 @@ WHOLE_ROW_BWD = 8192
 WALK_BLOCK = 4096
 # elements of a tile when a row is narrower (as many rows as fit), and of a thread
 TILE_FWD, PER_THREAD_FWD = 2048, 16
-TILE_BWD, PER_THREAD_BWD = 2048, 8
-# the backward's persistent grid, and the tiles of a program that are in flight
-WARPS_PER_MULTIPROCESSOR = 32
-STAGES_BWD = 2
+TILE_BWD, PER_THREAD_BWD = 2048, 16
+# the backward's persistent grid, and the tiles of a program that are in flight. On an H100, ms of the backward of
+# 8192x4096 and 16384x8192: 0.083, 0.288; with 2 tiles 0.094, unknown; with 8 elements, 32 warps and 2 tiles 0.096, 0.375
+# (results/h100/tune.csv). Narrow rows: unknown.
+WARPS_PER_MULTIPROCESSOR = 16
+STAGES_BWD = 3
 # the tile of the sums over columns of rows that are walked
 COLUMNS_TILE = (8, 256)
 
@@ -240,6 +242,7 @@ def layer_norm_bwd(
     if block is not None:
         resident = multiprocessors(x) * max(1, WARPS_PER_MULTIPROCESSOR // block["num_warps"])
         programs = min(cdiv(n, block["BLOCK_ROWS"]), resident)
+        tile_bytes = sum(t.itemsize for t in (dy, x, dsum) if t is not None) * block["BLOCK_ROWS"] * block["BLOCK_COLS"]
     else:
         column_blocks = cdiv(d, COLUMNS_TILE[1])
         warps = warps_for(COLUMNS_TILE[0] * COLUMNS_TILE[1], PER_THREAD_BWD)
@@ -263,7 +266,7 @@ def layer_norm_bwd(
                 n,
                 d,
                 WANTS_DX=wanted.dx,
-                STAGES=STAGES_BWD,
+                STAGES=stages_for(STAGES_BWD, tile_bytes),
                 **wants,
                 **switches,
                 **block,

@@ -61,7 +61,8 @@ def _softmax_fwd_kernel(
     x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=-float("inf")).to(tl.float32)
     # rows past the last are all -inf: NaN that nobody stores
     y = tl.exp(x - tl.max(x, axis=1, keep_dims=True))
-    y = y / tl.sum(y, axis=1, keep_dims=True)
+    # a reciprocal a row: Triton's own division is off by two units in the last place
+    y = y * tl.div_rn(1.0, tl.sum(y, axis=1, keep_dims=True))
     tl.store(y_ptr + rows * n_cols + cols, y, mask=mask)
 
 
@@ -87,7 +88,7 @@ def _softmax_fwd_walk_kernel(
         high = higher
     highest = tl.max(high)
     # a lane of -inf alone has the sum 0
-    scale = 1.0 / tl.sum(total * tl.exp(high - highest))
+    scale = tl.div_rn(1.0, tl.sum(total * tl.exp(high - highest)))
     for start in range(0, n_cols, BLOCK_COLS):
         cols = start + tl.arange(0, BLOCK_COLS)
         mask = cols < n_cols

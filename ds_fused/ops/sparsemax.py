@@ -55,12 +55,22 @@ def sparsemax_reference(x: Tensor, dim: int = -1) -> Tensor:
 
 
 @triton.jit
+def _threshold(total, size):
+    """tau where the `size` values of the support sum to total.
+
+    Rounded right, and from the values themselves: one that lies exactly on the threshold, as bf16 ones often do, isn't
+    in the support.
+    """
+    return tl.div_rn(total - 1.0, size.to(tl.float32))
+
+
+@triton.jit
 def _above(z, tau, excess, size, DTYPE: tl.constexpr):
     """z - tau where that is positive, else 0; NaN stays. What rounding left in tau is taken off for itself.
 
     A positive value stays positive in DTYPE.
     """
-    y = (z - tau) - tl.div_rn(excess, size)
+    y = (z - tau) - tl.div_rn(excess, size.to(tl.float32))
     y = tl.where(y <= 0.0, 0.0, y)
     if tl.float16 == DTYPE:
         y = tl.where((y > 0.0) & (y < LEAST_FP16), LEAST_FP16, y)
@@ -89,25 +99,25 @@ def _sparsemax_fwd_kernel(
     # NaN is above any tau, so that it gets into the sum, and from there into the whole row
     above = mask & ~(z <= tau)
     fewer = tl.sum(above.to(tl.int32), axis=1, keep_dims=True)
-    excess = tl.sum(tl.where(above, z - tau, 0.0), axis=1, keep_dims=True) - 1.0
     shrinks = fewer < size
     while tl.max(shrinks.to(tl.int32)) > 0:
-        # a row that is ready waits for the others of its tile, unchanged: its bits don't depend on them. Rounded
-        # right, since a value that lies exactly on the threshold, as bf16 ones often do, isn't in the support
-        tau = tl.where(shrinks, tau + tl.div_rn(excess, tl.maximum(fewer, 1).to(tl.float32)), tau)
+        total = tl.sum(tl.where(above, z, 0.0), axis=1, keep_dims=True)
+        # a row that is ready waits for the others of its tile, unchanged: its bits don't depend on them
+        tau = tl.where(shrinks, _threshold(total, tl.maximum(fewer, 1)), tau)
         size = tl.where(shrinks, fewer, size)
         above = mask & ~(z <= tau)
         fewer = tl.sum(above.to(tl.int32), axis=1, keep_dims=True)
-        excess = tl.sum(tl.where(above, z - tau, 0.0), axis=1, keep_dims=True) - 1.0
         shrinks = fewer < size
-    y = _above(z, tau, excess, tl.maximum(fewer, 1).to(tl.float32), y_ptr.dtype.element_ty)
+    excess = tl.sum(tl.where(above, z - tau, 0.0), axis=1, keep_dims=True) - 1.0
+    y = _above(z, tau, excess, tl.maximum(fewer, 1), y_ptr.dtype.element_ty)
     tl.store(y_ptr + rows * n_cols + cols, y, mask=mask)
 
 
 @triton.jit
-def _count_and_excess(x_ptr, highest, tau, n_cols, BLOCK_COLS: tl.constexpr):
-    """How many values of a row, counted from the highest, lie above tau, and by how much in all more than 1."""
+def _support(x_ptr, highest, tau, n_cols, BLOCK_COLS: tl.constexpr):
+    """Of a row's values above tau, counted from the highest: how many, their sum, by how much more than 1 above it."""
     counts = tl.zeros((BLOCK_COLS,), tl.int32)
+    totals = tl.zeros((BLOCK_COLS,), tl.float32)
     sums = tl.zeros((BLOCK_COLS,), tl.float32)
     for start in range(0, n_cols, BLOCK_COLS):
         cols = start + tl.arange(0, BLOCK_COLS)
@@ -115,8 +125,9 @@ def _count_and_excess(x_ptr, highest, tau, n_cols, BLOCK_COLS: tl.constexpr):
         z = tl.load(x_ptr + cols, mask=mask, other=-float("inf")).to(tl.float32) - highest
         above = mask & ~(z <= tau)
         counts += above.to(tl.int32)
+        totals += tl.where(above, z, 0.0)
         sums += tl.where(above, z - tau, 0.0)
-    return tl.sum(counts), tl.sum(sums) - 1.0
+    return tl.sum(counts), tl.sum(totals), tl.sum(sums) - 1.0
 
 
 @triton.jit
@@ -138,16 +149,16 @@ def _sparsemax_fwd_walk_kernel(
 
     tau = -1.0
     size = n_cols + 1
-    fewer, excess = _count_and_excess(x_ptr, highest, tau, n_cols, BLOCK_COLS)
+    fewer, total, excess = _support(x_ptr, highest, tau, n_cols, BLOCK_COLS)
     while fewer < size:
-        tau += tl.div_rn(excess, fewer.to(tl.float32))
+        tau = _threshold(total, fewer)
         size = fewer
-        fewer, excess = _count_and_excess(x_ptr, highest, tau, n_cols, BLOCK_COLS)
+        fewer, total, excess = _support(x_ptr, highest, tau, n_cols, BLOCK_COLS)
     for start in range(0, n_cols, BLOCK_COLS):
         cols = start + tl.arange(0, BLOCK_COLS)
         mask = cols < n_cols
         z = tl.load(x_ptr + cols, mask=mask, other=-float("inf")).to(tl.float32) - highest
-        y = _above(z, tau, excess, tl.maximum(fewer, 1).to(tl.float32), y_ptr.dtype.element_ty)
+        y = _above(z, tau, excess, tl.maximum(fewer, 1), y_ptr.dtype.element_ty)
         tl.store(y_ptr + row * n_cols + cols, y, mask=mask)
 
 
