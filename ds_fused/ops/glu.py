@@ -30,8 +30,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_fused.ops._launch import launch
 from ds_fused.ops._rows import layout, place
-from ds_fused.ops._triton import check_dtypes, on_device, row_stride, rows_of, runs_kernels
+from ds_fused.ops._triton import check_dtypes, row_stride, rows_of, runs_kernels
 
 ACTS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
 
@@ -207,23 +208,24 @@ def glu_fwd(gate: Tensor, up: Tensor | None, form: GLUForm) -> Tensor:
     y = torch.empty((n, d), dtype=torch.promote_types(gate.dtype, up.dtype), device=gate.device)
     flat, n_cols, programs = layout(n, d, BLOCK, gate, up)
     if programs:
-        with on_device(gate):
-            _glu_fwd_kernel[(programs,)](
-                gate,
-                up,
-                y,
-                row_stride(gate),
-                row_stride(up),
-                n_cols,
-                ACT=form.act,
-                ALPHA=form.alpha,
-                LIMIT=form.limit,
-                OFFSET=form.offset,
-                INTERLEAVED=both,
-                FLAT=flat,
-                BLOCK=BLOCK,
-                num_warps=NUM_WARPS,
-            )
+        launch(
+            _glu_fwd_kernel,
+            (programs,),
+            gate,
+            up,
+            y,
+            row_stride(gate),
+            row_stride(up),
+            n_cols,
+            ACT=form.act,
+            ALPHA=form.alpha,
+            LIMIT=form.limit,
+            OFFSET=form.offset,
+            INTERLEAVED=both,
+            FLAT=flat,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )
     return y
 
 
@@ -239,30 +241,31 @@ def glu_bwd(
     dgate = dup if dgate is None else dgate
     dup = dgate if dup is None else dup
     if programs:
-        with on_device(gate):
-            _glu_bwd_kernel[(programs,)](
-                dy,
-                gate,
-                up,
-                dgate,
-                dup,
-                row_stride(dy),
-                row_stride(gate),
-                row_stride(up),
-                row_stride(dgate),
-                row_stride(dup),
-                n_cols,
-                ACT=form.act,
-                ALPHA=form.alpha,
-                LIMIT=form.limit,
-                OFFSET=form.offset,
-                INTERLEAVED=both,
-                WANT_DGATE=want_dgate,
-                WANT_DUP=want_dup,
-                FLAT=flat,
-                BLOCK=BLOCK,
-                num_warps=NUM_WARPS,
-            )
+        launch(
+            _glu_bwd_kernel,
+            (programs,),
+            dy,
+            gate,
+            up,
+            dgate,
+            dup,
+            row_stride(dy),
+            row_stride(gate),
+            row_stride(up),
+            row_stride(dgate),
+            row_stride(dup),
+            n_cols,
+            ACT=form.act,
+            ALPHA=form.alpha,
+            LIMIT=form.limit,
+            OFFSET=form.offset,
+            INTERLEAVED=both,
+            WANT_DGATE=want_dgate,
+            WANT_DUP=want_dup,
+            FLAT=flat,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )
 
 
 class GLUFunction(torch.autograd.Function):

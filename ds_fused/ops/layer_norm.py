@@ -22,13 +22,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_fused.ops._launch import launch
 from ds_fused.ops._sums import partials, sum_partials
 from ds_fused.ops._triton import (
     cdiv,
     check_dtypes,
     multiprocessors,
     norm_dtype,
-    on_device,
     power_of_2,
     row_stride,
     rows_of,
@@ -202,12 +202,11 @@ def layer_norm_fwd(
         return y, total, mean, rstd
     arguments = (x, residual, weight, bias, y, total, mean, rstd, row_stride(x), residual_stride)
     switches = {"HAS_RESIDUAL": residual is not None, "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
-    with on_device(x):
-        if d <= WHOLE_ROW_FWD:
-            block = _rows_tile(d, TILE_FWD, PER_THREAD_FWD)
-            _layer_norm_fwd_kernel[(cdiv(n, block["BLOCK_ROWS"]),)](*arguments, n, d, eps, **switches, **block)
-        else:
-            _layer_norm_fwd_walk_kernel[(n,)](*arguments, d, eps, **switches, BLOCK_COLS=WALK_BLOCK, num_warps=8)
+    if d <= WHOLE_ROW_FWD:
+        block = _rows_tile(d, TILE_FWD, PER_THREAD_FWD)
+        launch(_layer_norm_fwd_kernel, (cdiv(n, block["BLOCK_ROWS"]),), *arguments, n, d, eps, **switches, **block)
+    else:
+        launch(_layer_norm_fwd_walk_kernel, (n,), *arguments, d, eps, **switches, BLOCK_COLS=WALK_BLOCK, num_warps=8)
     return y, total, mean, rstd
 
 
@@ -246,9 +245,34 @@ def layer_norm_bwd(
         resident = multiprocessors(x) * max(1, WARPS_PER_MULTIPROCESSOR // warps)
         programs = min(cdiv(n, COLUMNS_TILE[0]), max(1, resident // column_blocks))
     partial = partials(x, programs, d) if sums else None
-    with on_device(x):
-        if block is not None:
-            _layer_norm_bwd_kernel[(programs,)](
+    if block is not None:
+        launch(
+            _layer_norm_bwd_kernel,
+            (programs,),
+            dy,
+            dsum,
+            x,
+            weight,
+            mean,
+            rstd,
+            dx,
+            partial,
+            row_stride(dy),
+            dsum_stride,
+            row_stride(x),
+            n,
+            d,
+            WANTS_DX=wanted.dx,
+            STAGES=STAGES_BWD,
+            **wants,
+            **switches,
+            **block,
+        )
+    else:
+        if wanted.dx:
+            launch(
+                _layer_norm_bwd_walk_kernel,
+                (n,),
                 dy,
                 dsum,
                 x,
@@ -256,52 +280,32 @@ def layer_norm_bwd(
                 mean,
                 rstd,
                 dx,
-                partial,
                 row_stride(dy),
                 dsum_stride,
                 row_stride(x),
+                d,
+                BLOCK_COLS=WALK_BLOCK,
+                num_warps=8,
+                **switches,
+            )
+        if sums:
+            launch(
+                _layer_norm_columns_kernel,
+                (column_blocks, programs),
+                dy,
+                x,
+                mean,
+                rstd,
+                partial,
+                row_stride(dy),
+                row_stride(x),
                 n,
                 d,
-                WANTS_DX=wanted.dx,
-                STAGES=STAGES_BWD,
+                BLOCK_ROWS=COLUMNS_TILE[0],
+                BLOCK_COLS=COLUMNS_TILE[1],
+                num_warps=warps,
                 **wants,
-                **switches,
-                **block,
             )
-        else:
-            if wanted.dx:
-                _layer_norm_bwd_walk_kernel[(n,)](
-                    dy,
-                    dsum,
-                    x,
-                    weight,
-                    mean,
-                    rstd,
-                    dx,
-                    row_stride(dy),
-                    dsum_stride,
-                    row_stride(x),
-                    d,
-                    BLOCK_COLS=WALK_BLOCK,
-                    num_warps=8,
-                    **switches,
-                )
-            if sums:
-                _layer_norm_columns_kernel[(column_blocks, programs)](
-                    dy,
-                    x,
-                    mean,
-                    rstd,
-                    partial,
-                    row_stride(dy),
-                    row_stride(x),
-                    n,
-                    d,
-                    BLOCK_ROWS=COLUMNS_TILE[0],
-                    BLOCK_COLS=COLUMNS_TILE[1],
-                    num_warps=warps,
-                    **wants,
-                )
     if sums:
         sum_partials(partial, programs, d, dweight, dbias)
     return dx, dweight, dbias

@@ -24,11 +24,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_fused.ops._launch import launch
 from ds_fused.ops._triton import (
     cdiv,
     check_dtypes,
     multiprocessors,
-    on_device,
     power_of_2,
     row_stride,
     rows_of,
@@ -373,10 +373,17 @@ def sum_partials(partial: Tensor, like: Tensor) -> Tensor:
     """[programs, D] fp32 -> their sum over programs [D], in an order that is always the same, in the dtype of like."""
     programs, d = partial.shape
     out = torch.empty(d, dtype=like.dtype, device=partial.device)
-    with on_device(partial):
-        _sum_partials_kernel[(cdiv(d, SUM_COLS),)](
-            partial, out, programs, d, BLOCK_ROWS=SUM_ROWS, BLOCK_COLS=SUM_COLS, num_warps=8
-        )
+    launch(
+        _sum_partials_kernel,
+        (cdiv(d, SUM_COLS),),
+        partial,
+        out,
+        programs,
+        d,
+        BLOCK_ROWS=SUM_ROWS,
+        BLOCK_COLS=SUM_COLS,
+        num_warps=8,
+    )
     return out
 
 
@@ -414,13 +421,20 @@ def rms_norm_fwd(
         "BLOCK_COLS": block.cols,
         "num_warps": block.warps,
     }
-    with on_device(x):
-        if block.rows:
-            _rms_norm_fwd_kernel[(cdiv(n, block.rows),)](
-                *tensors, *strides, n, d, eps, BLOCK_ROWS=block.rows, **constants
-            )
-        else:
-            _rms_norm_fwd_walk_kernel[(n,)](*tensors, *strides, d, eps, **constants)
+    if block.rows:
+        launch(
+            _rms_norm_fwd_kernel,
+            (cdiv(n, block.rows),),
+            *tensors,
+            *strides,
+            n,
+            d,
+            eps,
+            BLOCK_ROWS=block.rows,
+            **constants,
+        )
+    else:
+        launch(_rms_norm_fwd_walk_kernel, (n,), *tensors, *strides, d, eps, **constants)
     return y, total, rstd
 
 
@@ -479,8 +493,7 @@ def rms_norm_bwd(
         for wanted in (wants.dweight, wants.dbias)
     )
     strides = (row_stride(dy), row_stride(x), 0 if dsum is None else row_stride(dsum))
-    with on_device(x):
-        kernel[(programs,)](dy, x, weight, rstd, dsum, dx, dweights, dbiases, *strides, n, d, **constants)
+    launch(kernel, (programs,), dy, x, weight, rstd, dsum, dx, dweights, dbiases, *strides, n, d, **constants)
     dweight = sum_partials(dweights, weight) if wants.dweight else None
     dbias = sum_partials(dbiases, bias) if wants.dbias else None
     return dx, dweight, dbias

@@ -26,8 +26,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_fused.ops._launch import launch
 from ds_fused.ops._rope import RopeForm, check_inplace, check_rope
-from ds_fused.ops._triton import check_dtypes, on_device, power_of_2, runs_kernels
+from ds_fused.ops._triton import check_dtypes, power_of_2, runs_kernels
 
 # pairs of columns that a program turns at a time (heads x R/2), and its warps. 0.8 % from best of 15 at 32768 tokens of
 # 64 + 8 heads of 128 on H100 (benchmarks/results/h100/tune.csv); complex angles and sections are not measured yet
@@ -273,39 +274,40 @@ def _rope(
     block_pairs = power_of_2(r // 2)
     most_heads = max(1, TILE_PAIRS // block_pairs)
     time, height, width = form.sections or (0, 0, 0)
-    with on_device(q):
-        _rope_kernel[(batch * n_tokens,)](
-            q,
-            k,
-            cos,
-            cos if sin is None else sin,
-            yq,
-            yk,
-            *_strides(q),
-            *_strides(k),
-            *_strides(yq),
-            *_strides(yk),
-            *_angle_strides(cos),
-            n_tokens,
-            Q_HEADS=q_heads,
-            K_HEADS=k_heads,
-            D=d,
-            R=r,
-            INTERLEAVED=form.interleaved,
-            COMPLEX=form.complex,
-            SECTIONS=form.sections is not None,
-            TIME=time,
-            HEIGHT=height,
-            WIDTH=width,
-            ALTERNATING=form.alternating,
-            BACKWARD=backward,
-            INPLACE=inplace,
-            BLOCK_Q_HEADS=min(power_of_2(q_heads), most_heads),
-            BLOCK_K_HEADS=min(power_of_2(k_heads), most_heads),
-            BLOCK_PAIRS=block_pairs,
-            BLOCK_REST=power_of_2(d - r),
-            num_warps=NUM_WARPS,
-        )
+    launch(
+        _rope_kernel,
+        (batch * n_tokens,),
+        q,
+        k,
+        cos,
+        cos if sin is None else sin,
+        yq,
+        yk,
+        *_strides(q),
+        *_strides(k),
+        *_strides(yq),
+        *_strides(yk),
+        *_angle_strides(cos),
+        n_tokens,
+        Q_HEADS=q_heads,
+        K_HEADS=k_heads,
+        D=d,
+        R=r,
+        INTERLEAVED=form.interleaved,
+        COMPLEX=form.complex,
+        SECTIONS=form.sections is not None,
+        TIME=time,
+        HEIGHT=height,
+        WIDTH=width,
+        ALTERNATING=form.alternating,
+        BACKWARD=backward,
+        INPLACE=inplace,
+        BLOCK_Q_HEADS=min(power_of_2(q_heads), most_heads),
+        BLOCK_K_HEADS=min(power_of_2(k_heads), most_heads),
+        BLOCK_PAIRS=block_pairs,
+        BLOCK_REST=power_of_2(d - r),
+        num_warps=NUM_WARPS,
+    )
 
 
 def rope_fwd(
