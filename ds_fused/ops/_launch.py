@@ -190,8 +190,9 @@ def _what_c_sees(
     stand_in._run = launcher
     compiled_so_far, *binder = kernel.device_caches[device]
     stage = {key: stand_in for key, other in compiled_so_far.items() if other is compiled}
-    if not stage:
-        raise LookupError(f"{kernel.__name__} is not where Triton keeps what it has compiled")
+    if not stage or "launch" not in vars(compiled.run):
+        # the actor would launch
+        raise LookupError(f"{kernel.__name__} and its C function are not where Triton keeps them")
     actor = copy.copy(kernel)
     actor.device_caches = {device: (stage, *binder)}
     actor[grid](*args, **constants)
