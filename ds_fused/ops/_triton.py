@@ -15,17 +15,18 @@ LANES = 64 if torch.version.hip else 32  # threads of a warp
 _multiprocessors: dict[torch.device, int] = {}
 
 
-def runs_kernels(*tensors: Tensor) -> bool:
-    """Whether kernels can take these tensors; where not, an op runs its PyTorch reference.
+def runs_kernels(*tensors: Tensor | None) -> bool:
+    """Whether kernels can take these tensors, the first of which is there; if not, an op runs its PyTorch reference.
 
     CPU tensors can under ``TRITON_INTERPRET=1``, set before triton is imported. The variable is asked at every call, so
     that one process can run both ways (a CPU only; a GPU never asks).
     """
     device = tensors[0].device
     for tensor in tensors[1:]:
-        if tensor.device != device:
+        if tensor is not None and tensor.device != device:
             return False  # the reference then fails as any PyTorch code does, naming both devices
-    if device.type in KERNEL_DEVICES:
+    # is_cuda: the type of a device is a string, made anew
+    if tensors[0].is_cuda or device.type in KERNEL_DEVICES:
         return True
     # a graph can't hold the interpreter, nor trace the reading of its variable
     return device.type == "cpu" and not torch.compiler.is_compiling() and triton.knobs.runtime.interpret

@@ -239,7 +239,7 @@ def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None and (vector.ndim != 1 or vector.shape != x.shape[-1:]):
             raise ValueError(f"dyt: {name} {tuple(vector.shape)} must be one value per column of x {tuple(x.shape)}")
-    if not runs_kernels(*(t for t in (x, alpha, weight, bias) if t is not None)):
+    if not runs_kernels(x, alpha, weight, bias):
         return dyt_reference(x, alpha, weight, bias)
     check_dtypes("dyt", x=x, alpha=alpha, weight=weight, bias=bias)
     dtype = torch.promote_types(x.dtype, weight.dtype)

@@ -478,7 +478,7 @@ def gated_rms_norm(
     d = x.shape[-1]
     if group_size is not None and (group_size < 1 or d % group_size):
         raise ValueError(f"gated_rms_norm: group_size is {group_size}; it must divide the {d} columns of x")
-    if not runs_kernels(*(t for t in (x, gate, weight) if t is not None)):
+    if not runs_kernels(x, gate, weight):
         return gated_rms_norm_reference(
             x, gate, weight, eps=eps, order=order, cast=cast, act=act, group_size=group_size
         )

@@ -373,7 +373,7 @@ def group_norm(
             raise ValueError(
                 f"group_norm: {name} {tuple(vector.shape)} must be one value per channel of x {tuple(x.shape)}, or None"
             )
-    if not runs_kernels(*(t for t in (x, weight, bias) if t is not None)):
+    if not runs_kernels(x, weight, bias):
         return group_norm_reference(x, n_groups, weight, bias, eps=eps)
     check_dtypes("group_norm", x=x, weight=weight, bias=bias)
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))

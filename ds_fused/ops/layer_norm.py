@@ -349,7 +349,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, *, 
     The result has x's dtype, but fp32 where PyTorch's is: under the autocast of a GPU.
     """
     check_affine("layer_norm", x, weight, bias)
-    if not runs_kernels(*(t for t in (x, weight, bias) if t is not None)):
+    if not runs_kernels(x, weight, bias):
         return layer_norm_reference(x, weight, bias, eps=eps)
     check_dtypes("layer_norm", x=x, weight=weight, bias=bias)
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))

@@ -396,16 +396,18 @@ def rms_norm_fwd(
     offset: float,
     cast_before: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[N, D] x 2, [D] x 2 -> y [N, D], what was normalised (x, or x + residual) [N, D], rstd [N]."""
-    n, d = x.shape
-    total = x
+    """[..., D] x 2, [D] x 2 -> y [..., D], what was normalised (x, or x + residual) [..., D], rstd [N]."""
+    shape, total = x.shape, x
     if residual is not None:
-        total = torch.empty((n, d), dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
+        total = torch.empty(shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
+        residual = rows_of(residual)
     dtype = total.dtype
     if cast_before:
         for scale in (weight, bias):
             dtype = dtype if scale is None else torch.promote_types(dtype, scale.dtype)
-    y = torch.empty((n, d), dtype=dtype, device=x.device)
+    y = torch.empty(shape, dtype=dtype, device=x.device)
+    x = rows_of(x)
+    n, d = x.shape
     rstd = torch.empty(n, dtype=torch.float32, device=x.device)
     if n == 0 or d == 0:
         return y, total, rstd
@@ -457,12 +459,13 @@ def rms_norm_bwd(
     cast_before: bool,
     wants: Wants,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dy, x [N, D], weight, bias [D], rstd [N], dsum [N, D] -> dx [N, D], dweight [D], dbias [D], those wanted.
+    """dy, x [..., D], weight, bias [D], rstd [N], dsum [..., D] -> dx [..., D], dweight [D], dbias [D], those wanted.
 
     Of bias only the dtype counts, and of dsum, which is added to dx, nothing where no dx is wanted.
     """
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wants.dx else None
+    dy, x, dsum = rows_of(dy), rows_of(x), None if dsum is None else rows_of(dsum)
     n, d = x.shape
-    dx = torch.empty((n, d), dtype=x.dtype, device=x.device) if wants.dx else None
     if n == 0 or d == 0:
         return dx, torch.zeros_like(weight) if wants.dweight else None, torch.zeros_like(bias) if wants.dbias else None
     if not any(wants):
@@ -500,7 +503,7 @@ def rms_norm_bwd(
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """Autograd around the launchers; sees only [N, D]."""
+    """Autograd around the launchers, which flatten: a view that autograd sees costs as much as a launch, twice."""
 
     @staticmethod
     def forward(
@@ -516,7 +519,7 @@ class RMSNormFunction(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         x, weight, bias, rstd = ctx.saved_tensors
         wants = Wants(*ctx.needs_input_grad[:3])
-        gradients = rms_norm_bwd(rows_of(dy), x, weight, bias, rstd, None, ctx.offset, ctx.cast_before, wants)
+        gradients = rms_norm_bwd(dy, x, weight, bias, rstd, None, ctx.offset, ctx.cast_before, wants)
         return *gradients, None, None, None
 
 
@@ -543,9 +546,8 @@ def rms_norm(
     The result has the promoted dtype of x, weight and bias with ``cast="before_weight"``, x's with ``"after_weight"``.
     """
     check_norm("rms_norm", x, cast, weight=weight, bias=bias)
-    if not runs_kernels(*(t for t in (x, weight, bias) if t is not None)):
+    if not runs_kernels(x, weight, bias):
         return rms_norm_reference(x, weight, bias=bias, eps=eps, offset=offset, cast=cast)
     check_dtypes("rms_norm", x=x, weight=weight, bias=bias)
     weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
-    y = RMSNormFunction.apply(rows_of(x), weight, bias, eps, offset, cast == "before_weight")
-    return y.view(x.shape)
+    return RMSNormFunction.apply(x, weight, bias, eps, offset, cast == "before_weight")

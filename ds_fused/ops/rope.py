@@ -430,7 +430,7 @@ def rope(
     compiling = torch.compiler.is_compiling()
     if inplace and not compiling:
         check_inplace(q, k)
-    if not (runs_kernels(q, k, cos) if sin is None else runs_kernels(q, k, cos, sin)):
+    if not runs_kernels(q, k, cos, sin):
         return rope_reference(
             q, k, cos, sin, interleaved=interleaved, unsqueeze_dim=unsqueeze_dim, sections=sections,
             alternating=alternating, keep_dtype=keep_dtype, inplace=inplace and not compiling,
