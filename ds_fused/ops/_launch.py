@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -81,8 +81,7 @@ def launch(kernel: JITFunction, grid: tuple[int, ...], *args: Tensor | float | N
         return
     device = args[0].get_device()
     if device != _current_device():
-        with on_device(args[0]):
-            kernel[grid](*args, **constants)
+        launch_elsewhere(kernel, grid, args, constants)
         return
 
     facts: list[object] = [id(kernel), device, *constants, *constants.values()]
@@ -112,6 +111,14 @@ def launch(kernel: JITFunction, grid: tuple[int, ...], *args: Tensor | float | N
         return
     x, y, z = (*grid, 1, 1)[:3]
     entrance.call(x, y, z, _current_stream(device), *entrance.before, *passed, *entrance.behind)
+
+
+def launch_elsewhere(
+    kernel: JITFunction, grid: tuple[int, ...], args: tuple[object, ...], constants: Mapping[str, object]
+) -> None:
+    """The ordinary way, on a device that is not the current one, or not known to `launch`."""
+    with on_device(args[0]):
+        kernel[grid](*args, **constants)
 
 
 def _seldom(n: int) -> tuple[object, ...]:

@@ -71,6 +71,8 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast has a matrix product on x's device compute in; None where it is off."""
     kind = x.device.type
+    if kind == "meta":
+        return None  # PyTorch refuses to be asked
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
