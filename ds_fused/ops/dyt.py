@@ -20,12 +20,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_fused.ops._launch import launch
 from ds_fused.ops._sums import partials, sum_partials
 from ds_fused.ops._triton import (
     cdiv,
     check_dtypes,
     multiprocessors,
-    on_device,
     power_of_2,
     row_stride,
     rows_of,
@@ -167,8 +167,7 @@ def dyt_fwd(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None, dtype
         return y
     block = _tile(d, TILE_FWD, PER_THREAD_FWD)
     grid = (cdiv(n, block["BLOCK_ROWS"]), cdiv(d, block["BLOCK_COLS"]))
-    with on_device(x):
-        _dyt_fwd_kernel[grid](x, alpha, weight, bias, y, row_stride(x), n, d, HAS_BIAS=bias is not None, **block)
+    launch(_dyt_fwd_kernel, grid, x, alpha, weight, bias, y, row_stride(x), n, d, HAS_BIAS=bias is not None, **block)
     return y
 
 
@@ -190,25 +189,26 @@ def dyt_bwd(
     programs = min(cdiv(n, block["BLOCK_ROWS"]), max(1, resident // column_blocks))
     sums = wanted.dalpha or wanted.dweight or wanted.dbias
     partial = partials(x, programs, d, programs * column_blocks) if sums else None
-    with on_device(x):
-        _dyt_bwd_kernel[(column_blocks, programs)](
-            dy,
-            x,
-            alpha,
-            weight,
-            dx,
-            partial,
-            row_stride(dy),
-            row_stride(x),
-            n,
-            d,
-            WANTS_DX=wanted.dx,
-            WANTS_DALPHA=wanted.dalpha,
-            WANTS_DWEIGHT=wanted.dweight,
-            WANTS_DBIAS=wanted.dbias,
-            STAGES=STAGES_BWD,
-            **block,
-        )
+    launch(
+        _dyt_bwd_kernel,
+        (column_blocks, programs),
+        dy,
+        x,
+        alpha,
+        weight,
+        dx,
+        partial,
+        row_stride(dy),
+        row_stride(x),
+        n,
+        d,
+        WANTS_DX=wanted.dx,
+        WANTS_DALPHA=wanted.dalpha,
+        WANTS_DWEIGHT=wanted.dweight,
+        WANTS_DBIAS=wanted.dbias,
+        STAGES=STAGES_BWD,
+        **block,
+    )
     if sums:
         sum_partials(partial, programs, d, dweight, dbias, dalpha, programs * column_blocks)
     return dx, dalpha, dweight, dbias
@@ -241,7 +241,7 @@ def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is not None and (vector.ndim != 1 or vector.shape != x.shape[-1:]):
             raise ValueError(f"dyt: {name} {tuple(vector.shape)} must be one value per column of x {tuple(x.shape)}")
-    if not runs_kernels(*(t for t in (x, alpha, weight, bias) if t is not None)):
+    if not runs_kernels(x, alpha, weight, bias):
         return dyt_reference(x, alpha, weight, bias)
     check_dtypes("dyt", x=x, alpha=alpha, weight=weight, bias=bias)
     dtype = torch.promote_types(x.dtype, weight.dtype)

@@ -23,13 +23,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._group_parts import Parts, Sizes, bwd_in_parts, fwd_in_parts, sample_stride
+from ds_fused.ops._launch import launch
 from ds_fused.ops._sums import partials, sum_partials
 from ds_fused.ops._triton import (
     cdiv,
     check_dtypes,
     multiprocessors,
     norm_dtype,
-    on_device,
     power_of_2,
     runs_kernels,
     warps_for,
@@ -232,10 +232,22 @@ def group_norm_fwd(
         fwd_in_parts(x, weight, bias, y, mean, rstd, sizes, _parts(sizes), eps)
         return y, mean, rstd
     grid = (cdiv(sizes.samples, whole["SAMPLES"]), cdiv(n_groups, whole["GROUPS"]))
-    with on_device(x):
-        _group_norm_fwd_kernel[grid](
-            x, weight, bias, y, mean, rstd, sample_stride(x), *sizes, sizes.group_size, eps, **has, **whole
-        )
+    launch(
+        _group_norm_fwd_kernel,
+        grid,
+        x,
+        weight,
+        bias,
+        y,
+        mean,
+        rstd,
+        sample_stride(x),
+        *sizes,
+        sizes.group_size,
+        eps,
+        **has,
+        **whole,
+    )
     return y, mean, rstd
 
 
@@ -294,24 +306,25 @@ def _backward_of_whole_groups(
     n_partials = programs * whole["SAMPLES"]
     sums = wanted.dweight or wanted.dbias
     partial = partials(x, n_partials, sizes.channels) if sums else None
-    with on_device(x):
-        _group_norm_bwd_kernel[(programs, group_blocks)](
-            dy,
-            x,
-            weight,
-            mean,
-            rstd,
-            dx,
-            partial,
-            sample_stride(dy),
-            sample_stride(x),
-            *sizes,
-            sizes.group_size,
-            HAS_WEIGHT=weight is not None,
-            WANTS_DX=wanted.dx,
-            WANTS_SUMS=sums,
-            **whole,
-        )
+    launch(
+        _group_norm_bwd_kernel,
+        (programs, group_blocks),
+        dy,
+        x,
+        weight,
+        mean,
+        rstd,
+        dx,
+        partial,
+        sample_stride(dy),
+        sample_stride(x),
+        *sizes,
+        sizes.group_size,
+        HAS_WEIGHT=weight is not None,
+        WANTS_DX=wanted.dx,
+        WANTS_SUMS=sums,
+        **whole,
+    )
     return partial, n_partials
 
 
@@ -362,7 +375,7 @@ def group_norm(
             raise ValueError(
                 f"group_norm: {name} {tuple(vector.shape)} must be one value per channel of x {tuple(x.shape)}, or None"
             )
-    if not runs_kernels(*(t for t in (x, weight, bias) if t is not None)):
+    if not runs_kernels(x, weight, bias):
         return group_norm_reference(x, n_groups, weight, bias, eps=eps)
     check_dtypes("group_norm", x=x, weight=weight, bias=bias)
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))

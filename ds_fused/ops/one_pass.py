@@ -26,9 +26,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_fused.ops._launch import launch
 from ds_fused.ops._loss import LossOptions, cross_entropy_bwd_torch, cross_entropy_fwd_torch
 from ds_fused.ops._tiles import logits_of, product, tile_elements, wide
-from ds_fused.ops._triton import cdiv, on_device, runs_kernels
+from ds_fused.ops._triton import cdiv, runs_kernels
 from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
 
 # n sums that grow as a random walk, each rounded, are sqrt(n / 2) times as far off as one rounding
@@ -52,8 +53,7 @@ def scaled(x: Tensor, factor: Tensor) -> Tensor:
     """``factor * x`` (factor []: fp32, on the device), rounded once; where a kernel runs, over x, contiguous."""
     if torch.compiler.is_compiling() or not runs_kernels(x):
         return (x.to(wide(x)) * factor).to(x.dtype)
-    with on_device(x):
-        _scale_kernel[(max(1, cdiv(x.numel(), BLOCK)),)](x, factor, x.numel(), BLOCK=BLOCK)
+    launch(_scale_kernel, (max(1, cdiv(x.numel(), BLOCK)),), x, factor, x.numel(), BLOCK=BLOCK)
     return x
 
 

@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_fused.ops._launch import launch
 from ds_fused.ops._rows import layout, place
-from ds_fused.ops._triton import check_dtypes, on_device, row_stride, rows_of, runs_kernels
+from ds_fused.ops._triton import check_dtypes, row_stride, rows_of, runs_kernels
 
 # elements per program and warps: glu's, not yet measured here
 BLOCK = 2048
@@ -69,8 +70,7 @@ def relu2_fwd(x: Tensor) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     flat, n_cols, programs = layout(*x.shape, BLOCK, x)
     if programs:
-        with on_device(x):
-            _relu2_fwd_kernel[(programs,)](x, y, row_stride(x), n_cols, FLAT=flat, BLOCK=BLOCK, num_warps=NUM_WARPS)
+        launch(_relu2_fwd_kernel, (programs,), x, y, row_stride(x), n_cols, FLAT=flat, BLOCK=BLOCK, num_warps=NUM_WARPS)
     return y
 
 
@@ -79,10 +79,19 @@ def relu2_bwd(dy: Tensor, x: Tensor) -> Tensor:
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     flat, n_cols, programs = layout(*x.shape, BLOCK, dy, x)
     if programs:
-        with on_device(x):
-            _relu2_bwd_kernel[(programs,)](
-                dy, x, dx, row_stride(dy), row_stride(x), n_cols, FLAT=flat, BLOCK=BLOCK, num_warps=NUM_WARPS
-            )
+        launch(
+            _relu2_bwd_kernel,
+            (programs,),
+            dy,
+            x,
+            dx,
+            row_stride(dy),
+            row_stride(x),
+            n_cols,
+            FLAT=flat,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )
     return dx
 
 

@@ -15,11 +15,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_fused.ops._launch import launch
 from ds_fused.ops._triton import (
     autocast_dtype,
     cdiv,
     check_dtypes,
-    on_device,
     row_stride,
     rows_of,
     runs_kernels,
@@ -150,12 +150,11 @@ def softmax_fwd(x: Tensor, dtype: torch.dtype) -> Tensor:
         return y
     block = tile(d, TILE, PER_THREAD, WHOLE_ROW_FWD)
     constants = {"BLOCK_COLS": block.cols, "num_warps": block.warps}
-    with on_device(x):
-        if block.rows:
-            grid = (cdiv(n, block.rows),)
-            _softmax_fwd_kernel[grid](x, y, row_stride(x), n, d, BLOCK_ROWS=block.rows, **constants)
-        else:
-            _softmax_fwd_walk_kernel[(n,)](x, y, row_stride(x), d, **constants)
+    if block.rows:
+        grid = (cdiv(n, block.rows),)
+        launch(_softmax_fwd_kernel, grid, x, y, row_stride(x), n, d, BLOCK_ROWS=block.rows, **constants)
+    else:
+        launch(_softmax_fwd_walk_kernel, (n,), x, y, row_stride(x), d, **constants)
     return y
 
 
@@ -167,12 +166,11 @@ def softmax_bwd(dy: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
         return dx
     block = tile(d, TILE, PER_THREAD, WHOLE_ROW_BWD)
     constants = {"BLOCK_COLS": block.cols, "num_warps": block.warps}
-    with on_device(y):
-        if block.rows:
-            grid = (cdiv(n, block.rows),)
-            _softmax_bwd_kernel[grid](dy, y, dx, row_stride(dy), n, d, BLOCK_ROWS=block.rows, **constants)
-        else:
-            _softmax_bwd_walk_kernel[(n,)](dy, y, dx, row_stride(dy), d, **constants)
+    if block.rows:
+        grid = (cdiv(n, block.rows),)
+        launch(_softmax_bwd_kernel, grid, dy, y, dx, row_stride(dy), n, d, BLOCK_ROWS=block.rows, **constants)
+    else:
+        launch(_softmax_bwd_walk_kernel, (n,), dy, y, dx, row_stride(dy), d, **constants)
     return dx
 
 

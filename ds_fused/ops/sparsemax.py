@@ -25,7 +25,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_fused.ops._triton import cdiv, check_dtypes, on_device, row_stride, rows_of, runs_kernels
+from ds_fused.ops._launch import launch
+from ds_fused.ops._triton import cdiv, check_dtypes, row_stride, rows_of, runs_kernels
 from ds_fused.ops.rms_norm import tile
 from ds_fused.ops.softmax import check_dim
 
@@ -220,12 +221,11 @@ def sparsemax_fwd(x: Tensor) -> Tensor:
         return y
     block = tile(d, TILE, PER_THREAD, WHOLE_ROW_FWD)
     constants = {"BLOCK_COLS": block.cols, "num_warps": block.warps}
-    with on_device(x):
-        if block.rows:
-            grid = (cdiv(n, block.rows),)
-            _sparsemax_fwd_kernel[grid](x, y, row_stride(x), n, d, BLOCK_ROWS=block.rows, **constants)
-        else:
-            _sparsemax_fwd_walk_kernel[(n,)](x, y, row_stride(x), d, **constants)
+    if block.rows:
+        grid = (cdiv(n, block.rows),)
+        launch(_sparsemax_fwd_kernel, grid, x, y, row_stride(x), n, d, BLOCK_ROWS=block.rows, **constants)
+    else:
+        launch(_sparsemax_fwd_walk_kernel, (n,), x, y, row_stride(x), d, **constants)
     return y
 
 
@@ -237,12 +237,11 @@ def sparsemax_bwd(dy: Tensor, y: Tensor) -> Tensor:
         return dx
     block = tile(d, TILE, PER_THREAD, WHOLE_ROW_BWD)
     constants = {"BLOCK_COLS": block.cols, "num_warps": block.warps}
-    with on_device(y):
-        if block.rows:
-            grid = (cdiv(n, block.rows),)
-            _sparsemax_bwd_kernel[grid](dy, y, dx, row_stride(dy), n, d, BLOCK_ROWS=block.rows, **constants)
-        else:
-            _sparsemax_bwd_walk_kernel[(n,)](dy, y, dx, row_stride(dy), d, **constants)
+    if block.rows:
+        grid = (cdiv(n, block.rows),)
+        launch(_sparsemax_bwd_kernel, grid, dy, y, dx, row_stride(dy), n, d, BLOCK_ROWS=block.rows, **constants)
+    else:
+        launch(_sparsemax_bwd_walk_kernel, (n,), dy, y, dx, row_stride(dy), d, **constants)
     return dx
 
 

@@ -1,4 +1,4 @@
-"""What tests of several files share: giving back a GPU's memory, small tiles of linear_cross_entropy, small blocks of jsd and tvd."""
+"""What tests of several files share: giving back a GPU's memory, small tiles of heads, small blocks of jsd and tvd."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from ds_fused.ops import _divergence, _tiles
-
 
 # what a worker may keep of a GPU that it shares, between two tests
 MOST_KEPT = 2**30
