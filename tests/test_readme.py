@@ -51,6 +51,7 @@ def test_the_table_of_the_json_block_is_the_parser():
         "verify": "compare every replacement with the original before it is used",
         "report": "print on rank 0 what was replaced, and what was not and why",
         "embedding": 'except in mode "gather": input embeddings not tied to the head are looked up like tied ones',
+        "warmup": "compile the kernels of the model on each host, side by side, before its layers are replaced",
         "tiled_mlp": "MLPs that are replaced run tile by tile and are computed again in backward",
         "logits": 'after a fused loss, logits are computed when they are read ("defer") or in the forward ("keep")',
         "eval": 'whether an evaluation\'s loss is fused too ("defer") or left alone ("stock")',
