@@ -49,7 +49,7 @@ class Job(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = _options(argv)
+    args = options_of(argv)
     try:
         job = job_of(args.model, args.config)
         config = parse(job.ds_config.get("ds_fused", {"enabled": True}))
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"ds_fused.warmup: {type(model).__name__} did not run to the end without data: {problem}")
 
 
-def _options(argv: list[str] | None) -> argparse.Namespace:
+def options_of(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m ds_fused.warmup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
