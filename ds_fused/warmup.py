@@ -49,7 +49,7 @@ class Job(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = _options(argv)
+    args = options_of(argv)
     try:
         job = job_of(args.model, args.config)
         config = parse(job.ds_config.get("ds_fused", {"enabled": True}))
@@ -76,16 +76,18 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"ds_fused.warmup: {type(model).__name__} did not run to the end without data: {problem}")
 
 
-def _options(argv: list[str] | None) -> argparse.Namespace:
+def options_of(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m ds_fused.warmup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="MODEL", help="a folder, a hub name, a config.json or a run.yaml")
     parser.add_argument("--config", help="the DeepSpeed JSON; without it bf16 and all ops")
-    parser.add_argument("--target", default=target_here(), help="sm90, gfx942, ...; the GPU of this machine")
+    parser.add_argument("--target", help="sm90, gfx942, ...; without it the GPU of this machine")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--processes", type=int, default=min(cores, MOST_PROCESSES), help="that compile side by side")
     args = parser.parse_args(argv)
+    # asked only where nobody says it: the answer opens the GPU
+    args.target = args.target or target_here()
     if args.target is None:
         parser.error("there is no GPU here: name one, such as --target sm90")
     if triton.knobs.runtime.interpret:
@@ -153,10 +155,13 @@ def launches_of(
             eval=config.eval,
         )
         ids = torch.zeros(shape, dtype=torch.int64, device=META)
+        # a mask ready made: to make one, models look into what they are given
+        mask = torch.ones((shape[0], 1, shape[1], shape[1]), dtype=torch.bool, device=META)
+        given = {"input_ids": ids, "attention_mask": mask, "labels": ids}
         try:
             with torch.no_grad():
-                model.eval()(input_ids=ids, labels=ids)
-            model.train()(input_ids=ids, labels=ids).loss.backward()
+                model.eval()(**given)
+            model.train()(**given).loss.backward()
         except Exception as error:
             # a model whose forward looks at data; what was noted until then is compiled all the same
             problem = f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -35,6 +35,17 @@ MAY_IMPORT = {
     "ds_fused/__init__.py": set(),
     # runs at `import torch`: only registers hooks, which import ds_fused.engine once deepspeed is there
     "ds_fused/autoload.py": {"wrapt", "ds_fused.engine"},
+    # builds a model without memory to see what it would launch
+    "ds_fused/warmup.py": {
+        "torch",
+        "triton",
+        "transformers",
+        "hjson",
+        "yaml",
+        "ds_fused.ops",
+        "ds_fused.policies",
+        "ds_fused.engine",
+    },
     # the rank runner
     "ds_fused/run.py": {"deepspeed", "ds_fused.autoload", "ds_fused.engine"},
     "launch": {"torch", "hydra", "omegaconf", "transformers", "deepspeed", "accelerate", "launch", "ds_fused", *BESIDE},

@@ -25,7 +25,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, KernelParam
 
 from ds_fused.ops import _launch, _triton
 
@@ -87,7 +87,7 @@ def noted(target: GPUTarget) -> Iterator[list[Launch]]:
     launches: dict[tuple[object, ...], Launch] = {}
 
     def note(kernel: JITFunction, grid: tuple[int, ...], args: tuple[object, ...], constants: dict) -> None:
-        sort = (id(kernel), *map(_sort, args), *constants.items())
+        sort = (id(kernel), *map(_sort, args, kernel.params), *constants.items())
         launches.setdefault(sort, Launch(kernel, grid, args, constants))
 
     found: list[Launch] = []
@@ -103,25 +103,27 @@ def noted(target: GPUTarget) -> Iterator[list[Launch]]:
         found += launches.values()
 
 
-def _sort(arg: object) -> object:
+def _sort(arg: object, param: KernelParam) -> object:
+    """All that Triton may tell about an argument."""
     if isinstance(arg, Tensor):
         return arg.dtype, arg.data_ptr() % 16 == 0
     if type(arg) is int:
-        return arg == 1, arg % 16 == 0, -(2**31) <= arg < 2**31
+        width = -(2**31) <= arg < 2**31
+        return width if param.do_not_specialize else (arg == 1, arg % 16 == 0, width)
     return type(arg)
 
 
 class Absent:
     """A driver for a GPU that need not be here: enough of one to compile for it."""
 
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
+    def __init__(self, target: GPUTarget, index: int = 0) -> None:
+        self.target, self.index = target, index
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.index  # triton keeps compiled kernels per device
 
     def get_current_stream(self, device: int) -> int:
         return 0
