@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_fused.ops._triton import check_dtypes, runs_kernels
+from ds_fused.ops._triton import check_dtypes, rows_of, runs_kernels
 from ds_fused.ops.rms_norm import Wants, check_norm, rms_norm_bwd, rms_norm_fwd, rms_norm_reference
 
 
@@ -92,4 +92,7 @@ def add_rms_norm(
         return add_rms_norm_reference(x, residual, weight, eps=eps, offset=offset, cast=cast)
     check_dtypes("add_rms_norm", x=x, residual=residual, weight=weight)
     weight = weight if weight is None else weight.contiguous()
+    if torch.compiler.is_compiling():  # as in rms_norm
+        rows = AddRMSNormFunction.apply(rows_of(x), rows_of(residual), weight, eps, offset, cast == "before_weight")
+        return tuple(y.view(x.shape) for y in rows)
     return AddRMSNormFunction.apply(x, residual, weight, eps, offset, cast == "before_weight")

@@ -550,4 +550,8 @@ def rms_norm(
         return rms_norm_reference(x, weight, bias=bias, eps=eps, offset=offset, cast=cast)
     check_dtypes("rms_norm", x=x, weight=weight, bias=bias)
     weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
+    if torch.compiler.is_compiling():
+        # dynamo 2.11 can't hold sizes of what is made of x inside the Function; and here views cost nothing
+        y = RMSNormFunction.apply(rows_of(x), weight, bias, eps, offset, cast == "before_weight")
+        return y.view(x.shape)
     return RMSNormFunction.apply(x, weight, bias, eps, offset, cast == "before_weight")
