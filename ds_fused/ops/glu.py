@@ -278,39 +278,51 @@ class GLUFunction(torch.autograd.Function):
     """Gate and up apart. The launchers flatten: a view that autograd sees costs as much as a launch, twice."""
 
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor, form: GLUForm) -> Tensor:
+    def forward(ctx, gate: Tensor, up: Tensor, form: GLUForm, overwrite: bool) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.form = form
+        ctx.form, ctx.overwrite = form, overwrite
         return glu_fwd(gate, up, form)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         gate, up = ctx.saved_tensors
+        overwrite = ctx.overwrite and gate.data_ptr() != up.data_ptr()
         dgate, dup = (
-            torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else None
-            for x, wanted in zip((gate, up), ctx.needs_input_grad, strict=False)
+            _room(x, overwrite) if wanted else None for x, wanted in zip((gate, up), ctx.needs_input_grad, strict=False)
         )
         glu_bwd(dy, gate, up, dgate, dup, ctx.form)
-        return dgate, dup, None
+        if overwrite:
+            torch.autograd.graph.increment_version((gate, up))
+        return dgate, dup, None, None
 
 
 class PackedGLUFunction(torch.autograd.Function):
     """Gate and up in one tensor [..., 2D], which has one gradient."""
 
     @staticmethod
-    def forward(ctx, gate_up: Tensor, form: GLUForm, interleaved: bool) -> Tensor:
+    def forward(ctx, gate_up: Tensor, form: GLUForm, interleaved: bool, overwrite: bool) -> Tensor:
         ctx.save_for_backward(gate_up)
-        ctx.form, ctx.interleaved = form, interleaved
+        ctx.form, ctx.interleaved, ctx.overwrite = form, interleaved, overwrite
         return glu_fwd(*_parts(gate_up, interleaved), form)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None, None]:
         (gate_up,) = ctx.saved_tensors
-        dgate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+        dgate_up = _room(gate_up, ctx.overwrite)
         glu_bwd(dy, *_parts(gate_up, ctx.interleaved), *_parts(dgate_up, ctx.interleaved), ctx.form)
-        return dgate_up, None, None
+        if ctx.overwrite:
+            torch.autograd.graph.increment_version(gate_up)
+        return dgate_up, None, None, None
+
+
+def _room(x: Tensor, overwrite: bool) -> Tensor:
+    """Where the gradient of x goes: over x itself, if that is allowed and x is memory of its own, seen as rows."""
+    rows = rows_of(x)
+    if overwrite and rows.data_ptr() == x.data_ptr() and rows.stride(0) >= rows.shape[1]:
+        return x.detach()
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _parts(gate_up: Tensor, interleaved: bool) -> tuple[Tensor, Tensor | None]:
@@ -345,6 +357,7 @@ def glu(
     alpha: float = 1.0,
     limit: float | None = None,
     offset: float = 0.0,
+    overwrite_inputs: bool = False,
 ) -> Tensor:
     """``act(gate) * up``, [..., D]; halves of a ``chunk`` are read in place.
 
@@ -352,12 +365,16 @@ def glu(
     columns 0, 2, ... and up in 1, 3, ... It then gets one gradient, which nothing has to put together.
     ``alpha``: silu becomes ``x * sigmoid(alpha * x)``. ``limit``: gate is clamped from above, up from both sides, with
     the gradients of ``torch.clamp``. ``offset`` is added to up, after the clamp.
+    ``overwrite_inputs``: the backward may write the gradients over gate and up. Only for tensors that nobody reads
+    afterwards, as the outputs of two projections; a second backward is then autograd's error. A compiled graph, which
+    sees to its own memory, makes no use of it.
     """
     form = GLUForm(act, alpha, limit, offset)
     _check(gate, up, form, interleaved)
     if not runs_kernels(gate, up):
         return glu_reference(gate, up, act, interleaved=interleaved, alpha=alpha, limit=limit, offset=offset)
     check_dtypes("glu", gate=gate, up=up)
+    overwrite = overwrite_inputs and not torch.compiler.is_compiling()
     if up is None:
-        return PackedGLUFunction.apply(gate, form, interleaved)
-    return GLUFunction.apply(gate, up, form)
+        return PackedGLUFunction.apply(gate, form, interleaved, overwrite)
+    return GLUFunction.apply(gate, up, form, overwrite)
