@@ -6,7 +6,6 @@ started or submitted. The ranks get one resolved ``ds_config.json``. ``dry_run=t
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -23,7 +22,7 @@ from launch import environment
 from launch.check import check, missing_paths, refuse_secrets, typed
 from launch.clusters import KINDS
 from launch.real_data import CACHE, FETCH
-from launch.render import Host, Rendered, ds_config
+from launch.render import Host, Rendered, record
 from launch.schema import Run
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -74,8 +73,7 @@ def write(run: Run, rendered: Rendered) -> None:
     folder = Path(run.folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = {
-        "ds_config.json": json.dumps(ds_config(run), indent=2) + "\n",
-        "run.yaml": OmegaConf.to_yaml(OmegaConf.structured(run)),
+        **record(run),
         "command.sh": shown(rendered) + "\n",
         "nodes.txt": "".join(f"{name}: {line}\n" for name, line in rendered.nodes.items()),
         **rendered.files,
@@ -99,7 +97,7 @@ def start(run: Run, rendered: Rendered) -> int:
 
 def show(run: Run, rendered: Rendered) -> None:
     """What a dry run prints; the folder holds the same."""
-    print(f"\n{json.dumps(ds_config(run), indent=2)}")
+    print(f"\n--- ds_config.json\n{record(run)['ds_config.json']}", end="")
     for name, text in rendered.files.items():
         print(f"\n--- {name}\n{text}", end="")
     print(f"\n{len(rendered.nodes)} nodes, {rendered.ranks} ranks")

@@ -155,6 +155,9 @@ def paths(config: Mapping) -> Iterator[str]:
 
 def missing_paths(run: Run) -> Iterator[str]:
     """What the configuration names and this machine doesn't have, each with its key."""
+    if run.cluster.kind == "kubernetes":
+        # its paths are of the image and of the volumes
+        return
     if run.model.fetch is None and looks_like_a_folder(run.model.path) and not os.path.isdir(run.model.path):
         yield f"model.path is {run.model.path}: no such folder"
     if run.model.tokenizer and looks_like_a_folder(run.model.tokenizer) and not os.path.isdir(run.model.tokenizer):

@@ -24,6 +24,7 @@ OPEN = {
     "hub": ["model.path=gpt"],
     "text": ["data.text=[a.txt]"],
     "hostfile": ["cluster.hosts={a: 2, b: 2}"],
+    "kubernetes": ["cluster.image=ds", "cluster.claim=runs", "model=hub", "model.path=a", "data=text", "data.text=[b]"],
 }
 
 
