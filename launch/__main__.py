@@ -88,10 +88,10 @@ def start(run: Run, rendered: Rendered) -> int:
         if group.fetch:
             FETCH[group.fetch]()
     env = {**os.environ, **rendered.env}
-    status = subprocess.run(rendered.preflight, env=env).returncode if rendered.preflight else 0
-    if status:
-        print("launch: the preflight failed, so nothing was started", file=sys.stderr)
-        return status
+    for command in rendered.preflight:
+        if status := subprocess.run(command, env=env).returncode:
+            print("launch: the preflight failed, so nothing was started", file=sys.stderr)
+            return status
     return subprocess.run(rendered.command, env=env).returncode
 
 

@@ -46,8 +46,8 @@ class Rendered:
     ranks: int
     # name -> text, for the run's folder
     files: dict[str, str] = field(default_factory=dict)
-    # runs to its end before the command does; empty: none is asked for, or the scheduler's text holds it
-    preflight: list[str] = field(default_factory=list)
+    # run to their ends before the command does; none where no preflight is asked for, or where a file has it
+    preflight: list[list[str]] = field(default_factory=list)
 
 
 def ds_config(run: Run) -> dict:

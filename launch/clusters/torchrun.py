@@ -51,7 +51,11 @@ def node_script(run: Run, host: Host, address: str, port: int, ranks: int, env: 
     else:
         job = shlex.quote(os.path.basename(run.folder))
         command += f" --rdzv_backend c10d --rdzv_endpoint {shlex.quote(address)}:{port} --rdzv_id {job}"
-    preflight = f"{command} {shlex.quote(PREFLIGHT)} || exit 1\n" if cluster.preflight else ""
+    preflight = ""
+    if cluster.preflight:
+        # left to itself torchrun waits a quarter of an hour for a node
+        waits = f"--rdzv_conf {'timeout' if cluster.rendezvous == 'static' else 'join_timeout'}=55"
+        preflight = f"{command} {waits} {shlex.quote(PREFLIGHT)} || exit 1\n"
     return f"""\
 #!/bin/bash
 # runs on every node{", with the number of the node" if cluster.rendezvous == "static" else ""}

@@ -72,7 +72,7 @@ def as_text(result: Rendered) -> str:
 @pytest.mark.parametrize("nodes", NODES)
 @pytest.mark.parametrize("name", TYPED)
 def test_it_renders_the_golden_text(name, nodes):
-    result = rendered(*TYPED[name](nodes))
+    result = rendered(*TYPED[name](nodes), "cluster.preflight=true")
     assert len(result.nodes) == nodes and result.ranks == nodes * 8
     golden = GOLDEN / f"{name}_{nodes}.txt"
     if os.environ.get("REWRITE_GOLDEN"):
