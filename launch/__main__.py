@@ -106,6 +106,10 @@ def show(run: Run, rendered: Rendered) -> None:
     print(f"\nnothing was started; all of it is in {run.folder}", flush=True)
 
 
+# points of this sweep that could not be started, or failed
+failed: list[str] = []
+
+
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(composed: DictConfig) -> None:
     # absolute, so that the folder means the same to every process; under -m each point of the sweep has its own
@@ -113,16 +117,18 @@ def main(composed: DictConfig) -> None:
     try:
         run, rendered = prepare(composed)
     except ValueError as error:
-        sys.exit(f"launch: {error}")
+        print(f"launch: {error}", file=sys.stderr)
+        failed.append(composed.folder)
+        return
     write(run, rendered)
     print(shown(rendered), flush=True)
     if run.dry_run:
         show(run, rendered)
-        return
-    status = start(run, rendered)
-    if status:
-        sys.exit(status)
+    elif start(run, rendered):
+        failed.append(run.folder)
 
 
 if __name__ == "__main__":
     main()
+    # only now: one point that fails doesn't keep the others of its sweep from running
+    sys.exit(1 if failed else 0)
