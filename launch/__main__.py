@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from launch import environment
-from launch.check import check, missing_paths, refuse_secrets, typed
+from launch.check import check, missing_paths, refuse_secrets, refuse_secrets_typed, typed
 from launch.clusters import KINDS
 from launch.real_data import CACHE, FETCH
 from launch.render import Host, Rendered, record
@@ -129,6 +129,10 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    try:
+        refuse_secrets_typed(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"launch: {error}")
     main()
     # only now: one point that fails doesn't keep the others of its sweep from running
     sys.exit(1 if failed else 0)
