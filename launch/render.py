@@ -34,6 +34,7 @@ class Host:
     free_port: int
     name: str = "localhost"
     settings: Mapping[str, str] = field(default_factory=dict)  # NCCL's, as they are in the environment
+    ssh_args: str = ""  # PDSH_SSH_ARGS_APPEND, as it is
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ def render(run: Run, host: Host) -> Rendered:
         files["node_env.sh"] = exports(host, ranks_find)
         deepspeed += ["--venv_script", at(run, "node_env.sh")]
         # an unreachable machine is an error after seconds, not minutes; no machine asks for a password
-        env["PDSH_SSH_ARGS_APPEND"] = "-o BatchMode=yes -o ConnectTimeout=10"
+        env["PDSH_SSH_ARGS_APPEND"] = f"{host.ssh_args} -o BatchMode=yes -o ConnectTimeout=10".lstrip()
     else:
         # the MPI runners have no such option: they read this file instead of ~/.deepspeed_env
         files["deepspeed_env"] = "".join(f"{key}={value}\n" for key, value in ranks_find.items())
