@@ -56,6 +56,11 @@ def ds_config(run: Run) -> dict:
     return {**run.deepspeed, "ds_fused": run.fused}
 
 
+def refuse_spaces(run: Run, who: str) -> None:
+    if " " in run.folder:
+        raise ValueError(f"folder is {run.folder!r}: {who} would split it, so no space may be in it")
+
+
 def at(run: Run, name: str) -> str:
     """A file of the run's folder."""
     return os.path.join(run.folder, name)

@@ -25,6 +25,7 @@ from launch.render import (
     count,
     exports,
     rank_env,
+    refuse_spaces,
     train_options,
     train_script,
 )
@@ -87,10 +88,7 @@ def slots_of(cluster: Options) -> dict[str, list[int]]:
 def render(run: Run, host: Host) -> Rendered:
     cluster: Options = run.cluster
     choice("launcher", cluster.launcher, *RUNNERS)
-    if " " in run.folder:
-        raise ValueError(
-            f"folder is {run.folder!r}: DeepSpeed hands it to a shell without quotes, so no space may be in it"
-        )
+    refuse_spaces(run, "DeepSpeed")
     on_cpu = choice("accelerator", cluster.accelerator, "auto", "cpu") == "cpu"
     slots = slots_of(cluster)
     port = count("port", cluster.port, PORT)
