@@ -48,7 +48,20 @@ MAY_IMPORT = {
     },
     # the rank runner
     "ds_fused/run.py": {"deepspeed", "ds_fused.autoload", "ds_fused.engine"},
-    "launch": {"torch", "hydra", "omegaconf", "transformers", "deepspeed", "accelerate", "launch", "ds_fused", *BESIDE},
+    # pydantic: its errors are what deepspeed says of a config; yaml: what kubectl reads
+    "launch": {
+        "pydantic",
+        "yaml",
+        "torch",
+        "hydra",
+        "omegaconf",
+        "transformers",
+        "deepspeed",
+        "accelerate",
+        "launch",
+        "ds_fused",
+        *BESIDE,
+    },
     # the script of a user who never heard of ds_fused
     "launch/train.py": {"torch", "transformers", "deepspeed", "tqdm", *BESIDE},
     # starts on a bare Python
