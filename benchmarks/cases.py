@@ -18,6 +18,11 @@ from benchmarks.rivals import Provider
 
 DTYPE = torch.bfloat16
 SIZE = DTYPE.itemsize
+# bf16 operands give 1e-3 to 1e-2; more than this is another function, not another rounding
+LARGEST_ERROR = 2e-2
+# a divergence is what is left where student and teacher agree, and both have their logits rounded to bf16: on an H100
+# eager code is off by 2.1e-2 (linear_jsd) and 2.5e-2 (linear_kl_div). Allowed is twice the worse
+DIVERGENCE_ERROR = 5e-2
 # every IGNORED_EVERY-th label is -100: seen by the correctness check, under 1 % of the work
 IGNORED_EVERY = 128
 
@@ -42,6 +47,7 @@ class Case:
     tiny: tuple[int, ...]  # for a machine without a GPU
     bytes: Callable[..., tuple[int, int]] | None = None  # (*shape) -> moved by forward, by forward + backward
     flops: Callable[..., tuple[int, int]] | None = None  # (*shape) -> of forward, of forward + backward
+    largest_error: float = LARGEST_ERROR  # relative, of any output or gradient
 
     @property
     def name(self) -> str:
@@ -442,10 +448,12 @@ CASES = (
     Case(
         "linear_jsd", "", distillation_inputs, rivals.divergence_providers("linear_jsd", beta=0.5),
         sweep=DISTILLED, launch_bound=(128, 256, 1024), tiny=(140, 16, 96), flops=_distillation_flops,
+        largest_error=DIVERGENCE_ERROR,
     ),
     Case(
         "linear_kl_div", "", distillation_inputs, rivals.divergence_providers("linear_kl_div", beta=0.0),
         sweep=DISTILLED[:1], launch_bound=(128, 256, 1024), tiny=(140, 16, 96), flops=_distillation_flops,
+        largest_error=DIVERGENCE_ERROR,
     ),
     Case(
         "kl_div", "", kl_div_inputs, rivals.KL_DIV,

@@ -30,8 +30,6 @@ from benchmarks.measure import Instruments, worst_error
 from benchmarks.results import CEILING, Row, compare, markdown, read_csv, write_csv
 from benchmarks.rivals import Provider
 
-# bf16 operands give 1e-3 to 1e-2; more than this is another function, not another rounding
-LARGEST_ERROR = 2e-2
 REFERENCE = "hf_eager"
 BARE = "bare GEMMs"
 LEFT_OUT = "left out"
@@ -84,6 +82,7 @@ def measure(
     inputs: Inputs,
     wanted: tuple[Tensor, ...],
     floors: tuple[float, float],
+    largest_error: float,
     on: Instruments,
 ) -> None:
     """Fills the row, or its status with the reason why not."""
@@ -102,8 +101,8 @@ def measure(
         outputs = [f"output {i}" for i in range(len(wanted) - len(differentiated(inputs)))]
         names = outputs + [f"d{name}" for name in differentiated(inputs)]
         row.worst_error, row.worst_of = worst_error(full(), wanted, names)
-        if not row.worst_error <= LARGEST_ERROR:
-            row.status = f"wrong: {row.worst_of} is off by {row.worst_error:.2g}, allowed {LARGEST_ERROR:g}"
+        if not row.worst_error <= largest_error:
+            row.status = f"wrong: {row.worst_of} is off by {row.worst_error:.2g}, allowed {largest_error:g}"
             return
         on.release()
         row.peak_mib = on.peak_mib(full, restore)
@@ -249,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
                 if name == BARE:
                     measure_bare(row, inputs, floors, on)
                 else:
-                    measure(row, case.providers[name], inputs, wanted, floors, on)
+                    measure(row, case.providers[name], inputs, wanted, floors, case.largest_error, on)
             except Exception as error:  # a provider that can't run is a result; the run goes on
                 row.status = (
                     f"failed: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:160]}"
