@@ -40,6 +40,7 @@ from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._labels import counting_tokens
 from ds_fused.ops._loss import LossOptions, check_loss, check_weight, outputs, weighted, weights_of_tokens
+from ds_fused.ops._softmax_parts import _capped, _dz, _dz_of_entropy, _online, _online_entropy
 from ds_fused.ops._triton import (
     cdiv,
     check_dtypes,
@@ -90,51 +91,6 @@ def cross_entropy_reference(
         loss = loss + z_losses
     right = (counts & (z.argmax(-1) == flat)).to(z.dtype) if return_accuracy else None
     return outputs(loss, z_losses if return_z_loss else None, right, of_token, counts.sum(), labels.shape, reduction)
-
-
-@triton.jit
-def _tanh_and_slope(x):
-    q = tl.exp(-2.0 * tl.abs(x))
-    r = 1.0 / (1.0 + q)
-    # 1 - tanh^2 would keep few bits of a slope near 0, and the quotient few of a tanh near 0: there a series, which
-    # leaves out less than 1e-7 of the value
-    s = x * x
-    tail = s * (0.13333333333333333 - s * (0.05396825396825397 - s * (0.021869488536155203 - s * 0.008863235529902197)))
-    series = x * (1.0 + s * (tail - 0.3333333333333333))
-    quotient = (1.0 - q) * r
-    return tl.where(s < 0.09, series, tl.where(x < 0.0, -quotient, quotient)), 4.0 * q * r * r
-
-
-@triton.jit
-def _capped(x, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Raw logits to (z, dz/dx), both fp32."""
-    z = x * logit_scale
-    slope = logit_scale
-    if HAS_SOFTCAP:
-        t, slope = _tanh_and_slope(z / softcap)
-        z = softcap * t
-        slope *= logit_scale
-    return z, slope
-
-
-@triton.jit
-def _online(top, total, z):
-    """Each lane's running maximum and sum of exponentials, with one exponential an element: either z or top is the new
-    maximum, whose exponential is 1."""
-    e = tl.exp(-tl.abs(z - top))
-    total = tl.where(z > top, total * e + 1.0, total + e)
-    return tl.maximum(z, top), total
-
-
-@triton.jit
-def _online_entropy(top, total, below, z):
-    """_online, and each lane's sum of exponentials times their distance from the maximum."""
-    gap = tl.minimum(tl.abs(z - top), 1e38, propagate_nan=tl.PropagateNan.ALL)  # finite: e is 0 there
-    e = tl.exp(-gap)
-    # a new maximum is that much farther from all that was before
-    below = tl.where(z > top, (below + total * gap) * e, below + gap * e)
-    total = tl.where(z > top, total * e + 1.0, total + e)
-    return tl.maximum(z, top), total, below
 
 
 @triton.jit
@@ -255,20 +211,6 @@ def _cross_entropy_fwd_kernel(
                 tl.store(entropy_ptr + row, rest + below_sum / total_sum)
             else:
                 tl.store(entropy_ptr + row, below_sum)
-
-
-@triton.jit
-def _dz(z, peak, rest, is_label, wanted_label, wanted_other, on_lse):
-    p = tl.exp((z - peak) - rest)
-    # the difference first: what is left of it may be small
-    return (p - tl.where(is_label, wanted_label, wanted_other)) + p * on_lse
-
-
-@triton.jit
-def _dz_of_entropy(z, peak, rest, entropy):
-    log_p = (z - peak) - rest
-    # finite where p is 0
-    return tl.exp(log_p) * -(tl.maximum(log_p, -1e38, propagate_nan=tl.PropagateNan.ALL) + entropy)
 
 
 @triton.jit
