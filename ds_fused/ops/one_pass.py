@@ -21,40 +21,17 @@ Sizes: M tokens, T of them in a chunk, H hidden, V vocabulary.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._loss import LossOptions, cross_entropy_bwd_torch, cross_entropy_fwd_torch
+from ds_fused.ops._scale import scaled
 from ds_fused.ops._tiles import logits_of, product, tile_elements, wide
-from ds_fused.ops._triton import cdiv, on_device, runs_kernels
+from ds_fused.ops._triton import cdiv, runs_kernels
 from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
 
 # n sums that grow as a random walk, each rounded, are sqrt(n / 2) times as far off as one rounding
 MOST_ROUNDINGS = 8
-# elements a program: not yet measured
-BLOCK = 4096
-
-
-@triton.jit
-def _scale_kernel(x_ptr, factor_ptr, n_elements, BLOCK: tl.constexpr):
-    factor = tl.load(factor_ptr)
-    # usually the loss is what backward begins with; to ask on the host would make it wait
-    if factor != 1.0:
-        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        mask = place < n_elements
-        x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        tl.store(x_ptr + place, x * factor, mask=mask)
-
-
-def scaled(x: Tensor, factor: Tensor) -> Tensor:
-    """``factor * x`` (factor []: fp32, on the device), rounded once; where a kernel runs, over x, contiguous."""
-    if torch.compiler.is_compiling() or not runs_kernels(x):
-        return (x.to(wide(x)) * factor).to(x.dtype)
-    with on_device(x):
-        _scale_kernel[(max(1, cdiv(x.numel(), BLOCK)),)](x, factor, x.numel(), BLOCK=BLOCK)
-    return x
 
 
 class OnePassFunction(torch.autograd.Function):
