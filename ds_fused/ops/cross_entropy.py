@@ -24,12 +24,15 @@ it is negative, so nothing cancels; it costs a third accumulator, hence a switch
 Saved for backward: the logits (no copy of them) and lse, 8 bytes a token: it is held as two numbers, the maximum and
 the rest, since one fp32 would round exp(z - lse) by 1e-5 where the logits are some hundreds.
 Traffic per logit: forward 1 read; backward 1 read + 1 write, over the logits themselves with ``overwrite_logits``.
+With ``grad_in_forward`` all of it is the forward's, 1 read + 1 write (_lent_logits.py).
 
 Sizes: N tokens (every leading dimension, flattened), V vocabulary. A *slab* is part of the vocabulary: the pass may see
 the columns of a row in several slabs, one after the other; loss and lse carry the running state in between.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +42,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._labels import counting_tokens
-from ds_fused.ops._loss import LossOptions, check_loss, check_weight, outputs, weighted, weights_of_tokens
+from ds_fused.ops._lent_logits import LentLogitsFunction
+from ds_fused.ops._loss import (
+    LossOptions,
+    check_loss,
+    check_weight,
+    outputs,
+    total_weight,
+    weighted,
+    weights_of_tokens,
+)
 from ds_fused.ops._softmax_parts import _capped, _dz, _dz_of_entropy, _online, _online_entropy
 from ds_fused.ops._triton import (
     cdiv,
@@ -71,7 +83,10 @@ def cross_entropy_reference(
     softcap: float | None = None,
     return_z_loss: bool = False,
     return_accuracy: bool = False,
-    overwrite_logits: bool = False,  # a permission that plain PyTorch makes no use of
+    # permissions that plain PyTorch makes no use of, and a hint
+    overwrite_logits: bool = False,
+    grad_in_forward: bool = False,
+    upstream: float = 1.0,
 ) -> Tensor | tuple[Tensor, ...]:
     """What this file computes, in PyTorch: the specification, the CPU path and the yardstick of the tests."""
     z = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
@@ -87,8 +102,7 @@ def cross_entropy_reference(
     z_losses = None
     if z_loss or return_z_loss:
         z_losses = z_loss * torch.where(counts, torch.logsumexp(z, -1) ** 2, 0.0)
-        z_losses = z_losses if of_token is None else of_token * z_losses
-        loss = loss + z_losses
+        loss = loss + (z_losses if of_token is None else of_token * z_losses)
     right = (counts & (z.argmax(-1) == flat)).to(z.dtype) if return_accuracy else None
     return outputs(loss, z_losses if return_z_loss else None, right, of_token, counts.sum(), labels.shape, reduction)
 
@@ -409,6 +423,8 @@ def cross_entropy(
     return_z_loss: bool = False,
     return_accuracy: bool = False,
     overwrite_logits: bool = False,
+    grad_in_forward: bool = False,
+    upstream: float = 1.0,
 ) -> Tensor | tuple[Tensor, ...]:
     """``F.cross_entropy(softcap * tanh(logits / softcap), labels, weight) + z_loss * logsumexp(...) ** 2``, in fp32.
 
@@ -418,7 +434,14 @@ def cross_entropy(
 
     ``overwrite_logits``: the backward may write the gradient over the logits. Only for logits whose producer keeps
     nothing of them (a matrix product's output); a second backward through them then raises.
+
+    ``grad_in_forward``: the forward itself may, which saves a read of them; whoever reads them after it finds the
+    gradient. Not for reduction "none", for fp16 and under torch.compile, where the backward overwrites them.
+    ``upstream``: the gradient of the loss that the forward takes for granted, for instance 1 / steps of gradient
+    accumulation. A backward that is given another one scales what is there, in one more pass over it.
     """
+    if not (math.isfinite(upstream) and upstream):
+        raise ValueError(f"cross_entropy: upstream is {upstream}; it must be finite and not 0")
     if logits.ndim == 0:
         raise ValueError("cross_entropy: logits must be [..., vocabulary], got a scalar")
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
@@ -434,13 +457,24 @@ def cross_entropy(
         )  # fmt: skip
     check_dtypes("cross_entropy", logits=logits)
     rows = rows_of(logits)
-    if weight is None and not (return_z_loss or return_accuracy):
-        loss = CrossEntropyFunction.apply(rows, flat, options, overwrite_logits, None, None, False)
-        return outputs(loss, None, None, None, count, labels.shape, reduction)
     of_token, in_kernel = weights_of_tokens(weight, flat, options, torch.float32)
-    loss, lse, right = CrossEntropyFunction.apply(rows, flat, options, overwrite_logits, *in_kernel, True)
+    more = return_z_loss or return_accuracy
+    if grad_in_forward and reduction != "none" and _may_be_lent(logits):
+        total = total_weight(of_token, count)
+        results = LentLogitsFunction.apply(rows, flat, options, reduction, upstream, total, of_token, in_kernel, more)
+        loss, lse, right = results if more else (results, None, None)
+    else:
+        overwrite = overwrite_logits or grad_in_forward
+        results = CrossEntropyFunction.apply(rows, flat, options, overwrite, *in_kernel, more)
+        loss, lse, right = results if more else (results, None, None)
+        loss = weighted(loss, of_token, in_kernel)
     z_losses = z_loss * lse.sum(0) ** 2 if return_z_loss else None
-    return outputs(
-        *weighted(loss, z_losses, of_token, in_kernel), right if return_accuracy else None,
-        of_token, count, labels.shape, reduction,
-    )  # fmt: skip
+    return outputs(loss, z_losses, right if return_accuracy else None, of_token, count, labels.shape, reduction)
+
+
+def _may_be_lent(logits: Tensor) -> bool:
+    """Whether a gradient is wanted, and may stand there before its upstream gradient is known."""
+    # what a loss scale would keep above fp16's least number is rounded away before the scale is known; a trace would
+    # write the gradient elsewhere and copy it
+    is_eager = not torch.compiler.is_compiling()
+    return torch.is_grad_enabled() and logits.requires_grad and logits.dtype != torch.float16 and is_eager

@@ -303,11 +303,9 @@ def linear_cross_entropy(
         class_weight=class_weight, more=more,
         in_forward=grad_in_forward and reduction != "none" and class_weight is None and not more,
     )  # fmt: skip
-    if found.is_reduced:
-        return found.loss
     z_losses = z_loss * found.lse.sum(0) ** 2 if return_z_loss else None
     return outputs(
-        *weighted(found.loss, z_losses, found.of_token, found.in_kernel), found.right if return_accuracy else None,
+        weighted(found.loss, found.of_token, found.in_kernel), z_losses, found.right if return_accuracy else None,
         found.of_token, found.count, labels.shape, reduction,
     )  # fmt: skip
 
@@ -323,7 +321,6 @@ class TokenLosses(NamedTuple):
     # see weights_of_tokens
     of_token: Tensor | None = None
     in_kernel: tuple[Tensor | None, Tensor | None] = (None, None)
-    is_reduced: bool = False
 
 
 def token_losses(
@@ -379,7 +376,7 @@ def token_losses(
         # a frozen weight's tiling: along the tokens, whole rows of logits
         tokens = tiling(rows.shape[0], n_vocab, rows.element_size(), chunk_bytes, 0, dx=True, dweight=False).tokens
         loss = OnePassFunction.apply(rows, weight, bias, flat, count, options, reduction, tokens)
-        return TokenLosses(loss, count, is_reduced=True)
+        return TokenLosses(loss, count)
     if isinstance(weight, VocabShard):
         guess = reduction if trains and weight.guesses and reduction != "none" and of_token is None else None
         results = StationaryFunction.apply(rows, handle, bias, flat, weight, options, chunk_bytes, guess, more)

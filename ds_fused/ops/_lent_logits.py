@@ -1,0 +1,241 @@
+"""cross_entropy whose gradient is made in the forward, over the logits that the caller lent.
+
+One program has a row. It walks it once for the loss (see cross_entropy.py) and once more, backwards, for the gradient.
+The end of the row it holds in registers meanwhile, and what it saw last of the rest it sees first again: with one row a
+multiprocessor, all rows that are under way fit a GPU's L2, so that memory gives each logit once and takes it once.
+
+A mean or a sum has one number as its upstream gradient. The forward takes one for granted, ``upstream``; where the
+backward is given another, it scales what is there (_scale.py), which is a read and a write more.
+
+Saved for backward: the logits, which are the gradient. Traffic per logit: 1 read + 1 write, and 1 read of L2 of what is
+not held. Logits that fit HELD_BYTES are read once.
+
+Sizes: N tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ds_fused.ops._loss import LossOptions, reduced, weighted
+from ds_fused.ops._scale import scaled
+from ds_fused.ops._softmax_parts import _capped, _dz, _online
+from ds_fused.ops._triton import cdiv, on_device, power_of_2, row_stride, warps_for
+
+# not yet measured: how much of a row is held; how much is walked at a time, STAGES of which are in flight. With
+# PER_THREAD elements a long row has 1024 threads of more than 32 registers: no second row fits the multiprocessor
+HELD_BYTES = 32768
+WALK_BYTES, STAGES = 16384, 4
+PER_THREAD = 16
+
+
+@triton.jit
+def _dlogits(
+    x, w, is_label, peak, rest, on_lse, of_all, wanted_label, wanted_other, logit_scale, softcap,
+    HAS_SOFTCAP: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """Raw logits to their gradient, for an upstream gradient of 1."""
+    z, slope = _capped(x, logit_scale, softcap, HAS_SOFTCAP)
+    if HAS_WEIGHT:
+        p = tl.exp((z - peak) - rest)
+        dz = (p * of_all - w * tl.where(is_label, wanted_label, wanted_other)) + p * on_lse
+    else:
+        dz = _dz(z, peak, rest, is_label, wanted_label, wanted_other, on_lse)
+    return dz * slope
+
+
+@triton.jit
+def _lent_logits_kernel(
+    logits_ptr,  # [N, V]: read, then overwritten by their gradient
+    labels_ptr, loss_ptr, dloss_ptr,  # [N]
+    lse_ptr,  # [2, N]: peak and rest
+    right_ptr,  # [N]
+    weight_ptr, token_weights_ptr,  # [V], [2, N]: see cross_entropy.py
+    logits_stride, dloss_stride, lse_stride, token_weights_stride,
+    n_cols, n_walked,  # whole blocks; the columns after them are held
+    ignore_index,
+    logit_scale, softcap, z_loss, on_label, on_each, wanted_label, wanted_other,
+    HAS_SOFTCAP: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_ACCURACY: tl.constexpr,
+    HELD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * logits_stride
+    cols = tl.arange(0, BLOCK)
+    held_cols = n_walked + tl.arange(0, HELD)
+    mask = held_cols < n_cols
+    label = tl.load(labels_ptr + row)
+    if label == ignore_index:
+        tl.store(loss_ptr + row, 0.0)
+        tl.store(lse_ptr + row, 0.0)
+        tl.store(lse_ptr + lse_stride + row, 0.0)
+        if HAS_ACCURACY:
+            tl.store(right_ptr + row, 0.0)
+        for start in range(0, n_walked, BLOCK):
+            tl.store(row_ptr + start + cols, tl.zeros([BLOCK], tl.float32))
+        tl.store(row_ptr + held_cols, tl.zeros([HELD], tl.float32), mask=mask)
+    else:
+        # asked for first, so that it comes while the rest is walked
+        held = tl.load(row_ptr + held_cols, mask=mask, other=0.0)
+        col = label.to(tl.int32)
+        of_label, of_all = 1.0, 1.0
+        if HAS_WEIGHT:
+            of_label, of_all = tl.load(token_weights_ptr + row), tl.load(token_weights_ptr + token_weights_stride + row)
+
+        # finite, since -inf - -inf is not a number; no logit lies below it
+        top = tl.full([BLOCK], -1e38, tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        each = tl.zeros([BLOCK], tl.float32)
+        first = tl.zeros([BLOCK], tl.int32)  # the block in which a lane saw its top first
+        for start in tl.range(0, n_walked, BLOCK, num_stages=STAGES):
+            # to stay in L2
+            x = tl.load(row_ptr + start + cols, eviction_policy="evict_last").to(tl.float32)
+            z, _ = _capped(x, logit_scale, softcap, HAS_SOFTCAP)
+            if HAS_ACCURACY:
+                first = tl.where(z > top, start, first)
+            top, total = _online(top, total, z)
+            if HAS_WEIGHT:
+                each += z * tl.load(weight_ptr + start + cols)
+            elif HAS_SMOOTHING:
+                each += z
+        x_label = tl.load(row_ptr + label.to(tl.int64)).to(tl.float32)
+        # all threads have it before any of them overwrites it
+        tl.debug_barrier()
+        z_label, _ = _capped(x_label, logit_scale, softcap, HAS_SOFTCAP)
+        picked = on_label * of_label * z_label
+
+        x_held = held.to(tl.float32)
+        z_held, _ = _capped(x_held, logit_scale, softcap, HAS_SOFTCAP)
+        w_held = x_held  # of no meaning where there are no weights
+        if HAS_WEIGHT:
+            w_held = tl.load(weight_ptr + held_cols, mask=mask, other=0.0)
+            picked += on_each * (tl.sum(each, 0) + tl.sum(tl.where(mask, z_held * w_held, 0.0), 0))
+        elif HAS_SMOOTHING:
+            picked += on_each * (tl.sum(each, 0) + tl.sum(tl.where(mask, z_held, 0.0), 0))
+        # after the cap, which would make a small finite number of -inf
+        z_held = tl.where(mask, z_held, float("-inf"))
+        peak = tl.maximum(tl.max(top, 0), tl.max(z_held, 0))
+        if HAS_ACCURACY:
+            best = tl.min(tl.where(top == peak, first + cols, n_cols), 0)
+            best = tl.minimum(best, tl.min(tl.where(z_held == peak, held_cols, n_cols), 0))
+            tl.store(right_ptr + row, (best == col).to(tl.float32))
+        rest = tl.log(tl.sum(total * tl.exp(top - peak), 0) + tl.sum(tl.exp(z_held - peak), 0))
+        lse = peak + rest
+        tl.store(lse_ptr + row, peak)
+        tl.store(lse_ptr + lse_stride + row, rest)
+        # this order keeps the bits of a small loss under large logits
+        tl.store(loss_ptr + row, (of_all * peak - picked) + of_all * rest + z_loss * of_label * lse * lse)
+
+        dloss = tl.load(dloss_ptr + row * dloss_stride)
+        on_lse = 2.0 * z_loss * of_label * lse
+        dx_held = _dlogits(
+            x_held, w_held, held_cols == col, peak, rest, on_lse, of_all, wanted_label, wanted_other,
+            logit_scale, softcap, HAS_SOFTCAP, HAS_WEIGHT,
+        )  # fmt: skip
+        tl.store(row_ptr + held_cols, dloss * dx_held, mask=mask, eviction_policy="evict_first")
+        for back in tl.range(BLOCK, n_walked + BLOCK, BLOCK, num_stages=STAGES):
+            places = n_walked - back + cols
+            x = tl.load(row_ptr + places, eviction_policy="evict_first").to(tl.float32)
+            w = x
+            if HAS_WEIGHT:
+                w = tl.load(weight_ptr + places)
+            dx = _dlogits(
+                x, w, places == col, peak, rest, on_lse, of_all, wanted_label, wanted_other,
+                logit_scale, softcap, HAS_SOFTCAP, HAS_WEIGHT,
+            )  # fmt: skip
+            tl.store(row_ptr + places, dloss * dx, eviction_policy="evict_first")
+
+
+def lent_logits(
+    logits: Tensor,  # [N, V], overwritten by the gradient
+    labels: Tensor,  # [N]
+    loss: Tensor,  # [N] fp32, written
+    lse: Tensor,  # [2, N] fp32, written
+    dloss: Tensor,  # [N] fp32, any stride: an expanded scalar is not copied
+    options: LossOptions,
+    *,
+    right: Tensor | None = None,  # [N] fp32, written
+    weight: Tensor | None = None,  # [V] fp32
+    token_weights: Tensor | None = None,  # [2, N] fp32, see weights_of_tokens
+) -> None:
+    n, n_vocab = logits.shape
+    if n == 0:
+        return
+    size = logits.element_size()
+    block = WALK_BYTES // size
+    n_walked = max(0, cdiv(n_vocab - HELD_BYTES // size, block) * block)
+    held = power_of_2(n_vocab - n_walked)
+    smoothing = options.label_smoothing
+    with on_device(logits):
+        _lent_logits_kernel[(n,)](
+            logits, labels, loss, dloss, lse,
+            # a tensor that stands for one that is not there is never touched
+            loss if right is None else right, loss if weight is None else weight,
+            lse if token_weights is None else token_weights,
+            row_stride(logits), dloss.stride(0), row_stride(lse),
+            row_stride(lse if token_weights is None else token_weights),
+            n_vocab, n_walked, options.ignore_index,
+            float(options.logit_scale), float(options.softcap or 1.0), float(options.z_loss),
+            1.0 - smoothing, smoothing / n_vocab,
+            1.0 - smoothing + smoothing / n_vocab, smoothing / n_vocab,
+            HAS_SOFTCAP=options.softcap is not None, HAS_SMOOTHING=smoothing > 0.0,
+            HAS_WEIGHT=weight is not None, HAS_ACCURACY=right is not None,
+            HELD=held, BLOCK=min(block, held), STAGES=STAGES, num_warps=warps_for(held, PER_THREAD),
+        )  # fmt: skip
+
+
+class LentLogitsFunction(torch.autograd.Function):
+    """Logits [N, V] and labels [N] to the mean or the sum of the losses, fp32 []; logits are their gradient then.
+
+    ``upstream``: what the gradient is made for. ``of_token`` [N], ``in_kernel``: see weights_of_tokens. ``total``: what
+    a mean divides by. ``more``: lse [2, N] and right [N] as well.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        logits: Tensor,
+        labels: Tensor,
+        options: LossOptions,
+        reduction: str,
+        upstream: float,
+        total: Tensor,
+        of_token: Tensor | None,
+        in_kernel: tuple[Tensor | None, Tensor | None],
+        more: bool,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        n = logits.shape[0]
+        loss, lse = (logits.new_empty(size, dtype=torch.float32) for size in (n, (2, n)))
+        right = torch.empty_like(loss) if more else None
+        dloss = loss.new_full((), upstream)
+        dloss = (dloss / total if reduction == "mean" else dloss).expand(n)
+        if of_token is not None and in_kernel[0] is None:
+            # an ignored token's part of an infinite mean is not looked at
+            dloss = dloss * of_token
+        lent_logits(
+            logits, labels, loss, lse, dloss, options, right=right, weight=in_kernel[0], token_weights=in_kernel[1]
+        )
+        # whoever else saved these logits gets autograd's error instead of a wrong gradient
+        torch.autograd.graph.increment_version(logits)
+        ctx.save_for_backward(logits)
+        ctx.upstream, ctx.spent = upstream, False
+        result = reduced(weighted(loss, of_token, in_kernel), loss.shape, total, reduction)
+        if not more:
+            return result
+        ctx.mark_non_differentiable(lse, right)
+        return result, lse, right
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.spent:
+            raise RuntimeError(
+                "cross_entropy: a second backward, but the first handed out the gradient that the forward had written "
+                "over the logits; pass grad_in_forward=False to compute it each time"
+            )
+        ctx.spent = True
+        (logits,) = ctx.saved_tensors
+        return scaled(logits.detach(), dloss, ctx.upstream), None, None, None, None, None, None, None, None
