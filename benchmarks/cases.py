@@ -181,11 +181,18 @@ def _with_angles(inputs: Inputs, **angles: Tensor) -> Inputs:
 # logits of standard deviation 3: with 1 the gradient would be the label's -1 and little else, and a wrong softmax
 # would pass the check
 LOGITS_SCALE = 3.0
+QUARTER = 0.25
 
 
 def loss_inputs(generator: torch.Generator, n: int, n_vocab: int) -> Inputs:
     logits = _randn(generator, n, n_vocab, scale=LOGITS_SCALE)
     return Inputs({"logits": logits.requires_grad_(), "labels": _labels(generator, n, n_vocab)})
+
+
+def quarter_loss_inputs(generator: torch.Generator, n: int, n_vocab: int) -> Inputs:
+    # as under four steps of gradient accumulation
+    dloss = torch.tensor(QUARTER, device=generator.device)
+    return Inputs(loss_inputs(generator, n, n_vocab).tensors | {"dloss": dloss}, ("dloss",))
 
 
 def linear_loss_inputs(generator: torch.Generator, m: int, h: int, n_vocab: int) -> Inputs:
@@ -428,8 +435,12 @@ CASES = (
         sweep=((8192, 24576),), launch_bound=(16, 1024), tiny=(5, 48), bytes=_pointwise_bytes,
     ),
     Case(
-        "cross_entropy", "", loss_inputs, rivals.CROSS_ENTROPY,
+        "cross_entropy", "", loss_inputs, rivals.loss_providers(1.0),
         sweep=((8192, 128256), (8192, 32000)), launch_bound=(16, 1024), tiny=(140, 96), bytes=_loss_bytes,
+    ),
+    Case(
+        "cross_entropy", "upstream 1/4", quarter_loss_inputs, rivals.loss_providers(QUARTER),
+        sweep=((8192, 128256),), launch_bound=(16, 1024), tiny=(140, 96), bytes=_loss_bytes,
     ),
     Case(
         "linear_cross_entropy", "", linear_loss_inputs, rivals.LINEAR_CROSS_ENTROPY,

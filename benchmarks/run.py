@@ -53,6 +53,18 @@ def full_call(forward: Callable[[], object], inputs: Inputs) -> Callable[[], tup
     return full
 
 
+def restorer(provider: Provider, inputs: Inputs) -> Callable[[], None]:
+    """Puts back, as they are now, the tensors that a provider writes into."""
+    saved = {name: inputs.tensors[name].detach().clone() for name in provider.overwrites}
+
+    def restore() -> None:
+        with torch.no_grad():
+            for name, value in saved.items():
+                inputs.tensors[name].copy_(value)
+
+    return restore
+
+
 def reference(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
     """Outputs and gradients of the HuggingFace code on the same inputs in fp32."""
 
@@ -86,13 +98,7 @@ def measure(
     on: Instruments,
 ) -> None:
     """Fills the row, or its status with the reason why not."""
-    saved = {name: inputs.tensors[name].detach().clone() for name in provider.overwrites}
-
-    def restore() -> None:
-        with torch.no_grad():
-            for name, value in saved.items():
-                inputs.tensors[name].copy_(value)
-
+    restore = restorer(provider, inputs)
     row.note = provider.note
     forward = provider.build(inputs.tensors)
     full = full_call(forward, inputs)

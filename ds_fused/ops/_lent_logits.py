@@ -26,8 +26,8 @@ from ds_fused.ops._scale import scaled
 from ds_fused.ops._softmax_parts import _capped, _dz, _online
 from ds_fused.ops._triton import cdiv, on_device, power_of_2, row_stride, warps_for
 
-# not yet measured: how much of a row is held; how much is walked at a time, STAGES of which are in flight. With
-# PER_THREAD elements a long row has 1024 threads of more than 32 registers: no second row fits the multiprocessor
+# not yet measured: how much of a row is held; how much is walked at a time, no more than that, STAGES of which are in
+# flight. With PER_THREAD elements a long row has 1024 threads of 64 registers: no second row fits the multiprocessor
 HELD_BYTES = 32768
 WALK_BYTES, STAGES = 16384, 4
 PER_THREAD = 16
@@ -91,8 +91,7 @@ def _lent_logits_kernel(
         each = tl.zeros([BLOCK], tl.float32)
         first = tl.zeros([BLOCK], tl.int32)  # the block in which a lane saw its top first
         for start in tl.range(0, n_walked, BLOCK, num_stages=STAGES):
-            # to stay in L2
-            x = tl.load(row_ptr + start + cols, eviction_policy="evict_last").to(tl.float32)
+            x = tl.load(row_ptr + start + cols).to(tl.float32)
             z, _ = _capped(x, logit_scale, softcap, HAS_SOFTCAP)
             if HAS_ACCURACY:
                 first = tl.where(z > top, start, first)
@@ -135,10 +134,11 @@ def _lent_logits_kernel(
             x_held, w_held, held_cols == col, peak, rest, on_lse, of_all, wanted_label, wanted_other,
             logit_scale, softcap, HAS_SOFTCAP, HAS_WEIGHT,
         )  # fmt: skip
+        # what is written leaves L2 first: its room is for rows that have yet to be read again
         tl.store(row_ptr + held_cols, dloss * dx_held, mask=mask, eviction_policy="evict_first")
         for back in tl.range(BLOCK, n_walked + BLOCK, BLOCK, num_stages=STAGES):
             places = n_walked - back + cols
-            x = tl.load(row_ptr + places, eviction_policy="evict_first").to(tl.float32)
+            x = tl.load(row_ptr + places).to(tl.float32)
             w = x
             if HAS_WEIGHT:
                 w = tl.load(weight_ptr + places)
@@ -168,6 +168,7 @@ def lent_logits(
     block = WALK_BYTES // size
     n_walked = max(0, cdiv(n_vocab - HELD_BYTES // size, block) * block)
     held = power_of_2(n_vocab - n_walked)
+    block = block if n_walked else held
     smoothing = options.label_smoothing
     with on_device(logits):
         _lent_logits_kernel[(n,)](
@@ -183,7 +184,7 @@ def lent_logits(
             1.0 - smoothing + smoothing / n_vocab, smoothing / n_vocab,
             HAS_SOFTCAP=options.softcap is not None, HAS_SMOOTHING=smoothing > 0.0,
             HAS_WEIGHT=weight is not None, HAS_ACCURACY=right is not None,
-            HELD=held, BLOCK=min(block, held), STAGES=STAGES, num_warps=warps_for(held, PER_THREAD),
+            HELD=held, BLOCK=block, STAGES=STAGES, num_warps=warps_for(max(held, block), PER_THREAD),
         )  # fmt: skip
 
 
