@@ -16,6 +16,9 @@ LEAST_SIDE = 2048
 SIDE_STEP = 256
 # elements: rows of logits start on a cache line, so the softmax pass reads 16 bytes at a time for odd vocabularies too
 ROW_STEP = 64
+# n sums that grow as a random walk, each rounded, are sqrt(n / 2) times as far off as one rounding
+MOST_ROUNDINGS = 8
+ACCUMULATE = ("auto", "native", "fp32")
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,11 @@ class Tiling:
 def check_memory(op: str, chunk_mb: float, keep_mb: float) -> None:
     if chunk_mb <= 0 or keep_mb < 0:
         raise ValueError(f"{op}: chunk_mb={chunk_mb} must be positive and keep_mb={keep_mb} not negative")
+
+
+def check_accumulate(op: str, accumulate: str) -> None:
+    if accumulate not in ACCUMULATE:
+        raise ValueError(f"{op}: accumulate is {accumulate!r}; it must be 'auto', 'native' or 'fp32'")
 
 
 def tiling(
@@ -114,6 +122,11 @@ def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False, scale: floa
         torch.addmm(out, a, b, beta=int(add), alpha=scale, out=out, **kind)
     else:
         torch.mm(a, b, out=out, **kind)
+
+
+def sum_dtype(weight: torch.dtype, x: Tensor, n_chunks: int, *, native: bool) -> torch.dtype:
+    """What a gradient of that dtype is added up in over chunks of x; ``native``: in its own, where products have it."""
+    return weight if n_chunks <= 1 or (native and weight == x.dtype) else wide(x)
 
 
 def wide(x: Tensor) -> torch.dtype:
