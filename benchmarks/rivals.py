@@ -729,6 +729,10 @@ LINEAR_CROSS_ENTROPY = {
     "ds_fused": Provider(_our_linear_loss(), note="6 MHV for the tiles that fit keep_mb, 8 MHV for the others"),
     "ds_fused keep_mb=0": Provider(_our_linear_loss(keep_mb=0), note="8 MHV: logits computed again in backward"),
     "ds_fused grad_in_forward": Provider(_our_linear_loss(grad_in_forward=True), note=f"6 MHV: {_IN_FORWARD}"),
+    "ds_fused grad_in_forward fp32": Provider(
+        _our_linear_loss(grad_in_forward=True, accumulate="fp32"),
+        note=f"6 MHV: {_IN_FORWARD}, dweight added up in fp32",
+    ),
     # more than any case's logits
     "ds_fused keep all": Provider(_our_linear_loss(keep_mb=1 << 20), note="6 MHV: all logits kept, in x's dtype"),
     "hf_eager": Provider(_eager(_hf_linear_loss)),
