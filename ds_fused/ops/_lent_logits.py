@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._loss import LossOptions, reduced, weighted
 from ds_fused.ops._scale import scaled
-from ds_fused.ops._softmax_parts import _capped, _dz, _online
+from ds_fused.ops._softmax_parts import LOG2_E, _capped, _online
 from ds_fused.ops._triton import cdiv, on_device, power_of_2, row_stride, warps_for
 
 # not yet measured: how much of a row is held; how much is walked at a time, no more than that, STAGES of which are in
@@ -35,17 +35,15 @@ PER_THREAD = 16
 
 @triton.jit
 def _dlogits(
-    x, w, is_label, peak, rest, on_lse, of_all, wanted_label, wanted_other, logit_scale, softcap,
-    HAS_SOFTCAP: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    x, wanted, peak, rest, on_lse, of_all, softcap,
+    HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Raw logits to their gradient, for an upstream gradient of 1."""
-    z, slope = _capped(x, logit_scale, softcap, HAS_SOFTCAP)
-    if HAS_WEIGHT:
-        p = tl.exp((z - peak) - rest)
-        dz = (p * of_all - w * tl.where(is_label, wanted_label, wanted_other)) + p * on_lse
-    else:
-        dz = _dz(z, peak, rest, is_label, wanted_label, wanted_other, on_lse)
-    return dz * slope
+    """Raw logits to their gradient, for an upstream gradient of 1 and wanted probabilities times weights."""
+    z, slope = _capped(x, 1.0, softcap, HAS_SOFTCAP)
+    # in base 2, so that the rest is taken off where the factor is multiplied
+    p = tl.exp2((z - peak) * LOG2_E - rest * LOG2_E)
+    # the difference first: what is left of it may be small
+    return ((p * of_all - wanted) + p * on_lse) * slope
 
 
 @triton.jit
@@ -58,7 +56,7 @@ def _lent_logits_kernel(
     logits_stride, dloss_stride, lse_stride, token_weights_stride,
     n_cols, n_walked,  # whole blocks; the columns after them are held
     ignore_index,
-    logit_scale, softcap, z_loss, on_label, on_each, wanted_label, wanted_other,
+    softcap, z_loss, on_label, on_each, wanted_label, wanted_other,
     HAS_SOFTCAP: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_ACCURACY: tl.constexpr,
     HELD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +90,7 @@ def _lent_logits_kernel(
         first = tl.zeros([BLOCK], tl.int32)  # the block in which a lane saw its top first
         for start in tl.range(0, n_walked, BLOCK, num_stages=STAGES):
             x = tl.load(row_ptr + start + cols).to(tl.float32)
-            z, _ = _capped(x, logit_scale, softcap, HAS_SOFTCAP)
+            z, _ = _capped(x, 1.0, softcap, HAS_SOFTCAP)
             if HAS_ACCURACY:
                 first = tl.where(z > top, start, first)
             top, total = _online(top, total, z)
@@ -103,11 +101,11 @@ def _lent_logits_kernel(
         x_label = tl.load(row_ptr + label.to(tl.int64)).to(tl.float32)
         # all threads have it before any of them overwrites it
         tl.debug_barrier()
-        z_label, _ = _capped(x_label, logit_scale, softcap, HAS_SOFTCAP)
+        z_label, _ = _capped(x_label, 1.0, softcap, HAS_SOFTCAP)
         picked = on_label * of_label * z_label
 
         x_held = held.to(tl.float32)
-        z_held, _ = _capped(x_held, logit_scale, softcap, HAS_SOFTCAP)
+        z_held, _ = _capped(x_held, 1.0, softcap, HAS_SOFTCAP)
         w_held = x_held  # of no meaning where there are no weights
         if HAS_WEIGHT:
             w_held = tl.load(weight_ptr + held_cols, mask=mask, other=0.0)
@@ -130,23 +128,25 @@ def _lent_logits_kernel(
 
         dloss = tl.load(dloss_ptr + row * dloss_stride)
         on_lse = 2.0 * z_loss * of_label * lse
-        dx_held = _dlogits(
-            x_held, w_held, held_cols == col, peak, rest, on_lse, of_all, wanted_label, wanted_other,
-            logit_scale, softcap, HAS_SOFTCAP, HAS_WEIGHT,
-        )  # fmt: skip
+        wanted_held = wanted_other
+        if HAS_WEIGHT:
+            wanted_held = w_held * wanted_other
+            wanted_label *= tl.load(weight_ptr + label.to(tl.int64))
+        dx_held = _dlogits(x_held, wanted_held, peak, rest, on_lse, of_all, softcap, HAS_SOFTCAP)
         # what is written leaves L2 first: its room is for rows that have yet to be read again
         tl.store(row_ptr + held_cols, dloss * dx_held, mask=mask, eviction_policy="evict_first")
         for back in tl.range(BLOCK, n_walked + BLOCK, BLOCK, num_stages=STAGES):
             places = n_walked - back + cols
             x = tl.load(row_ptr + places).to(tl.float32)
-            w = x
+            wanted = wanted_other
             if HAS_WEIGHT:
-                w = tl.load(weight_ptr + places)
-            dx = _dlogits(
-                x, w, places == col, peak, rest, on_lse, of_all, wanted_label, wanted_other,
-                logit_scale, softcap, HAS_SOFTCAP, HAS_WEIGHT,
-            )  # fmt: skip
+                wanted = wanted_other * tl.load(weight_ptr + places)
+            dx = _dlogits(x, wanted, peak, rest, on_lse, of_all, softcap, HAS_SOFTCAP)
             tl.store(row_ptr + places, dloss * dx, eviction_policy="evict_first")
+        # the label by itself, over what was written as of any other column: no thread asks of each which it is
+        dx_label = _dlogits(x_label, wanted_label, peak, rest, on_lse, of_all, softcap, HAS_SOFTCAP)
+        tl.debug_barrier()
+        tl.store(row_ptr + label.to(tl.int64), dloss * dx_label)
 
 
 def lent_logits(
@@ -162,6 +162,7 @@ def lent_logits(
     token_weights: Tensor | None = None,  # [2, N] fp32, see weights_of_tokens
 ) -> None:
     n, n_vocab = logits.shape
+    assert options.logit_scale == 1.0, "logits come as they are"
     if n == 0:
         return
     size = logits.element_size()
@@ -179,7 +180,7 @@ def lent_logits(
             row_stride(logits), dloss.stride(0), row_stride(lse),
             row_stride(lse if token_weights is None else token_weights),
             n_vocab, n_walked, options.ignore_index,
-            float(options.logit_scale), float(options.softcap or 1.0), float(options.z_loss),
+            float(options.softcap or 1.0), float(options.z_loss),
             1.0 - smoothing, smoothing / n_vocab,
             1.0 - smoothing + smoothing / n_vocab, smoothing / n_vocab,
             HAS_SOFTCAP=options.softcap is not None, HAS_SMOOTHING=smoothing > 0.0,
