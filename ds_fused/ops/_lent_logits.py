@@ -34,10 +34,7 @@ PER_THREAD = 16
 
 
 @triton.jit
-def _dlogits(
-    x, wanted, peak, rest, on_lse, of_all, softcap,
-    HAS_SOFTCAP: tl.constexpr,
-):  # fmt: skip
+def _dlogits(x, wanted, peak, rest, on_lse, of_all, softcap, HAS_SOFTCAP: tl.constexpr):
     """Raw logits to their gradient, for an upstream gradient of 1 and wanted probabilities times weights."""
     z, slope = _capped(x, 1.0, softcap, HAS_SOFTCAP)
     # in base 2, so that the rest is taken off where the factor is multiplied
@@ -76,9 +73,10 @@ def _lent_logits_kernel(
             tl.store(row_ptr + start + cols, tl.zeros([BLOCK], tl.float32))
         tl.store(row_ptr + held_cols, tl.zeros([HELD], tl.float32), mask=mask)
     else:
-        # asked for first, so that it comes while the rest is walked
+        # asked for first, so that they come while the rest is walked
         held = tl.load(row_ptr + held_cols, mask=mask, other=0.0)
-        col = label.to(tl.int32)
+        x_label = tl.load(row_ptr + label.to(tl.int64)).to(tl.float32)
+        dloss = tl.load(dloss_ptr + row * dloss_stride)
         of_label, of_all = 1.0, 1.0
         if HAS_WEIGHT:
             of_label, of_all = tl.load(token_weights_ptr + row), tl.load(token_weights_ptr + token_weights_stride + row)
@@ -98,8 +96,7 @@ def _lent_logits_kernel(
                 each += z * tl.load(weight_ptr + start + cols)
             elif HAS_SMOOTHING:
                 each += z
-        x_label = tl.load(row_ptr + label.to(tl.int64)).to(tl.float32)
-        # all threads have it before any of them overwrites it
+        # all threads have the label's logit before any of them overwrites it
         tl.debug_barrier()
         z_label, _ = _capped(x_label, 1.0, softcap, HAS_SOFTCAP)
         picked = on_label * of_label * z_label
@@ -118,7 +115,7 @@ def _lent_logits_kernel(
         if HAS_ACCURACY:
             best = tl.min(tl.where(top == peak, first + cols, n_cols), 0)
             best = tl.minimum(best, tl.min(tl.where(z_held == peak, held_cols, n_cols), 0))
-            tl.store(right_ptr + row, (best == col).to(tl.float32))
+            tl.store(right_ptr + row, (best == label).to(tl.float32))
         rest = tl.log(tl.sum(total * tl.exp(top - peak), 0) + tl.sum(tl.exp(z_held - peak), 0))
         lse = peak + rest
         tl.store(lse_ptr + row, peak)
@@ -126,7 +123,6 @@ def _lent_logits_kernel(
         # this order keeps the bits of a small loss under large logits
         tl.store(loss_ptr + row, (of_all * peak - picked) + of_all * rest + z_loss * of_label * lse * lse)
 
-        dloss = tl.load(dloss_ptr + row * dloss_stride)
         on_lse = 2.0 * z_loss * of_label * lse
         wanted_held = wanted_other
         if HAS_WEIGHT:
