@@ -49,12 +49,13 @@ def tiling(
     *,
     dx: bool,
     dweight: bool,
+    casts: bool = False,  # the weight, slab by slab
     slab_rows: int | None = None,  # where the weight comes in slabs of its own
 ) -> Tiling:
-    """Tiles of at most about `chunk_bytes`, cut so that little fp32 scratch is needed (see the top of the file)."""
+    """Tiles of at most about `chunk_bytes`, cut so that little other scratch is needed: see linear_cross_entropy.py."""
     tokens, rows = max(n_tokens, 1), slab_rows or n_vocab
     if slab_rows is not None or tokens * rows * itemsize > max(chunk_bytes, keep_bytes):
-        if slab_rows is None and dweight and (tokens < n_vocab or not dx):
+        if slab_rows is None and (dweight or casts) and (tokens < n_vocab or not dx):
             rows = side(n_vocab, chunk_bytes // (tokens * itemsize))
         tokens = side(tokens, chunk_bytes // (rows * itemsize))
     n_tiles = -(-n_vocab // rows) * -(-n_tokens // tokens)

@@ -407,6 +407,7 @@ def token_losses(
         tiles = tiling(
             rows.shape[0], n_vocab, rows.element_size(), chunk_bytes, int(keep_mb * 2**20) if trains else 0,
             dx=training and x.requires_grad, dweight=training and handle.requires_grad,
+            casts=weight.dtype != rows.dtype,
             slab_rows=slabs.slab_rows if slabs is not None else None,
         )  # fmt: skip
         results = LinearCrossEntropyFunction.apply(

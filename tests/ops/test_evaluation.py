@@ -52,9 +52,9 @@ LOSSES = {
 }
 
 
-def inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(device: torch.device, h: int = H) -> tuple[Tensor, Tensor, Tensor]:
     labels = torch.randint(0, V, (M,), generator=torch.Generator().manual_seed(1)).to(device)
-    x, weight = (randn(*shape, device=device).bfloat16().requires_grad_() for shape in ((M, H), (V, H)))
+    x, weight = (randn(*shape, device=device).bfloat16().requires_grad_() for shape in ((M, h), (V, h)))
     return x, weight, labels
 
 
@@ -76,6 +76,19 @@ def test_memory_is_one_chunk_of_logits(loss_of: Callable[..., Tensor], device):
         loss_of(x, weight, labels, chunk_mb=chunk / 2**20, keep_mb=1)
     assert LOSSES[loss_of] * chunk <= peak.bytes <= LOSSES[loss_of] * chunk + rest
     assert peak.bytes < ALL / 2
+
+
+@pytest.mark.usefixtures("small_sides")
+@pytest.mark.parametrize("loss_of", [cross_entropy, log_probs])
+def test_a_weight_that_autocast_casts_is_never_there_as_a_whole_copy(loss_of: Callable[..., Tensor], device):
+    h, words = 64, 64
+    x, weight, labels = inputs(device, h)
+    weight = weight.float()
+    chunk = M * words * ITEM
+    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16), Peak(x, weight, labels) as peak:
+        loss_of(x, weight, labels, chunk_mb=chunk / 2**20)
+    # a chunk of logits, the rows that make the next one beside those of the last, numbers of each token
+    assert peak.bytes <= chunk + 2 * words * h * ITEM + M * 40 + 512 < chunk + V * h * ITEM
 
 
 @pytest.mark.usefixtures("small_sides")

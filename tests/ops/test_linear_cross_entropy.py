@@ -64,6 +64,8 @@ def test_tiling(monkeypatch):
     # a frozen weight needs no fp32 sum at all along the tokens; nor does a frozen trunk along the vocabulary
     assert tiling(8192, 128256, 2, 512 * 2**20, 0, dx=True, dweight=False) == Tiling(2048, 128256, 0)
     assert tiling(65536, 32000, 2, 512 * 2**20, 0, dx=False, dweight=True) == Tiling(65536, 4096, 0)
+    # a weight that is cast is cast slab by slab
+    assert tiling(8192, 128256, 2, 512 * 2**20, 0, dx=False, dweight=False, casts=True) == Tiling(8192, 32256, 0)
     # slabs of their own are cut along the tokens
     assert tiling(8192, 128256, 2, 128 * 2**20, 0, **cut, slab_rows=16032) == Tiling(4096, 16032, 0)
     assert tiling(0, 7, 2, 1, 0, **cut) == Tiling(1, 7, 0)
