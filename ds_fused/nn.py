@@ -1,7 +1,7 @@
 """The ops as modules, for whoever writes a model: arguments and names of parameters are those of PyTorch's modules.
 
-What PyTorch has is derived from it here, so that states, initial values and representations are its own. What it hasn't
-has the names of the state dict that HuggingFace's models have.
+A module that PyTorch has is a subclass of it, with its state dict, first values and representation. One that it hasn't
+has the parameter names of HuggingFace's models. What they compute, and what they ask of their inputs, ds_fused/ops says.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ __all__ = [
 ]
 
 
-def _as_rows(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _as_rows(norm: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """x [..., *shape] as [..., D]."""
-    if tuple(x.shape[x.ndim - len(shape) :]) != tuple(shape):
-        raise ValueError(f"x {tuple(x.shape)} must end in the normalized shape {tuple(shape)}")
+    if x.ndim < len(shape) or tuple(x.shape[-len(shape) :]) != tuple(shape):
+        raise ValueError(f"{norm}: x {tuple(x.shape)} must end in the normalized shape {tuple(shape)}")
     return x if len(shape) == 1 else x.flatten(-len(shape))
 
 
@@ -64,7 +64,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if self.eps is None else self.eps
-        rows = _as_rows(x, self.normalized_shape)
+        rows = _as_rows("RMSNorm", x, self.normalized_shape)
         return rms_norm(rows, _flat(self.weight), eps=eps, cast="after_weight").view(x.shape)
 
 
@@ -72,7 +72,7 @@ class LayerNorm(torch.nn.LayerNorm):
     """``torch.nn.LayerNorm``"""
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = _as_rows(x, self.normalized_shape)
+        rows = _as_rows("LayerNorm", x, self.normalized_shape)
         return layer_norm(rows, _flat(self.weight), _flat(self.bias), eps=self.eps).view(x.shape)
 
 

@@ -64,9 +64,9 @@ def test_the_eps_of_rms_norm_is_pytorchs(dtype, device):
 
 def test_a_wrong_shape_is_an_error():
     # as many numbers as wanted, but others
-    with pytest.raises(ValueError, match=r"x \(2, 3, 4\) must end in the normalized shape \(4, 3\)"):
+    with pytest.raises(ValueError, match=r"RMSNorm: x \(2, 3, 4\) must end in the normalized shape \(4, 3\)"):
         nn.RMSNorm((4, 3))(torch.zeros(2, 3, 4))
-    with pytest.raises(ValueError, match=r"x \(3,\) must end in the normalized shape \(4, 3\)"):
+    with pytest.raises(ValueError, match=r"LayerNorm: x \(3,\) must end in the normalized shape \(4, 3\)"):
         nn.LayerNorm((4, 3))(torch.zeros(3))
 
 
