@@ -1,7 +1,7 @@
 """The ops as modules, for whoever writes a model: arguments and names of parameters are those of PyTorch's modules.
 
 A module that PyTorch has is a subclass of it, with its state dict, first values and representation. One that it hasn't
-has the parameter names of HuggingFace's models. What they compute, and what they ask of their inputs, ds_fused/ops says.
+has the parameter names of HuggingFace's models. What they compute, and ask of their inputs, stands in ds_fused/ops.
 """
 
 from __future__ import annotations
