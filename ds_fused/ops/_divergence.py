@@ -35,8 +35,8 @@ from torch.autograd.function import once_differentiable
 from ds_fused.ops._labels import label_facts
 from ds_fused.ops._launch import launch
 from ds_fused.ops._loss import reduced
+from ds_fused.ops._softmax_parts import _online
 from ds_fused.ops._triton import cdiv, check_dtypes, power_of_2, row_stride, rows_of, warps_for
-from ds_fused.ops.cross_entropy import _online
 
 # not yet measured. the second pass of a row wants the first one's columns in L2, so few and large programs: of 16 warps
 # with 8 elements a thread (64 registers on sm90) two run side by side on a multiprocessor; with 16 elements they spill

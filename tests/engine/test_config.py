@@ -107,6 +107,12 @@ MALFORMED = [
     ({"enabled": True, "fused_linear_cross_entropy": {"chunk": 1}}, "'chunk'", "did you mean 'chunk_mb'", "keep_mb"),
     ({"enabled": True, "fused_linear_cross_entropy": 512}, "fused_linear_cross_entropy", "512", "object of chunk_mb"),
     ({"enabled": True, "fused_linear_cross_entropy": {"chunk_mb": "512"}}, "chunk_mb", "'512' (str)", "an integer"),
+    (
+        {"enabled": True, "fused_linear_cross_entropy": {"accumulate": "bf16"}},
+        "accumulate",
+        "'bf16'",
+        "'auto' or 'native' or 'fp32'",
+    ),
     ({"enabled": True, "fused_linear_cross_entropy": {"chunk_mb": 0.5}}, "chunk_mb", "0.5 (float)", "an integer"),
     ({"enabled": True, "fused_linear_cross_entropy": {"keep_mb": True}}, "keep_mb", "True (bool)", "an integer"),
     ({"enabled": True, "fused_linear_cross_entropy": {"keep_mb": -1}}, "keep_mb", "-1", "negative"),

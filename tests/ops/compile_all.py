@@ -155,10 +155,15 @@ def cross_entropy() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         ops.cross_entropy(leaf(2, 128256, dtype=dtype), labels).backward()
     options = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0}
-    ops.cross_entropy(leaf(2, 50257), labels, **options).backward()
-    for dtype in (torch.bfloat16, torch.float32):
-        logits, weight = leaf(2, 128256, dtype=dtype), leaf(128256).detach()
-        ops.cross_entropy(logits, labels, weight=weight, label_smoothing=0.1, return_accuracy=True)[0].backward()
+    for in_forward in (False, True):
+        ops.cross_entropy(leaf(2, 50257), labels, grad_in_forward=in_forward, **options).backward()
+        for dtype in (torch.bfloat16, torch.float32):
+            logits, more = leaf(2, 128256, dtype=dtype), {"label_smoothing": 0.1, "return_accuracy": True}
+            more |= {"weight": leaf(128256).detach(), "grad_in_forward": in_forward}
+            ops.cross_entropy(logits, labels, **more)[0].backward()
+    # a walked row, and one that is held whole
+    for n_vocab, dtype in ((128256, torch.bfloat16), (128256, torch.float32), (8192, torch.bfloat16)):
+        ops.cross_entropy(leaf(2, n_vocab, dtype=dtype), labels, grad_in_forward=True).backward()
 
 
 class OneOfTwo(VocabShard):

@@ -131,6 +131,8 @@ def cross_entropy() -> Iterator[Case]:
     yield ops.cross_entropy, [(leaf(n, 1024), labels(n)) for n in (3, 4, 5)]
     overwriting = partial(ops.cross_entropy, overwrite_logits=True, label_smoothing=0.1, softcap=30.0)
     yield lambda x, labels: overwriting(x * 2, labels), [(leaf(5, 1024), labels(5))]
+    in_forward = partial(ops.cross_entropy, grad_in_forward=True, upstream=0.25)
+    yield lambda x, labels: in_forward(x * 2, labels), [(leaf(n, 1024), labels(n)) for n in (3, 4)]
     for smoothing in (0.0, 0.1):
         more = partial(ops.cross_entropy, label_smoothing=smoothing, return_z_loss=True, return_accuracy=True)
         yield (
