@@ -181,6 +181,7 @@ wait $!
 """
 
 
+@pytest.mark.all
 def test_a_slurm_job_that_is_signalled_saves_requeues_and_goes_on(tmp_path, tiny_model, text):
     run = tmp_path / "run"
     stand_in(tmp_path, "sbatch", 'echo "SUBMITTED $1"')
