@@ -8,8 +8,8 @@ names model and config itself. The model is built without memory (on PyTorch's m
 ``deepspeed.initialize`` would, and a step and an evaluation run through it in which nothing is computed and every
 launch is noted. What was noted is compiled by several processes; what Triton's cache holds already is found there.
 
-No GPU is needed where ``--target`` names one. Kernels of a head in slabs or stationary (ZeRO-3) are not among them, nor
-those of an autocast: they are compiled at their first launch.
+No GPU is needed where ``--target`` names one. Under ZeRO-3 the kernels of the head depend on ``--ranks``, as rows of it
+do. Those of an autocast are not among them: they are compiled at their first launch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ from torch import nn
 from triton.backends.compiler import GPUTarget
 
 from ds_fused.engine.config import Config, parse
+from ds_fused.engine.stand_ins import ways_of
+from ds_fused.modules.head import HeadWeight
 from ds_fused.ops._ahead import META, Done, Launch, compile_noted, noted, target_here, target_of
+from ds_fused.ops.slabs import WeightSlabs
+from ds_fused.ops.stationary import VocabShard
 from ds_fused.policies import plan
 
 # tokens of a sequence where nothing says more: kernels ask of it only whether 16 divides it
@@ -61,7 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     shape = (batch if isinstance(batch, int) else 1, job.length)
 
     began = time.perf_counter()
-    launches, problem = launches_of(model, config, shape, target)
+    sharded_over = args.ranks if dict(job.ds_config.get("zero_optimization", {})).get("stage") == 3 else 1
+    launches, problem = launches_of(model, config, shape, target, sharded_over)
     done = list(compile_noted(launches, target, args.processes))
     print(f"ds_fused.warmup: {type(model).__name__} in {str(model.dtype).removeprefix('torch.')} on {args.target}")
     print(_table(done))
@@ -83,6 +88,7 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("model", metavar="MODEL", help="a folder, a hub name, a config.json or a run.yaml")
     parser.add_argument("--config", help="the DeepSpeed JSON; without it bf16 and all ops")
     parser.add_argument("--target", help="sm90, gfx942, ...; without it the GPU of this machine")
+    parser.add_argument("--ranks", type=int, default=1, help="of the job, over which ZeRO-3 shards the head")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--processes", type=int, default=min(cores, MOST_PROCESSES), help="that compile side by side")
     args = parser.parse_args(argv)
@@ -140,10 +146,17 @@ def model_of(name: str, dtype: torch.dtype) -> nn.Module:
 
 
 def launches_of(
-    model: nn.Module, config: Config, shape: tuple[int, int], target: GPUTarget
+    model: nn.Module, config: Config, shape: tuple[int, int], target: GPUTarget, ranks: int = 1
 ) -> tuple[list[Launch], str | None]:
-    """What the proof, a step and an evaluation of a model on meta launch; what stopped them, if anything did."""
+    """What the proof, steps and an evaluation of a model on meta launch; what stopped them, if anything did.
+
+    ``ranks``: over which its parameters are sharded.
+    """
     problem = None
+    # the weight of the head: whole, then in each way in which it may come
+    head = model.get_output_embeddings()
+    ways = ways_of(head.weight, ranks, config.head["mode"], config.head["slab_mb"] * 2**20)
+    way: WeightSlabs | VocabShard | None = None
     with noted(target) as launches:
         plan.apply(
             model,
@@ -153,15 +166,17 @@ def launches_of(
             verify=config.verify,
             logits=config.logits,
             eval=config.eval,
+            weight=HeadWeight(slabs=lambda head, n_tokens: way),
         )
         ids = torch.zeros(shape, dtype=torch.int64, device=META)
         # a mask ready made: to make one, models look into what they are given
         mask = torch.ones((shape[0], 1, shape[1], shape[1]), dtype=torch.bool, device=META)
         given = {"input_ids": ids, "attention_mask": mask, "labels": ids}
         try:
-            with torch.no_grad():
-                model.eval()(**given)
-            model.train()(**given).loss.backward()
+            for way in (None, *ways):  # noqa: B007 (read by HeadWeight)
+                with torch.no_grad():
+                    model.eval()(**given)
+                model.train()(**given).loss.backward()
         except Exception as error:
             # a model whose forward looks at data; what was noted until then is compiled all the same
             problem = f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -45,6 +45,7 @@ MAY_IMPORT = {
         "hjson",
         "yaml",
         "ds_fused.ops",
+        "ds_fused.modules",
         "ds_fused.policies",
         "ds_fused.engine",
     },

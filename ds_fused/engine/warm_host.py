@@ -54,8 +54,8 @@ def warm_up(engine: DeepSpeedEngine, model: nn.Module, block: Mapping[str, objec
             store.wait([f"{here}/done"], PATIENCE)
             return
         try:
-            batch = engine.train_micro_batch_size_per_gpu()
-            print(_compile(config, _ds_config(block, dtype, batch), target), end="", flush=True)
+            said = _compile(config, _ds_config(engine, block, dtype), target, dist.get_world_size())
+            print(said, end="", flush=True)
         finally:
             store.set(f"{here}/done", "")
     except Exception as error:
@@ -71,19 +71,25 @@ def _config_of(model: nn.Module) -> object | None:
     return None
 
 
-def _ds_config(block: Mapping[str, object], dtype: torch.dtype, batch: int) -> dict[str, object]:
+def _ds_config(engine: DeepSpeedEngine, block: Mapping[str, object], dtype: torch.dtype) -> dict[str, object]:
     precision = {torch.bfloat16: {"bf16": {"enabled": True}}, torch.float16: {"fp16": {"enabled": True}}}
-    return {"ds_fused": block, "train_micro_batch_size_per_gpu": batch, **precision.get(dtype, {})}
+    return {
+        "ds_fused": block,
+        "train_micro_batch_size_per_gpu": engine.train_micro_batch_size_per_gpu(),
+        "zero_optimization": {"stage": engine.zero_optimization_stage()},
+        **precision.get(dtype, {}),
+    }
 
 
-def _compile(config: object, ds_config: Mapping[str, object], target: str) -> str:
+def _compile(config: object, ds_config: Mapping[str, object], target: str, ranks: int) -> str:
     """What `python -m ds_fused.warmup` has to say."""
     with tempfile.TemporaryDirectory(prefix="ds_fused_warmup") as folder:
         model_file, ds_file = Path(folder, "config.json"), Path(folder, "ds_config.json")
         config.to_json_file(model_file)
         ds_file.write_text(json.dumps(ds_config), encoding="utf-8")
-        command = [sys.executable, "-m", "ds_fused.warmup", str(model_file), "--config", str(ds_file)]
-        done = subprocess.run([*command, "--target", target], capture_output=True, text=True)
+        options = ["--config", str(ds_file), "--target", target, "--ranks", str(ranks)]
+        command = [sys.executable, "-m", "ds_fused.warmup", str(model_file), *options]
+        done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().rpartition("\n")[2] or f"it ended with {done.returncode}")
     return done.stdout

@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._launch import launch
-from ds_fused.ops._rows import layout, place
-from ds_fused.ops._triton import check_dtypes, row_stride, rows_of, runs_kernels
+from ds_fused.ops._rows import place, walk
+from ds_fused.ops._triton import check_dtypes, runs_kernels
 
 ACTS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
 
@@ -203,32 +203,18 @@ def _glu_bwd_kernel(
 def glu_fwd(gate: Tensor, up: Tensor | None, form: GLUForm) -> Tensor:
     """[..., D] x 2 -> [..., D]; without up, gate is [..., 2D] and holds both in alternate columns."""
     both = up is None
-    dtype = gate.dtype if both else torch.promote_types(gate.dtype, up.dtype)
+    up = gate if both else up
+    dtype = gate.dtype if up.dtype == gate.dtype else torch.promote_types(gate.dtype, up.dtype)
     shape = (*gate.shape[:-1], gate.shape[-1] // 2) if both else gate.shape
     y = torch.empty(shape, dtype=dtype, device=gate.device)
-    gate = rows_of(gate)
-    up = gate if both else rows_of(up)
-    n, d = gate.shape[0], gate.shape[1] // (2 if both else 1)
-    flat, n_cols, programs = layout(n, d, BLOCK, gate, up)
-    if programs:
+    way = walk(y.shape, BLOCK, gate, up)
+    if way.programs:
         launch(
-            _glu_fwd_kernel,
-            (programs,),
-            gate,
-            up,
-            y,
-            row_stride(gate),
-            row_stride(up),
-            n_cols,
-            ACT=form.act,
-            ALPHA=form.alpha,
-            LIMIT=form.limit,
-            OFFSET=form.offset,
-            INTERLEAVED=both,
-            FLAT=flat,
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-        )
+            _glu_fwd_kernel, (way.programs,),
+            *way.tensors, y, *way.strides, way.n_cols,
+            ACT=form.act, ALPHA=form.alpha, LIMIT=form.limit, OFFSET=form.offset, INTERLEAVED=both,
+            FLAT=way.flat, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return y
 
 
@@ -237,41 +223,18 @@ def glu_bwd(
 ) -> None:
     """dy [..., D]; writes dgate and dup, as gate and up. None: not wanted, or of up that gate holds both."""
     both = up is None
-    dy, gate = rows_of(dy), rows_of(gate)
-    up = gate if both else rows_of(up)
-    # views: they are new, or halves of what is
-    dgate, dup = (None if x is None else rows_of(x) for x in (dgate, dup))
-    flat, n_cols, programs = layout(*dy.shape, BLOCK, dy, gate, up, *(x for x in (dgate, dup) if x is not None))
     want_dgate, want_dup = dgate is not None, dup is not None
-    # what is not wanted is not written, and lends a pointer only
+    # what is not wanted is not written, and lends a pointer only. New tensors and halves of them are rows in place
     dgate = dup if dgate is None else dgate
     dup = dgate if dup is None else dup
-    if programs:
+    way = walk(dy.shape, BLOCK, dy, gate, gate if both else up, dgate, dup)
+    if way.programs:
         launch(
-            _glu_bwd_kernel,
-            (programs,),
-            dy,
-            gate,
-            up,
-            dgate,
-            dup,
-            row_stride(dy),
-            row_stride(gate),
-            row_stride(up),
-            row_stride(dgate),
-            row_stride(dup),
-            n_cols,
-            ACT=form.act,
-            ALPHA=form.alpha,
-            LIMIT=form.limit,
-            OFFSET=form.offset,
-            INTERLEAVED=both,
-            WANT_DGATE=want_dgate,
-            WANT_DUP=want_dup,
-            FLAT=flat,
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-        )
+            _glu_bwd_kernel, (way.programs,),
+            *way.tensors, *way.strides, way.n_cols,
+            ACT=form.act, ALPHA=form.alpha, LIMIT=form.limit, OFFSET=form.offset, INTERLEAVED=both,
+            WANT_DGATE=want_dgate, WANT_DUP=want_dup, FLAT=way.flat, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        )  # fmt: skip
 
 
 class GLUFunction(torch.autograd.Function):

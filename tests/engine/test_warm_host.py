@@ -23,7 +23,10 @@ class Model(nn.Module):
 
 def engine(rank: int, device: str = "cuda") -> SimpleNamespace:
     return SimpleNamespace(
-        device=torch.device(device), global_rank=rank, local_rank=rank, train_micro_batch_size_per_gpu=lambda: 4
+        device=torch.device(device),
+        global_rank=rank,
+        train_micro_batch_size_per_gpu=lambda: 4,
+        zero_optimization_stage=lambda: 3,
     )
 
 
@@ -31,6 +34,7 @@ def engine(rank: int, device: str = "cuda") -> SimpleNamespace:
 def host(monkeypatch) -> None:
     store = dist.HashStore()
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
     monkeypatch.setattr(warm_host, "target_here", lambda: "sm90")
 
 
@@ -38,8 +42,8 @@ def test_one_rank_compiles_and_the_others_wait(monkeypatch, capsys):
     events: list[object] = []
     both_wait = threading.Event()
 
-    def compile(config: object, ds_config: dict, target: str) -> str:
-        events.append((config.model_type, ds_config, target))
+    def compile(config: object, ds_config: dict, target: str, ranks: int) -> str:
+        events.append((config.model_type, ds_config, target, ranks))
         # until both others have said that they wait
         assert both_wait.wait(30)
         events.append("compiled")
@@ -68,7 +72,7 @@ def test_one_rank_compiles_and_the_others_wait(monkeypatch, capsys):
     assert all("waits for the warm-up" in message for message in waiting)
     asked, compiled, *ended = events
     expected = {"ds_fused": BLOCK, "train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": True}}
-    assert asked == ("llama", expected, "sm90")
+    assert asked == ("llama", expected | {"zero_optimization": {"stage": 3}}, "sm90", 3)
     assert compiled == "compiled" and sorted(ended) == [0, 1, 2]
     assert capsys.readouterr().out == "what was compiled\n"
 
@@ -102,7 +106,9 @@ def test_the_command_gets_the_config(tmp_path, monkeypatch):
         vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2
     )
     block = {"enabled": True, "verify": False}
-    said = warm_host._compile(config, warm_host._ds_config(block, torch.bfloat16, 2), "sm90")
+    said = warm_host._compile(config, warm_host._ds_config(engine(0), block, torch.bfloat16), "sm90", 2)
     assert "LlamaForCausalLM in bfloat16 on sm90" in said and list(tmp_path.rglob("*.cubin"))
+    # of the head's rows, which stay on their two ranks
+    assert "_merge_kernel" in said
     with pytest.raises(RuntimeError, match="^ds_fused.warmup: ds_fused: unknown key 'speed'"):
-        warm_host._compile(config, {"ds_fused": {"speed": 1}}, "sm90")
+        warm_host._compile(config, {"ds_fused": {"speed": 1}}, "sm90", 1)
