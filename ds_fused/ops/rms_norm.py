@@ -503,7 +503,7 @@ def rms_norm_bwd(
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """Autograd around the launchers, which flatten: a view that autograd sees costs as much as a launch, twice."""
+    """Autograd around the launchers, which flatten: a view that autograd sees is a node forward and one backward."""
 
     @staticmethod
     def forward(
