@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ds_fused.engine.stand_ins import Shard, Slabs, ways_of
 from ds_fused.ops import _launch, linear_cross_entropy
-from ds_fused.ops._ahead import noted, target_of
+from ds_fused.ops._warmup import noted, target_of
 
 
 def weight(n_vocab: int, hidden: int) -> Tensor:
