@@ -43,9 +43,12 @@ MODES = ("auto", "stream", "stationary", "gather")
 )
 def test_the_op_goes_through_them(mode, kernels, monkeypatch):
     launches: list[tuple[str, dict[str, object]]] = []
+
+    # this process may hold kernels that are interpreted, about which triton tells less
+    def note(kernel: object, grid: object, args: object, constants: dict[str, object]) -> None:
+        launches.append((kernel.fn.__name__, constants))
+
     with noted(target_of("sm90")):
-        # this process may hold kernels that are interpreted, about which triton tells less
-        note = lambda kernel, grid, args, constants: launches.append((kernel.fn.__name__, constants))  # noqa: E731
         monkeypatch.setattr(_launch, "launch_elsewhere", note)
         for way in ways_of(weight(1024, 64), 2, mode, 2**15):
             x = torch.empty(32, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
