@@ -17,9 +17,9 @@ OPTIONS = [{}, {"label_smoothing": 0.1}, {"z_loss": 0.01}, {"softcap": 2.0}, EVE
 
 @pytest.fixture
 def blocks(monkeypatch) -> None:
-    """Of a row of 71 in bf16 64 are walked and 7 held, in fp32 60 and 11."""
-    monkeypatch.setattr(_lent_logits, "HELD_BYTES", 48)
-    monkeypatch.setattr(_lent_logits, "WALK_BYTES", 16)
+    """So little is held of a row of 71, and walked at a time, that there are several blocks."""
+    monkeypatch.setattr(_lent_logits, "HELD_BYTES", 96)
+    monkeypatch.setattr(_lent_logits, "WALK_BYTES", 32)
 
 
 def lent(logits: Tensor, labels: Tensor, weight: Tensor | None = None, **options):
