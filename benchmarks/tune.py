@@ -76,6 +76,10 @@ SEARCHES = (
         },
     ),
     Search(
+        "rms_norm", "before_weight", "backward", ROW_SHAPES,
+        {"PER_THREAD_BWD": (8, 16, 32), "STAGES_BWD": (1, 2, 3), "WARPS_PER_MULTIPROCESSOR": (16, 32, 64)},
+    ),
+    Search(
         "gated_rms_norm", "norm_first", "forward", NARROW_SHAPES,
         {"TILE_FWD": (1024, 2048, 4096), "PER_THREAD_FWD": (8, 16, 32)},
     ),
@@ -99,6 +103,7 @@ SEARCHES = (
         "layer_norm", "", "backward", ROW_SHAPES,
         {"PER_THREAD_BWD": (8, 16, 32), "STAGES_BWD": (1, 2, 3), "WARPS_PER_MULTIPROCESSOR": (16, 32, 64)},
     ),
+    Search("dyt", "", "forward", ROW_SHAPES, {"TILE_FWD": (1024, 2048, 4096), "PER_THREAD_FWD": (8, 16)}),
     Search(
         "dyt", "", "backward", ROW_SHAPES,
         {

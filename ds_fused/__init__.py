@@ -32,6 +32,7 @@ _HOME = {
     "nn": "ds_fused.nn",
     "apply": "ds_fused.policies",
     "install": "ds_fused.engine.install",
+    "parse": "ds_fused.engine.config",
 }
 
 __all__ = list(_HOME)

@@ -22,10 +22,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_fused.ops._launch import launch
 from ds_fused.ops._loss import LossOptions, reduced, weighted
 from ds_fused.ops._scale import scaled
 from ds_fused.ops._softmax_parts import LOG2_E, _capped, _online
-from ds_fused.ops._triton import cdiv, on_device, power_of_2, row_stride, warps_for
+from ds_fused.ops._triton import cdiv, power_of_2, row_stride, warps_for
 
 # not yet measured: how much of a row is held; how much is walked at a time, no more than that, STAGES of which are in
 # flight. With PER_THREAD elements a long row has 1024 threads of 64 registers: no second row fits the multiprocessor.
@@ -172,22 +173,22 @@ def lent_logits(
     held = power_of_2(n_vocab - n_walked)
     block = block if n_walked else held
     warps = warps_for(max(held, block), PER_THREAD // share)
-    with on_device(logits):
-        _lent_logits_kernel[(n,)](
-            logits, labels, loss, dloss, lse,
-            # a tensor that stands for one that is not there is never touched
-            loss if right is None else right, loss if weight is None else weight,
-            lse if token_weights is None else token_weights,
-            row_stride(logits), dloss.stride(0), row_stride(lse),
-            row_stride(lse if token_weights is None else token_weights),
-            n_vocab, n_walked, options.ignore_index,
-            float(options.softcap or 1.0), float(options.z_loss),
-            1.0 - smoothing, smoothing / n_vocab,
-            1.0 - smoothing + smoothing / n_vocab, smoothing / n_vocab,
-            HAS_SOFTCAP=options.softcap is not None, HAS_SMOOTHING=smoothing > 0.0,
-            HAS_WEIGHT=weight is not None, HAS_ACCURACY=right is not None,
-            HELD=held, BLOCK=block, STAGES=STAGES, num_warps=warps,
-        )  # fmt: skip
+    launch(
+        _lent_logits_kernel, (n,),
+        logits, labels, loss, dloss, lse,
+        # a tensor that stands for one that is not there is never touched
+        loss if right is None else right, loss if weight is None else weight,
+        lse if token_weights is None else token_weights,
+        row_stride(logits), dloss.stride(0), row_stride(lse),
+        row_stride(lse if token_weights is None else token_weights),
+        n_vocab, n_walked, options.ignore_index,
+        float(options.softcap or 1.0), float(options.z_loss),
+        1.0 - smoothing, smoothing / n_vocab,
+        1.0 - smoothing + smoothing / n_vocab, smoothing / n_vocab,
+        HAS_SOFTCAP=options.softcap is not None, HAS_SMOOTHING=smoothing > 0.0,
+        HAS_WEIGHT=weight is not None, HAS_ACCURACY=right is not None,
+        HELD=held, BLOCK=block, STAGES=STAGES, num_warps=warps,
+    )  # fmt: skip
 
 
 class LentLogitsFunction(torch.autograd.Function):

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ds_fused.ops._launch import launch
 from ds_fused.ops._tiles import wide
-from ds_fused.ops._triton import cdiv, multiprocessors, on_device, row_stride, runs_kernels
+from ds_fused.ops._triton import cdiv, multiprocessors, row_stride, runs_kernels
 
 # elements a turn, and programs that take turns: few, so that it costs next to nothing where there is nothing to do.
 # Not yet measured
@@ -54,6 +55,5 @@ def scaled(x: Tensor, upstream: Tensor, assumed: float = 1.0) -> Tensor:
     n_blocks = cdiv(d, BLOCK)
     programs = min(n * n_blocks, multiprocessors(x) * PROGRAMS_PER_MULTIPROCESSOR)
     if programs:
-        with on_device(x):
-            _scale_kernel[(programs,)](x, upstream, stride, d, n_blocks, n * n_blocks, float(assumed), BLOCK=BLOCK)
+        launch(_scale_kernel, (programs,), x, upstream, stride, d, n_blocks, n * n_blocks, float(assumed), BLOCK=BLOCK)
     return x

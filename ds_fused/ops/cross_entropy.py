@@ -42,6 +42,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._labels import counting_tokens
+from ds_fused.ops._launch import launch
 from ds_fused.ops._lent_logits import LentLogitsFunction
 from ds_fused.ops._loss import (
     LossOptions,
@@ -56,7 +57,6 @@ from ds_fused.ops._softmax_parts import _capped, _dz, _dz_of_entropy, _online, _
 from ds_fused.ops._triton import (
     cdiv,
     check_dtypes,
-    on_device,
     power_of_2,
     row_stride,
     rows_of,
@@ -305,21 +305,21 @@ def cross_entropy_fwd(
         return
     block = min(FWD_BLOCK, power_of_2(n_cols))
     smoothing = options.label_smoothing
-    with on_device(logits):
-        _cross_entropy_fwd_kernel[(n,)](
-            logits, labels, loss, entropy, lse,
-            # a tensor that stands for one that is not there is never touched
-            loss if right is None else right, loss if weight is None else weight,
-            lse if token_weights is None else token_weights,
-            row_stride(logits), row_stride(lse), row_stride(lse if token_weights is None else token_weights),
-            n_cols, first_id, options.ignore_index,
-            float(options.logit_scale), float(options.softcap or 1.0), float(options.z_loss),
-            1.0 - smoothing, smoothing / n_vocab,
-            HAS_SOFTCAP=options.softcap is not None, HAS_SMOOTHING=smoothing > 0.0,
-            HAS_WEIGHT=weight is not None, HAS_ACCURACY=right is not None, HAS_ENTROPY=entropy is not None,
-            IS_FIRST=is_first, IS_LAST=is_last,
-            BLOCK=block, STAGES=FWD_STAGES, num_warps=warps_for(block, FWD_PER_THREAD),
-        )  # fmt: skip
+    launch(
+        _cross_entropy_fwd_kernel, (n,),
+        logits, labels, loss, entropy, lse,
+        # a tensor that stands for one that is not there is never touched
+        loss if right is None else right, loss if weight is None else weight,
+        lse if token_weights is None else token_weights,
+        row_stride(logits), row_stride(lse), row_stride(lse if token_weights is None else token_weights),
+        n_cols, first_id, options.ignore_index,
+        float(options.logit_scale), float(options.softcap or 1.0), float(options.z_loss),
+        1.0 - smoothing, smoothing / n_vocab,
+        HAS_SOFTCAP=options.softcap is not None, HAS_SMOOTHING=smoothing > 0.0,
+        HAS_WEIGHT=weight is not None, HAS_ACCURACY=right is not None, HAS_ENTROPY=entropy is not None,
+        IS_FIRST=is_first, IS_LAST=is_last,
+        BLOCK=block, STAGES=FWD_STAGES, num_warps=warps_for(block, FWD_PER_THREAD),
+    )  # fmt: skip
 
 
 def cross_entropy_bwd(
@@ -343,20 +343,20 @@ def cross_entropy_bwd(
     block = min(BWD_BLOCK, power_of_2(n_cols))
     n_blocks = cdiv(n_cols, block)
     smoothing = options.label_smoothing
-    with on_device(logits):
-        _cross_entropy_bwd_kernel[(n * n_blocks,)](
-            dloss, labels, entropy, dentropy, lse, logits, dlogits,
-            lse if weight is None else weight, lse if token_weights is None else token_weights,
-            dloss.stride(0), 0 if dentropy is None else dentropy.stride(0),
-            row_stride(lse), row_stride(logits), row_stride(dlogits),
-            row_stride(lse if token_weights is None else token_weights),
-            n_cols, n_blocks, first_id, options.ignore_index,
-            float(options.logit_scale), float(options.softcap or 1.0), float(options.z_loss),
-            1.0 - smoothing + smoothing / n_vocab, smoothing / n_vocab,
-            HAS_SOFTCAP=options.softcap is not None, HAS_WEIGHT=weight is not None,
-            HAS_ENTROPY=dentropy is not None,
-            BLOCK=block, num_warps=warps_for(block, BWD_PER_THREAD),
-        )  # fmt: skip
+    launch(
+        _cross_entropy_bwd_kernel, (n * n_blocks,),
+        dloss, labels, entropy, dentropy, lse, logits, dlogits,
+        lse if weight is None else weight, lse if token_weights is None else token_weights,
+        dloss.stride(0), 0 if dentropy is None else dentropy.stride(0),
+        row_stride(lse), row_stride(logits), row_stride(dlogits),
+        row_stride(lse if token_weights is None else token_weights),
+        n_cols, n_blocks, first_id, options.ignore_index,
+        float(options.logit_scale), float(options.softcap or 1.0), float(options.z_loss),
+        1.0 - smoothing + smoothing / n_vocab, smoothing / n_vocab,
+        HAS_SOFTCAP=options.softcap is not None, HAS_WEIGHT=weight is not None,
+        HAS_ENTROPY=dentropy is not None,
+        BLOCK=block, num_warps=warps_for(block, BWD_PER_THREAD),
+    )  # fmt: skip
 
 
 class CrossEntropyFunction(torch.autograd.Function):

@@ -41,7 +41,7 @@ def test_options_of_the_engine_do_not_reach_the_op():
 
 def test_everything_can_be_said():
     block = {"enabled": False, "strict": True, "verify": False, "report": False, "logits": "keep", "eval": "stock"}
-    block |= {"embedding": True}
+    block |= {"embedding": True, "warmup": True}
     config = parse(block | dict.fromkeys(OP_KEYS, False))
     assert {name: getattr(config, name) for name in block} == block
     assert config.wanted == {}

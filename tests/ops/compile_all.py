@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction
 
 import ds_fused.ops as ops
 import ds_fused.ops._triton as shared
+from ds_fused.ops._ahead import Absent
 from ds_fused.ops.registry import OPS
 from ds_fused.ops.stationary import VocabShard
 
@@ -297,22 +298,6 @@ def kernels() -> set[str]:
     return {name for name in found if name.endswith("_kernel")}
 
 
-class Elsewhere:
-    """A driver of a device that is not there: enough of one to compile for it."""
-
-    def __init__(self, target: GPUTarget, index: int) -> None:
-        self.target, self.index = target, index
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.index  # triton keeps compiled kernels per device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 def spilled_bytes(target: GPUTarget, asm: dict[str, str | bytes]) -> int | None:
     """Registers that went to memory, as the assembler (NVIDIA) or the code object's notes (AMD) tell."""
     if target.backend == "hip":
@@ -343,7 +328,7 @@ def compile_all(target: GPUTarget, index: int) -> dict[str, object]:
             }
         return kernel
 
-    triton.runtime.driver.set_active(Elsewhere(target, index))
+    triton.runtime.driver.set_active(Absent(target, index))
     shared.LANES = target.warp_size
     JITFunction.run = run
     try:
