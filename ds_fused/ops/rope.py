@@ -279,7 +279,8 @@ def _rope(
     time, height, width = form.sections or (0, 0, 0)
     launch(
         _rope_kernel, (batch * n_tokens,),
-        q, k, cos, cos if sin is None else sin, yq, yk, *_strides(q, q.shape), *_strides(k, k.shape), *_strides(yq, q.shape), *_strides(yk, k.shape),
+        q, k, cos, cos if sin is None else sin, yq, yk,
+        *_strides(q, q.shape), *_strides(k, k.shape), *_strides(yq, q.shape), *_strides(yk, k.shape),
         *_angle_strides(cos), n_tokens,
         Q_HEADS=q_heads, K_HEADS=k_heads, D=d, R=r, INTERLEAVED=form.interleaved, COMPLEX=form.complex,
         SECTIONS=form.sections is not None, TIME=time, HEIGHT=height, WIDTH=width, ALTERNATING=form.alternating,
