@@ -726,15 +726,16 @@ def _our_linear_loss(**options) -> Callable[[Tensors], Call]:
 
 _IN_FORWARD = "gradients made in forward"
 LINEAR_CROSS_ENTROPY = {
-    "ds_fused": Provider(_our_linear_loss(), note="6 MHV for the tiles that fit keep_mb, 8 MHV for the others"),
-    "ds_fused keep_mb=0": Provider(_our_linear_loss(keep_mb=0), note="8 MHV: logits computed again in backward"),
-    "ds_fused grad_in_forward": Provider(_our_linear_loss(grad_in_forward=True), note=f"6 MHV: {_IN_FORWARD}"),
-    "ds_fused grad_in_forward fp32": Provider(
-        _our_linear_loss(grad_in_forward=True, accumulate="fp32"),
-        note=f"6 MHV: {_IN_FORWARD}, dweight added up in fp32",
+    "ds_fused": Provider(_our_linear_loss(), note=f"6 MHV: {_IN_FORWARD}"),
+    "ds_fused fp32": Provider(
+        _our_linear_loss(accumulate="fp32"), note=f"6 MHV: {_IN_FORWARD}, dweight added up in fp32"
     ),
-    # more than any case's logits
-    "ds_fused keep all": Provider(_our_linear_loss(keep_mb=1 << 20), note="6 MHV: all logits kept, in x's dtype"),
+    "ds_fused keep": Provider(
+        _our_linear_loss(grad_in_forward=False), note="6 MHV for the tiles that fit keep_mb, 8 MHV for the others"
+    ),
+    "ds_fused keep_mb=0": Provider(
+        _our_linear_loss(grad_in_forward=False, keep_mb=0), note="8 MHV: logits computed again in backward"
+    ),
     "hf_eager": Provider(_eager(_hf_linear_loss)),
     "compile": Provider(_compiled(_hf_linear_loss)),
     "liger": Provider(_liger_linear_loss(), note=_IN_FORWARD),

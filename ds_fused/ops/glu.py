@@ -60,6 +60,7 @@ def glu_reference(
     alpha: float = 1.0,
     limit: float | None = None,
     offset: float = 0.0,
+    overwrite_inputs: bool = False,  # a permission that plain PyTorch makes no use of
 ) -> Tensor:
     """What this file computes, in PyTorch: the specification, the CPU path and the yardstick of the tests."""
     if up is None:

@@ -260,7 +260,8 @@ def linear_cross_entropy(
     # all logits of 8192 tokens at a vocabulary of 128256: 37 ms on H100; with 1024, at a peak 364 MiB lower, 43
     # (benchmarks/results/h100/ops.csv)
     keep_mb: int = 2048,
-    grad_in_forward: bool = False,
+    # 4 % more time and 1503 MiB less than with all logits kept (benchmarks/results/h100/quick/ops.csv)
+    grad_in_forward: bool = True,
     accumulate: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
     """``cross_entropy(logit_scale * F.linear(x, weight, bias), labels, ...)``; the logits never exist as a whole.
@@ -359,17 +360,17 @@ def token_losses(
     of_token, in_kernel = weights_of_tokens(class_weight, flat, options, wide(rows))
     chunk_bytes = int(chunk_mb * 2**20)
     is_whole = slabs is None and not isinstance(weight, VocabShard)
-    if in_forward and trains and is_whole and rows.dtype != torch.float16:
+    trains_x_alone = trains and not handle.requires_grad and (bias is None or not bias.requires_grad)
+    in_one_go = trains_x_alone and not entropy and in_kernel[0] is None and frozen_head.takes(options)
+    if in_forward and trains and not in_one_go and is_whole and rows.dtype != torch.float16:
         # a frozen weight's tiling: along the tokens, whole rows of logits
         tokens = tiling(rows.shape[0], n_vocab, rows.element_size(), chunk_bytes, 0, dx=True, dweight=False).tokens
         loss = OnePassFunction.apply(rows, weight, bias, flat, count, options, reduction, tokens, accumulate)
         return TokenLosses(loss, count)
-    trains_x_alone = trains and not handle.requires_grad and (bias is None or not bias.requires_grad)
     if isinstance(weight, VocabShard):
         guess = reduction if trains and weight.guesses and reduction != "none" and of_token is None else None
         results = StationaryFunction.apply(rows, handle, bias, flat, weight, options, chunk_bytes, guess, more)
     else:
-        in_one_go = trains_x_alone and not entropy and in_kernel[0] is None and frozen_head.takes(options)
         keeps = trains and not in_one_go
         tiles = tiling(
             rows.shape[0], n_vocab, rows.element_size(), chunk_bytes, int(keep_mb * 2**20) if keeps else 0,

@@ -134,7 +134,7 @@ OPS: tuple[Op, ...] = (
             {
                 **MEMORY,
                 "grad_in_forward": Option(
-                    bool, False, "where the weight is whole: gradients made in forward, so that no logits are kept"
+                    bool, True, "where the weight is whole: gradients made in forward, so that no logits are kept"
                 ),
                 "accumulate": Option(
                     str,

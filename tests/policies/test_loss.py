@@ -275,7 +275,7 @@ def test_options_reach_the_op(monkeypatch) -> None:
         return op(*tensors, **options)
 
     op = head_file.linear_cross_entropy
-    given = {"chunk_mb": 1, "keep_mb": 0, "grad_in_forward": True, "accumulate": "native"}
+    given = {"chunk_mb": 1, "keep_mb": 0, "grad_in_forward": False, "accumulate": "native"}
     model = build()
     claims, _ = claim_loss(model, {LINEAR: given})
     claims[0].commit()
