@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import resource
 import sys
 import time
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,8 +25,10 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
 from toolchain import missing_build_tools
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.integrations import HfDeepSpeedConfig
@@ -47,6 +51,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save_every", type=int, default=0, help="steps; 0: never")
     parser.add_argument("--log_every", type=int, default=1, help="steps")
     parser.add_argument("--resume", action=on_off, default=False, help="go on from the newest checkpoint in --out")
+    wait = int(default_pg_timeout.total_seconds())
+    parser.add_argument("--timeout_s", type=int, default=wait, help="seconds that a rank waits for the others")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="the run's folder")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
@@ -60,6 +66,19 @@ def use_gloo_alone_where_nothing_compiles() -> None:
     if missing:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         say(f"DeepSpeed's CPU communication op is left out, gloo does its work: there is no {', no '.join(missing)}")
+
+
+def join_ranks(timeout_s: int) -> None:
+    """Meet the other ranks; none waits longer for another, now or later."""
+    limit = timedelta(seconds=timeout_s)
+    # DeepSpeed hands the time-out to its first group; the groups that ZeRO adds to it take PyTorch's defaults
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
+    deepspeed.init_distributed(timeout=limit)
+
+
+def lost_ranks(error: RuntimeError) -> bool:
+    """Whether it tells of other ranks that did not answer; gloo's errors have no type of their own."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def load_model(args: argparse.Namespace) -> torch.nn.Module:
@@ -270,8 +289,16 @@ def train(args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse_options()
     use_gloo_alone_where_nothing_compiles()
-    deepspeed.init_distributed()
-    train(args)
+    try:
+        join_ranks(args.timeout_s)
+        train(args)
+    except RuntimeError as error:
+        if not lost_ranks(error):
+            raise
+        sys.exit(
+            f"rank {os.environ.get('RANK', '0')} on {platform.node()} has lost the other ranks: one has failed, or its "
+            f"host or the network is down ({error}); --resume goes on from the newest checkpoint"
+        )
     dist.destroy_process_group()
 
 
