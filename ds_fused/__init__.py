@@ -31,6 +31,7 @@ _HOME = {
     "tvd": "ds_fused.ops",
     "apply": "ds_fused.policies",
     "install": "ds_fused.engine.install",
+    "parse": "ds_fused.engine.config",
 }
 
 __all__ = list(_HOME)

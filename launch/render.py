@@ -1,13 +1,22 @@
-"""From a composed configuration to what is started. Pure functions: nothing here touches a disk, a GPU or a process."""
+"""From a run to what is started: the shapes and the parts that all kinds of clusters share.
+
+Pure functions, here and in clusters/: they touch no disk, no GPU and no process.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-TRAIN = Path(__file__).resolve().with_name("train.py")
+from launch.schema import Cluster, Run
+
+HERE = Path(__file__).resolve().parent
+TRAIN = str(HERE / "train.py")
+PREFLIGHT = str(HERE / "preflight.py")
+# any fixed one, the same on every node; DeepSpeed's and PyTorch's default
+PORT = 29500
 
 
 @dataclass(frozen=True)
@@ -16,62 +25,85 @@ class Host:
 
     gpus: int
     cores: int
-    bin: str  # the folder of the environment's `deepspeed` command
+    bin: str  # the folder of the environment's commands: python, deepspeed, torchrun
     path: str  # PATH as it is
     free_port: int
+    name: str = "localhost"
+    settings: Mapping[str, str] = field(default_factory=dict)  # NCCL's, as they are in the environment
 
 
 @dataclass(frozen=True)
-class Job:
-    """A command and what it needs in its environment beyond what is there."""
+class Rendered:
+    """All that a run starts and writes, as text."""
 
-    command: list[str]
-    env: dict[str, str]
+    command: list[str]  # on the launching machine
+    env: dict[str, str]  # what the command needs beyond what is in the environment
+    nodes: dict[str, str]  # node -> the line of shell that runs there
+    ranks: int
+    # name -> text, for the run's folder
+    files: dict[str, str] = field(default_factory=dict)
+    # runs to its end before the command does; empty: none is asked for, or the scheduler's text holds it
+    preflight: list[str] = field(default_factory=list)
 
 
-def ds_config(cfg: Mapping) -> dict:
+def ds_config(run: Run) -> dict:
     """The one JSON that every rank reads: DeepSpeed's configuration with the `ds_fused` block in it."""
-    return {**cfg["deepspeed"], "ds_fused": cfg["fused"]}
+    return {**run.deepspeed, "ds_fused": run.fused}
 
 
-def train_options(cfg: Mapping) -> list[str]:
+def at(run: Run, name: str) -> str:
+    """A file of the run's folder."""
+    return os.path.join(run.folder, name)
+
+
+def config_file(run: Run) -> str:
+    return at(run, "ds_config.json")
+
+
+def train_options(run: Run) -> list[str]:
     """The options of train.py: every key of the groups model, data and train carries its option's name."""
-    options = ["--model", str(cfg["model"]["path"])]
-    for group in ("model", "data", "train"):
-        for key, value in cfg[group].items():
+    options = ["--model", run.model.path]
+    for group in (run.model, run.data, run.train):
+        for key in fields(group):
+            value = getattr(group, key.name)
             # path stands above; fetch is for the launching machine
-            if key in ("path", "fetch") or value is None:
+            if key.name in ("path", "fetch") or value is None:
                 continue
             if isinstance(value, bool):
-                options.append(f"--{key}" if value else f"--no-{key}")
-            elif isinstance(value, (list, tuple)):
-                options += [f"--{key}", *map(str, value)]
+                options.append(f"--{key.name}" if value else f"--no-{key.name}")
+            elif isinstance(value, list):
+                options += [f"--{key.name}", *value]
             else:
-                options += [f"--{key}", str(value)]
-    return [*options, "--out", str(cfg["folder"])]
+                options += [f"--{key.name}", str(value)]
+    return [*options, "--resume" if run.resume else "--no-resume", "--out", run.folder]
 
 
-def local(cfg: Mapping, config_file: str, host: Host) -> Job:
-    """The ranks of one machine, through DeepSpeed's launcher."""
-    cluster = cfg["cluster"]
-    accelerator, ranks, port = cluster["accelerator"], cluster["ranks"], cluster["port"]
-    if accelerator not in ("auto", "cpu"):
-        raise ValueError(f"cluster.accelerator is {accelerator!r}, but must be auto or cpu")
-    if ranks != "auto" and (not isinstance(ranks, int) or ranks < 1):
-        raise ValueError(f"cluster.ranks is {ranks!r}, but must be auto or a positive number")
-    # the environment's own bin: DeepSpeed looks for ninja on PATH, also where the environment is not activated
-    env = {"PATH": os.pathsep.join([host.bin, host.path])}
-    command = [os.path.join(host.bin, "deepspeed")]
-    if accelerator == "cpu" or host.gpus == 0:
+def train_script(run: Run) -> list[str]:
+    """What stands behind the options of the `deepspeed` command."""
+    return ["--config", config_file(run), TRAIN, *train_options(run)]
+
+
+def rank_env(cluster: Cluster, ranks: int, on_cpu: bool, host: Host) -> dict[str, str]:
+    """What the ranks of one node find in their environment, but for PATH."""
+    env = {}
+    if on_cpu:
         # left to itself DeepSpeed starts one rank per NUMA node
-        ranks = 2 if ranks == "auto" else ranks
         env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, host.cores // ranks))}
         # huge pages: without, SmolLM2 took 900,000 page faults a step and spent 40 % of its CPU time in the kernel
         env["THP_MEM_ALLOC_ENABLE"] = "1"
-    elif ranks != "auto" and ranks > host.gpus:
-        raise ValueError(f"cluster.ranks is {ranks}, but this machine has {host.gpus} GPUs")
-    # without the option DeepSpeed takes every GPU and honours CUDA_VISIBLE_DEVICES; with it, it ignores that
-    if ranks != "auto":
-        command += ["--num_gpus", str(ranks)]
-    command += ["--master_port", str(host.free_port if port == "auto" else port)]
-    return Job([*command, "--config", config_file, str(TRAIN), *train_options(cfg)], env)
+    return {**env, **(cluster.env or {})}
+
+
+def count(key: str, value: int | str, auto: int) -> int:
+    """A positive number, or what `auto` stands for."""
+    if value == "auto":
+        return auto
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"cluster.{key} is {value!r}, but must be auto or a positive number")
+    return value
+
+
+def choice(key: str, value: str, *known: str) -> str:
+    if value not in known:
+        raise ValueError(f"cluster.{key} is {value!r}, but must be {', '.join(known[:-1])} or {known[-1]}")
+    return value

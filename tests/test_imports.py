@@ -37,7 +37,19 @@ MAY_IMPORT = {
     "ds_fused/autoload.py": {"wrapt", "ds_fused.engine"},
     # the rank runner
     "ds_fused/run.py": {"deepspeed", "ds_fused.autoload", "ds_fused.engine"},
-    "launch": {"torch", "hydra", "omegaconf", "transformers", "deepspeed", "accelerate", "launch", "ds_fused", *BESIDE},
+    # pydantic: its errors are what deepspeed says of a config
+    "launch": {
+        "pydantic",
+        "torch",
+        "hydra",
+        "omegaconf",
+        "transformers",
+        "deepspeed",
+        "accelerate",
+        "launch",
+        "ds_fused",
+        *BESIDE,
+    },
     # the script of a user who never heard of ds_fused
     "launch/train.py": {"torch", "transformers", "deepspeed", "tqdm", *BESIDE},
     # starts on a bare Python

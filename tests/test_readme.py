@@ -134,17 +134,19 @@ def test_the_quickstart_commands_are_understood(monkeypatch):
 
 def test_the_launch_commands_compose():
     from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
 
     import launch.__main__  # noqa: F401  (registers the resolver)
-    from launch.render import Host, local
+    from launch.check import check, typed
+    from launch.clusters import KINDS
+    from launch.render import Host
 
     host = Host(gpus=2, cores=8, bin="/bin", path="/bin", free_port=1)
     for command in commands():
         if command[:3] == ["python", "-m", "launch"]:
+            overrides = [word for word in command[3:] if word != "-m"]
             with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
-                cfg = compose("config", overrides=["folder=/runs/a", *command[3:]])
-            assert local(OmegaConf.to_container(cfg, resolve=True), "c.json", host).command
+                run = typed(compose("config", overrides=["folder=/runs/a", *overrides]))
+            check(run, KINDS[run.cluster.kind].render(run, host).ranks)
 
 
 def test_the_deepspeed_commands_are_understood(tmp_path: Path, monkeypatch):

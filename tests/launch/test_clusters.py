@@ -1,0 +1,102 @@
+"""What each kind of cluster renders for 1, 2, 16 and 128 nodes, against the texts in golden/.
+
+Rewritten with REWRITE_GOLDEN=1; the diff is then the review.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from launching import REPO, start
+
+import launch.__main__  # noqa: F401  (registers the resolver)
+from launch.check import check, typed
+from launch.clusters import KINDS
+from launch.render import Host, Rendered
+from launch.schema import Run
+
+LOGIN = Host(gpus=0, cores=8, bin="/env/bin", path="/usr/bin", free_port=12345, settings={"NCCL_IB_HCA": "mlx5"})
+GOLDEN = Path(__file__).with_name("golden")
+NODES = (1, 2, 16, 128)
+
+
+def hosts(nodes: int) -> str:
+    return "cluster.hosts={" + ", ".join(f"n{i:03}: 8" for i in range(nodes)) + "}"
+
+
+# kind -> what a user types for so many nodes
+TYPED = {
+    "hostfile": lambda nodes: [hosts(nodes), "cluster.ssh_port=2222", "cluster.address=10.0.0.1"],
+}
+
+
+def run_of(*overrides: str) -> Run:
+    settings = ["folder=/runs/a", "model=hub", "model.path=gpt", "data=text", "data.text=[/texts/a b]"]
+    with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
+        return typed(compose("config", overrides=[*settings, *overrides]))
+
+
+def rendered(*overrides: str) -> Rendered:
+    run = run_of(*overrides)
+    result = KINDS[run.cluster.kind].render(run, LOGIN)
+    check(run, result.ranks)
+    return result
+
+
+def as_text(result: Rendered) -> str:
+    """All of it but for the lines between the first node's and the last one's."""
+    ends = list(result.nodes)[0], list(result.nodes)[-1]
+    whole = {
+        "command": json.dumps(result.command),
+        "preflight": json.dumps(result.preflight),
+        "env": json.dumps(result.env),
+        "ranks": result.ranks,
+        **{f"node {name}": result.nodes[name] for name in dict.fromkeys(ends)},
+        **{f"file {name}": f"\n{text}" for name, text in result.files.items()},
+    }
+    # where the repository lies is of no interest
+    return "".join(f"{title}: {text}\n" for title, text in whole.items()).replace(str(REPO), "/repo")
+
+
+@pytest.mark.parametrize("nodes", NODES)
+@pytest.mark.parametrize("kind", TYPED)
+def test_it_renders_the_golden_text(kind, nodes):
+    result = rendered(f"cluster={kind}", *TYPED[kind](nodes))
+    assert len(result.nodes) == nodes and result.ranks == nodes * 8
+    golden = GOLDEN / f"{kind}_{nodes}.txt"
+    if os.environ.get("REWRITE_GOLDEN"):
+        golden.parent.mkdir(exist_ok=True)
+        golden.write_text(as_text(result))
+    assert as_text(result) == golden.read_text()
+
+
+def stand_in(folder: Path, name: str, script: str) -> None:
+    """A command of a cluster, played by a few lines of shell."""
+    (folder / name).write_text(f"#!/bin/bash\n{script}\n")
+    (folder / name).chmod((folder / name).stat().st_mode | stat.S_IXUSR)
+
+
+# pdsh and ssh that only say what they were asked for
+def test_the_lines_of_a_hostfiles_nodes_are_what_deepspeed_has_pdsh_run(tmp_path, tiny_model, text):
+    stand_in(tmp_path, "pdsh", 'echo "PDSH $*"; echo "SSH $PDSH_SSH_ARGS_APPEND"')
+    stand_in(tmp_path, "ssh", "exit 0")
+    options = ["cluster=hostfile", "cluster.hosts={a: 1, b: 1}", "cluster.address=10.0.0.1", "cluster.accelerator=cpu"]
+    options += ["model=hub", f"model.path={tiny_model}", "data=text", f"data.text=[{text}]", f"folder={tmp_path}/run"]
+    path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    ended = start([sys.executable, "-m", "launch", *options, "cluster.ssh_port=22"], PATH=path)
+    assert ended.status == 0, ended.output
+    asked = next(line for line in ended.output.splitlines() if line.startswith("PDSH "))
+    assert asked.startswith(f"PDSH -S -f 1024 -w a,b source {tmp_path}/run/node_env.sh; ")
+    assert "SSH -o BatchMode=yes -o ConnectTimeout=10" in ended.output
+    lines = (tmp_path / "run" / "nodes.txt").read_text().splitlines()
+    for rank, (name, line) in enumerate(zip("ab", lines, strict=True)):
+        # behind the interpreter, which a link may name otherwise
+        _, _, ours = line.removeprefix(f"{name}: ").partition(" ")
+        assert asked.replace("--node_rank=%n", f"--node_rank={rank}").endswith(ours), f"{asked}\n{ours}"
+    assert "export DS_ACCELERATOR=cpu" in (tmp_path / "run" / "node_env.sh").read_text()
