@@ -114,8 +114,11 @@ def render(run: Run, host: Host) -> Rendered:
         text = "".join(f"export {key}={shlex.quote(value)}\n" for key, value in ranks_find.items())
         files["node_env.sh"] = f'export PATH={shlex.quote(host.bin)}:"$PATH"\n{text}'
         deepspeed += ["--venv_script", at(run, "node_env.sh")]
-        # an unreachable machine is an error after seconds, not minutes; no machine asks for a password
-        env["PDSH_SSH_ARGS_APPEND"] = "-o BatchMode=yes -o ConnectTimeout=10"
+        # an unreachable machine is an error after seconds, not minutes; no machine asks for a password; one that is
+        # silent for as long as its ranks may be is given up, or pdsh would wait for it for ever
+        silence = max(1, run.train.timeout_s // 3)
+        alive = f"-o ServerAliveInterval={silence} -o ServerAliveCountMax=3"
+        env["PDSH_SSH_ARGS_APPEND"] = f"-o BatchMode=yes -o ConnectTimeout=10 {alive}"
     else:
         # the MPI runners have no such option: they read this file instead of ~/.deepspeed_env
         files["deepspeed_env"] = "".join(f"{key}={value}\n" for key, value in ranks_find.items())

@@ -51,6 +51,7 @@ PasswordAuthentication no
 PidFile none
 ClientAliveInterval 5
 ClientAliveCountMax 2
+SetEnv HF_HUB_OFFLINE=1{more_env}
 """
 
 SSH_CONFIG = """
@@ -149,10 +150,12 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
 def _write_configuration(folder: Path) -> None:
     for key in ("host_key", "user_key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True)
+    # where ops are that DeepSpeed has compiled: a host's first rank would do that again
+    extensions = "".join(f" {name}={os.environ[name]}" for name in ("TORCH_EXTENSIONS_DIR",) if name in os.environ)
     files = {
         "hosts": "".join(f"{address} {name}\n" for name, address in [("localhost", "127.0.0.1"), *ADDRESSES.items()]),
         "known_hosts": f"{','.join(ADDRESSES)} {(folder / 'host_key.pub').read_text()}",
-        "sshd_config": SSHD_CONFIG.format(folder=folder),
+        "sshd_config": SSHD_CONFIG.format(folder=folder, more_env=extensions),
         "ssh_config": SSH_CONFIG.format(folder=folder),
     }
     for name, text in files.items():

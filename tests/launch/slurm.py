@@ -1,23 +1,21 @@
-"""A Slurm of two nodes on the two hosts of `hosts.py`: slurmctld on the first, slurmd and munge on both."""
+"""A Slurm of two nodes: slurmctld on the first of the two hosts of `hosts.py`, slurmd and munge on both."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hosts import PATH, Host
+from hosts import ADDRESSES, Host, lacking
 
-TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "sinfo", "sacct")
-
-# no cgroups and no accounts: a container may have neither
+# no cgroups and no accounts: a container has neither; cred_expire is also how long a requeued job waits
 CONFIG = """
 ClusterName=two
 SlurmctldHost={controller}
 SlurmUser=root
-AuthType=auth/munge
+AuthInfo=cred_expire=5
+SchedulerParameters=bf_interval=1
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile=/run/slurmctld.pid
@@ -26,53 +24,46 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
 SlurmdParameters=config_overrides
-ReturnToService=2
-SchedulerParameters=sched_interval=1
-KillWait=5
-MpiDefault=none
-{nodes}
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE
+PartitionName=all Nodes=ALL Default=YES
 """
+NODE = "NodeName={name} NodeAddr={address} CPUs=2 RealMemory=2000\n"
 
 
 def missing() -> str | None:
-    """Why this machine can't run Slurm, in one line; None where it can, given two hosts."""
-    if lacking := [tool for tool in TOOLS if not shutil.which(tool, path=PATH)]:
-        return f"Slurm needs {', '.join(lacking)} (Debian, Ubuntu: apt-get install -y slurm-wlm munge)"
-    return None
+    """What this machine lacks for Slurm on two hosts, in one line; None where it lacks nothing."""
+    return lacking(("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol"), "slurm-wlm munge")
 
 
 class Slurm:
-    """The running cluster, as one sees it on its first node."""
+    """The running cluster, as its first node sees it. It ends with its hosts."""
 
     def __init__(self, hosts: Sequence[Host], folder: Path):
-        self.hosts, self.folder, self.config = hosts, folder, folder / "slurm.conf"
-        nodes = "\n".join(f"NodeName={host.name} NodeAddr={host.address} CPUs=2 RealMemory=2000" for host in hosts)
-        self.config.write_text(CONFIG.format(controller=hosts[0].name, folder=folder, nodes=nodes))
-        (folder / "state").mkdir()
+        self.first, self.config, self.log = hosts[0], folder / "slurm.conf", folder / "slurmctld.log"
+        nodes = "".join(NODE.format(name=host.name, address=ADDRESSES[host.name]) for host in hosts)
+        self.config.write_text(CONFIG.format(controller=self.first.name, folder=folder) + nodes)
         key = folder / "munge.key"
-        key.write_bytes(b"the same on both hosts, and of no use elsewhere" * 2)
+        key.write_bytes(b"of no use outside of the two hosts" * 4)
         key.chmod(0o400)
         for host in hosts:
-            where = [f"--key-file={key}", f"--log-file={folder}/munged-{host.name}.log"]
-            self.run(host, ["sh", "-c", "mkdir -p /run/munge; chmod 755 /run/munge"])
-            self.run(host, ["munged", "--force", *where, "--seed-file=/run/munge/seed", "--pid-file=/run/munge/pid"])
-        self.run(hosts[0], ["slurmctld", "-f", str(self.config)])
+            host.run("mkdir", "/run/munge")
+            files = [f"--{name}={folder}/munge-{host.name}.{name}" for name in ("log-file", "seed-file")]
+            host.run("munged", "--force", f"--key-file={key}", "--pid-file=/run/munge/pid", *files)
+        self.first.run("slurmctld", "-f", self.config)
         for host in hosts:
-            (folder / f"spool-{host.name}").mkdir()
-            self.run(host, ["slurmd", "-f", str(self.config), "-N", host.name])
-        self.wait(lambda: self.run(hosts[0], ["sinfo", "-h", "-o", "%T %D"]) == f"idle {len(hosts)}", 30, "both idle")
+            host.run("slurmd", "-f", self.config, "-N", host.name)
+        self.wait(lambda: self.say("sinfo", "-h", "-o", "%T %D") == f"idle {len(hosts)}", 30, "both nodes idle")
 
-    def run(self, host, command):
-        done = subprocess.run(host.inside(["env", f"SLURM_CONF={self.config}", f"PATH={PATH}", *command], self.folder), capture_output=True, text=True)
-        print(command, done)
-        return done.stdout.strip()
+    def say(self, *command: str | Path) -> str:
+        """What one of Slurm's commands answers."""
+        return self.first.run(*command, SLURM_CONF=str(self.config)).strip()
 
-    def wait(self, ready, seconds, what):
+    def state(self, job: int) -> dict[str, str]:
+        """What Slurm knows of a job, by its own names: JobState, Restarts, ExitCode ..."""
+        return dict(re.findall(r"(\S+?)=(\S*)", self.say("scontrol", "--oneliner", "show", "job", str(job))))
+
+    def wait(self, ready: Callable[[], bool], seconds: float, what: str) -> None:
         deadline = time.monotonic() + seconds
         while not ready():
-            assert time.monotonic() < deadline, what
-            time.sleep(0.5)
+            assert time.monotonic() < deadline, f"Slurm: not {what} after {seconds:g} s\n{self.log.read_text()}"
+            time.sleep(0.3)
