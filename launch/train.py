@@ -76,9 +76,11 @@ def join_ranks(timeout_s: int) -> None:
     deepspeed.init_distributed(timeout=limit)
 
 
-def lost_ranks(error: RuntimeError) -> bool:
-    """Whether it tells of other ranks that did not answer; gloo's errors have no type of their own."""
-    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+def lost_ranks(error: BaseException | None) -> bool:
+    """Whether it comes of other ranks that did not answer; gloo's errors have no type of their own."""
+    if error is None:
+        return False
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error) or lost_ranks(error.__cause__)
 
 
 def load_model(args: argparse.Namespace) -> torch.nn.Module:

@@ -46,7 +46,6 @@ def test_a_cut_link_ends_the_job_and_resume_goes_on_to_the_same_losses(two_hosts
     assert time.monotonic() - was_cut.result() < TIMEOUT_S * 4 / 3 + 10
     assert ended.status != 0
     assert "rank 0 on alpha has lost the other ranks" in ended.output, ended.output
-    assert f"Timed out waiting {TIMEOUT_S}000ms" in ended.output
     assert "Traceback" not in ended.output, ended.output
     so_far = runs.losses(folder)
     assert 12 <= len(so_far) < runs.STEPS
