@@ -6,6 +6,7 @@ Pure functions, here and in clusters/: they touch no disk, no GPU and no process
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -83,23 +84,29 @@ def train_script(run: Run) -> list[str]:
     return ["--config", config_file(run), TRAIN, *train_options(run)]
 
 
-def rank_env(cluster: Cluster, ranks: int, on_cpu: bool, host: Host) -> dict[str, str]:
-    """What the ranks of one node find in their environment, but for PATH."""
+def rank_env(cluster: Cluster, on_cpu: bool, threads: int) -> dict[str, str]:
+    """What the ranks of one node find in their environment, but for PATH; threads are what a CPU rank may use."""
     env = {}
     if on_cpu:
-        # left to itself DeepSpeed starts one rank per NUMA node
-        env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, host.cores // ranks))}
+        env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, threads))}
         # huge pages: without, SmolLM2 took 900,000 page faults a step and spent 40 % of its CPU time in the kernel
         env["THP_MEM_ALLOC_ENABLE"] = "1"
     return {**env, **(cluster.env or {})}
 
 
-def count(key: str, value: int | str, auto: int) -> int:
+def exports(host: Host, env: Mapping[str, str]) -> str:
+    """Lines of shell for a node: the environment's own commands first on its PATH, and these variables."""
+    lines = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items())
+    return f'export PATH={shlex.quote(host.bin)}:"$PATH"\n{lines}'
+
+
+def count(key: str, value: int | str, auto: int | None = None) -> int:
     """A positive number, or what `auto` stands for."""
-    if value == "auto":
+    if value == "auto" and auto is not None:
         return auto
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"cluster.{key} is {value!r}, but must be auto or a positive number")
+        wanted = "a positive number" if auto is None else "auto or a positive number"
+        raise ValueError(f"cluster.{key} is {value!r}, but must be {wanted}")
     return value
 
 

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import resource
+import signal
 import sys
 import time
 from datetime import timedelta
@@ -168,10 +169,30 @@ def held_out_loss(engine: deepspeed.DeepSpeedEngine, blocks: Tensor) -> float:
     return (total[0] / total[1]).item()
 
 
-def mean_over_ranks(value: Tensor) -> float:
-    value = value.clone()
-    dist.all_reduce(value)
-    return value.item() / dist.get_world_size()
+def mean_over_ranks(values: Tensor) -> list[float]:
+    values = values.clone()
+    dist.all_reduce(values)
+    return (values / dist.get_world_size()).tolist()
+
+
+class StopSignal:
+    """SIGUSR1, as schedulers send it before the time is up: save a checkpoint at the next logging step, and end.
+
+    The file `stopped` in --out then says that the run isn't at its end.
+    """
+
+    def __init__(self, out: Path):
+        self.came, self.file = False, out / "stopped"
+        if dist.get_rank() == 0:
+            self.file.unlink(missing_ok=True)
+        signal.signal(signal.SIGUSR1, self.arrive)
+
+    def arrive(self, *_: object) -> None:
+        self.came = True
+
+    def leave(self) -> None:
+        if dist.get_rank() == 0:
+            self.file.touch()
 
 
 def peak_memory_gb() -> float:
@@ -234,6 +255,7 @@ class Journal:
 def train(args: argparse.Namespace) -> None:
     set_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
+    stop = StopSignal(args.out)
     train_blocks, eval_blocks = token_blocks(args)
     model = load_model(args)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=args.deepspeed_config)
@@ -264,15 +286,21 @@ def train(args: argparse.Namespace) -> None:
             engine.step()
             loss_sum += loss.detach().float() / micro_steps
         journal.bar.update()
-        done = step + 1
+        done, stopping = step + 1, False
         if done % args.log_every == 0 or done == args.steps:
-            mean, memory = mean_over_ranks(loss_sum / (done - logged)), peak_memory_gb()
+            # the signal reaches the ranks in different steps: here, where they talk anyway, they agree on one
+            mean, came = mean_over_ranks(torch.stack([loss_sum / (done - logged), loss_sum.new_tensor(stop.came)]))
+            stopping, memory = came > 0 and done < args.steps, peak_memory_gb()
             now = time.perf_counter()
             journal.step(mean, tokens_per_step * (done - logged) / (now - last), memory)
             loss_sum.zero_()
             last, logged = now, done
-        if args.save_every and (done % args.save_every == 0 or done == args.steps):
+        if stopping or args.save_every and (done % args.save_every == 0 or done == args.steps):
             engine.save_checkpoint(str(checkpoints))
+        if stopping:
+            stop.leave()
+            say(f"stopped by SIGUSR1 after step {done}; --resume goes on from there")
+            return
         if done == args.steps or (args.eval_every and done % args.eval_every == 0):
             after = held_out_loss(engine, eval_blocks)
             journal.held_out(after)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launch.clusters import hostfile, local
+from launch.clusters import hostfile, local, slurm
 
 # cluster.kind -> its file
-KINDS = {"local": local, "hostfile": hostfile}
+KINDS = {"local": local, "hostfile": hostfile, "slurm": slurm}

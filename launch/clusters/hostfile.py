@@ -23,6 +23,7 @@ from launch.render import (
     choice,
     config_file,
     count,
+    exports,
     rank_env,
     train_options,
     train_script,
@@ -73,7 +74,7 @@ def slots_of(cluster: Options) -> dict[str, list[int]]:
     except ValueError as error:
         raise ValueError(f"cluster.include or cluster.exclude: {error}") from None
     if cluster.ranks != "auto":
-        ranks = count("ranks", cluster.ranks, 0)
+        ranks = count("ranks", cluster.ranks)
         if cluster.include or cluster.exclude:
             raise ValueError("cluster.ranks can't be combined with cluster.include or cluster.exclude")
         for name, there in slots.items():
@@ -108,11 +109,10 @@ def render(run: Run, host: Host) -> Rendered:
     deepspeed += ["--master_port", str(port)]
 
     env = {"PATH": os.pathsep.join([host.bin, host.path])}
-    ranks_find = {**host.settings, **rank_env(cluster, max(map(len, slots.values())), on_cpu, host)}
+    ranks_find = {**host.settings, **rank_env(cluster, on_cpu, host.cores // max(map(len, slots.values())))}
     if cluster.launcher == "pdsh":
         # sourced on every machine, ahead of what DeepSpeed itself exports; ~/.deepspeed_env stays the user's
-        text = "".join(f"export {key}={shlex.quote(value)}\n" for key, value in ranks_find.items())
-        files["node_env.sh"] = f'export PATH={shlex.quote(host.bin)}:"$PATH"\n{text}'
+        files["node_env.sh"] = exports(host, ranks_find)
         deepspeed += ["--venv_script", at(run, "node_env.sh")]
         # an unreachable machine is an error after seconds, not minutes; no machine asks for a password; one that is
         # silent for as long as its ranks may be is given up, or pdsh would wait for it for ever

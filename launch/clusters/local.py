@@ -26,13 +26,14 @@ def render(run: Run, host: Host) -> Rendered:
     if cluster.ranks != "auto":
         deepspeed += ["--num_gpus", str(ranks)]
     elif on_cpu:
-        deepspeed += ["--num_gpus", "2"]
+        # left to itself DeepSpeed starts one rank per NUMA node
+        deepspeed += ["--num_gpus", str(ranks)]
     deepspeed += ["--master_port", str(count("port", cluster.port, host.free_port))]
     command = [*deepspeed, *train_script(run)]
     return Rendered(
         command=command,
         # the environment's own bin: DeepSpeed looks for ninja on PATH, also where the environment is not activated
-        env={"PATH": os.pathsep.join([host.bin, host.path]), **rank_env(cluster, ranks, on_cpu, host)},
+        env={"PATH": os.pathsep.join([host.bin, host.path]), **rank_env(cluster, on_cpu, host.cores // ranks)},
         nodes={host.name: shlex.join(command)},
         ranks=ranks,
         preflight=[*deepspeed, PREFLIGHT] if cluster.preflight else [],

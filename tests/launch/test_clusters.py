@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import sys
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from launching import REPO, start
+from launching import REPO, free_port, start
 
 import launch.__main__  # noqa: F401  (registers the resolver)
 from launch.check import check, typed
@@ -33,6 +34,7 @@ def hosts(nodes: int) -> str:
 # kind -> what a user types for so many nodes
 TYPED = {
     "hostfile": lambda nodes: [hosts(nodes), "cluster.ssh_port=2222", "cluster.address=10.0.0.1"],
+    "slurm": lambda nodes: [f"cluster.nodes={nodes}", "cluster.time=4:00:00", "cluster.setup=[module load cuda]"],
 }
 
 
@@ -57,7 +59,7 @@ def as_text(result: Rendered) -> str:
         "preflight": json.dumps(result.preflight),
         "env": json.dumps(result.env),
         "ranks": result.ranks,
-        **{f"node {name}": result.nodes[name] for name in dict.fromkeys(ends)},
+        **{f"line of {name}": result.nodes[name] for name in dict.fromkeys(ends)},
         **{f"file {name}": f"\n{text}" for name, text in result.files.items()},
     }
     # where the repository lies is of no interest
@@ -100,3 +102,47 @@ def test_the_lines_of_a_hostfiles_nodes_are_what_deepspeed_has_pdsh_run(tmp_path
         _, _, ours = line.removeprefix(f"{name}: ").partition(" ")
         assert asked.replace("--node_rank=%n", f"--node_rank={rank}").endswith(ours), f"{asked}\n{ours}"
     assert "export DS_ACCELERATOR=cpu" in (tmp_path / "run" / "node_env.sh").read_text()
+
+
+# srun and scontrol of a cluster of one node, which signals the processes of its first job once they train
+SRUN = """
+while [ "$1" != bash ]; do shift; done
+export SLURM_NODEID=0
+set -m
+"$@" &
+if [ -z "$SLURM_RESTART_COUNT" ]; then
+  until grep -q '"loss"' {run}/metrics.jsonl; do sleep 0.2; kill -0 $! || exit 1; done 2> /dev/null
+  kill -USR1 -- -$!
+fi
+wait $!
+"""
+
+
+def test_a_slurm_job_that_is_signalled_saves_requeues_and_goes_on(tmp_path, tiny_model, text):
+    run = tmp_path / "run"
+    stand_in(tmp_path, "sbatch", 'echo "SUBMITTED $1"')
+    stand_in(tmp_path, "scontrol", 'if [ "$1" = show ]; then echo localhost; else echo "REQUEUE $2"; fi')
+    stand_in(tmp_path, "srun", SRUN.format(run=run))
+    options = ["cluster=slurm", "cluster.ranks=1", "cluster.accelerator=cpu", f"cluster.port={free_port()}"]
+    options += ["model=hub", f"model.path={tiny_model}", "data=text", f"data.text=[{text}]", "data.block=32"]
+    options += ["train.steps=40", "train.log_every=1", "train.eval_every=0", "data.eval_blocks=1", f"folder={run}"]
+    options += [
+        "deepspeed=zero0",
+        "deepspeed.tensorboard.enabled=false",
+        "deepspeed.bf16.enabled=false",
+        "deepspeed.train_micro_batch_size_per_gpu=1",
+    ]
+    env = {"PATH": os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])}
+    ended = start([sys.executable, "-m", "launch", *options], **env)
+    assert ended.status == 0 and f"SUBMITTED {run}/job.sh" in ended.output, ended.output
+
+    env |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost"}
+    ended = start(["bash", run / "job.sh"], **env)
+    assert ended.status == 0 and "REQUEUE 7" in ended.output, ended.output
+    last = int(re.search(r"stopped by SIGUSR1 after step (\d+)", ended.output)[1])
+    assert (run / "checkpoints" / "latest").read_text() == f"global_step{last}"
+
+    ended = start(["bash", run / "job.sh"], **env, SLURM_RESTART_COUNT="1")
+    assert ended.status == 0 and "resumed from" in ended.output and "REQUEUE" not in ended.output, ended.output
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 41))
