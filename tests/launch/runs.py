@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from launching import REPO
@@ -20,7 +22,8 @@ def overrides(model: Path, text: Path, folder: Path) -> list[str]:
         "deepspeed.tensorboard.enabled=false", "deepspeed.optimizer.params.lr=0.01",
         # no weight is so small that it stays whole
         "+deepspeed.zero_optimization.stage3_param_persistence_threshold=0",
-        "cluster.accelerator=cpu", f"folder={folder}",
+        # the hosts share the cores of one machine
+        "cluster.accelerator=cpu", "cluster.env={OMP_NUM_THREADS: '1'}", f"folder={folder}",
     ]  # fmt: skip
 
 
@@ -33,6 +36,17 @@ def options(model: Path, text: Path, folder: Path) -> list[str]:
 def losses(folder: Path) -> dict[int, float]:
     """Step -> loss, of a run as far as it has come."""
     metrics = folder / "metrics.jsonl"
+    if not metrics.exists():
+        return {}
     # the last line may be half written
     lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
     return {row["step"]: row["loss"] for row in map(json.loads, lines) if "loss" in row}
+
+
+def comes_to(step: int, folder: Path, has_ended: Callable[[], bool]) -> bool:
+    """Wait until the run has done this step: False where it has ended before."""
+    while step not in losses(folder):
+        if has_ended():
+            return False
+        time.sleep(0.01)
+    return True

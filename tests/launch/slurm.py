@@ -32,7 +32,7 @@ NODE = "NodeName={name} NodeAddr={address} CPUs=2 RealMemory=2000\n"
 
 def missing() -> str | None:
     """What this machine lacks for Slurm on two hosts, in one line; None where it lacks nothing."""
-    return lacking(("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol"), "slurm-wlm munge")
+    return lacking(("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel"), "slurm-wlm munge")
 
 
 class Slurm:
@@ -62,8 +62,9 @@ class Slurm:
         """What Slurm knows of a job, by its own names: JobState, Restarts, ExitCode ..."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.say("scontrol", "--oneliner", "show", "job", str(job))))
 
-    def wait(self, ready: Callable[[], bool], seconds: float, what: str) -> None:
+    def wait(self, ready: Callable[[], bool], seconds: float, what: str, output: Callable[[], str] = str) -> None:
         deadline = time.monotonic() + seconds
         while not ready():
-            assert time.monotonic() < deadline, f"Slurm: not {what} after {seconds:g} s\n{self.log.read_text()}"
+            late = time.monotonic() > deadline
+            assert not late, f"Slurm: not {what} after {seconds:g} s\n{self.log.read_text()}\n{output()}"
             time.sleep(0.3)
