@@ -6,7 +6,6 @@ started or submitted. The ranks get one resolved ``ds_config.json``. ``dry_run=t
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -20,10 +19,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from launch import environment
-from launch.check import check, missing_paths, refuse_secrets, typed
+from launch.check import check, missing_paths, refuse_secrets, refuse_secrets_typed, typed
 from launch.clusters import KINDS
 from launch.real_data import CACHE, FETCH
-from launch.render import Host, Rendered, ds_config
+from launch.render import Host, Rendered, record
 from launch.schema import Run
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -74,8 +73,7 @@ def write(run: Run, rendered: Rendered) -> None:
     folder = Path(run.folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = {
-        "ds_config.json": json.dumps(ds_config(run), indent=2) + "\n",
-        "run.yaml": OmegaConf.to_yaml(OmegaConf.structured(run)),
+        **record(run),
         "command.sh": shown(rendered) + "\n",
         "nodes.txt": "".join(f"{name}: {line}\n" for name, line in rendered.nodes.items()),
         **rendered.files,
@@ -90,22 +88,26 @@ def start(run: Run, rendered: Rendered) -> int:
         if group.fetch:
             FETCH[group.fetch]()
     env = {**os.environ, **rendered.env}
-    status = subprocess.run(rendered.preflight, env=env).returncode if rendered.preflight else 0
-    if status:
-        print("launch: the preflight failed, so nothing was started", file=sys.stderr)
-        return status
+    for command in rendered.preflight:
+        if status := subprocess.run(command, env=env).returncode:
+            print("launch: the preflight failed, so nothing was started", file=sys.stderr)
+            return status
     return subprocess.run(rendered.command, env=env).returncode
 
 
 def show(run: Run, rendered: Rendered) -> None:
     """What a dry run prints; the folder holds the same."""
-    print(f"\n{json.dumps(ds_config(run), indent=2)}")
+    print(f"\n--- ds_config.json\n{record(run)['ds_config.json']}", end="")
     for name, text in rendered.files.items():
         print(f"\n--- {name}\n{text}", end="")
     print(f"\n{len(rendered.nodes)} nodes, {rendered.ranks} ranks")
     for name, line in rendered.nodes.items():
         print(f"{name}: {line}")
     print(f"\nnothing was started; all of it is in {run.folder}", flush=True)
+
+
+# points of this sweep that could not be started, or failed
+failed: list[str] = []
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -115,16 +117,22 @@ def main(composed: DictConfig) -> None:
     try:
         run, rendered = prepare(composed)
     except ValueError as error:
-        sys.exit(f"launch: {error}")
+        print(f"launch: {error}", file=sys.stderr)
+        failed.append(composed.folder)
+        return
     write(run, rendered)
     print(shown(rendered), flush=True)
     if run.dry_run:
         show(run, rendered)
-        return
-    status = start(run, rendered)
-    if status:
-        sys.exit(status)
+    elif start(run, rendered):
+        failed.append(run.folder)
 
 
 if __name__ == "__main__":
+    try:
+        refuse_secrets_typed(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"launch: {error}")
     main()
+    # only now: one point that fails doesn't keep the others of its sweep from running
+    sys.exit(1 if failed else 0)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping
-from types import SimpleNamespace
+import re
+from collections.abc import Iterator, Mapping, Sequence
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -43,11 +43,20 @@ def typed(composed: DictConfig) -> Run:
 def refuse_secrets(composed: Mapping, where: str = "") -> None:
     """The run's folder holds the whole configuration, so no secret may come in by it."""
     for key, value in composed.items():
-        name = f"{where}{key}"
         if isinstance(value, Mapping):
-            refuse_secrets(value, f"{name}.")
-        elif value is not None and is_secret(str(key)):
-            raise ValueError(f"{name} looks like a secret, and would be written to the run's folder: export it instead")
+            refuse_secrets(value, f"{where}{key}.")
+        elif value is not None and is_secret(str(key), value):
+            raise ValueError(
+                f"{where}{key} looks like a secret, and would be written to the run's folder: export it instead, or "
+                "put it into ~/.deepspeed_env, which DeepSpeed takes to the nodes of a hostfile"
+            )
+
+
+def refuse_secrets_typed(words: Sequence[str]) -> None:
+    """The same of a command line: Hydra writes that of a sweep down before any point of it is composed."""
+    for word in words:
+        for name in re.findall(r"([\w-]+)\s*[=:]", word):
+            refuse_secrets({name: word})
 
 
 def check(run: Run, ranks: int) -> None:
@@ -125,9 +134,11 @@ def check_deepspeed(run: Run, ranks: int) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     config = _Read(ds_config(run))
-    world = data_parallel(config, ranks)
+    if config.get("train_batch_size"):
+        # where no rank runs DeepSpeed counts one; check_batch has seen to all of them
+        config["train_batch_size"] //= data_parallel(config, ranks)
     try:
-        DeepSpeedConfig(config, mpu=SimpleNamespace(get_data_parallel_world_size=lambda: world))
+        DeepSpeedConfig(config)
     except ValidationError as error:
         # a block's own error knows the path inside of the block only
         wrong = error.errors()[0]
@@ -155,6 +166,9 @@ def paths(config: Mapping) -> Iterator[str]:
 
 def missing_paths(run: Run) -> Iterator[str]:
     """What the configuration names and this machine doesn't have, each with its key."""
+    if run.cluster.kind == "kubernetes":
+        # its paths are of the image and of the volumes
+        return
     if run.model.fetch is None and looks_like_a_folder(run.model.path) and not os.path.isdir(run.model.path):
         yield f"model.path is {run.model.path}: no such folder"
     if run.model.tokenizer and looks_like_a_folder(run.model.tokenizer) and not os.path.isdir(run.model.tokenizer):

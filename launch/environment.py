@@ -26,19 +26,19 @@ SECRET = re.compile(
     re.IGNORECASE,
 )
 # user:password@ in an address
-LOGIN = re.compile(r"//[^/@\s]+@")
+LOGIN = re.compile(r"//[^/@:\s]+:[^/@\s]+@")
 
 
-def is_secret(name: str) -> bool:
-    return bool(SECRET.search(name))
+def is_secret(name: str, value: object = None) -> bool:
+    return bool(SECRET.search(name) or LOGIN.search(str(value)))
 
 
 def settings(env: Mapping[str, str], prefixes: Sequence[str] = SETTINGS) -> dict[str, str]:
     """The variables that matter; one that looks like a secret is left out."""
     return {
-        name: LOGIN.sub("//...@", value)
+        name: value
         for name, value in sorted(env.items())
-        if name.startswith(tuple(prefixes)) and not is_secret(name)
+        if name.startswith(tuple(prefixes)) and not is_secret(name, value)
     }
 
 

@@ -5,11 +5,14 @@ Pure functions, here and in clusters/: they touch no disk, no GPU and no process
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+
+from omegaconf import OmegaConf
 
 from launch.schema import Cluster, Run
 
@@ -43,8 +46,8 @@ class Rendered:
     ranks: int
     # name -> text, for the run's folder
     files: dict[str, str] = field(default_factory=dict)
-    # runs to its end before the command does; empty: none is asked for, or the scheduler's text holds it
-    preflight: list[str] = field(default_factory=list)
+    # run to their ends before the command does; none where no preflight is asked for, or where a file has it
+    preflight: list[list[str]] = field(default_factory=list)
 
 
 def ds_config(run: Run) -> dict:
@@ -59,6 +62,14 @@ def at(run: Run, name: str) -> str:
 
 def config_file(run: Run) -> str:
     return at(run, "ds_config.json")
+
+
+def record(run: Run) -> dict[str, str]:
+    """name -> text of what every run's folder holds: the configuration of all ranks, and how the run came about."""
+    return {
+        "ds_config.json": json.dumps(ds_config(run), indent=2) + "\n",
+        "run.yaml": OmegaConf.to_yaml(OmegaConf.structured(run)),
+    }
 
 
 def train_options(run: Run) -> list[str]:
@@ -82,6 +93,11 @@ def train_options(run: Run) -> list[str]:
 def train_script(run: Run) -> list[str]:
     """What stands behind the options of the `deepspeed` command."""
     return ["--config", config_file(run), TRAIN, *train_options(run)]
+
+
+def script_with_config(run: Run) -> list[str]:
+    """The same for launchers that don't know DeepSpeed: the script takes its configuration as an argument."""
+    return [TRAIN, "--deepspeed_config", config_file(run), *train_options(run)]
 
 
 def rank_env(cluster: Cluster, on_cpu: bool, threads: int) -> dict[str, str]:

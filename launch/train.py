@@ -4,8 +4,8 @@
     deepspeed launch/train.py --deepspeed_config ds.json --model ... --text ... --out ...
 
 Everything about the optimizer, precision, batch sizes and ZeRO stands in the DeepSpeed JSON. Text is tokenized, joined
-and cut into blocks of equal length; the tail of every file is held out. In --out: metrics.jsonl, checkpoints/, and what
-DeepSpeed's own monitor writes.
+and cut into blocks of equal length; the tail of every file is held out. In --out: metrics.jsonl, report.html,
+checkpoints/, environment/, and what DeepSpeed's own monitor writes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import deepspeed
+import environment
+import report
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -195,16 +197,17 @@ class StopSignal:
             self.file.touch()
 
 
-def peak_memory_gb() -> float:
-    """The most memory any rank has used: the accelerator's, or the process's where the CPU trains."""
+def peak_memory_gb() -> list[float]:
+    """The most memory that each rank has used: the accelerator's, or the process's where the CPU trains."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     else:
         peak = accelerator.max_memory_allocated()
-    peak = torch.tensor(float(peak), device=accelerator.current_device_name())
-    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-    return peak.item() / 2**30
+    mine = torch.tensor(peak / 2**30, device=accelerator.current_device_name())
+    peaks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(peaks, mine)
+    return torch.stack(peaks).tolist()
 
 
 def say(text: str) -> None:
@@ -214,7 +217,7 @@ def say(text: str) -> None:
 
 
 class Journal:
-    """metrics.jsonl, DeepSpeed's monitor and the terminal, on rank 0."""
+    """metrics.jsonl, report.html, DeepSpeed's monitor and the terminal, on rank 0."""
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, args: argparse.Namespace):
         self.engine, self.path = engine, args.out / "metrics.jsonl"
@@ -225,24 +228,35 @@ class Journal:
             old = self.path.read_text().splitlines(keepends=True) if args.resume and self.path.exists() else []
             whole = [line for line in old if line.endswith("}\n")]
             self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= here))
+            self.dashboard = report.Dashboard(args.out, engine)
         self.bar = tqdm(
             total=args.steps, initial=here, unit="step", disable=not (self.is_first and sys.stderr.isatty())
         )
 
-    def row(self, **values: float) -> None:
+    def row(self, **values: float | list[float]) -> None:
         if self.is_first:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": self.engine.global_steps, **values}) + "\n")
+            self.dashboard.update()
 
-    def step(self, loss: float, tokens_per_s: float, memory_gb: float) -> None:
+    def close(self, state: str) -> None:
+        self.bar.close()
+        if self.is_first:
+            report.write(self.path.parent, state)
+
+    def step(self, loss: float, tokens_per_s: float, memory_gb: list[float]) -> None:
         engine = self.engine
         grad_norm = float(engine.get_global_grad_norm() or 0.0)
         lr = engine.get_lr()[0]
-        self.row(loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=tokens_per_s, memory_gb=memory_gb)
-        self.bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{tokens_per_s:.0f}", memory=f"{memory_gb:.2f}GB")
+        most = max(memory_gb)
+        self.row(
+            loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=tokens_per_s, memory_gb=most,
+            memory_gb_by_rank=[round(peak, 3) for peak in memory_gb],
+        )  # fmt: skip
+        self.bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{tokens_per_s:.0f}", memory=f"{most:.2f}GB")
         say(
             f"step {engine.global_steps:>5}/{self.bar.total}  loss {loss:.4f}  grad norm {grad_norm:.3f}  "
-            f"{tokens_per_s:.0f} tokens/s  {memory_gb:.2f} GB"
+            f"{tokens_per_s:.0f} tokens/s  {most:.2f} GB"
         )
 
     def held_out(self, loss: float) -> None:
@@ -258,6 +272,8 @@ def train(args: argparse.Namespace) -> None:
     stop = StopSignal(args.out)
     train_blocks, eval_blocks = token_blocks(args)
     model = load_model(args)
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        environment.write(args.out, platform.node())
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=args.deepspeed_config)
     checkpoints = args.out / "checkpoints"
     if args.resume and (checkpoints / "latest").is_file():
@@ -299,6 +315,7 @@ def train(args: argparse.Namespace) -> None:
             engine.save_checkpoint(str(checkpoints))
         if stopping:
             stop.leave()
+            journal.close("stopped")
             say(f"stopped by SIGUSR1 after step {done}; --resume goes on from there")
             return
         if done == args.steps or (args.eval_every and done % args.eval_every == 0):
@@ -307,9 +324,9 @@ def train(args: argparse.Namespace) -> None:
         # saving and evaluating do not count as training speed
         if done == logged:
             last = time.perf_counter()
-    journal.bar.close()
-    seconds, memory = time.perf_counter() - began, peak_memory_gb()
+    seconds, memory = time.perf_counter() - began, max(peak_memory_gb())
     journal.row(held_out_before=before, held_out_after=after, seconds=seconds, memory_gb=memory)
+    journal.close("ended")
     say(
         f"held-out loss {before:.4f} -> {after:.4f} in {args.steps - first_step} steps, {seconds:.1f} s, "
         f"peak memory {memory:.2f} GB a rank"

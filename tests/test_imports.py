@@ -37,9 +37,10 @@ MAY_IMPORT = {
     "ds_fused/autoload.py": {"wrapt", "ds_fused.engine"},
     # the rank runner
     "ds_fused/run.py": {"deepspeed", "ds_fused.autoload", "ds_fused.engine"},
-    # pydantic: its errors are what deepspeed says of a config
+    # pydantic: its errors are what deepspeed says of a config; yaml: what kubectl reads
     "launch": {
         "pydantic",
+        "yaml",
         "torch",
         "hydra",
         "omegaconf",

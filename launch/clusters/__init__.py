@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launch.clusters import hostfile, local, slurm
+from launch.clusters import hostfile, kubernetes, local, slurm, torchrun
 
 # cluster.kind -> its file
-KINDS = {"local": local, "hostfile": hostfile, "slurm": slurm}
+KINDS = {"local": local, "hostfile": hostfile, "slurm": slurm, "torchrun": torchrun, "kubernetes": kubernetes}

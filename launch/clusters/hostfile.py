@@ -95,6 +95,8 @@ def render(run: Run, host: Host) -> Rendered:
     slots = slots_of(cluster)
     port = count("port", cluster.port, PORT)
     files = {"hostfile": "".join(f"{name} slots={there}\n" for name, there in cluster.hosts.items())}
+    if cluster.preflight:
+        files["taking_part"] = "".join(f"{name} slots={len(there)}\n" for name, there in slots.items())
     # without force_multi a single machine would be taken for this one
     deepspeed = [os.path.join(host.bin, "deepspeed"), "--force_multi", "--hostfile", at(run, "hostfile")]
     for option in ("include", "exclude"):
@@ -135,8 +137,18 @@ def render(run: Run, host: Host) -> Rendered:
         nodes=node_lines(run, slots, port, host),
         ranks=sum(map(len, slots.values())),
         files=files,
-        preflight=[*deepspeed, PREFLIGHT, "--hostfile", at(run, "hostfile")] if cluster.preflight else [],
+        preflight=preflight(run, deepspeed, host) if cluster.preflight else [],
     )
+
+
+def preflight(run: Run, deepspeed: list[str], host: Host) -> list[list[str]]:
+    """Whether all machines answer, then whether they train together; DeepSpeed itself asks the first one only."""
+    cluster: Options = run.cluster
+    if cluster.launcher != "pdsh":
+        raise ValueError(f"cluster.preflight needs cluster.launcher=pdsh, not {cluster.launcher}")
+    script = [PREFLIGHT, "--hostfile", at(run, "taking_part")]
+    port = ["--ssh_port", str(cluster.ssh_port)] if cluster.ssh_port is not None else []
+    return [[os.path.join(host.bin, "python"), *script, "--reach", *port], [*deepspeed, *script]]
 
 
 def node_lines(run: Run, slots: dict[str, list[int]], port: int, host: Host) -> dict[str, str]:

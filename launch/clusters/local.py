@@ -36,5 +36,5 @@ def render(run: Run, host: Host) -> Rendered:
         env={"PATH": os.pathsep.join([host.bin, host.path]), **rank_env(cluster, on_cpu, host.cores // ranks)},
         nodes={host.name: shlex.join(command)},
         ranks=ranks,
-        preflight=[*deepspeed, PREFLIGHT] if cluster.preflight else [],
+        preflight=[[*deepspeed, PREFLIGHT]] if cluster.preflight else [],
     )

@@ -31,10 +31,13 @@ def hosts(nodes: int) -> str:
     return "cluster.hosts={" + ", ".join(f"n{i:03}: 8" for i in range(nodes)) + "}"
 
 
-# kind -> what a user types for so many nodes
+# what a user types for so many nodes
 TYPED = {
-    "hostfile": lambda nodes: [hosts(nodes), "cluster.ssh_port=2222", "cluster.address=10.0.0.1"],
-    "slurm": lambda nodes: [f"cluster.nodes={nodes}", "cluster.time=4:00:00", "cluster.setup=[module load cuda]"],
+    "hostfile": lambda nodes: ["cluster=hostfile", hosts(nodes), "cluster.ssh_port=2222", "cluster.address=10.0.0.1"],
+    "slurm": lambda nodes: ["cluster=slurm", f"cluster.nodes={nodes}", "cluster.setup=[module load cuda]"],
+    "torchrun": lambda nodes: ["cluster=torchrun", f"cluster.nodes={nodes}", "cluster.ranks=8", "cluster.address=a"],
+    "pytorchjob": lambda nodes: ["cluster=kubernetes", f"cluster.nodes={nodes}", "cluster.image=i", "cluster.claim=c"],
+    "indexed_job": lambda nodes: [*TYPED["pytorchjob"](nodes), "cluster.form=job", "cluster.env_from=tokens"],
 }
 
 
@@ -67,11 +70,11 @@ def as_text(result: Rendered) -> str:
 
 
 @pytest.mark.parametrize("nodes", NODES)
-@pytest.mark.parametrize("kind", TYPED)
-def test_it_renders_the_golden_text(kind, nodes):
-    result = rendered(f"cluster={kind}", *TYPED[kind](nodes))
+@pytest.mark.parametrize("name", TYPED)
+def test_it_renders_the_golden_text(name, nodes):
+    result = rendered(*TYPED[name](nodes), "cluster.preflight=true")
     assert len(result.nodes) == nodes and result.ranks == nodes * 8
-    golden = GOLDEN / f"{kind}_{nodes}.txt"
+    golden = GOLDEN / f"{name}_{nodes}.txt"
     if os.environ.get("REWRITE_GOLDEN"):
         golden.parent.mkdir(exist_ok=True)
         golden.write_text(as_text(result))

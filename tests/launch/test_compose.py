@@ -24,6 +24,7 @@ OPEN = {
     "hub": ["model.path=gpt"],
     "text": ["data.text=[a.txt]"],
     "hostfile": ["cluster.hosts={a: 2, b: 2}"],
+    "kubernetes": ["cluster.image=ds", "cluster.claim=runs", "model=hub", "model.path=a", "data=text", "data.text=[b]"],
 }
 
 
@@ -124,6 +125,7 @@ WRONG = [
     (["+fused.rms_nrom=true"], "fused: .*rms_nrom.*did you mean 'rms_norm'"),
     (["+deepspeed.comet.api_key=x"], "deepspeed.comet.api_key looks like a secret"),
     (["cluster.env={HF_TOKEN: x}"], "cluster.env.HF_TOKEN looks like a secret"),
+    (["cluster.env={http_proxy: 'http://me:word@proxy'}"], "cluster.env.http_proxy looks like a secret"),
     (["cluster=hostfile"], "cluster.hostfile must be given"),
     (["cluster=hostfile", "cluster.hostfile=/no/such"], "cluster.hostfile is /no/such: no such file"),
     ([*HOSTS, "cluster.ranks=3"], "cluster.ranks is 3, but b has 2 slots"),
@@ -144,6 +146,16 @@ def test_what_cannot_run_is_an_error_that_names_the_key(overrides, names):
 
     with pytest.raises(ValueError, match=names):
         prepare()
+
+
+def test_a_batch_that_multiplies_is_accepted():
+    batch = ["+deepspeed.train_batch_size=48", "deepspeed.gradient_accumulation_steps=3"]
+    run = run_of(*batch)
+    check(run, 4)
+    assert ds_config(run)["train_batch_size"] == 48
+    # DeepSpeed works out what is left open
+    check(run_of(batch[0], "deepspeed.gradient_accumulation_steps=null"), 4)
+    check(run_of(batch[0], batch[1], "+deepspeed.tensor_parallel.autotp_size=2"), 8)
 
 
 def test_paths_that_are_not_there_are_named():
@@ -171,12 +183,23 @@ def test_a_dry_run_writes_the_folder_and_starts_nothing(tmp_path):
     assert not [path for path in folder.rglob("*") if path.is_file() and "hf_secret" in path.read_text()]
 
 
-def test_a_sweep_has_a_folder_for_every_point(tmp_path):
+# the second of its points can't run, which keeps no other from its turn
+def test_a_sweep_has_a_folder_for_every_point_and_one_table(tmp_path):
     points = ["-m", "dry_run=true", f"folder={tmp_path}", "cluster.accelerator=cpu", "train.seed=5,6"]
-    ended = start([sys.executable, "-m", "launch", *points])
-    assert ended.status == 0, ended.output
-    assert [OmegaConf.load(tmp_path / str(i) / "run.yaml").train.seed for i in range(2)] == [5, 6]
-    assert f"--out {tmp_path / '1'}" in ended.output
+    ended = start([sys.executable, "-m", "launch", *points, "+deepspeed.train_batch_size=8,9"])
+    assert ended.status == 1, ended.output
+    assert ended.output.count("launch: deepspeed.train_batch_size is 9") == 2
+    assert [OmegaConf.load(tmp_path / str(i) / "run.yaml").train.seed for i in (0, 2)] == [5, 6]
+    assert f"--out {tmp_path / '2'}" in ended.output
+    header, *rows = (tmp_path / "sweep.csv").read_text().splitlines()
+    assert header.startswith("point,train.seed,step,loss,") and [row[:4] for row in rows] == ["0,5,", "2,6,"]
+
+
+def test_a_secret_on_the_command_line_is_refused_before_anything_is_written(tmp_path):
+    options = ["-m", f"folder={tmp_path / 'sweep'}", "dry_run=true", "cluster.env={HF_TOKEN: hf_x}", "train.seed=1,2"]
+    ended = start([sys.executable, "-m", "launch", *options])
+    assert ended.status == 1 and "HF_TOKEN looks like a secret" in ended.output, ended.output
+    assert not [*tmp_path.iterdir()]
 
 
 def test_cached_paths_are_where_the_data_is_put():
