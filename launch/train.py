@@ -11,6 +11,7 @@ checkpoints/, environment/, and what DeepSpeed's own monitor writes.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import platform
@@ -77,6 +78,15 @@ def join_ranks(timeout_s: int) -> None:
     # DeepSpeed hands the time-out to its first group; the groups that ZeRO adds to it take PyTorch's defaults
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
     deepspeed.init_distributed(timeout=limit)
+
+
+def expect_progress(timeout_s: int) -> None:
+    """End this process unless this is called again in time.
+
+    Where the network is cut, PyTorch's store waits for its server's answer for as long as TCP does (a quarter of an
+    hour), whatever its time-out. Twice as long as any other wait, since those end with a message of their own.
+    """
+    faulthandler.dump_traceback_later(2 * timeout_s, exit=True)
 
 
 def lost_ranks(error: BaseException | None) -> bool:
@@ -274,6 +284,8 @@ def train(args: argparse.Namespace) -> None:
     model = load_model(args)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         environment.write(args.out, platform.node())
+    # a forward is progress; so is a checkpoint, below
+    model.register_forward_pre_hook(lambda *_: expect_progress(args.timeout_s))
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=args.deepspeed_config)
     checkpoints = args.out / "checkpoints"
     if args.resume and (checkpoints / "latest").is_file():
@@ -312,7 +324,9 @@ def train(args: argparse.Namespace) -> None:
             loss_sum.zero_()
             last, logged = now, done
         if stopping or args.save_every and (done % args.save_every == 0 or done == args.steps):
+            expect_progress(args.timeout_s)
             engine.save_checkpoint(str(checkpoints))
+            expect_progress(args.timeout_s)
         if stopping:
             stop.leave()
             journal.close("stopped")

@@ -21,7 +21,7 @@ def cluster(two_hosts, tmp_path: Path) -> slurm.Slurm:
     return slurm.Slurm(two_hosts, folder)
 
 
-def test_a_job_saves_when_it_is_signalled_and_goes_on_to_the_same_losses(cluster, tmp_path, tiny_model, text, local_run):
+def test_a_signalled_job_saves_and_goes_on_to_the_same_losses(cluster, tmp_path, tiny_model, text, local_run):
     folder = tmp_path / "run"
     words = [*runs.overrides(tiny_model, text, folder), "cluster=slurm", "cluster.nodes=2", "cluster.ranks=1"]
     command = cluster.first.inside([sys.executable, "-m", "launch", *words], REPO)
