@@ -45,6 +45,7 @@ def this_host() -> Host:
         free_port=free_port,
         name=platform.node(),
         settings=environment.settings(os.environ, ("NCCL_", "UCX_", "GLOO_")),
+        ssh_args=os.environ.get("PDSH_SSH_ARGS_APPEND", ""),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import re
@@ -60,7 +61,7 @@ def refuse_secrets_typed(words: Sequence[str]) -> None:
 
 
 def check(run: Run, ranks: int) -> None:
-    """All that doesn't ask for a disk."""
+    """What DeepSpeed and ds_fused would refuse on the ranks."""
     check_batch(run.deepspeed, ranks)
     check_deepspeed(run, ranks)
     try:
@@ -133,7 +134,8 @@ def check_deepspeed(run: Run, ranks: int) -> None:
     """DeepSpeed's own reading of its configuration; a key that it doesn't ask for is a typo."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    config = _Read(ds_config(run))
+    # its own copy: DeepSpeed renames what is out of date in place
+    config = _Read(copy.deepcopy(ds_config(run)))
     if config.get("train_batch_size"):
         # where no rank runs DeepSpeed counts one; check_batch has seen to all of them
         config["train_batch_size"] //= data_parallel(config, ranks)

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import threading
@@ -51,10 +52,12 @@ def read_slots(hostfile: str) -> dict[str, int]:
 
 def unreachable(hosts: Sequence[str], ssh_port: int | None) -> dict[str, str]:
     """The machines that don't answer, each with ssh's own reason; all are asked at once."""
-    port = ["-p", str(ssh_port)] if ssh_port else []
+    ssh = ["ssh", *(["-p", str(ssh_port)] if ssh_port else [])]
+    # as pdsh asks them afterwards
+    ssh += shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", "-o BatchMode=yes -o ConnectTimeout=10"))
 
     def ask(host: str) -> str | None:
-        command = ["ssh", *port, "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", host, "true"]
+        command = [*ssh, host, "true"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=30)
         except subprocess.TimeoutExpired:

@@ -34,6 +34,7 @@ class Host:
     free_port: int
     name: str = "localhost"
     settings: Mapping[str, str] = field(default_factory=dict)  # NCCL's, as they are in the environment
+    ssh_args: str = ""  # PDSH_SSH_ARGS_APPEND, as it is
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class Rendered:
 def ds_config(run: Run) -> dict:
     """The one JSON that every rank reads: DeepSpeed's configuration with the `ds_fused` block in it."""
     return {**run.deepspeed, "ds_fused": run.fused}
+
+
+def refuse_spaces(run: Run, who: str) -> None:
+    if " " in run.folder:
+        raise ValueError(f"folder is {run.folder!r}: {who} would split it, so no space may be in it")
 
 
 def at(run: Run, name: str) -> str:

@@ -143,10 +143,18 @@ def test_the_launch_commands_compose():
     host = Host(gpus=2, cores=8, bin="/bin", path="/bin", free_port=1)
     for command in commands():
         if command[:3] == ["python", "-m", "launch"]:
-            overrides = [word for word in command[3:] if word != "-m"]
+            # of a sweep, its first point
+            overrides = [re.sub(r"^(\S+=[^\[{]\w*),.*", r"\1", word) for word in command[3:] if word != "-m"]
             with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
                 run = typed(compose("config", overrides=["folder=/runs/a", *overrides]))
             check(run, KINDS[run.cluster.kind].render(run, host).ranks)
+
+
+def test_the_table_of_clusters_is_the_folder():
+    from launch.clusters import KINDS
+
+    table = README[README.find("| `cluster=` |") :].split("\n\n")[0]
+    assert re.findall("^[|] `([a-z]+)`", table, re.MULTILINE) == [*KINDS]
 
 
 def test_the_deepspeed_commands_are_understood(tmp_path: Path, monkeypatch):

@@ -25,6 +25,7 @@ from launch.render import (
     count,
     exports,
     rank_env,
+    refuse_spaces,
     train_options,
     train_script,
 )
@@ -87,10 +88,7 @@ def slots_of(cluster: Options) -> dict[str, list[int]]:
 def render(run: Run, host: Host) -> Rendered:
     cluster: Options = run.cluster
     choice("launcher", cluster.launcher, *RUNNERS)
-    if " " in run.folder:
-        raise ValueError(
-            f"folder is {run.folder!r}: DeepSpeed hands it to a shell without quotes, so no space may be in it"
-        )
+    refuse_spaces(run, "DeepSpeed")
     on_cpu = choice("accelerator", cluster.accelerator, "auto", "cpu") == "cpu"
     slots = slots_of(cluster)
     port = count("port", cluster.port, PORT)
@@ -120,7 +118,7 @@ def render(run: Run, host: Host) -> Rendered:
         # silent for as long as its ranks may be is given up, or pdsh would wait for it for ever
         silence = max(1, run.train.timeout_s // 3)
         alive = f"-o ServerAliveInterval={silence} -o ServerAliveCountMax=3"
-        env["PDSH_SSH_ARGS_APPEND"] = f"-o BatchMode=yes -o ConnectTimeout=10 {alive}"
+        env["PDSH_SSH_ARGS_APPEND"] = f"{host.ssh_args} -o BatchMode=yes -o ConnectTimeout=10 {alive}".lstrip()
     else:
         # the MPI runners have no such option: they read this file instead of ~/.deepspeed_env
         files["deepspeed_env"] = "".join(f"{key}={value}\n" for key, value in ranks_find.items())

@@ -12,7 +12,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Optional
 
-from launch.render import PREFLIGHT, Host, Rendered, at, choice, count, exports, rank_env, train_script
+from launch.render import PREFLIGHT, Host, Rendered, at, choice, count, exports, rank_env, refuse_spaces, train_script
 from launch.schema import Cluster, Run
 
 # ruff: noqa: UP045 (omegaconf knows Optional by this name)
@@ -36,6 +36,7 @@ class Options(Cluster):
 
 def render(run: Run, host: Host) -> Rendered:
     cluster: Options = run.cluster
+    refuse_spaces(run, "sbatch")
     nodes, ranks = count("nodes", cluster.nodes), count("ranks", cluster.ranks)
     on_cpu = choice("accelerator", cluster.accelerator, "auto", "cpu") == "cpu"
     line = f"{node_line(run, host)} {shlex.join(train_script(run))}"

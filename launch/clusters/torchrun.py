@@ -3,7 +3,8 @@
     cluster=torchrun                                     this machine
     cluster=torchrun cluster.nodes=2 cluster.address=A   node 0 starts here; the other nodes' lines are printed
 
-`cluster.rendezvous=c10d` numbers the nodes itself, so that all of them run one line.
+`cluster.rendezvous=c10d` numbers the nodes itself, so that all of them run one line. The run's folder, the Python
+environment and the data have the same path on every node.
 """
 
 from __future__ import annotations

@@ -5,14 +5,17 @@ Rewritten with REWRITE_GOLDEN=1; the diff is then the review.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from launching import REPO, free_port, start
 
@@ -81,6 +84,63 @@ def test_it_renders_the_golden_text(name, nodes):
     assert as_text(result) == golden.read_text()
 
 
+@pytest.mark.parametrize("name", ["slurm", "torchrun"])
+def test_its_scripts_are_shell(name):
+    for file, script in rendered(*TYPED[name](2), "cluster.preflight=true").files.items():
+        ended = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+        assert ended.returncode == 0 and not ended.stderr, f"{file}: {ended.stderr}"
+
+
+def test_parts_of_a_hostfile_take_part():
+    result = rendered("cluster=hostfile", hosts(3), "cluster.include='n000@n002:0,1'", "cluster.preflight=true")
+    assert [*result.nodes] == ["n000", "n002"] and result.ranks == 10
+    assert result.files["taking_part"] == "n000 slots=8\nn002 slots=2\n"
+    assert " --include n000@n002:0,1 " in " ".join(result.command)
+    result = rendered("cluster=hostfile", hosts(3), "cluster.exclude=n001", "cluster.env={NCCL_DEBUG: INFO}")
+    assert [*result.nodes] == ["n000", "n002"] and result.ranks == 16
+    assert "export NCCL_DEBUG=INFO" in result.files["node_env.sh"]
+    # pdsh keeps what the user gives to ssh
+    login = dataclasses.replace(LOGIN, ssh_args="-i key")
+    ssh = KINDS["hostfile"].render(run_of("cluster=hostfile", hosts(1)), login).env["PDSH_SSH_ARGS_APPEND"]
+    assert ssh == "-i key -o BatchMode=yes -o ConnectTimeout=10"
+
+
+def test_an_mpi_runner_finds_its_variables_in_a_file():
+    result = rendered("cluster=hostfile", hosts(2), "cluster.launcher=openmpi", "cluster.accelerator=cpu")
+    assert " --launcher openmpi " in " ".join(result.command) and "--venv_script" not in result.command
+    assert result.env["DS_ENV_FILE"] == "/runs/a/deepspeed_env"
+    assert result.files["deepspeed_env"].splitlines()[:2] == ["NCCL_IB_HCA=mlx5", "DS_ACCELERATOR=cpu"]
+
+
+def test_a_slurm_job_of_cpu_ranks_that_is_not_put_back():
+    options = ["cluster.accelerator=cpu", "cluster.ranks=2", "cluster.cpus=32", "cluster.requeue=false"]
+    files = rendered("cluster=slurm", *options, "cluster.options=['--exclusive']").files
+    assert "gres" not in files["job.sh"] and "scontrol requeue" not in files["job.sh"]
+    for line in ("#SBATCH --no-requeue", "#SBATCH --exclusive", "export SRUN_CPUS_PER_TASK=32"):
+        assert line in files["job.sh"].splitlines()
+    assert "export OMP_NUM_THREADS=16" in files["node.sh"].splitlines()
+
+
+def test_c10d_nodes_run_one_line():
+    result = rendered(*TYPED["torchrun"](2), "cluster.rendezvous=c10d")
+    assert len({*result.nodes.values()}) == 1
+    assert "--rdzv_backend c10d --rdzv_endpoint a:29500 --rdzv_id a " in result.files["node.sh"]
+
+
+def test_a_pods_manifest_is_yaml_with_names_that_kubernetes_allows():
+    mounts = "cluster.mounts={datasets: /datasets}"
+    result = rendered(*TYPED["pytorchjob"](3), "folder=/home/Me/runs/2026-11-25/A_run.1", mounts)
+    config, job = yaml.safe_load_all(result.files["job.yaml"])
+    assert json.loads(config["data"]["ds_config.json"])["ds_fused"] == {"enabled": True}
+    assert job["metadata"]["name"] == config["metadata"]["name"] == "ds-fused-2026-11-25-a-run-1"
+    master, worker = job["spec"]["pytorchReplicaSpecs"].values()
+    assert (master["replicas"], worker["replicas"]) == (1, 2)
+    container = worker["template"]["spec"]["containers"][0]
+    assert {"name": "datasets", "mountPath": "/datasets"} in container["volumeMounts"]
+    with pytest.raises(ValueError, match="model.fetch is made on this machine"):
+        rendered(*TYPED["pytorchjob"](1), "model=smollm2")
+
+
 def stand_in(folder: Path, name: str, script: str) -> None:
     """A command of a cluster, played by a few lines of shell."""
     (folder / name).write_text(f"#!/bin/bash\n{script}\n")
@@ -121,6 +181,7 @@ wait $!
 """
 
 
+@pytest.mark.all
 def test_a_slurm_job_that_is_signalled_saves_requeues_and_goes_on(tmp_path, tiny_model, text):
     run = tmp_path / "run"
     stand_in(tmp_path, "sbatch", 'echo "SUBMITTED $1"')
