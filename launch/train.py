@@ -90,10 +90,12 @@ def expect_progress(timeout_s: int) -> None:
 
 
 def lost_ranks(error: BaseException | None) -> bool:
-    """Whether it comes of other ranks that did not answer; gloo's errors have no type of their own."""
+    """Whether it comes of other ranks that did not answer."""
     if error is None:
         return False
-    return isinstance(error, dist.DistError) or "/gloo/" in str(error) or lost_ranks(error.__cause__)
+    # gloo's errors have no type of their own: most name its sources
+    of_gloo = any(words in str(error) for words in ("/gloo/", "caused pair closure"))
+    return of_gloo or isinstance(error, dist.DistError) or lost_ranks(error.__cause__)
 
 
 def load_model(args: argparse.Namespace) -> torch.nn.Module:
