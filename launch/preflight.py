@@ -81,10 +81,10 @@ def free_gb(local_rank: int) -> float:
         return next(int(line.split()[1]) / 2**20 for line in file if line.startswith("MemAvailable"))
 
 
-def facts(node: str, local_rank: int) -> dict[str, object]:
+def facts(rank: int, node: str, local_rank: int) -> dict[str, object]:
     # model, memory and driver of a GPU are one fact: a node with another kind of GPU is a mismatch too
     gpu = {} if trains_on_cpu() else {"gpu": (gpus() or ["unknown"])[0]}
-    return {"node": node, "free_gb": round(free_gb(local_rank), 1), "same": {**versions(), **gpu}}
+    return {"rank": rank, "node": node, "free_gb": round(free_gb(local_rank), 1), "same": {**versions(), **gpu}}
 
 
 def mismatches(reports: Sequence[Mapping]) -> list[str]:
@@ -104,11 +104,10 @@ def table(reports: Sequence[Mapping]) -> list[str]:
     """A line for each node: its ranks, what it has, the least free memory."""
     lines = []
     for node in dict.fromkeys(report["node"] for report in reports):
-        ranks = [rank for rank, report in enumerate(reports) if report["node"] == node]
-        first = reports[ranks[0]]
-        has = ", ".join(f"{name} {value}" for name, value in first["same"].items())
-        least = min(reports[rank]["free_gb"] for rank in ranks)
-        lines.append(f"{node}: {spans(ranks)}; {least} GB free; {has}")
+        here = [report for report in reports if report["node"] == node]
+        has = ", ".join(f"{name} {value}" for name, value in here[0]["same"].items())
+        least = min(report["free_gb"] for report in here)
+        lines.append(f"{node}: {spans([report['rank'] for report in here])}; {least} GB free; {has}")
     return lines
 
 
@@ -160,17 +159,14 @@ def complain(lines: Sequence[str]) -> None:
         print(f"preflight: {line}", file=sys.stderr, flush=True)
 
 
-def gather(store: dist.Store, rank: int, world: int, mine: Mapping, deadline: Deadline) -> tuple[list, list[int]]:
-    """Rank 0: the reports in rank order, or the ranks that haven't sent any when it is time to say so."""
-    store.set(f"report/{rank}", json.dumps(mine))
-    if rank:
-        return [], []
+def gather(store: dist.Store, world: int, deadline: Deadline) -> tuple[list[dict], list[int]]:
+    """The reports that came, in rank order, and the ranks that haven't sent any when it is time to say so."""
     missing = list(range(world))
     # the others wait for the verdict, so it comes before their time is up
     while missing and deadline.left() > deadline.seconds / 4:
-        missing = [other for other in missing if not store.check([f"report/{other}"])]
+        missing = [rank for rank in missing if not store.check([f"report/{rank}"])]
         time.sleep(0.1)
-    return ([] if missing else [json.loads(store.get(f"report/{other}")) for other in range(world)]), missing
+    return [json.loads(store.get(f"report/{rank}")) for rank in range(world) if rank not in missing], missing
 
 
 def all_reduce_gb_per_s(store: dist.Store, rank: int, world: int, local_rank: int, deadline: Deadline) -> float:
@@ -216,11 +212,12 @@ def main() -> int:
         address, port, is_master=listens, wait_for_workers=False, timeout=timedelta(seconds=options.seconds)
     )
     deadline.waits_for = "rank 0's verdict"
-    reports, missing = gather(store, rank, world, facts(node_of(rank, slots), local_rank), deadline)
+    store.set(f"report/{rank}", json.dumps(facts(rank, node_of(rank, slots), local_rank)))
     if rank == 0:
-        wrong = missing_nodes(missing, slots) or mismatches(reports)
-        complain(wrong)
+        reports, missing = gather(store, world, deadline)
         print("\n".join(f"preflight: {line}" for line in table(reports)), flush=True)
+        wrong = missing_nodes(missing, slots) + mismatches(reports)
+        complain(wrong)
         store.set("verdict", "wrong" if wrong else "right")
     if store.get("verdict") == b"wrong":
         # the store goes with rank 0, and the others still read the verdict

@@ -18,8 +18,8 @@ def preflight(monkeypatch: pytest.MonkeyPatch):
     return importlib.import_module("preflight")
 
 
-def report(node: str, free_gb: float = 70.0, **same: str) -> dict:
-    return {"node": node, "free_gb": free_gb, "same": {"torch": "2.11.0", "gpu": "H100, 580.1", **same}}
+def report(node: str, free_gb: float = 70.0, rank: int = 0, **same: str) -> dict:
+    return {"rank": rank, "node": node, "free_gb": free_gb, "same": {"torch": "2.11.0", "gpu": "H100, 580.1", **same}}
 
 
 def test_a_mismatch_names_both_sides(preflight):
@@ -31,10 +31,10 @@ def test_a_mismatch_names_both_sides(preflight):
 
 
 def test_a_node_is_one_line_with_its_least_free_memory(preflight):
-    lines = preflight.table([report("a", 60.0), report("a", 50.5), report("b", 70.0)])
+    lines = preflight.table([report("a", 60.0), report("a", 50.5, rank=1), report("b", 70.0, rank=3)])
     assert lines == [
         "a: ranks 0 to 1; 50.5 GB free; torch 2.11.0, gpu H100, 580.1",
-        "b: rank 2; 70.0 GB free; torch 2.11.0, gpu H100, 580.1",
+        "b: rank 3; 70.0 GB free; torch 2.11.0, gpu H100, 580.1",
     ]
 
 
@@ -68,3 +68,5 @@ def test_a_missing_node_is_named_in_time(tmp_path):
     command = [sys.executable, PREFLIGHT, "--seconds", "4", "--hostfile", tmp_path / "hosts"]
     ended = start(command, **address, MASTER_PORT=str(free_port()))
     assert ended.status == 1 and "preflight: b is missing (rank 1)" in ended.output, ended.output
+    # the one that is there reports all the same
+    assert "preflight: a: rank 0; " in ended.output
