@@ -40,7 +40,7 @@ echo $outside
 read -r _ || exit 0
 """
 
-# ClientAlive: sessions of a launcher that is gone end by themselves, and with them what they run
+# ClientAlive: a session whose launcher is out of reach ends by itself
 SSHD_CONFIG = """
 HostKey {folder}/host_key
 AuthorizedKeysFile {folder}/user_key.pub
@@ -151,11 +151,12 @@ def _write_configuration(folder: Path) -> None:
     for key in ("host_key", "user_key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True)
     # where ops are that DeepSpeed has compiled: a host's first rank would do that again
-    extensions = "".join(f" {name}={os.environ[name]}" for name in ("TORCH_EXTENSIONS_DIR",) if name in os.environ)
+    extensions = os.environ.get("TORCH_EXTENSIONS_DIR")
+    more_env = f" TORCH_EXTENSIONS_DIR={extensions}" if extensions else ""
     files = {
         "hosts": "".join(f"{address} {name}\n" for name, address in [("localhost", "127.0.0.1"), *ADDRESSES.items()]),
         "known_hosts": f"{','.join(ADDRESSES)} {(folder / 'host_key.pub').read_text()}",
-        "sshd_config": SSHD_CONFIG.format(folder=folder, more_env=extensions),
+        "sshd_config": SSHD_CONFIG.format(folder=folder, more_env=more_env),
         "ssh_config": SSH_CONFIG.format(folder=folder),
     }
     for name, text in files.items():
