@@ -40,6 +40,7 @@ class Train:
     log_every: int = 1
     eval_every: int = 0
     save_every: int = 0
+    timeout_s: int = 600
 
 
 @dataclass

@@ -11,6 +11,7 @@ checkpoints/, environment/, and what DeepSpeed's own monitor writes.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ import resource
 import signal
 import sys
 import time
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,8 +29,10 @@ import report
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
 from toolchain import missing_build_tools
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.integrations import HfDeepSpeedConfig
@@ -51,6 +55,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save_every", type=int, default=0, help="steps; 0: never")
     parser.add_argument("--log_every", type=int, default=1, help="steps")
     parser.add_argument("--resume", action=on_off, default=False, help="go on from the newest checkpoint in --out")
+    wait = int(default_pg_timeout.total_seconds())
+    parser.add_argument("--timeout_s", type=int, default=wait, help="seconds that a rank waits for the others")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="the run's folder")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
@@ -64,6 +70,32 @@ def use_gloo_alone_where_nothing_compiles() -> None:
     if missing:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         say(f"DeepSpeed's CPU communication op is left out, gloo does its work: there is no {', no '.join(missing)}")
+
+
+def join_ranks(timeout_s: int) -> None:
+    """Meet the other ranks; none waits longer for another, now or later."""
+    limit = timedelta(seconds=timeout_s)
+    # DeepSpeed hands the time-out to its first group; the groups that ZeRO adds to it take PyTorch's defaults
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
+    deepspeed.init_distributed(timeout=limit)
+
+
+def expect_progress(timeout_s: int) -> None:
+    """End this process unless this is called again in time.
+
+    Where the network is cut, PyTorch's store waits for its server's answer for as long as TCP does (a quarter of an
+    hour), whatever its time-out. Twice as long as any other wait, since those end with a message of their own.
+    """
+    faulthandler.dump_traceback_later(2 * timeout_s, exit=True)
+
+
+def lost_ranks(error: BaseException | None) -> bool:
+    """Whether it comes of other ranks that did not answer."""
+    if error is None:
+        return False
+    # gloo's errors have no type of their own: most name its sources
+    of_gloo = any(words in str(error) for words in ("/gloo/", "caused pair closure"))
+    return of_gloo or isinstance(error, dist.DistError) or lost_ranks(error.__cause__)
 
 
 def load_model(args: argparse.Namespace) -> torch.nn.Module:
@@ -254,6 +286,8 @@ def train(args: argparse.Namespace) -> None:
     model = load_model(args)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         environment.write(args.out, platform.node())
+    # a forward is progress; so is a checkpoint, below
+    model.register_forward_pre_hook(lambda *_: expect_progress(args.timeout_s))
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=args.deepspeed_config)
     checkpoints = args.out / "checkpoints"
     if args.resume and (checkpoints / "latest").is_file():
@@ -292,7 +326,9 @@ def train(args: argparse.Namespace) -> None:
             loss_sum.zero_()
             last, logged = now, done
         if stopping or args.save_every and (done % args.save_every == 0 or done == args.steps):
+            expect_progress(args.timeout_s)
             engine.save_checkpoint(str(checkpoints))
+            expect_progress(args.timeout_s)
         if stopping:
             stop.leave()
             journal.close("stopped")
@@ -316,8 +352,16 @@ def train(args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse_options()
     use_gloo_alone_where_nothing_compiles()
-    deepspeed.init_distributed()
-    train(args)
+    try:
+        join_ranks(args.timeout_s)
+        train(args)
+    except RuntimeError as error:
+        if not lost_ranks(error):
+            raise
+        sys.exit(
+            f"rank {os.environ.get('RANK', '0')} on {platform.node()} has lost the other ranks: one has failed, or its "
+            f"host or the network is down ({error}); --resume goes on from the newest checkpoint"
+        )
     dist.destroy_process_group()
 
 

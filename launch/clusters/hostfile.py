@@ -114,8 +114,11 @@ def render(run: Run, host: Host) -> Rendered:
         # sourced on every machine, ahead of what DeepSpeed itself exports; ~/.deepspeed_env stays the user's
         files["node_env.sh"] = exports(host, ranks_find)
         deepspeed += ["--venv_script", at(run, "node_env.sh")]
-        # an unreachable machine is an error after seconds, not minutes; no machine asks for a password
-        env["PDSH_SSH_ARGS_APPEND"] = f"{host.ssh_args} -o BatchMode=yes -o ConnectTimeout=10".lstrip()
+        # an unreachable machine is an error after seconds, not minutes; no machine asks for a password; one that is
+        # silent for as long as its ranks may be is given up, or pdsh would wait for it for ever
+        silence = max(1, run.train.timeout_s // 3)
+        alive = f"-o ServerAliveInterval={silence} -o ServerAliveCountMax=3"
+        env["PDSH_SSH_ARGS_APPEND"] = f"{host.ssh_args} -o BatchMode=yes -o ConnectTimeout=10 {alive}".lstrip()
     else:
         # the MPI runners have no such option: they read this file instead of ~/.deepspeed_env
         files["deepspeed_env"] = "".join(f"{key}={value}\n" for key, value in ranks_find.items())

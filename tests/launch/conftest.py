@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import hosts
 import pytest
+import runs
+from launching import start
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +42,24 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, line in (("a", "To {0} or not to {0}, that is question {0}.\n"), ("b", "All the world's a stage {0}.\n")):
         (folder / f"{name}.txt").write_text("".join(line.format(i) for i in range(80)))
     return folder
+
+
+@pytest.fixture(scope="session")
+def local_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, text: Path) -> Path:
+    """The folder of the run of runs.py on two ranks of this machine, which other ways of starting it must equal."""
+    folder = tmp_path_factory.mktemp("local-run")
+    words = [*runs.overrides(tiny_model, text, folder), "cluster.ranks=2"]
+    ended = start([sys.executable, "-m", "launch", *words])
+    assert ended.status == 0, ended.output
+    assert len(runs.losses(folder)) == runs.STEPS
+    return folder
+
+
+@pytest.fixture
+def two_hosts(tmp_path: Path) -> Iterator[tuple[hosts.Host, hosts.Host]]:
+    if reason := hosts.missing():
+        pytest.skip(f"two hosts: {reason}")
+    folder = tmp_path / "hosts"
+    folder.mkdir()
+    with hosts.two_hosts(folder) as pair:
+        yield pair

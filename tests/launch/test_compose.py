@@ -83,7 +83,7 @@ def test_the_command_of_cpu_ranks():
         "/env/bin/deepspeed --num_gpus 2 --master_port 12345 --config /runs/a/ds_config.json "
         f"{TRAIN} --model {CACHE}/smollm2 --no-random_weights --no-gradient_checkpointing --zero_init "
         f"--text {CACHE}/shakespeare --block 256 --held_out 0.05 --eval_blocks 8 "
-        "--steps 16 --seed 0 --log_every 2 --eval_every 0 --save_every 0 --no-resume --out /runs/a"
+        "--steps 16 --seed 0 --log_every 2 --eval_every 0 --save_every 0 --timeout_s 600 --no-resume --out /runs/a"
     )
 
 
