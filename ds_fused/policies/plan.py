@@ -131,7 +131,8 @@ def plan(
 def _ways(kind: Kind | None, module: nn.Module, wanted: Mapping[str, object]) -> Sequence[Way] | str:
     """The ways to replace a layer by what is wanted; or why it stays; () where nobody would expect it."""
     if kind is None:
-        if not _EXPECTED.search(type(module).__name__):
+        # what holds layers that we know is no layer itself
+        if not _EXPECTED.search(type(module).__name__) or any(find(m) for m in module.modules()):
             return ()
         owner = owner_of(type(module))
         return f"{owner} has replaced it" if owner else "it is of no form that an op could replace"

@@ -48,6 +48,9 @@ def _ways(module: nn.Module) -> Sequence[Way] | str:
     if reason is not None:
         return reason
     layout, name = _layout_of(module), act_name(module)
+    if layout is None and _is_plain(module):
+        # nothing to say where the activation is an op by itself
+        return () if act_of(getattr(module, name)) == "relu2" else "it has no gate, and its activation alone is no op"
     if name is not None:
         act = fused_act(module, name)
         if act not in KEYS:
@@ -68,6 +71,12 @@ def _layout_of(module: nn.Module) -> Layout | None:
         ):
             return layout
     return None
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether one projection goes right into the other."""
+    first, *_, last = _projections(module).values()
+    return len(_projections(module)) == 2 and first.out_features == last.in_features
 
 
 def act_name(module: nn.Module) -> str | None:

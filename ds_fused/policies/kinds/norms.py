@@ -81,8 +81,8 @@ def _state(**form: object) -> tuple[tuple[str, object], ...]:
 def _prove(module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype) -> str | None:
     parameters = {name: p for name, p in module._parameters.items() if p is not None}
     width = next((shape_of(p)[0] for p in parameters.values()), 64)
-    if isinstance(module, nn.LayerNorm):
-        width = module.normalized_shape[0]
+    if hasattr(module, "normalized_shape"):
+        width = module.normalized_shape[-1]
     shape = (3, 2, width)
     if isinstance(module, nn.GroupNorm):
         shape, width = (3, module.num_channels, 2, 3), module.num_channels
