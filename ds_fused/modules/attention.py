@@ -39,7 +39,10 @@ def rotary_functions(cls: type[nn.Module]) -> dict[str, Callable]:
 def exchanged(f: FunctionType, new: Mapping[str, Callable]) -> FunctionType:
     """``f`` with globals bound to ``new``; decorators around the function that uses them are built again."""
     if not new.keys().isdisjoint(f.__code__.co_names):
-        return _function(f, {**f.__globals__, **new}, f.__closure__)
+        names = {**f.__globals__, **new}
+        # torch.compile would guard what it finds in the module of that name instead
+        names.pop("__name__", None)
+        return _function(f, names, f.__closure__)
     inner = f.__wrapped__
     cells = tuple(CellType(exchanged(inner, new)) if _holds(cell, inner) else cell for cell in f.__closure__)
     return _function(f, f.__globals__, cells)

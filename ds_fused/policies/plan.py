@@ -132,10 +132,14 @@ def _ways(kind: Kind | None, module: nn.Module, wanted: Mapping[str, object]) ->
     """The ways to replace a layer by what is wanted; or why it stays; () where nobody would expect it."""
     if kind is None:
         # what holds layers that we know is no layer itself
-        if not _EXPECTED.search(type(module).__name__) or any(find(m) for m in module.modules()):
+        expected = any(_EXPECTED.search(cls.__name__) for cls in type(module).__mro__)
+        if not expected or any(find(child) for child in module.modules()):
             return ()
-        owner = owner_of(type(module))
-        return f"{owner} has replaced it" if owner else "it is of no form that an op could replace"
+    owner = owner_of(type(module))
+    if owner is not None:
+        return f"{owner} has replaced it"
+    if kind is None:
+        return "it is of no form that an op could replace"
     ways = why_not(module) or kind.ways(module)
     return ways if isinstance(ways, str) else [way for way in ways if way.key in wanted]
 

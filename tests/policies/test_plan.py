@@ -6,14 +6,14 @@ import json
 
 import pytest
 import torch
-import transformers
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import ds_fused
 from ds_fused.policies import plan as plan_file
+from ds_fused.policies.kinds import Way
 from ds_fused.policies.plan import SwapClaim, plan
-from tests.policies.tiny import FAMILIES, LAYER_KEYS, LLAMA, SIZES, batch, classes, counts, step
+from tests.policies.tiny import COVERED_FAMILIES, FAMILIES, LAYER_KEYS, LLAMA, SIZES, batch, classes, counts, step
 
 GEMMA = next(family for family in FAMILIES if family.name == "Gemma")
 
@@ -83,9 +83,11 @@ def test_strict() -> None:
     with pytest.raises(ValueError, match="geglu"):
         ds_fused.apply(model, {"geglu": True, "rope": True}, strict=True)
     assert classes(model) == classes(LLAMA.make())
-    with pytest.raises(ValueError, match="nothing matched swiglu, geglu(.|\n)*MixtralExperts"):
-        mixtral = next(family for family in FAMILIES if family.name == "Mixtral")
-        ds_fused.apply(mixtral.make(), strict=True)
+    # norms are alternatives, too
+    ds_fused.apply(LLAMA.make(), {"layer_norm": True, "rms_norm": True}, strict=True)
+    with pytest.raises(ValueError, match="nothing matched rope, swiglu"):
+        opt = next(family for family in COVERED_FAMILIES if family.name == "OPT")
+        ds_fused.apply(opt.make(), strict=True)
 
 
 def test_strict_counts_what_the_proof_let_pass() -> None:
@@ -101,27 +103,23 @@ def test_strict_counts_what_the_proof_let_pass() -> None:
         ds_fused.apply(model, strict=True)
 
 
-def test_unknown_type_is_said_in_one_line_and_its_loss_is_fused() -> None:
-    model = transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**SIZES))
-    report = ds_fused.apply(model)
-    assert counts(report) == {"fused_linear_cross_entropy": 1, "cross_entropy": 1}
-    assert [row.reason for row in report.left] == [
-        "no family known for model_type olmo2: norms, rope and mlps left; the loss is fused anyway"
-    ]
-    report = ds_fused.apply(transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**SIZES)), LAYER_KEYS)
-    assert "the loss" not in report.left[0].reason
-    assert "olmo2" in str(report)
+class Convolved(nn.Module):
+    """By its name somebody would expect it to be replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 3)
 
 
-def test_strangers_in_a_known_model_are_named() -> None:
-    class GatedRMSNorm(nn.Module):
-        pass
-
+def test_strangers_are_named() -> None:
     model = LLAMA.make()
-    model.extra = nn.ModuleList([GatedRMSNorm(), GatedRMSNorm()])
+    model.extra = nn.ModuleList([type("GatedRMSNorm", (Convolved,), {})(), type("MyExperts", (Convolved,), {})()])
+    model.extra.append(type("Convolution", (Convolved,), {})())
     report = ds_fused.apply(model, LAYER_KEYS)
+    assert counts(report) == LLAMA.counts
     assert [(row.what, row.count, row.reason) for row in report.left] == [
-        ("GatedRMSNorm", 2, "no family names this class")
+        ("GatedRMSNorm", 1, "it is of no form that an op could replace"),
+        ("MyExperts", 1, "it is of no form that an op could replace"),
     ]
 
 
@@ -142,7 +140,8 @@ def test_two_claims_on_one_layer_are_an_error(monkeypatch: pytest.MonkeyPatch) -
     path = "model.layers.0.mlp"
 
     def claim_loss(model: nn.Module, wanted: object, **_: object) -> tuple[list, list]:
-        again = SwapClaim("fused_linear_cross_entropy", plan_file.find(LlamaRMSNorm), {}, model)
+        way = Way("fused_linear_cross_entropy", "linear_cross_entropy", LlamaMLP)
+        again = SwapClaim(plan_file.find(model.get_submodule(path)), [way], model)
         again.add(path, model.get_submodule(path))
         return [again], []
 
@@ -185,11 +184,11 @@ def test_commit_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = LLAMA.make()
     real, calls = plan_file.swap, []
 
-    def fails_at_the_fourth(module: nn.Module, mixin: type, **state: object) -> None:
+    def fails_at_the_fourth(module: nn.Module, mixin: type, how: tuple, **state: object) -> None:
         calls.append(module)
         if len(calls) == 4:
             raise MemoryError
-        real(module, mixin, **state)
+        real(module, mixin, how, **state)
 
     monkeypatch.setattr(plan_file, "swap", fails_at_the_fourth)
     with pytest.raises(MemoryError):

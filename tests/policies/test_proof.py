@@ -12,16 +12,18 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 import ds_fused
-from ds_fused.modules.attention import NAME, exchanged
-from ds_fused.policies.bodies import GATED_MLP, RMS_NORM_GEMMA, RMS_NORM_LLAMA, ROPE_HALF, Body
+from ds_fused.modules.attention import exchanged
+from ds_fused.policies.kinds import Way, choose, find
 from tests.policies.tiny import LAYER_KEYS, LLAMA, classes, counts
 
 CPU = torch.device("cpu")
 
 
-def outcome(body: Body, layer: nn.Module, dtype: torch.dtype = torch.float32) -> str | None:
-    reading = body.read(layer)
-    return reading if isinstance(reading, str) else body.prove(layer, body.mixin, reading.state, CPU, dtype)
+def outcome(layer: nn.Module, dtype: torch.dtype = torch.float32) -> Way | str:
+    """The way that the layer is replaced, or why it stays."""
+    kind = find(layer)
+    ways = kind.ways(layer)
+    return ways if isinstance(ways, str) else choose(kind, layer, ways, CPU, dtype)
 
 
 class SignFlipped(LlamaRMSNorm):

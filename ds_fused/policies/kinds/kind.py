@@ -45,17 +45,24 @@ def choose(
     kind: Kind, module: nn.Module, ways: Sequence[Way], device: torch.device, dtype: torch.dtype
 ) -> Way | str:
     """The first way that computes what the layer does, or what differed."""
+    cpu = torch.device("cpu")
+    # of several, the wrong ones fall out on the CPU, where no kernel has to be compiled for them
+    places = (device,) if len(ways) == 1 else dict.fromkeys((cpu, device))
     reasons = []
     for way in ways:
-        try:
-            differs = kind.prove(module, way, device, dtype)
-        except Exception as error:
-            differs = unproven(error)
+        differs = next((reason for place in places if (reason := _differs(kind, module, way, place, dtype))), None)
         if differs is None:
             return way
         reasons.append(differs)
     # of the way that layers of this kind mostly are
     return reasons[0] if len(ways) == 1 else f"none of {len(ways)} known forms fits; of the first, {reasons[0]}"
+
+
+def _differs(kind: Kind, module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype) -> str | None:
+    try:
+        return kind.prove(module, way, device, dtype)
+    except Exception as error:
+        return unproven(error)
 
 
 def unproven(error: Exception) -> str:
@@ -95,9 +102,10 @@ def mixed(dtype: torch.dtype) -> Iterable[tuple[torch.dtype, torch.dtype]]:
     """Of activations and of what meets them, to be tried for a model of ``dtype``.
 
     fp32 tells formulas apart that 16 bits would round together. Under autocast, or where some parameters stay in fp32,
-    the two differ, which decides the dtype of a result.
+    the two differ, which decides the dtype of a result; a model in fp32 can come under autocast at any time.
     """
-    return dict.fromkeys(((torch.float32, torch.float32), (dtype, dtype), (dtype, torch.float32)))
+    low = torch.bfloat16 if dtype == torch.float32 else dtype
+    return dict.fromkeys(((torch.float32, torch.float32), (dtype, dtype), (low, torch.float32)))
 
 
 def compared(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ LAYOUTS = (
     Layout(PackedMLP, ("weights_in", "weights_out"), None),  # DINOv2
     Layout(GatedMLP, ("w1", "w3", "w2"), None),  # LFM2
 )
+_NAMED = re.compile("MLP|Mlp|FeedForward|FFN")
 # what the bounds of a clamped gate are called
 LIMITS = ("swiglu_limit", "limit")
 
@@ -40,7 +42,10 @@ def _recognises(module: nn.Module) -> bool:
     if _layout_of(module) is not None:
         return True
     # projections, an activation, perhaps a dropout
-    return act_name(module) is not None and len(_projections(module)) > 1 and one_argument(module) is None
+    if act_name(module) is None or len(_projections(module)) < 2 or one_argument(module) is not None:
+        return False
+    # one without a gate is of interest where somebody would expect it to be replaced
+    return not _is_plain(module) or _NAMED.search(type(module).__name__) is not None
 
 
 def _ways(module: nn.Module) -> Sequence[Way] | str:

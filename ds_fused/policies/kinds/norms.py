@@ -21,8 +21,8 @@ EPS_OF_NONE = 1e-5
 def _recognises(module: nn.Module) -> bool:
     if isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
         return True
-    # a norm by its name; whether it is one, and which, the proof decides. Buffers: a batch norm
-    named = "norm" in type(module).__name__.lower()
+    # a norm by the name of a class; whether it is one, and which, the proof decides. Buffers: a batch norm
+    named = any("norm" in cls.__name__.lower() for cls in type(module).__mro__)
     return named and not module._modules and not module._buffers and set(module._parameters) <= {"weight", "bias"}
 
 
