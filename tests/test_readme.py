@@ -74,18 +74,14 @@ def test_the_table_of_the_json_block_is_the_parser():
     assert_table("| key | value | default | meaning |", rows)
 
 
-def test_the_table_of_models_is_the_table_of_families():
-    from ds_fused.policies.families import FAMILIES
+def test_the_table_of_models_is_that_of_the_tested_families():
+    from policies.tiny_families import COVERED, FIRST
 
-    rows = []
-    for family, layers in FAMILIES.items():
-        cells: dict[str, list[str]] = {"rms_norm": [], "glu": [], "rope": []}
-        for layer, body in layers.items():
-            # instead of a body, a pair says why such layers are left
-            name = "glu" if isinstance(body, tuple) else body.name
-            cells[name].append(f"stays stock: `{layer}`" if isinstance(body, tuple) else f"`{layer}`")
-        rows.append((f"`{family}`", *(", ".join(cell) or "none" for cell in cells.values())))
-    assert_table("| family | rms_norm | glu | rope |", rows)
+    rows: dict[str, list[str]] = {}
+    for name, layers, _ in (*FIRST, *COVERED):
+        keys = [each.split()[0] for each in layers.split(", ")]
+        rows.setdefault(", ".join(f"`{key}`" for key in keys if key != "plain"), []).append(name.removesuffix("Text"))
+    assert_table("| replaced | in |", [(keys, ", ".join(names)) for keys, names in rows.items()])
 
 
 def test_every_folder_that_is_named_exists():

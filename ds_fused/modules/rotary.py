@@ -82,12 +82,28 @@ def fused_rotary(stock: Callable, turn: Turn) -> Callable:
         given = dict(zip(names, args, strict=False))
         for name, value in named.items():
             given[roles[name]] = value
-        if given.get("position_ids") is not None:
-            return stock(*args, **named)  # cos and sin are then tables
-        angles = (given["angles"], None) if "angles" in given else (given["cos"], given["sin"])
-        return _turned(given["q"], given.get("k"), *angles, given.get("unsqueeze_dim", heads_dim), turn)
+        q, k, where = given["q"], given.get("k"), given.get("unsqueeze_dim", heads_dim)
+        cos, sin = (given["angles"], None) if "angles" in given else (given["cos"], given["sin"])
+        if where == 0 and cos.ndim == 2:
+            where = 1  # Pixtral's: angles of tokens alone, which all heads of all samples share
+        # with positions, cos and sin are tables; and a call that was not proven is the original's
+        if given.get("position_ids") is not None or not takes(q, k, cos, where):
+            return stock(*args, **named)
+        return _turned(q, k, cos, sin, where, turn)
 
     return apply_rotary
+
+
+def takes(q: Tensor, k: Tensor | None, cos: Tensor, heads_dim: int) -> bool:
+    """Whether ``rope`` takes these shapes: each token has its angles, in each sample or in all."""
+    if heads_dim not in (1, 2) or q.ndim not in (3, 4) or not 2 <= cos.ndim < q.ndim:
+        return False
+    tokens_dim = -2 if heads_dim == 1 else -3
+    if k is not None and (k.ndim != q.ndim or k.shape[tokens_dim] != q.shape[tokens_dim]):
+        return False
+    if k is not None and q.ndim == 4 and k.shape[0] != q.shape[0]:
+        return False
+    return cos.shape[-2] == q.shape[tokens_dim] and (cos.ndim == 2 or cos.shape[0] in (1, q.shape[0]))
 
 
 def _turned(

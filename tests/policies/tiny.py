@@ -30,7 +30,11 @@ SIZES = {
 NORM_KEYS = ("rms_norm", "layer_norm", "group_norm", "gated_rms_norm")
 LAYER_KEYS = dict.fromkeys((*NORM_KEYS, "rope", "swiglu", "geglu", "reglu", "relu2"), True)
 # functional ones too, which draw numbers in an order of their own
-NO_DROPOUT = dict.fromkeys(("dropout", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+NO_DROPOUT = dict.fromkeys(
+    ("dropout", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout_rate")
+    + ("hidden_dropout_prob", "attention_probs_dropout_prob", "feat_proj_dropout", "activation_dropout", "layerdrop"),
+    0.0,
+)
 
 
 @dataclass(frozen=True)

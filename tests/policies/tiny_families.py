@@ -90,3 +90,33 @@ LONG_TAIL = (
     ("GraniteMoeHybrid", "rms_norm 5, gated_rms_norm 1, rope 1, swiglu 4", EXPERTS | MAMBA | {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 48}),
     ("Mamba2", "rms_norm 3, gated_rms_norm 2", {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "expand": 2}),
 )  # fmt: skip
+
+TEXT = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128,
+    "pad_token_id": 0,
+}  # fmt: skip
+PICTURE = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16,
+    "patch_size": 4,
+}  # fmt: skip
+VIDEO = {
+    "depth": 2, "hidden_size": 32, "embed_dim": 32, "num_heads": 4, "intermediate_size": 48, "patch_size": 4,
+    "in_channels": 3, "temporal_patch_size": 2, "spatial_merge_size": 2, "out_hidden_size": 32, "mlp_ratio": 2,
+}  # fmt: skip
+# file and class, configuration, layers that are fused, kind of input, settings
+TOWERS = (
+    ("bert.BertModel", "BertConfig", "layer_norm 5", "ids", TEXT),
+    ("roberta.RobertaModel", "RobertaConfig", "layer_norm 5", "ids", TEXT),
+    ("modernbert.ModernBertModel", "ModernBertConfig", "layer_norm 5, rope 2, geglu 2", "ids", TEXT),
+    ("t5.T5EncoderModel", "T5Config", "geglu 2", "ids", {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": 128, "dropout_rate": 0.0, "feed_forward_proj": "gated-gelu"}),
+    ("clip.CLIPVisionModel", "CLIPVisionConfig", "layer_norm 6", "pixels", PICTURE),
+    ("siglip.SiglipVisionModel", "SiglipVisionConfig", "layer_norm 6", "pixels", PICTURE),
+    ("pixtral.PixtralVisionModel", "PixtralVisionConfig", "rms_norm 5, rope 2, geglu 2", "pixels", PICTURE | {"head_dim": 8}),
+    ("internvl.InternVLVisionModel", "InternVLVisionConfig", "layer_norm 4", "pixels", PICTURE | {"image_size": (16, 16), "patch_size": (4, 4)}),
+    ("qwen2_vl.Qwen2VisionTransformerPretrainedModel", "Qwen2VLVisionConfig", "layer_norm 5, rope 2", "patches", VIDEO),
+    ("qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel", "Qwen2_5_VLVisionConfig", "rms_norm 5, rope 2, swiglu 2", "patches", VIDEO | {"window_size": 16}),
+    ("qwen3_vl.Qwen3VLVisionModel", "Qwen3VLVisionConfig", "layer_norm 5, rope 2", "patches", VIDEO | {"num_position_embeddings": 16, "deepstack_visual_indexes": []}),
+    ("glm4v.Glm4vVisionModel", "Glm4vVisionConfig", "layer_norm 1, rms_norm 6, rope 2, swiglu 2", "patches", VIDEO | {"image_size": 16}),
+    ("dinov2.Dinov2Model", "Dinov2Config", "layer_norm 5, swiglu 2", "pixels", PICTURE | {"use_swiglu_ffn": True}),
+    ("wav2vec2.Wav2Vec2Model", "Wav2Vec2Config", "layer_norm 6, group_norm 1", "sound", {**TEXT, "conv_dim": (8, 8), "conv_stride": (4, 2), "conv_kernel": (8, 4), "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "apply_spec_augment": False, "final_dropout": 0.0}),
+)  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_fused.modules.attention import Rope, rotary_functions
-from ds_fused.modules.rotary import TURNS, Turn, fused_rotary, roles_of
+from ds_fused.modules.rotary import TURNS, Turn, fused_rotary, roles_of, takes
 from ds_fused.modules.swap import owner_of
 from ds_fused.policies.kinds.kind import Kind, Way, mixed
 from ds_fused.policies.proof import compare, randn
@@ -56,12 +56,14 @@ def _prove(module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype
 
 
 def _prove_function(stock: Callable, turn: Turn, device: torch.device, dtype: torch.dtype) -> str | None:
-    fused, roles = fused_rotary(stock, turn), roles_of(stock)
+    roles = roles_of(stock)
     compared = False
     for tensors, heads_dim in _cases(turn, single="k" not in roles.values(), told="unsqueeze_dim" in roles.values()):
-        runs = [_caller(function, roles, heads_dim) for function in (stock, fused)]
-        if not _runs(runs[0], tensors):
-            continue  # the original refuses, so no such call can reach ours
+        given = _laid_out(tensors, heads_dim)
+        runs = [_caller(function, roles, heads_dim) for function in (stock, fused_rotary(stock, turn))]
+        # where the original refuses, no such call can reach ours; what ours hands on to the original proves nothing
+        if not takes(given["q"], given.get("k"), given["cos"], heads_dim) or not _runs(runs[0], tensors):
+            continue
         compared = True
         for x_dtype, angle_dtype in mixed(dtype):
             dtypes = {name: x_dtype if name in ("q", "k") else angle_dtype for name in tensors}
@@ -90,14 +92,17 @@ def _cases(turn: Turn, *, single: bool, told: bool) -> Iterator[tuple[dict[str, 
         yield tensors, heads_dim
 
 
+def _laid_out(tensors: Mapping[str, Tensor], heads_dim: int) -> dict[str, Tensor]:
+    """q and k as attention makes them: views, with heads in front of tokens, or as projections leave them."""
+    return {n: t.transpose(-3, -2) if n in ("q", "k") and heads_dim == 1 else t for n, t in tensors.items()}
+
+
 def _caller(function: Callable, roles: Mapping[str, str], heads_dim: int) -> Callable:
     def run(tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        # views, as attention makes them
-        given = {n: t.transpose(-3, -2) if n in ("q", "k") and heads_dim == 1 else t for n, t in tensors.items()}
-        given["unsqueeze_dim"] = heads_dim
         cos, sin = tensors["cos"], tensors["sin"]
         wide = torch.promote_types(cos.dtype, torch.float32)
-        given["angles"] = torch.complex(cos.to(wide), sin.to(wide))
+        given = _laid_out(tensors, heads_dim)
+        given |= {"unsqueeze_dim": heads_dim, "angles": torch.complex(cos.to(wide), sin.to(wide))}
         return function(**{name: given[role] for name, role in roles.items() if role in given})
 
     return run
