@@ -1,8 +1,8 @@
 """Experts of a mixture whose parameters are stacked in three dimensions, whichever implementation multiplies them.
 
 transformers' implementations (grouped and batched products, and what else is registered) call ``_apply_gate`` between
-the two products; the eager one has some classes' activation and product in its own loop. Both are fused, inside the code
-that runs. Router, weights of experts and auxiliary loss are other layers' and stay as they are.
+the two products; the eager one has some classes' activation and product in its own loop. Both are fused, inside the
+code that runs. Router, weights of experts and auxiliary loss are other layers' and stay as they are.
 """
 
 from __future__ import annotations

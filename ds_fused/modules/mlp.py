@@ -26,9 +26,7 @@ class Gate(NamedTuple):
 
 def gated(gate: Gate, x: Tensor, up: Tensor | None = None) -> Tensor:
     """``glu`` of x and up, or of x that holds both."""
-    return glu(
-        x, up, gate.act, interleaved=gate.interleaved, alpha=gate.alpha, limit=gate.limit, offset=gate.offset
-    )
+    return glu(x, up, gate.act, interleaved=gate.interleaved, alpha=gate.alpha, limit=gate.limit, offset=gate.offset)
 
 
 class GatedMLP:

@@ -3,8 +3,9 @@
     gate, up = linear(x, self.gate_up_proj[i]).chunk(2, -1)
     y = linear(self.act_fn(gate) * up, self.down_proj[i])
 
-The original's own code runs. Only what its activation returns is another thing: an ``Activated``, which does not compute
-until it is multiplied, and is then ``glu``. Any other use of it is the activation's real output, by the real activation.
+The original's own code runs. Only what its activation returns is another thing: an ``Activated``, which does not
+compute until it is multiplied, and is then ``glu``. Any other use of it is the activation's real output, by the real
+activation.
 """
 
 from __future__ import annotations

@@ -82,7 +82,13 @@ OPS: tuple[Op, ...] = (
         "layer norm; weight and bias may each be missing",
     ),
     Op("add_layer_norm", add_layer_norm, add_layer_norm_reference, (), "residual add and layer norm in one pass"),
-    Op("group_norm", group_norm, group_norm_reference, ("group_norm",), "group norm of [N, C, ...]; large groups in parts"),
+    Op(
+        "group_norm",
+        group_norm,
+        group_norm_reference,
+        ("group_norm",),
+        "group norm of [N, C, ...]; large groups in parts",
+    ),
     Op("dyt", dyt, dyt_reference, (), "dynamic tanh: weight * tanh(alpha * x) + bias"),
     Op("rope", rope, rope_reference, ("rope",), "rotary embedding of q and k in one launch; sections, complex angles"),
     Op(

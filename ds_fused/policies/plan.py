@@ -115,7 +115,9 @@ def plan(
         if isinstance(ways, str):
             left[_shown(module), ways] += 1
         elif ways:
-            inside.update(id(child) for child in module._modules.values() if child is not None and find(child) is ACTIVATION)
+            inside.update(
+                id(child) for child in module._modules.values() if child is not None and find(child) is ACTIVATION
+            )
             what = (type(module), tuple(ways), kind.alike(module))
             if what not in alike:
                 alike[what] = SwapClaim(kind, ways, model, tiles)
@@ -288,8 +290,8 @@ def _no_conflict(claims: Sequence[Claim]) -> None:
 
 
 def _all_matched(keys: Mapping[str, object], claims: Sequence[Claim], left: Sequence[Left]) -> None:
-    """``strict``: every op that is on has work. Keys of one op are alternatives (a model is swiglu or geglu), and so are
-    norms, MLPs with and without a gate, and the two ways to the loss."""
+    """``strict``: every op that is on has work. Keys of one op are alternatives (a model is swiglu or geglu), and so
+    are norms, MLPs with and without a gate, and the two ways to the loss."""
     groups = {key: _GROUPS.get(op.name, op.name) for op in OPS for key in op.keys}
     matched = {groups[claim.key] for claim in claims}
     missed = [key for key in keys if groups[key] not in matched]

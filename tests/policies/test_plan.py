@@ -13,7 +13,7 @@ import ds_fused
 from ds_fused.policies import plan as plan_file
 from ds_fused.policies.kinds import Way
 from ds_fused.policies.plan import SwapClaim, plan
-from tests.policies.tiny import COVERED_FAMILIES, FAMILIES, LAYER_KEYS, LLAMA, SIZES, batch, classes, counts, step
+from tests.policies.tiny import COVERED_FAMILIES, FAMILIES, LAYER_KEYS, LLAMA, batch, classes, counts, step
 
 GEMMA = next(family for family in FAMILIES if family.name == "Gemma")
 

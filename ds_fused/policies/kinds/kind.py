@@ -36,14 +36,12 @@ Proof = Callable[[nn.Module, Way, torch.device, torch.dtype], "str | None"]
 @dataclass(frozen=True)
 class Kind:
     recognises: Callable[[nn.Module], bool]  # by its looks
-    ways: Callable[[nn.Module], "Sequence[Way] | str"]  # the likelier first; or the reason why there are none
+    ways: Callable[[nn.Module], Sequence[Way] | str]  # the likelier first; or the reason why there are none
     prove: Proof  # what a replacement would compute otherwise; None where nothing
     alike: Callable[[nn.Module], Hashable] = facts  # layers of one class for which it is equal share one proof
 
 
-def choose(
-    kind: Kind, module: nn.Module, ways: Sequence[Way], device: torch.device, dtype: torch.dtype
-) -> Way | str:
+def choose(kind: Kind, module: nn.Module, ways: Sequence[Way], device: torch.device, dtype: torch.dtype) -> Way | str:
     """The first way that computes what the layer does, or what differed."""
     cpu = torch.device("cpu")
     # of several, the wrong ones fall out on the CPU, where no kernel has to be compiled for them
@@ -73,7 +71,10 @@ def unproven(error: Exception) -> str:
 def both(
     module: nn.Module, way: Way, call: Callable[[nn.Module, Mapping[str, Tensor]], Tensor], **given: object
 ) -> tuple[Run, Run]:
-    """``call`` of a copy of the layer over the tensors it is run on: stock, and replaced. ``given``: attributes of both."""
+    """``call`` of a copy of the layer over the tensors that it is run on: stock, and replaced.
+
+    ``given``: attributes of both copies.
+    """
     cls = type(module)
     built = fused_class(way.mixin, cls, way.how)
     return (

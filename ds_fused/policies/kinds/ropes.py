@@ -32,9 +32,7 @@ def _ways(module: nn.Module) -> Sequence[Way] | str:
         if roles_of(stock) is None:
             return f"its {name} takes {inspect.signature(stock)}"
     turns = [[turn for turn in TURNS if _fits(stock, turn)] for stock in functions.values()]
-    return [
-        Way("rope", "rope", Rope, how=tuple(zip(functions, each, strict=True))) for each in product(*turns)
-    ]
+    return [Way("rope", "rope", Rope, how=tuple(zip(functions, each, strict=True))) for each in product(*turns)]
 
 
 def _fits(stock: Callable, turn: Turn) -> bool:
