@@ -48,7 +48,7 @@ def test_the_table_of_the_json_block_is_the_parser():
     words = {
         "enabled": "whether anything of ds_fused happens",
         "strict": "raise where a requested kind of layer is not in the model",
-        "verify": "compare every replacement with the original before it is used",
+        "verify": "compare every replacement with the original, where it will train, before it is used",
         "report": "print on rank 0 what was replaced, and what was not and why",
         "embedding": 'except in mode "gather": input embeddings not tied to the head are looked up like tied ones',
         "tiled_mlp": "MLPs that are replaced run tile by tile and are computed again in backward",

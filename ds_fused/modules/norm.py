@@ -28,6 +28,17 @@ class RMSNorm:
         return rms_norm(x, weight, bias=bias, eps=eps, offset=self.fused_offset, cast=self.fused_cast)
 
 
+class RMSNormT5(RMSNorm):
+    """T5's: rounded to the dtype of the weight, and not at all before a weight in fp32."""
+
+    def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
+        (x,) = (*args, *named.values())
+        dtype = self.weight.dtype
+        if dtype in (torch.float16, torch.bfloat16) and dtype != x.dtype:
+            return self.weight * rms_norm(x, None, eps=getattr(self, self.fused_eps)).to(dtype)
+        return super().forward(x.to(dtype))
+
+
 class LayerNorm:
     """``torch.nn.LayerNorm`` over the last dimension."""
 

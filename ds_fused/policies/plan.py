@@ -55,7 +55,8 @@ def apply(
     ``wanted``: JSON key -> True, False or an object of options; only what it names is on. Without it everything is on.
     ``switches``: single keys on top: ``apply(model, rope=False, fused_linear_cross_entropy={"chunk_mb": 256})``.
     ``device``, ``dtype``: what the model will train in, where each replacement is compared with the original before it
-    is used (``verify``); the first parameter's when not given.
+    is used; the first parameter's when not given. Without ``verify`` that happens on the CPU, and only for layers that
+    could be one of several forms.
     ``strict``: a requested kind that matches nothing is a ValueError.
     ``logits``: after a fused loss, "defer" computes them when they are read, "keep" in the forward as well.
     ``eval``: "defer" fuses the loss of an evaluation too, "stock" leaves evaluation alone.
@@ -74,7 +75,8 @@ def apply(
 
     device, dtype = _place(model, device, dtype)
     outcomes = [_outcome(claim, device, dtype, verify) for claim in planned.claims]
-    claims = [claim for claim, differs in zip(planned.claims, outcomes, strict=True) if differs is None]
+    # what a layer turned out to be may be what nobody asked for
+    claims = [c for c, differs in zip(planned.claims, outcomes, strict=True) if differs is None and c.key in keys]
     left = list(planned.left)
     for claim, differs in zip(planned.claims, outcomes, strict=True):
         if differs is not None:
@@ -131,7 +133,7 @@ def plan(
 
 
 def _ways(kind: Kind | None, module: nn.Module, wanted: Mapping[str, object]) -> Sequence[Way] | str:
-    """The ways to replace a layer by what is wanted; or why it stays; () where nobody would expect it."""
+    """The ways to replace a layer; or why it stays; () where none is wanted or nobody would expect one."""
     if kind is None:
         # what holds layers that we know is no layer itself
         expected = any(_EXPECTED.search(cls.__name__) for cls in type(module).__mro__)
@@ -143,7 +145,8 @@ def _ways(kind: Kind | None, module: nn.Module, wanted: Mapping[str, object]) ->
     if kind is None:
         return "it is of no form that an op could replace"
     ways = why_not(module) or kind.ways(module)
-    return ways if isinstance(ways, str) else [way for way in ways if way.key in wanted]
+    # all of them, if any is wanted: which it is decides the comparison, not the switch
+    return ways if isinstance(ways, str) or any(way.key in wanted for way in ways) else ()
 
 
 class SwapClaim:

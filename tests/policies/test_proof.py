@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.t5 import modeling_t5
 
 import ds_fused
 from ds_fused.modules.attention import exchanged
 from ds_fused.modules.rotary import Turn, fused_rotary
 from ds_fused.policies.kinds import Way, choose, find
-from tests.policies.tiny import LAYER_KEYS, LLAMA, classes, counts
+from tests.policies.tiny import COVERED_FAMILIES, FAMILIES, LAYER_KEYS, LLAMA, classes, counts
 
 CPU = torch.device("cpu")
 
@@ -166,6 +167,7 @@ class T5LayerNorm(nn.Module):
         (Half(32), "rms_norm", {"fused_cast": "after_weight", "fused_offset": 0.0}),
         (type("NormOfQ", (WithoutWeight,), {})(), "rms_norm", {"fused_eps": "eps"}),
         (T5LayerNorm(), "rms_norm", {"fused_eps": "variance_epsilon"}),
+        (modeling_t5.T5LayerNorm(32), "rms_norm", {"fused_eps": "variance_epsilon"}),
         (MeanTaken(32), "layer_norm", {"fused_eps": "variance_epsilon"}),
         (nn.LayerNorm(32), "layer_norm", {}),
         (nn.LayerNorm(32, elementwise_affine=False), "layer_norm", {}),
@@ -397,8 +399,10 @@ def test_instances_that_differ_are_proven_apart() -> None:
     assert [(row.what, row.count) for row in report.left] == [("Scaled", 1)]
 
 
-def test_touches_nothing() -> None:
-    model = LLAMA.make()
+# a family for each kind of layer
+@pytest.mark.parametrize("name", ["Llama", "Mixtral", "Qwen3Next", "Cohere", "Nemotron", "Llama4Text"])
+def test_touches_nothing(name: str) -> None:
+    model = next(family for family in (*FAMILIES, *COVERED_FAMILIES) if family.name == name).make()
     versions = {name: tensor._version for name, tensor in model.state_dict(keep_vars=True).items()}
     state = torch.get_rng_state()
     hooks: list[str] = []
@@ -417,6 +421,27 @@ def test_in_inference_mode() -> None:
     model = LLAMA.make()
     with torch.inference_mode():
         assert counts(ds_fused.apply(model, LAYER_KEYS)) == LLAMA.counts
+
+
+def test_once_for_each_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def counted(kind: object, module: nn.Module, *rest: object) -> Way | str:
+        seen.append(type(module).__name__)
+        return choose(kind, module, *rest)
+
+    monkeypatch.setattr("ds_fused.policies.plan.choose", counted)
+    model = LLAMA.make()
+    model.extra = nn.ModuleList([nn.LayerNorm(32), nn.LayerNorm(32), nn.LayerNorm(32, eps=1e-3)])
+    ds_fused.apply(model, LAYER_KEYS)
+    assert sorted(seen) == ["LayerNorm", "LayerNorm", "LlamaAttention", "LlamaMLP", "LlamaRMSNorm"]
+
+
+# what it is decides the comparison, not the switch
+def test_a_key_that_is_off_gives_no_layer_to_another() -> None:
+    for verify in (True, False):
+        report = ds_fused.apply(LLAMA.make(), {"layer_norm": True}, verify=verify)
+        assert counts(report) == {} and list(report.left) == []
 
 
 # as deepspeed.zero.Init leaves them: no values, the shape elsewhere

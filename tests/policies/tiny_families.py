@@ -124,7 +124,7 @@ TOWERS = (
     ("bert.BertModel", "BertConfig", "layer_norm 5", "ids", TEXT),
     ("roberta.RobertaModel", "RobertaConfig", "layer_norm 5", "ids", TEXT),
     ("modernbert.ModernBertModel", "ModernBertConfig", "layer_norm 5, rope 2, geglu 2", "ids", TEXT),
-    ("t5.T5EncoderModel", "T5Config", "geglu 2", "ids", T5 | {"feed_forward_proj": "gated-gelu"}),
+    ("t5.T5EncoderModel", "T5Config", "rms_norm 5, geglu 2", "ids", T5 | {"feed_forward_proj": "gated-gelu"}),
     ("qwen2_vl.Qwen2VLTextModel", "Qwen2VLTextConfig", "rms_norm 5, rope 2, swiglu 2", "ids", MULTIMODAL | SECTIONED),
     (
         "qwen2_5_vl.Qwen2_5_VLTextModel",

@@ -40,10 +40,12 @@ def _ways(module: nn.Module) -> Sequence[Way] | str:
     names = parameter_names(module)
     if names == ["hidden_states", "gate"]:
         return "it has not one epsilon" if eps is None else _ways_with_gate(module, eps)
-    rms = () if eps is None else [
+    rms = [] if eps is None else [
         Way("rms_norm", "rms_norm", norm.RMSNorm, _state(eps=eps, cast=cast, offset=offset))
         for cast, offset in (RMS_FORMS if parameters else RMS_FORMS[:1])
     ]  # fmt: skip
+    if rms and "weight" in module._parameters:
+        rms.append(Way("rms_norm", "rms_norm", norm.RMSNormT5, rms[0].state))
     layer = Way("layer_norm", "layer_norm", norm.OwnLayerNorm, _state(eps=EPS_OF_NONE if eps is None else eps))
     return one_argument(module) or (*rms, layer)
 
