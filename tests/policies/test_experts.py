@@ -14,9 +14,8 @@ import ds_fused
 from ds_fused.modules import mlp, product
 from ds_fused.modules.mlp import Gate
 from ds_fused.policies.kinds import Way, choose, find
-from tests.policies.tiny import COVERED_FAMILIES, FAMILIES, Tiny, assert_same_step, batch, counts, twins
+from tests.policies.tiny import NAMED, Tiny, assert_same_step, batch, counts, twins
 
-NAMED = {family.name: family for family in (*FAMILIES, *COVERED_FAMILIES)}
 # the plain gate, in the eager loop itself; clamped and with an offset, interleaved; clamped; without a gate
 MIXTURES = [NAMED[name] for name in ("Mixtral", "GptOss", "DeepseekV4", "NemotronH")]
 

@@ -7,9 +7,9 @@ import torch
 
 import ds_fused
 from tests.policies.tiny import (
-    FAMILIES,
     LAYER_KEYS,
     LLAMA,
+    NAMED,
     Tiny,
     assert_same_state,
     assert_same_step,
@@ -21,7 +21,7 @@ from tests.policies.tiny import (
     twins,
 )
 
-PHI3 = next(family for family in FAMILIES if family.name == "Phi3")
+PHI3 = NAMED["Phi3"]
 
 
 @every_family
@@ -63,7 +63,18 @@ def test_equals_stock_with_the_loss_fused(family: Tiny) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @each_family
 def test_is_as_accurate_as_stock_in_16_bits(family: Tiny, dtype: torch.dtype) -> None:
-    model, stock = twins(family, dtype)
+    assert_as_accurate(family, dtype, "cpu")
+
+
+# the proof, too, is of the kernels there
+@pytest.mark.gpu
+@every_family
+def test_is_as_accurate_as_stock_on_a_gpu(family: Tiny) -> None:
+    assert_as_accurate(family, torch.bfloat16, "cuda")
+
+
+def assert_as_accurate(family: Tiny, dtype: torch.dtype, device: str) -> None:
+    model, stock = (each.to(device) for each in twins(family, dtype))
     exact = twins(family, dtype)[1].float()
     report = ds_fused.apply(model, LAYER_KEYS)
     assert counts(report) == family.counts
@@ -72,7 +83,8 @@ def test_is_as_accurate_as_stock_in_16_bits(family: Tiny, dtype: torch.dtype) ->
     assert mine.keys() == theirs.keys()
 
     def distance(grads: dict[str, torch.Tensor]) -> float:
-        return sum((grads[n].double() - want[n].double()).square().sum().item() for n in want if n in grads) ** 0.5
+        known = [(grads[n].cpu().double() - want[n].double()).square().sum().item() for n in want if n in grads]
+        return sum(known) ** 0.5
 
     assert distance(mine) <= 1.5 * distance(theirs)
 
@@ -90,8 +102,11 @@ def test_partial_rotary_and_recorded_outputs() -> None:
     assert len(mine.attentions) == 2
 
 
-def test_autocast() -> None:
-    model, stock = twins(LLAMA)
+@pytest.mark.parametrize(
+    "name", ["Llama", "Olmo2", "Cohere", "Nemotron", "GPTNeoX", "DeepseekV3", "GptOss", "Qwen3Next"]
+)
+def test_autocast(name: str) -> None:
+    model, stock = twins(NAMED[name])
     ds_fused.apply(model, LAYER_KEYS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mine, theirs = step(model), step(stock)

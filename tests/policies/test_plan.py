@@ -13,9 +13,9 @@ import ds_fused
 from ds_fused.policies import plan as plan_file
 from ds_fused.policies.kinds import Way
 from ds_fused.policies.plan import SwapClaim, plan
-from tests.policies.tiny import COVERED_FAMILIES, FAMILIES, LAYER_KEYS, LLAMA, batch, classes, counts, step
+from tests.policies.tiny import LAYER_KEYS, LLAMA, NAMED, batch, classes, counts, step
 
-GEMMA = next(family for family in FAMILIES if family.name == "Gemma")
+GEMMA = NAMED["Gemma"]
 
 
 def test_everything_is_on_by_default() -> None:
@@ -55,7 +55,7 @@ def test_wrong_wishes_are_errors_that_name_the_known(wrong: dict, words: list[st
     assert classes(model) == classes(LLAMA.make())
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family.name in ("Llama", "Phi3", "Gemma")])
+@pytest.mark.parametrize("family", [NAMED[name] for name in ("Llama", "Phi3", "Gemma")])
 def test_tiles(family) -> None:
     stock, fused = family.make(), family.make()
     report = ds_fused.apply(fused, {family.glu: True}, tiles=3, strict=True)
@@ -86,8 +86,7 @@ def test_strict() -> None:
     # norms are alternatives, too
     ds_fused.apply(LLAMA.make(), {"layer_norm": True, "rms_norm": True}, strict=True)
     with pytest.raises(ValueError, match="nothing matched rope, swiglu"):
-        opt = next(family for family in COVERED_FAMILIES if family.name == "OPT")
-        ds_fused.apply(opt.make(), strict=True)
+        ds_fused.apply(NAMED["OPT"].make(), strict=True)
 
 
 def test_strict_counts_what_the_proof_let_pass() -> None:

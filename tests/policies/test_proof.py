@@ -16,7 +16,7 @@ import ds_fused
 from ds_fused.modules.attention import exchanged
 from ds_fused.modules.rotary import Turn, fused_rotary
 from ds_fused.policies.kinds import Way, choose, find
-from tests.policies.tiny import COVERED_FAMILIES, FAMILIES, LAYER_KEYS, LLAMA, classes, counts
+from tests.policies.tiny import LAYER_KEYS, LLAMA, NAMED, classes, counts
 
 CPU = torch.device("cpu")
 
@@ -402,7 +402,7 @@ def test_instances_that_differ_are_proven_apart() -> None:
 # a family for each kind of layer
 @pytest.mark.parametrize("name", ["Llama", "Mixtral", "Qwen3Next", "Cohere", "Nemotron", "Llama4Text"])
 def test_touches_nothing(name: str) -> None:
-    model = next(family for family in (*FAMILIES, *COVERED_FAMILIES) if family.name == name).make()
+    model = NAMED[name].make()
     versions = {name: tensor._version for name, tensor in model.state_dict(keep_vars=True).items()}
     state = torch.get_rng_state()
     hooks: list[str] = []

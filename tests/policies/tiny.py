@@ -73,6 +73,7 @@ def _rows(rows: Iterable[tuple[str, str, dict]]) -> list[Tiny]:
 FAMILIES = _rows(FIRST)
 COVERED_FAMILIES = _rows(COVERED)
 LLAMA = FAMILIES[0]
+NAMED = {family.name: family for family in (*FAMILIES, *COVERED_FAMILIES)}
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 every_family = pytest.mark.parametrize(
     "family",
@@ -93,7 +94,8 @@ def step(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and the gradient of every parameter of one training step."""
     model.train()
     model.zero_grad(set_to_none=True)
-    loss = model(**batch()).loss
+    device = next(model.parameters()).device
+    loss = model(**{name: tensor.to(device) for name, tensor in batch().items()}).loss
     loss.backward()
     grads = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
