@@ -42,6 +42,8 @@ class FusedLayerPolicy(DSPolicy):
     def apply(self, module: nn.Module, enable_cuda_graph: bool = False) -> nn.Module:
         """The same module, behaving as the fused layer; unchanged, with a line in the log, where that can't be."""
         ways = why_not(module) or self.kind.ways(module)
+        if not ways:
+            return module  # its parts are what is replaced
         way = ways if isinstance(ways, str) else self._choice(module, ways)
         if isinstance(way, Way):
             swap(module, way.mixin, way.how, **dict(way.state))

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ds_fused.modules.experts import Experts
-from ds_fused.modules.mlp import gated
 from ds_fused.modules.product import Product
 from ds_fused.policies.kinds.kind import Kind, Way, both, compared, parameter_names, shape_of
 from ds_fused.policies.kinds.mlps import KEYS, act_name, fused_act, gates, product_of
@@ -51,54 +50,75 @@ def _ways(module: nn.Module) -> Sequence[Way] | str:
 
 
 def _prove(module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype) -> str | None:
-    transposed = getattr(module, "is_transposed", way.mixin is Product)
+    weights = _weights(module, getattr(module, "is_transposed", way.mixin is Product))
+    if isinstance(weights, str):
+        return weights
+    prove = _prove_batched if way.mixin is Product else _prove_routed
+    return prove(module, way, weights, {name: n for name, n in SIZES.items() if name in vars(module)}, device, dtype)
+
+
+def _weights(module: nn.Module, transposed: bool) -> dict[str, Tensor] | str:
+    """Small ones in the place of its parameters; or why not."""
     shapes = {"gate_up_proj": (2 * INTERMEDIATE, HIDDEN), "down_proj": (HIDDEN, INTERMEDIATE)}
-    tensors = {}
+    made = {}
     for i, name in enumerate(module._parameters):
         stem = name.removesuffix("_bias")
         if stem not in shapes:
             return f"it has a parameter {name!r} beside gate_up_proj, down_proj and their biases"
         n_out, n_in = shapes[stem]
-        shape = (n_out,) if stem != name else (n_in, n_out) if transposed else (n_out, n_in)
-        tensors[name] = randn(2 + i, N_EXPERTS, *shape) / (1 if stem != name else n_in**0.5)
-    given = {name: size for name, size in SIZES.items() if name in vars(module)}
-    if way.mixin is Product:
-        tensors["x"] = 2 * randn(1, N_EXPERTS * TOKENS, HIDDEN)
-        call = product_of(lambda layer, tensors: layer(tensors["x"]))
-        return compared(both(module, way, call, **given), tensors, device, dtype)
-    differs = _prove_gate(module, way, device, dtype)
+        if stem == name:
+            made[name] = randn(2 + i, N_EXPERTS, *((n_in, n_out) if transposed else (n_out, n_in))) / n_in**0.5
+        else:
+            made[name] = randn(2 + i, N_EXPERTS, n_out)
+    return made
+
+
+def _prove_batched(
+    module: nn.Module,
+    way: Way,
+    weights: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> str | None:
+    """As many tokens for each expert."""
+    call = product_of(lambda layer, tensors: layer(tensors["x"]))
+    tensors = {**weights, "x": 2 * randn(1, N_EXPERTS * TOKENS, HIDDEN)}
+    return compared(both(module, way, call, **sizes), tensors, device, dtype)
+
+
+def _prove_routed(
+    module: nn.Module,
+    way: Way,
+    weights: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> str | None:
+    """What every other implementation calls between its two products, and the whole eager one."""
+    runs = both(module, way, lambda layer, tensors: layer._apply_gate(tensors["x"]))
+    differs = compared(runs, {**weights, "x": _within_and_beyond(2 * INTERMEDIATE)}, device, dtype)
     if differs is not None:
         return differs
-
-    # 2 and 20: as for an MLP
-    x = randn(1, TOKENS, HIDDEN)
-    tensors["x"] = torch.cat((2 * x, 20 * x))
-    tensors["top_k_weights"] = randn(9, 2 * TOKENS, TOP_K).sigmoid()
-    top_k = torch.arange(2 * TOKENS * TOP_K, device=device).view(-1, TOP_K) % N_EXPERTS
+    top_k = torch.arange(2 * TOKENS * TOP_K).view(-1, TOP_K) % N_EXPERTS
 
     def call(layer: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
         return layer(tensors["x"], top_k.to(tensors["x"].device), tensors["top_k_weights"])
 
-    return compared(both(module, way, call, **given, config=_Eager()), tensors, device, dtype)
+    tensors = {**weights, "x": _within_and_beyond(HIDDEN), "top_k_weights": randn(9, 2 * TOKENS, TOP_K).sigmoid()}
+    return compared(both(module, way, call, **sizes, config=_Eager()), tensors, device, dtype)
+
+
+def _within_and_beyond(width: int) -> Tensor:
+    """Rows that give gates of several units, and rows that go beyond the bounds of a clamp."""
+    x = randn(1, TOKENS, width)
+    return torch.cat((2 * x, 20 * x))
 
 
 class _Eager:
     """All that the dispatch to an implementation asks of a configuration."""
 
     _experts_implementation = "eager"
-
-
-def _prove_gate(module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What every other implementation calls between its two products."""
-    gate = dict(way.state)["fused_gate"]
-    cls = type(module)
-    x = randn(1, 4, 2 * INTERMEDIATE)
-    return compared(
-        (lambda tensors: cls._apply_gate(module, tensors["x"]), lambda tensors: gated(gate, tensors["x"])),
-        {"x": torch.cat((2 * x, 20 * x))},
-        device,
-        dtype,
-    )
 
 
 EXPERTS = Kind(_recognises, _ways, _prove)
