@@ -29,8 +29,10 @@ _HOME = {
     "kl_div": "ds_fused.ops",
     "jsd": "ds_fused.ops",
     "tvd": "ds_fused.ops",
+    "nn": "ds_fused.nn",
     "apply": "ds_fused.policies",
     "install": "ds_fused.engine.install",
+    "parse": "ds_fused.engine.config",
 }
 
 __all__ = list(_HOME)
@@ -39,7 +41,8 @@ __all__ = list(_HOME)
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'ds_fused' has no attribute {name!r}; it has {', '.join(_HOME)}")
-    return getattr(import_module(_HOME[name]), name)
+    module = import_module(_HOME[name])
+    return module if module.__name__ == f"ds_fused.{name}" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -63,7 +63,7 @@ class LossArguments:
     ignore_index: int
     logit_scale: float
     softcap: float | None
-    options: Mapping[str, Any]  # chunk_mb, keep_mb
+    options: Mapping[str, Any]  # of linear_cross_entropy, as the JSON gives them
 
 
 class Head:
