@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._launch import launch
 from ds_fused.ops._rows import place, walk
-from ds_fused.ops._triton import check_dtypes, runs_kernels
+from ds_fused.ops._triton import check_dtypes, rows_of, runs_kernels
 
 ACTS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
 
