@@ -102,6 +102,16 @@ def compare(
         return _difference(ours, theirs, wanted)
 
 
+def accepts(run: Run, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether it can be called so at all."""
+    with _undisturbed(torch.device("cpu")):
+        try:
+            run(tensors)
+        except (RuntimeError, IndexError):
+            return False
+    return True
+
+
 def _run(run: Run, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
     """Outputs and gradients by name. The upstream gradient is random and the same for everyone."""
     leaves = {name: tensor.detach().clone().requires_grad_(name in names) for name, tensor in tensors.items()}

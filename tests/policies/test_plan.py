@@ -123,6 +123,14 @@ def test_strangers_are_named() -> None:
     ]
 
 
+# a squared ReLU that is a gate is part of its MLP, one that is not is an op by itself
+def test_squared_relus() -> None:
+    model = LLAMA.make(hidden_act="relu2")
+    assert counts(ds_fused.apply(model, LAYER_KEYS)) == {"rms_norm": 5, "rope": 2, "reglu": 2}
+    assert counts(ds_fused.apply(LLAMA.make(hidden_act="relu2"), {"relu2": True})) == {"relu2": 2}
+    assert counts(ds_fused.apply(NAMED["Nemotron"].make(), {"reglu": True, "relu2": True})) == {"relu2": 2}
+
+
 def test_a_shared_layer_is_claimed_once() -> None:
     model = LLAMA.make()
     model.model.layers[1].mlp = model.model.layers[0].mlp

@@ -313,6 +313,10 @@ def twice_as_far(q, k, cos, sin, unsqueeze_dim=1):  # noqa: ANN001, ANN201
     return apply_rotary_pos_emb(q, k, cos * cos - sin * sin, 2 * sin * cos, unsqueeze_dim)
 
 
+def drops_rarely(q, k, cos, sin, unsqueeze_dim=1):  # noqa: ANN001, ANN201
+    return apply_rotary_pos_emb(F.dropout(q, 1e-6), k, cos, sin, unsqueeze_dim)
+
+
 def q_only(q, k, cos, sin, unsqueeze_dim=1):  # noqa: ANN001, ANN201
     return apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)[0], k
 
@@ -335,10 +339,13 @@ def rotated_attention(function: Callable) -> nn.Module:
         (with_scale, "takes (q, k, cos, sin, scale=1.0)"),
         (twice_as_far, "output 0 differs"),
         (q_only, "output 1 differs"),
+        (drops_rarely, "random numbers"),
     ],
 )
 def test_rope(function: Callable, turn: Turn | str, dtype: torch.dtype) -> None:
-    found = outcome(rotated_attention(function), dtype)
+    layer, state = rotated_attention(function), torch.get_rng_state()
+    found = outcome(layer, dtype)
+    assert torch.equal(torch.get_rng_state(), state)
     if isinstance(turn, str):
         assert isinstance(found, str) and turn in found, found
     else:

@@ -13,7 +13,7 @@ from ds_fused.modules.attention import Rope, rotary_functions
 from ds_fused.modules.rotary import TURNS, Turn, fused_rotary, roles_of, takes
 from ds_fused.modules.swap import owner_of
 from ds_fused.policies.kinds.kind import Kind, Way, mixed
-from ds_fused.policies.proof import compare, randn
+from ds_fused.policies.proof import accepts, compare, randn
 
 # sizes of the proof: no two alike, so that dimensions can't be mistaken for each other
 BATCH, TOKENS, HEADS, KEY_HEADS, WIDTH = 2, 5, 4, 3, 16
@@ -60,7 +60,7 @@ def _prove_function(stock: Callable, turn: Turn, device: torch.device, dtype: to
         given = _laid_out(tensors, heads_dim)
         runs = [_caller(function, roles, heads_dim) for function in (stock, fused_rotary(stock, turn))]
         # where the original refuses, no such call can reach ours; what ours hands on to the original proves nothing
-        if not takes(given["q"], given.get("k"), given["cos"], heads_dim) or not _runs(runs[0], tensors):
+        if not takes(given["q"], given.get("k"), given["cos"], heads_dim) or not accepts(runs[0], tensors):
             continue
         compared = True
         for x_dtype, angle_dtype in mixed(dtype):
@@ -104,14 +104,6 @@ def _caller(function: Callable, roles: Mapping[str, str], heads_dim: int) -> Cal
         return function(**{name: given[role] for name, role in roles.items() if role in given})
 
     return run
-
-
-def _runs(run: Callable, tensors: Mapping[str, Tensor]) -> bool:
-    try:
-        run(tensors)
-    except (RuntimeError, IndexError):
-        return False
-    return True
 
 
 ROPE = Kind(_recognises, _ways, _prove, alike=lambda _: None)
