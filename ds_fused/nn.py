@@ -282,32 +282,32 @@ class KLDivLoss(torch.nn.KLDivLoss):
         return kl_div(input, target, log_target=self.log_target, reduction=self.reduction)
 
 
-class JSDLoss(torch.nn.Module):
-    """``jsd(student_logits, teacher_logits, labels)``; ``options`` are its own: beta, temperature, reduction ..."""
+class _DivergenceLoss(torch.nn.Module):
+    """``op(student_logits, teacher_logits, labels)``; ``options`` are the op's: temperature, reduction ..."""
+
+    op: Callable[..., Tensor]
 
     def __init__(self, **options: object) -> None:
         super().__init__()
-        self.options = _known(jsd, options)
+        self.options = _known(self.op, options)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
-        return jsd(student_logits, teacher_logits, labels, **self.options)
+        return self.op(student_logits, teacher_logits, labels, **self.options)
 
     def extra_repr(self) -> str:
         return _listed(self.options)
 
 
-class TVDLoss(torch.nn.Module):
-    """``tvd(student_logits, teacher_logits, labels)``; ``options`` are its own: temperature, reduction ..."""
+class JSDLoss(_DivergenceLoss):
+    """``jsd``; ``beta`` is an option too."""
 
-    def __init__(self, **options: object) -> None:
-        super().__init__()
-        self.options = _known(tvd, options)
+    op = staticmethod(jsd)
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
-        return tvd(student_logits, teacher_logits, labels, **self.options)
 
-    def extra_repr(self) -> str:
-        return _listed(self.options)
+class TVDLoss(_DivergenceLoss):
+    """``tvd``"""
+
+    op = staticmethod(tvd)
 
 
 def _known(op: Callable[..., object], options: dict[str, object]) -> dict[str, object]:

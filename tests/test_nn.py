@@ -32,12 +32,10 @@ def agree(mine: Callable[[], torch.nn.Module], theirs: Callable[[], torch.nn.Mod
     assert [*states[0]] == [*states[1]]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert {n for n, p in ours.named_parameters()} == {n for n, p in stock.named_parameters()}
-    for parameters in zip(ours.parameters(), stock.parameters(), strict=True):
-        # what is told from its first value: ones and zeros
-        torch.manual_seed(parameters[0].numel())
-        change = torch.rand_like(parameters[0])
-        for parameter in parameters:
-            parameter.data.add_(change)
+    with torch.no_grad():
+        # away from ones and zeros
+        for parameter in ours.parameters():
+            parameter.add_(torch.rand_like(parameter))
     stock.load_state_dict(ours.state_dict())
     results = []
     for module in (ours, stock):

@@ -19,7 +19,7 @@ from ds_fused.warmup import dtype_of, job_of
 
 # the GPU where there is one, which a step then really uses
 if torch.cuda.is_available():
-    from ds_fused.ops._ahead import target_here
+    from ds_fused.ops._warmup import target_here
 
     TARGET = target_here()
 else:
@@ -80,7 +80,7 @@ def test_the_cache_is_filled(warm):
 
 
 def test_a_step_compiles_nothing_more(warm, folder):
-    step = run(str(Path(__file__).with_name("warm_step.py")), str(folder / "config.json"), TARGET, cache=warm[0])
+    step = run(str(Path(__file__).with_name("warmup_step.py")), str(folder / "config.json"), TARGET, cache=warm[0])
     assert step.returncode == 0, step.stderr
     kernels = json.loads(step.stdout.splitlines()[-1])
     assert kernels["compiled"] == []

@@ -121,7 +121,7 @@ def _replaced(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config, a
         _say(engine, "no GPU: on CPU tensors every op runs its PyTorch reference")
     dtype = training_dtype(engine)
     if config.warmup:
-        from ds_fused.engine.warm_host import warm_up
+        from ds_fused.engine.warmup import warm_up
 
         warm_up(engine, model, engine.__dict__["_ds_fused_block"], dtype)
     slab_mode = engine.__dict__["_ds_fused_slab_mode"] = SlabMode(config)

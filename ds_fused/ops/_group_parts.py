@@ -331,52 +331,22 @@ def fwd_in_parts(
     tile = {"ROWS": parts.rows, "SPACE": parts.space, "num_warps": parts.warps}
     moments = torch.empty((2, parts.count, sizes.rows), dtype=torch.float32, device=x.device)
     launch(
-        _group_norm_moments_kernel,
-        grid,
-        x,
-        moments,
-        stride,
-        sizes.rows,
-        sizes.channels,
-        sizes.space,
-        parts.part_size,
+        _group_norm_moments_kernel, grid,
+        x, moments, stride, sizes.rows, sizes.channels, sizes.space, parts.part_size,
         **tile,
-    )
+    )  # fmt: skip
     launch(
-        _group_norm_merge_moments_kernel,
-        (sizes.samples * sizes.groups,),
-        moments,
-        mean,
-        rstd,
-        sizes.rows,
-        parts.count,
-        parts.part_size,
-        sizes.group_channels,
-        sizes.space,
-        sizes.group_size,
-        eps,
-        BLOCK=MERGE_BLOCK,
-        num_warps=4,
-    )
+        _group_norm_merge_moments_kernel, (sizes.samples * sizes.groups,),
+        moments, mean, rstd, sizes.rows, parts.count, parts.part_size, sizes.group_channels, sizes.space,
+        sizes.group_size, eps,
+        BLOCK=MERGE_BLOCK, num_warps=4,
+    )  # fmt: skip
     launch(
-        _group_norm_apply_kernel,
-        grid,
-        x,
-        weight,
-        bias,
-        y,
-        mean,
-        rstd,
-        stride,
-        sizes.rows,
-        sizes.channels,
-        sizes.space,
-        parts.part_size,
+        _group_norm_apply_kernel, grid,
+        x, weight, bias, y, mean, rstd, stride, sizes.rows, sizes.channels, sizes.space, parts.part_size,
         sizes.group_channels,
-        HAS_WEIGHT=weight is not None,
-        HAS_BIAS=bias is not None,
-        **tile,
-    )
+        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, **tile,
+    )  # fmt: skip
 
 
 def bwd_in_parts(
@@ -401,33 +371,13 @@ def bwd_in_parts(
     if dx is not None:
         means = torch.empty((2, *mean.shape), dtype=torch.float32, device=x.device)
         launch(
-            _group_norm_merge_sums_kernel,
-            (sizes.samples * sizes.groups,),
-            sums,
-            weight,
-            means,
-            sizes.rows,
-            parts.count,
-            sizes.groups,
-            sizes.group_channels,
-            sizes.group_size,
-            HAS_WEIGHT=weight is not None,
-            BLOCK=MERGE_BLOCK,
-            num_warps=4,
-        )
+            _group_norm_merge_sums_kernel, (sizes.samples * sizes.groups,),
+            sums, weight, means, sizes.rows, parts.count, sizes.groups, sizes.group_channels, sizes.group_size,
+            HAS_WEIGHT=weight is not None, BLOCK=MERGE_BLOCK, num_warps=4,
+        )  # fmt: skip
         launch(
-            _group_norm_dx_kernel,
-            grid,
-            dy,
-            x,
-            weight,
-            mean,
-            rstd,
-            means,
-            dx,
-            *strides,
-            *numbers,
-            HAS_WEIGHT=weight is not None,
-            **tile,
-        )
+            _group_norm_dx_kernel, grid,
+            dy, x, weight, mean, rstd, means, dx, *strides, *numbers,
+            HAS_WEIGHT=weight is not None, **tile,
+        )  # fmt: skip
     return sums, n_partials

@@ -141,8 +141,8 @@ def cross_entropy_fwd_torch(
     """cross_entropy_fwd without kernels: the same arguments, [N, n_cols] and [N]."""
     smoothing = options.label_smoothing
     for rows in _row_blocks(logits):
-        z, _ = _capped_torch(logits[rows].to(loss.dtype), options)
-        col, here = _columns_torch(labels[rows], first_id, z.shape[1])
+        z, _ = capped(logits[rows].to(loss.dtype), options)
+        col, here = columns(labels[rows], first_id, z.shape[1])
         of_label, of_all = (1.0, 1.0) if token_weights is None else token_weights[:, rows]
         picked = torch.where(here, (1.0 - smoothing) * of_label * z.gather(1, col[:, None])[:, 0], 0.0)
         if smoothing:
@@ -196,8 +196,8 @@ def cross_entropy_bwd_torch(
     """cross_entropy_bwd without kernels."""
     smoothing = options.label_smoothing
     for rows in _row_blocks(logits):
-        z, slope = _capped_torch(logits[rows].to(lse.dtype), options)
-        col, here = _columns_torch(labels[rows], first_id, z.shape[1])
+        z, slope = capped(logits[rows].to(lse.dtype), options)
+        col, here = columns(labels[rows], first_id, z.shape[1])
         peak, rest = lse[:, rows, None]
         log_p = (z - peak).sub_(rest)
         dz = log_p.exp()
@@ -225,7 +225,7 @@ def _row_blocks(logits: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, logits.shape[0], step)]
 
 
-def _capped_torch(x: Tensor, options: LossOptions) -> tuple[Tensor, Tensor | float]:
+def capped(x: Tensor, options: LossOptions) -> tuple[Tensor, Tensor | float]:
     z = x * options.logit_scale
     if options.softcap is None:
         return z, options.logit_scale
@@ -233,7 +233,7 @@ def _capped_torch(x: Tensor, options: LossOptions) -> tuple[Tensor, Tensor | flo
     return options.softcap * t, options.logit_scale * (1.0 - t * t)
 
 
-def _columns_torch(labels: Tensor, first_id: int, n_cols: int) -> tuple[Tensor, Tensor]:
+def columns(labels: Tensor, first_id: int, n_cols: int) -> tuple[Tensor, Tensor]:
     """Each label's column, and whether this slab has it; an index that is safe to read in any case."""
     col = labels.long() - first_id
     return col.clamp(0, n_cols - 1), (col >= 0) & (col < n_cols)

@@ -76,19 +76,8 @@ def sum_partials(
     # a grid as deep as the last one that is wanted
     depth = 3 if number is not None else 2 if second is not None else 1
     launch(
-        _sum_partials_kernel,
-        (cdiv(d, SUM_COLS), depth),
-        partial,
-        first,
-        second,
-        number,
-        programs,
-        d,
-        n_numbers,
-        HAS_FIRST=first is not None,
-        HAS_SECOND=second is not None,
-        HAS_NUMBER=number is not None,
-        BLOCK_ROWS=SUM_ROWS,
-        BLOCK_COLS=SUM_COLS,
-        num_warps=8,
-    )
+        _sum_partials_kernel, (cdiv(d, SUM_COLS), depth),
+        partial, first, second, number, programs, d, n_numbers,
+        HAS_FIRST=first is not None, HAS_SECOND=second is not None, HAS_NUMBER=number is not None, BLOCK_ROWS=SUM_ROWS,
+        BLOCK_COLS=SUM_COLS, num_warps=8,
+    )  # fmt: skip

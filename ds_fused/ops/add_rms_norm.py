@@ -35,7 +35,7 @@ def add_rms_norm_reference(
 
 
 class AddRMSNormFunction(torch.autograd.Function):
-    """Autograd around rms_norm's launchers; sees only [N, D]."""
+    """Autograd around rms_norm's launchers."""
 
     @staticmethod
     def forward(

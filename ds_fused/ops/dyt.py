@@ -190,25 +190,11 @@ def dyt_bwd(
     sums = wanted.dalpha or wanted.dweight or wanted.dbias
     partial = partials(x, programs, d, programs * column_blocks) if sums else None
     launch(
-        _dyt_bwd_kernel,
-        (column_blocks, programs),
-        dy,
-        x,
-        alpha,
-        weight,
-        dx,
-        partial,
-        row_stride(dy),
-        row_stride(x),
-        n,
-        d,
-        WANTS_DX=wanted.dx,
-        WANTS_DALPHA=wanted.dalpha,
-        WANTS_DWEIGHT=wanted.dweight,
-        WANTS_DBIAS=wanted.dbias,
-        STAGES=STAGES_BWD,
-        **block,
-    )
+        _dyt_bwd_kernel, (column_blocks, programs),
+        dy, x, alpha, weight, dx, partial, row_stride(dy), row_stride(x), n, d,
+        WANTS_DX=wanted.dx, WANTS_DALPHA=wanted.dalpha, WANTS_DWEIGHT=wanted.dweight, WANTS_DBIAS=wanted.dbias,
+        STAGES=STAGES_BWD, **block,
+    )  # fmt: skip
     if sums:
         sum_partials(partial, programs, d, dweight, dbias, dalpha, programs * column_blocks)
     return dx, dalpha, dweight, dbias

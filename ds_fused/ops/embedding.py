@@ -142,16 +142,10 @@ def embedding_fwd(ids: Tensor, weight: Tensor) -> Tensor:
         return y
     block, blocks = _block(h)
     launch(
-        _embedding_fwd_kernel,
-        (n, blocks),
-        ids,
-        weight,
-        y,
-        row_stride(weight),
-        h,
-        BLOCK=block,
-        num_warps=warps_for(block, PER_THREAD),
-    )
+        _embedding_fwd_kernel, (n, blocks),
+        ids, weight, y, row_stride(weight), h,
+        BLOCK=block, num_warps=warps_for(block, PER_THREAD),
+    )  # fmt: skip
     return y
 
 
@@ -169,21 +163,10 @@ def embedding_bwd(dy: Tensor, ids: Tensor, n_vocab: int, padding_idx: int | None
     block, blocks = _block(h)
     constants = {"CHUNK": CHUNK, "BLOCK": block, "num_warps": warps_for(block, PER_THREAD)}
     launch(
-        _embedding_bwd_kernel,
-        (n, blocks),
-        dy,
-        ids,
-        tokens,
-        dweight,
-        heads,
-        tails,
-        row_stride(dy),
-        n,
-        h,
-        padding,
-        ROWS=ROWS,
-        **constants,
-    )
+        _embedding_bwd_kernel, (n, blocks),
+        dy, ids, tokens, dweight, heads, tails, row_stride(dy), n, h, padding,
+        ROWS=ROWS, **constants,
+    )  # fmt: skip
     if chunks > 1:
         launch(_embedding_join_kernel, (chunks, blocks), ids, dweight, heads, tails, n, h, padding, **constants)
     return dweight

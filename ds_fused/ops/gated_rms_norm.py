@@ -379,16 +379,10 @@ def gated_rms_norm_fwd(x: Tensor, gate: Tensor, weight: Tensor | None, eps: floa
     if block.rows:
         programs = cdiv(n, block.rows) * form.n_groups
         launch(
-            _gated_rms_norm_fwd_kernel,
-            (programs,),
-            *tensors,
-            n,
-            form.n_groups,
-            n_cols,
-            eps,
-            BLOCK_ROWS=block.rows,
-            **constants,
-        )
+            _gated_rms_norm_fwd_kernel, (programs,),
+            *tensors, n, form.n_groups, n_cols, eps,
+            BLOCK_ROWS=block.rows, **constants,
+        )  # fmt: skip
     else:
         launch(_gated_rms_norm_fwd_walk_kernel, (n * form.n_groups,), *tensors, form.n_groups, n_cols, eps, **constants)
     return y, rstd

@@ -238,7 +238,7 @@ def glu_bwd(
 
 
 class GLUFunction(torch.autograd.Function):
-    """Gate and up apart. The launchers flatten: a view that autograd sees costs as much as a launch, twice."""
+    """Gate and up apart; the launchers flatten, where autograd does not see it (see RMSNormFunction)."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor, form: GLUForm, overwrite: bool) -> Tensor:

@@ -233,21 +233,10 @@ def group_norm_fwd(
         return y, mean, rstd
     grid = (cdiv(sizes.samples, whole["SAMPLES"]), cdiv(n_groups, whole["GROUPS"]))
     launch(
-        _group_norm_fwd_kernel,
-        grid,
-        x,
-        weight,
-        bias,
-        y,
-        mean,
-        rstd,
-        sample_stride(x),
-        *sizes,
-        sizes.group_size,
-        eps,
-        **has,
-        **whole,
-    )
+        _group_norm_fwd_kernel, grid,
+        x, weight, bias, y, mean, rstd, sample_stride(x), *sizes, sizes.group_size, eps,
+        **has, **whole,
+    )  # fmt: skip
     return y, mean, rstd
 
 
@@ -307,24 +296,10 @@ def _backward_of_whole_groups(
     sums = wanted.dweight or wanted.dbias
     partial = partials(x, n_partials, sizes.channels) if sums else None
     launch(
-        _group_norm_bwd_kernel,
-        (programs, group_blocks),
-        dy,
-        x,
-        weight,
-        mean,
-        rstd,
-        dx,
-        partial,
-        sample_stride(dy),
-        sample_stride(x),
-        *sizes,
-        sizes.group_size,
-        HAS_WEIGHT=weight is not None,
-        WANTS_DX=wanted.dx,
-        WANTS_SUMS=sums,
-        **whole,
-    )
+        _group_norm_bwd_kernel, (programs, group_blocks),
+        dy, x, weight, mean, rstd, dx, partial, sample_stride(dy), sample_stride(x), *sizes, sizes.group_size,
+        HAS_WEIGHT=weight is not None, WANTS_DX=wanted.dx, WANTS_SUMS=sums, **whole,
+    )  # fmt: skip
     return partial, n_partials
 
 

@@ -250,65 +250,23 @@ def layer_norm_bwd(
     partial = partials(x, programs, d) if sums else None
     if block is not None:
         launch(
-            _layer_norm_bwd_kernel,
-            (programs,),
-            dy,
-            dsum,
-            x,
-            weight,
-            mean,
-            rstd,
-            dx,
-            partial,
-            row_stride(dy),
-            dsum_stride,
-            row_stride(x),
-            n,
-            d,
-            WANTS_DX=wanted.dx,
-            STAGES=stages_for(STAGES_BWD, tile_bytes),
-            **wants,
-            **switches,
-            **block,
-        )
+            _layer_norm_bwd_kernel, (programs,),
+            dy, dsum, x, weight, mean, rstd, dx, partial, row_stride(dy), dsum_stride, row_stride(x), n, d,
+            WANTS_DX=wanted.dx, STAGES=stages_for(STAGES_BWD, tile_bytes), **wants, **switches, **block,
+        )  # fmt: skip
     else:
         if wanted.dx:
             launch(
-                _layer_norm_bwd_walk_kernel,
-                (n,),
-                dy,
-                dsum,
-                x,
-                weight,
-                mean,
-                rstd,
-                dx,
-                row_stride(dy),
-                dsum_stride,
-                row_stride(x),
-                d,
-                BLOCK_COLS=WALK_BLOCK,
-                num_warps=8,
-                **switches,
-            )
+                _layer_norm_bwd_walk_kernel, (n,),
+                dy, dsum, x, weight, mean, rstd, dx, row_stride(dy), dsum_stride, row_stride(x), d,
+                BLOCK_COLS=WALK_BLOCK, num_warps=8, **switches,
+            )  # fmt: skip
         if sums:
             launch(
-                _layer_norm_columns_kernel,
-                (column_blocks, programs),
-                dy,
-                x,
-                mean,
-                rstd,
-                partial,
-                row_stride(dy),
-                row_stride(x),
-                n,
-                d,
-                BLOCK_ROWS=COLUMNS_TILE[0],
-                BLOCK_COLS=COLUMNS_TILE[1],
-                num_warps=warps,
-                **wants,
-            )
+                _layer_norm_columns_kernel, (column_blocks, programs),
+                dy, x, mean, rstd, partial, row_stride(dy), row_stride(x), n, d,
+                BLOCK_ROWS=COLUMNS_TILE[0], BLOCK_COLS=COLUMNS_TILE[1], num_warps=warps, **wants,
+            )  # fmt: skip
     if sums:
         sum_partials(partial, programs, d, dweight, dbias)
     return dx, dweight, dbias

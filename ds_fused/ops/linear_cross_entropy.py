@@ -16,7 +16,6 @@ Sizes: M tokens (every leading dimension of x, flattened), H hidden, V vocabular
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_fused.ops import frozen_head
 from ds_fused.ops._labels import counting_tokens
 from ds_fused.ops._loss import (
     LossOptions,
@@ -35,6 +35,7 @@ from ds_fused.ops._loss import (
     weighted,
     weights_of_tokens,
 )
+from ds_fused.ops._slab import Slab, room_of
 from ds_fused.ops._tiles import (
     Tiling,
     check_accumulate,
@@ -43,14 +44,14 @@ from ds_fused.ops._tiles import (
     product,
     sum_dtype,
     tile,
-    tile_elements,
     tiling,
     wide,
 )
 from ds_fused.ops._triton import autocast_dtype, check_dtypes, rows_of, runs_kernels
 from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd, cross_entropy_reference
+from ds_fused.ops.frozen_head import FrozenHeadFunction
 from ds_fused.ops.one_pass import OnePassFunction
-from ds_fused.ops.slabs import WeightSlabs, WholeWeight, columns_of
+from ds_fused.ops.slabs import WeightSlabs, WholeWeight
 from ds_fused.ops.stationary import StationaryFunction, VocabShard
 
 
@@ -86,45 +87,8 @@ def linear_cross_entropy_reference(
     )
 
 
-def _room(x: Tensor, tiles: Tiling) -> Tensor:
-    return x.new_empty(tile_elements(tiles.tokens, tiles.rows))
-
-
 def _of_chunk(token_weights: Tensor | None, chunk: slice) -> Tensor | None:
     return None if token_weights is None else token_weights[:, chunk]
-
-
-def _of_slab(whole: Tensor, ids: Tensor | int, n: int) -> Tensor:
-    """The entries of a [V] vector that belong to a slab; a view where the ids just count up."""
-    return whole[ids : ids + n] if isinstance(ids, int) else whole[ids]
-
-
-class _Slab:
-    """A slab as the softmax pass sees it: where its columns are in the vocabulary, and each token's label."""
-
-    def __init__(
-        self,
-        slabs: WeightSlabs,
-        k: int,
-        rows: Tensor,  # as they were gathered
-        x: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        options: LossOptions,
-        class_weight: Tensor | None,
-    ):
-        self.ids = slabs.places(k)[1]
-        n_vocab = slabs.shape[0]
-        self.rows = rows.to(x.dtype)  # under autocast the weight has its own
-        self.bias = None if bias is None else _of_slab(bias, self.ids, rows.shape[0]).to(x.dtype)
-        self.class_weight = None if class_weight is None else _of_slab(class_weight, self.ids, rows.shape[0])
-        self.labels, self.options = labels, options
-        self.place = {"n_vocab": n_vocab, "first_id": self.ids if isinstance(self.ids, int) else 0}
-        if not isinstance(self.ids, int):
-            # labels become columns once here, so that the kernels never look up an id: -1 elsewhere, -2 ignored
-            here = columns_of(labels.long(), self.ids, rows.shape[0], n_vocab)
-            self.labels = torch.where(labels == options.ignore_index, -2, here)
-            self.options = replace(options, ignore_index=-2)
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
@@ -166,13 +130,13 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             rows = source.gather(k)
             if k + 1 < len(source):
                 source.prefetch(k + 1)
-            slab = _Slab(source, k, rows, x, bias, labels, options, class_weight)
+            slab = Slab(source, k, rows, x, bias, labels, options, class_weight)
             for start in range(0, n_tokens, tiles.tokens):
                 chunk = slice(start, start + tiles.tokens)
                 if len(kept) < tiles.kept:
-                    kept.append(_room(x, tiles))
+                    kept.append(room_of(x, tiles))
                 elif room is None:
-                    room = _room(x, tiles)
+                    room = room_of(x, tiles)
                 z = logits_of(kept[-1] if room is None else room, x[chunk], slab.rows, slab.bias)
                 last = k == len(source) - 1
                 softmax_fwd(
@@ -224,7 +188,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                 rows = source.gather(k)
             if k > 0:
                 source.prefetch(k - 1)
-            slab = _Slab(source, k, rows, x, bias, labels, ctx.options, class_weight)
+            slab = Slab(source, k, rows, x, bias, labels, ctx.options, class_weight)
             dw = dw_sum = source.gradient(k) if wants_dweight else None
             if wants_dweight:
                 dtype = sum_dtype(dw.dtype, x, n_chunks, native=ctx.native)
@@ -235,7 +199,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                     z = tile(kept[k * n_chunks + i], x[chunk].shape[0], slab.rows.shape[0])
                 else:
                     if room is None:
-                        room = _room(x, tiles)
+                        room = room_of(x, tiles)
                     z = logits_of(room, x[chunk], slab.rows, slab.bias)
                 dz = z  # in place: nobody else has the tile
                 softmax_bwd(
@@ -400,19 +364,26 @@ def token_losses(
         tokens = tiling(rows.shape[0], n_vocab, rows.element_size(), chunk_bytes, 0, dx=True, dweight=False).tokens
         loss = OnePassFunction.apply(rows, weight, bias, flat, count, options, reduction, tokens, accumulate)
         return TokenLosses(loss, count)
+    trains_x_alone = trains and not handle.requires_grad and (bias is None or not bias.requires_grad)
     if isinstance(weight, VocabShard):
         guess = reduction if trains and weight.guesses and reduction != "none" and of_token is None else None
         results = StationaryFunction.apply(rows, handle, bias, flat, weight, options, chunk_bytes, guess, more)
     else:
+        in_one_go = trains_x_alone and not entropy and in_kernel[0] is None and frozen_head.takes(options)
+        keeps = trains and not in_one_go
         tiles = tiling(
-            rows.shape[0], n_vocab, rows.element_size(), chunk_bytes, int(keep_mb * 2**20) if trains else 0,
+            rows.shape[0], n_vocab, rows.element_size(), chunk_bytes, int(keep_mb * 2**20) if keeps else 0,
             dx=training and x.requires_grad, dweight=training and handle.requires_grad,
             casts=weight.dtype != rows.dtype,
             slab_rows=slabs.slab_rows if slabs is not None else None,
         )  # fmt: skip
-        results = LinearCrossEntropyFunction.apply(
-            rows, handle, bias, flat, slabs, tiles, options, *in_kernel, more, op, entropy, accumulate == "native"
-        )
+        if in_one_go:
+            source = WholeWeight(weight, tiles.rows) if slabs is None else slabs
+            results = FrozenHeadFunction.apply(rows, source, bias, flat, tiles, options, more)
+        else:
+            results = LinearCrossEntropyFunction.apply(
+                rows, handle, bias, flat, slabs, tiles, options, *in_kernel, more, op, entropy, accumulate == "native"
+            )
     if entropy:
         loss, entropies = results
         return TokenLosses(loss, count, entropy=entropies)

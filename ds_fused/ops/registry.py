@@ -134,7 +134,7 @@ OPS: tuple[Op, ...] = (
         cross_entropy,
         cross_entropy_reference,
         ("cross_entropy",),
-        "cross entropy of logits; the gradient may overwrite them",
+        "cross entropy of logits; the gradient may overwrite them, in the backward or the forward",
     ),
     Op(
         "linear_cross_entropy",

@@ -374,16 +374,10 @@ def sum_partials(partial: Tensor, like: Tensor) -> Tensor:
     programs, d = partial.shape
     out = torch.empty(d, dtype=like.dtype, device=partial.device)
     launch(
-        _sum_partials_kernel,
-        (cdiv(d, SUM_COLS),),
-        partial,
-        out,
-        programs,
-        d,
-        BLOCK_ROWS=SUM_ROWS,
-        BLOCK_COLS=SUM_COLS,
-        num_warps=8,
-    )
+        _sum_partials_kernel, (cdiv(d, SUM_COLS),),
+        partial, out, programs, d,
+        BLOCK_ROWS=SUM_ROWS, BLOCK_COLS=SUM_COLS, num_warps=8,
+    )  # fmt: skip
     return out
 
 
@@ -425,16 +419,10 @@ def rms_norm_fwd(
     }
     if block.rows:
         launch(
-            _rms_norm_fwd_kernel,
-            (cdiv(n, block.rows),),
-            *tensors,
-            *strides,
-            n,
-            d,
-            eps,
-            BLOCK_ROWS=block.rows,
-            **constants,
-        )
+            _rms_norm_fwd_kernel, (cdiv(n, block.rows),),
+            *tensors, *strides, n, d, eps,
+            BLOCK_ROWS=block.rows, **constants,
+        )  # fmt: skip
     else:
         launch(_rms_norm_fwd_walk_kernel, (n,), *tensors, *strides, d, eps, **constants)
     return y, total, rstd
@@ -503,7 +491,7 @@ def rms_norm_bwd(
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """Autograd around the launchers, which flatten: a view that autograd sees costs as much as a launch, twice."""
+    """Autograd around the launchers, which flatten: a view that autograd sees is a node forward and one backward."""
 
     @staticmethod
     def forward(

@@ -278,39 +278,16 @@ def _rope(
     most_heads = max(1, TILE_PAIRS // block_pairs)
     time, height, width = form.sections or (0, 0, 0)
     launch(
-        _rope_kernel,
-        (batch * n_tokens,),
-        q,
-        k,
-        cos,
-        cos if sin is None else sin,
-        yq,
-        yk,
-        *_strides(q, q.shape),
-        *_strides(k, k.shape),
-        *_strides(yq, q.shape),
-        *_strides(yk, k.shape),
-        *_angle_strides(cos),
-        n_tokens,
-        Q_HEADS=q_heads,
-        K_HEADS=k_heads,
-        D=d,
-        R=r,
-        INTERLEAVED=form.interleaved,
-        COMPLEX=form.complex,
-        SECTIONS=form.sections is not None,
-        TIME=time,
-        HEIGHT=height,
-        WIDTH=width,
-        ALTERNATING=form.alternating,
-        BACKWARD=backward,
-        INPLACE=inplace,
-        BLOCK_Q_HEADS=min(power_of_2(q_heads), most_heads),
-        BLOCK_K_HEADS=min(power_of_2(k_heads), most_heads),
-        BLOCK_PAIRS=block_pairs,
-        BLOCK_REST=power_of_2(d - r),
+        _rope_kernel, (batch * n_tokens,),
+        q, k, cos, cos if sin is None else sin, yq, yk,
+        *_strides(q, q.shape), *_strides(k, k.shape), *_strides(yq, q.shape), *_strides(yk, k.shape),
+        *_angle_strides(cos), n_tokens,
+        Q_HEADS=q_heads, K_HEADS=k_heads, D=d, R=r, INTERLEAVED=form.interleaved, COMPLEX=form.complex,
+        SECTIONS=form.sections is not None, TIME=time, HEIGHT=height, WIDTH=width, ALTERNATING=form.alternating,
+        BACKWARD=backward, INPLACE=inplace, BLOCK_Q_HEADS=min(power_of_2(q_heads), most_heads),
+        BLOCK_K_HEADS=min(power_of_2(k_heads), most_heads), BLOCK_PAIRS=block_pairs, BLOCK_REST=power_of_2(d - r),
         num_warps=NUM_WARPS,
-    )
+    )  # fmt: skip
 
 
 def rope_fwd(

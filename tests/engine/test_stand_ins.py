@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ds_fused.engine.stand_ins import Shard, Slabs, ways_of
 from ds_fused.ops import _launch, linear_cross_entropy
-from ds_fused.ops._ahead import noted, target_of
+from ds_fused.ops._warmup import noted, target_of
 
 
 def weight(n_vocab: int, hidden: int) -> Tensor:
@@ -43,9 +43,12 @@ MODES = ("auto", "stream", "stationary", "gather")
 )
 def test_the_op_goes_through_them(mode, kernels, monkeypatch):
     launches: list[tuple[str, dict[str, object]]] = []
+
+    # this process may hold kernels that are interpreted, about which triton tells less
+    def note(kernel: object, grid: object, args: object, constants: dict[str, object]) -> None:
+        launches.append((kernel.fn.__name__, constants))
+
     with noted(target_of("sm90")):
-        # this process may hold kernels that are interpreted, about which triton tells less
-        note = lambda kernel, grid, args, constants: launches.append((kernel.fn.__name__, constants))  # noqa: E731
         monkeypatch.setattr(_launch, "launch_elsewhere", note)
         for way in ways_of(weight(1024, 64), 2, mode, 2**15):
             x = torch.empty(32, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)

@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 
 import ds_fused.ops as ops
 import ds_fused.ops._triton as shared
-from ds_fused.ops._ahead import Absent
+from ds_fused.ops._warmup import Absent
 from ds_fused.ops.registry import OPS
 from ds_fused.ops.stationary import VocabShard
 

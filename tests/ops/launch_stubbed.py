@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from compile_all import EXAMPLES, kernels  # noqa: E402
 
 from ds_fused.ops import _launch  # noqa: E402
-from ds_fused.ops._ahead import Absent  # noqa: E402
 from ds_fused.ops._launch import launch  # noqa: E402
+from ds_fused.ops._warmup import Absent  # noqa: E402
 
 CPU = -1  # index of its device
 HOOKS = slice(10, 13)  # of what C takes: facts about the launch, and hooks

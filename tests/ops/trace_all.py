@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 import ds_fused.ops as ops
-from ds_fused.ops._ahead import Absent
+from ds_fused.ops._warmup import Absent
 from ds_fused.ops.registry import OPS
 
 MULTIPROCESSORS = 132

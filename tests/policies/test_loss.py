@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.trainer_pt_utils import EvalLoopContainer, nested_detach
 
+from ds_fused.modules import head as head_file
 from ds_fused.modules.head import CausalLMLoss
 from ds_fused.modules.on_demand import LogitsOnDemand
 from ds_fused.policies.loss import LINEAR, REAL, claim_loss
@@ -264,6 +265,23 @@ class LargestTensor(TorchDispatchMode):
         sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         self.elements = max(self.elements, *sizes, 0)
         return out
+
+
+def test_options_reach_the_op(monkeypatch) -> None:
+    seen = []
+
+    def linear_cross_entropy(*tensors: Tensor, **options: object) -> Tensor:
+        seen.append(options)
+        return op(*tensors, **options)
+
+    op = head_file.linear_cross_entropy
+    given = {"chunk_mb": 1, "keep_mb": 0, "grad_in_forward": True, "accumulate": "native"}
+    model = build()
+    claims, _ = claim_loss(model, {LINEAR: given})
+    claims[0].commit()
+    monkeypatch.setattr(head_file, "linear_cross_entropy", linear_cross_entropy)
+    model(**batch()).loss.backward()
+    assert len(seen) == 1 and given.items() <= seen[0].items()
 
 
 def test_no_logits_exist_in_a_step() -> None:

@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch import nn
 from transformers import LlamaConfig
 
-from ds_fused.engine import warm_host
+from ds_fused.engine import warmup
 
 BLOCK = {"enabled": True, "warmup": True}
 
@@ -35,7 +35,7 @@ def host(monkeypatch) -> None:
     store = dist.HashStore()
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
     monkeypatch.setattr(dist, "get_world_size", lambda: 3)
-    monkeypatch.setattr(warm_host, "target_here", lambda: "sm90")
+    monkeypatch.setattr(warmup, "target_here", lambda: "sm90")
 
 
 def test_one_rank_compiles_and_the_others_wait(monkeypatch, capsys):
@@ -55,13 +55,13 @@ def test_one_rank_compiles_and_the_others_wait(monkeypatch, capsys):
             both_wait.set()
 
     waiting: list[str] = []
-    monkeypatch.setattr(warm_host.log, "warning", count)
-    monkeypatch.setattr(warm_host, "_compile", compile)
+    monkeypatch.setattr(warmup.log, "warning", count)
+    monkeypatch.setattr(warmup, "_compile", compile)
     # each rank is a process, with a count of its own
-    monkeypatch.setattr(warm_host, "_made", iter([0, 0, 0]))
+    monkeypatch.setattr(warmup, "_made", iter([0, 0, 0]))
 
     def rank(i: int) -> None:
-        warm_host.warm_up(engine(i), Model(), BLOCK, torch.bfloat16)
+        warmup.warm_up(engine(i), Model(), BLOCK, torch.bfloat16)
         events.append(i)
 
     threads = [threading.Thread(target=rank, args=(i,)) for i in range(3)]
@@ -81,11 +81,11 @@ def test_a_failure_is_a_line_and_nobody_waits(monkeypatch, caplog):
     def compile(*_: object) -> str:
         raise RuntimeError("no space left")
 
-    monkeypatch.setattr(warm_host, "_compile", compile)
-    monkeypatch.setattr(warm_host, "_made", iter([0, 0]))
+    monkeypatch.setattr(warmup, "_compile", compile)
+    monkeypatch.setattr(warmup, "_made", iter([0, 0]))
     with caplog.at_level(logging.WARNING, "ds_fused"):
         for rank in (0, 1):
-            warm_host.warm_up(engine(rank), Model(), BLOCK, torch.float16)
+            warmup.warm_up(engine(rank), Model(), BLOCK, torch.float16)
     assert "the warm-up failed: no space left" in caplog.text
 
 
@@ -94,9 +94,9 @@ def test_a_failure_is_a_line_and_nobody_waits(monkeypatch, caplog):
     [("cpu", Model(), "there is no GPU"), ("cuda", nn.Linear(1, 1), "Linear has no config of HuggingFace's")],
 )
 def test_where_nothing_can_be_warmed_up_it_says_so(device, model, reason, monkeypatch, caplog):
-    monkeypatch.setattr(warm_host, "_compile", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(warmup, "_compile", lambda *_: pytest.fail("compiled"))
     with caplog.at_level(logging.WARNING, "ds_fused"):
-        warm_host.warm_up(engine(0, device), model, BLOCK, torch.float32)
+        warmup.warm_up(engine(0, device), model, BLOCK, torch.float32)
     assert f"no kernels are warmed up: {reason}" in caplog.text
 
 
@@ -106,9 +106,9 @@ def test_the_command_gets_the_config(tmp_path, monkeypatch):
         vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2
     )
     block = {"enabled": True, "verify": False}
-    said = warm_host._compile(config, warm_host._ds_config(engine(0), block, torch.bfloat16), "sm90", 2)
+    said = warmup._compile(config, warmup._ds_config(engine(0), block, torch.bfloat16), "sm90", 2)
     assert "LlamaForCausalLM in bfloat16 on sm90" in said and list(tmp_path.rglob("*.cubin"))
     # of the head's rows, which stay on their two ranks
     assert "_merge_kernel" in said
     with pytest.raises(RuntimeError, match="^ds_fused.warmup: ds_fused: unknown key 'speed'"):
-        warm_host._compile(config, {"ds_fused": {"speed": 1}}, "sm90", 1)
+        warmup._compile(config, {"ds_fused": {"speed": 1}}, "sm90", 1)

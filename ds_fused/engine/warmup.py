@@ -23,12 +23,12 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from ds_fused.ops._ahead import target_here
+from ds_fused.ops._warmup import target_here
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-# a model of a hundred layers on a host of two cores took less than a minute
+# the 30 kernels of an 8B Llama took half a minute on two busy cores
 PATIENCE = timedelta(minutes=20)
 
 log = logging.getLogger("ds_fused")
@@ -46,9 +46,9 @@ def warm_up(engine: DeepSpeedEngine, model: nn.Module, block: Mapping[str, objec
             what = "there is no GPU" if target is None else f"{type(model).__name__} has no config of HuggingFace's"
             log.warning("ds_fused: no kernels are warmed up: %s", what)
         return
-    store = dist.PrefixStore("ds_fused/warmup", dist.distributed_c10d._get_default_store())
     here = f"{socket.gethostname()}/{next(_made)}"
     try:
+        store = dist.PrefixStore("ds_fused/warmup", dist.distributed_c10d._get_default_store())
         if store.add(f"{here}/ranks", 1) > 1:
             log.warning("ds_fused: rank %d waits for the warm-up of kernels on its host", engine.global_rank)
             store.wait([f"{here}/done"], PATIENCE)

@@ -1,6 +1,6 @@
 """A training step of a tiny model as ``deepspeed.initialize`` prepares it, and an evaluation.
 
-    python tests/warm_step.py CONFIG.json TARGET
+    python tests/warmup_step.py CONFIG.json TARGET
 
 Prints as JSON the kernels that were compiled in it and those that Triton's cache had. Needs a process of its own,
 without TRITON_INTERPRET. Without a GPU launches are compiled and not run.
@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 
 import ds_fused
 from ds_fused.ops import _triton
-from ds_fused.ops._ahead import Absent, target_of
+from ds_fused.ops._warmup import Absent, target_of
 
 
 def only_compile(target: str) -> None:
