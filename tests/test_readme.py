@@ -48,7 +48,7 @@ def test_the_table_of_the_json_block_is_the_parser():
     words = {
         "enabled": "whether anything of ds_fused happens",
         "strict": "raise where a requested kind of layer is not in the model",
-        "verify": "compare every replacement with the original before it is used",
+        "verify": "compare every replacement with the original, where it will train, before it is used",
         "report": "print on rank 0 what was replaced, and what was not and why",
         "embedding": 'except in mode "gather": input embeddings not tied to the head are looked up like tied ones',
         "warmup": "compile the kernels of the model on each host, side by side, before its layers are replaced",
@@ -75,18 +75,16 @@ def test_the_table_of_the_json_block_is_the_parser():
     assert_table("| key | value | default | meaning |", rows)
 
 
-def test_the_table_of_models_is_the_table_of_families():
-    from ds_fused.policies.families import FAMILIES
+def test_the_table_of_models_is_that_of_the_tested_families():
+    from policies.tiny_families import COVERED, FIRST, LONG_TAIL, TOWERS
 
-    rows = []
-    for family, layers in FAMILIES.items():
-        cells: dict[str, list[str]] = {"rms_norm": [], "glu": [], "rope": []}
-        for layer, body in layers.items():
-            # instead of a body, a pair says why such layers are left
-            name = "glu" if isinstance(body, tuple) else body.name
-            cells[name].append(f"stays stock: `{layer}`" if isinstance(body, tuple) else f"`{layer}`")
-        rows.append((f"`{family}`", *(", ".join(cell) or "none" for cell in cells.values())))
-    assert_table("| family | rms_norm | glu | rope |", rows)
+    tested = [(name.removesuffix("Text"), layers) for name, layers, _ in (*FIRST, *COVERED, *LONG_TAIL)]
+    tested += [(name.partition(".")[2], layers) for name, _, layers, *_ in TOWERS]
+    rows: dict[str, list[str]] = {}
+    for name, layers in tested:
+        keys = sorted(each.split()[0] for each in layers.split(", "))
+        rows.setdefault(", ".join(f"`{key}`" for key in keys if key != "plain"), []).append(name)
+    assert_table("| replaced | in |", [(keys, ", ".join(names)) for keys, names in rows.items()])
 
 
 def test_every_folder_that_is_named_exists():

@@ -21,7 +21,7 @@ SWITCHES = {
     "enabled": None,
     # raise where a requested kind of layer is not in the model
     "strict": False,
-    # compare every replacement with the original before it is used
+    # compare every replacement with the original on the device of the training; else forms are told apart on the CPU
     "verify": True,
     # print on rank 0 what was replaced, and what was not and why
     "report": True,

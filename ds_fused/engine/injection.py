@@ -10,24 +10,24 @@ and knows neither reports nor undoing. The layers end up the same.
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import torch
 from deepspeed.module_inject.policy import DSPolicy
 from torch import nn
 
 from ds_fused.modules.swap import is_fused, original_class, swap, why_not
-from ds_fused.policies.bodies import Body, Reading
-from ds_fused.policies.families import find
+from ds_fused.policies.kinds import Kind, Way, choose, find
 
 log = logging.getLogger("ds_fused")
 
 
 class FusedLayerPolicy(DSPolicy):
-    """One class of layer and the body it gets. DeepSpeed makes an instance per layer, or an empty one to ask it."""
+    """One class of layer, of one kind. DeepSpeed makes an instance per layer, or an empty one to ask it."""
 
     _orig_layer_class: type[nn.Module]
-    body: Body
+    kind: Kind
+    _chosen: dict[Hashable, Way | str]
 
     def __init__(self, client_module: nn.Module | None = None, **_options: object) -> None:
         super().__init__()
@@ -41,38 +41,38 @@ class FusedLayerPolicy(DSPolicy):
 
     def apply(self, module: nn.Module, enable_cuda_graph: bool = False) -> nn.Module:
         """The same module, behaving as the fused layer; unchanged, with a line in the log, where that can't be."""
-        reading = why_not(module) or self.body.read(module)
-        if isinstance(reading, Reading):
-            differs = self._differs(module, reading)
-            if differs is None:
-                swap(module, self.body.mixin, **reading.state)
-                return module
-            reading = differs
-        log.warning("ds_fused: a %s stays as it is: %s", type(module).__name__, reading)
+        ways = why_not(module) or self.kind.ways(module)
+        if not ways:
+            return module  # its parts are what is replaced
+        way = ways if isinstance(ways, str) else self._choice(module, ways)
+        if isinstance(way, Way):
+            swap(module, way.mixin, way.how, **dict(way.state))
+        else:
+            log.warning("ds_fused: a %s stays as it is: %s", type(module).__name__, way)
         return module
 
     def attention(self, *_: object) -> None:
         """For policies that rebuild a whole block from its weights; ours changes one layer and hands out none."""
 
     @classmethod
-    def _differs(cls, module: nn.Module, reading: Reading) -> str | None:
-        """What the replacement would compute otherwise, by the proof; once for layers that are alike."""
+    def _choice(cls, module: nn.Module, ways: Sequence[Way]) -> Way | str:
+        """What the proof chooses, or what differed; once for layers that are alike."""
         first = next((p for p in module.parameters() if p.is_floating_point()), None)
         device, dtype = (torch.device("cpu"), torch.float32) if first is None else (first.device, first.dtype)
-        kind: Hashable = (device, dtype, tuple(reading.state.items()), cls.body.alike(module))
-        if kind not in cls._proofs:
-            cls._proofs[kind] = cls.body.prove(module, cls.body.mixin, reading.state, device, dtype)
-        return cls._proofs[kind]
+        what: Hashable = (device, dtype, tuple(ways), cls.kind.alike(module))
+        if what not in cls._chosen:
+            cls._chosen[what] = choose(cls.kind, module, ways, device, dtype)
+        return cls._chosen[what]
 
 
 def policies_for(model: nn.Module) -> list[type[FusedLayerPolicy]]:
-    """A policy for each class of layer in the model that a family names."""
+    """A policy for each class of layer in the model that is of a kind we know."""
     found = {}
     for module in model.modules():
         cls = type(module)
-        body = find(cls)
-        if isinstance(body, Body) and cls not in found and not is_fused(module):
-            members = {"_orig_layer_class": cls, "body": body, "_proofs": {}}
+        kind = None if cls in found or is_fused(module) else find(module)
+        if kind is not None:
+            members = {"_orig_layer_class": cls, "kind": kind, "_chosen": {}}
             found[cls] = type(f"Fused{cls.__name__}Policy", (FusedLayerPolicy,), members)
     return list(found.values())
 

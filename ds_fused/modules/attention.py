@@ -1,70 +1,63 @@
-"""Attention layers: their own forward, with the module-level ``apply_rotary_pos_emb`` exchanged for the fused op.
+"""Attention layers: their own forward, with its module-level rotary functions exchanged for the fused op.
 
-The forward that runs is the original's code object over a copy of its globals in which that one name is another
-function: per instance, so that a stock model in the same process stays stock. The copy is taken once for each class.
+The forward that runs is the original's code object over a copy of its globals in which those names are other functions:
+per instance, so that a stock model in the same process stays stock. The copy is taken once for each class.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import CellType, FunctionType
 
-from torch import Tensor, nn
+from torch import nn
 
-from ds_fused.ops import rope
+from ds_fused.modules.rotary import Turn, fused_rotary
 
-NAME = "apply_rotary_pos_emb"
-
-
-def apply_rotary_pos_emb(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
-) -> tuple[Tensor, Tensor]:
-    """Stands where transformers' function of this name stood: turns the columns that cos and sin cover, by halves."""
-    return rope(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+WORD = "apply_rotary"  # in the names of all such functions
 
 
-class RopeHalf:
-    """The original forward with the fused rotary embedding."""
+class Rope:
+    """The original forward with fused rotary functions."""
 
     @staticmethod
-    def _ds_fused_members(cls: type[nn.Module]) -> dict[str, object]:
-        """``forward`` made from the original's code."""
-        return {"forward": exchanged(cls.forward, NAME, apply_rotary_pos_emb)}
+    def _ds_fused_members(cls: type[nn.Module], *turns: tuple[str, Turn]) -> dict[str, object]:
+        """``forward`` made from the original's code; ``turns``: name of a function, how it turns."""
+        stock = rotary_functions(cls)
+        new = {name: fused_rotary(stock[name], turn) for name, turn in turns}
+        return {"forward": exchanged(cls.forward, new)}
 
 
-def stock_rope(cls: type[nn.Module]) -> Callable | None:
-    """The ``apply_rotary_pos_emb`` that the class's forward calls; None when it calls none by that name."""
-    inner = _caller(cls.forward, NAME)
-    return inner.__globals__.get(NAME) if inner is not None else None
+def rotary_functions(cls: type[nn.Module]) -> dict[str, Callable]:
+    """Name -> function, of the rotary functions that the class's forward calls and ``exchanged`` can reach."""
+    inner = _caller(cls.forward)
+    if inner is None:
+        return {}
+    found = {name: inner.__globals__.get(name) for name in inner.__code__.co_names if WORD in name}
+    return {name: function for name, function in found.items() if callable(function)}
 
 
-def same_arguments(function: Callable) -> bool:
-    """Whether a function can be called as ours is: (q, k, cos, sin, unsqueeze_dim=1)."""
-    ours = inspect.signature(apply_rotary_pos_emb).parameters.values()
-    theirs = inspect.signature(function).parameters.values()
-    return [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in theirs]
-
-
-def exchanged(f: FunctionType, name: str, new: Callable) -> FunctionType:
-    """``f`` with the global ``name`` bound to ``new``; decorators around the function that uses it are built again."""
-    if name in f.__code__.co_names:
-        return _function(f, {**f.__globals__, name: new}, f.__closure__)
+def exchanged(f: FunctionType, new: Mapping[str, Callable]) -> FunctionType:
+    """``f`` with globals bound to ``new``; decorators around the function that uses them are built again."""
+    if not new.keys().isdisjoint(f.__code__.co_names):
+        names = {**f.__globals__, **new}
+        # torch.compile would guard what it finds in the module of that name instead
+        names.pop("__name__", None)
+        return _function(f, names, f.__closure__)
     inner = f.__wrapped__
-    cells = tuple(CellType(exchanged(inner, name, new)) if _holds(cell, inner) else cell for cell in f.__closure__)
+    cells = tuple(CellType(exchanged(inner, new)) if _holds(cell, inner) else cell for cell in f.__closure__)
     return _function(f, f.__globals__, cells)
 
 
-def _caller(f: object, name: str) -> FunctionType | None:
-    """The function under ``f``'s decorators that uses the global ``name``, if ``exchanged`` can reach it."""
+def _caller(f: object) -> FunctionType | None:
+    """The function under ``f``'s decorators that uses a rotary function, if ``exchanged`` can reach it."""
     if not isinstance(f, FunctionType):
         return None
-    if name in f.__code__.co_names:
+    if any(WORD in name for name in f.__code__.co_names):
         return f
     inner = getattr(f, "__wrapped__", None)
     if inner is None or not any(_holds(cell, inner) for cell in f.__closure__ or ()):
         return None
-    return _caller(inner, name)
+    return _caller(inner)
 
 
 def _holds(cell: CellType, value: object) -> bool:

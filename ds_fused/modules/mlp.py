@@ -1,41 +1,64 @@
 """Gated MLPs: ``down(act(gate(x)) * up(x))``, with gate and up apart or packed into one projection.
 
-Children are called, never opened: they may be LoRA, quantised or sharded.
+Children are called, never opened: they may be LoRA, quantised or sharded. Their names are the layer's own.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_fused.ops import glu
+from ds_fused.ops import glu, relu2
+
+
+class Gate(NamedTuple):
+    """In which of its forms ``glu`` computes a layer's gate."""
+
+    act: str = "silu"
+    interleaved: bool = False
+    alpha: float = 1.0
+    limit: float | None = None
+    offset: float = 0.0
+
+
+def gated(gate: Gate, x: Tensor, up: Tensor | None = None) -> Tensor:
+    """``glu`` of x and up, or of x that holds both."""
+    return glu(x, up, gate.act, interleaved=gate.interleaved, alpha=gate.alpha, limit=gate.limit, offset=gate.offset)
 
 
 class GatedMLP:
     """Projections apart, as Llama's."""
 
-    gate_proj: nn.Module
-    up_proj: nn.Module
-    down_proj: nn.Module
-    fused_act: str
+    fused_gate: Gate
+    fused_children: tuple[str, str, str]  # gate, up, down
 
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
         (x,) = (*args, *named.values())  # hidden_states to some, x to others
-        return self.down_proj(glu(self.gate_proj(x), self.up_proj(x), self.fused_act))
+        gate, up, down = (getattr(self, name) for name in self.fused_children)
+        return down(gated(self.fused_gate, gate(x), up(x)))
 
 
 class PackedMLP:
     """One projection whose first half is the gate, as Phi3's and GLM4's; its gradient is written once, too."""
 
-    gate_up_proj: nn.Module
-    down_proj: nn.Module
-    fused_act: str
+    fused_gate: Gate
+    fused_children: tuple[str, str]  # gate and up, down
 
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
         (x,) = (*args, *named.values())
-        return self.down_proj(glu(self.gate_up_proj(x), act=self.fused_act))
+        gate_up, down = (getattr(self, name) for name in self.fused_children)
+        return down(gated(self.fused_gate, gate_up(x)))
+
+
+class ReLU2:
+    """An activation without a gate, as Nemotron's MLPs have it."""
+
+    def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
+        (x,) = (*args, *named.values())
+        return relu2(x)
 
 
 # by name: the classes are transformers', which this floor doesn't import; whether they compute that, the proof decides
@@ -46,11 +69,13 @@ _ACTS = {
     "PytorchGELUTanh": "gelu_tanh",
     "NewGELUActivation": "gelu_tanh",
     "GELUActivation": "gelu",
+    "ReLU": "relu",
+    "ReLUSquaredActivation": "relu2",
 }
 
 
 def act_of(act: object) -> str | None:
-    """The name under which ``glu`` knows a silu or gelu (a layer or a function); None for any other activation."""
+    """The name under which ``glu`` knows an activation (a layer or a function); None for those it doesn't."""
     if isinstance(act, nn.GELU):
         return "gelu_tanh" if act.approximate == "tanh" else "gelu"
     if isinstance(act, nn.Module):
@@ -59,4 +84,5 @@ def act_of(act: object) -> str | None:
         tanh = act.func is F.gelu and not act.args and act.keywords == {"approximate": "tanh"}
         return "gelu_tanh" if tanh else None
     # F.gelu is a builtin and F.silu a function: identity tells them, a name would not
-    return "silu" if act is F.silu else "gelu" if act is F.gelu else None
+    known = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu"}
+    return known.get(act) if callable(act) else None

@@ -1,44 +1,126 @@
-"""RMSNorm layers: the two bodies that nearly all of them share.
+"""Norms: each mix-in is one op, told by its state in which of the op's forms its layer computes.
 
-    Llama:  weight * (x / rms(x)).to(x.dtype)
-    Gemma:  ((x / rms(x)) * (1 + weight.float())).to(x.dtype)
-
-What is called ``variance_epsilon`` in one and ``eps`` in the other is read at each call, under the name that
+What is called ``variance_epsilon`` in one class and ``eps`` in another is read at each call, under the name that
 ``eps_name`` found.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from ds_fused.ops import rms_norm
+from ds_fused.ops import gated_rms_norm, group_norm, layer_norm, rms_norm
+
+EPS_NAMES = ("variance_epsilon", "eps", "norm_eps", "epsilon", "layer_norm_eps")
 
 
-class RMSNormLlama:
-    """Rounds before the weight."""
+class RMSNorm:
+    """``(offset + weight) * x / rms(x)``, rounded before the weight (Llama) or once behind it (Gemma, OLMo 2)."""
 
-    weight: nn.Parameter
     fused_eps: str
+    fused_offset: float
+    fused_cast: str
 
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
         (x,) = (*args, *named.values())  # hidden_states to some, x to others
-        return rms_norm(x, self.weight, eps=getattr(self, self.fused_eps))
+        weight, bias = getattr(self, "weight", None), getattr(self, "bias", None)
+        eps = getattr(self, self.fused_eps)
+        return rms_norm(x, weight, bias=bias, eps=eps, offset=self.fused_offset, cast=self.fused_cast)
 
 
-class RMSNormGemma:
-    """Rounds once, after the weight, which is stored as its distance from 1."""
-
-    weight: nn.Parameter
-    fused_eps: str
+class RMSNormT5(RMSNorm):
+    """T5's: rounded to the dtype of the weight, and not at all before a weight in fp32."""
 
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
         (x,) = (*args, *named.values())
-        return rms_norm(x, self.weight, eps=getattr(self, self.fused_eps), offset=1.0, cast="after_weight")
+        dtype = self.weight.dtype
+        if dtype in (torch.float16, torch.bfloat16) and dtype != x.dtype:
+            return self.weight * rms_norm(x, None, eps=getattr(self, self.fused_eps)).to(dtype)
+        return super().forward(x.to(dtype))
+
+
+class LayerNorm:
+    """``torch.nn.LayerNorm`` over the last dimension."""
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    eps: float
+
+    def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
+        (x,) = (*args, *named.values())
+        return layer_norm(x, self.weight, self.bias, eps=self.eps)
+
+
+class OwnLayerNorm:
+    """A family's own layer norm (Cohere's), whose result has the dtype of x under autocast, too."""
+
+    fused_eps: str | float  # the epsilon itself where its forward has it as a number (OLMo)
+
+    def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
+        (x,) = (*args, *named.values())
+        weight, bias = getattr(self, "weight", None), getattr(self, "bias", None)
+        eps = getattr(self, self.fused_eps) if isinstance(self.fused_eps, str) else self.fused_eps
+        return layer_norm(x, weight, bias, eps=eps).to(x.dtype)
+
+
+class LayerNorm1P:
+    """Nemotron's: the weight is stored as its distance from 1, and under autocast everything is cast first."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    eps: float
+
+    def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
+        (x,) = (*args, *named.values())
+        weight, bias = self.weight + 1.0, self.bias
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
+        with torch.autocast(kind, enabled=False):
+            return layer_norm(x, weight, bias, eps=self.eps)
+
+
+class GatedRMSNorm:
+    """A norm with a gate before or behind it; without a gate it is the original's."""
+
+    fused_eps: str
+    fused_order: str
+    fused_cast: str
+    fused_act: str
+    fused_group_size: int | None
+
+    def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        if gate is None:
+            return super().forward(hidden_states, None)
+        return gated_rms_norm(
+            hidden_states,
+            gate,
+            getattr(self, "weight", None),
+            eps=getattr(self, self.fused_eps),
+            order=self.fused_order,
+            cast=self.fused_cast,
+            act=self.fused_act,
+            group_size=self.fused_group_size,
+        )
+
+
+class GroupNorm:
+    """``torch.nn.GroupNorm``."""
+
+    num_groups: int
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    eps: float
+
+    def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
+        (x,) = (*args, *named.values())
+        return group_norm(x, self.num_groups, self.weight, self.bias, eps=self.eps)
 
 
 def eps_name(module: nn.Module) -> str | None:
     """The attribute that holds the layer's epsilon; None when there is none, or more than one with different values."""
-    found = [name for name in ("variance_epsilon", "eps") if isinstance(getattr(module, name, None), float)]
+    found = [name for name in EPS_NAMES if isinstance(getattr(module, name, None), float)]
     if not found or len({getattr(module, name) for name in found}) > 1:
         return None
     return found[0]

@@ -7,7 +7,8 @@ modules and policies of DeepSpeed, ``architectures`` in a saved config, a shardi
 says Fused.
 
 A mix-in is a class with a ``forward`` and no state of its own. One that needs the original's code to build its forward
-offers ``_ds_fused_members(original) -> dict``, which becomes part of the built class.
+offers ``_ds_fused_members(original, *how) -> dict``, which becomes part of the built class; ``how`` is what else it has
+to know, hashable and picklable.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import functools
 import torch
 from torch import nn
 
-# one class per (mix-in, original): all layers share it, and `type(a) is type(b)` holds between them as before
-_BUILT: dict[tuple[type, type], type] = {}
+# one class per (mix-in, original, how): all layers share it, and `type(a) is type(b)` holds between them as before
+_BUILT: dict[tuple[type, type, tuple], type] = {}
 
 
-def fused_class(mixin: type, cls: type[nn.Module]) -> type[nn.Module]:
-    """The class that is ``cls`` with the behaviour of ``mixin``; built once for each pair."""
-    built = _BUILT.get((mixin, cls))
+def fused_class(mixin: type, cls: type[nn.Module], how: tuple = ()) -> type[nn.Module]:
+    """The class that is ``cls`` with the behaviour of ``mixin``; built once."""
+    built = _BUILT.get((mixin, cls, how))
     if built is None:
         members = {
             "__module__": cls.__module__,
@@ -33,15 +34,16 @@ def fused_class(mixin: type, cls: type[nn.Module]) -> type[nn.Module]:
             "_get_name": _fused_name,
             "_ds_fused_mixin": mixin,
             "_ds_fused_original": cls,
+            "_ds_fused_how": how,
         }
         if hasattr(mixin, "_ds_fused_members"):
-            members.update(mixin._ds_fused_members(cls))
+            members.update(mixin._ds_fused_members(cls, *how))
         built = type(cls)(cls.__name__, (mixin, cls), members)
-        _BUILT[mixin, cls] = built
+        _BUILT[mixin, cls, how] = built
     return built
 
 
-def swap(module: nn.Module, mixin: type, **state: object) -> None:
+def swap(module: nn.Module, mixin: type, how: tuple = (), **state: object) -> None:
     """Give ``module`` the behaviour of ``mixin``; ``state`` becomes attributes that ``unswap`` removes again."""
     reason = why_not(module)
     if reason is not None:
@@ -49,7 +51,7 @@ def swap(module: nn.Module, mixin: type, **state: object) -> None:
     taken = [name for name in state if hasattr(module, name)]
     if taken:
         raise ValueError(f"swap: {type(module).__name__} already has an attribute {taken[0]!r}")
-    module.__class__ = fused_class(mixin, type(module))
+    module.__class__ = fused_class(mixin, type(module), how)
     for name, value in state.items():
         # past nn.Module.__setattr__: this is a plain attribute, never a parameter or a child
         module.__dict__[name] = value
@@ -123,14 +125,14 @@ def _fused_name(self: nn.Module) -> str:
 
 
 def _reduce(self: nn.Module, protocol: int) -> tuple:
-    """Copy and pickle by (mix-in, original): the built class shares the original's name and can't be found by it."""
+    """Copy and pickle by what built the class: it shares the original's name and can't be found by it."""
     cls = type(self)
     if "_ds_fused_original" not in cls.__dict__:
         return object.__reduce_ex__(self, protocol)
     state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-    return _renew, (cls._ds_fused_mixin, cls._ds_fused_original), state
+    return _renew, (cls._ds_fused_mixin, cls._ds_fused_original, cls._ds_fused_how), state
 
 
-def _renew(mixin: type, cls: type[nn.Module]) -> nn.Module:
-    built = fused_class(mixin, cls)
+def _renew(mixin: type, cls: type[nn.Module], how: tuple) -> nn.Module:
+    built = fused_class(mixin, cls, how)
     return built.__new__(built)

@@ -13,15 +13,20 @@ from torch import nn
 
 from ds_fused.modules import OPS
 from ds_fused.modules.head import HeadWeight
-from ds_fused.modules.swap import fused_class, is_fused, patched_by, swap, unswap, why_not
+from ds_fused.modules.swap import fused_class, is_fused, owner_of, swap, unswap, why_not
 from ds_fused.modules.tiled_mlp import TILED
-from ds_fused.policies.bodies import Body
-from ds_fused.policies.families import find
+from ds_fused.policies.kinds import ACTIVATION, Kind, Way, choose, find, unproven
 from ds_fused.policies.loss import claim_loss
 from ds_fused.policies.report import Claim, Left, Report
 
-# names of layers that a user would expect to be replaced: where the table has none for them, the report says so
-_EXPECTED = re.compile(r"(RMSNorm|MLP|Experts)$")
+# names of layers that a user would expect to be replaced: where they are of no kind that we know, the report says so
+_EXPECTED = re.compile(r"(RMSNorm|LayerNorm|MLP|Experts)$")
+# ops that are alternatives: `strict` is content with one of each group
+_GROUPS = {
+    **dict.fromkeys(("rms_norm", "layer_norm", "group_norm", "gated_rms_norm"), "norm"),
+    **dict.fromkeys(("glu", "relu2"), "mlp"),
+    **dict.fromkeys(("cross_entropy", "linear_cross_entropy"), "loss"),
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,8 @@ def apply(
     ``wanted``: JSON key -> True, False or an object of options; only what it names is on. Without it everything is on.
     ``switches``: single keys on top: ``apply(model, rope=False, fused_linear_cross_entropy={"chunk_mb": 256})``.
     ``device``, ``dtype``: what the model will train in, where each replacement is compared with the original before it
-    is used (``verify``); the first parameter's when not given.
+    is used; the first parameter's when not given. Without ``verify`` that happens on the CPU, and only for layers that
+    could be one of several forms.
     ``strict``: a requested kind that matches nothing is a ValueError.
     ``logits``: after a fused loss, "defer" computes them when they are read, "keep" in the forward as well.
     ``eval``: "defer" fuses the loss of an evaluation too, "stock" leaves evaluation alone.
@@ -68,8 +74,9 @@ def apply(
     planned = plan(model, keys, logits=logits, eval=eval, weight=weight, tiles=tiles)
 
     device, dtype = _place(model, device, dtype)
-    outcomes = [_outcome(claim, device, dtype) if verify else None for claim in planned.claims]
-    claims = [claim for claim, differs in zip(planned.claims, outcomes, strict=True) if differs is None]
+    outcomes = [_outcome(claim, device, dtype, verify) for claim in planned.claims]
+    # what a layer turned out to be may be what nobody asked for
+    claims = [c for c, differs in zip(planned.claims, outcomes, strict=True) if differs is None and c.key in keys]
     left = list(planned.left)
     for claim, differs in zip(planned.claims, outcomes, strict=True):
         if differs is not None:
@@ -101,60 +108,81 @@ def plan(
     """
     alike: dict[tuple, SwapClaim] = {}
     left: Counter[tuple[str, str]] = Counter()
-    unknown: Counter[tuple[str, str]] = Counter()
-    known = False
+    inside: set[int] = set()  # activations that a claimed layer no longer calls
     for path, module in model.named_modules():
-        body = find(type(module))
-        if not path:
+        kind = find(module)
+        if not path or id(module) in inside:
             continue  # the root keeps its class: its name goes into saved configs and sharding plans
-        if body is None:
-            if _EXPECTED.search(type(module).__name__):
-                owner = patched_by(module)
-                reason = f"{owner} has replaced it" if owner else "no family names this class"
-                unknown[_shown(module), reason] += 1
-            continue
-        known = True
-        if isinstance(body, tuple):
-            key, reason = body
-            if key in wanted:
-                left[_shown(module), reason] += 1
-            continue
-        if not any(key in wanted for key in body.keys):
-            continue
-        reading = why_not(module) or body.read(module)
-        if isinstance(reading, str):
-            left[_shown(module), reading] += 1
-        elif reading.key in wanted:
-            kind = (reading.key, type(module), body.name, tuple(reading.state.items()), body.alike(module))
-            if kind not in alike:
-                alike[kind] = SwapClaim(reading.key, body, reading.state, model, tiles)
-            alike[kind].add(path, module)
+        ways = _ways(kind, module, wanted)
+        if isinstance(ways, str):
+            left[_shown(module), ways] += 1
+        elif ways:
+            inside.update(
+                id(child) for child in module._modules.values() if child is not None and find(child) is ACTIVATION
+            )
+            what = (type(module), tuple(ways), kind.alike(module))
+            if what not in alike:
+                alike[what] = SwapClaim(kind, ways, model, tiles)
+            alike[what].add(path, module)
 
     loss, loss_left = claim_loss(model, wanted, logits=logits, eval=eval, weight=weight)
     claims = (*alike.values(), *loss)
     left_whole = [Left(what, count, reason) for (what, reason), count in left.items()]
-    left_whole += _strangers(model, unknown, known, fused_loss=bool(loss))
     _no_conflict(claims)
     return Plan(claims, (*left_whole, *loss_left))
 
 
-class SwapClaim:
-    """Layers of one class, alike in all that the proof depends on, and the body they get."""
+def _ways(kind: Kind | None, module: nn.Module, wanted: Mapping[str, object]) -> Sequence[Way] | str:
+    """The ways to replace a layer; or why it stays; () where none is wanted or nobody would expect one."""
+    if kind is None:
+        # what holds layers that we know is no layer itself
+        expected = any(_EXPECTED.search(cls.__name__) for cls in type(module).__mro__)
+        if not expected or any(find(child) for child in module.modules()):
+            return ()
+    owner = owner_of(type(module))
+    if owner is not None:
+        return f"{owner} has replaced it"
+    if kind is None:
+        return "it is of no form that an op could replace"
+    ways = why_not(module) or kind.ways(module)
+    # all of them, if any is wanted: which it is decides the comparison, not the switch
+    return ways if isinstance(ways, str) or any(way.key in wanted for way in ways) else ()
 
-    def __init__(
-        self, key: str, body: Body, state: Mapping[str, object], model: nn.Module, tiles: int | None = None
-    ) -> None:
-        self.key = key
+
+class SwapClaim:
+    """Layers of one class, alike in all that the proof depends on, and the ways to replace them."""
+
+    def __init__(self, kind: Kind, ways: Sequence[Way], model: nn.Module, tiles: int | None = None) -> None:
         self.paths: tuple[str, ...] = ()
         self.original = ""
-        self.replacement = body.name
-        self._body, self._state, self._model = body, dict(state), model
-        self.tiles = tiles if body.mixin in TILED else None
-        self._mixin, self._committed = body.mixin, self._state
-        if self.tiles is not None:
-            self.replacement += f" in {tiles} tiles"
-            self._mixin, self._committed = TILED[body.mixin], {**self._state, "fused_tiles": tiles}
+        self._kind, self._ways, self._model, self._tiles = kind, tuple(ways), model, tiles
         self._modules: list[nn.Module] = []
+
+    @property
+    def certain(self) -> bool:
+        """Whether it is settled what the layers become."""
+        return len(self._ways) == 1
+
+    @property
+    def way(self) -> Way:
+        """The one that was proven; before, the likeliest."""
+        return self._ways[0]
+
+    @property
+    def key(self) -> str:
+        return self.way.key
+
+    @property
+    def tiles(self) -> int | None:
+        return self._tiles if self.way.mixin in TILED else None
+
+    @property
+    def replacement(self) -> str:
+        return self.way.op if self.tiles is None else f"{self.way.op} in {self.tiles} tiles"
+
+    @property
+    def _mixin(self) -> type:
+        return self.way.mixin if self.tiles is None else TILED[self.way.mixin]
 
     def add(self, path: str, module: nn.Module) -> None:
         self.paths += (path,)
@@ -164,12 +192,17 @@ class SwapClaim:
 
     def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
         # what runs tile by tile is what is proven; its copies have stub children, whose weights no tile would know
-        return self._body.prove(self._modules[0], self._body.mixin, self._state, device, dtype)
+        chosen = choose(self._kind, self._modules[0], self._ways, device, dtype)
+        if isinstance(chosen, str):
+            return chosen
+        self._ways = (chosen,)
+        return None
 
     def commit(self) -> None:
+        state = dict(self.way.state) | ({} if self.tiles is None else {"fused_tiles": self.tiles})
         try:
             for module in self._modules:
-                swap(module, self._mixin, **self._committed)
+                swap(module, self._mixin, self.way.how, **state)
         except BaseException:
             self.restore()
             raise
@@ -186,7 +219,7 @@ class SwapClaim:
         )
 
     def watched(self) -> tuple[type, ...]:
-        return (fused_class(self._mixin, self._cls),)
+        return (fused_class(self._mixin, self._cls, self.way.how),)
 
 
 def _keys(wanted: Mapping[str, object] | None, switches: Mapping[str, object]) -> dict[str, dict[str, object]]:
@@ -228,12 +261,15 @@ def _place(
     return torch.device(device), dtype
 
 
-def _outcome(claim: Claim, device: torch.device, dtype: torch.dtype) -> str | None:
+def _outcome(claim: Claim, device: torch.device, dtype: torch.dtype, verify: bool) -> str | None:
+    if not verify:
+        if not isinstance(claim, SwapClaim) or claim.certain:
+            return None
+        device = torch.device("cpu")  # which of the forms it is has to be found out anyway
     try:
         return claim.prove(device, dtype)
     except Exception as error:
-        # whatever it was: a layer that can't be compared is a layer that stays as it is, and the report says why
-        return f"it can't be compared: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return unproven(error)
 
 
 def _commit(claims: Sequence[Claim]) -> None:
@@ -249,16 +285,6 @@ def _commit(claims: Sequence[Claim]) -> None:
         raise
 
 
-def _strangers(model: nn.Module, unknown: Counter, known: bool, *, fused_loss: bool) -> list[Left]:
-    """What no line of the table covers: class by class, or in one line where it covers nothing of the model."""
-    types = sorted({str(t) for m in model.modules() if (t := getattr(getattr(m, "config", None), "model_type", None))})
-    if known or not types or any("has replaced it" in reason for _, reason in unknown):
-        return [Left(what, count, reason) for (what, reason), count in unknown.items()]
-    loss = "; the loss is fused anyway" if fused_loss else ""
-    reason = f"no family known for model_type {', '.join(types)}: norms, rope and mlps left{loss}"
-    return [Left(type(model).__name__, 1, reason)]
-
-
 def _no_conflict(claims: Sequence[Claim]) -> None:
     taken: dict[str, Claim] = {}
     for claim in claims:
@@ -270,11 +296,11 @@ def _no_conflict(claims: Sequence[Claim]) -> None:
 
 
 def _all_matched(keys: Mapping[str, object], claims: Sequence[Claim], left: Sequence[Left]) -> None:
-    """``strict``: every op that is on has work. Its keys are alternatives (a model is swiglu or geglu), and so are the
-    two ways to the loss."""
-    families = {key: "loss" if "cross_entropy" in op.name else op.name for op in OPS for key in op.keys}
-    matched = {families.get(claim.key, claim.key) for claim in claims}
-    missed = [key for key in keys if families[key] not in matched]
+    """``strict``: every op that is on has work. Keys of one op are alternatives (a model is swiglu or geglu), and so
+    are norms, MLPs with and without a gate, and the two ways to the loss."""
+    groups = {key: _GROUPS.get(op.name, op.name) for op in OPS for key in op.keys}
+    matched = {groups[claim.key] for claim in claims}
+    missed = [key for key in keys if groups[key] not in matched]
     if missed:
         reasons = "".join(f"\n  {row.count} x {row.what}: {row.reason}" for row in left)
         raise ValueError(f"apply: strict, and nothing matched {', '.join(missed)}{reasons}")
@@ -287,6 +313,8 @@ def _digest(planned: Plan, outcomes: Sequence[str | None]) -> dict[str, object]:
             "key": c.key,
             "original": c.original,
             "replacement": c.replacement,
+            # of several forms of one op
+            "form": repr(c.way) if isinstance(c, SwapClaim) else None,
             "paths": list(c.paths),
             "proven": outcome is None,
             "why": None if outcome is None else f"{_short(c.original)}: {outcome}",

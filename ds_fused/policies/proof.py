@@ -73,8 +73,12 @@ def compare(
     dtypes: Mapping[str, torch.dtype],
     device: torch.device,
     gradients: Sequence[str] | None = None,
+    may_refuse: bool = False,
 ) -> str | None:
-    """None when ``fused`` gives what ``stock`` gives, else what differed. ``gradients``: of which tensors (all)."""
+    """None when ``fused`` gives what ``stock`` gives, else what differed. ``gradients``: of which tensors (all).
+
+    ``may_refuse``: where ``stock`` raises, no model can call it so, and there is nothing to compare.
+    """
     names = list(tensors) if gradients is None else list(gradients)
     with _undisturbed(device):
         # rounded first: all three see the same numbers
@@ -86,11 +90,26 @@ def compare(
         wanted = _run(stock, {name: tensor.double() for name, tensor in given.items()}, names)
         here = {name: tensor.to(device) for name, tensor in given.items()}
         before = _generator_states(device)
-        theirs = _run(stock, here, names)
+        try:
+            theirs = _run(stock, here, names)
+        except RuntimeError:
+            if may_refuse:
+                return None
+            raise
         if any(not torch.equal(a, b) for a, b in zip(before, _generator_states(device), strict=True)):
             return "it draws random numbers"
         ours = _run(fused, here, names)
         return _difference(ours, theirs, wanted)
+
+
+def accepts(run: Run, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether it can be called so at all."""
+    with _undisturbed(torch.device("cpu")):
+        try:
+            run(tensors)
+        except (RuntimeError, IndexError):
+            return False
+    return True
 
 
 def _run(run: Run, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
@@ -159,8 +178,10 @@ def _undisturbed(device: torch.device):
 def facts(module: nn.Module) -> tuple:
     """What tells two layers of one class apart: their plain attributes. Layers that agree in them share one proof."""
     machinery = vars(nn.Module())
-    return tuple(
-        (name, value if isinstance(value, (bool, int, float, str, type(None))) else id(value))
-        for name, value in vars(module).items()
-        if name not in machinery
-    )
+    return tuple((name, _fact(value)) for name, value in vars(module).items() if name not in machinery)
+
+
+def _fact(value: object) -> object:
+    if isinstance(value, tuple):
+        return tuple(map(_fact, value))
+    return value if isinstance(value, (bool, int, float, str, type(None))) else id(value)

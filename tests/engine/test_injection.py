@@ -6,7 +6,7 @@ import pytest
 import torch
 from deepspeed.module_inject.policy import DSPolicy
 from deepspeed.module_inject.replace_module import replace_module
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, NemotronConfig, NemotronForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from ds_fused.engine.injection import policies_for, replace_layer
@@ -92,3 +92,14 @@ def test_a_layer_with_its_own_forward_stays(model, caplog):
     replace_module(model, LlamaRMSNorm, replace_layer, policy)
     assert [is_fused(m) for m in norms(model)] == [True] * 4 + [False]
     assert "forward of its own" in caplog.text
+
+
+def test_a_squared_relu_without_a_gate():
+    config = NemotronConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32)
+    model = NemotronForCausalLM(config)
+    stock = copy.deepcopy(model)
+    for policy in policies_for(model):
+        replace_module(model, policy._orig_layer_class, replace_layer, policy)
+    assert is_fused(model.model.layers[0].mlp.act_fn) and not is_fused(model.model.layers[0].mlp)
+    tokens = torch.randint(0, 64, (2, 9))
+    torch.testing.assert_close(model(tokens).logits, stock(tokens).logits)

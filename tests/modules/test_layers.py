@@ -10,9 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ds_fused.modules.attention import apply_rotary_pos_emb, exchanged, same_arguments, stock_rope
+from ds_fused.modules.attention import exchanged, rotary_functions
 from ds_fused.modules.mlp import act_of
 from ds_fused.modules.norm import eps_name
+from ds_fused.modules.product import Product
+from ds_fused.modules.rotary import roles_of
+from ds_fused.modules.swap import swap
+from ds_fused.ops import glu
 
 
 def test_eps_under_either_name() -> None:
@@ -40,7 +44,9 @@ def test_eps_under_either_name() -> None:
         (F.gelu, "gelu"),
         (functools.partial(F.gelu, approximate="tanh"), "gelu_tanh"),
         (functools.partial(F.gelu, approximate="none"), None),
-        (ACT2FN["relu"], None),
+        (ACT2FN["relu"], "relu"),
+        (ACT2FN["relu2"], "relu2"),
+        (F.relu, "relu"),
         (ACT2FN["quick_gelu"], None),
         (ACT2FN["gelu_10"], None),
         (torch.tanh, None),
@@ -101,8 +107,8 @@ def test_exchanged_forward() -> None:
         ("Decorated", ("exchanged", 3, 3)),
     ):
         cls = SCOPE[name]
-        assert stock_rope(cls) is rotary
-        made = exchanged(cls.forward, "apply_rotary_pos_emb", replacement)
+        assert rotary_functions(cls) == {"apply_rotary_pos_emb": rotary}
+        made = exchanged(cls.forward, {"apply_rotary_pos_emb": replacement})
         layer = cls()
         assert made(layer, 3) == expected
         assert layer.forward(3)[0] == 3  # the class's own is what it was
@@ -113,14 +119,68 @@ def test_exchanged_forward() -> None:
 
 def test_exchanged_forward_keeps_its_closure() -> None:
     cls = SCOPE["WithClosure"]
-    assert exchanged(cls.forward, "apply_rotary_pos_emb", replacement)(cls(), 3) == ("exchanged", 3, cls)
+    assert exchanged(cls.forward, {"apply_rotary_pos_emb": replacement})(cls(), 3) == ("exchanged", 3, cls)
 
 
 def test_forward_that_can_not_be_exchanged() -> None:
-    assert stock_rope(SCOPE["Super"]) is None
-    assert stock_rope(nn.Linear) is None
+    assert rotary_functions(SCOPE["Super"]) == {}
+    assert rotary_functions(nn.Linear) == {}
 
 
 def test_arguments() -> None:
-    assert same_arguments(rotary) and same_arguments(apply_rotary_pos_emb)
-    assert not same_arguments(lambda q, k, cos, sin, position_ids=None, unsqueeze_dim=1: (q, k))
+    assert list(roles_of(rotary).values()) == ["q", "k", "cos", "sin", "unsqueeze_dim"]
+    assert list(roles_of(lambda xq, xk, freqs_cis: xq).values()) == ["q", "k", "angles"]
+    assert list(roles_of(lambda tensor, sin, cos: tensor).values()) == ["q", "sin", "cos"]
+    assert roles_of(lambda q, k, cos, sin, scale: q) is None
+    assert roles_of(lambda q, k, cos: q) is None
+    assert roles_of(lambda q, x, cos, sin: q) is None  # two that could be q
+    assert roles_of(lambda q, k, cos, sin, **named: q) is None
+
+
+class AnyForward(nn.Module):
+    """Whatever its forward does with an activation."""
+
+    def __init__(self, forward: object) -> None:
+        super().__init__()
+        self.act_fn = nn.SiLU()
+        self.does = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.does(self.act_fn, x)
+
+
+# glu where it multiplies a tensor of its shape, the activation's own output in all other cases
+@pytest.mark.parametrize(
+    ("forward", "products"),
+    [
+        (lambda act, x: act(x) * x, 1),
+        (lambda act, x: x * act(x), 1),
+        (lambda act, x: torch.mul(x, act(x)), 1),
+        (lambda act, x: torch.mul(act(x), x), 1),
+        (lambda act, x: act(x).mul(x), 0),
+        (lambda act, x: (act(x) * x) * act(2 * x), 2),
+        (lambda act, x: act(x) * 2.0, 0),
+        (lambda act, x: 2.0 * act(x), 0),
+        (lambda act, x: act(x) * x[:1], 0),
+        (lambda act, x: act(x) * act(x), 0),
+        (lambda act, x: act(x) + x, 0),
+        (lambda act, x: x - act(x), 0),
+        (lambda act, x: F.linear(act(x), torch.ones(3, 6)), 0),
+        (lambda act, x: torch.cat([act(x), x]), 0),
+        (lambda act, x: act(x)[0] * act(x).shape[0], 0),
+        (lambda act, x: act(act(x)) * x, 1),
+    ],
+)
+def test_postponed_product(forward, products, monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr("ds_fused.modules.product.glu", lambda *args: calls.append(args) or glu(*args))
+    layer, x = AnyForward(forward), torch.randn(2, 6, requires_grad=True)
+    expected = layer(x)
+    swap(layer, Product, ("act_fn",), fused_act="silu")
+    found = layer(x)
+    assert type(found) is Tensor and len(calls) == products
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)))
+    torch.compiler.reset()  # one forward with too many layers would end compilation
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_fused.modules.mlp import GatedMLP
+from ds_fused.modules.mlp import Gate, GatedMLP
 from ds_fused.modules.swap import swap, unswap
 from ds_fused.modules.tiled_mlp import TiledMLP, tiled
 
@@ -185,7 +185,8 @@ def test_over_a_fused_layer(mlp):
 
     x = torch.randn(2, 7, 6, requires_grad=True)
     fused = copy.deepcopy(mlp)
-    swap(fused, TiledGated, fused_tiles=3, fused_act="silu")
+    children = ("gate_proj", "up_proj", "down_proj")
+    swap(fused, TiledGated, fused_tiles=3, fused_gate=Gate(), fused_children=children)
     close(run(fused, x), run(mlp, x))
     assert not fused.rows  # the original's forward is not what ran
     unswap(fused)

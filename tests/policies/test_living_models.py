@@ -20,6 +20,7 @@ from ds_fused.modules.swap import is_fused
 from tests.policies.tiny import (
     LAYER_KEYS,
     LLAMA,
+    NAMED,
     assert_same_state,
     assert_same_step,
     batch,
@@ -218,8 +219,10 @@ def test_by_keyword_as_the_original_names_it() -> None:
 
 
 # in one graph, before any step: neither the mix-ins nor the check of the first step may break it
-def test_compiles_in_one_graph() -> None:
-    model, stock = twins(LLAMA)
+@pytest.mark.parametrize("name", ["Llama", "Glm4", "DeepseekV3", "GptOss", "Qwen3Next"])
+def test_compiles_in_one_graph(name: str) -> None:
+    torch.compiler.reset()
+    model, stock = twins(NAMED[name])
     report = ds_fused.apply(model, LAYER_KEYS)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     ids = batch()["input_ids"]

@@ -6,16 +6,16 @@ import json
 
 import pytest
 import torch
-import transformers
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import ds_fused
 from ds_fused.policies import plan as plan_file
+from ds_fused.policies.kinds import Way
 from ds_fused.policies.plan import SwapClaim, plan
-from tests.policies.tiny import FAMILIES, LAYER_KEYS, LLAMA, SIZES, batch, classes, counts, step
+from tests.policies.tiny import LAYER_KEYS, LLAMA, NAMED, batch, classes, counts, step
 
-GEMMA = next(family for family in FAMILIES if family.name == "Gemma")
+GEMMA = NAMED["Gemma"]
 
 
 def test_everything_is_on_by_default() -> None:
@@ -56,7 +56,7 @@ def test_wrong_wishes_are_errors_that_name_the_known(wrong: dict, words: list[st
     assert classes(model) == classes(LLAMA.make())
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family.name in ("Llama", "Phi3", "Gemma")])
+@pytest.mark.parametrize("family", [NAMED[name] for name in ("Llama", "Phi3", "Gemma")])
 def test_tiles(family) -> None:
     stock, fused = family.make(), family.make()
     report = ds_fused.apply(fused, {family.glu: True}, tiles=3, strict=True)
@@ -84,9 +84,10 @@ def test_strict() -> None:
     with pytest.raises(ValueError, match="geglu"):
         ds_fused.apply(model, {"geglu": True, "rope": True}, strict=True)
     assert classes(model) == classes(LLAMA.make())
-    with pytest.raises(ValueError, match="nothing matched swiglu, geglu(.|\n)*MixtralExperts"):
-        mixtral = next(family for family in FAMILIES if family.name == "Mixtral")
-        ds_fused.apply(mixtral.make(), strict=True)
+    # norms are alternatives, too
+    ds_fused.apply(LLAMA.make(), {"layer_norm": True, "rms_norm": True}, strict=True)
+    with pytest.raises(ValueError, match="nothing matched rope, swiglu"):
+        ds_fused.apply(NAMED["OPT"].make(), strict=True)
 
 
 def test_strict_counts_what_the_proof_let_pass() -> None:
@@ -102,28 +103,32 @@ def test_strict_counts_what_the_proof_let_pass() -> None:
         ds_fused.apply(model, strict=True)
 
 
-def test_unknown_type_is_said_in_one_line_and_its_loss_is_fused() -> None:
-    model = transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**SIZES))
-    report = ds_fused.apply(model)
-    assert counts(report) == {"fused_linear_cross_entropy": 1, "cross_entropy": 1}
-    assert [row.reason for row in report.left] == [
-        "no family known for model_type olmo2: norms, rope and mlps left; the loss is fused anyway"
-    ]
-    report = ds_fused.apply(transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**SIZES)), LAYER_KEYS)
-    assert "the loss" not in report.left[0].reason
-    assert "olmo2" in str(report)
+class Convolved(nn.Module):
+    """By its name somebody would expect it to be replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 3)
 
 
-def test_strangers_in_a_known_model_are_named() -> None:
-    class GatedRMSNorm(nn.Module):
-        pass
-
+def test_strangers_are_named() -> None:
     model = LLAMA.make()
-    model.extra = nn.ModuleList([GatedRMSNorm(), GatedRMSNorm()])
+    model.extra = nn.ModuleList([type("GatedRMSNorm", (Convolved,), {})(), type("MyExperts", (Convolved,), {})()])
+    model.extra.append(type("Convolution", (Convolved,), {})())
     report = ds_fused.apply(model, LAYER_KEYS)
+    assert counts(report) == LLAMA.counts
     assert [(row.what, row.count, row.reason) for row in report.left] == [
-        ("GatedRMSNorm", 2, "no family names this class")
+        ("GatedRMSNorm", 1, "it is of no form that an op could replace"),
+        ("MyExperts", 1, "it is of no form that an op could replace"),
     ]
+
+
+# a squared ReLU that is a gate is part of its MLP, one that is not is an op by itself
+def test_squared_relus() -> None:
+    model = LLAMA.make(hidden_act="relu2")
+    assert counts(ds_fused.apply(model, LAYER_KEYS)) == {"rms_norm": 5, "rope": 2, "reglu": 2}
+    assert counts(ds_fused.apply(LLAMA.make(hidden_act="relu2"), {"relu2": True})) == {"relu2": 2}
+    assert counts(ds_fused.apply(NAMED["Nemotron"].make(), {"reglu": True, "relu2": True})) == {"relu2": 2}
 
 
 def test_a_shared_layer_is_claimed_once() -> None:
@@ -143,7 +148,8 @@ def test_two_claims_on_one_layer_are_an_error(monkeypatch: pytest.MonkeyPatch) -
     path = "model.layers.0.mlp"
 
     def claim_loss(model: nn.Module, wanted: object, **_: object) -> tuple[list, list]:
-        again = SwapClaim("fused_linear_cross_entropy", plan_file.find(LlamaRMSNorm), {}, model)
+        way = Way("fused_linear_cross_entropy", "linear_cross_entropy", LlamaMLP)
+        again = SwapClaim(plan_file.find(model.get_submodule(path)), [way], model)
         again.add(path, model.get_submodule(path))
         return [again], []
 
@@ -186,11 +192,11 @@ def test_commit_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = LLAMA.make()
     real, calls = plan_file.swap, []
 
-    def fails_at_the_fourth(module: nn.Module, mixin: type, **state: object) -> None:
+    def fails_at_the_fourth(module: nn.Module, mixin: type, how: tuple, **state: object) -> None:
         calls.append(module)
         if len(calls) == 4:
             raise MemoryError
-        real(module, mixin, **state)
+        real(module, mixin, how, **state)
 
     monkeypatch.setattr(plan_file, "swap", fails_at_the_fourth)
     with pytest.raises(MemoryError):

@@ -10,18 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.t5 import modeling_t5
 
 import ds_fused
-from ds_fused.modules.attention import NAME, exchanged
-from ds_fused.policies.bodies import GATED_MLP, RMS_NORM_GEMMA, RMS_NORM_LLAMA, ROPE_HALF, Body
-from tests.policies.tiny import LAYER_KEYS, LLAMA, classes, counts
+from ds_fused.modules.attention import exchanged
+from ds_fused.modules.rotary import Turn, fused_rotary
+from ds_fused.policies.kinds import Way, choose, find
+from tests.policies.tiny import LAYER_KEYS, LLAMA, NAMED, classes, counts
 
 CPU = torch.device("cpu")
 
 
-def outcome(body: Body, layer: nn.Module, dtype: torch.dtype = torch.float32) -> str | None:
-    reading = body.read(layer)
-    return reading if isinstance(reading, str) else body.prove(layer, body.mixin, reading.state, CPU, dtype)
+def outcome(layer: nn.Module, dtype: torch.dtype = torch.float32) -> Way | str:
+    """The way that the layer is replaced, or why it stays."""
+    kind = find(layer)
+    ways = kind.ways(layer)
+    return ways if isinstance(ways, str) else choose(kind, layer, ways, CPU, dtype)
+
+
+def assert_outcome(found: Way | str, reason: str | None) -> None:
+    assert isinstance(found, Way) if reason is None else isinstance(found, str) and reason in found, found
 
 
 class SignFlipped(LlamaRMSNorm):
@@ -102,20 +110,90 @@ class Honest(LlamaRMSNorm):
         (EpsForgotten, "output differs"),
         (Dropped, "random numbers"),
         (RarelyDropped, "random numbers"),
-        (Biased, "output differs"),
+        (Biased, None),
         (GradientStopped, "gradient of x differs"),
         (WithResidual, "its forward takes (hidden_states, residual)"),
     ],
 )
 def test_norm(cls: type, reason: str | None, dtype: torch.dtype) -> None:
-    found = outcome(RMS_NORM_LLAMA, cls(32), dtype)
-    assert found is None if reason is None else reason in found
+    assert_outcome(outcome(cls(32), dtype), reason)
 
 
-def test_llama_and_gemma_are_told_apart() -> None:
-    assert outcome(RMS_NORM_GEMMA, GemmaRMSNorm(32)) is None
-    assert "differs" in outcome(RMS_NORM_GEMMA, LlamaRMSNorm(32))
-    assert "differs" in outcome(RMS_NORM_LLAMA, GemmaRMSNorm(32))
+class Half(LlamaRMSNorm):
+    """The same weight behind another rounding: OLMo 2's, under a name that says nothing."""
+
+    def forward(self, hidden_states):  # noqa: ANN001, ANN201
+        x = hidden_states.float()
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (self.weight * y).to(hidden_states.dtype)
+
+
+class WithoutWeight(nn.Module):
+    """Llama 4's norm of q and k, by the name of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eps = 1e-6
+
+    def forward(self, x):  # noqa: ANN001, ANN201
+        return (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x)
+
+
+class MeanTaken(LlamaRMSNorm):
+    """A layer norm, whatever its base says."""
+
+    def forward(self, hidden_states):  # noqa: ANN001, ANN201
+        return F.layer_norm(hidden_states.float(), (32,), self.weight.float(), None, 1e-6).to(hidden_states.dtype)
+
+
+class T5LayerNorm(nn.Module):
+    """Named a layer norm, and none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(32))
+        self.variance_epsilon = 1e-6
+
+    forward = LlamaRMSNorm.forward
+
+
+# by what they compute, also in a model in fp32, which may come under autocast
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("layer", "op", "form"),
+    [
+        (LlamaRMSNorm(32), "rms_norm", {"fused_cast": "before_weight", "fused_offset": 0.0}),
+        (GemmaRMSNorm(32), "rms_norm", {"fused_cast": "after_weight", "fused_offset": 1.0}),
+        (Half(32), "rms_norm", {"fused_cast": "after_weight", "fused_offset": 0.0}),
+        (type("NormOfQ", (WithoutWeight,), {})(), "rms_norm", {"fused_eps": "eps"}),
+        (T5LayerNorm(), "rms_norm", {"fused_eps": "variance_epsilon"}),
+        (modeling_t5.T5LayerNorm(32), "rms_norm", {"fused_eps": "variance_epsilon"}),
+        (MeanTaken(32), "layer_norm", {"fused_eps": "variance_epsilon"}),
+        (nn.LayerNorm(32), "layer_norm", {}),
+        (nn.LayerNorm(32, elementwise_affine=False), "layer_norm", {}),
+        (nn.GroupNorm(2, 32), "group_norm", {}),
+    ],
+)
+def test_the_form_is_found(layer: nn.Module, op: str, form: dict, dtype: torch.dtype) -> None:
+    found = outcome(layer, dtype)
+    assert isinstance(found, Way) and found.op == op, found
+    assert form.items() <= dict(found.state).items()
+
+
+# torch's own classes are no more trusted than others
+@pytest.mark.parametrize("of", [nn.LayerNorm(32), nn.GroupNorm(2, 32)])
+def test_subclasses_of_torchs_norms(of: nn.Module) -> None:
+    class Doubled(type(of)):
+        def forward(self, x):  # noqa: ANN001, ANN202
+            return 2 * super().forward(x)
+
+    class Wandering(type(of)):
+        def forward(self, x):  # noqa: ANN001, ANN202
+            return F.dropout(super().forward(x), 1e-6, self.training)
+
+    for cls, word in ((Doubled, "output differs"), (Wandering, "random numbers")):
+        of.__class__ = cls
+        assert word in outcome(of)
 
 
 # where the result is rounded: by so little that only its dtype tells, with weights in fp32
@@ -124,7 +202,8 @@ def test_cast_order_shows_in_16_bits() -> None:
         def forward(self, x):  # noqa: ANN001, ANN202
             return (1.0 + self.weight) * self._norm(x.float()).type_as(x)
 
-    assert "float32" in outcome(RMS_NORM_GEMMA, RoundedEarly(32), torch.bfloat16)
+    found = outcome(RoundedEarly(32), torch.bfloat16)
+    assert dict(found.state) == {"fused_eps": "eps", "fused_cast": "before_weight", "fused_offset": 1.0}
 
 
 def llama_mlp(cls: type = LlamaMLP, act: str = "silu") -> nn.Module:
@@ -147,13 +226,25 @@ class DroppedInside(LlamaMLP):
         return self.dropout(super().forward(x))
 
 
+class Summed(LlamaMLP):
+    def forward(self, x):  # noqa: ANN001, ANN201
+        return self.down_proj(self.act_fn(self.gate_proj(x)) + self.up_proj(x))
+
+
+class Bounded(LlamaMLP):
+    """Clamps what the activation gives, not what it is given."""
+
+    def forward(self, x):  # noqa: ANN001, ANN201
+        return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=1.0) * self.up_proj(x))
+
+
 class Gated(LlamaMLP):
     def __init__(self, config) -> None:
         super().__init__(config)
-        self.gain = nn.Linear(config.hidden_size, 1)
+        self.gain = nn.LayerNorm(config.hidden_size)
 
     def forward(self, x):  # noqa: ANN001, ANN201
-        return self.gain(x) * super().forward(x)
+        return self.gain(super().forward(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -164,15 +255,18 @@ class Gated(LlamaMLP):
         (LlamaMLP, "gelu", None),
         (LlamaMLP, "gelu_pytorch_tanh", None),
         (LlamaMLP, "gelu_new", None),
-        (LlamaMLP, "relu2", "ReLUSquaredActivation"),
-        (Swapped, "silu", "output differs"),
-        (DroppedInside, "silu", "random numbers"),
-        (DroppedInside, "gelu", "random numbers"),
+        (LlamaMLP, "relu2", None),
+        (LlamaMLP, "relu", None),
+        (LlamaMLP, "tanh", "its activation Tanh is none that glu has"),
+        # the forward's own code runs, with what it multiplies: all that it does besides is as it was
+        (Swapped, "silu", None),
+        (DroppedInside, "silu", None),
+        (Summed, "silu", "output differs"),
+        (Bounded, "silu", "output differs"),
     ],
 )
 def test_mlp(cls: type, act: str, reason: str | None, dtype: torch.dtype) -> None:
-    found = outcome(GATED_MLP, llama_mlp(cls, act), dtype)
-    assert found is None if reason is None else reason in found
+    assert_outcome(outcome(llama_mlp(cls, act), dtype), reason)
 
 
 # by so little that 16 bits round it away
@@ -183,13 +277,14 @@ def test_activation_that_is_not_what_its_name_says() -> None:
 
     layer = llama_mlp()
     layer.act_fn = GELUTanh()
-    assert "differs" in outcome(GATED_MLP, layer, torch.bfloat16)
+    found = outcome(layer, torch.bfloat16)
+    assert isinstance(found, str) and "differs" in found
 
 
 def test_mlp_whose_activation_carries_a_hook() -> None:
     layer = llama_mlp()
     layer.act_fn.register_forward_hook(lambda *_: None)
-    assert "hooks" in outcome(GATED_MLP, layer)
+    assert "hooks" in outcome(layer)
 
 
 def interleaved(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
@@ -205,31 +300,70 @@ def opposite(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int 
 
 
 def with_positions(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):  # noqa: ANN001, ANN201
+    if position_ids is not None:
+        cos, sin = cos[position_ids], sin[position_ids]
     return apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
+
+
+def with_scale(q, k, cos, sin, scale=1.0):  # noqa: ANN001, ANN201
+    return apply_rotary_pos_emb(scale * q, k, cos, sin)
+
+
+def twice_as_far(q, k, cos, sin, unsqueeze_dim=1):  # noqa: ANN001, ANN201
+    return apply_rotary_pos_emb(q, k, cos * cos - sin * sin, 2 * sin * cos, unsqueeze_dim)
+
+
+def drops_rarely(q, k, cos, sin, unsqueeze_dim=1):  # noqa: ANN001, ANN201
+    return apply_rotary_pos_emb(F.dropout(q, 1e-6), k, cos, sin, unsqueeze_dim)
+
+
+def q_only(q, k, cos, sin, unsqueeze_dim=1):  # noqa: ANN001, ANN201
+    return apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)[0], k
+
+
+def rotated_attention(function: Callable) -> nn.Module:
+    class Attention(LlamaAttention):
+        forward = exchanged(LlamaAttention.forward, {"apply_rotary_pos_emb": function})
+
+    return Attention(LLAMA.make().config, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("function", "reason"),
+    ("function", "turn"),
     [
-        (apply_rotary_pos_emb, None),
-        (interleaved, "output 0 differs"),
-        (opposite, "output 0 differs"),
-        (with_positions, "position_ids"),
+        (apply_rotary_pos_emb, Turn()),
+        (interleaved, Turn(neighbours=True)),
+        (opposite, Turn(opposite=True)),
+        (with_positions, Turn()),
+        (with_scale, "takes (q, k, cos, sin, scale=1.0)"),
+        (twice_as_far, "output 0 differs"),
+        (q_only, "output 1 differs"),
+        (drops_rarely, "random numbers"),
     ],
 )
-def test_rope(function: Callable, reason: str | None, dtype: torch.dtype) -> None:
-    class Attention(LlamaAttention):
-        forward = exchanged(LlamaAttention.forward, NAME, function)
+def test_rope(function: Callable, turn: Turn | str, dtype: torch.dtype) -> None:
+    layer, state = rotated_attention(function), torch.get_rng_state()
+    found = outcome(layer, dtype)
+    assert torch.equal(torch.get_rng_state(), state)
+    if isinstance(turn, str):
+        assert isinstance(found, str) and turn in found, found
+    else:
+        assert found.how == (("apply_rotary_pos_emb", turn),)
 
-    found = outcome(ROPE_HALF, Attention(LLAMA.make().config, 0), dtype)
-    assert found is None if reason is None else reason in found
+
+# cos and sin are tables then, which rope does not look up
+def test_positions_go_to_the_original() -> None:
+    q, k, cos, sin = (torch.randn(2, 4, 3, 8), torch.randn(2, 1, 3, 8), torch.randn(9, 8), torch.randn(9, 8))
+    positions = torch.tensor([[1, 2, 8]])
+    mine = fused_rotary(with_positions, Turn())(q, k, cos, sin, positions)
+    assert all(map(torch.equal, mine, with_positions(q, k, cos, sin, positions)))
 
 
 def with_forged_layers() -> nn.Module:
     model = LLAMA.make()
     model.model.norm.__class__ = SignFlipped
-    model.model.layers[0].mlp.__class__ = Swapped
+    model.model.layers[0].mlp.__class__ = Bounded
     model.model.layers[1].mlp = Gated(model.config)
     model.model.layers[1].input_layernorm.__class__ = Broken
     return model
@@ -239,22 +373,20 @@ def test_forged_layers_are_left_and_the_rest_is_replaced() -> None:
     model = with_forged_layers()
     before = dict(zip(model.modules(), classes(model), strict=True))
     report = ds_fused.apply(model, LAYER_KEYS)
-    assert counts(report) == {"rms_norm": 3, "rope": 2}
+    assert counts(report) == {"rms_norm": 3, "rope": 2, "layer_norm": 1}
     reasons = {row.what: row.reason for row in report.left}
-    assert set(reasons) == {"SignFlipped", "Swapped", "Gated", "Broken"}
-    assert "differs" in reasons["SignFlipped"] and "differs" in reasons["Swapped"]
+    assert set(reasons) == {"SignFlipped", "Bounded", "Gated", "Broken"}
+    assert "differs" in reasons["SignFlipped"] and "differs" in reasons["Bounded"]
     assert "'gain'" in reasons["Gated"]
     assert "RuntimeError: not this one" in reasons["Broken"]
     for layer, cls in before.items():
-        assert (type(layer) is cls) == (cls not in (LlamaRMSNorm, LlamaAttention))
+        assert (type(layer) is cls) == (cls not in (LlamaRMSNorm, LlamaAttention, nn.LayerNorm))
 
 
-def test_without_proof_the_name_is_taken_at_its_word() -> None:
-    assert counts(ds_fused.apply(with_forged_layers(), LAYER_KEYS, verify=False)) == {
-        "rms_norm": 5,
-        "rope": 2,
-        "swiglu": 2,
-    }
+# which form it is has to be found out in any case, so the forged are found out, too
+def test_without_proof_forms_are_told_apart_on_the_cpu() -> None:
+    report = ds_fused.apply(with_forged_layers(), LAYER_KEYS, verify=False)
+    assert counts(report) == {"rms_norm": 3, "rope": 2, "layer_norm": 1}
 
 
 # one class, but each instance has its own number: the proof of one says nothing about the other
@@ -274,8 +406,10 @@ def test_instances_that_differ_are_proven_apart() -> None:
     assert [(row.what, row.count) for row in report.left] == [("Scaled", 1)]
 
 
-def test_touches_nothing() -> None:
-    model = LLAMA.make()
+# a family for each kind of layer
+@pytest.mark.parametrize("name", ["Llama", "Mixtral", "Qwen3Next", "Cohere", "Nemotron", "Llama4Text"])
+def test_touches_nothing(name: str) -> None:
+    model = NAMED[name].make()
     versions = {name: tensor._version for name, tensor in model.state_dict(keep_vars=True).items()}
     state = torch.get_rng_state()
     hooks: list[str] = []
@@ -294,6 +428,27 @@ def test_in_inference_mode() -> None:
     model = LLAMA.make()
     with torch.inference_mode():
         assert counts(ds_fused.apply(model, LAYER_KEYS)) == LLAMA.counts
+
+
+def test_once_for_each_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def counted(kind: object, module: nn.Module, *rest: object) -> Way | str:
+        seen.append(type(module).__name__)
+        return choose(kind, module, *rest)
+
+    monkeypatch.setattr("ds_fused.policies.plan.choose", counted)
+    model = LLAMA.make()
+    model.extra = nn.ModuleList([nn.LayerNorm(32), nn.LayerNorm(32), nn.LayerNorm(32, eps=1e-3)])
+    ds_fused.apply(model, LAYER_KEYS)
+    assert sorted(seen) == ["LayerNorm", "LayerNorm", "LlamaAttention", "LlamaMLP", "LlamaRMSNorm"]
+
+
+# what it is decides the comparison, not the switch
+def test_a_key_that_is_off_gives_no_layer_to_another() -> None:
+    for verify in (True, False):
+        report = ds_fused.apply(LLAMA.make(), {"layer_norm": True}, verify=verify)
+        assert counts(report) == {} and list(report.left) == []
 
 
 # as deepspeed.zero.Init leaves them: no values, the shape elsewhere

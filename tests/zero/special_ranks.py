@@ -34,7 +34,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM, 
 import ds_fused
 from ds_fused.engine import lookup, zero3
 from ds_fused.ops import _tiles
-from ds_fused.policies import bodies
+from ds_fused.policies.kinds import norms
 
 CASES: dict[str, Callable[[], dict]] = {}
 
@@ -134,6 +134,20 @@ def lora_zero3() -> dict:
 @case
 def lora_on_the_head() -> dict:
     return both(lambda: with_lora(["q_proj", "lm_head"]), stage=3)
+
+
+@case
+def experts() -> dict:
+    """A mixture with each implementation of its products; the auxiliary loss of the router is a part of the loss."""
+
+    def build(implementation: str) -> torch.nn.Module:
+        torch.manual_seed(4)
+        router = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5}
+        model = MixtralForCausalLM(MixtralConfig(**products.SIZES, **router, use_cache=False))
+        model.set_experts_implementation(implementation)
+        return model
+
+    return {name: both(lambda name=name: build(name), stage=3) for name in ("eager", "grouped_mm", "batched_mm")}
 
 
 @case
@@ -258,7 +272,7 @@ def ranks_decide_differently() -> dict:
 
 @case
 def one_rank_proves_a_difference() -> dict:
-    compare = bodies.compare
+    compare = norms.compare
 
     def differs(stock: Callable, fused: Callable, tensors: dict, *rest: object, **more: object) -> str | None:
         # an RMSNorm, by its tensors
@@ -266,11 +280,11 @@ def one_rank_proves_a_difference() -> dict:
             return compare(stock, lambda given: fused(given) + 1, tensors, *rest, **more)
         return compare(stock, fused, tensors, *rest, **more)
 
-    bodies.compare = differs
+    norms.compare = differs
     try:
         return refused({})
     finally:
-        bodies.compare = compare
+        norms.compare = compare
 
 
 @case

@@ -1,0 +1,124 @@
+"""Experts of a mixture: all their weights in two parameters of three dimensions, gate and up in one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ds_fused.modules.experts import Experts
+from ds_fused.modules.product import Product
+from ds_fused.policies.kinds.kind import Kind, Way, both, compared, parameter_names, shape_of
+from ds_fused.policies.kinds.mlps import KEYS, act_name, fused_act, gates, product_of
+from ds_fused.policies.proof import randn
+
+# of the copy in the proof
+N_EXPERTS, TOP_K, TOKENS, HIDDEN, INTERMEDIATE = 3, 2, 5, 32, 48
+SIZES = {
+    "num_experts": N_EXPERTS,
+    "hidden_size": HIDDEN,
+    "hidden_dim": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "intermediate_dim": INTERMEDIATE,
+    "expert_dim": INTERMEDIATE,
+}
+
+
+def _recognises(module: nn.Module) -> bool:
+    packed = module._parameters.get("gate_up_proj")
+    return packed is not None and len(shape_of(packed)) == 3 and "down_proj" in module._parameters
+
+
+def _ways(module: nn.Module) -> Sequence[Way] | str:
+    name = act_name(module)
+    act = "silu" if name is None else fused_act(module, name)
+    if act not in KEYS:
+        return act
+    key = KEYS[act]
+    if not hasattr(module, "_apply_gate"):
+        # experts that every token visits (Llama 4's), in one batched product
+        if name is None or len(parameter_names(module)) != 1:
+            return "its experts have neither an _apply_gate nor an activation that could be fused"
+        return [Way(key, "glu", Product, (("fused_act", act),), (name,))]
+    return [
+        # with the product in the eager loop, or with _apply_gate there
+        Way(key, "glu", Experts, (("fused_gate", gate), ("fused_act", act)), (how,))
+        for gate in gates(module, act)
+        for how in dict.fromkeys((name, None))
+    ]
+
+
+def _prove(module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype) -> str | None:
+    weights = _weights(module, getattr(module, "is_transposed", way.mixin is Product))
+    if isinstance(weights, str):
+        return weights
+    prove = _prove_batched if way.mixin is Product else _prove_routed
+    return prove(module, way, weights, {name: n for name, n in SIZES.items() if name in vars(module)}, device, dtype)
+
+
+def _weights(module: nn.Module, transposed: bool) -> dict[str, Tensor] | str:
+    """Small ones in the place of its parameters; or why not."""
+    shapes = {"gate_up_proj": (2 * INTERMEDIATE, HIDDEN), "down_proj": (HIDDEN, INTERMEDIATE)}
+    made = {}
+    for i, name in enumerate(module._parameters):
+        stem = name.removesuffix("_bias")
+        if stem not in shapes:
+            return f"it has a parameter {name!r} beside gate_up_proj, down_proj and their biases"
+        n_out, n_in = shapes[stem]
+        if stem == name:
+            made[name] = randn(2 + i, N_EXPERTS, *((n_in, n_out) if transposed else (n_out, n_in))) / n_in**0.5
+        else:
+            made[name] = randn(2 + i, N_EXPERTS, n_out)
+    return made
+
+
+def _prove_batched(
+    module: nn.Module,
+    way: Way,
+    weights: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> str | None:
+    """As many tokens for each expert."""
+    call = product_of(lambda layer, tensors: layer(tensors["x"]))
+    tensors = {**weights, "x": 2 * randn(1, N_EXPERTS * TOKENS, HIDDEN)}
+    return compared(both(module, way, call, **sizes), tensors, device, dtype)
+
+
+def _prove_routed(
+    module: nn.Module,
+    way: Way,
+    weights: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> str | None:
+    """What every other implementation calls between its two products, and the whole eager one."""
+    runs = both(module, way, lambda layer, tensors: layer._apply_gate(tensors["x"]))
+    differs = compared(runs, {**weights, "x": _within_and_beyond(2 * INTERMEDIATE)}, device, dtype)
+    if differs is not None:
+        return differs
+    top_k = torch.arange(2 * TOKENS * TOP_K).view(-1, TOP_K) % N_EXPERTS
+
+    def call(layer: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
+        return layer(tensors["x"], top_k.to(tensors["x"].device), tensors["top_k_weights"])
+
+    tensors = {**weights, "x": _within_and_beyond(HIDDEN), "top_k_weights": randn(9, 2 * TOKENS, TOP_K).sigmoid()}
+    return compared(both(module, way, call, **sizes, config=_Eager()), tensors, device, dtype)
+
+
+def _within_and_beyond(width: int) -> Tensor:
+    """Rows that give gates of several units, and rows that go beyond the bounds of a clamp."""
+    x = randn(1, TOKENS, width)
+    return torch.cat((2 * x, 20 * x))
+
+
+class _Eager:
+    """All that the dispatch to an implementation asks of a configuration."""
+
+    _experts_implementation = "eager"
+
+
+EXPERTS = Kind(_recognises, _ways, _prove)

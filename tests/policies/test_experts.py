@@ -1,0 +1,142 @@
+"""Experts of a mixture: fused inside whichever implementation multiplies them, the rest as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+import ds_fused
+from ds_fused.modules import mlp, product
+from ds_fused.modules.mlp import Gate
+from ds_fused.policies.kinds import Way, choose, find
+from tests.policies.tiny import NAMED, Tiny, assert_same_step, batch, counts, twins
+
+# the plain gate, in the eager loop itself; clamped and with an offset, interleaved; clamped; without a gate
+MIXTURES = [NAMED[name] for name in ("Mixtral", "GptOss", "DeepseekV4", "NemotronH")]
+
+
+def experts_of(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if type(module).__name__.endswith("Experts")]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("family", MIXTURES, ids=lambda family: family.name)
+def test_each_implementation(family: Tiny, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, stock = twins(family)
+    calls = {"product": 0, "gate": 0, "relu2": 0}
+
+    def counted(name: str, op: Callable) -> Callable:
+        def call(*args: object, **named: object) -> Tensor:
+            calls[name] += 1
+            return op(*args, **named)
+
+        return call
+
+    for each in (model, stock):
+        each.set_experts_implementation(implementation)
+    ds_fused.apply(model, {"swiglu": True, "relu2": True})
+    monkeypatch.setattr(product, "glu", counted("product", product.glu))
+    monkeypatch.setattr(mlp, "glu", counted("gate", mlp.glu))
+    monkeypatch.setattr(mlp, "relu2", counted("relu2", mlp.relu2))
+    assert_same_step(model, stock, tolerance=1e-5)
+    # eager: an expert after the other, unless nobody came to it
+    least = 2 * len(experts_of(model)) if implementation == "eager" else len(experts_of(model))
+    used = {"NemotronH": "relu2"}.get(
+        family.name, "product" if (family.name, implementation) == ("Mixtral", "eager") else "gate"
+    )
+    assert calls[used] >= least, calls
+
+
+def test_switched_after_the_replacement() -> None:
+    model, stock = twins(NAMED["Mixtral"])
+    ds_fused.apply(model, {"swiglu": True})
+    for implementation in ("eager", "batched_mm", "grouped_mm"):
+        for each in (model, stock):
+            each.set_experts_implementation(implementation)
+        assert_same_step(model, stock, tolerance=1e-5)
+
+
+def test_router_and_auxiliary_loss_are_as_they_were() -> None:
+    model, stock = twins(NAMED["Qwen3Moe"], output_router_logits=True, router_aux_loss_coef=0.5)
+    ds_fused.apply(model)
+    mine, theirs = model(**batch()), stock(**batch())
+    torch.testing.assert_close(mine.aux_loss, theirs.aux_loss)
+    for a, b in zip(mine.router_logits, theirs.router_logits, strict=True):
+        torch.testing.assert_close(a, b)
+    assert_same_step(model, stock, tolerance=1e-5)
+
+
+def outcome(experts: nn.Module, cls: type, dtype: torch.dtype = torch.float32) -> Way | str:
+    experts.__class__ = cls
+    kind = find(experts)
+    return choose(kind, experts, kind.ways(experts), torch.device("cpu"), dtype)
+
+
+class Flipped(MixtralExperts):
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        return -super()._apply_gate(gate_up)
+
+
+class Unsquashed(GptOssExperts):
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up[..., ::2], gate_up[..., 1::2]
+        return (up + 1) * gate * torch.sigmoid(self.alpha * gate)
+
+
+class Halves(GptOssExperts):
+    """Its gate is in the first half."""
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        return super()._apply_gate(torch.stack(gate_up.chunk(2, -1), -1).flatten(-2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "cls", "gate"),
+    [
+        ("Mixtral", MixtralExperts, Gate()),
+        ("Mixtral", Flipped, "output differs"),
+        ("GptOss", GptOssExperts, Gate("silu", True, 1.702, 7.0, 1.0)),
+        ("GptOss", Halves, Gate("silu", False, 1.702, 7.0, 1.0)),
+        ("GptOss", Unsquashed, "output differs"),
+    ],
+)
+def test_forms(family: str, cls: type, gate: Gate | str, dtype: torch.dtype) -> None:
+    (experts, *_) = experts_of(NAMED[family].make())
+    found = outcome(experts, cls, dtype)
+    if isinstance(gate, str):
+        assert isinstance(found, str) and gate in found
+    else:
+        assert dict(found.state)["fused_gate"] == gate
+
+
+def test_a_loop_of_its_own_is_proven_as_well() -> None:
+    class Forgetful(MixtralExperts):
+        """Only the implementations with ``_apply_gate`` multiply by up."""
+
+        def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            return super().forward(hidden_states, top_k_index, top_k_weights).tanh()
+
+    (experts, *_) = experts_of(NAMED["Mixtral"].make())
+    assert isinstance(outcome(experts, Forgetful), Way)  # whatever is around the product stays around it
+
+    class OtherLoop(MixtralExperts):
+        def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            gate, up = (hidden_states @ self.gate_up_proj[0].T).chunk(2, -1)
+            return (self.act_fn(gate) + up) @ self.down_proj[0].T
+
+    assert isinstance(outcome(experts, OtherLoop), Way)  # no product in it: what it adds is the activation's own
+
+
+def test_without_values_or_on_meta() -> None:
+    model = NAMED["Mixtral"].make()
+    for parameter in model.parameters():
+        parameter.ds_shape = parameter.shape
+        parameter.data = torch.empty(0)
+    assert counts(ds_fused.apply(model, {"swiglu": True})) == {"swiglu": 2}
+    assert counts(ds_fused.apply(NAMED["GptOss"].make().to("meta"), {"swiglu": True})) == {"swiglu": 2}
