@@ -1,0 +1,137 @@
+"""One training step stock and fused: what was replaced, what was left and why, and whether loss and gradients agree."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_fused.modules import head as head_module
+from ds_fused.modules.deferred import HeadCall
+from ds_fused.policies import apply
+from ds_fused.policies.loss import LINEAR
+
+# relative L2 error of a gradient in fp32: sums in another order through a few layers
+TOLERANCE = 1e-4
+
+
+@dataclass
+class Diagnosis:
+    replaced: list[tuple[str, str, str, int]]  # key, class, replacement, count
+    left: list[tuple[str, int, str]]  # what, count, reason
+    loss_fused: bool
+    loss_reason: str  # why not; "" where it is
+    differs: str  # what differed, and by how much; "" where nothing did
+    worst: float  # the largest relative error among loss and gradients
+    silent: list[str] = field(default_factory=list)  # classes whose replacement never ran
+
+    @property
+    def keys(self) -> set[str]:
+        return {key for key, *_ in self.replaced}
+
+
+def diagnose(model: nn.Module, inputs: Mapping[str, Any], tolerance: float = TOLERANCE) -> Diagnosis:
+    """Stock twice (a model may disagree with itself), then fused; the model is stock again at the end."""
+    wanted, again = step(model, inputs), step(model, inputs)
+    noise, _ = distance(again, wanted)
+    if not torch.isfinite(wanted["loss"]):
+        raise ValueError(f"the stock loss is {wanted['loss'].item()}")
+    if noise > tolerance:
+        raise ValueError(f"two stock steps differ by {noise:.1e}")
+    report = apply(model)
+    try:
+        with _witness() as seen:
+            ours = step(model, inputs)
+        silent = [claim.original for claim in report.verify_live()]
+    finally:
+        replaced = [(row.key, row.original.rpartition(".")[2], row.replacement, row.count) for row in report.replaced]
+        left = [(row.what, row.count, row.reason) for row in report.left]
+        report.restore()
+    worst, name = distance(ours, wanted)
+    differs = "" if worst <= tolerance else f"{name} by {worst:.1e}"
+    fused, reason = _loss(replaced, left, seen)
+    return Diagnosis(replaced, left, fused, reason, differs, worst, silent)
+
+
+def step(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The loss and each parameter's gradient, by name. A model's random choices are the same in every step."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(3)
+    output = model(**{name: x.clone() if isinstance(x, Tensor) else x for name, x in inputs.items()})
+    loss = output["loss"] if isinstance(output, Mapping) else output[0]
+    if loss is None:
+        raise ValueError("its forward returns no loss for labels")
+    loss.backward()
+    found = {"loss": loss.detach().double()}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            found[f"gradient of {name}"] = parameter.grad.detach().double().clone()
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def distance(ours: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[float, str]:
+    """The largest relative L2 error, and of what. A gradient a millionth of the largest is rounding, and has the
+    largest's yardstick."""
+    if ours.keys() != wanted.keys():
+        return float("inf"), ", ".join(sorted(ours.keys() ^ wanted.keys()))
+    least = 1e-4 * max((float(x.norm()) for name, x in wanted.items() if name != "loss"), default=0.0)
+    worst, of = 0.0, "loss"
+    for name, exact in wanted.items():
+        error = float((ours[name] - exact).norm() / max(float(exact.norm()), least, 1e-30))
+        # NaN is a difference
+        if not error <= worst:
+            worst, of = (float("inf") if error != error else error), name
+    return worst, of
+
+
+@dataclass
+class _Seen:
+    fused_losses: int = 0
+    computed_by: list[str] = field(default_factory=list)  # what made the logits real, where
+
+
+@contextlib.contextmanager
+def _witness() -> Iterator[_Seen]:
+    """Who calls the fused loss, and who makes deferred logits real, within this block."""
+    seen = _Seen()
+    fused, base = head_module.linear_cross_entropy, HeadCall.base
+
+    def counted(*args: Any, **named: Any) -> Tensor:
+        seen.fused_losses += 1
+        return fused(*args, **named)
+
+    def watched(self: HeadCall) -> Tensor:
+        seen.computed_by.append(_reader())
+        return base(self)
+
+    head_module.linear_cross_entropy, HeadCall.base = counted, watched
+    try:
+        yield seen
+    finally:
+        head_module.linear_cross_entropy, HeadCall.base = fused, base
+
+
+def _reader() -> str:
+    """file:line of the model's code that runs, and which method of ours it called."""
+    frame, called = sys._getframe(1), ""
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("ds_fused", "torch"):
+        called, frame = frame.f_code.co_name, frame.f_back
+    if frame is None:
+        return called
+    return f"{called} at {frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
+
+
+def _loss(replaced: list, left: list, seen: _Seen) -> tuple[bool, str]:
+    if seen.fused_losses:
+        return True, ""
+    if any(key == LINEAR for key, *_ in replaced):
+        how = f"logits were computed by {seen.computed_by[0]}" if seen.computed_by else "the loss took another way"
+        return False, how
+    reasons = [reason for what, _, reason in left if what.startswith(("loss of", "head "))]
+    return False, reasons[0] if reasons else "no model in it has a loss function and a head"

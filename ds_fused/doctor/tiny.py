@@ -1,0 +1,66 @@
+"""A tiny random model of a type or of a configuration, and a batch that it can train on."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from torch import nn
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+
+from ds_fused.doctor.recipes import CHANGES
+from ds_fused.doctor.shrink import SPECIAL, shrink
+
+# more is no tiny model: some size has a name that shrink doesn't know
+MOST_PARAMETERS = 30_000_000
+ROWS, TOKENS = 2, 12
+
+
+class NotTiny(ValueError):
+    """The model can't be built tiny; the message says why."""
+
+
+def default_config(model_type: str) -> PretrainedConfig:
+    return CONFIG_MAPPING[model_type]()
+
+
+def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
+    """A small configuration of the same architecture."""
+    small = shrink(config.to_dict(), CHANGES.get(config.model_type, {}))
+    return type(config).from_dict(small)
+
+
+def build(cls: type[PreTrainedModel], config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A random model, every parameter away from 0 and 1, where a forgotten one would not show; nothing drops out."""
+    config._attn_implementation = "eager"
+    torch.manual_seed(seed)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in cls(config).parameters())
+    if parameters > MOST_PARAMETERS:
+        raise NotTiny(f"shrunk, it still has {parameters:,} parameters")
+    model = cls(config).float()
+    for module in model.modules():
+        if isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)):
+            module.p = 0.0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model.train()
+
+
+def batch(model: PreTrainedModel, seed: int = 1) -> dict[str, Any]:
+    """Words, labels (some ignored) and a mask, and for an encoder of pictures or sounds what its forward asks for."""
+    draw = torch.Generator().manual_seed(seed)
+    takes = inspect.signature(model.forward).parameters
+    ids = torch.randint(3, SPECIAL, (ROWS, TOKENS), generator=draw)
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder:
+        labels = torch.randint(3, SPECIAL, (ROWS, TOKENS - 3), generator=draw)
+    else:
+        labels = ids.clone()
+    labels[:, :3] = -100
+    inputs["labels"] = labels
+    return {name: value for name, value in inputs.items() if name in takes}
