@@ -12,7 +12,7 @@ from typing import Any
 VOCAB = 128
 # ids from here up are special tokens; a batch draws its words below
 SPECIAL = 96
-WIDTH, HEADS, HEAD, LAYERS = 64, 4, 16, 2
+WIDTH, HEADS, KV_HEADS, HEAD, LAYERS = 64, 4, 2, 16, 2
 
 # the first rule whose pattern is a name's whole says the most that a number may be
 _SIZES: tuple[tuple[str, int], ...] = (
@@ -20,15 +20,18 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"num_kv_shared_layers|max_window_layers|first_k_dense_replace|.*accept_hidden_layer", 1),
     (r"n_groups?|topk_group", 1),
     (r".*(experts_per_tok(en)?|topk|top_k|moe_k|index_topk.*)", 2),
-    (r".*num_key_value_heads|num_kv_heads|.*num_key_heads", 2),
-    (r".*(rope_head_dim|nope_head_dim|rotary_dim)", HEAD // 2),
+    (r".*num_key_value_heads|num_kv_heads|.*num_key_heads", KV_HEADS),
+    # a head of multi-head latent attention: one part with positions, as wide as head_dim, and one without
+    (r"qk_head_dim", 2 * HEAD),
+    (r"rotary_dim", HEAD // 2),
+    (r"mamba_n_heads|mamba_num_heads|n_mamba_heads", 2 * WIDTH // HEAD),
     (r".*(head_dim|headdim|d_head|dim_head|d_kv|head_size|kv_channels)", HEAD),
     (r"d_kv|dim_head", HEAD),
     (r".*lora_rank|.*dt_rank|time_step_rank|laurel_rank", HEAD),
     (r".*experts|.*expert_num", 4),
     (r".*(heads|n_head|num_heads)", HEADS),
     (r".*(intermediate|ffn|feed_forward|mlp_dim|dff|d_ff|dim_ff|n_inner|expert_dim).*", 96),
-    (r".*(d_state|state_size)", 16),
+    (r".*(d_state|state_size|ssm_state_size)", 16),
     (r".*chunk_size|sliding_window(_size)?|.*attention_window.*|local_attention|block_size", 8),
     (r".*(layers|n_layer|num_blocks|depth)", LAYERS),
     (r".*(max_|n_)pos.*|n_positions|n_ctx|max_(source|target)_positions|max_seq_len|num_position_embeddings", 128),
@@ -68,7 +71,9 @@ def _shrink(config: Mapping[str, Any], specials: dict[int, int]) -> dict[str, An
     kept = _layers_to_keep(config)
     tiny: dict[str, Any] = {}
     for name, value in config.items():
-        if isinstance(value, Mapping) and name != "id2label":
+        if name == "per_layer_config" and value and kept:
+            tiny[name] = {kept[1].index(int(i)): _shrink(v, specials) for i, v in value.items() if int(i) in kept[1]}
+        elif isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
             tiny[name] = _shrink(value, specials)
         elif isinstance(value, (list, tuple)) and kept and len(value) == kept[0]:
             tiny[name] = [value[i] for i in kept[1]]
@@ -81,14 +86,17 @@ def _shrink(config: Mapping[str, Any], specials: dict[int, int]) -> dict[str, An
         elif re.search("dropout|drop_rate|drop_path|layerdrop|pdrop", name) and isinstance(value, float):
             tiny[name] = 0.0
         elif isinstance(value, int) and not isinstance(value, bool):
-            tiny[name] = _size(name, value)
+            tiny[name] = _size(name, value, config.get("num_attention_heads"))
         else:
             tiny[name] = value
     return tiny
 
 
-def _size(name: str, value: int) -> int:
+def _size(name: str, value: int, n_heads: int | None) -> int:
+    """``n_heads``: of queries; as many of keys stay as many."""
     most = next((most for rule, most in _RULES if rule.fullmatch(name)), None)
+    if most == KV_HEADS and value == n_heads:
+        return min(value, HEADS)
     return value if most is None else min(value, most)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
-from ds_fused.doctor.recipes import CHANGES
+from ds_fused.doctor.recipes import CHANGES, INPUTS
 from ds_fused.doctor.shrink import SPECIAL, shrink
 
 # more is no tiny model: some size has a name that shrink doesn't know
@@ -29,7 +29,10 @@ def default_config(model_type: str) -> PretrainedConfig:
 def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
     """A small configuration of the same architecture."""
     small = shrink(config.to_dict(), CHANGES.get(config.model_type, {}))
-    return type(config).from_dict(small)
+    made = type(config).from_dict(small)
+    if made.is_encoder_decoder and getattr(made, "decoder_start_token_id", None) is None:
+        made.decoder_start_token_id = 1
+    return made
 
 
 def build(cls: type[PreTrainedModel], config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
@@ -63,4 +66,9 @@ def batch(model: PreTrainedModel, seed: int = 1) -> dict[str, Any]:
         labels = ids.clone()
     labels[:, :3] = -100
     inputs["labels"] = labels
+    for name, shape in INPUTS.get(model.config.model_type, {}).items():
+        if name.endswith("_ids"):
+            inputs[name] = torch.randint(3, SPECIAL, (ROWS, *shape), generator=draw)
+        else:
+            inputs[name] = torch.randn(ROWS, *shape, generator=draw)
     return {name: value for name, value in inputs.items() if name in takes}
