@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
-from ds_fused.doctor.recipes import CHANGES, INPUTS
+from ds_fused.doctor.recipes import CHANGES, INPUTS, PARTS
 from ds_fused.doctor.shrink import SPECIAL, shrink
 
 # more is no tiny model: some size has a name that shrink doesn't know
@@ -23,7 +23,7 @@ class NotTiny(ValueError):
 
 
 def default_config(model_type: str) -> PretrainedConfig:
-    return CONFIG_MAPPING[model_type]()
+    return CONFIG_MAPPING[model_type](**PARTS.get(model_type, {}))
 
 
 def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -57,18 +57,24 @@ def build(cls: type[PreTrainedModel], config: PretrainedConfig, seed: int = 0) -
 def batch(model: PreTrainedModel, seed: int = 1) -> dict[str, Any]:
     """Words, labels (some ignored) and a mask, and for an encoder of pictures or sounds what its forward asks for."""
     draw = torch.Generator().manual_seed(seed)
-    takes = inspect.signature(model.forward).parameters
+    config, takes = model.config, inspect.signature(model.forward).parameters
     ids = torch.randint(3, SPECIAL, (ROWS, TOKENS), generator=draw)
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if model.config.is_encoder_decoder:
-        labels = torch.randint(3, SPECIAL, (ROWS, TOKENS - 3), generator=draw)
-    else:
-        labels = ids.clone()
-    labels[:, :3] = -100
-    inputs["labels"] = labels
-    for name, shape in INPUTS.get(model.config.model_type, {}).items():
-        if name.endswith("_ids"):
+    inputs: dict[str, Any] = {}
+    for name, shape in INPUTS.get(config.model_type, {}).items():
+        if name.endswith(("_token_id", "_token_index")):
+            ids = torch.cat([torch.full((ROWS, *shape), getattr(config, name)), ids], dim=1)
+        elif name.endswith("_ids"):
             inputs[name] = torch.randint(3, SPECIAL, (ROWS, *shape), generator=draw)
+        elif name == "bbox":
+            inputs[name] = torch.rand(ROWS, *shape, generator=draw).sort(dim=-1).values
         else:
             inputs[name] = torch.randn(ROWS, *shape, generator=draw)
+    if config.is_encoder_decoder:
+        labels = torch.randint(3, SPECIAL, (ROWS, TOKENS - 3), generator=draw)
+    else:
+        labels = torch.where(ids < SPECIAL, ids, -100)
+    labels[:, :3] = -100
+    if not (config.is_encoder_decoder and model.main_input_name in inputs):
+        inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs["labels"] = labels
     return {name: value for name, value in inputs.items() if name in takes}
