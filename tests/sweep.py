@@ -99,7 +99,9 @@ def run(model_type: str, cls: str) -> Row:
             where = where.tb_next
         at = f"{where.tb_frame.f_code.co_filename.rpartition('/')[2]}:{where.tb_lineno}"
         text = " ".join(str(error).split())[:160]
-        return _failed(model_type, cls, f"{stage}: {type(error).__name__}: {text} ({at})", time.perf_counter() - started)
+        return _failed(
+            model_type, cls, f"{stage}: {type(error).__name__}: {text} ({at})", time.perf_counter() - started
+        )
     return {**row, "seconds": round(time.perf_counter() - started, 1)}
 
 

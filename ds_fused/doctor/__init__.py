@@ -1,1 +1,1 @@
-"""Does a model train with ds_fused as it does without? Stock against fused on a tiny random copy of its architecture."""
+"""Does a model train with ds_fused as without? Stock against fused, on a tiny random copy of its architecture."""

@@ -1,4 +1,4 @@
-"""What single model types need beyond ``shrink`` to be built tiny, and beyond words to be run. Data: a type is one line.
+"""What single model types need beyond ``shrink`` to be built tiny, and beyond words to be run. Data.
 
 Sizes that depend on one another, choices that a type's default configuration leaves open, layers by their numbers.
 """
@@ -43,7 +43,9 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "falcon_h1": _MAMBA,
     "granitemoehybrid": {**_MAMBA, "layer_types": ["mamba", "attention"]},
     "mamba2": {"num_heads": 8},
-    "dbrx": {f"{part}_config.{name}": LEFT_OUT for part in ("attn", "ffn") for name in ("_name_or_path", "output_attentions")},
+    "dbrx": {
+        f"{part}_config.{name}": LEFT_OUT for part in ("attn", "ffn") for name in ("_name_or_path", "output_attentions")
+    },
     "deepseek_v2": _EXPERTS,
     "deepseek_ocr2": _under("text_config", {"mlp_layer_types": ["dense", "sparse"], **_EXPERTS}),
     "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3, 4]},
@@ -67,13 +69,20 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "zamba2": {**_ZAMBA, "hybrid_layer_ids": LEFT_OUT},
     "glm4v": _MROPE,
     "glm4v_moe": {"text_config.rope_parameters.mrope_section": [1, 1, 2]},
-    "ernie4_5_vl_moe": {"text_config.rope_parameters.mrope_section": [3, 3, 2], "text_config.moe_intermediate_size": [32, 16]},
+    "ernie4_5_vl_moe": {
+        "text_config.rope_parameters.mrope_section": [3, 3, 2],
+        "text_config.moe_intermediate_size": [32, 16],
+    },
     "chameleon": {"vocabulary_map": {"<image>": 100}},
     "emu3": {"vocabulary_map": {"<image>": 100, "<|extra_200|>": 101}},
     "blip-2": {"image_token_index": 100, "num_query_tokens": 4},
     "instructblip": {"image_token_index": 100, "num_query_tokens": 4},
     "instructblipvideo": {"video_token_index": 100, "num_query_tokens": 4},
-    "florence2": {"vision_config.embed_dim": [8, 8, 16, 64], "vision_config.num_heads": [2] * 4, "vision_config.num_groups": [2] * 4},
+    "florence2": {
+        "vision_config.embed_dim": [8, 8, 16, 64],
+        "vision_config.num_heads": [2] * 4,
+        "vision_config.num_groups": [2] * 4,
+    },
     "glm5_next": {"text_config.index_kpool": 2},
     "granite4_vision": {"text_config.model_type": "granite"},
     "janus": {"vq_config.base_channels": 32, "vq_config.latent_channels": 32},

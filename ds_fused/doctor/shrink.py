@@ -48,7 +48,7 @@ _N_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_
 
 
 def shrink(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` (of ``to_dict``) made tiny; ``changes`` are set last, "text_config.head_dim" in a sub-configuration."""
+    """``config`` (of ``to_dict``) made tiny; ``changes`` come last, "text_config.head_dim" in a sub-configuration."""
     specials: dict[int, int] = {}
     tiny = _shrink(config, specials)
     for path, value in changes.items():
@@ -101,7 +101,7 @@ def _size(name: str, value: int, n_heads: int | None) -> int:
 
 
 def _layers_to_keep(config: Mapping[str, Any]) -> tuple[int, list[int]] | None:
-    """How many layers there were, and one of each kind (two at least), by the lists that say something of each layer."""
+    """How many layers there were, and one of each kind (two at least), by the lists that have an item for each."""
     n = next((config[name] for name in _N_LAYERS if isinstance(config.get(name), int)), None)
     if n is None or n <= LAYERS:
         return None

@@ -6,7 +6,6 @@ import inspect
 from typing import Any
 
 import torch
-
 from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
