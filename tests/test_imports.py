@@ -31,6 +31,7 @@ MAY_IMPORT = {
     },
     # asks whether triton is there, to say why an op is not compatible
     "ds_fused/engine/builders.py": {"torch", "deepspeed", "triton", "ds_fused.ops", "ds_fused.engine"},
+    "ds_fused/doctor": {"torch", "transformers", "ds_fused.modules", "ds_fused.policies", "ds_fused.doctor"},
     # the package's door: names load on first use
     "ds_fused/__init__.py": set(),
     # runs at `import torch`: only registers hooks, which import ds_fused.engine once deepspeed is there

@@ -8,26 +8,33 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-# causal language models, then all that is conditional generation
+MASKED = "MODEL_FOR_MASKED_LM_MAPPING_NAMES"
+# causal language models, then all that is conditional generation, then the rest that has a head over words
 _MAPPINGS = (
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
     "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
     "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    MASKED,
 )
 
 
 @functools.cache
-def architectures() -> dict[str, tuple[str, ...]]:
-    """Model type -> the names of its classes, each once, in the order of the mappings."""
-    found: dict[str, dict[str, None]] = {}
+def architectures() -> dict[str, dict[str, str]]:
+    """Model type -> the names of its classes -> the first mapping that has them, in the order of the mappings."""
+    found: dict[str, dict[str, str]] = {}
     for mapping in _MAPPINGS:
         # a version of transformers may lack one
         for model_type, names in getattr(modeling_auto, mapping, {}).items():
             for name in (names,) if isinstance(names, str) else names:
-                found.setdefault(model_type, {})[name] = None
-    return {model_type: tuple(names) for model_type, names in found.items()}
+                found.setdefault(model_type, {}).setdefault(name, mapping)
+    return found
+
+
+def is_generative(model_type: str) -> bool:
+    """Whether it is a causal language model or generates on a condition: all but the masked language models."""
+    return any(mapping != MASKED for mapping in architectures()[model_type].values())
 
 
 def model_class(name: str) -> type[PreTrainedModel]:

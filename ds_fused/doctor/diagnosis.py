@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ds_fused.doctor.tiny import batch, build
 from ds_fused.modules import head as head_module
 from ds_fused.modules.deferred import HeadCall
 from ds_fused.policies import apply
@@ -18,6 +21,8 @@ from ds_fused.policies.loss import LINEAR
 
 # relative L2 error of a gradient in fp32: sums in another order through a few layers
 TOLERANCE = 1e-4
+# a gradient that is smaller than this part of the largest is mostly rounding
+LEAST = 1e-4
 
 
 @dataclass
@@ -28,11 +33,22 @@ class Diagnosis:
     loss_reason: str  # why not; "" where it is
     differs: str  # what differed, and by how much; "" where nothing did
     worst: float  # the largest relative error among loss and gradients
+    gradients: int  # of how many parameters
     silent: list[str] = field(default_factory=list)  # classes whose replacement never ran
 
-    @property
-    def keys(self) -> set[str]:
-        return {key for key, *_ in self.replaced}
+    def __str__(self) -> str:
+        rows = [f"  {count} x {what} -> {replacement} ({key})" for key, what, replacement, count in self.replaced]
+        rows += [f"  left {count} x {what}: {reason}" for what, count, reason in self.left]
+        rows += [f"  {what} is replaced, but was not called" for what in self.silent]
+        rows.append("  loss: fused" if self.loss_fused else f"  loss: not fused, {self.loss_reason}")
+        agree = f"DIFFERENT: {self.differs}" if self.differs else f"agree with stock, to {self.worst:.1e} in fp32"
+        return "\n".join([*rows, f"  loss and {self.gradients} gradients {agree}"])
+
+
+def examine(cls: type[PreTrainedModel], config: PretrainedConfig) -> Diagnosis:
+    """A random model of ``config``, one step of it stock and one fused."""
+    model = build(cls, config)
+    return diagnose(model, batch(model))
 
 
 def diagnose(model: nn.Module, inputs: Mapping[str, Any], tolerance: float = TOLERANCE) -> Diagnosis:
@@ -55,7 +71,7 @@ def diagnose(model: nn.Module, inputs: Mapping[str, Any], tolerance: float = TOL
     worst, name = distance(ours, wanted)
     differs = "" if worst <= tolerance else f"{name} by {worst:.1e}"
     fused, reason = _loss(replaced, left, seen)
-    return Diagnosis(replaced, left, fused, reason, differs, worst, silent)
+    return Diagnosis(replaced, left, fused, reason, differs, worst, len(wanted) - 1, silent)
 
 
 def step(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -76,11 +92,10 @@ def step(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def distance(ours: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[float, str]:
-    """The largest relative L2 error, and of what. A gradient a millionth of the largest is rounding, and has the
-    largest's yardstick."""
+    """The largest relative L2 error, and of what."""
     if ours.keys() != wanted.keys():
         return float("inf"), ", ".join(sorted(ours.keys() ^ wanted.keys()))
-    least = 1e-4 * max((float(x.norm()) for name, x in wanted.items() if name != "loss"), default=0.0)
+    least = LEAST * max((float(x.norm()) for name, x in wanted.items() if name != "loss"), default=0.0)
     worst, of = 0.0, "loss"
     for name, exact in wanted.items():
         error = float((ours[name] - exact).norm() / max(float(exact.norm()), least, 1e-30))
