@@ -1,6 +1,6 @@
 """Every language model that transformers can build, tiny: stock against fused, in one table.
 
-    python tests/sweep.py                         the whole sweep, into benchmarks/results/architectures.md
+    python tests/sweep.py                         all types, into benchmarks/results/architectures.md
     python tests/sweep.py --only llama,qwen3      some types, printed
     python tests/sweep.py --resume                goes on where a sweep was cut off
 
@@ -14,107 +14,188 @@ import argparse
 import json
 import logging
 import os
+import platform
 import resource
 import selectors
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
 TABLE = REPO / "benchmarks" / "results" / "architectures.md"
+ROWS = Path(tempfile.gettempdir()) / f"ds_fused_sweep_{os.getuid()}.jsonl"
 SECONDS = 60
 # of address space: a model that eats memory ends its own process, not the machine's others
 MOST_BYTES = 12 << 30
 
+Case = tuple[str, str]  # model type, class
 Row = dict[str, object]
 
 
-def sweep(cases: Iterable[tuple[str, str]], seconds: float = SECONDS) -> Iterator[Row]:
-    """A row for each (model type, class), in order, from processes that can be killed."""
+def cases() -> list[Case]:
+    from ds_fused.doctor.architectures import architectures
+
+    return [(model_type, cls) for model_type, classes in architectures().items() for cls in classes]
+
+
+def sweep(cases: Iterable[Case], seconds: float = SECONDS) -> Iterator[Row]:
+    """A row for each case, in order, from processes that can be ended."""
     waiting = list(cases)
     while waiting:
-        worker = subprocess.Popen(
-            [sys.executable, __file__, "--worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            # in a sweep of tiny models more threads than one only wait for each other
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPO)},
-        )
-        with worker, selectors.DefaultSelector() as selector:
+        done = 0
+        for row in _rows_of_a_process(waiting, seconds):
+            yield row
+            done += 1
+        waiting = waiting[done:]
+
+
+def _rows_of_a_process(cases: Sequence[Case], seconds: float) -> Iterator[Row]:
+    """Rows until all are there or one of them ended the process; that one is a row, too."""
+    worker = subprocess.Popen(
+        [sys.executable, __file__, "--worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        # a line that lay in a buffer of ours would look like none to the selector
+        bufsize=0,
+        # in a sweep of tiny models more threads than one only wait for each other
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPO)},
+    )
+    try:
+        with selectors.DefaultSelector() as selector:
             selector.register(worker.stdout, selectors.EVENT_READ)
-            worker.stdin.write(json.dumps(waiting))
+            worker.stdin.write(json.dumps(cases).encode())
             worker.stdin.close()
-            while waiting:
+            for case in cases:
                 started = time.perf_counter()
-                line = worker.stdout.readline() if selector.select(seconds) else None
+                in_time = selector.select(seconds)
+                line = worker.stdout.readline() if in_time else b""
                 if not line:
-                    worker.kill()
-                    why = f"took more than {seconds:g} s" if line is None else f"ended its process ({worker.wait()})"
-                    line = json.dumps(_failed(*waiting[0], why, time.perf_counter() - started))
-                    yield json.loads(line)
-                    waiting.pop(0)
-                    break
+                    why = f"ended its process ({worker.wait()})" if in_time else f"took more than {seconds:g} s"
+                    yield _failed(*case, why, started)
+                    return
                 yield json.loads(line)
-                waiting.pop(0)
+    finally:
+        worker.kill()
+        worker.wait()
 
 
-def _failed(model_type: str, cls: str, why: str, seconds: float) -> Row:
-    return {"type": model_type, "class": cls, "failed": why, "seconds": round(seconds, 1)}
+def _failed(model_type: str, cls: str, why: str, started: float) -> Row:
+    return {"type": model_type, "class": cls, "failed": why, "seconds": round(time.perf_counter() - started, 1)}
 
 
 def work() -> None:
     """Cases from stdin, a line of JSON for each to stdout."""
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     cases = json.load(sys.stdin)
+    rows = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     # whatever models print is no row
-    rows, sys.stdout = sys.stdout, open(os.devnull, "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
     for model_type, cls in cases:
         print(json.dumps(run(model_type, cls)), file=rows, flush=True)
 
 
-def run(model_type: str, cls: str) -> Row:
+def run(model_type: str, name: str) -> Row:
     from ds_fused.doctor.architectures import config_for, model_class
-    from ds_fused.doctor.diagnosis import diagnose
-    from ds_fused.doctor.tiny import batch, build, default_config, tiny_config
+    from ds_fused.doctor.diagnosis import examine
+    from ds_fused.doctor.tiny import default_config, tiny_config
 
     started = time.perf_counter()
-    stage = "build"
     try:
-        kind = model_class(cls)
-        model = build(kind, config_for(kind, tiny_config(default_config(model_type))))
-        stage = "step"
-        inputs = batch(model)
-        row = {"type": model_type, "class": cls, **asdict(diagnose(model, inputs))}
+        cls = model_class(name)
+        found = asdict(examine(cls, config_for(cls, tiny_config(default_config(model_type)))))
     except Exception as error:
         where = error.__traceback__
         while where.tb_next is not None:
             where = where.tb_next
         at = f"{where.tb_frame.f_code.co_filename.rpartition('/')[2]}:{where.tb_lineno}"
-        text = " ".join(str(error).split())[:160]
         return _failed(
-            model_type, cls, f"{stage}: {type(error).__name__}: {text} ({at})", time.perf_counter() - started
+            model_type, name, f"{type(error).__name__}: {' '.join(str(error).split())[:160]} ({at})", started
         )
-    return {**row, "seconds": round(time.perf_counter() - started, 1)}
+    return {"type": model_type, "class": name, **found, "seconds": round(time.perf_counter() - started, 1)}
 
 
-def cases() -> list[tuple[str, str]]:
-    from ds_fused.doctor.architectures import architectures
+def table(rows: Sequence[Row], seconds: float) -> str:
+    from ds_fused.doctor.architectures import is_generative
 
-    return [(model_type, cls) for model_type, classes in architectures().items() for cls in classes]
+    built = [row for row in rows if "failed" not in row]
+    sections = [
+        "# Every language model of transformers",
+        "Each type is built tiny with random weights and trained for one step, stock and fused, in fp32 on the CPU: "
+        "the loss and the gradient of every parameter are compared. `python tests/sweep.py` makes this table.",
+        "\n".join(f"- {line}" for line in _facts(seconds)),
+        _markdown(
+            ("", "causal or conditional", "masked"),
+            (
+                (what, *(_types(chosen, is_generative, kind) for kind in (True, False)))
+                for what, chosen in (
+                    ("types", rows),
+                    ("built and run", built),
+                    ("different", [row for row in built if row["differs"]]),
+                    ("with a fused loss", [row for row in built if row["loss_fused"]]),
+                    ("with fused norms", [row for row in built if fused_norms(row)]),
+                )
+            ),
+        ),
+        "Errors are relative, of the worst gradient. A class of a library that is missing here, or that needs what no "
+        "batch of words, pictures or sounds gives, is below.",
+        _markdown(
+            ("type", "class", "loss", "layers fused", "layers left", "error"),
+            (
+                (
+                    f"`{row['type']}`",
+                    f"`{row['class']}`",
+                    "fused" if row["loss_fused"] else row["loss_reason"],
+                    ", ".join(f"{count} {what} ({key})" for key, what, _, count in row["replaced"] if key in LAYER_KEYS)
+                    or "none",
+                    "; ".join(f"{count} {what}: {reason}" for what, count, reason in row["left"]) or "none",
+                    f"**{row['differs']}**" if row["differs"] else f"{row['worst']:.0e}",
+                )
+                for row in built
+            ),
+        ),
+        "## Not built or not run",
+        _markdown(
+            ("type", "class", "why"),
+            ((f"`{r['type']}`", f"`{r['class']}`", str(r["failed"]).replace("|", "/")) for r in rows if "failed" in r),
+        ),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+NORM_KEYS = ("rms_norm", "layer_norm")
+LAYER_KEYS = (*NORM_KEYS, "rope", "swiglu", "geglu")
+
+
+def fused_norms(row: Row) -> bool:
+    return any(key in NORM_KEYS for key, *_ in row["replaced"])
+
+
+def _types(rows: Sequence[Row], is_generative: object, kind: bool) -> int:
+    return len({row["type"] for row in rows if is_generative(row["type"]) == kind})
+
+
+def _facts(seconds: float) -> list[str]:
+    versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch"))
+    return [f"versions: {versions}, Python {platform.python_version()}", f"time: {seconds:.0f} s on one core"]
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--only", default="", help="model types, with commas")
-    options.add_argument("--rows", type=Path, default=Path("/tmp/ds_fused_sweep.jsonl"))
     options.add_argument("--resume", action="store_true")
     options.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = options.parse_args()
@@ -122,13 +203,20 @@ def main() -> None:
         work()
         return
     only = set(filter(None, given.only.split(",")))
-    rows = [json.loads(line) for line in given.rows.read_text().splitlines()] if given.resume else []
+    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if given.resume else []
     done = {(row["type"], row["class"]) for row in rows}
     todo = [case for case in cases() if (not only or case[0] in only) and case not in done]
-    with given.rows.open("a" if given.resume else "w") as file:
+    with ROWS.open("a" if given.resume else "w") as file:
         for row in sweep(todo):
+            rows.append(row)
             print(json.dumps(row), file=file, flush=True)
-            print(row["type"], row["class"], row.get("failed") or "built", row["seconds"], flush=True)
+            told = row.get("failed") or row["differs"] or ("agrees, loss fused" if row["loss_fused"] else "agrees")
+            print(row["type"], row["class"], told, flush=True)
+    text = table(rows, sum(float(row["seconds"]) for row in rows))
+    if only:
+        print(text)
+    else:
+        TABLE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

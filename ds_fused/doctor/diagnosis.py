@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_fused.doctor.tiny import batch, build

@@ -71,6 +71,8 @@ def _shrink(config: Mapping[str, Any], specials: dict[int, int]) -> dict[str, An
     kept = _layers_to_keep(config)
     tiny: dict[str, Any] = {}
     for name, value in config.items():
+        if name == "quantization_config":
+            continue
         if name == "per_layer_config" and value and kept:
             tiny[name] = {kept[1].index(int(i)): _shrink(v, specials) for i, v in value.items() if int(i) in kept[1]}
         elif isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
