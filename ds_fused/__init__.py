@@ -30,6 +30,11 @@ _HOME = {
     "jsd": "ds_fused.ops",
     "tvd": "ds_fused.ops",
     "apply": "ds_fused.policies",
+    "restore": "ds_fused.policies",
+    "AutoModelForCausalLM": "ds_fused.auto_models",
+    "AutoModelForSeq2SeqLM": "ds_fused.auto_models",
+    "AutoModelForImageTextToText": "ds_fused.auto_models",
+    "AutoModelForMaskedLM": "ds_fused.auto_models",
     "install": "ds_fused.engine.install",
 }
 
@@ -37,6 +42,8 @@ __all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> object:
+    if name == "compat":
+        return import_module("ds_fused.compat")
     if name not in _HOME:
         raise AttributeError(f"module 'ds_fused' has no attribute {name!r}; it has {', '.join(_HOME)}")
     return getattr(import_module(_HOME[name]), name)
