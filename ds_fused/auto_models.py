@@ -2,7 +2,7 @@
 
     model = ds_fused.AutoModelForCausalLM.from_pretrained(NAME, dtype="bfloat16", fused={"rope": False})
 
-Everything else is as with the class of the same name in transformers; ``fused`` are arguments of ``ds_fused.apply``, and
+Everything else is as with the class of the same name in transformers. ``fused`` are arguments of ``ds_fused.apply``;
 ``ds_fused.restore(model)`` undoes it.
 """
 
