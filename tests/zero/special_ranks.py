@@ -29,7 +29,15 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import ds_fused
 from ds_fused.engine import lookup, zero3
@@ -738,6 +746,25 @@ def stream_gemma() -> dict:
         return Gemma3ForCausalLM(config)
 
     return streamed(build)
+
+
+@case
+def stream_own_loss() -> dict:
+    """The forward computes its loss itself, of logits with a second bias; one table for encoder, decoder and head."""
+
+    def build() -> torch.nn.Module:
+        torch.manual_seed(4)
+        parts = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in BART_PART.items()}
+        model = BartForConditionalGeneration(
+            BartConfig(vocab_size=67, d_model=32, max_position_embeddings=64, init_std=0.3, dropout=0.0, **parts)
+        )
+        model.final_logits_bias.normal_()
+        return model
+
+    return streamed(build)
+
+
+BART_PART = {"layers": 1, "ffn_dim": 48, "attention_heads": 4}
 
 
 def reason_of(build: Callable[[], torch.nn.Module] = model_of, stage: int = 3, **more: object) -> dict:

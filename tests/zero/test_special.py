@@ -27,6 +27,7 @@ STATIONARY = (
     "evaluation_and_saving",
     "bias",
     "gemma",
+    "own_loss",
     "embedding",
     "tied_offload",
     "weighted_ranks",
@@ -67,6 +68,7 @@ CASES = (
     "stream_sharded_bias_of_a_frozen_head",
     "stream_frozen_sharded_bias",
     "stream_gemma",
+    "stream_own_loss",
     "stream_coalesced",
     "stream_thrown_away",
     "stream_callers_accumulation",
@@ -120,7 +122,7 @@ def ranks(request: pytest.FixtureRequest, ended) -> list[dict]:
 
 
 # cases whose embedding is looked up without being whole
-LOOKED_UP = ("embedding", "gemma", "tied_offload")
+LOOKED_UP = ("embedding", "gemma", "own_loss", "tied_offload")
 
 
 def equal_losses(ranks: list[dict]) -> None:
@@ -252,6 +254,7 @@ def test_one_rank_misspells(ranks):
         pytest.param("frozen_sharded_bias", marks=pytest.mark.all),
         "thrown_away",
         "gemma",
+        "own_loss",
         "expert_parallel",
     ],
 )
