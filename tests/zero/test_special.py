@@ -289,6 +289,8 @@ def test_stationary(ended, name):
         stays = "embedding; its rows stay on 2 ranks up to 33 tokens a rank, its weight in 34 slabs of at most "
         assert (stays in result["report"]) == (name in (*LOOKED_UP, "both_ways"))
         lookups = {"both_ways": [24] * 4} | dict.fromkeys(LOOKED_UP, [24] * products.FEW_STEPS)
+        # for the encoder and for the decoder
+        lookups["own_loss"] = [24] * 2 * products.FEW_STEPS
         assert result.get("lookups", []) == lookups.get(name, [])
 
 
