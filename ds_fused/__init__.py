@@ -31,6 +31,7 @@ _HOME = {
     "tvd": "ds_fused.ops",
     "apply": "ds_fused.policies",
     "restore": "ds_fused.policies",
+    "fuse_label_smoother": "ds_fused.modules.smoother",
     "AutoModelForCausalLM": "ds_fused.auto_models",
     "AutoModelForSeq2SeqLM": "ds_fused.auto_models",
     "AutoModelForImageTextToText": "ds_fused.auto_models",

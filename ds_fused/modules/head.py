@@ -95,13 +95,22 @@ class Head:
             )
 
     def forward(
-        self, input: Tensor, loss: LossArguments | None = None, slabs: WeightSlabs | VocabShard | None = None
+        self,
+        input: Tensor,
+        loss: LossArguments | None = None,
+        slabs: WeightSlabs | VocabShard | None = None,
+        later: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """With ``loss``: its value, and the logits on demand. ``slabs``: the weight, where it is not here whole."""
+        """With ``loss``: its value, and the logits on demand; with ``later`` those alone.
+
+        ``slabs``: the weight, where it is not here whole.
+        """
+        scope = self._ds_fused_scope
+        if later:
+            return (sealed if scope.weight.is_sharded(self) else on_demand)(HeadCall(self, input), scope.weight.whole)
         if loss is None:
             return super().forward(input)
         # beside the loss, so that hooks which act on a layer's outputs (ZeRO-3's) see a gradient to the logits too
-        scope = self._ds_fused_scope
         logits = (on_demand if slabs is None else sealed)(HeadCall(self, input), scope.weight.whole)
         hidden, labels = replay(input, loss.rows).reshape(-1, input.shape[-1]), loss.labels
         # sharded, how many tokens a rank has is agreed on already
@@ -219,6 +228,10 @@ class Scope:
         self.logits = logits
         self.eval = eval
         self.weight = weight
+        # somebody computes a loss of the logits that leave the forward, which is given no labels (smoother.py)
+        self.loss_outside = False
+        # those logits
+        self.left: DeferredLogits | None = None
         # one for each forward that is running, innermost last: a forward may be called within another
         self._modes: list[str] = []
         self._handles: list[Any] = []
@@ -249,16 +262,24 @@ class Scope:
         if not owner.training and self.eval == "stock":
             self._modes.append("stock")
         else:
-            self._modes.append("plain" if labels is None else "defer")
+            self._modes.append("plain" if labels is None and not self.loss_outside else "defer")
 
     def leave(self, owner: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         if self._modes.pop() != "defer":
             return None
         return self._settle(output)
 
+    def _can_leave(self, logits: DeferredLogits) -> bool:
+        """Whether their loss can be computed behind the forward: not where only its hooks would gather the weight."""
+        is_here = logits.head.weight.numel() > 0 or self.weight.is_sharded(logits.head)
+        return is_here and self.linear is not None and self.logits == "defer" and not logits.is_real()
+
     def _settle(self, value: Any) -> Any:
         """The output with each ``DeferredLogits`` in it replaced by a tensor, at its place."""
         if isinstance(value, DeferredLogits):
+            if self.loss_outside and self._can_leave(value):
+                self.left = value
+                value.call.on_demand = value.head.forward(value.call.hidden, later=True)
             if value.call.on_demand is not None and not value.is_real() and self.logits == "defer":
                 return _steps_on_demand(value)
             return value.materialise()
