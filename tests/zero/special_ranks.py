@@ -38,6 +38,7 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
 )
+from transformers.trainer_pt_utils import LabelSmoother
 
 import ds_fused
 from ds_fused.engine import lookup, zero3
@@ -765,6 +766,33 @@ def stream_own_loss() -> dict:
 
 
 BART_PART = {"layers": 1, "ffn_dim": 48, "attention_heads": 4}
+
+
+class SmoothingTrainer:
+    """What HF's Trainer does with labels when it smooths them."""
+
+    def __init__(self) -> None:
+        self.label_smoother = LabelSmoother(0.1)
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict) -> torch.Tensor:
+        labels = inputs.pop("labels")
+        return self.label_smoother(model(**inputs), labels, shift_labels=True)
+
+
+@case
+def stream_smoothed() -> dict:
+    def run(engine: deepspeed.DeepSpeedEngine) -> list[float]:
+        trainer = SmoothingTrainer()
+        ds_fused.fuse_label_smoother(trainer)
+        losses = []
+        for ids, labels in mine():
+            loss = trainer.compute_loss(engine, {"input_ids": ids, "labels": labels})
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        return losses
+
+    return streamed(run=run)
 
 
 def reason_of(build: Callable[[], torch.nn.Module] = model_of, stage: int = 3, **more: object) -> dict:

@@ -28,6 +28,7 @@ STATIONARY = (
     "bias",
     "gemma",
     "own_loss",
+    "smoothed",
     "embedding",
     "tied_offload",
     "weighted_ranks",
@@ -69,6 +70,7 @@ CASES = (
     "stream_frozen_sharded_bias",
     "stream_gemma",
     "stream_own_loss",
+    "stream_smoothed",
     "stream_coalesced",
     "stream_thrown_away",
     "stream_callers_accumulation",
@@ -255,6 +257,7 @@ def test_one_rank_misspells(ranks):
         "thrown_away",
         "gemma",
         "own_loss",
+        "smoothed",
         "expert_parallel",
     ],
 )
