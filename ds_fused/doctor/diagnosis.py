@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ds_fused.doctor.tiny import batch, build
+from ds_fused.doctor.tiny import batches, build
 from ds_fused.modules import head as head_module
 from ds_fused.modules.deferred import HeadCall
 from ds_fused.policies import apply
@@ -33,6 +33,7 @@ class Diagnosis:
     differs: str  # what differed, and by how much; "" where nothing did
     worst: float  # the largest relative error among loss and gradients
     gradients: int  # of how many parameters
+    inputs: list[str]  # what the batch had
     silent: list[str] = field(default_factory=list)  # classes whose replacement never ran
 
     def __str__(self) -> str:
@@ -45,9 +46,16 @@ class Diagnosis:
 
 
 def examine(cls: type[PreTrainedModel], config: PretrainedConfig) -> Diagnosis:
-    """A random model of ``config``, one step of it stock and one fused."""
+    """A random model of ``config``, one step of it stock and one fused, on the richest batch that stock takes."""
     model = build(cls, config)
-    return diagnose(model, batch(model))
+    tries = list(batches(model))
+    for inputs in tries[:-1]:
+        try:
+            step(model, inputs)
+        except Exception:  # of the model: it takes another form
+            continue
+        return diagnose(model, inputs)
+    return diagnose(model, tries[-1])
 
 
 def diagnose(model: nn.Module, inputs: Mapping[str, Any], tolerance: float = TOLERANCE) -> Diagnosis:
@@ -70,7 +78,7 @@ def diagnose(model: nn.Module, inputs: Mapping[str, Any], tolerance: float = TOL
     worst, name = distance(ours, wanted)
     differs = "" if worst <= tolerance else f"{name} by {worst:.1e}"
     fused, reason = _loss(replaced, left, seen)
-    return Diagnosis(replaced, left, fused, reason, differs, worst, len(wanted) - 1, silent)
+    return Diagnosis(replaced, left, fused, reason, differs, worst, len(wanted) - 1, sorted(inputs), silent)
 
 
 def step(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:

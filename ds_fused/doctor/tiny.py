@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
+from ds_fused.doctor.pictures import image_token, pictures
 from ds_fused.doctor.recipes import CHANGES, INPUTS, PARTS
 from ds_fused.doctor.shrink import SPECIAL, shrink
 
@@ -53,15 +55,30 @@ def build(cls: type[PreTrainedModel], config: PretrainedConfig, seed: int = 0) -
     return model.train()
 
 
-def batch(model: PreTrainedModel, seed: int = 1) -> dict[str, Any]:
-    """Words, labels (some ignored) and a mask, and for an encoder of pictures or sounds what its forward asks for."""
+def batches(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
+    """Batches, the richest first: with pictures in one form after the other where a model sees any, then of words."""
+    name = image_token(model.config)
+    takes = inspect.signature(model.forward).parameters
+    if name is not None and "pixel_values" in takes and model.config.model_type not in INPUTS:
+        for picture in pictures(model.config, "image_grid_thw" in takes):
+            yield batch(model, {name: (picture.n_words,)}, picture.tensors(ROWS))
+    yield batch(model, INPUTS.get(model.config.model_type, {}), {})
+
+
+def batch(
+    model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], more: Mapping[str, Tensor], seed: int = 1
+) -> dict[str, Any]:
+    """Words, labels (some ignored) and a mask, what ``shapes`` says of a row (see ``INPUTS``), and ``more``."""
     draw = torch.Generator().manual_seed(seed)
     config, takes = model.config, inspect.signature(model.forward).parameters
     ids = torch.randint(3, SPECIAL, (ROWS, TOKENS), generator=draw)
-    inputs: dict[str, Any] = {}
-    for name, shape in INPUTS.get(config.model_type, {}).items():
+    inputs: dict[str, Any] = dict(more)
+    for name, shape in shapes.items():
         if name.endswith(("_token_id", "_token_index")):
-            ids = torch.cat([torch.full((ROWS, *shape), getattr(config, name)), ids], dim=1)
+            special = torch.full((ROWS, *shape), getattr(config, name))
+            ids = torch.cat([special, ids], dim=1)
+            # what some models ask for beside the words: which of them are of a picture
+            inputs |= dict.fromkeys(("token_type_ids", "mm_token_type_ids"), (ids == special[0, 0]).long())
         elif name.endswith("_ids"):
             inputs[name] = torch.randint(3, SPECIAL, (ROWS, *shape), generator=draw)
         elif name == "bbox":

@@ -12,7 +12,7 @@ from torch import nn
 from ds_fused.doctor import __main__ as doctor
 from ds_fused.doctor.diagnosis import diagnose, distance
 from ds_fused.doctor.shrink import LEFT_OUT, SPECIAL, VOCAB, shrink
-from ds_fused.doctor.tiny import batch, build, tiny_config
+from ds_fused.doctor.tiny import batches, build, tiny_config
 from ds_fused.modules import norm
 
 
@@ -96,7 +96,7 @@ def test_a_model_that_disagrees_with_itself_is_no_judge() -> None:
     calls = []
     model.model.norm.register_forward_hook(lambda module, args, out: out * (1 + len(calls) + (calls.append(0) or 0)))
     with pytest.raises(ValueError, match="two stock steps differ"):
-        diagnose(model, batch(model))
+        diagnose(model, next(batches(model)))
     assert type(model.lm_head) is nn.Linear
 
 
