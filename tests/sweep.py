@@ -148,7 +148,7 @@ def table(rows: Sequence[Row], seconds: float) -> str:
         "Errors are relative, of the worst gradient. A class of a library that is missing here, or that needs what no "
         "batch of words, pictures or sounds gives, is below.",
         _markdown(
-            ("type", "class", "loss", "layers fused", "layers left", "error"),
+            ("type", "class", "loss", "layers fused", "layers left", "beside words", "error"),
             (
                 (
                     f"`{row['type']}`",
@@ -157,6 +157,7 @@ def table(rows: Sequence[Row], seconds: float) -> str:
                     ", ".join(f"{count} {what} ({key})" for key, what, _, count in row["replaced"] if key in LAYER_KEYS)
                     or "none",
                     "; ".join(f"{count} {what}: {reason}" for what, count, reason in row["left"]) or "none",
+                    ", ".join(sorted({*row["inputs"]} - WORDS)) or "none",
                     f"**{row['differs']}**" if row["differs"] else f"{row['worst']:.0e}",
                 )
                 for row in built
@@ -171,6 +172,7 @@ def table(rows: Sequence[Row], seconds: float) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+WORDS = {"input_ids", "decoder_input_ids", "attention_mask", "labels"}
 NORM_KEYS = ("rms_norm", "layer_norm")
 LAYER_KEYS = (*NORM_KEYS, "rope", "swiglu", "geglu")
 

@@ -23,6 +23,7 @@ class Picture:
     shape: tuple[int, ...]  # of its pixels
     n_words: int
     grid: bool = False  # its pixels are patches, beside which stands how they lie
+    sized: bool = False  # its size stands beside it
 
     def tensors(self, n_rows: int) -> dict[str, Tensor]:
         draw = torch.Generator().manual_seed(7)
@@ -31,7 +32,7 @@ class Picture:
             pixels = torch.randn(n_rows * patches, size, generator=draw)
             return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, PATCHES, PATCHES]] * n_rows)}
         pixels = torch.randn(n_rows, *self.shape, generator=draw)
-        return {"pixel_values": pixels, "image_sizes": torch.tensor([[SIDE, SIDE]] * n_rows)}
+        return {"pixel_values": pixels} | ({"image_sizes": torch.tensor([[SIDE, SIDE]] * n_rows)} if self.sized else {})
 
 
 def image_token(config: PretrainedConfig) -> str | None:
@@ -45,11 +46,12 @@ def pictures(config: PretrainedConfig, grid: bool) -> Iterator[Picture]:
     vision: Any = getattr(config, "vision_config", None)
     if grid:
         side = getattr(vision, "patch_size", None) or 8
-        size = 3 * getattr(vision, "temporal_patch_size", 1) * side**2
-        merged = getattr(vision, "spatial_merge_size", 1) ** 2
-        yield Picture((PATCHES**2, size), PATCHES**2 // merged, grid=True)
+        n_words = (PATCHES // getattr(vision, "spatial_merge_size", 1)) ** 2
+        for frames in (getattr(vision, "temporal_patch_size", 1), 2):
+            yield Picture((PATCHES**2, 3 * frames * side**2), n_words, grid=True)
         return
-    for shape in ((3, SIDE, SIDE), (1, 3, SIDE, SIDE)):
-        # all patches, merged in fours, pooled; with a class token; with the ends of lines
-        for n_words in (16, 4, 1, 17, 5, 20, 8, 64):
-            yield Picture(shape, n_words)
+    for sized in (False, True):
+        for shape in ((3, SIDE, SIDE), (1, 3, SIDE, SIDE)):
+            # all patches, merged in fours, pooled; with a class token; with the ends of lines
+            for n_words in (16, 4, 1, 17, 5, 20, 8, 64):
+                yield Picture(shape, n_words, sized=sized)

@@ -67,6 +67,9 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "zamba": _ZAMBA,
     "zamba2": {**_ZAMBA, "hybrid_layer_ids": LEFT_OUT},
+    "gemma3": {"mm_tokens_per_image": 4},
+    "shieldgemma2": {"mm_tokens_per_image": 4},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
     "glm4v": _MROPE,
     "glm4v_moe": {"text_config.rope_parameters.mrope_section": [1, 1, 2]},
     "ernie4_5_vl_moe": {

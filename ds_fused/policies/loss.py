@@ -194,13 +194,17 @@ def _heads(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
     """Each output embedding with the models that have it, outermost first."""
     found: dict[int, tuple[nn.Module, list[nn.Module]]] = {}
     for module in model.modules():
-        # asked of the class: wrappers (PEFT, DeepSpeed) show what they wrap, and to set it on them changes nothing
-        if not isinstance(getattr(type(module), "loss_function", None), property):
+        if not _has_loss_function(module):
             continue
         head = module.get_output_embeddings() if hasattr(type(module), "get_output_embeddings") else None
         if isinstance(head, nn.Module):
             found.setdefault(id(head), (head, []))[1].append(module)
     yield from found.values()
+
+
+def _has_loss_function(module: nn.Module) -> bool:
+    # asked of the class: wrappers (PEFT, DeepSpeed) show what they wrap, and to set it on them changes nothing
+    return isinstance(getattr(type(module), "loss_function", None), property)
 
 
 def _labels_at(cls: type) -> int | None:
@@ -216,7 +220,11 @@ def _why_not_loss(model: nn.Module) -> str | None:
     if library is not None:
         return f"{library} has patched its forward with a fused loss of its own"
     if not _calls(model, "loss_function"):
-        computes = _calls(model, "CrossEntropyLoss", "cross_entropy")
+        # itself, or by a layer of its own that is no model
+        layers = [child for child in model.children() if not _has_loss_function(child)]
+        computes = any(isinstance(layer, nn.CrossEntropyLoss) for layer in layers) or any(
+            _calls(module, "CrossEntropyLoss", "cross_entropy") for module in (model, *layers)
+        )
         return None if computes else "its forward computes the loss itself, and not by torch's cross_entropy"
     loss = model.loss_function
     if isinstance(loss, CausalLMLoss):
