@@ -31,6 +31,7 @@ log = logging.getLogger("ds_fused")
 
 _LOSS = {"cross_entropy": False, "fused_linear_cross_entropy": True}
 _NORMS = {"rms_norm": True, "layer_norm": True}
+_BOTH_NORMS = {"rope": True, **_LOSS, "layer_norm": True, "rms_norm": True}
 _TEXT = {"rope": True, **_LOSS, "rms_norm": True, "swiglu": True}
 _GEMMA = {"rope": True, **_LOSS, "rms_norm": True, "geglu": True}
 _NO_ROPE = {**_TEXT, "rope": False}
@@ -44,7 +45,7 @@ FAMILIES: Mapping[str, Mapping[str, bool | None]] = {
     "falcon_h1": _TEXT,
     "gemma": _GEMMA,
     "gemma2": _GEMMA,
-    "gemma3": {"rope": True, **_LOSS, "layer_norm": True, "rms_norm": True, "geglu": True},
+    "gemma3": {**_BOTH_NORMS, "geglu": True},
     "gemma3_text": _GEMMA,
     "gemma4": {"rope": False, **_LOSS, "layer_norm": False, "rms_norm": True, "geglu": True},
     "gemma4_text": {**_GEMMA, "rope": False},
@@ -62,12 +63,12 @@ FAMILIES: Mapping[str, Mapping[str, bool | None]] = {
     "ministral": _TEXT,
     "mistral": _TEXT,
     "mixtral": _TEXT,
-    "mllama": {"rope": True, **_LOSS, "layer_norm": True, "rms_norm": True, "swiglu": True},
-    "muse_glimmer": {"rope": True, **_LOSS, "layer_norm": True, "rms_norm": True, "swiglu": True},
+    "mllama": {**_BOTH_NORMS, "swiglu": True},
+    "muse_glimmer": {**_BOTH_NORMS, "swiglu": True},
     "nemotron": {"relu_squared": True, **_LOSS},
     "olmo2": _TEXT,
     "olmo3": _TEXT,
-    "paligemma": {"rope": True, **_LOSS, "layer_norm": True, "rms_norm": True, "geglu": True},
+    "paligemma": {**_BOTH_NORMS, "geglu": True},
     "phi3": _TEXT,
     "pixtral": {"rope": True, "rms_norm": True, "swiglu": True},
     "qwen2": _TEXT,

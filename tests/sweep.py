@@ -124,8 +124,6 @@ def run(model_type: str, name: str) -> Row:
 
 
 def table(rows: Sequence[Row], seconds: float) -> str:
-    from ds_fused.doctor.architectures import is_generative
-
     built = [row for row in rows if "failed" not in row]
     sections = [
         "# Every language model of transformers",
@@ -135,7 +133,7 @@ def table(rows: Sequence[Row], seconds: float) -> str:
         _markdown(
             ("", "causal or conditional", "masked"),
             (
-                (what, *(_types(chosen, is_generative, kind) for kind in (True, False)))
+                (what, _n_types(chosen, generative=True), _n_types(chosen, generative=False))
                 for what, chosen in (
                     ("types", rows),
                     ("built and run", built),
@@ -181,8 +179,10 @@ def fused_norms(row: Row) -> bool:
     return any(key in NORM_KEYS for key, *_ in row["replaced"])
 
 
-def _types(rows: Sequence[Row], is_generative: object, kind: bool) -> int:
-    return len({row["type"] for row in rows if is_generative(row["type"]) == kind})
+def _n_types(rows: Sequence[Row], generative: bool) -> int:
+    from ds_fused.doctor.architectures import is_generative
+
+    return len({row["type"] for row in rows if is_generative(row["type"]) == generative})
 
 
 def _facts(seconds: float) -> list[str]:

@@ -42,13 +42,13 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"{given.model}: {error}")
         return NOT_RUN
-    return max(_report(name, config) for name in classes)
+    return max(_report(name, config, given.whole) for name in classes)
 
 
-def _report(name: str, config: PretrainedConfig) -> int:
+def _report(name: str, config: PretrainedConfig, whole: bool) -> int:
     cls = model_class(name)
     try:
-        found = examine(cls, config_for(cls, config))
+        found = examine(cls, config_for(cls, config), whole)
     except Exception as error:
         # of the model's code: whatever it is, the answer is that it could not be run
         print(f"{name} can't be built or run: {type(error).__name__}: {error}")

@@ -45,9 +45,12 @@ class Diagnosis:
         return "\n".join([*rows, f"  loss and {self.gradients} gradients {agree}"])
 
 
-def examine(cls: type[PreTrainedModel], config: PretrainedConfig) -> Diagnosis:
-    """A random model of ``config``, one step of it stock and one fused, on the richest batch that stock takes."""
-    model = build(cls, config)
+def examine(cls: type[PreTrainedModel], config: PretrainedConfig, whole: bool = False) -> Diagnosis:
+    """A random model of ``config``, one step of it stock and one fused, on the richest batch that stock takes.
+
+    ``whole``: it may be of any size.
+    """
+    model = build(cls, config, whole)
     tries = list(batches(model))
     for inputs in tries[:-1]:
         try:

@@ -234,8 +234,8 @@ class DeferredLogits:
     def __add__(self, other: Any) -> Any:
         is_bias = (
             isinstance(other, Tensor)
-            # logits that are read later know no gradient of it
             and other.is_floating_point()
+            # logits that are read later know no gradient of it
             and not other.requires_grad
             and 0 < other.ndim <= self.ndim
             and other.numel() == other.shape[-1] == self.shape[-1]

@@ -183,6 +183,8 @@ def claim_loss(
                 claims.append(LinearClaim(site, (path,), wanted[LINEAR]))
             else:
                 left.append(Left(f"head {path}", 1, reason))
+        if REAL in wanted and not losses and LINEAR not in wanted:
+            left.append(Left(f"loss of {type(owner).__name__}", 1, "its loss takes its own logits; none is exchanged"))
         if REAL in wanted and losses:
             original = next(iter(losses.values())).original
             where = tuple(names[id(m)] for m in losses)

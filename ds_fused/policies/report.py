@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -57,6 +58,16 @@ class Replaced:
 REPORTS = "_ds_fused_reports"
 
 
+class _Reports(list):
+    """Copied with the model, and no part of its pickle: a loaded model has nothing to undo."""
+
+    def __deepcopy__(self, memo: dict) -> _Reports:
+        return _Reports(copy.deepcopy(list(self), memo))
+
+    def __reduce__(self) -> tuple:
+        return _Reports, ()
+
+
 def restore(model: nn.Module) -> None:
     """Undo every ``apply`` to ``model`` and to models within it, last first; nothing happens where there was none."""
     for module in model.modules():
@@ -77,7 +88,7 @@ class Report:
     def __post_init__(self) -> None:
         self.watch = Watch(self.model, self.claims)
         # a plain attribute of the model, so that restore() finds it and both go together
-        self.model.__dict__.setdefault(REPORTS, []).append(self)
+        self.model.__dict__.setdefault(REPORTS, _Reports()).append(self)
 
     @property
     def replaced(self) -> tuple[Replaced, ...]:

@@ -68,6 +68,8 @@ def test_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         assert doctor.main([str(model)]) == doctor.AGREES
         told = capsys.readouterr().out
         assert "Gemma2ForCausalLM" in told and "loss: fused" in told and "gradients agree with stock" in told
+    tiny_config(config).save_pretrained(tmp_path)
+    assert doctor.main([str(tmp_path), "--whole"]) == doctor.AGREES
     tiny = tiny_config(config)
     assert tiny.num_hidden_layers == 2 and sorted(tiny.layer_types) == ["full_attention", "sliding_attention"]
 

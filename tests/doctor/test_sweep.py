@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import textwrap
 from datetime import date
 from pathlib import Path
@@ -66,9 +64,9 @@ def test_a_type_that_hangs_or_dies_costs_only_itself(tmp_path: Path, monkeypatch
     assert [row.get("failed") for row in rows] == [None, "took more than 3 s", None, "ended its process (3)", None]
 
 
-def test_the_command_prints_a_table() -> None:
-    ended = subprocess.run(
-        [sys.executable, sweep.__file__, "--only", "llama"], capture_output=True, text=True, cwd=sweep.REPO
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert "| `llama` | `LlamaForCausalLM` | fused | 2 LlamaAttention (rope)" in ended.stdout
+def test_the_table_tells_what_was_built_and_what_was_not() -> None:
+    rows = [sweep.run("llama", "LlamaForCausalLM"), sweep.run("bert", "NoSuchModel")]
+    text = sweep.table(rows, seconds=1.0)
+    assert "| `llama` | `LlamaForCausalLM` | fused | 2 LlamaAttention (rope)" in text
+    assert "| `bert` | `NoSuchModel` | AttributeError: " in text
+    assert "| built and run | 1 | 0 |" in text

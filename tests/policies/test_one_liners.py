@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import inspect
+import pickle
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 import ds_fused
 from ds_fused import compat
 from ds_fused.modules.swap import is_fused
-from tests.policies.tiny import FAMILIES, LLAMA, assert_same_step, classes, counts, twins
+from tests.policies.tiny import FAMILIES, LLAMA, assert_same_step, classes, counts, step, twins
 
 
 def n_fused(model: nn.Module) -> int:
@@ -44,6 +45,17 @@ def test_a_copy_is_restored_alone() -> None:
     ds_fused.restore(twin)
     assert n_fused(twin) == 0 and n_fused(model) == 10
     assert_same_step(model, twin, tolerance=1e-5)
+
+
+def test_what_was_applied_is_no_part_of_a_pickle() -> None:
+    model = LLAMA.make()
+    ds_fused.apply(model, {"rms_norm": True, "swiglu": True})
+    step(model)  # takes out what watches the first one
+    loaded = pickle.loads(pickle.dumps(model))
+    assert n_fused(loaded) == n_fused(model) == 7
+    ds_fused.restore(loaded)
+    ds_fused.restore(model)
+    assert n_fused(model) == 0
 
 
 def test_auto_classes(tmp_path: Path) -> None:
