@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ds_fused.doctor.shrink import LEFT_OUT
+from ds_fused.doctor.shrink import LEFT_OUT, VOCAB
 
 _MAMBA = {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16}
 _HEAD = {"head_dim": 16}
@@ -18,6 +18,7 @@ _EXPERTS = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok":
 _MROPE = {"text_config.rope_parameters.mrope_section": [2, 3, 3]}
 _COMPASS_ROPE = {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
 _DECODER = {"model_type": "bert", "is_decoder": True, "add_cross_attention": True}
+_STARTS = {"pad_token_id": 0, "decoder_start_token_id": 1}
 _INDEXER = {
     "indexer_n_heads": 2,
     "indexer_kv_heads": 1,
@@ -99,7 +100,11 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "granite_speech": _CONTEXT,
     "granite_speech_plus": _CONTEXT,
     "kyutai_speech_to_text": {"codec_config.upsample_groups": 64},
-    "moonshine": {"pad_token_id": 0},
+    "moonshine": {"pad_token_id": 0, "encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+    "esm": {"vocab_size": VOCAB, "pad_token_id": 0},
+    "encoder-decoder": _STARTS,
+    "vision-encoder-decoder": _STARTS,
+    "speech-encoder-decoder": {**_STARTS, "encoder.num_feat_extract_layers": 7, "encoder.apply_spec_augment": False},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "speecht5": {"num_feat_extract_layers": 7},
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 3200},

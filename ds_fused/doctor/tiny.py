@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,7 +25,8 @@ class NotTiny(ValueError):
 
 
 def default_config(model_type: str) -> PretrainedConfig:
-    return CONFIG_MAPPING[model_type](**PARTS.get(model_type, {}))
+    # copied: some configurations take their parts apart
+    return CONFIG_MAPPING[model_type](**copy.deepcopy(dict(PARTS.get(model_type, {}))))
 
 
 def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -82,7 +84,8 @@ def batch(
             inputs |= dict.fromkeys(("token_type_ids", "mm_token_type_ids"), (ids == special[0, 0]).long())
         elif name.endswith("_ids"):
             inputs[name] = torch.randint(3, SPECIAL, (ROWS, *shape), generator=draw)
-        elif name == "bbox":
+        elif name in ("bbox", "flattened_patches"):
+            # places: of corners in a page, of patches in a picture
             inputs[name] = torch.rand(ROWS, *shape, generator=draw).sort(dim=-1).values
         else:
             inputs[name] = torch.randn(ROWS, *shape, generator=draw)

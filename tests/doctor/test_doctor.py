@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import transformers
 from torch import nn
 
 from ds_fused.doctor import __main__ as doctor
-from ds_fused.doctor.diagnosis import diagnose, distance
+from ds_fused.doctor.diagnosis import diagnose, errors
 from ds_fused.doctor.shrink import LEFT_OUT, SPECIAL, VOCAB, shrink
 from ds_fused.doctor.tiny import batches, build, tiny_config
 from ds_fused.modules import norm
@@ -102,12 +103,20 @@ def test_a_model_that_disagrees_with_itself_is_no_judge() -> None:
     assert type(model.lm_head) is nn.Linear
 
 
-def test_distance() -> None:
+def test_errors() -> None:
     wanted = {"loss": torch.tensor(2.0), "gradient of a": torch.tensor([3.0, 4.0]), "gradient of b": torch.zeros(2)}
-    assert distance(wanted, wanted)[0] == 0.0
-    worst, name = distance(wanted | {"gradient of a": torch.tensor([3.0, 4.5])}, wanted)
-    assert name == "gradient of a" and abs(worst - 0.1) < 1e-6
-    assert distance(wanted | {"loss": torch.tensor(float("nan"))}, wanted) == (float("inf"), "loss")
-    assert distance({"loss": wanted["loss"]}, wanted)[0] == float("inf")
+    assert set(errors(wanted, wanted).values()) == {0.0}
+    found = errors(wanted | {"gradient of a": torch.tensor([3.0, 4.5])}, wanted)
+    assert found["gradient of a"] == pytest.approx(0.1) and found["loss"] == found["gradient of b"] == 0.0
+    assert errors(wanted | {"loss": torch.tensor(float("nan"))}, wanted)["loss"] == math.inf
+    assert errors({"loss": wanted["loss"]}, wanted) == {"gradient of a": math.inf, "gradient of b": math.inf}
     # against the largest gradient, where its own is nothing
-    assert distance(wanted | {"gradient of b": torch.tensor([1e-9, 0.0])}, wanted)[0] < 1e-5
+    assert errors(wanted | {"gradient of b": torch.tensor([1e-9, 0.0])}, wanted)["gradient of b"] < 1e-5
+
+
+def test_fp64_is_the_judge() -> None:
+    model = build(transformers.LlamaForCausalLM, tiny_config(transformers.LlamaConfig()))
+    # as if stock's fp32 were exact: no model is
+    found = diagnose(model, next(batches(model)), tolerance=2e-8)
+    assert 2e-8 < found.worst < 1e-6 and found.differs == ""
+    assert next(model.parameters()).dtype == torch.float32
