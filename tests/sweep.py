@@ -144,8 +144,8 @@ def table(rows: Sequence[Row], seconds: float) -> str:
                 )
             ),
         ),
-        "Errors are relative, of the worst gradient. A class of a library that is missing here, or that needs what no "
-        "batch of words, pictures or sounds gives, is below.",
+        "Errors are relative, of the worst gradient. What could not be built or run, for want of a package, of a tiny "
+        "configuration or of its kind of batch, is below.",
         _markdown(
             ("type", "class", "loss", "layers fused", "layers left", "beside words", "error"),
             (

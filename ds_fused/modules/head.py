@@ -200,6 +200,7 @@ def linear_loss(logits: DeferredLogits, labels: Tensor, **arguments: Any) -> Ten
     else:
         # past the hooks, too: ZeRO-3's would gather the weight
         value, call.on_demand = head.forward(call.hidden, loss, slabs)
+    scope.fused = True
     return value
 
 
@@ -232,6 +233,8 @@ class Scope:
         self.loss_outside = False
         # those logits
         self.left: DeferredLogits | None = None
+        # whether the forward that runs, or ran last, has had its loss fused
+        self.fused = False
         # one for each forward that is running, innermost last: a forward may be called within another
         self._modes: list[str] = []
         self._handles: list[Any] = []
@@ -259,6 +262,7 @@ class Scope:
         labels = kwargs.get("labels")
         if labels is None and self.labels_at is not None and len(args) > self.labels_at:
             labels = args[self.labels_at]
+        self.fused = False
         if not owner.training and self.eval == "stock":
             self._modes.append("stock")
         else:
@@ -267,7 +271,17 @@ class Scope:
     def leave(self, owner: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         if self._modes.pop() != "defer":
             return None
+        # output None: the forward raised
+        if not torch.compiler.is_compiling() and output is not None:
+            self._say_unfused(owner)
         return self._settle(output)
+
+    def _say_unfused(self, owner: nn.Module) -> None:
+        if self.linear is not None and not self.fused and not self.loss_outside:
+            _say_once(
+                f"ds_fused: {type(owner).__name__} was given labels, but no cross entropy of logits that it had not "
+                "computed; its loss is as without ds_fused. python -m ds_fused.doctor says what computes them"
+            )
 
     def _can_leave(self, logits: DeferredLogits) -> bool:
         """Whether their loss can be computed behind the forward: not where only its hooks would gather the weight."""

@@ -197,6 +197,17 @@ def test_a_loss_of_the_models_own(name: str) -> None:
     same_gradients(stock, fused, lambda out: out["loss"] + out["logits"].square().mean())
 
 
+def test_a_loss_that_is_not_fused_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    head_module._say_once.cache_clear()
+    for name in ("flat", "log_softmax"):
+        _, fused = _own((OWN_LOSSES | OTHER_LOSSES)[name])
+        fused(*batch())
+        fused(*batch())
+        said = ["OwnLoss was given labels" in message for message in caplog.messages].count(True)
+        assert said == (name == "log_softmax")
+    head_module._say_once.cache_clear()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_loss_of_the_models_own_has_its_dtype(dtype: torch.dtype) -> None:
     stock, fused = (model.to(dtype) for model in _own(_shifted))
