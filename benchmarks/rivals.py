@@ -671,15 +671,27 @@ def _our_loss(**options) -> Callable[[Tensors], Call]:
     return build
 
 
-CROSS_ENTROPY = {
-    "ds_fused": Provider(_our_loss()),
-    "ds_fused overwrite_logits": Provider(
-        _our_loss(overwrite_logits=True), ("logits",), "writes the gradient over the logits; restored untimed"
-    ),
-    "hf_eager": Provider(_eager(_hf_loss)),
-    "compile": Provider(_compiled(_hf_loss)),
-    "liger": Provider(_liger_loss, ("logits",), "gradient made in forward, over the logits; restored untimed"),
-}
+def loss_providers(upstream: float) -> dict[str, Provider]:
+    """``upstream``: the gradient that the loss is given, which ours may know in the forward."""
+    in_forward = "gradient made in forward, over the logits; restored untimed"
+    ours = {
+        "ds_fused": Provider(_our_loss()),
+        "ds_fused overwrite_logits": Provider(
+            _our_loss(overwrite_logits=True), ("logits",), "writes the gradient over the logits; restored untimed"
+        ),
+        "ds_fused grad_in_forward": Provider(
+            _our_loss(grad_in_forward=True, upstream=upstream), ("logits",), f"{in_forward}; told upstream={upstream:g}"
+        ),
+    }
+    if upstream != 1.0:
+        ours["ds_fused grad_in_forward scaled"] = Provider(
+            _our_loss(grad_in_forward=True), ("logits",), f"{in_forward}; not told, so scaled in backward"
+        )
+    return ours | {
+        "hf_eager": Provider(_eager(_hf_loss)),
+        "compile": Provider(_compiled(_hf_loss)),
+        "liger": Provider(_liger_loss, ("logits",), in_forward),
+    }
 
 
 # --- linear_cross_entropy: x [M, H], weight [V, H], labels [M] ---
@@ -717,6 +729,10 @@ LINEAR_CROSS_ENTROPY = {
     "ds_fused": Provider(_our_linear_loss(), note="6 MHV for the tiles that fit keep_mb, 8 MHV for the others"),
     "ds_fused keep_mb=0": Provider(_our_linear_loss(keep_mb=0), note="8 MHV: logits computed again in backward"),
     "ds_fused grad_in_forward": Provider(_our_linear_loss(grad_in_forward=True), note=f"6 MHV: {_IN_FORWARD}"),
+    "ds_fused grad_in_forward fp32": Provider(
+        _our_linear_loss(grad_in_forward=True, accumulate="fp32"),
+        note=f"6 MHV: {_IN_FORWARD}, dweight added up in fp32",
+    ),
     # more than any case's logits
     "ds_fused keep all": Provider(_our_linear_loss(keep_mb=1 << 20), note="6 MHV: all logits kept, in x's dtype"),
     "hf_eager": Provider(_eager(_hf_linear_loss)),

@@ -15,7 +15,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -28,8 +28,8 @@ from torch import Tensor
 
 from benchmarks.cases import CASES, Inputs
 from benchmarks.measure import Instruments, relative_error
-from benchmarks.rivals import N_GROUPS
-from benchmarks.run import SEED, full_call
+from benchmarks.rivals import N_GROUPS, Provider
+from benchmarks.run import SEED, full_call, restorer
 
 LARGEST_ERROR = 1e-2
 SHOWN = 4
@@ -37,6 +37,7 @@ REP_MS = 10
 
 # one combination: constant -> value; options are an op's arguments, the others attributes of its module
 Choice = dict[str, object]
+Restore = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Search:
     constants: Mapping[str, tuple]  # attribute of the module -> values
     options: Mapping[str, tuple] | None = None  # argument of the op -> values
     file: str = ""  # of ds_fused.ops, where the constants stand elsewhere than in the op's own
+    provider: str = "ds_fused"  # the one of ours that uses them
 
     @property
     def module(self) -> ModuleType:
@@ -74,6 +76,10 @@ SEARCHES = (
         },
     ),
     Search(
+        "rms_norm", "before_weight", "backward", ROW_SHAPES,
+        {"PER_THREAD_BWD": (8, 16, 32), "STAGES_BWD": (1, 2, 3), "WARPS_PER_MULTIPROCESSOR": (16, 32, 64)},
+    ),
+    Search(
         "gated_rms_norm", "norm_first", "forward", NARROW_SHAPES,
         {"TILE_FWD": (1024, 2048, 4096), "PER_THREAD_FWD": (8, 16, 32)},
     ),
@@ -97,6 +103,7 @@ SEARCHES = (
         "layer_norm", "", "backward", ROW_SHAPES,
         {"PER_THREAD_BWD": (8, 16, 32), "STAGES_BWD": (1, 2, 3), "WARPS_PER_MULTIPROCESSOR": (16, 32, 64)},
     ),
+    Search("dyt", "", "forward", ROW_SHAPES, {"TILE_FWD": (1024, 2048, 4096), "PER_THREAD_FWD": (8, 16)}),
     Search(
         "dyt", "", "backward", ROW_SHAPES,
         {
@@ -119,6 +126,14 @@ SEARCHES = (
     Search(
         "cross_entropy", "", "forward", LOSS_SHAPES,
         {"FWD_BLOCK": (2048, 4096, 8192), "FWD_STAGES": (1, 2, 3, 4), "FWD_PER_THREAD": (8, 16, 32)},
+    ),
+    Search(
+        "cross_entropy", "", "both", LOSS_SHAPES,
+        {
+            "HELD_BYTES": (16384, 32768, 65536), "WALK_BYTES": (8192, 16384), "STAGES": (2, 3, 4, 6),
+            "PER_THREAD": (16, 32, 64),
+        },
+        file="_lent_logits", provider="ds_fused grad_in_forward",
     ),
     Search(
         "linear_cross_entropy", "", "both", ((8192, 4096, 128256),),
@@ -147,30 +162,37 @@ def in_place(module: ModuleType, choice: Choice) -> Iterator[None]:
             setattr(module, name, value)
 
 
-def calls(op: str, variant: str, inputs: Inputs, options: Choice) -> Callable[[], object]:
+def provider_of(search: Search) -> Provider:
+    case = next(case for case in CASES if (case.op, case.variant) == (search.op, search.variant))
+    return case.providers[search.provider]
+
+
+def calls(search: Search, inputs: Inputs, options: Choice) -> Callable[[], object]:
     """Our forward on these inputs with these options."""
     import ds_fused.ops
 
     t = inputs.tensors
-    if op == "linear_cross_entropy":
+    if search.op == "linear_cross_entropy":
         return partial(ds_fused.ops.linear_cross_entropy, t["x"], t["weight"], t["labels"], **options)
-    case = next(case for case in CASES if (case.op, case.variant) == (op, variant))
-    return case.providers["ds_fused"].build(t)
+    return provider_of(search).build(t)
 
 
-def timed(search: Search, inputs: Inputs, choice: Choice, wanted: tuple[Tensor, ...], on: Instruments) -> float:
+def timed(
+    search: Search, inputs: Inputs, choice: Choice, wanted: tuple[Tensor, ...], on: Instruments, restore: Restore
+) -> float:
     """Milliseconds of the direction; ValueError where the answer is another one."""
     options = {name: choice[name] for name in search.options or {}}
     with in_place(search.module, {name: choice[name] for name in search.constants}):
-        forward = calls(search.op, search.variant, inputs, options)
+        forward = calls(search, inputs, options)
         full = full_call(forward, inputs)
+        restore()
         error = max(relative_error(got, want) for got, want in zip(full(), wanted, strict=True))
         if not error <= LARGEST_ERROR:
             raise ValueError(f"answer is off by {error:.2g}")
         if search.direction == "forward":
-            return on.median_ms(forward)
+            return on.median_ms(forward, restore)
         if search.direction == "both":
-            return on.median_ms(full)
+            return on.median_ms(full, restore)
         outputs = forward()
         leaves = [t for t in inputs.tensors.values() if t.requires_grad]
         upstream = [inputs.tensors[name] for name in inputs.upstream] or None
@@ -187,8 +209,10 @@ def explore(search: Search, shape: tuple[int, ...], seconds: float, on: Instrume
     start = time.monotonic()
     case = next(case for case in CASES if (case.op, case.variant) == (search.op, search.variant))
     inputs = case.inputs(torch.Generator(on.device).manual_seed(SEED), *shape)
-    wanted = tuple(t.detach() for t in full_call(calls(search.op, search.variant, inputs, {}), inputs)())
-    now = timed(Search(search.op, search.variant, search.direction, (), {}), inputs, {}, wanted, on)
+    restore = restorer(provider_of(search), inputs)
+    # copies, of what the next call writes over
+    wanted = tuple(t.detach().clone() for t in full_call(calls(search, inputs, {}), inputs)())
+    now = timed(replace(search, constants={}, options=None), inputs, {}, wanted, on, restore)
     file_says = ", ".join(f"{name}={_name(value)}" for name, value in current(search).items()) or "defaults"
     found = [(now, f"as in the file: {file_says}")]
     choices = search.choices()
@@ -199,7 +223,7 @@ def explore(search: Search, shape: tuple[int, ...], seconds: float, on: Instrume
             break
         label = ", ".join(f"{name}={_name(value)}" for name, value in choice.items())
         try:
-            found.append((timed(search, inputs, choice, wanted, on), label))
+            found.append((timed(search, inputs, choice, wanted, on, restore), label))
         except Exception as error:  # a combination that can't run is a result
             found.append(
                 (float("inf"), f"{label}: {type(error).__name__}: {(str(error) or '-').splitlines()[0][:100]}")

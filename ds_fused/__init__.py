@@ -29,6 +29,7 @@ _HOME = {
     "kl_div": "ds_fused.ops",
     "jsd": "ds_fused.ops",
     "tvd": "ds_fused.ops",
+    "nn": "ds_fused.nn",
     "apply": "ds_fused.policies",
     "restore": "ds_fused.policies",
     "fuse_label_smoother": "ds_fused.modules.smoother",
@@ -37,6 +38,7 @@ _HOME = {
     "AutoModelForImageTextToText": "ds_fused.auto_models",
     "AutoModelForMaskedLM": "ds_fused.auto_models",
     "install": "ds_fused.engine.install",
+    "parse": "ds_fused.engine.config",
 }
 
 __all__ = list(_HOME)
@@ -47,7 +49,8 @@ def __getattr__(name: str) -> object:
         return import_module("ds_fused.compat")
     if name not in _HOME:
         raise AttributeError(f"module 'ds_fused' has no attribute {name!r}; it has {', '.join(_HOME)}")
-    return getattr(import_module(_HOME[name]), name)
+    module = import_module(_HOME[name])
+    return module if module.__name__ == f"ds_fused.{name}" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -1,13 +1,13 @@
-"""``python -m launch model=smollm2 data=shakespeare deepspeed=zero3 fused=all train=short``: compose, write, start.
+"""``python -m launch model=smollm2 data=shakespeare deepspeed=zero3 fused=all cluster=local train=short``.
 
-Hydra composes ``conf/`` here and nowhere else; the ranks get one resolved ``ds_config.json``. ``dry_run=true`` writes
-the run's folder and prints the command without starting it.
+Hydra composes ``conf/`` here and nowhere else; what can't run is refused; the run's folder is written; then the run is
+started or submitted. The ranks get one resolved ``ds_config.json``. ``dry_run=true`` ends before anything is started.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import platform
 import shlex
 import socket
 import subprocess
@@ -18,8 +18,12 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from launch import environment
+from launch.check import check, missing_paths, refuse_secrets, refuse_secrets_typed, typed
+from launch.clusters import KINDS
 from launch.real_data import CACHE, FETCH
-from launch.render import Host, ds_config, local
+from launch.render import Host, Rendered, record
+from launch.schema import Run
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -33,31 +37,103 @@ def this_host() -> Host:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         free_port = s.getsockname()[1]
-    return Host(device_count(), os.cpu_count() or 1, str(Path(sys.executable).parent), os.environ["PATH"], free_port)
+    return Host(
+        gpus=device_count(),
+        cores=os.cpu_count() or 1,
+        bin=str(Path(sys.executable).parent),
+        path=os.environ["PATH"],
+        free_port=free_port,
+        name=platform.node(),
+        settings=environment.settings(os.environ, ("NCCL_", "UCX_", "GLOO_")),
+        ssh_args=os.environ.get("PDSH_SSH_ARGS_APPEND", ""),
+    )
+
+
+def prepare(composed: DictConfig) -> tuple[Run, Rendered]:
+    """The run and what it starts; a ValueError where it can't."""
+    refuse_secrets(OmegaConf.to_container(composed))
+    run = typed(composed)
+    rendered = KINDS[run.cluster.kind].render(run, this_host())
+    check(run, rendered.ranks)
+    for missing in missing_paths(run):
+        if not run.dry_run:
+            raise ValueError(missing)
+        # a laptop has not what the cluster has
+        print(f"launch: note: {missing} on this machine")
+    return run, rendered
+
+
+def shown(rendered: Rendered) -> str:
+    """The command as a person would type it."""
+    env = {key: value for key, value in rendered.env.items() if key != "PATH"}
+    return " ".join([*(f"{key}={shlex.quote(value)}" for key, value in env.items()), shlex.join(rendered.command)])
+
+
+def write(run: Run, rendered: Rendered) -> None:
+    """The run's folder: the one configuration of all ranks, the record of the run, and all that is started."""
+    folder = Path(run.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {
+        **record(run),
+        "command.sh": shown(rendered) + "\n",
+        "nodes.txt": "".join(f"{name}: {line}\n" for name, line in rendered.nodes.items()),
+        **rendered.files,
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    environment.write(folder, "launching")
+
+
+def start(run: Run, rendered: Rendered) -> int:
+    for group in (run.model, run.data):
+        if group.fetch:
+            FETCH[group.fetch]()
+    env = {**os.environ, **rendered.env}
+    for command in rendered.preflight:
+        if status := subprocess.run(command, env=env).returncode:
+            print("launch: the preflight failed, so nothing was started", file=sys.stderr)
+            return status
+    return subprocess.run(rendered.command, env=env).returncode
+
+
+def show(run: Run, rendered: Rendered) -> None:
+    """What a dry run prints; the folder holds the same."""
+    print(f"\n--- ds_config.json\n{record(run)['ds_config.json']}", end="")
+    for name, text in rendered.files.items():
+        print(f"\n--- {name}\n{text}", end="")
+    print(f"\n{len(rendered.nodes)} nodes, {rendered.ranks} ranks")
+    for name, line in rendered.nodes.items():
+        print(f"{name}: {line}")
+    print(f"\nnothing was started; all of it is in {run.folder}", flush=True)
+
+
+# points of this sweep that could not be started, or failed
+failed: list[str] = []
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(composed: DictConfig) -> None:
     # absolute, so that the folder means the same to every process; under -m each point of the sweep has its own
     composed.folder = HydraConfig.get().runtime.output_dir
-    cfg = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    folder = Path(cfg["folder"])
-    folder.mkdir(parents=True, exist_ok=True)
-    config_file = folder / "ds_config.json"
-    config_file.write_text(json.dumps(ds_config(cfg), indent=2) + "\n")
-    (folder / "run.yaml").write_text(OmegaConf.to_yaml(composed, resolve=True))
-    job = local(cfg, str(config_file), this_host())
-    shown = {key: value for key, value in job.env.items() if key != "PATH"}
-    print(" ".join([*(f"{key}={value}" for key, value in shown.items()), shlex.join(job.command)]), flush=True)
-    if cfg["dry_run"]:
+    try:
+        run, rendered = prepare(composed)
+    except ValueError as error:
+        print(f"launch: {error}", file=sys.stderr)
+        failed.append(composed.folder)
         return
-    for group in ("model", "data"):
-        if cfg[group].get("fetch"):
-            FETCH[cfg[group]["fetch"]]()
-    status = subprocess.run(job.command, env={**os.environ, **job.env}).returncode
-    if status:
-        sys.exit(status)
+    write(run, rendered)
+    print(shown(rendered), flush=True)
+    if run.dry_run:
+        show(run, rendered)
+    elif start(run, rendered):
+        failed.append(run.folder)
 
 
 if __name__ == "__main__":
+    try:
+        refuse_secrets_typed(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"launch: {error}")
     main()
+    # only now: one point that fails doesn't keep the others of its sweep from running
+    sys.exit(1 if failed else 0)

@@ -4,8 +4,8 @@
     deepspeed launch/train.py --deepspeed_config ds.json --model ... --text ... --out ...
 
 Everything about the optimizer, precision, batch sizes and ZeRO stands in the DeepSpeed JSON. Text is tokenized, joined
-and cut into blocks of equal length; the tail of every file is held out. In --out: metrics.jsonl, checkpoints/, and what
-DeepSpeed's own monitor writes.
+and cut into blocks of equal length; the tail of every file is held out. In --out: metrics.jsonl, report.html,
+checkpoints/, environment/, and what DeepSpeed's own monitor writes.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import resource
+import signal
 import sys
 import time
 from functools import lru_cache
 from pathlib import Path
 
 import deepspeed
+import environment
+import report
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -147,22 +151,43 @@ def held_out_loss(engine: deepspeed.DeepSpeedEngine, blocks: Tensor) -> float:
     return (total[0] / total[1]).item()
 
 
-def mean_over_ranks(value: Tensor) -> float:
-    value = value.clone()
-    dist.all_reduce(value)
-    return value.item() / dist.get_world_size()
+def mean_over_ranks(values: Tensor) -> list[float]:
+    values = values.clone()
+    dist.all_reduce(values)
+    return (values / dist.get_world_size()).tolist()
 
 
-def peak_memory_gb() -> float:
-    """The most memory any rank has used: the accelerator's, or the process's where the CPU trains."""
+class StopSignal:
+    """SIGUSR1, as schedulers send it before the time is up: save a checkpoint at the next logging step, and end.
+
+    The file `stopped` in --out then says that the run isn't at its end.
+    """
+
+    def __init__(self, out: Path):
+        self.came, self.file = False, out / "stopped"
+        if dist.get_rank() == 0:
+            self.file.unlink(missing_ok=True)
+        signal.signal(signal.SIGUSR1, self.arrive)
+
+    def arrive(self, *_: object) -> None:
+        self.came = True
+
+    def leave(self) -> None:
+        if dist.get_rank() == 0:
+            self.file.touch()
+
+
+def peak_memory_gb() -> list[float]:
+    """The most memory that each rank has used: the accelerator's, or the process's where the CPU trains."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     else:
         peak = accelerator.max_memory_allocated()
-    peak = torch.tensor(float(peak), device=accelerator.current_device_name())
-    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-    return peak.item() / 2**30
+    mine = torch.tensor(peak / 2**30, device=accelerator.current_device_name())
+    peaks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(peaks, mine)
+    return torch.stack(peaks).tolist()
 
 
 def say(text: str) -> None:
@@ -172,7 +197,7 @@ def say(text: str) -> None:
 
 
 class Journal:
-    """metrics.jsonl, DeepSpeed's monitor and the terminal, on rank 0."""
+    """metrics.jsonl, report.html, DeepSpeed's monitor and the terminal, on rank 0."""
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, args: argparse.Namespace):
         self.engine, self.path = engine, args.out / "metrics.jsonl"
@@ -183,24 +208,35 @@ class Journal:
             old = self.path.read_text().splitlines(keepends=True) if args.resume and self.path.exists() else []
             whole = [line for line in old if line.endswith("}\n")]
             self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= here))
+            self.dashboard = report.Dashboard(args.out, engine)
         self.bar = tqdm(
             total=args.steps, initial=here, unit="step", disable=not (self.is_first and sys.stderr.isatty())
         )
 
-    def row(self, **values: float) -> None:
+    def row(self, **values: float | list[float]) -> None:
         if self.is_first:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": self.engine.global_steps, **values}) + "\n")
+            self.dashboard.update()
 
-    def step(self, loss: float, tokens_per_s: float, memory_gb: float) -> None:
+    def close(self, state: str) -> None:
+        self.bar.close()
+        if self.is_first:
+            report.write(self.path.parent, state)
+
+    def step(self, loss: float, tokens_per_s: float, memory_gb: list[float]) -> None:
         engine = self.engine
         grad_norm = float(engine.get_global_grad_norm() or 0.0)
         lr = engine.get_lr()[0]
-        self.row(loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=tokens_per_s, memory_gb=memory_gb)
-        self.bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{tokens_per_s:.0f}", memory=f"{memory_gb:.2f}GB")
+        most = max(memory_gb)
+        self.row(
+            loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=tokens_per_s, memory_gb=most,
+            memory_gb_by_rank=[round(peak, 3) for peak in memory_gb],
+        )  # fmt: skip
+        self.bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{tokens_per_s:.0f}", memory=f"{most:.2f}GB")
         say(
             f"step {engine.global_steps:>5}/{self.bar.total}  loss {loss:.4f}  grad norm {grad_norm:.3f}  "
-            f"{tokens_per_s:.0f} tokens/s  {memory_gb:.2f} GB"
+            f"{tokens_per_s:.0f} tokens/s  {most:.2f} GB"
         )
 
     def held_out(self, loss: float) -> None:
@@ -213,8 +249,11 @@ class Journal:
 def train(args: argparse.Namespace) -> None:
     set_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
+    stop = StopSignal(args.out)
     train_blocks, eval_blocks = token_blocks(args)
     model = load_model(args)
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        environment.write(args.out, platform.node())
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=args.deepspeed_config)
     checkpoints = args.out / "checkpoints"
     if args.resume and (checkpoints / "latest").is_file():
@@ -243,24 +282,31 @@ def train(args: argparse.Namespace) -> None:
             engine.step()
             loss_sum += loss.detach().float() / micro_steps
         journal.bar.update()
-        done = step + 1
+        done, stopping = step + 1, False
         if done % args.log_every == 0 or done == args.steps:
-            mean, memory = mean_over_ranks(loss_sum / (done - logged)), peak_memory_gb()
+            # the signal reaches the ranks in different steps: here, where they talk anyway, they agree on one
+            mean, came = mean_over_ranks(torch.stack([loss_sum / (done - logged), loss_sum.new_tensor(stop.came)]))
+            stopping, memory = came > 0 and done < args.steps, peak_memory_gb()
             now = time.perf_counter()
             journal.step(mean, tokens_per_step * (done - logged) / (now - last), memory)
             loss_sum.zero_()
             last, logged = now, done
-        if args.save_every and (done % args.save_every == 0 or done == args.steps):
+        if stopping or args.save_every and (done % args.save_every == 0 or done == args.steps):
             engine.save_checkpoint(str(checkpoints))
+        if stopping:
+            stop.leave()
+            journal.close("stopped")
+            say(f"stopped by SIGUSR1 after step {done}; --resume goes on from there")
+            return
         if done == args.steps or (args.eval_every and done % args.eval_every == 0):
             after = held_out_loss(engine, eval_blocks)
             journal.held_out(after)
         # saving and evaluating do not count as training speed
         if done == logged:
             last = time.perf_counter()
-    journal.bar.close()
-    seconds, memory = time.perf_counter() - began, peak_memory_gb()
+    seconds, memory = time.perf_counter() - began, max(peak_memory_gb())
     journal.row(held_out_before=before, held_out_after=after, seconds=seconds, memory_gb=memory)
+    journal.close("ended")
     say(
         f"held-out loss {before:.4f} -> {after:.4f} in {args.steps - first_step} steps, {seconds:.1f} s, "
         f"peak memory {memory:.2f} GB a rank"

@@ -34,13 +34,40 @@ MAY_IMPORT = {
     "ds_fused/auto_models.py": {"torch", "transformers", "ds_fused.policies"},
     "ds_fused/compat.py": {"torch", "transformers", "ds_fused.modules", "ds_fused.policies"},
     "ds_fused/doctor": {"torch", "transformers", "ds_fused.modules", "ds_fused.policies", "ds_fused.doctor"},
+    # modules made of ops, for whoever writes a model
+    "ds_fused/nn.py": {"torch", "ds_fused.ops"},
     # the package's door: names load on first use
     "ds_fused/__init__.py": set(),
     # runs at `import torch`: only registers hooks, which import ds_fused.engine once deepspeed is there
     "ds_fused/autoload.py": {"wrapt", "ds_fused.engine"},
+    # builds a model without memory to see what it would launch
+    "ds_fused/warmup.py": {
+        "torch",
+        "triton",
+        "transformers",
+        "hjson",
+        "yaml",
+        "ds_fused.ops",
+        "ds_fused.modules",
+        "ds_fused.policies",
+        "ds_fused.engine",
+    },
     # the rank runner
     "ds_fused/run.py": {"deepspeed", "ds_fused.autoload", "ds_fused.engine"},
-    "launch": {"torch", "hydra", "omegaconf", "transformers", "deepspeed", "accelerate", "launch", "ds_fused", *BESIDE},
+    # pydantic: its errors are what deepspeed says of a config; yaml: what kubectl reads
+    "launch": {
+        "pydantic",
+        "yaml",
+        "torch",
+        "hydra",
+        "omegaconf",
+        "transformers",
+        "deepspeed",
+        "accelerate",
+        "launch",
+        "ds_fused",
+        *BESIDE,
+    },
     # the script of a user who never heard of ds_fused
     "launch/train.py": {"torch", "transformers", "deepspeed", "tqdm", *BESIDE},
     # starts on a bare Python

@@ -51,6 +51,7 @@ def test_the_table_of_the_json_block_is_the_parser():
         "verify": "compare every replacement with the original before it is used",
         "report": "print on rank 0 what was replaced, and what was not and why",
         "embedding": 'except in mode "gather": input embeddings not tied to the head are looked up like tied ones',
+        "warmup": "compile the kernels of the model on each host, side by side, before its layers are replaced",
         "tiled_mlp": "MLPs that are replaced run tile by tile and are computed again in backward",
         "logits": 'after a fused loss, logits are computed when they are read ("defer") or in the forward ("keep")',
         "eval": 'whether an evaluation\'s loss is fused too ("defer") or left alone ("stock")',
@@ -120,6 +121,7 @@ def test_every_command_is_of_a_kind_that_is_tested_below():
         "deepspeed --config",
         "python -m ds_fused.doctor",
         "python tests/sweep.py",
+        "python -m ds_fused.warmup",
     }
     assert {" ".join(c[:3]) if c[1] == "-m" else " ".join(c[:2]) for c in commands()} == kinds
 
@@ -141,17 +143,36 @@ def test_the_quickstart_commands_are_understood(monkeypatch):
 
 def test_the_launch_commands_compose():
     from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
 
     import launch.__main__  # noqa: F401  (registers the resolver)
-    from launch.render import Host, local
+    from launch.check import check, typed
+    from launch.clusters import KINDS
+    from launch.render import Host
 
     host = Host(gpus=2, cores=8, bin="/bin", path="/bin", free_port=1)
     for command in commands():
         if command[:3] == ["python", "-m", "launch"]:
+            # of a sweep, its first point
+            overrides = [re.sub(r"^(\S+=[^\[{]\w*),.*", r"\1", word) for word in command[3:] if word != "-m"]
             with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
-                cfg = compose("config", overrides=["folder=/runs/a", *command[3:]])
-            assert local(OmegaConf.to_container(cfg, resolve=True), "c.json", host).command
+                run = typed(compose("config", overrides=["folder=/runs/a", *overrides]))
+            check(run, KINDS[run.cluster.kind].render(run, host).ranks)
+
+
+def test_the_table_of_clusters_is_the_folder():
+    from launch.clusters import KINDS
+
+    table = README[README.find("| `cluster=` |") :].split("\n\n")[0]
+    assert re.findall("^[|] `([a-z]+)`", table, re.MULTILINE) == [*KINDS]
+
+
+def test_the_warmup_commands_are_understood():
+    from ds_fused import warmup
+
+    for command in commands():
+        if command[:3] == ["python", "-m", "ds_fused.warmup"]:
+            args = warmup.options_of(command[3:])
+            assert args.model == "FOLDER_OR_NAME" and warmup.target_of(args.target)
 
 
 def test_the_deepspeed_commands_are_understood(tmp_path: Path, monkeypatch):

@@ -27,6 +27,8 @@ SWITCHES = {
     "report": True,
     # except in mode "gather": input embeddings not tied to the head are looked up like tied ones
     "embedding": False,
+    # compile the kernels of the model on each host, side by side, before its layers are replaced
+    "warmup": False,
 }
 # key -> what it may be, the default first
 CHOICES = {
@@ -69,6 +71,7 @@ class Config:
     verify: bool
     report: bool
     embedding: bool
+    warmup: bool
     logits: str
     eval: str
     tiles: int | None  # None: MLPs run whole

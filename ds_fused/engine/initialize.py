@@ -120,6 +120,10 @@ def _replaced(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config, a
     if engine.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         _say(engine, "no GPU: on CPU tensors every op runs its PyTorch reference")
     dtype = training_dtype(engine)
+    if config.warmup:
+        from ds_fused.engine.warm_host import warm_up
+
+        warm_up(engine, model, engine.__dict__["_ds_fused_block"], dtype)
     slab_mode = engine.__dict__["_ds_fused_slab_mode"] = SlabMode(config)
     asked = {**vars(config), "head": dict(config.head), "wanted": {key: dict(o) for key, o in wanted.items()}}
     asked |= {"device": engine.device.type, "dtype": str(dtype)}

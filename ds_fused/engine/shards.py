@@ -23,6 +23,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ds_fused.ops._tiles import side
+
 
 @dataclass(frozen=True)
 class Shards:
@@ -54,6 +56,10 @@ class Shards:
         n_elements = self.n_vocab * self.hidden
         ends = [min((rank + 1) * self.size, n_elements) // self.hidden for rank in range(self.ranks)]
         return min(max(0, end - first) for first, end in zip(self.first_rows, ends, strict=False))
+
+    def slab_rows(self, row_bytes: int, slab_bytes: int) -> int:
+        """s: even slabs, each at most slab_bytes of all ranks together."""
+        return side(self.common, max(1, slab_bytes // (self.ranks * row_bytes)), self.ranks, least=1)
 
     def start(self, rank: int) -> int:
         """Elements of a rank's shard before its first whole row."""

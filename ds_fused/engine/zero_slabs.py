@@ -26,7 +26,6 @@ from torch import Tensor
 
 from ds_fused.engine.delivery import Delivery, Place
 from ds_fused.engine.shards import Shards
-from ds_fused.ops._tiles import side
 
 if TYPE_CHECKING:
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -56,9 +55,7 @@ class ZeroSlabs:
         self._rank = dist.get_rank(self.group)
         self.ranks = dist.get_world_size(self.group)
         self._shards = Shards(*self.shape, self.ranks)
-        # even slabs, each at most slab_bytes of all ranks together
-        row_bytes = self.ranks * self.shape[1] * param.ds_tensor.element_size()
-        self._rows = side(self._shards.common, max(1, slab_bytes // row_bytes), self.ranks, least=1)
+        self._rows = self._shards.slab_rows(self.shape[1] * param.ds_tensor.element_size(), slab_bytes)
         # the seam comes first: at the last one a backward begins, where a large one is to be here already
         self._seams = int(self._shards.seam_rows > 0)
         self._slabs = self._seams - (-self._shards.common // self._rows)

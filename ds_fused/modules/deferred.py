@@ -30,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds_fused.ops._triton import autocast_dtype
+
 # one recorded step: the name of what happened to the logits, and its operand
 Step = tuple[str, Any]
 # those that choose and arrange tokens: what they do to the logits, they can do to the hidden states
@@ -42,10 +44,9 @@ class HeadCall:
     __slots__ = ("_base", "_base_version", "autocast", "dtype", "head", "hidden", "on_demand")
 
     def __init__(self, head: nn.Module, hidden: Tensor) -> None:
-        device = hidden.device.type
         self.head = head
         self.hidden = hidden  # [..., H]
-        self.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        self.autocast = autocast_dtype(hidden)
         # autocast leaves fp64 alone
         self.dtype = hidden.dtype if self.autocast is None or hidden.dtype == torch.float64 else self.autocast
         # set once a loss was computed: what the head returned beside it, for whoever reads the logits later

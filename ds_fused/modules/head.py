@@ -64,7 +64,7 @@ class LossArguments:
     ignore_index: int
     logit_scale: float
     softcap: float | None
-    options: Mapping[str, Any]  # chunk_mb, keep_mb
+    options: Mapping[str, Any]  # of linear_cross_entropy, as the JSON gives them
     rows: tuple[Step, ...] = ()  # the input's tokens that have labels
     bias: Tensor | None = None  # [V], beside the head's
     class_weight: Tensor | None = None  # [V]

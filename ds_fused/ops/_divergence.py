@@ -33,9 +33,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._labels import label_facts
+from ds_fused.ops._launch import launch
 from ds_fused.ops._loss import reduced
-from ds_fused.ops._triton import cdiv, check_dtypes, on_device, power_of_2, row_stride, rows_of, warps_for
-from ds_fused.ops.cross_entropy import _online
+from ds_fused.ops._softmax_parts import _online
+from ds_fused.ops._triton import cdiv, check_dtypes, power_of_2, row_stride, rows_of, warps_for
 
 # not yet measured. the second pass of a row wants the first one's columns in L2, so few and large programs: of 16 warps
 # with 8 elements a thread (64 registers on sm90) two run side by side on a multiprocessor; with 16 elements they spill
@@ -326,19 +327,20 @@ def divergence_fwd(
     block = min(FWD_BLOCK, power_of_2(n_cols))
     tensors = (p, q, p if labels is None else labels, loss, stats)
     strides = (row_stride(p), row_stride(q), row_stride(stats))
-    with on_device(p):
-        if one_pass:
-            _kl_fwd_kernel[(n,)](
-                *tensors, *strides, n_cols, what.ignore_index, what.scale,
-                HAS_LABELS=labels is not None, BLOCK=block, STAGES=FWD_STAGES,
-                num_warps=warps_for(block, FWD_PER_THREAD),
-            )  # fmt: skip
-        else:
-            _divergence_fwd_kernel[(n,)](
-                *tensors, *strides, n_cols, what.ignore_index, what.scale, what.beta,
-                HAS_LABELS=labels is not None, KIND=what.kind, BLOCK=block, STAGES=FWD_STAGES,
-                num_warps=warps_for(block, FWD_PER_THREAD),
-            )  # fmt: skip
+    if one_pass:
+        launch(
+            _kl_fwd_kernel, (n,),
+            *tensors, *strides, n_cols, what.ignore_index, what.scale,
+            HAS_LABELS=labels is not None, BLOCK=block, STAGES=FWD_STAGES,
+            num_warps=warps_for(block, FWD_PER_THREAD),
+        )  # fmt: skip
+    else:
+        launch(
+            _divergence_fwd_kernel, (n,),
+            *tensors, *strides, n_cols, what.ignore_index, what.scale, what.beta,
+            HAS_LABELS=labels is not None, KIND=what.kind, BLOCK=block, STAGES=FWD_STAGES,
+            num_warps=warps_for(block, FWD_PER_THREAD),
+        )  # fmt: skip
 
 
 def divergence_bwd(
@@ -358,14 +360,14 @@ def divergence_bwd(
     n_blocks = cdiv(n_cols, block)
     # a tensor that stands for one that is not there is never touched
     out_p, out_q = p if dp is None else dp, q if dq is None else dq
-    with on_device(p):
-        _divergence_bwd_kernel[(n * n_blocks,)](
-            dloss, p if labels is None else labels, stats, p, q, out_p, out_q,
-            dloss.stride(0), row_stride(stats), row_stride(p), row_stride(q), row_stride(out_p), row_stride(out_q),
-            n_cols, n_blocks, what.ignore_index, what.scale, what.beta,
-            HAS_LABELS=labels is not None, WANTS_P=dp is not None, WANTS_Q=dq is not None, KIND=what.kind,
-            BLOCK=block, num_warps=warps_for(block, BWD_PER_THREAD),
-        )  # fmt: skip
+    launch(
+        _divergence_bwd_kernel, (n * n_blocks,),
+        dloss, p if labels is None else labels, stats, p, q, out_p, out_q,
+        dloss.stride(0), row_stride(stats), row_stride(p), row_stride(q), row_stride(out_p), row_stride(out_q),
+        n_cols, n_blocks, what.ignore_index, what.scale, what.beta,
+        HAS_LABELS=labels is not None, WANTS_P=dp is not None, WANTS_Q=dq is not None, KIND=what.kind,
+        BLOCK=block, num_warps=warps_for(block, BWD_PER_THREAD),
+    )  # fmt: skip
 
 
 class DivergenceFunction(torch.autograd.Function):

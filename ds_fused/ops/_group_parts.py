@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ds_fused.ops._launch import launch
 from ds_fused.ops._sums import partials
-from ds_fused.ops._triton import cdiv, on_device, power_of_2
+from ds_fused.ops._triton import cdiv, power_of_2
 
 # Not yet measured.
 MERGE_BLOCK = 256
@@ -57,7 +58,7 @@ def _group_norm_moments_kernel(
         x = tl.load(x_ptr + offset[:, None] + start + lane, mask=mask, other=0.0).to(tl.float32)
         turn += 1.0
         distance = tl.where(mask, x - means, 0.0)
-        means += distance / turn
+        means += distance * (1.0 / turn)  # one division for all lanes
         squares += tl.where(mask, distance * (x - means), 0.0)
         count += tl.where(mask, 1.0, 0.0)
     # measured from the first lane's mean, so that values far from zero don't cost bits
@@ -329,41 +330,53 @@ def fwd_in_parts(
     grid = (cdiv(sizes.rows, parts.rows), parts.count)
     tile = {"ROWS": parts.rows, "SPACE": parts.space, "num_warps": parts.warps}
     moments = torch.empty((2, parts.count, sizes.rows), dtype=torch.float32, device=x.device)
-    with on_device(x):
-        _group_norm_moments_kernel[grid](
-            x, moments, stride, sizes.rows, sizes.channels, sizes.space, parts.part_size, **tile
-        )
-        _group_norm_merge_moments_kernel[(sizes.samples * sizes.groups,)](
-            moments,
-            mean,
-            rstd,
-            sizes.rows,
-            parts.count,
-            parts.part_size,
-            sizes.group_channels,
-            sizes.space,
-            sizes.group_size,
-            eps,
-            BLOCK=MERGE_BLOCK,
-            num_warps=4,
-        )
-        _group_norm_apply_kernel[grid](
-            x,
-            weight,
-            bias,
-            y,
-            mean,
-            rstd,
-            stride,
-            sizes.rows,
-            sizes.channels,
-            sizes.space,
-            parts.part_size,
-            sizes.group_channels,
-            HAS_WEIGHT=weight is not None,
-            HAS_BIAS=bias is not None,
-            **tile,
-        )
+    launch(
+        _group_norm_moments_kernel,
+        grid,
+        x,
+        moments,
+        stride,
+        sizes.rows,
+        sizes.channels,
+        sizes.space,
+        parts.part_size,
+        **tile,
+    )
+    launch(
+        _group_norm_merge_moments_kernel,
+        (sizes.samples * sizes.groups,),
+        moments,
+        mean,
+        rstd,
+        sizes.rows,
+        parts.count,
+        parts.part_size,
+        sizes.group_channels,
+        sizes.space,
+        sizes.group_size,
+        eps,
+        BLOCK=MERGE_BLOCK,
+        num_warps=4,
+    )
+    launch(
+        _group_norm_apply_kernel,
+        grid,
+        x,
+        weight,
+        bias,
+        y,
+        mean,
+        rstd,
+        stride,
+        sizes.rows,
+        sizes.channels,
+        sizes.space,
+        parts.part_size,
+        sizes.group_channels,
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        **tile,
+    )
 
 
 def bwd_in_parts(
@@ -384,24 +397,37 @@ def bwd_in_parts(
     n_partials = parts.count * sizes.samples
     sums = partials(x, n_partials, sizes.channels)
     numbers = sizes.rows, sizes.channels, sizes.space, parts.part_size, sizes.group_channels
-    with on_device(x):
-        _group_norm_sums_kernel[grid](dy, x, mean, rstd, sums, *strides, *numbers, **tile)
-        if dx is not None:
-            means = torch.empty((2, *mean.shape), dtype=torch.float32, device=x.device)
-            _group_norm_merge_sums_kernel[(sizes.samples * sizes.groups,)](
-                sums,
-                weight,
-                means,
-                sizes.rows,
-                parts.count,
-                sizes.groups,
-                sizes.group_channels,
-                sizes.group_size,
-                HAS_WEIGHT=weight is not None,
-                BLOCK=MERGE_BLOCK,
-                num_warps=4,
-            )
-            _group_norm_dx_kernel[grid](
-                dy, x, weight, mean, rstd, means, dx, *strides, *numbers, HAS_WEIGHT=weight is not None, **tile
-            )
+    launch(_group_norm_sums_kernel, grid, dy, x, mean, rstd, sums, *strides, *numbers, **tile)
+    if dx is not None:
+        means = torch.empty((2, *mean.shape), dtype=torch.float32, device=x.device)
+        launch(
+            _group_norm_merge_sums_kernel,
+            (sizes.samples * sizes.groups,),
+            sums,
+            weight,
+            means,
+            sizes.rows,
+            parts.count,
+            sizes.groups,
+            sizes.group_channels,
+            sizes.group_size,
+            HAS_WEIGHT=weight is not None,
+            BLOCK=MERGE_BLOCK,
+            num_warps=4,
+        )
+        launch(
+            _group_norm_dx_kernel,
+            grid,
+            dy,
+            x,
+            weight,
+            mean,
+            rstd,
+            means,
+            dx,
+            *strides,
+            *numbers,
+            HAS_WEIGHT=weight is not None,
+            **tile,
+        )
     return sums, n_partials

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_fused.ops._triton import on_device, runs_kernels
+from ds_fused.ops._launch import launch
+from ds_fused.ops._triton import runs_kernels
 
 # one program reads all labels: 64 Ki of them take it about as long as a launch does
 BLOCK = 4096
@@ -45,8 +46,9 @@ def label_facts(labels: Tensor, n_vocab: int, ignore_index: int) -> tuple[Tensor
         counts = labels != ignore_index
         return counts.sum(), (((labels >= 0) & (labels < n_vocab)) | ~counts).all()
     facts = torch.empty(2, dtype=torch.int64, device=labels.device)
-    with on_device(labels):
-        _labels_kernel[(1,)](labels, facts, labels.shape[0], n_vocab, ignore_index, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    launch(
+        _labels_kernel, (1,), labels, facts, labels.shape[0], n_vocab, ignore_index, BLOCK=BLOCK, num_warps=NUM_WARPS
+    )
     count, are_legal = facts.unbind()
     return count, are_legal
 

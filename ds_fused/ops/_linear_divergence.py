@@ -165,7 +165,7 @@ class _Sums:
         n_again = x.shape[0] - kept
         # dz @ weight is summed over slabs, dz.T @ x over chunks: fp32 where there is more than one
         self.slabs = -(-weight.shape[0] // tiles.rows) if n_again else 0
-        n_sums = (kept > 0) + -(-n_again // tiles.tokens)
+        n_sums = (1 if kept else 0) + -(-n_again // tiles.tokens)  # dynamo 2.11 can't add a bool
         # what fp16 holds of kept gradients has yet to be multiplied by the upstream gradient, and may be too large
         self.is_one_sum = n_sums <= 1 and not (kept and x.dtype == torch.float16)
         self.dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wants[0] else None

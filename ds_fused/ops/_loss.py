@@ -48,18 +48,14 @@ def weights_of_tokens(
     return of_token, (weight, torch.stack([of_token, of_all]))
 
 
-def weighted(
-    loss: Tensor, z_losses: Tensor | None, of_token: Tensor | None, in_kernel: tuple[Tensor | None, Tensor | None]
-) -> tuple[Tensor, Tensor | None]:
-    """Losses [N] and z-losses [N] with the weights that the softmax passes did not see."""
-    if of_token is None:
-        return loss, z_losses
-    return loss if in_kernel[0] is not None else of_token * loss, None if z_losses is None else of_token * z_losses
+def weighted(loss: Tensor, of_token: Tensor | None, in_kernel: tuple[Tensor | None, Tensor | None]) -> Tensor:
+    """Losses [N] with the weights that the softmax passes did not see."""
+    return loss if of_token is None or in_kernel[0] is not None else of_token * loss
 
 
 def outputs(
-    loss: Tensor,  # [N]
-    z_losses: Tensor | None,  # [N]
+    loss: Tensor,  # [N], weighted; or [] where it is reduced already
+    z_losses: Tensor | None,  # [N], without weights
     right: Tensor | None,  # [N]
     of_token: Tensor | None,  # [N]: weights
     count: Tensor,  # of the tokens that count
@@ -67,12 +63,20 @@ def outputs(
     reduction: str,
 ) -> Tensor | tuple[Tensor, ...]:
     """The loss alone, or with what else was asked for."""
-    total = count if of_token is None else of_token.sum()
-    result = reduced(loss, shape, total, reduction)
-    if z_losses is None and right is None:
-        return result
-    more = [] if z_losses is None else [reduced(z_losses.detach(), shape, total, reduction)]
-    return result, *more, *([] if right is None else [right.sum() / count])
+    total = total_weight(of_token, count)
+    result = reduced(loss, shape, total, reduction) if loss.ndim else loss
+    more = []
+    if z_losses is not None:
+        z_losses = z_losses.detach() if of_token is None else of_token * z_losses.detach()
+        more.append(reduced(z_losses, shape, total, reduction))
+    if right is not None:
+        more.append(right.sum() / count)
+    return (result, *more) if more else result
+
+
+def total_weight(of_token: Tensor | None, count: Tensor) -> Tensor:
+    """What a mean divides by."""
+    return count if of_token is None else of_token.sum()
 
 
 def check_weight(op: str, name: str, weight: Tensor | None, n_vocab: int, device: torch.device) -> None:

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ds_fused.ops._launch import launch
 from ds_fused.ops._loss import LossOptions
-from ds_fused.ops._triton import cdiv, on_device
+from ds_fused.ops._triton import cdiv
 
 MERGE_BLOCK = 256
 
@@ -63,12 +64,12 @@ def merge(
 ) -> None:
     """Loss, lse and whether the label is the argmax, from what the ranks' columns gave."""
     n_parts, _, n_tokens = parts.shape
-    with on_device(parts):
-        _merge_kernel[(cdiv(n_tokens, MERGE_BLOCK),)](
-            parts, labels, loss, loss if right is None else right, lse,
-            lse.stride(0), n_tokens, n_parts, options.ignore_index, float(options.z_loss),
-            HAS_ACCURACY=right is not None, BLOCK=MERGE_BLOCK,
-        )  # fmt: skip
+    launch(
+        _merge_kernel, (cdiv(n_tokens, MERGE_BLOCK),),
+        parts, labels, loss, loss if right is None else right, lse,
+        lse.stride(0), n_tokens, n_parts, options.ignore_index, float(options.z_loss),
+        HAS_ACCURACY=right is not None, BLOCK=MERGE_BLOCK,
+    )  # fmt: skip
 
 
 def merge_torch(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_fused.ops._triton import cdiv
+from ds_fused.ops._triton import cdiv, row_stride, rows_of
 
 
 @triton.jit
@@ -23,8 +26,23 @@ def place(n_cols, FLAT: tl.constexpr, BLOCK: tl.constexpr):
     return row, first
 
 
-def layout(n: int, d: int, block: int, *tensors: Tensor) -> tuple[bool, int, int]:
-    """(whether rows have no gaps, so that all of it is one row; columns of a row; programs)."""
+class Walk(NamedTuple):
+    """How a launch goes through tensors that are read or written at the same places."""
+
+    flat: bool  # rows have no gaps, so that all of it is one row
+    n_cols: int  # columns of a row
+    programs: int
+    tensors: tuple[Tensor, ...]  # as rows, or as they are where they are flat
+    strides: tuple[int, ...]  # of each, elements from one row to the next
+
+
+def walk(shape: torch.Size, block: int, *tensors: Tensor) -> Walk:
+    """Over elements of that shape [..., D], which each of the tensors has (or that many pairs of columns)."""
+    n_elements = shape.numel()
     if all(tensor.is_contiguous() for tensor in tensors):
-        return True, n * d, cdiv(n * d, block)
-    return False, d, n * cdiv(d, block)
+        # no views, of which each costs as much time as it takes to look at all tensors
+        return Walk(True, n_elements, cdiv(n_elements, block), tensors, (0,) * len(tensors))
+    d = shape[-1]
+    rows = tuple(rows_of(tensor) for tensor in tensors)
+    programs = n_elements // d * cdiv(d, block) if d else 0
+    return Walk(False, d, programs, rows, tuple(row_stride(x) for x in rows))

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_fused.ops._triton import cdiv, on_device
+from ds_fused.ops._launch import launch
+from ds_fused.ops._triton import cdiv
 
 # few columns so that many programs share the work, many rows so that few turns wait for L2. Not yet measured.
 SUM_COLS = 32
@@ -74,19 +75,20 @@ def sum_partials(
     """Fills the vectors and the number that are wanted from their parts; the parts of the others are not read."""
     # a grid as deep as the last one that is wanted
     depth = 3 if number is not None else 2 if second is not None else 1
-    with on_device(partial):
-        _sum_partials_kernel[(cdiv(d, SUM_COLS), depth)](
-            partial,
-            first,
-            second,
-            number,
-            programs,
-            d,
-            n_numbers,
-            HAS_FIRST=first is not None,
-            HAS_SECOND=second is not None,
-            HAS_NUMBER=number is not None,
-            BLOCK_ROWS=SUM_ROWS,
-            BLOCK_COLS=SUM_COLS,
-            num_warps=8,
-        )
+    launch(
+        _sum_partials_kernel,
+        (cdiv(d, SUM_COLS), depth),
+        partial,
+        first,
+        second,
+        number,
+        programs,
+        d,
+        n_numbers,
+        HAS_FIRST=first is not None,
+        HAS_SECOND=second is not None,
+        HAS_NUMBER=number is not None,
+        BLOCK_ROWS=SUM_ROWS,
+        BLOCK_COLS=SUM_COLS,
+        num_warps=8,
+    )

@@ -16,6 +16,9 @@ LEAST_SIDE = 2048
 SIDE_STEP = 256
 # elements: rows of logits start on a cache line, so the softmax pass reads 16 bytes at a time for odd vocabularies too
 ROW_STEP = 64
+# n sums that grow as a random walk, each rounded, are sqrt(n / 2) times as far off as one rounding
+MOST_ROUNDINGS = 8
+ACCUMULATE = ("auto", "native", "fp32")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,11 @@ def check_memory(op: str, chunk_mb: float, keep_mb: float) -> None:
         raise ValueError(f"{op}: chunk_mb={chunk_mb} must be positive and keep_mb={keep_mb} not negative")
 
 
+def check_accumulate(op: str, accumulate: str) -> None:
+    if accumulate not in ACCUMULATE:
+        raise ValueError(f"{op}: accumulate is {accumulate!r}; it must be 'auto', 'native' or 'fp32'")
+
+
 def tiling(
     n_tokens: int,
     n_vocab: int,
@@ -41,12 +49,13 @@ def tiling(
     *,
     dx: bool,
     dweight: bool,
+    casts: bool = False,  # the weight, slab by slab
     slab_rows: int | None = None,  # where the weight comes in slabs of its own
 ) -> Tiling:
-    """Tiles of at most about `chunk_bytes`, cut so that little fp32 scratch is needed (see the top of the file)."""
+    """Tiles of at most about `chunk_bytes`, cut so that little other scratch is needed: see linear_cross_entropy.py."""
     tokens, rows = max(n_tokens, 1), slab_rows or n_vocab
     if slab_rows is not None or tokens * rows * itemsize > max(chunk_bytes, keep_bytes):
-        if slab_rows is None and dweight and (tokens < n_vocab or not dx):
+        if slab_rows is None and (dweight or casts) and (tokens < n_vocab or not dx):
             rows = side(n_vocab, chunk_bytes // (tokens * itemsize))
         tokens = side(tokens, chunk_bytes // (rows * itemsize))
     n_tiles = -(-n_vocab // rows) * -(-n_tokens // tokens)
@@ -114,6 +123,11 @@ def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False, scale: floa
         torch.addmm(out, a, b, beta=int(add), alpha=scale, out=out, **kind)
     else:
         torch.mm(a, b, out=out, **kind)
+
+
+def sum_dtype(weight: torch.dtype, x: Tensor, n_chunks: int, *, native: bool) -> torch.dtype:
+    """What a gradient of that dtype is added up in over chunks of x; ``native``: in its own, where products have it."""
+    return weight if n_chunks <= 1 or (native and weight == x.dtype) else wide(x)
 
 
 def wide(x: Tensor) -> torch.dtype:

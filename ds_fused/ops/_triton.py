@@ -11,21 +11,24 @@ from torch import Tensor
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KERNEL_DEVICES = ("cuda", "xpu")  # an AMD device calls itself cuda in PyTorch
 LANES = 64 if torch.version.hip else 32  # threads of a warp
+# of shared memory, in bytes: sm80 has 163 KiB for a program
+MOST_IN_FLIGHT = 128 * 1024
 
 _multiprocessors: dict[torch.device, int] = {}
 
 
-def runs_kernels(*tensors: Tensor) -> bool:
-    """Whether kernels can take these tensors; where not, an op runs its PyTorch reference.
+def runs_kernels(*tensors: Tensor | None) -> bool:
+    """Whether kernels can take these tensors, the first of which is there; if not, an op runs its PyTorch reference.
 
     CPU tensors can under ``TRITON_INTERPRET=1``, set before triton is imported. The variable is asked at every call, so
     that one process can run both ways (a CPU only; a GPU never asks).
     """
     device = tensors[0].device
     for tensor in tensors[1:]:
-        if tensor.device != device:
+        if tensor is not None and tensor.device != device:
             return False  # the reference then fails as any PyTorch code does, naming both devices
-    if device.type in KERNEL_DEVICES:
+    # is_cuda: the type of a device is a string, made anew
+    if tensors[0].is_cuda or device.type in KERNEL_DEVICES:
         return True
     # a graph can't hold the interpreter, nor trace the reading of its variable
     return device.type == "cpu" and not torch.compiler.is_compiling() and triton.knobs.runtime.interpret
@@ -70,6 +73,8 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast has a matrix product on x's device compute in; None where it is off."""
     kind = x.device.type
+    if kind == "meta":
+        return None  # PyTorch refuses to be asked
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
@@ -110,3 +115,8 @@ def power_of_2(n: int) -> int:
 def warps_for(elements: int, per_thread: int = 16) -> int:
     """Warps for a tile so that each thread holds about `per_thread` elements; at most 1024 threads."""
     return min(1024 // LANES, max(1, power_of_2(elements // (LANES * per_thread))))
+
+
+def stages_for(most: int, tile_bytes: int) -> int:
+    """Tiles of a program that are in flight, at most so many: all but one wait in shared memory."""
+    return min(most, 1 + MOST_IN_FLIGHT // tile_bytes)

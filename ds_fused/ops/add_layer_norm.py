@@ -73,7 +73,7 @@ def add_layer_norm(
     if x.shape != residual.shape:
         raise ValueError(f"add_layer_norm: x {tuple(x.shape)} and residual {tuple(residual.shape)} must have one shape")
     check_affine("add_layer_norm", x, weight, bias)
-    if not runs_kernels(*(t for t in (x, residual, weight, bias) if t is not None)):
+    if not runs_kernels(x, residual, weight, bias):
         return add_layer_norm_reference(x, residual, weight, bias, eps=eps)
     check_dtypes("add_layer_norm", x=x, residual=residual, weight=weight, bias=bias)
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))

@@ -61,10 +61,8 @@ class AddRMSNormFunction(torch.autograd.Function):
             dx, dweight = dsum, None
         else:
             wants = Wants(wants_dx, ctx.needs_input_grad[2], False)
-            dsum = rows_of(dsum) if wants_dx and dsum is not None else None
-            dx, dweight, _ = rms_norm_bwd(
-                rows_of(dy), total, weight, None, rstd, dsum, ctx.offset, ctx.cast_before, wants
-            )
+            dsum = dsum if wants_dx else None
+            dx, dweight, _ = rms_norm_bwd(dy, total, weight, None, rstd, dsum, ctx.offset, ctx.cast_before, wants)
         # x and residual get one tensor, as those of PyTorch's own + do: autograd sees that two hold it, and neither
         # adds to it in place nor lets it become two .grad. A copy would cost a quarter of the backward's traffic
         given = [
@@ -90,9 +88,11 @@ def add_rms_norm(
     if residual.shape != x.shape:
         raise ValueError(f"add_rms_norm: x {tuple(x.shape)} and residual {tuple(residual.shape)} must have one shape")
     check_norm("add_rms_norm", x, cast, weight=weight)
-    if not runs_kernels(*(t for t in (x, residual, weight) if t is not None)):
+    if not runs_kernels(x, residual, weight):
         return add_rms_norm_reference(x, residual, weight, eps=eps, offset=offset, cast=cast)
     check_dtypes("add_rms_norm", x=x, residual=residual, weight=weight)
     weight = weight if weight is None else weight.contiguous()
-    y, total = AddRMSNormFunction.apply(rows_of(x), rows_of(residual), weight, eps, offset, cast == "before_weight")
-    return y.view(x.shape), total.view(x.shape)
+    if torch.compiler.is_compiling():  # as in rms_norm
+        rows = AddRMSNormFunction.apply(rows_of(x), rows_of(residual), weight, eps, offset, cast == "before_weight")
+        return tuple(y.view(x.shape) for y in rows)
+    return AddRMSNormFunction.apply(x, residual, weight, eps, offset, cast == "before_weight")

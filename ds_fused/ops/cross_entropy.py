@@ -24,12 +24,15 @@ it is negative, so nothing cancels; it costs a third accumulator, hence a switch
 Saved for backward: the logits (no copy of them) and lse, 8 bytes a token: it is held as two numbers, the maximum and
 the rest, since one fp32 would round exp(z - lse) by 1e-5 where the logits are some hundreds.
 Traffic per logit: forward 1 read; backward 1 read + 1 write, over the logits themselves with ``overwrite_logits``.
+With ``grad_in_forward`` all of it is the forward's, 1 read + 1 write (_lent_logits.py).
 
 Sizes: N tokens (every leading dimension, flattened), V vocabulary. A *slab* is part of the vocabulary: the pass may see
 the columns of a row in several slabs, one after the other; loss and lse carry the running state in between.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -39,11 +42,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._labels import counting_tokens
-from ds_fused.ops._loss import LossOptions, check_loss, check_weight, outputs, weighted, weights_of_tokens
+from ds_fused.ops._launch import launch
+from ds_fused.ops._lent_logits import LentLogitsFunction
+from ds_fused.ops._loss import (
+    LossOptions,
+    check_loss,
+    check_weight,
+    outputs,
+    total_weight,
+    weighted,
+    weights_of_tokens,
+)
+from ds_fused.ops._softmax_parts import _capped, _dz, _dz_of_entropy, _online, _online_entropy
 from ds_fused.ops._triton import (
     cdiv,
     check_dtypes,
-    on_device,
     power_of_2,
     row_stride,
     rows_of,
@@ -70,7 +83,10 @@ def cross_entropy_reference(
     softcap: float | None = None,
     return_z_loss: bool = False,
     return_accuracy: bool = False,
-    overwrite_logits: bool = False,  # a permission that plain PyTorch makes no use of
+    # permissions that plain PyTorch makes no use of, and a hint
+    overwrite_logits: bool = False,
+    grad_in_forward: bool = False,
+    upstream: float = 1.0,
 ) -> Tensor | tuple[Tensor, ...]:
     """What this file computes, in PyTorch: the specification, the CPU path and the yardstick of the tests."""
     z = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
@@ -86,55 +102,9 @@ def cross_entropy_reference(
     z_losses = None
     if z_loss or return_z_loss:
         z_losses = z_loss * torch.where(counts, torch.logsumexp(z, -1) ** 2, 0.0)
-        z_losses = z_losses if of_token is None else of_token * z_losses
-        loss = loss + z_losses
+        loss = loss + (z_losses if of_token is None else of_token * z_losses)
     right = (counts & (z.argmax(-1) == flat)).to(z.dtype) if return_accuracy else None
     return outputs(loss, z_losses if return_z_loss else None, right, of_token, counts.sum(), labels.shape, reduction)
-
-
-@triton.jit
-def _tanh_and_slope(x):
-    q = tl.exp(-2.0 * tl.abs(x))
-    r = 1.0 / (1.0 + q)
-    # 1 - tanh^2 would keep few bits of a slope near 0, and the quotient few of a tanh near 0: there a series, which
-    # leaves out less than 1e-7 of the value
-    s = x * x
-    tail = s * (0.13333333333333333 - s * (0.05396825396825397 - s * (0.021869488536155203 - s * 0.008863235529902197)))
-    series = x * (1.0 + s * (tail - 0.3333333333333333))
-    quotient = (1.0 - q) * r
-    return tl.where(s < 0.09, series, tl.where(x < 0.0, -quotient, quotient)), 4.0 * q * r * r
-
-
-@triton.jit
-def _capped(x, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Raw logits to (z, dz/dx), both fp32."""
-    z = x * logit_scale
-    slope = logit_scale
-    if HAS_SOFTCAP:
-        t, slope = _tanh_and_slope(z / softcap)
-        z = softcap * t
-        slope *= logit_scale
-    return z, slope
-
-
-@triton.jit
-def _online(top, total, z):
-    """Each lane's running maximum and sum of exponentials, with one exponential an element: either z or top is the new
-    maximum, whose exponential is 1."""
-    e = tl.exp(-tl.abs(z - top))
-    total = tl.where(z > top, total * e + 1.0, total + e)
-    return tl.maximum(z, top), total
-
-
-@triton.jit
-def _online_entropy(top, total, below, z):
-    """_online, and each lane's sum of exponentials times their distance from the maximum."""
-    gap = tl.minimum(tl.abs(z - top), 1e38, propagate_nan=tl.PropagateNan.ALL)  # finite: e is 0 there
-    e = tl.exp(-gap)
-    # a new maximum is that much farther from all that was before
-    below = tl.where(z > top, (below + total * gap) * e, below + gap * e)
-    total = tl.where(z > top, total * e + 1.0, total + e)
-    return tl.maximum(z, top), total, below
 
 
 @triton.jit
@@ -258,20 +228,6 @@ def _cross_entropy_fwd_kernel(
 
 
 @triton.jit
-def _dz(z, peak, rest, is_label, wanted_label, wanted_other, on_lse):
-    p = tl.exp((z - peak) - rest)
-    # the difference first: what is left of it may be small
-    return (p - tl.where(is_label, wanted_label, wanted_other)) + p * on_lse
-
-
-@triton.jit
-def _dz_of_entropy(z, peak, rest, entropy):
-    log_p = (z - peak) - rest
-    # finite where p is 0
-    return tl.exp(log_p) * -(tl.maximum(log_p, -1e38, propagate_nan=tl.PropagateNan.ALL) + entropy)
-
-
-@triton.jit
 def _cross_entropy_bwd_kernel(
     dloss_ptr, labels_ptr, entropy_ptr, dentropy_ptr,  # [N]
     lse_ptr,  # [2, N]: peak and rest
@@ -349,21 +305,21 @@ def cross_entropy_fwd(
         return
     block = min(FWD_BLOCK, power_of_2(n_cols))
     smoothing = options.label_smoothing
-    with on_device(logits):
-        _cross_entropy_fwd_kernel[(n,)](
-            logits, labels, loss, entropy, lse,
-            # a tensor that stands for one that is not there is never touched
-            loss if right is None else right, loss if weight is None else weight,
-            lse if token_weights is None else token_weights,
-            row_stride(logits), row_stride(lse), row_stride(lse if token_weights is None else token_weights),
-            n_cols, first_id, options.ignore_index,
-            float(options.logit_scale), float(options.softcap or 1.0), float(options.z_loss),
-            1.0 - smoothing, smoothing / n_vocab,
-            HAS_SOFTCAP=options.softcap is not None, HAS_SMOOTHING=smoothing > 0.0,
-            HAS_WEIGHT=weight is not None, HAS_ACCURACY=right is not None, HAS_ENTROPY=entropy is not None,
-            IS_FIRST=is_first, IS_LAST=is_last,
-            BLOCK=block, STAGES=FWD_STAGES, num_warps=warps_for(block, FWD_PER_THREAD),
-        )  # fmt: skip
+    launch(
+        _cross_entropy_fwd_kernel, (n,),
+        logits, labels, loss, entropy, lse,
+        # a tensor that stands for one that is not there is never touched
+        loss if right is None else right, loss if weight is None else weight,
+        lse if token_weights is None else token_weights,
+        row_stride(logits), row_stride(lse), row_stride(lse if token_weights is None else token_weights),
+        n_cols, first_id, options.ignore_index,
+        float(options.logit_scale), float(options.softcap or 1.0), float(options.z_loss),
+        1.0 - smoothing, smoothing / n_vocab,
+        HAS_SOFTCAP=options.softcap is not None, HAS_SMOOTHING=smoothing > 0.0,
+        HAS_WEIGHT=weight is not None, HAS_ACCURACY=right is not None, HAS_ENTROPY=entropy is not None,
+        IS_FIRST=is_first, IS_LAST=is_last,
+        BLOCK=block, STAGES=FWD_STAGES, num_warps=warps_for(block, FWD_PER_THREAD),
+    )  # fmt: skip
 
 
 def cross_entropy_bwd(
@@ -387,20 +343,20 @@ def cross_entropy_bwd(
     block = min(BWD_BLOCK, power_of_2(n_cols))
     n_blocks = cdiv(n_cols, block)
     smoothing = options.label_smoothing
-    with on_device(logits):
-        _cross_entropy_bwd_kernel[(n * n_blocks,)](
-            dloss, labels, entropy, dentropy, lse, logits, dlogits,
-            lse if weight is None else weight, lse if token_weights is None else token_weights,
-            dloss.stride(0), 0 if dentropy is None else dentropy.stride(0),
-            row_stride(lse), row_stride(logits), row_stride(dlogits),
-            row_stride(lse if token_weights is None else token_weights),
-            n_cols, n_blocks, first_id, options.ignore_index,
-            float(options.logit_scale), float(options.softcap or 1.0), float(options.z_loss),
-            1.0 - smoothing + smoothing / n_vocab, smoothing / n_vocab,
-            HAS_SOFTCAP=options.softcap is not None, HAS_WEIGHT=weight is not None,
-            HAS_ENTROPY=dentropy is not None,
-            BLOCK=block, num_warps=warps_for(block, BWD_PER_THREAD),
-        )  # fmt: skip
+    launch(
+        _cross_entropy_bwd_kernel, (n * n_blocks,),
+        dloss, labels, entropy, dentropy, lse, logits, dlogits,
+        lse if weight is None else weight, lse if token_weights is None else token_weights,
+        dloss.stride(0), 0 if dentropy is None else dentropy.stride(0),
+        row_stride(lse), row_stride(logits), row_stride(dlogits),
+        row_stride(lse if token_weights is None else token_weights),
+        n_cols, n_blocks, first_id, options.ignore_index,
+        float(options.logit_scale), float(options.softcap or 1.0), float(options.z_loss),
+        1.0 - smoothing + smoothing / n_vocab, smoothing / n_vocab,
+        HAS_SOFTCAP=options.softcap is not None, HAS_WEIGHT=weight is not None,
+        HAS_ENTROPY=dentropy is not None,
+        BLOCK=block, num_warps=warps_for(block, BWD_PER_THREAD),
+    )  # fmt: skip
 
 
 class CrossEntropyFunction(torch.autograd.Function):
@@ -467,6 +423,8 @@ def cross_entropy(
     return_z_loss: bool = False,
     return_accuracy: bool = False,
     overwrite_logits: bool = False,
+    grad_in_forward: bool = False,
+    upstream: float = 1.0,
 ) -> Tensor | tuple[Tensor, ...]:
     """``F.cross_entropy(softcap * tanh(logits / softcap), labels, weight) + z_loss * logsumexp(...) ** 2``, in fp32.
 
@@ -476,7 +434,14 @@ def cross_entropy(
 
     ``overwrite_logits``: the backward may write the gradient over the logits. Only for logits whose producer keeps
     nothing of them (a matrix product's output); a second backward through them then raises.
+
+    ``grad_in_forward``: the forward itself may, which saves a read of them; whoever reads them after it finds the
+    gradient. Not for reduction "none", for fp16 and under torch.compile, where the backward overwrites them.
+    ``upstream``: the gradient of the loss that the forward takes for granted, for instance 1 / steps of gradient
+    accumulation. A backward that is given another one scales what is there, in one more pass over it.
     """
+    if not (math.isfinite(upstream) and upstream):
+        raise ValueError(f"cross_entropy: upstream is {upstream}; it must be finite and not 0")
     if logits.ndim == 0:
         raise ValueError("cross_entropy: logits must be [..., vocabulary], got a scalar")
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
@@ -492,13 +457,24 @@ def cross_entropy(
         )  # fmt: skip
     check_dtypes("cross_entropy", logits=logits)
     rows = rows_of(logits)
-    if weight is None and not (return_z_loss or return_accuracy):
-        loss = CrossEntropyFunction.apply(rows, flat, options, overwrite_logits, None, None, False)
-        return outputs(loss, None, None, None, count, labels.shape, reduction)
     of_token, in_kernel = weights_of_tokens(weight, flat, options, torch.float32)
-    loss, lse, right = CrossEntropyFunction.apply(rows, flat, options, overwrite_logits, *in_kernel, True)
+    more = return_z_loss or return_accuracy
+    if grad_in_forward and reduction != "none" and _may_be_lent(logits):
+        total = total_weight(of_token, count)
+        results = LentLogitsFunction.apply(rows, flat, options, reduction, upstream, total, of_token, in_kernel, more)
+        loss, lse, right = results if more else (results, None, None)
+    else:
+        overwrite = overwrite_logits or grad_in_forward
+        results = CrossEntropyFunction.apply(rows, flat, options, overwrite, *in_kernel, more)
+        loss, lse, right = results if more else (results, None, None)
+        loss = weighted(loss, of_token, in_kernel)
     z_losses = z_loss * lse.sum(0) ** 2 if return_z_loss else None
-    return outputs(
-        *weighted(loss, z_losses, of_token, in_kernel), right if return_accuracy else None,
-        of_token, count, labels.shape, reduction,
-    )  # fmt: skip
+    return outputs(loss, z_losses, right if return_accuracy else None, of_token, count, labels.shape, reduction)
+
+
+def _may_be_lent(logits: Tensor) -> bool:
+    """Whether a gradient is wanted, and may stand there before its upstream gradient is known."""
+    # what a loss scale would keep above fp16's least number is rounded away before the scale is known; a trace would
+    # write the gradient elsewhere and copy it
+    is_eager = not torch.compiler.is_compiling()
+    return torch.is_grad_enabled() and logits.requires_grad and logits.dtype != torch.float16 and is_eager

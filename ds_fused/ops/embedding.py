@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._ids import flat_ids
-from ds_fused.ops._triton import cdiv, check_dtypes, on_device, power_of_2, row_stride, rows_of, runs_kernels, warps_for
+from ds_fused.ops._launch import launch
+from ds_fused.ops._triton import cdiv, check_dtypes, power_of_2, row_stride, rows_of, runs_kernels, warps_for
 
 # columns of a program, and of a thread. Not measured yet.
 BLOCK_COLS, PER_THREAD = 1024, 8
@@ -140,10 +141,17 @@ def embedding_fwd(ids: Tensor, weight: Tensor) -> Tensor:
     if n == 0 or h == 0:
         return y
     block, blocks = _block(h)
-    with on_device(weight):
-        _embedding_fwd_kernel[(n, blocks)](
-            ids, weight, y, row_stride(weight), h, BLOCK=block, num_warps=warps_for(block, PER_THREAD)
-        )
+    launch(
+        _embedding_fwd_kernel,
+        (n, blocks),
+        ids,
+        weight,
+        y,
+        row_stride(weight),
+        h,
+        BLOCK=block,
+        num_warps=warps_for(block, PER_THREAD),
+    )
     return y
 
 
@@ -160,12 +168,24 @@ def embedding_bwd(dy: Tensor, ids: Tensor, n_vocab: int, padding_idx: int | None
     padding = -1 if padding_idx is None else padding_idx
     block, blocks = _block(h)
     constants = {"CHUNK": CHUNK, "BLOCK": block, "num_warps": warps_for(block, PER_THREAD)}
-    with on_device(dy):
-        _embedding_bwd_kernel[(n, blocks)](
-            dy, ids, tokens, dweight, heads, tails, row_stride(dy), n, h, padding, ROWS=ROWS, **constants
-        )
-        if chunks > 1:
-            _embedding_join_kernel[(chunks, blocks)](ids, dweight, heads, tails, n, h, padding, **constants)
+    launch(
+        _embedding_bwd_kernel,
+        (n, blocks),
+        dy,
+        ids,
+        tokens,
+        dweight,
+        heads,
+        tails,
+        row_stride(dy),
+        n,
+        h,
+        padding,
+        ROWS=ROWS,
+        **constants,
+    )
+    if chunks > 1:
+        launch(_embedding_join_kernel, (chunks, blocks), ids, dweight, heads, tails, n, h, padding, **constants)
     return dweight
 
 

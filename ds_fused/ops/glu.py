@@ -30,8 +30,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_fused.ops._rows import layout, place
-from ds_fused.ops._triton import check_dtypes, on_device, row_stride, rows_of, runs_kernels
+from ds_fused.ops._launch import launch
+from ds_fused.ops._rows import place, walk
+from ds_fused.ops._triton import check_dtypes, runs_kernels
 
 ACTS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
 
@@ -200,113 +201,96 @@ def _glu_bwd_kernel(
 
 
 def glu_fwd(gate: Tensor, up: Tensor | None, form: GLUForm) -> Tensor:
-    """[N, D], [N, D] -> [N, D]; without up, gate is [N, 2D] and holds both in alternate columns."""
+    """[..., D] x 2 -> [..., D]; without up, gate is [..., 2D] and holds both in alternate columns."""
     both = up is None
     up = gate if both else up
-    n, d = gate.shape[0], gate.shape[1] // (2 if both else 1)
-    y = torch.empty((n, d), dtype=torch.promote_types(gate.dtype, up.dtype), device=gate.device)
-    flat, n_cols, programs = layout(n, d, BLOCK, gate, up)
-    if programs:
-        with on_device(gate):
-            _glu_fwd_kernel[(programs,)](
-                gate,
-                up,
-                y,
-                row_stride(gate),
-                row_stride(up),
-                n_cols,
-                ACT=form.act,
-                ALPHA=form.alpha,
-                LIMIT=form.limit,
-                OFFSET=form.offset,
-                INTERLEAVED=both,
-                FLAT=flat,
-                BLOCK=BLOCK,
-                num_warps=NUM_WARPS,
-            )
+    dtype = gate.dtype if up.dtype == gate.dtype else torch.promote_types(gate.dtype, up.dtype)
+    shape = (*gate.shape[:-1], gate.shape[-1] // 2) if both else gate.shape
+    y = torch.empty(shape, dtype=dtype, device=gate.device)
+    way = walk(y.shape, BLOCK, gate, up)
+    if way.programs:
+        launch(
+            _glu_fwd_kernel, (way.programs,),
+            *way.tensors, y, *way.strides, way.n_cols,
+            ACT=form.act, ALPHA=form.alpha, LIMIT=form.limit, OFFSET=form.offset, INTERLEAVED=both,
+            FLAT=way.flat, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return y
 
 
 def glu_bwd(
     dy: Tensor, gate: Tensor, up: Tensor | None, dgate: Tensor | None, dup: Tensor | None, form: GLUForm
 ) -> None:
-    """dy [N, D]; writes dgate and dup, as gate and up. None: not wanted, and of up that gate holds both (see above)."""
+    """dy [..., D]; writes dgate and dup, as gate and up. None: not wanted, or of up that gate holds both."""
     both = up is None
-    up = gate if both else up
-    flat, n_cols, programs = layout(*dy.shape, BLOCK, dy, gate, up, *(x for x in (dgate, dup) if x is not None))
     want_dgate, want_dup = dgate is not None, dup is not None
-    # what is not wanted is not written, and lends a pointer only
+    # what is not wanted is not written, and lends a pointer only. New tensors and halves of them are rows in place
     dgate = dup if dgate is None else dgate
     dup = dgate if dup is None else dup
-    if programs:
-        with on_device(gate):
-            _glu_bwd_kernel[(programs,)](
-                dy,
-                gate,
-                up,
-                dgate,
-                dup,
-                row_stride(dy),
-                row_stride(gate),
-                row_stride(up),
-                row_stride(dgate),
-                row_stride(dup),
-                n_cols,
-                ACT=form.act,
-                ALPHA=form.alpha,
-                LIMIT=form.limit,
-                OFFSET=form.offset,
-                INTERLEAVED=both,
-                WANT_DGATE=want_dgate,
-                WANT_DUP=want_dup,
-                FLAT=flat,
-                BLOCK=BLOCK,
-                num_warps=NUM_WARPS,
-            )
+    way = walk(dy.shape, BLOCK, dy, gate, gate if both else up, dgate, dup)
+    if way.programs:
+        launch(
+            _glu_bwd_kernel, (way.programs,),
+            *way.tensors, *way.strides, way.n_cols,
+            ACT=form.act, ALPHA=form.alpha, LIMIT=form.limit, OFFSET=form.offset, INTERLEAVED=both,
+            WANT_DGATE=want_dgate, WANT_DUP=want_dup, FLAT=way.flat, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        )  # fmt: skip
 
 
 class GLUFunction(torch.autograd.Function):
-    """Gate and up apart; sees only [N, D]."""
+    """Gate and up apart. The launchers flatten: a view that autograd sees costs as much as a launch, twice."""
 
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor, form: GLUForm) -> Tensor:
+    def forward(ctx, gate: Tensor, up: Tensor, form: GLUForm, overwrite: bool) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.form = form
+        ctx.form, ctx.overwrite = form, overwrite
         return glu_fwd(gate, up, form)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         gate, up = ctx.saved_tensors
+        overwrite = ctx.overwrite and gate.data_ptr() != up.data_ptr()
         dgate, dup = (
-            torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else None
-            for x, wanted in zip((gate, up), ctx.needs_input_grad, strict=False)
+            _room(x, overwrite) if wanted else None for x, wanted in zip((gate, up), ctx.needs_input_grad, strict=False)
         )
-        glu_bwd(rows_of(dy), gate, up, dgate, dup, ctx.form)
-        return dgate, dup, None
+        glu_bwd(dy, gate, up, dgate, dup, ctx.form)
+        if overwrite:
+            torch.autograd.graph.increment_version((gate, up))
+        return dgate, dup, None, None
 
 
 class PackedGLUFunction(torch.autograd.Function):
-    """Gate and up in one tensor [N, 2D], which has one gradient."""
+    """Gate and up in one tensor [..., 2D], which has one gradient."""
 
     @staticmethod
-    def forward(ctx, gate_up: Tensor, form: GLUForm, interleaved: bool) -> Tensor:
+    def forward(ctx, gate_up: Tensor, form: GLUForm, interleaved: bool, overwrite: bool) -> Tensor:
         ctx.save_for_backward(gate_up)
-        ctx.form, ctx.interleaved = form, interleaved
+        ctx.form, ctx.interleaved, ctx.overwrite = form, interleaved, overwrite
         return glu_fwd(*_parts(gate_up, interleaved), form)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None, None]:
         (gate_up,) = ctx.saved_tensors
-        dgate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
-        glu_bwd(rows_of(dy), *_parts(gate_up, ctx.interleaved), *_parts(dgate_up, ctx.interleaved), ctx.form)
-        return dgate_up, None, None
+        dgate_up = _room(gate_up, ctx.overwrite)
+        glu_bwd(dy, *_parts(gate_up, ctx.interleaved), *_parts(dgate_up, ctx.interleaved), ctx.form)
+        if ctx.overwrite:
+            torch.autograd.graph.increment_version(gate_up)
+        return dgate_up, None, None, None
+
+
+def _room(x: Tensor, overwrite: bool) -> Tensor:
+    """Where the gradient of x goes: over x itself, if that is allowed and x is memory of its own, seen as rows."""
+    rows = rows_of(x)
+    if overwrite and rows.data_ptr() == x.data_ptr() and rows.stride(0) >= rows.shape[1]:
+        return x.detach()
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _parts(gate_up: Tensor, interleaved: bool) -> tuple[Tensor, Tensor | None]:
-    """[N, 2D] as the launchers take it."""
-    return (gate_up, None) if interleaved else gate_up.chunk(2, 1)
+    """[..., 2D] as the launchers take it."""
+    return (gate_up, None) if interleaved else gate_up.chunk(2, -1)
 
 
 def _check(gate: Tensor, up: Tensor | None, form: GLUForm, interleaved: bool) -> None:
@@ -336,6 +320,7 @@ def glu(
     alpha: float = 1.0,
     limit: float | None = None,
     offset: float = 0.0,
+    overwrite_inputs: bool = False,
 ) -> Tensor:
     """``act(gate) * up``, [..., D]; halves of a ``chunk`` are read in place.
 
@@ -343,14 +328,16 @@ def glu(
     columns 0, 2, ... and up in 1, 3, ... It then gets one gradient, which nothing has to put together.
     ``alpha``: silu becomes ``x * sigmoid(alpha * x)``. ``limit``: gate is clamped from above, up from both sides, with
     the gradients of ``torch.clamp``. ``offset`` is added to up, after the clamp.
+    ``overwrite_inputs``: the backward may write the gradients over gate and up. Only for tensors that nobody reads
+    afterwards, as the outputs of two projections; a second backward is then autograd's error. A compiled graph, which
+    sees to its own memory, makes no use of it.
     """
     form = GLUForm(act, alpha, limit, offset)
     _check(gate, up, form, interleaved)
-    if not (runs_kernels(gate) if up is None else runs_kernels(gate, up)):
+    if not runs_kernels(gate, up):
         return glu_reference(gate, up, act, interleaved=interleaved, alpha=alpha, limit=limit, offset=offset)
     check_dtypes("glu", gate=gate, up=up)
+    overwrite = overwrite_inputs and not torch.compiler.is_compiling()
     if up is None:
-        y = PackedGLUFunction.apply(rows_of(gate), form, interleaved)
-        return y.view(*gate.shape[:-1], gate.shape[-1] // 2)
-    y = GLUFunction.apply(rows_of(gate), rows_of(up), form)
-    return y.view(gate.shape)
+        return PackedGLUFunction.apply(gate, form, interleaved, overwrite)
+    return GLUFunction.apply(gate, up, form, overwrite)

@@ -26,8 +26,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_fused.ops._launch import launch
 from ds_fused.ops._rows import place
-from ds_fused.ops._triton import cdiv, check_dtypes, on_device, row_stride, rows_of, runs_kernels
+from ds_fused.ops._triton import cdiv, check_dtypes, row_stride, rows_of, runs_kernels
 
 # not yet measured. elements of a program and its warps
 BLOCK = 4096
@@ -143,11 +144,11 @@ def kl_div_fwd(x: Tensor, t: Tensor, log_target: bool, is_sum: bool) -> Tensor:
     else:
         loss = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if programs:
-        with on_device(x):
-            _kl_div_fwd_kernel[(programs,)](
-                x, t, loss, row_stride(x), row_stride(t), n_cols,
-                LOG_TARGET=log_target, IS_SUM=is_sum, FLAT=flat, BLOCK=BLOCK, num_warps=NUM_WARPS,
-            )  # fmt: skip
+        launch(
+            _kl_div_fwd_kernel, (programs,),
+            x, t, loss, row_stride(x), row_stride(t), n_cols,
+            LOG_TARGET=log_target, IS_SUM=is_sum, FLAT=flat, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return loss.sum() if is_sum else loss
 
 
@@ -168,13 +169,13 @@ def kl_div_bwd(
     # a tensor that stands for one that is not there is never touched
     x = t if x is None else x
     if programs:
-        with on_device(t):
-            _kl_div_bwd_kernel[(programs,)](
-                dloss, x, t, t if dx is None else dx, t if dt is None else dt,
-                0 if is_sum else row_stride(dloss), row_stride(x), row_stride(t), n_cols,
-                LOG_TARGET=log_target, IS_SUM=is_sum, WANTS_DX=wants[0], WANTS_DT=wants[1],
-                FLAT=flat, BLOCK=BLOCK, num_warps=NUM_WARPS,
-            )  # fmt: skip
+        launch(
+            _kl_div_bwd_kernel, (programs,),
+            dloss, x, t, t if dx is None else dx, t if dt is None else dt,
+            0 if is_sum else row_stride(dloss), row_stride(x), row_stride(t), n_cols,
+            LOG_TARGET=log_target, IS_SUM=is_sum, WANTS_DX=wants[0], WANTS_DT=wants[1],
+            FLAT=flat, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return dx, dt
 
 

@@ -22,17 +22,18 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_fused.ops._launch import launch
 from ds_fused.ops._sums import partials, sum_partials
 from ds_fused.ops._triton import (
     cdiv,
     check_dtypes,
     multiprocessors,
     norm_dtype,
-    on_device,
     power_of_2,
     row_stride,
     rows_of,
     runs_kernels,
+    stages_for,
     warps_for,
 )
 from ds_fused.ops._wide_rows import (
@@ -41,7 +42,6 @@ from ds_fused.ops._wide_rows import (
     _layer_norm_fwd_walk_kernel,
 )
 
-# None of these constants is measured yet.
 # A tile is whole rows up to these widths; wider rows are walked in blocks, twice (the second walk hits L2).
 # At 8192 columns the backward doesn't spill on sm90, at 16384 it spills 248 bytes a thread (in fp32 292).
 WHOLE_ROW_FWD = 32768
@@ -49,10 +49,12 @@ WHOLE_ROW_BWD = 8192
 WALK_BLOCK = 4096
 # elements of a tile when a row is narrower (as many rows as fit), and of a thread
 TILE_FWD, PER_THREAD_FWD = 2048, 16
-TILE_BWD, PER_THREAD_BWD = 2048, 8
-# the backward's persistent grid, and the tiles of a program that are in flight
-WARPS_PER_MULTIPROCESSOR = 32
-STAGES_BWD = 2
+TILE_BWD, PER_THREAD_BWD = 2048, 16
+# the backward's persistent grid, and the tiles of a program that are in flight. On an H100, ms of the backward of
+# 8192x4096 and 16384x8192: 0.083, 0.288; with 2 tiles 0.094, unknown; with 8 elements, 32 warps, 2 tiles 0.096, 0.375
+# (results/h100/tune.csv). Narrow rows: unknown.
+WARPS_PER_MULTIPROCESSOR = 16
+STAGES_BWD = 3
 # the tile of the sums over columns of rows that are walked
 COLUMNS_TILE = (8, 256)
 
@@ -202,12 +204,11 @@ def layer_norm_fwd(
         return y, total, mean, rstd
     arguments = (x, residual, weight, bias, y, total, mean, rstd, row_stride(x), residual_stride)
     switches = {"HAS_RESIDUAL": residual is not None, "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
-    with on_device(x):
-        if d <= WHOLE_ROW_FWD:
-            block = _rows_tile(d, TILE_FWD, PER_THREAD_FWD)
-            _layer_norm_fwd_kernel[(cdiv(n, block["BLOCK_ROWS"]),)](*arguments, n, d, eps, **switches, **block)
-        else:
-            _layer_norm_fwd_walk_kernel[(n,)](*arguments, d, eps, **switches, BLOCK_COLS=WALK_BLOCK, num_warps=8)
+    if d <= WHOLE_ROW_FWD:
+        block = _rows_tile(d, TILE_FWD, PER_THREAD_FWD)
+        launch(_layer_norm_fwd_kernel, (cdiv(n, block["BLOCK_ROWS"]),), *arguments, n, d, eps, **switches, **block)
+    else:
+        launch(_layer_norm_fwd_walk_kernel, (n,), *arguments, d, eps, **switches, BLOCK_COLS=WALK_BLOCK, num_warps=8)
     return y, total, mean, rstd
 
 
@@ -240,15 +241,41 @@ def layer_norm_bwd(
     if block is not None:
         resident = multiprocessors(x) * max(1, WARPS_PER_MULTIPROCESSOR // block["num_warps"])
         programs = min(cdiv(n, block["BLOCK_ROWS"]), resident)
+        tile_bytes = sum(t.itemsize for t in (dy, x, dsum) if t is not None) * block["BLOCK_ROWS"] * block["BLOCK_COLS"]
     else:
         column_blocks = cdiv(d, COLUMNS_TILE[1])
         warps = warps_for(COLUMNS_TILE[0] * COLUMNS_TILE[1], PER_THREAD_BWD)
         resident = multiprocessors(x) * max(1, WARPS_PER_MULTIPROCESSOR // warps)
         programs = min(cdiv(n, COLUMNS_TILE[0]), max(1, resident // column_blocks))
     partial = partials(x, programs, d) if sums else None
-    with on_device(x):
-        if block is not None:
-            _layer_norm_bwd_kernel[(programs,)](
+    if block is not None:
+        launch(
+            _layer_norm_bwd_kernel,
+            (programs,),
+            dy,
+            dsum,
+            x,
+            weight,
+            mean,
+            rstd,
+            dx,
+            partial,
+            row_stride(dy),
+            dsum_stride,
+            row_stride(x),
+            n,
+            d,
+            WANTS_DX=wanted.dx,
+            STAGES=stages_for(STAGES_BWD, tile_bytes),
+            **wants,
+            **switches,
+            **block,
+        )
+    else:
+        if wanted.dx:
+            launch(
+                _layer_norm_bwd_walk_kernel,
+                (n,),
                 dy,
                 dsum,
                 x,
@@ -256,52 +283,32 @@ def layer_norm_bwd(
                 mean,
                 rstd,
                 dx,
-                partial,
                 row_stride(dy),
                 dsum_stride,
                 row_stride(x),
+                d,
+                BLOCK_COLS=WALK_BLOCK,
+                num_warps=8,
+                **switches,
+            )
+        if sums:
+            launch(
+                _layer_norm_columns_kernel,
+                (column_blocks, programs),
+                dy,
+                x,
+                mean,
+                rstd,
+                partial,
+                row_stride(dy),
+                row_stride(x),
                 n,
                 d,
-                WANTS_DX=wanted.dx,
-                STAGES=STAGES_BWD,
+                BLOCK_ROWS=COLUMNS_TILE[0],
+                BLOCK_COLS=COLUMNS_TILE[1],
+                num_warps=warps,
                 **wants,
-                **switches,
-                **block,
             )
-        else:
-            if wanted.dx:
-                _layer_norm_bwd_walk_kernel[(n,)](
-                    dy,
-                    dsum,
-                    x,
-                    weight,
-                    mean,
-                    rstd,
-                    dx,
-                    row_stride(dy),
-                    dsum_stride,
-                    row_stride(x),
-                    d,
-                    BLOCK_COLS=WALK_BLOCK,
-                    num_warps=8,
-                    **switches,
-                )
-            if sums:
-                _layer_norm_columns_kernel[(column_blocks, programs)](
-                    dy,
-                    x,
-                    mean,
-                    rstd,
-                    partial,
-                    row_stride(dy),
-                    row_stride(x),
-                    n,
-                    d,
-                    BLOCK_ROWS=COLUMNS_TILE[0],
-                    BLOCK_COLS=COLUMNS_TILE[1],
-                    num_warps=warps,
-                    **wants,
-                )
     if sums:
         sum_partials(partial, programs, d, dweight, dbias)
     return dx, dweight, dbias
@@ -345,7 +352,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, *, 
     The result has x's dtype, but fp32 where PyTorch's is: under the autocast of a GPU.
     """
     check_affine("layer_norm", x, weight, bias)
-    if not runs_kernels(*(t for t in (x, weight, bias) if t is not None)):
+    if not runs_kernels(x, weight, bias):
         return layer_norm_reference(x, weight, bias, eps=eps)
     check_dtypes("layer_norm", x=x, weight=weight, bias=bias)
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))

@@ -4,8 +4,9 @@ The logits exist as tiles: a *chunk* of tokens times a *slab* of vocabulary rows
 product and one softmax pass (cross_entropy.py), which leaves loss and lse of each token; the backward makes the tile
 again, or takes it from those that were kept, turns it into dlogits in place and multiplies it into dx and dweight.
 
-What is summed over tiles is summed in fp32, and only then rounded: dx over slabs [M, H], dweight over chunks [n, H]. So
-a whole weight is cut along its vocabulary while M < V, which needs no fp32 copy of dweight, and along the tokens else.
+What is summed over tiles is summed in fp32, and only then rounded: dx over slabs [M, H], dweight over chunks [n, H],
+unless ``accumulate="native"``. So a whole weight is cut along its vocabulary while M < V, which needs no fp32 copy of
+dweight, and along the tokens else.
 
 Saved for backward: x and weight themselves, lse (8 bytes a token), and the tiles that fit `keep_mb`.
 Work: 6 MHV FLOPs for kept tiles, 8 for the others. Traffic of the softmax pass: as cross_entropy.
@@ -34,7 +35,18 @@ from ds_fused.ops._loss import (
     weighted,
     weights_of_tokens,
 )
-from ds_fused.ops._tiles import Tiling, check_memory, logits_of, product, tile, tile_elements, tiling, wide
+from ds_fused.ops._tiles import (
+    Tiling,
+    check_accumulate,
+    check_memory,
+    logits_of,
+    product,
+    sum_dtype,
+    tile,
+    tile_elements,
+    tiling,
+    wide,
+)
 from ds_fused.ops._triton import autocast_dtype, check_dtypes, rows_of, runs_kernels
 from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd, cross_entropy_reference
 from ds_fused.ops.one_pass import OnePassFunction
@@ -121,7 +133,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     `weight` is what autograd knows of the head: the weight itself (then `slabs` is None), or, where slabs bring their
     gradient home themselves, an empty anchor that requires grad if they do. `class_weight` [V] and `token_weights`
     [2, M] are given where there is smoothing too. `more`: lse [2, M] and right [M] as well; `entropy`: the entropy [M]
-    of each token's softmax as well; not both. `op` is who speaks in an error.
+    of each token's softmax as well; not both. `op` is who speaks in an error. `native`: dweight is added up in its own
+    dtype.
     """
 
     @staticmethod
@@ -139,6 +152,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         more: bool,
         op: str,
         entropy: bool,
+        native: bool,
     ) -> Tensor | tuple[Tensor, ...]:
         n_tokens = x.shape[0]
         softmax_fwd = cross_entropy_fwd if runs_kernels(x) else cross_entropy_fwd_torch
@@ -169,6 +183,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                 )  # fmt: skip
         ctx.save_for_backward(x, weight, bias, labels, lse, class_weight, token_weights, entropies, *kept)
         ctx.slabs, ctx.tiles, ctx.options, ctx.op, ctx.overwritten = slabs, tiles, options, op, False
+        ctx.native = native
         # the backward begins with them. Those of a whole weight are looked up again, see WholeWeight
         ctx.last_rows = None if slabs is None else rows
         if entropy:
@@ -210,10 +225,10 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             if k > 0:
                 source.prefetch(k - 1)
             slab = _Slab(source, k, rows, x, bias, labels, ctx.options, class_weight)
-            dw = source.gradient(k) if wants_dweight else None
-            dw_sum = dw
-            if wants_dweight and n_tokens > tiles.tokens and dw.dtype != wide(x):
-                dw_sum = torch.empty_like(dw, dtype=wide(x))
+            dw = dw_sum = source.gradient(k) if wants_dweight else None
+            if wants_dweight:
+                dtype = sum_dtype(dw.dtype, x, n_chunks, native=ctx.native)
+                dw_sum = dw if dw.dtype == dtype else torch.empty_like(dw, dtype=dtype)
             for i, start in enumerate(range(0, n_tokens, tiles.tokens)):
                 chunk = slice(start, start + tiles.tokens)
                 if k * n_chunks + i < len(kept):
@@ -246,7 +261,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             None if dx is None else dx.to(x.dtype),
             source.grad if wants_dweight and ctx.slabs is None else None,
             None if dbias is None else dbias.to(bias.dtype),
-            None, None, None, None, None, None, None, None, None,
+            None, None, None, None, None, None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -282,6 +297,7 @@ def linear_cross_entropy(
     # (benchmarks/results/h100/ops.csv)
     keep_mb: int = 2048,
     grad_in_forward: bool = False,
+    accumulate: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
     """``cross_entropy(logit_scale * F.linear(x, weight, bias), labels, ...)``; the logits never exist as a whole.
 
@@ -295,19 +311,22 @@ def linear_cross_entropy(
     ``grad_in_forward``: where the weight is whole, the loss alone a mean or a sum, without class weights, and x not in
     fp16, gradients are made in the forward, chunk after chunk: each logit is computed once and none is kept, whatever
     ``keep_mb`` says. The result is the same (one_pass.py).
+
+    ``accumulate``: what dweight is added up in where the tokens are cut into n chunks. ``"fp32"``: fp32, rounded once.
+    ``"native"``: its own dtype, which spares the fp32 copy (of a slab, where the weight comes in slabs) and is about
+    sqrt(n / 2) times as far off as one product. ``"auto"``: fp32, but with ``grad_in_forward`` native up to n = 8. Of a
+    weight that stays on its ranks (stationary) it is always fp32.
     """
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     more = return_z_loss or return_accuracy
     found = token_losses(
         "linear_cross_entropy", x, weight, labels, bias, options, reduction, chunk_mb=chunk_mb, keep_mb=keep_mb,
-        class_weight=class_weight, more=more,
+        class_weight=class_weight, more=more, accumulate=accumulate,
         in_forward=grad_in_forward and reduction != "none" and class_weight is None and not more,
     )  # fmt: skip
-    if found.is_reduced:
-        return found.loss
     z_losses = z_loss * found.lse.sum(0) ** 2 if return_z_loss else None
     return outputs(
-        *weighted(found.loss, z_losses, found.of_token, found.in_kernel), found.right if return_accuracy else None,
+        weighted(found.loss, found.of_token, found.in_kernel), z_losses, found.right if return_accuracy else None,
         found.of_token, found.count, labels.shape, reduction,
     )  # fmt: skip
 
@@ -323,7 +342,6 @@ class TokenLosses(NamedTuple):
     # see weights_of_tokens
     of_token: Tensor | None = None
     in_kernel: tuple[Tensor | None, Tensor | None] = (None, None)
-    is_reduced: bool = False
 
 
 def token_losses(
@@ -341,6 +359,7 @@ def token_losses(
     more: bool = False,  # lse and right
     entropy: bool = False,  # not beside `more`
     in_forward: bool = False,  # gradients made there, with the reduction, where that can be
+    accumulate: str = "auto",
 ) -> TokenLosses:
     """What each token loses, and what else is asked for."""
     n_vocab = _checked_vocabulary(op, x, weight, bias)
@@ -352,6 +371,7 @@ def token_losses(
             'their ranks; take one of the two, or another mode than "stationary"'
         )
     check_memory(op, chunk_mb, keep_mb)
+    check_accumulate(op, accumulate)
     if entropy and isinstance(weight, VocabShard):
         raise ValueError(f"{op}: there is no entropy yet of a weight that stays on its ranks (mode stationary)")
     autocast = autocast_dtype(x)
@@ -378,8 +398,8 @@ def token_losses(
     if in_forward and trains and is_whole and rows.dtype != torch.float16:
         # a frozen weight's tiling: along the tokens, whole rows of logits
         tokens = tiling(rows.shape[0], n_vocab, rows.element_size(), chunk_bytes, 0, dx=True, dweight=False).tokens
-        loss = OnePassFunction.apply(rows, weight, bias, flat, count, options, reduction, tokens)
-        return TokenLosses(loss, count, is_reduced=True)
+        loss = OnePassFunction.apply(rows, weight, bias, flat, count, options, reduction, tokens, accumulate)
+        return TokenLosses(loss, count)
     if isinstance(weight, VocabShard):
         guess = reduction if trains and weight.guesses and reduction != "none" and of_token is None else None
         results = StationaryFunction.apply(rows, handle, bias, flat, weight, options, chunk_bytes, guess, more)
@@ -387,10 +407,11 @@ def token_losses(
         tiles = tiling(
             rows.shape[0], n_vocab, rows.element_size(), chunk_bytes, int(keep_mb * 2**20) if trains else 0,
             dx=training and x.requires_grad, dweight=training and handle.requires_grad,
+            casts=weight.dtype != rows.dtype,
             slab_rows=slabs.slab_rows if slabs is not None else None,
         )  # fmt: skip
         results = LinearCrossEntropyFunction.apply(
-            rows, handle, bias, flat, slabs, tiles, options, *in_kernel, more, op, entropy
+            rows, handle, bias, flat, slabs, tiles, options, *in_kernel, more, op, entropy, accumulate == "native"
         )
     if entropy:
         loss, entropies = results

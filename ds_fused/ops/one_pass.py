@@ -11,7 +11,8 @@ A loss that is a mean or a sum has one number as its upstream gradient, by which
 exact for any such number. Losses that stay apart ("none") need the backward of linear_cross_entropy.py, and so does
 fp16: what its loss scale would keep above the least number is rounded away before the scale is known.
 
-dw is added up in its own dtype where that costs no more than twice the error of one product, else in fp32.
+dw is added up in its own dtype where that costs no more than twice the error of one product, else in fp32; or as
+``accumulate`` says.
 
 Saved for backward: dx, dw and dbias. Work: 6 MHV FLOPs. Traffic of the softmax passes: 2 reads and 1 write of z.
 
@@ -21,40 +22,14 @@ Sizes: M tokens, T of them in a chunk, H hidden, V vocabulary.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._loss import LossOptions, cross_entropy_bwd_torch, cross_entropy_fwd_torch
-from ds_fused.ops._tiles import logits_of, product, tile_elements, wide
-from ds_fused.ops._triton import cdiv, on_device, runs_kernels
+from ds_fused.ops._scale import scaled
+from ds_fused.ops._tiles import MOST_ROUNDINGS, logits_of, product, sum_dtype, tile_elements, wide
+from ds_fused.ops._triton import cdiv, runs_kernels
 from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
-
-# n sums that grow as a random walk, each rounded, are sqrt(n / 2) times as far off as one rounding
-MOST_ROUNDINGS = 8
-# elements a program: not yet measured
-BLOCK = 4096
-
-
-@triton.jit
-def _scale_kernel(x_ptr, factor_ptr, n_elements, BLOCK: tl.constexpr):
-    factor = tl.load(factor_ptr)
-    # usually the loss is what backward begins with; to ask on the host would make it wait
-    if factor != 1.0:
-        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        mask = place < n_elements
-        x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        tl.store(x_ptr + place, x * factor, mask=mask)
-
-
-def scaled(x: Tensor, factor: Tensor) -> Tensor:
-    """``factor * x`` (factor []: fp32, on the device), rounded once; where a kernel runs, over x, contiguous."""
-    if torch.compiler.is_compiling() or not runs_kernels(x):
-        return (x.to(wide(x)) * factor).to(x.dtype)
-    with on_device(x):
-        _scale_kernel[(max(1, cdiv(x.numel(), BLOCK)),)](x, factor, x.numel(), BLOCK=BLOCK)
-    return x
 
 
 class OnePassFunction(torch.autograd.Function):
@@ -71,6 +46,7 @@ class OnePassFunction(torch.autograd.Function):
         options: LossOptions,
         reduction: str,
         tokens: int,  # T
+        accumulate: str,  # see linear_cross_entropy
     ) -> Tensor:
         n_tokens, n_vocab = x.shape[0], weight.shape[0]
         kernels = runs_kernels(x)
@@ -82,7 +58,8 @@ class OnePassFunction(torch.autograd.Function):
         n_chunks = cdiv(n_tokens, tokens)
 
         dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wants_dx else None
-        sums = wide(weight) if n_chunks > MOST_ROUNDINGS else weight.dtype
+        native = accumulate == "native" or (accumulate == "auto" and n_chunks <= MOST_ROUNDINGS)
+        sums = sum_dtype(weight.dtype, x, n_chunks, native=native)
         dw = torch.empty_like(weight, dtype=sums, memory_format=torch.contiguous_format) if wants_dw else None
         dbias = torch.zeros_like(bias, dtype=wide(x)) if wants_dbias else None
         loss, lse = (x.new_empty(size, dtype=wide(x)) for size in (n_tokens, (2, n_tokens)))
@@ -121,4 +98,4 @@ class OnePassFunction(torch.autograd.Function):
         # a trace hands out nothing, and dynamo may need two
         ctx.spent = not torch.compiler.is_compiling()
         made = (None if t is None else scaled(t, dloss) for t in ctx.saved_tensors)
-        return *made, None, None, None, None, None
+        return *made, None, None, None, None, None, None

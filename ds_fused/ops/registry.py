@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType, ModuleType
 from typing import NamedTuple
 
+from ds_fused.ops._tiles import ACCUMULATE
 from ds_fused.ops.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from ds_fused.ops.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from ds_fused.ops.cross_entropy import cross_entropy, cross_entropy_reference
@@ -134,6 +135,13 @@ OPS: tuple[Op, ...] = (
                 **MEMORY,
                 "grad_in_forward": Option(
                     bool, False, "where the weight is whole: gradients made in forward, so that no logits are kept"
+                ),
+                "accumulate": Option(
+                    str,
+                    "auto",
+                    "what the gradient of the weight is added up in, chunk by chunk of tokens: fp32, rounded once, or "
+                    '"native", its own dtype; "auto": fp32, but with grad_in_forward its own up to 8 chunks',
+                    ACCUMULATE,
                 ),
             }
         ),

@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_fused.ops._rows import layout, place
-from ds_fused.ops._triton import check_dtypes, on_device, row_stride, rows_of, runs_kernels
+from ds_fused.ops._launch import launch
+from ds_fused.ops._rows import place, walk
+from ds_fused.ops._triton import check_dtypes, runs_kernels
 
 # elements per program and warps: glu's, not yet measured here
 BLOCK = 2048
@@ -65,29 +66,31 @@ def _relu2_bwd_kernel(
 
 
 def relu2_fwd(x: Tensor) -> Tensor:
-    """[N, D] -> [N, D]."""
+    """[..., D] -> [..., D]."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    flat, n_cols, programs = layout(*x.shape, BLOCK, x)
-    if programs:
-        with on_device(x):
-            _relu2_fwd_kernel[(programs,)](x, y, row_stride(x), n_cols, FLAT=flat, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    way = walk(x.shape, BLOCK, x)
+    if way.programs:
+        launch(
+            _relu2_fwd_kernel, (way.programs,),
+            *way.tensors, y, *way.strides, way.n_cols, FLAT=way.flat, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return y
 
 
 def relu2_bwd(dy: Tensor, x: Tensor) -> Tensor:
-    """[N, D] x 2 -> dx [N, D]."""
+    """[..., D] x 2 -> dx [..., D]."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    flat, n_cols, programs = layout(*x.shape, BLOCK, dy, x)
-    if programs:
-        with on_device(x):
-            _relu2_bwd_kernel[(programs,)](
-                dy, x, dx, row_stride(dy), row_stride(x), n_cols, FLAT=flat, BLOCK=BLOCK, num_warps=NUM_WARPS
-            )
+    way = walk(x.shape, BLOCK, dy, x)
+    if way.programs:
+        launch(
+            _relu2_bwd_kernel, (way.programs,),
+            *way.tensors, dx, *way.strides, way.n_cols, FLAT=way.flat, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return dx
 
 
 class ReLU2Function(torch.autograd.Function):
-    """Autograd around the two launchers; sees only [N, D]."""
+    """Autograd around the two launchers."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -98,7 +101,7 @@ class ReLU2Function(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return relu2_bwd(rows_of(dy), x)
+        return relu2_bwd(dy, x)
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -106,4 +109,4 @@ def relu2(x: Tensor) -> Tensor:
     if not runs_kernels(x):
         return relu2_reference(x)
     check_dtypes("relu2", x=x)
-    return ReLU2Function.apply(rows_of(x)).view(x.shape)
+    return ReLU2Function.apply(x)

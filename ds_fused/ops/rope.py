@@ -26,8 +26,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_fused.ops._launch import launch
 from ds_fused.ops._rope import RopeForm, check_inplace, check_rope
-from ds_fused.ops._triton import check_dtypes, on_device, power_of_2, runs_kernels
+from ds_fused.ops._triton import check_dtypes, power_of_2, runs_kernels
 
 # pairs of columns that a program turns at a time (heads x R/2), and its warps. 0.8 % from best of 15 at 32768 tokens of
 # 64 + 8 heads of 128 on H100 (benchmarks/results/h100/tune.csv); complex angles and sections are not measured yet
@@ -229,10 +230,13 @@ def _rope_kernel(
     )
 
 
-def _strides(x: Tensor) -> tuple[int, ...]:
-    """Of x [B, heads, T, D] those of batch, head and token; from the shape where dynamo can't say them (row_stride)."""
+def _strides(x: Tensor, shape: torch.Size) -> tuple[int, ...]:
+    """Of x [B, heads, T, D] those of batch, head and token; from the shape where dynamo can't say them (row_stride).
+
+    The shape is that of an input: dynamo 2.11 can't hold the sizes of what was made of one.
+    """
     if torch.compiler.is_compiling():
-        _, heads, n_tokens, d = x.shape
+        _, heads, n_tokens, d = shape
         if x.is_contiguous():
             return heads * n_tokens * d, n_tokens * d, d
         if x.transpose(1, 2).is_contiguous():
@@ -273,39 +277,40 @@ def _rope(
     block_pairs = power_of_2(r // 2)
     most_heads = max(1, TILE_PAIRS // block_pairs)
     time, height, width = form.sections or (0, 0, 0)
-    with on_device(q):
-        _rope_kernel[(batch * n_tokens,)](
-            q,
-            k,
-            cos,
-            cos if sin is None else sin,
-            yq,
-            yk,
-            *_strides(q),
-            *_strides(k),
-            *_strides(yq),
-            *_strides(yk),
-            *_angle_strides(cos),
-            n_tokens,
-            Q_HEADS=q_heads,
-            K_HEADS=k_heads,
-            D=d,
-            R=r,
-            INTERLEAVED=form.interleaved,
-            COMPLEX=form.complex,
-            SECTIONS=form.sections is not None,
-            TIME=time,
-            HEIGHT=height,
-            WIDTH=width,
-            ALTERNATING=form.alternating,
-            BACKWARD=backward,
-            INPLACE=inplace,
-            BLOCK_Q_HEADS=min(power_of_2(q_heads), most_heads),
-            BLOCK_K_HEADS=min(power_of_2(k_heads), most_heads),
-            BLOCK_PAIRS=block_pairs,
-            BLOCK_REST=power_of_2(d - r),
-            num_warps=NUM_WARPS,
-        )
+    launch(
+        _rope_kernel,
+        (batch * n_tokens,),
+        q,
+        k,
+        cos,
+        cos if sin is None else sin,
+        yq,
+        yk,
+        *_strides(q, q.shape),
+        *_strides(k, k.shape),
+        *_strides(yq, q.shape),
+        *_strides(yk, k.shape),
+        *_angle_strides(cos),
+        n_tokens,
+        Q_HEADS=q_heads,
+        K_HEADS=k_heads,
+        D=d,
+        R=r,
+        INTERLEAVED=form.interleaved,
+        COMPLEX=form.complex,
+        SECTIONS=form.sections is not None,
+        TIME=time,
+        HEIGHT=height,
+        WIDTH=width,
+        ALTERNATING=form.alternating,
+        BACKWARD=backward,
+        INPLACE=inplace,
+        BLOCK_Q_HEADS=min(power_of_2(q_heads), most_heads),
+        BLOCK_K_HEADS=min(power_of_2(k_heads), most_heads),
+        BLOCK_PAIRS=block_pairs,
+        BLOCK_REST=power_of_2(d - r),
+        num_warps=NUM_WARPS,
+    )
 
 
 def rope_fwd(
@@ -428,7 +433,7 @@ def rope(
     compiling = torch.compiler.is_compiling()
     if inplace and not compiling:
         check_inplace(q, k)
-    if not (runs_kernels(q, k, cos) if sin is None else runs_kernels(q, k, cos, sin)):
+    if not runs_kernels(q, k, cos, sin):
         return rope_reference(
             q, k, cos, sin, interleaved=interleaved, unsqueeze_dim=unsqueeze_dim, sections=sections,
             alternating=alternating, keep_dtype=keep_dtype, inplace=inplace and not compiling,

@@ -15,11 +15,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_fused.ops._launch import launch
 from ds_fused.ops._triton import (
     autocast_dtype,
     cdiv,
     check_dtypes,
-    on_device,
     row_stride,
     rows_of,
     runs_kernels,
@@ -61,7 +61,8 @@ def _softmax_fwd_kernel(
     x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=-float("inf")).to(tl.float32)
     # rows past the last are all -inf: NaN that nobody stores
     y = tl.exp(x - tl.max(x, axis=1, keep_dims=True))
-    y = y / tl.sum(y, axis=1, keep_dims=True)
+    # a reciprocal a row: Triton's own division is off by two units in the last place
+    y = y * tl.div_rn(1.0, tl.sum(y, axis=1, keep_dims=True))
     tl.store(y_ptr + rows * n_cols + cols, y, mask=mask)
 
 
@@ -87,7 +88,7 @@ def _softmax_fwd_walk_kernel(
         high = higher
     highest = tl.max(high)
     # a lane of -inf alone has the sum 0
-    scale = 1.0 / tl.sum(total * tl.exp(high - highest))
+    scale = tl.div_rn(1.0, tl.sum(total * tl.exp(high - highest)))
     for start in range(0, n_cols, BLOCK_COLS):
         cols = start + tl.arange(0, BLOCK_COLS)
         mask = cols < n_cols
@@ -149,12 +150,11 @@ def softmax_fwd(x: Tensor, dtype: torch.dtype) -> Tensor:
         return y
     block = tile(d, TILE, PER_THREAD, WHOLE_ROW_FWD)
     constants = {"BLOCK_COLS": block.cols, "num_warps": block.warps}
-    with on_device(x):
-        if block.rows:
-            grid = (cdiv(n, block.rows),)
-            _softmax_fwd_kernel[grid](x, y, row_stride(x), n, d, BLOCK_ROWS=block.rows, **constants)
-        else:
-            _softmax_fwd_walk_kernel[(n,)](x, y, row_stride(x), d, **constants)
+    if block.rows:
+        grid = (cdiv(n, block.rows),)
+        launch(_softmax_fwd_kernel, grid, x, y, row_stride(x), n, d, BLOCK_ROWS=block.rows, **constants)
+    else:
+        launch(_softmax_fwd_walk_kernel, (n,), x, y, row_stride(x), d, **constants)
     return y
 
 
@@ -166,12 +166,11 @@ def softmax_bwd(dy: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
         return dx
     block = tile(d, TILE, PER_THREAD, WHOLE_ROW_BWD)
     constants = {"BLOCK_COLS": block.cols, "num_warps": block.warps}
-    with on_device(y):
-        if block.rows:
-            grid = (cdiv(n, block.rows),)
-            _softmax_bwd_kernel[grid](dy, y, dx, row_stride(dy), n, d, BLOCK_ROWS=block.rows, **constants)
-        else:
-            _softmax_bwd_walk_kernel[(n,)](dy, y, dx, row_stride(dy), d, **constants)
+    if block.rows:
+        grid = (cdiv(n, block.rows),)
+        launch(_softmax_bwd_kernel, grid, dy, y, dx, row_stride(dy), n, d, BLOCK_ROWS=block.rows, **constants)
+    else:
+        launch(_softmax_bwd_walk_kernel, (n,), dy, y, dx, row_stride(dy), d, **constants)
     return dx
 
 

@@ -25,7 +25,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_fused.ops._triton import cdiv, check_dtypes, on_device, row_stride, rows_of, runs_kernels
+from ds_fused.ops._launch import launch
+from ds_fused.ops._triton import cdiv, check_dtypes, row_stride, rows_of, runs_kernels
 from ds_fused.ops.rms_norm import tile
 from ds_fused.ops.softmax import check_dim
 
@@ -36,7 +37,7 @@ WHOLE_ROW_BWD = 16384
 # elements of a tile when a row is narrower (as many rows as fit), and of a thread. Not measured yet.
 TILE, PER_THREAD = 2048, 16
 # the least positive value of fp16: what is smaller must not leave the support, or the gradient would lose it
-LEAST_FP16 = 2.0**-24
+LEAST_FP16 = tl.constexpr(2.0**-24)
 
 
 def sparsemax_reference(x: Tensor, dim: int = -1) -> Tensor:
@@ -55,10 +56,25 @@ def sparsemax_reference(x: Tensor, dim: int = -1) -> Tensor:
 
 
 @triton.jit
-def _kept_positive(y, DTYPE: tl.constexpr, LEAST: tl.constexpr):
-    """y, whose positive values stay positive in DTYPE; NaN stays."""
+def _threshold(total, size):
+    """tau where the `size` values of the support sum to total.
+
+    Rounded right, and from the values themselves: one that lies exactly on the threshold, as bf16 ones often do, isn't
+    in the support.
+    """
+    return tl.div_rn(total - 1.0, size.to(tl.float32))
+
+
+@triton.jit
+def _above(z, tau, excess, size, DTYPE: tl.constexpr):
+    """z - tau where that is positive, else 0; NaN stays. What rounding left in tau is taken off for itself.
+
+    A positive value stays positive in DTYPE.
+    """
+    y = (z - tau) - tl.div_rn(excess, size.to(tl.float32))
+    y = tl.where(y <= 0.0, 0.0, y)
     if tl.float16 == DTYPE:
-        y = tl.where((y > 0.0) & (y < LEAST), LEAST, y)
+        y = tl.where((y > 0.0) & (y < LEAST_FP16), LEAST_FP16, y)
     return y
 
 
@@ -70,7 +86,7 @@ def _sparsemax_fwd_kernel(
     x_stride,  # elements from one row to the next; y has no gaps
     n_rows,
     n_cols,
-    LEAST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     cols = tl.arange(0, BLOCK_COLS)[None, :]
@@ -88,19 +104,21 @@ def _sparsemax_fwd_kernel(
     while tl.max(shrinks.to(tl.int32)) > 0:
         total = tl.sum(tl.where(above, z, 0.0), axis=1, keep_dims=True)
         # a row that is ready waits for the others of its tile, unchanged: its bits don't depend on them
-        tau = tl.where(shrinks, (total - 1.0) / tl.maximum(fewer, 1).to(tl.float32), tau)
+        tau = tl.where(shrinks, _threshold(total, tl.maximum(fewer, 1)), tau)
         size = tl.where(shrinks, fewer, size)
         above = mask & ~(z <= tau)
         fewer = tl.sum(above.to(tl.int32), axis=1, keep_dims=True)
         shrinks = fewer < size
-    y = tl.where(z <= tau, 0.0, z - tau)
-    tl.store(y_ptr + rows * n_cols + cols, _kept_positive(y, y_ptr.dtype.element_ty, LEAST), mask=mask)
+    excess = tl.sum(tl.where(above, z - tau, 0.0), axis=1, keep_dims=True) - 1.0
+    y = _above(z, tau, excess, tl.maximum(fewer, 1), y_ptr.dtype.element_ty)
+    tl.store(y_ptr + rows * n_cols + cols, y, mask=mask)
 
 
 @triton.jit
-def _count_and_sum(x_ptr, highest, tau, n_cols, BLOCK_COLS: tl.constexpr):
-    """How many values of a row lie above tau, counted from the highest, and their sum."""
+def _support(x_ptr, highest, tau, n_cols, BLOCK_COLS: tl.constexpr):
+    """Of a row's values above tau, counted from the highest: how many, their sum, by how much more than 1 above it."""
     counts = tl.zeros((BLOCK_COLS,), tl.int32)
+    totals = tl.zeros((BLOCK_COLS,), tl.float32)
     sums = tl.zeros((BLOCK_COLS,), tl.float32)
     for start in range(0, n_cols, BLOCK_COLS):
         cols = start + tl.arange(0, BLOCK_COLS)
@@ -108,8 +126,9 @@ def _count_and_sum(x_ptr, highest, tau, n_cols, BLOCK_COLS: tl.constexpr):
         z = tl.load(x_ptr + cols, mask=mask, other=-float("inf")).to(tl.float32) - highest
         above = mask & ~(z <= tau)
         counts += above.to(tl.int32)
-        sums += tl.where(above, z, 0.0)
-    return tl.sum(counts), tl.sum(sums)
+        totals += tl.where(above, z, 0.0)
+        sums += tl.where(above, z - tau, 0.0)
+    return tl.sum(counts), tl.sum(totals), tl.sum(sums) - 1.0
 
 
 @triton.jit
@@ -118,8 +137,8 @@ def _sparsemax_fwd_walk_kernel(
     y_ptr,  # [N, D]
     x_stride,
     n_cols,
-    LEAST: tl.constexpr, BLOCK_COLS: tl.constexpr,
-):  # fmt: skip
+    BLOCK_COLS: tl.constexpr,
+):
     """One row that is too wide for registers."""
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
@@ -131,17 +150,17 @@ def _sparsemax_fwd_walk_kernel(
 
     tau = -1.0
     size = n_cols + 1
-    fewer, total = _count_and_sum(x_ptr, highest, tau, n_cols, BLOCK_COLS)
+    fewer, total, excess = _support(x_ptr, highest, tau, n_cols, BLOCK_COLS)
     while fewer < size:
-        tau = (total - 1.0) / fewer
+        tau = _threshold(total, fewer)
         size = fewer
-        fewer, total = _count_and_sum(x_ptr, highest, tau, n_cols, BLOCK_COLS)
+        fewer, total, excess = _support(x_ptr, highest, tau, n_cols, BLOCK_COLS)
     for start in range(0, n_cols, BLOCK_COLS):
         cols = start + tl.arange(0, BLOCK_COLS)
         mask = cols < n_cols
         z = tl.load(x_ptr + cols, mask=mask, other=-float("inf")).to(tl.float32) - highest
-        y = tl.where(z <= tau, 0.0, z - tau)
-        tl.store(y_ptr + row * n_cols + cols, _kept_positive(y, y_ptr.dtype.element_ty, LEAST), mask=mask)
+        y = _above(z, tau, excess, tl.maximum(fewer, 1), y_ptr.dtype.element_ty)
+        tl.store(y_ptr + row * n_cols + cols, y, mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -201,13 +220,12 @@ def sparsemax_fwd(x: Tensor) -> Tensor:
     if n == 0 or d == 0:
         return y
     block = tile(d, TILE, PER_THREAD, WHOLE_ROW_FWD)
-    constants = {"LEAST": LEAST_FP16, "BLOCK_COLS": block.cols, "num_warps": block.warps}
-    with on_device(x):
-        if block.rows:
-            grid = (cdiv(n, block.rows),)
-            _sparsemax_fwd_kernel[grid](x, y, row_stride(x), n, d, BLOCK_ROWS=block.rows, **constants)
-        else:
-            _sparsemax_fwd_walk_kernel[(n,)](x, y, row_stride(x), d, **constants)
+    constants = {"BLOCK_COLS": block.cols, "num_warps": block.warps}
+    if block.rows:
+        grid = (cdiv(n, block.rows),)
+        launch(_sparsemax_fwd_kernel, grid, x, y, row_stride(x), n, d, BLOCK_ROWS=block.rows, **constants)
+    else:
+        launch(_sparsemax_fwd_walk_kernel, (n,), x, y, row_stride(x), d, **constants)
     return y
 
 
@@ -219,12 +237,11 @@ def sparsemax_bwd(dy: Tensor, y: Tensor) -> Tensor:
         return dx
     block = tile(d, TILE, PER_THREAD, WHOLE_ROW_BWD)
     constants = {"BLOCK_COLS": block.cols, "num_warps": block.warps}
-    with on_device(y):
-        if block.rows:
-            grid = (cdiv(n, block.rows),)
-            _sparsemax_bwd_kernel[grid](dy, y, dx, row_stride(dy), n, d, BLOCK_ROWS=block.rows, **constants)
-        else:
-            _sparsemax_bwd_walk_kernel[(n,)](dy, y, dx, row_stride(dy), d, **constants)
+    if block.rows:
+        grid = (cdiv(n, block.rows),)
+        launch(_sparsemax_bwd_kernel, grid, dy, y, dx, row_stride(dy), n, d, BLOCK_ROWS=block.rows, **constants)
+    else:
+        launch(_sparsemax_bwd_walk_kernel, (n,), dy, y, dx, row_stride(dy), d, **constants)
     return dx
 
 

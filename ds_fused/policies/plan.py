@@ -210,6 +210,9 @@ def _keys(wanted: Mapping[str, object] | None, switches: Mapping[str, object]) -
             kind = options[key][name].type
             if type(given) is not kind:
                 raise ValueError(f"apply: {key}.{name} is {given!r}; it takes {kind.__name__}")
+            choices = options[key][name].choices
+            if choices and given not in choices:
+                raise ValueError(f"apply: {key}.{name} is {given!r}; it can be {', '.join(map(repr, choices))}")
     return on
 
 

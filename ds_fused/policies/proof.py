@@ -79,6 +79,10 @@ def compare(
     with _undisturbed(device):
         # rounded first: all three see the same numbers
         given = {name: tensor.to(dtypes[name]) for name, tensor in tensors.items()}
+        if device.type == "meta":
+            # nobody trains there: it is only seen which kernels a proof would launch
+            _run(fused, {name: tensor.to(device) for name, tensor in given.items()}, names)
+            return None
         wanted = _run(stock, {name: tensor.double() for name, tensor in given.items()}, names)
         here = {name: tensor.to(device) for name, tensor in given.items()}
         before = _generator_states(device)
@@ -137,6 +141,8 @@ def _generator_states(device: torch.device) -> list[Tensor]:
 def _undisturbed(device: torch.device):
     """Whatever the caller has on (no_grad, autocast, a seed) neither changes the comparison nor is changed by it."""
     devices, kind = [], "cuda"  # with no device named, only the CPU's generator is kept
+    if device.type == "meta":
+        device = torch.device("cpu")
     if device.type != "cpu":
         kind = device.type
         devices = [torch.get_device_module(device).current_device() if device.index is None else device.index]

@@ -41,7 +41,7 @@ def test_options_of_the_engine_do_not_reach_the_op():
 
 def test_everything_can_be_said():
     block = {"enabled": False, "strict": True, "verify": False, "report": False, "logits": "keep", "eval": "stock"}
-    block |= {"embedding": True}
+    block |= {"embedding": True, "warmup": True}
     config = parse(block | dict.fromkeys(OP_KEYS, False))
     assert {name: getattr(config, name) for name in block} == block
     assert config.wanted == {}
@@ -107,6 +107,12 @@ MALFORMED = [
     ({"enabled": True, "fused_linear_cross_entropy": {"chunk": 1}}, "'chunk'", "did you mean 'chunk_mb'", "keep_mb"),
     ({"enabled": True, "fused_linear_cross_entropy": 512}, "fused_linear_cross_entropy", "512", "object of chunk_mb"),
     ({"enabled": True, "fused_linear_cross_entropy": {"chunk_mb": "512"}}, "chunk_mb", "'512' (str)", "an integer"),
+    (
+        {"enabled": True, "fused_linear_cross_entropy": {"accumulate": "bf16"}},
+        "accumulate",
+        "'bf16'",
+        "'auto' or 'native' or 'fp32'",
+    ),
     ({"enabled": True, "fused_linear_cross_entropy": {"chunk_mb": 0.5}}, "chunk_mb", "0.5 (float)", "an integer"),
     ({"enabled": True, "fused_linear_cross_entropy": {"keep_mb": True}}, "keep_mb", "True (bool)", "an integer"),
     ({"enabled": True, "fused_linear_cross_entropy": {"keep_mb": -1}}, "keep_mb", "-1", "negative"),

@@ -9,19 +9,37 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from launching import REPO, start
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 import launch.__main__ as entry
-from launch.render import Host, ds_config, local
+from launch.check import check, missing_paths, refuse_secrets, typed
+from launch.clusters import KINDS
+from launch.render import Host, Rendered, ds_config
+from launch.schema import Run
 
 LAPTOP = Host(gpus=0, cores=8, bin="/env/bin", path="/usr/bin", free_port=12345)
 BOX = Host(gpus=4, cores=64, bin="/env/bin", path="/usr/bin", free_port=12345)
+# what only the user can say
+OPEN = {
+    "hub": ["model.path=gpt"],
+    "text": ["data.text=[a.txt]"],
+    "hostfile": ["cluster.hosts={a: 2, b: 2}"],
+    "kubernetes": ["cluster.image=ds", "cluster.claim=runs", "model=hub", "model.path=a", "data=text", "data.text=[b]"],
+}
 
 
-def composed(*overrides: str) -> dict:
+def composed(*overrides: str) -> DictConfig:
     with initialize_config_dir(str(REPO / "conf"), version_base="1.3"):
-        cfg = compose("config", overrides=["folder=/runs/a", *overrides])
-    return OmegaConf.to_container(cfg, resolve=True)
+        return compose("config", overrides=["folder=/runs/a", *overrides])
+
+
+def run_of(*overrides: str) -> Run:
+    return typed(composed(*overrides))
+
+
+def rendered(*overrides: str, host: Host = LAPTOP) -> Rendered:
+    run = run_of(*overrides)
+    return KINDS[run.cluster.kind].render(run, host)
 
 
 def test_every_configuration_composes_and_renders():
@@ -29,25 +47,23 @@ def test_every_configuration_composes_and_renders():
         group.name: [f.stem for f in group.glob("*.yaml")] for group in (REPO / "conf").iterdir() if group.is_dir()
     }
     assert set(names) == {"model", "data", "train", "deepspeed", "fused", "cluster", "experiment"}
-    # what only the user can say
-    open_keys = {"hub": ["model.path=gpt"], "text": ["data.text=[a.txt]"]}
     for group, stems in names.items():
         for stem in stems:
-            cfg = composed(f"{group}={stem}", *open_keys.get(stem, []))
-            assert local(cfg, "c.json", LAPTOP).command
+            run = run_of(f"{group}={stem}", *OPEN.get(stem, []))
+            check(run, KINDS[run.cluster.kind].render(run, LAPTOP).ranks)
 
 
 def test_the_ds_config_is_deepspeeds_schema_and_the_fused_block():
     from ds_fused.engine.config import parse
 
     for stage in range(4):
-        config = ds_config(composed(f"deepspeed=zero{stage}", "fused=loss", "deepspeed.gradient_clipping=0.5"))
+        config = ds_config(run_of(f"deepspeed=zero{stage}", "fused=loss", "deepspeed.gradient_clipping=0.5"))
         assert config["zero_optimization"] == {"stage": stage}
         assert config["gradient_clipping"] == 0.5
         assert config["tensorboard"]["output_path"] == "/runs/a"
     assert set(parse(config["ds_fused"]).wanted) == {"cross_entropy", "fused_linear_cross_entropy"}
-    assert parse(ds_config(composed())["ds_fused"]).enabled
-    assert not parse(ds_config(composed("fused=off"))["ds_fused"]).enabled
+    assert parse(ds_config(run_of())["ds_fused"]).enabled
+    assert not parse(ds_config(run_of("fused=off"))["ds_fused"]).enabled
 
 
 def test_a_typo_is_refused_by_name():
@@ -60,7 +76,7 @@ CACHE = f"{REPO}/.cache"
 
 
 def test_the_command_of_cpu_ranks():
-    job = local(composed("experiment=quickstart_cpu"), "/runs/a/ds_config.json", LAPTOP)
+    job = rendered("experiment=quickstart_cpu")
     assert job.env.pop("PATH") == "/env/bin:/usr/bin"
     assert job.env == {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "4", "THP_MEM_ALLOC_ENABLE": "1"}
     assert " ".join(job.command) == (
@@ -72,48 +88,120 @@ def test_the_command_of_cpu_ranks():
 
 
 def test_the_command_of_gpu_ranks():
-    job = local(composed("cluster.port=29500", "data=text", "data.text=[a b.txt,c]"), "c.json", BOX)
+    job = rendered("cluster.port=29500", "data=text", "data.text=[a b.txt,c]", "resume=auto", host=BOX)
     assert job.env == {"PATH": "/env/bin:/usr/bin"}
     # every GPU: left to DeepSpeed, which honours CUDA_VISIBLE_DEVICES
-    assert job.command[:6] == ["/env/bin/deepspeed", "--master_port", "29500", "--config", "c.json", TRAIN]
+    assert job.command[:5] == ["/env/bin/deepspeed", "--master_port", "29500", "--config", "/runs/a/ds_config.json"]
     text = job.command.index("--text")
     assert job.command[text : text + 3] == ["--text", "a b.txt", "c"]
-    assert "--num_gpus 3" in " ".join(local(composed("cluster.ranks=3"), "c.json", BOX).command)
-    assert local(composed("cluster.accelerator=cpu"), "c.json", BOX).env["DS_ACCELERATOR"] == "cpu"
+    assert "--resume" in job.command
+    assert "--num_gpus 3" in " ".join(rendered("cluster.ranks=3", host=BOX).command)
+    assert rendered("cluster.accelerator=cpu", host=BOX).env["DS_ACCELERATOR"] == "cpu"
 
 
-@pytest.mark.parametrize(
-    ("override", "names"),
-    [
-        ("cluster.ranks=5", "cluster.ranks is 5, but this machine has 4 GPUs"),
-        ("cluster.ranks=0", "cluster.ranks is 0"),
-        ("cluster.accelerator=tpu", "cluster.accelerator is 'tpu'"),
-    ],
-)
-def test_what_cannot_run_is_an_error_that_names_the_key(override, names):
+HOSTS = ["cluster=hostfile", "cluster.hosts={a: 4, b: 2}"]
+# 4 ranks
+WRONG = [
+    (["cluster.ranks=5"], "cluster.ranks is 5, but this machine has 4 GPUs"),
+    (["cluster.ranks=0"], "cluster.ranks is 0"),
+    (["cluster.accelerator=tpu"], "cluster.accelerator is 'tpu'"),
+    (["cluster.port=any"], "cluster.port is 'any'"),
+    (["cluster.kind=cloud"], "cluster.kind is 'cloud', but must be one of local"),
+    (["train.steps=many"], "train.steps: Value 'many'"),
+    (["+train.stepz=3"], "train.stepz: Key 'stepz' not in 'Train'"),
+    (["model=hub"], "model.path: .*missing"),
+    (["resume=maybe"], "resume is 'maybe'"),
+    (["+deepspeed.train_batch_size=12"], "deepspeed.train_batch_size is 12, but .* x 4 ranks is 16"),
+    (
+        ["+deepspeed.train_batch_size=24", "deepspeed.gradient_accumulation_steps=null"],
+        "train_batch_size is 24, .* is 16, which doesn't divide it",
+    ),
+    (["deepspeed.train_micro_batch_size_per_gpu=null"], "deepspeed.train_micro_batch_size_per_gpu must be given"),
+    (["deepspeed.train_micro_batch_size_per_gpu=0"], "deepspeed.train_micro_batch_size_per_gpu is 0"),
+    (["+deepspeed.tensor_parallel.autotp_size=3"], "autotp_size is 3, which doesn't divide the 4 ranks"),
+    (["+deepspeed.train_batch_sizes=8"], "train_batch_sizes is no key that DeepSpeed reads; did you mean train_batch"),
+    (["+deepspeed.zero_optimization.stagee=1"], "deepspeed.zero_optimization.stagee is 1: Extra inputs"),
+    (["+deepspeed.fp16.enabled=true"], "deepspeed: bfloat16 and fp16 modes"),
+    (["+fused.rms_nrom=true"], "fused: .*rms_nrom.*did you mean 'rms_norm'"),
+    (["+deepspeed.comet.api_key=x"], "deepspeed.comet.api_key looks like a secret"),
+    (["cluster.env={HF_TOKEN: x}"], "cluster.env.HF_TOKEN looks like a secret"),
+    (["cluster.env={http_proxy: 'http://me:word@proxy'}"], "cluster.env.http_proxy looks like a secret"),
+    (["cluster=hostfile"], "cluster.hostfile must be given"),
+    (["cluster=hostfile", "cluster.hostfile=/no/such"], "cluster.hostfile is /no/such: no such file"),
+    ([*HOSTS, "cluster.ranks=3"], "cluster.ranks is 3, but b has 2 slots"),
+    ([*HOSTS, "cluster.include=c"], "cluster.include .*'c' not found"),
+    ([*HOSTS, "folder=a run"], "folder is 'a run'"),
+    ([*HOSTS, "cluster.launcher=rsh"], "cluster.launcher is 'rsh'"),
+    ([*HOSTS, "cluster.hostfile=/runs/hosts"], "cluster.hostfile and cluster.hosts"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "names"), WRONG, ids=[" ".join(overrides) for overrides, _ in WRONG])
+def test_what_cannot_run_is_an_error_that_names_the_key(overrides, names):
+    def prepare() -> None:
+        cfg = composed(*overrides)
+        refuse_secrets(OmegaConf.to_container(cfg))
+        run = typed(cfg)
+        check(run, KINDS[run.cluster.kind].render(run, BOX).ranks)
+
     with pytest.raises(ValueError, match=names):
-        local(composed(override), "c.json", BOX)
+        prepare()
+
+
+def test_a_batch_that_multiplies_is_accepted():
+    batch = ["+deepspeed.train_batch_size=48", "deepspeed.gradient_accumulation_steps=3"]
+    run = run_of(*batch)
+    check(run, 4)
+    assert ds_config(run)["train_batch_size"] == 48
+    # DeepSpeed works out what is left open
+    check(run_of(batch[0], "deepspeed.gradient_accumulation_steps=null"), 4)
+    check(run_of(batch[0], batch[1], "+deepspeed.tensor_parallel.autotp_size=2"), 8)
+
+
+def test_paths_that_are_not_there_are_named():
+    run = run_of("model=hub", "model.path=/no/model", "data=text", "data.text=[/no/text]", "resume=true")
+    model, text, resume = missing_paths(run)
+    assert "model.path is /no/model" in model and "data.text names /no/text" in text and "resume is true" in resume
+    # a hub's name, and what is fetched at the start
+    assert not [*missing_paths(run_of("model=hub", "model.path=owner/name", "resume=auto"))]
 
 
 def test_a_dry_run_writes_the_folder_and_starts_nothing(tmp_path):
     folder = tmp_path / "a run"
-    ended = start([sys.executable, "-m", "launch", "dry_run=true", f"folder={folder}", "cluster.accelerator=cpu"])
+    options = ["dry_run=true", f"folder={folder}", "cluster.accelerator=cpu"]
+    ended = start([sys.executable, "-m", "launch", *options], NCCL_DEBUG="INFO", HF_TOKEN="hf_secret")
     assert ended.status == 0, ended.output
     assert "DS_ACCELERATOR=cpu" in ended.output and f"--config '{folder}/ds_config.json'" in ended.output
-    assert sorted(path.name for path in folder.iterdir()) == ["ds_config.json", "run.yaml"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "command.sh", "ds_config.json", "environment", "nodes.txt", "run.yaml"
+    ]  # fmt: skip
     assert json.loads((folder / "ds_config.json").read_text())["ds_fused"] == {"enabled": True}
     record = OmegaConf.load(folder / "run.yaml")
-    assert record.folder == str(folder) and record.train.steps == composed()["train"]["steps"]
+    assert record.folder == str(folder) and record.train.steps == run_of().train.steps
+    captured = json.loads((folder / "environment" / "launching.json").read_text())
+    assert captured["settings"]["NCCL_DEBUG"] == "INFO" and captured["versions"]["deepspeed"]
+    assert not [path for path in folder.rglob("*") if path.is_file() and "hf_secret" in path.read_text()]
 
 
-def test_a_sweep_has_a_folder_for_every_point(tmp_path):
+# the second of its points can't run, which keeps no other from its turn
+def test_a_sweep_has_a_folder_for_every_point_and_one_table(tmp_path):
     points = ["-m", "dry_run=true", f"folder={tmp_path}", "cluster.accelerator=cpu", "train.seed=5,6"]
-    ended = start([sys.executable, "-m", "launch", *points])
-    assert ended.status == 0, ended.output
-    assert [OmegaConf.load(tmp_path / str(i) / "run.yaml").train.seed for i in range(2)] == [5, 6]
-    assert f"--out {tmp_path / '1'}" in ended.output
+    ended = start([sys.executable, "-m", "launch", *points, "+deepspeed.train_batch_size=8,9"])
+    assert ended.status == 1, ended.output
+    assert ended.output.count("launch: deepspeed.train_batch_size is 9") == 2
+    assert [OmegaConf.load(tmp_path / str(i) / "run.yaml").train.seed for i in (0, 2)] == [5, 6]
+    assert f"--out {tmp_path / '2'}" in ended.output
+    header, *rows = (tmp_path / "sweep.csv").read_text().splitlines()
+    assert header.startswith("point,train.seed,step,loss,") and [row[:4] for row in rows] == ["0,5,", "2,6,"]
+
+
+def test_a_secret_on_the_command_line_is_refused_before_anything_is_written(tmp_path):
+    options = ["-m", f"folder={tmp_path / 'sweep'}", "dry_run=true", "cluster.env={HF_TOKEN: hf_x}", "train.seed=1,2"]
+    ended = start([sys.executable, "-m", "launch", *options])
+    assert ended.status == 1 and "HF_TOKEN looks like a secret" in ended.output, ended.output
+    assert not [*tmp_path.iterdir()]
 
 
 def test_cached_paths_are_where_the_data_is_put():
-    assert composed()["model"]["path"] == str(entry.CACHE / "smollm2")
+    assert run_of().model.path == str(entry.CACHE / "smollm2")
     assert set(entry.FETCH) == {"smollm2", "shakespeare"}

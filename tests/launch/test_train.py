@@ -61,6 +61,10 @@ def test_two_ranks_under_zero3_resume_and_one_rank_agree(train, tmp_path):
     assert len(held_out) == 2 and held_out[1] < held_out[0]
     assert {"lr", "grad_norm", "tokens_per_s", "memory_gb"} <= rows[1].keys()
     assert f"held-out loss {held_out[0]:.4f} -> {held_out[1]:.4f} in 4 steps" in output
+    assert [len(row["memory_gb_by_rank"]) for row in rows if "loss" in row] == [2] * 4
+    report = (tmp_path / "whole" / "report.html").read_text()
+    assert "ended, " in report and "rank 1</span>" in report
+    assert len(list((tmp_path / "whole" / "environment").glob("*.json"))) == 1
     assert list((tmp_path / "whole" / "tensorboard").glob("events.out.tfevents.*"))
 
     # the same run, cut off later than step 2, in the midst of a line

@@ -45,12 +45,14 @@ def as_accurate(
     dtype: torch.dtype,
     *,
     frozen: Sequence[int] = (),
+    floor: float = 0.0,
     **options: object,
 ) -> None:
     """Outputs and all gradients against fp64; allowed are 2x PyTorch's own error in that dtype + 4 ulp.
 
     Inputs in fp64 are converted to `dtype`; any other tensor is used as it is (its own dtype, strides, labels).
-    `frozen`: places of floating inputs that need no gradient and must get none.
+    `frozen`: places of floating inputs that need no gradient and must get none. `floor`: an error that is allowed
+    besides, where equal terms cancel: what a fused multiply-add leaves of them PyTorch may happen to round away.
     """
     inputs = [x.to(dtype) if x is not None and x.dtype == torch.float64 else x for x in inputs]
     frozen = {*frozen, *(i for i, x in enumerate(inputs) if x is None or not x.is_floating_point())}
@@ -74,10 +76,12 @@ def as_accurate(
         for name, y, y_again, y_torch, y_exact in zip(
             names[part], ours[part], again[part], torchs[part], exact[part], strict=True
         ):
-            _judge(name, y, y_again, y_torch, y_exact)
+            _judge(name, y, y_again, y_torch, y_exact, floor)
 
 
-def _judge(name: str, y: Tensor | None, again: Tensor | None, torchs: Tensor | None, exact: Tensor | None) -> None:
+def _judge(
+    name: str, y: Tensor | None, again: Tensor | None, torchs: Tensor | None, exact: Tensor | None, floor: float
+) -> None:
     if exact is None or y is None:
         assert y is None and exact is None, f"{name}: {'missing' if y is None else 'not asked for'}"
         return
@@ -89,7 +93,7 @@ def _judge(name: str, y: Tensor | None, again: Tensor | None, torchs: Tensor | N
         return
     assert torch.equal(y.isnan(), exact.isnan()), f"{name}: NaN where fp64 has none, or none where it has"
     error = (y.double() - exact).abs().nan_to_num()
-    allowed = 2 * (torchs.double() - exact).abs().nan_to_num().max() + 4 * ulp(exact, y.dtype)
+    allowed = floor + 2 * (torchs.double() - exact).abs().nan_to_num().max() + 4 * ulp(exact, y.dtype)
     worst = int((error - allowed).argmax())
     assert bool((error <= allowed).all()), (
         f"{name}: error {float(error.view(-1)[worst]):.3g} at {worst}, allowed {float(allowed.view(-1)[worst]):.3g} "

@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction
 
 import ds_fused.ops as ops
 import ds_fused.ops._triton as shared
+from ds_fused.ops._ahead import Absent
 from ds_fused.ops.registry import OPS
 from ds_fused.ops.stationary import VocabShard
 
@@ -154,10 +155,15 @@ def cross_entropy() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         ops.cross_entropy(leaf(2, 128256, dtype=dtype), labels).backward()
     options = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0}
-    ops.cross_entropy(leaf(2, 50257), labels, **options).backward()
-    for dtype in (torch.bfloat16, torch.float32):
-        logits, weight = leaf(2, 128256, dtype=dtype), leaf(128256).detach()
-        ops.cross_entropy(logits, labels, weight=weight, label_smoothing=0.1, return_accuracy=True)[0].backward()
+    for in_forward in (False, True):
+        ops.cross_entropy(leaf(2, 50257), labels, grad_in_forward=in_forward, **options).backward()
+        for dtype in (torch.bfloat16, torch.float32):
+            logits, more = leaf(2, 128256, dtype=dtype), {"label_smoothing": 0.1, "return_accuracy": True}
+            more |= {"weight": leaf(128256).detach(), "grad_in_forward": in_forward}
+            ops.cross_entropy(logits, labels, **more)[0].backward()
+    # a walked row, and one that is held whole
+    for n_vocab, dtype in ((128256, torch.bfloat16), (128256, torch.float32), (8192, torch.bfloat16)):
+        ops.cross_entropy(leaf(2, n_vocab, dtype=dtype), labels, grad_in_forward=True).backward()
 
 
 class OneOfTwo(VocabShard):
@@ -292,22 +298,6 @@ def kernels() -> set[str]:
     return {name for name in found if name.endswith("_kernel")}
 
 
-class Elsewhere:
-    """A driver of a device that is not there: enough of one to compile for it."""
-
-    def __init__(self, target: GPUTarget, index: int) -> None:
-        self.target, self.index = target, index
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.index  # triton keeps compiled kernels per device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 def spilled_bytes(target: GPUTarget, asm: dict[str, str | bytes]) -> int | None:
     """Registers that went to memory, as the assembler (NVIDIA) or the code object's notes (AMD) tell."""
     if target.backend == "hip":
@@ -338,7 +328,7 @@ def compile_all(target: GPUTarget, index: int) -> dict[str, object]:
             }
         return kernel
 
-    triton.runtime.driver.set_active(Elsewhere(target, index))
+    triton.runtime.driver.set_active(Absent(target, index))
     shared.LANES = target.warp_size
     JITFunction.run = run
     try:

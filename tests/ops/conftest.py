@@ -1,11 +1,23 @@
-"""What tests of several files share: small tiles of linear_cross_entropy, small blocks of jsd and tvd."""
+"""What tests of several files share: giving back a GPU's memory, small tiles of heads, small blocks of jsd and tvd."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from ds_fused.ops import _divergence, _tiles
+
+# what a worker may keep of a GPU that it shares, between two tests
+MOST_KEPT = 2**30
+
+
+@pytest.fixture(autouse=True)
+def gives_back() -> Iterator[None]:
+    yield
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > MOST_KEPT:
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(params=["kernels", "plain"])

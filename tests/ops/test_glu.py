@@ -223,6 +223,49 @@ def test_errors_name_the_argument(device):
         glu(x.double(), x.double())
 
 
+@pytest.mark.parametrize("layout", ["apart", "halves", "packed", "interleaved"])
+def test_gradients_may_overwrite_the_inputs(layout, device):
+    """The same bits, in the memory of what was lent; who then asks again is told."""
+
+    def run(overwrite: bool) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+        both = randn(3, 5, 34, device=device).bfloat16().requires_grad_() * 1
+        if layout in ("packed", "interleaved"):
+            lent = [both]
+            y = glu(both, interleaved=layout == "interleaved", overwrite_inputs=overwrite)
+        else:
+            lent = list(both.chunk(2, -1))
+            lent = [x * 1 for x in lent] if layout == "apart" else lent
+            y = glu(*lent, overwrite_inputs=overwrite)
+        return y, lent, list(torch.autograd.grad(y.square().sum(), lent, retain_graph=True))
+
+    (y, lent, got), (_, _, wanted) = run(True), run(False)
+    for x, dx, exact in zip(lent, got, wanted, strict=True):
+        assert same_bits(dx, exact)
+        assert dx.data_ptr() == x.data_ptr()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation|has been modified inplace"):
+        torch.autograd.grad(y.sum(), lent)
+
+
+def test_overwriting_goes_well_with_what_made_the_inputs(device):
+    def gradients(overwrite: bool) -> list[torch.Tensor]:
+        x, weight = (randn(n, 6, device=device).float().requires_grad_() for n in (5, 16))
+        gate, up = torch.nn.functional.linear(x, weight).chunk(2, -1)
+        glu(gate, up, overwrite_inputs=overwrite).square().sum().backward()
+        return [x.grad, weight.grad]
+
+    assert all(same_bits(a, b) for a, b in zip(gradients(True), gradients(False), strict=True))
+
+
+def test_what_shares_memory_is_not_overwritten(device):
+    x = randn(4, 6, device=device).float().requires_grad_()
+    for gate, up in ((x * 1,) * 2, ((x * 1)[:1].expand(4, 6), x * 1), ((x * 1).t(), (x * 1).t())):
+        got, wanted = (
+            torch.autograd.grad(glu(gate, up, overwrite_inputs=overwrite).sum(), (gate, up), retain_graph=True)
+            for overwrite in (False, True)
+        )
+        assert all(same_bits(a.contiguous(), b.contiguous()) for a, b in zip(got, wanted, strict=True))
+
+
 def test_a_second_derivative_is_refused(device):
     x = torch.ones(2, 3, device=device, requires_grad=True)
     (dx,) = torch.autograd.grad(glu(x, x).pow(2).sum(), x, create_graph=True)

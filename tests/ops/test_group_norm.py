@@ -55,7 +55,8 @@ def way(request, monkeypatch):
 @pytest.mark.usefixtures("way")
 def test_group_norm(shape, n_groups, dtype, device):
     # eps that counts: dx of few values is a difference of equal terms otherwise, noise in any dtype
-    as_accurate(*with_groups(n_groups), inputs_of(*shape, device=device), dtype, eps=0.5)
+    floor = 2.0**-24 if shape == (1, 1) else 0.0
+    as_accurate(*with_groups(n_groups), inputs_of(*shape, device=device), dtype, eps=0.5, floor=floor)
 
 
 @pytest.mark.gpu

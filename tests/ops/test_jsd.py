@@ -125,7 +125,8 @@ def test_distributions_without_overlap(beta, device):
     """Each column is nothing in one of them, by fp32's exponential; the logarithm of their mean is finite."""
     student, teacher = torch.zeros(2, 40, device=device), torch.zeros(2, 40, device=device)
     student[:, :20], teacher[:, 20:] = -300.0, -300.0
-    as_accurate(jsd, jsd_reference, [student.double(), teacher.double()], torch.float32, beta=beta)
+    # the slope is the same in all columns of either half: the gradient is what is left of equal terms
+    as_accurate(jsd, jsd_reference, [student.double(), teacher.double()], torch.float32, beta=beta, floor=1e-9)
 
 
 @pytest.mark.parametrize("beta", BETAS)

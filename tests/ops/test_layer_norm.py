@@ -40,7 +40,7 @@ BOTH = pytest.mark.parametrize("op", ["layer_norm", "add_layer_norm"])
 def test_norm(shape, dtype, op, device):
     function, reference, inputs = norm_and_inputs(op, shape, device)
     # eps that counts: dx of few columns is a difference of equal terms otherwise, noise in any dtype
-    as_accurate(function, reference, inputs, dtype, eps=0.5)
+    as_accurate(function, reference, inputs, dtype, eps=0.5, floor=2.0**-24 if shape == (1,) else 0.0)
 
 
 @pytest.mark.gpu
@@ -72,8 +72,9 @@ def narrow_tiles(monkeypatch):
 @pytest.mark.parametrize("op, dtype", [("layer_norm", torch.float32), ("add_layer_norm", torch.bfloat16)])
 @pytest.mark.usefixtures("narrow_tiles")
 def test_rows_too_wide_for_a_tile_are_walked(dtype, op, device):
-    # 41 columns are two blocks, the last one short; programs of a block of columns take more than one tile
-    function, reference, inputs = norm_and_inputs(op, (9, 41), device)
+    # 41 columns are two blocks, the last one short; programs of a block of columns take more than one tile. So many
+    # rows that the worst error of PyTorch is no luck
+    function, reference, inputs = norm_and_inputs(op, (40, 41), device)
     as_accurate(function, reference, inputs, dtype)
 
 

@@ -10,7 +10,7 @@ from accuracy import as_accurate, nan_filled, randn
 from allocations import Allocations
 from three_slabs import ThreeSlabs
 
-from ds_fused.ops import _tiles
+from ds_fused.ops import _tiles, one_pass
 from ds_fused.ops._tiles import Tiling, tiling
 from ds_fused.ops._triton import runs_kernels
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
@@ -36,7 +36,7 @@ def ours(x, weight, labels, bias=None, **options):
     return linear_cross_entropy(x, weight, labels, bias=bias, **options)
 
 
-def theirs(x, weight, labels, bias=None, chunk_mb=0, keep_mb=0, **options):
+def theirs(x, weight, labels, bias=None, chunk_mb=0, keep_mb=0, accumulate="", **options):
     return linear_cross_entropy_reference(x, weight, labels, bias=bias, **options)
 
 
@@ -64,6 +64,8 @@ def test_tiling(monkeypatch):
     # a frozen weight needs no fp32 sum at all along the tokens; nor does a frozen trunk along the vocabulary
     assert tiling(8192, 128256, 2, 512 * 2**20, 0, dx=True, dweight=False) == Tiling(2048, 128256, 0)
     assert tiling(65536, 32000, 2, 512 * 2**20, 0, dx=False, dweight=True) == Tiling(65536, 4096, 0)
+    # a weight that is cast is cast slab by slab
+    assert tiling(8192, 128256, 2, 512 * 2**20, 0, dx=False, dweight=False, casts=True) == Tiling(8192, 32256, 0)
     # slabs of their own are cut along the tokens
     assert tiling(8192, 128256, 2, 128 * 2**20, 0, **cut, slab_rows=16032) == Tiling(4096, 16032, 0)
     assert tiling(0, 7, 2, 1, 0, **cut) == Tiling(1, 7, 0)
@@ -122,6 +124,71 @@ def test_dweight_is_as_good_as_one_product(where):
     # 64 chunks, each rounded to bf16 when added, would be several times worse
     x, weight, labels, _ = some(512, 16, 48, where)
     as_accurate(ours, theirs, [x, weight, labels], torch.bfloat16, reduction="sum", chunk_mb=8 * 96 * MB, keep_mb=0)
+
+
+def rms_error_of_dweight(loss_of, n_chunks, where, **options):
+    """Of dweight in bf16 from chunks of 32 tokens, over that of one product."""
+    x, weight, labels, _ = some(32 * n_chunks, 16, 64, where)
+    # a trunk that trains has the tokens cut, where they are more than the words
+    x, weight = x.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
+    (mine,) = torch.autograd.grad(loss_of(x, weight, labels, **options), weight)
+    (once,) = torch.autograd.grad(theirs(x, weight, labels), weight)
+    wide = weight.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(theirs(x.double(), wide, labels), wide)
+    return float((mine - exact).square().mean().sqrt() / (once - exact).square().mean().sqrt())
+
+
+@only_plain
+@pytest.mark.parametrize("in_forward", [False, True])
+@pytest.mark.parametrize(
+    ("accumulate", "n_chunks", "least", "most"),
+    [
+        # one rounding, as of one product
+        ("fp32", 8, 0.0, 1.2),
+        ("fp32", 64, 0.0, 1.2),
+        # at most twice as far off, however many chunks
+        ("auto", 8, 0.0, 2.0),
+        ("auto", 16, 0.0, 2.0),
+        ("auto", 64, 0.0, 2.0),
+        # each sum rounded: exactness is what is traded for the memory of the fp32 copy
+        ("native", 16, 1.1, 2.0),
+        ("native", 64, 2.0, 4.0),
+    ],
+)
+def test_exactness_of_what_is_added_up(accumulate, n_chunks, least, most, in_forward, where):
+    # 32 rows of 64 words, and no fewer
+    options = {"accumulate": accumulate, "grad_in_forward": in_forward, "chunk_mb": 32 * 64 * 2 * MB, "keep_mb": 0}
+    assert least <= rms_error_of_dweight(ours, n_chunks, where, **options) <= most
+
+
+@pytest.mark.parametrize("accumulate", ["auto", "native", "fp32"])
+def test_added_up_in_slabs(accumulate, where):
+    # two chunks a slab
+    inputs = some(6, 3, 29, where)
+    options = {"accumulate": accumulate, "chunk_mb": MB, "keep_mb": 0, "reduction": "sum"}
+    as_accurate(in_slabs, theirs, inputs, torch.bfloat16, **options)
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "dtype"), [("auto", torch.float32), ("native", torch.bfloat16), ("fp32", torch.float32)]
+)
+@pytest.mark.parametrize("in_forward", [False, True])
+def test_native_needs_no_wide_sum(in_forward, accumulate, dtype, where, monkeypatch):
+    seen = []
+
+    def product(out, *args, **options):
+        if out.shape == weight.shape:
+            seen.append(out.dtype)
+        return whole(out, *args, **options)
+
+    file = one_pass if in_forward else op_file
+    whole = file.product
+    monkeypatch.setattr(file, "product", product)
+    # more chunks than "auto" takes natively
+    x, weight, labels, _ = some(48, 3, 16, where)
+    x, weight = x.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
+    ours(x, weight, labels, accumulate=accumulate, grad_in_forward=in_forward, chunk_mb=MB, keep_mb=0).backward()
+    assert seen == [dtype] * 12
 
 
 @only_plain
@@ -375,6 +442,7 @@ def test_nothing_is_kept_where_no_gradient_is_wanted(where):
         ({"chunk_mb": 0}, "chunk_mb=0 must be positive"),
         ({"class_weight": torch.ones(3)}, r"class_weight is torch.float32 \(3,\); .*each of the 7 classes"),
         ({"keep_mb": -1}, "keep_mb=-1 not negative"),
+        ({"accumulate": "fp64"}, "accumulate is 'fp64'; it must be 'auto', 'native' or 'fp32'"),
     ],
 )
 def test_errors(changes, message, where):

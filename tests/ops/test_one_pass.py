@@ -8,6 +8,7 @@ from accuracy import as_accurate, nan_filled, randn
 from torch import Tensor
 
 from ds_fused.ops import one_pass
+from ds_fused.ops._tiles import MOST_ROUNDINGS
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
 MB = 2**-20
@@ -64,7 +65,7 @@ def test_few_chunks_are_added_up_in_bf16_and_many_in_fp32(where, monkeypatch):
 
     whole = one_pass.product
     monkeypatch.setattr(one_pass, "product", product)
-    for n_tokens, dtype in ((4 * one_pass.MOST_ROUNDINGS, torch.bfloat16), (40, torch.float32)):
+    for n_tokens, dtype in ((4 * MOST_ROUNDINGS, torch.bfloat16), (40, torch.float32)):
         seen.clear()
         x, weight, labels, _ = (t.bfloat16() if t.is_floating_point() else t for t in some(n_tokens, 3, 23, where))
         ours(x, weight.requires_grad_(), labels, **CUTS[1])

@@ -39,8 +39,8 @@ def test_softmax_of_real_sizes(shape, dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_too_wide_for_a_tile_are_walked(dtype, device, walked):
-    # 41 columns are three blocks, the last one short
-    as_accurate(softmax, softmax_reference, [3 * randn(6, 41, device=device)], dtype)
+    # 41 columns are three blocks, the last one short; so many rows that the worst error of PyTorch is no luck
+    as_accurate(softmax, softmax_reference, [3 * randn(40, 41, device=device)], dtype)
 
 
 @pytest.mark.parametrize("way", ["whole", "walked"])

@@ -70,7 +70,7 @@ def test_a_second_backward_is_right(where):
     loss = ours(x, weight, labels)
     (first,) = torch.autograd.grad(loss, x, retain_graph=True)
     (second,) = torch.autograd.grad(loss, x)
-    assert torch.allclose(first, second, rtol=1e-6)
+    assert torch.allclose(first, second, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
@@ -134,8 +134,9 @@ def test_class_weights_with_smoothing_are_an_error(where):
 def test_what_else_is_returned(n_ranks, where):
     if n_ranks > 1 and (where.type != "cpu" or _interpreted()):
         pytest.skip("ranks that are threads run without kernels")
-    x, weight = randn(7, 5, device=where).float(), randn(29, 5, device=where).float()
-    weight[14:28] = weight[:14].clone()  # ties, on one rank and between ranks
+    # quarters, whose sums no order rounds: equal rows are ties, on one rank and between ranks
+    x, weight = ((4 * randn(n, 5, device=where)).round().float() / 4 for n in (7, 29))
+    weight[14:28] = weight[:14].clone()
     labels = torch.nn.functional.linear(x, weight).argmax(-1)
     labels[1], labels[2] = labels[1] + 14, -100
     labels[3:5] = 0

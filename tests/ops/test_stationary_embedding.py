@@ -1,4 +1,7 @@
-"""stationary_embedding against F.embedding over the tokens of all ranks, which are threads."""
+"""stationary_embedding against F.embedding over the tokens of all ranks, which are threads.
+
+On a CPU: autograd runs the backwards of one GPU one after the other, and these wait for one another.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +39,11 @@ def looked_up(
     return found, shards
 
 
-def drawn(shapes: list[tuple[int, ...]], dtype: torch.dtype, device) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def drawn(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     draw = torch.Generator().manual_seed(1)
-    weight = torch.randn(V, H, generator=draw).to(device, dtype).requires_grad_()
-    ids = [torch.randint(V, shape, generator=draw).to(device) for shape in shapes]
-    return weight, ids, [torch.randn(*shape, H, generator=draw).to(device, dtype) for shape in shapes]
+    weight = torch.randn(V, H, generator=draw).to(dtype).requires_grad_()
+    ids = [torch.randint(V, shape, generator=draw) for shape in shapes]
+    return weight, ids, [torch.randn(*shape, H, generator=draw).to(dtype) for shape in shapes]
 
 
 @pytest.mark.parametrize("block_bytes", BLOCK_BYTES)
@@ -48,8 +51,8 @@ def drawn(shapes: list[tuple[int, ...]], dtype: torch.dtype, device) -> tuple[Te
 # words that come several times, on one rank and on several; ragged ranks, one without tokens, all of them; one rank
 @pytest.mark.parametrize("shapes", [[(2, 20)] * 3, [(3, 4), (0,), (5,)], [(2, 0), (0,), (0,)], [(40,)]])
 @pytest.mark.parametrize("padding_idx", [None, 5])
-def test_stationary_embedding(shapes, padding_idx, dtype, block_bytes, device):
-    weight, ids, dy = drawn(shapes, dtype, device)
+def test_stationary_embedding(shapes, padding_idx, dtype, block_bytes):
+    weight, ids, dy = drawn(shapes, dtype)
     if ids[0].numel():
         ids[0].view(-1)[:2] = 5
     found, _ = looked_up(weight, ids, padding_idx, block_bytes, dy)
@@ -63,9 +66,9 @@ def test_stationary_embedding(shapes, padding_idx, dtype, block_bytes, device):
         assert not weight.grad[padding_idx].any()
 
 
-def test_a_sum_over_ranks_may_be_too_large_for_fp16(device):
+def test_a_sum_over_ranks_may_be_too_large_for_fp16():
     """60000 on each of three ranks: the mean fits, which the shard makes of the sum."""
-    weight, ids, dy = drawn([(1,)] * 3, torch.float16, device)
+    weight, ids, dy = drawn([(1,)] * 3, torch.float16)
     for mine, upstream in zip(ids, dy, strict=True):
         mine.fill_(0), upstream.fill_(60000.0)
     _, (shard, *_) = looked_up(weight, ids, None, 2**20, dy)
@@ -73,8 +76,8 @@ def test_a_sum_over_ranks_may_be_too_large_for_fp16(device):
 
 
 @pytest.mark.parametrize("block_bytes", BLOCK_BYTES)
-def test_a_frozen_table_gets_no_gradient(block_bytes, device):
-    weight, ids, _ = drawn([(4,), (2,), (0,)], torch.float32, device)
+def test_a_frozen_table_gets_no_gradient(block_bytes):
+    weight, ids, _ = drawn([(4,), (2,), (0,)], torch.float32)
     found, shards = looked_up(weight.requires_grad_(False), [mine.int() for mine in ids], None, block_bytes)
     for mine, y in zip(ids, found, strict=True):
         assert not y.requires_grad
@@ -84,11 +87,11 @@ def test_a_frozen_table_gets_no_gradient(block_bytes, device):
 
 
 @pytest.mark.parametrize(("block_bytes", "there", "back"), [(0, 20, H), (500, 4, 3), (2**20, 1, 1)])
-def test_collectives_depend_on_the_most_tokens_alone(block_bytes, there, back, device):
+def test_collectives_depend_on_the_most_tokens_alone(block_bytes, there, back):
     """500 bytes hold 6 tokens of each rank, so 20 are in 4 even parts, and 2 of the 6 columns of all tokens."""
     seen = []
     for shapes in ([(20,)] * 3, [(3,), (20,), (0,)]):
-        weight, ids, dy = drawn(shapes, torch.float32, device)
+        weight, ids, dy = drawn(shapes, torch.float32)
         _, shards = looked_up(weight, ids, 5, block_bytes, dy)
         seen += [shard.collectives for shard in shards]
     assert all(each == seen[0] for each in seen)
@@ -98,8 +101,8 @@ def test_collectives_depend_on_the_most_tokens_alone(block_bytes, there, back, d
         assert all(torch.Size(shape).numel() * 4 <= block_bytes for kind, shape in seen[0][1:])
 
 
-def test_a_second_backward_is_right(device):
-    weight, (ids,), (dy,) = drawn([(7,)], torch.float32, device)
+def test_a_second_backward_is_right():
+    weight, (ids,), (dy,) = drawn([(7,)], torch.float32)
     y = stationary_embedding(ids, Shard(weight, 0, V))
     (wanted,) = torch.autograd.grad(F.embedding(ids, weight), weight, dy)
     for _ in range(2):

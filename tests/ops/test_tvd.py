@@ -40,7 +40,11 @@ def test_full_product(n_vocab, dtype, reduction, temperature, device, pair_block
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(511, 128256), (63, 50257)])  # Llama-3; GPT-2, where no row starts aligned
 def test_real_sizes(shape, dtype, device):
-    as_accurate(tvd, tvd_reference, pair(*shape, device=device), dtype)
+    student, teacher, labels = pair(*shape, device=device)
+    # where p and q are all but equal, rounding decides which of the two slopes on either side counts
+    p, q = student.softmax(-1), teacher.softmax(-1)
+    teacher[(p - q).abs() < 1e-5 * p] += 0.1
+    as_accurate(tvd, tvd_reference, [student, teacher, labels], dtype)
 
 
 @pytest.mark.gpu

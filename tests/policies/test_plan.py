@@ -43,6 +43,7 @@ def test_switches_and_wanted() -> None:
         ({"fused_linear_cross_entropy": {"chunks": 2}}, ["chunks", "chunk_mb", "keep_mb"]),
         ({"fused_linear_cross_entropy": {"chunk_mb": "2"}}, ["chunk_mb", "'2'", "int"]),
         ({"fused_linear_cross_entropy": {"chunk_mb": True}}, ["chunk_mb", "True", "int"]),
+        ({"fused_linear_cross_entropy": {"accumulate": "bf16"}}, ["accumulate", "'bf16'", "'native'", "'fp32'"]),
         ({"logits": "drop"}, ["logits", "'drop'", "'defer'", "'keep'"]),
         ({"eval": True}, ["eval", "True", "'defer'", "'stock'"]),
     ],

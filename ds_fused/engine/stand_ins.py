@@ -1,0 +1,111 @@
+"""A head's weight as a rank under ZeRO-3 has it, without ranks and without memory: what a warm-up shows to the op.
+
+Shapes, dtypes and what is called are as in `ZeroSlabs` and `ZeroShard`; everything is on the meta device.
+
+Sizes: V vocabulary rows, H columns, W ranks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ds_fused.engine.shards import Shards
+from ds_fused.ops.slabs import WeightSlabs
+from ds_fused.ops.stationary import VocabShard
+
+
+def ways_of(weight: Tensor, ranks: int, mode: str, slab_bytes: int) -> list[WeightSlabs | VocabShard]:
+    """What a head [V, H] may be in that mode, "auto" being either; nothing where it is whole."""
+    shards = Shards(*weight.shape, ranks)
+    if ranks == 1 or shards.why_not() is not None:
+        return []
+    ways: list[WeightSlabs | VocabShard] = []
+    if mode in ("auto", "stream"):
+        ways.append(Slabs(weight, shards, slab_bytes))
+    if mode in ("auto", "stationary"):
+        # ids of the first begin with 0, and those of some others with a number that 16 does not divide
+        ways += [Shard(weight, shards, rank) for rank in sorted({0, 1, ranks - 1})]
+    return ways
+
+
+class Landed(NamedTuple):
+    """A collective that has been."""
+
+    result: Tensor
+
+    def land(self) -> Tensor:
+        return self.result
+
+
+class Slabs:
+    """Mode "stream"."""
+
+    def __init__(self, weight: Tensor, shards: Shards, slab_bytes: int) -> None:
+        self.weight = weight
+        self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
+        self.requires_grad, self.share = weight.requires_grad, 1 / shards.ranks
+        rows = shards.slab_rows(shards.hidden * weight.element_size(), slab_bytes)
+        sizes = [shards.ranks * min(rows, shards.common - start) for start in range(0, shards.common, rows)]
+        self._sizes = [shards.seam_rows, *sizes] if shards.seam_rows else sizes
+        self.slab_rows = max(self._sizes)
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def places(self, k: int) -> tuple[int, int]:
+        return self._sizes[k], sum(self._sizes[:k])
+
+    def prefetch(self, k: int) -> None:
+        """Nothing comes."""
+
+    def gather(self, k: int) -> Tensor:
+        return self.weight.new_empty(self._sizes[k], self.shape[1])
+
+    def gradient(self, k: int) -> Tensor:
+        return self.gather(k)
+
+    def scatter(self, k: int, dw: Tensor) -> None:
+        """Nothing leaves."""
+
+    def finish(self) -> None:
+        """Nothing was written."""
+
+
+class Shard(VocabShard):
+    """Mode "stationary"."""
+
+    # whether an upstream gradient confirms what a forward has guessed can't be read
+    guesses = False
+
+    def __init__(self, weight: Tensor, shards: Shards, rank: int) -> None:
+        self.weight = weight
+        self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
+        self.requires_grad = weight.requires_grad
+        self.ranks, self.rank = shards.ranks, rank
+        self.first_id, after = shards.first_rows[rank : rank + 2]
+        self.n_rows = after - self.first_id
+
+    def rows(self) -> tuple[Tensor, ...]:
+        return (self.weight.new_empty(self.n_rows, self.shape[1]),)
+
+    def most(self, n: int) -> int:
+        return n
+
+    def gather(self, mine: Tensor) -> Landed:
+        return Landed(mine.new_empty(self.ranks, *mine.shape))
+
+    def reduce_scatter(self, parts: Tensor) -> Landed:
+        return Landed(parts.new_empty(parts.shape[1:]))
+
+    def gradient(self, dtype: torch.dtype = torch.float32) -> Gradient:
+        return Gradient(self.weight.new_empty(self.n_rows, self.shape[1], dtype=dtype))
+
+
+class Gradient(NamedTuple):
+    rows: Tensor
+
+    def give(self, factor: float) -> None:
+        """Nobody wants it."""

@@ -1,0 +1,206 @@
+"""``launch(kernel, grid, *args, **constants)``: what ``kernel[grid](*args, **constants)`` does, in less host time.
+
+At small sizes a call of an op takes the host longer than the device, and much of that time is Triton's: it binds
+arguments, prints options into a key, asks for allocators and hooks, and asks the driver what each pointer points to.
+Here one loop over the arguments makes a key, under which lies the C function of the compiled kernel, and that is called
+with addresses.
+
+In every call anew, the key tells apart all that Triton's specialisation does: of a tensor its dtype and whether 16
+divides its address; of an integer whether it is 1, whether 16 divides it and how wide it is; None; the constants, among
+them num_warps and num_stages; the device. It may be finer than Triton's own (``do_not_specialize``): two keys then lead
+to one kernel.
+
+The ordinary way is taken
+
+- where torch.compile traces, whose graph has to hold an ordinary Triton kernel
+- by versions of Triton that are not in KNOWN, by AMD's and Intel's devices, and by the interpreter
+- while somebody watches: launch hooks, hooks of a kernel, debug and instrumentation modes
+- where a tensor is not on the current device: that of the first one is made current, and what is wrong with others
+  Triton says itself
+- by the first launch of a key, since the kernel may have to be compiled; and by all from the moment on when a rehearsal
+  of the ordinary way does not arrive at the C function with the very arguments that would be passed here.
+
+Not looked at again are the globals that a kernel reads (Triton refuses to launch when one has changed): ours are
+constants.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from ds_fused.ops._triton import on_device
+
+# whose specialisation the key was made after; all else that may differ between versions is rehearsed
+KNOWN = ("3.6",)
+
+_runtime, _compilation = triton.knobs.runtime, triton.knobs.compilation
+
+log = logging.getLogger("ds_fused")
+
+
+class Entrance(NamedTuple):
+    """How `launch` enters a compiled kernel."""
+
+    call: Callable[..., object]  # the C function
+    before: tuple[object, ...]  # what it takes between the stream and the kernel's arguments
+    behind: tuple[object, ...]
+    compiled: object  # it and its JITFunction stay alive, so that the id in the key stays theirs
+
+
+_entrances: dict[tuple[object, ...], Entrance] = {}
+
+
+def _nowhere() -> int:
+    """The index of a device that no tensor lies on (-1 is the CPU's)."""
+    return -2
+
+
+def _knows_triton() -> bool:
+    if _runtime.interpret or torch.version.hip is not None:
+        return False
+    return triton.__version__.startswith(tuple(f"{version}." for version in KNOWN))
+
+
+# what torch.cuda.current_device calls, after asking whether CUDA is initialised: it is, where a tensor lies on a GPU
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", _nowhere) if _knows_triton() else _nowhere
+_current_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def launch(kernel: JITFunction, grid: tuple[int, ...], *args: Tensor | float | None, **constants: object) -> None:
+    """``kernel[grid](*args, **constants)`` on the device of args[0], a tensor. Constants are the constexpr ones."""
+    if torch.compiler.is_compiling():
+        kernel[grid](*args, **constants)
+        return
+    device = args[0].get_device()
+    if device != _current_device():
+        launch_elsewhere(kernel, grid, args, constants)
+        return
+
+    facts: list[object] = [id(kernel), device, *constants, *constants.values()]
+    passed: list[float | None] = []
+    for arg in args:
+        kind = type(arg)
+        if kind is int:
+            facts.append(("" if arg & 15 else "16") if 1 < arg < 2**31 else _seldom(arg))
+            passed.append(arg)
+        elif arg is None or kind is float or kind is bool:
+            facts.append(kind)
+            passed.append(arg)
+        elif arg.get_device() != device:
+            kernel[grid](*args, **constants)
+            return
+        else:
+            address = arg.data_ptr()
+            facts.append((arg.dtype,) if address & 15 else arg.dtype)
+            passed.append(address)
+    key = tuple(facts)
+    entrance = _entrances.get(key)
+    watched = _is_watched(kernel)
+    if entrance is None or watched:
+        compiled = kernel[grid](*args, **constants)
+        if entrance is None and not watched:
+            _rehearse(key, kernel, compiled, grid, args, constants)
+        return
+    x, y, z = (*grid, 1, 1)[:3]
+    entrance.call(x, y, z, _current_stream(device), *entrance.before, *passed, *entrance.behind)
+
+
+def launch_elsewhere(
+    kernel: JITFunction, grid: tuple[int, ...], args: tuple[object, ...], constants: Mapping[str, object]
+) -> None:
+    """The ordinary way, on a device that is not the current one, or not known to `launch`."""
+    with on_device(args[0]):
+        kernel[grid](*args, **constants)
+
+
+def _seldom(n: int) -> tuple[object, ...]:
+    """Of an integer that is not between 2 and the largest in 32 bits."""
+    width = 32 if -(2**31) <= n < 2**31 else 64 if -(2**63) <= n < 2**63 else "unsigned"
+    return n == 1, n & 15 == 0, width
+
+
+def _is_watched(kernel: JITFunction) -> bool:
+    """Whether a launch has to pass through Triton's own hands."""
+    return bool(
+        # chains of hooks, or what somebody has put in their place
+        getattr(_runtime.launch_enter_hook, "calls", _runtime.launch_enter_hook)
+        or getattr(_runtime.launch_exit_hook, "calls", _runtime.launch_exit_hook)
+        or _runtime.debug
+        or _compilation.instrumentation_mode
+        or kernel.debug
+        or kernel.pre_run_hooks
+    )
+
+
+def _rehearse(
+    key: tuple[object, ...],
+    kernel: JITFunction,
+    compiled: object,
+    grid: tuple[int, ...],
+    args: tuple[object, ...],
+    constants: dict[str, object],
+) -> None:
+    """Opens an entrance, if the ordinary way arrives at the C function with what `launch` would pass."""
+    global _current_device
+    try:
+        _entrances[key] = _entrance(kernel, compiled, grid, args, constants)
+    except Exception as error:
+        _current_device = _nowhere
+        log.warning("ds_fused: kernels are launched by Triton's own launcher: %s: %s", type(error).__name__, error)
+
+
+def _entrance(
+    kernel: JITFunction, compiled: object, grid: tuple[int, ...], args: tuple[object, ...], constants: dict[str, object]
+) -> Entrance:
+    device = args[0].get_device()
+    seen = _what_c_sees(kernel, compiled, device, grid, args, constants)
+    head, arguments, behind = seen[:13], seen[13 : 13 + len(args)], seen[13 + len(args) :]
+    *place, stream, function, cooperative, dependent, scratch, profile_scratch, packed, _, enter, exit = head
+    as_expected = {
+        "grid": place == [*grid, 1, 1][:3],
+        "stream": stream == _current_stream(device),
+        "function": function == compiled.function,
+        # memory that would have to be allocated for every launch
+        "scratch": scratch is None and profile_scratch is None,
+        "hooks": enter is _runtime.launch_enter_hook and exit is _runtime.launch_exit_hook,
+        "arguments": all(a is b for a, b in zip(arguments, args, strict=True)),
+        "constants": len(behind) == len(kernel.params) - len(args),
+    }
+    if not all(as_expected.values()):
+        raise ValueError(f"{kernel.__name__}: {', '.join(k for k, v in as_expected.items() if not v)} not as expected")
+    # nobody watches: neither facts about the launch nor hooks
+    before = (function, cooperative, dependent, None, None, packed, None, None, None)
+    return Entrance(compiled.run.launch, before, tuple(behind), compiled)
+
+
+def _what_c_sees(
+    kernel: JITFunction,
+    compiled: object,
+    device: int,
+    grid: tuple[int, ...],
+    args: tuple[object, ...],
+    constants: dict[str, object],
+) -> tuple[object, ...]:
+    """All that the ordinary way passes to the C function, on copies of kernel and launcher that launch nothing."""
+    seen: list[tuple[object, ...]] = []
+    launcher = copy.copy(compiled.run)
+    launcher.launch = lambda *everything: seen.append(everything)
+    stand_in = copy.copy(compiled)
+    stand_in._run = launcher
+    compiled_so_far, *binder = kernel.device_caches[device]
+    stage = {key: stand_in for key, other in compiled_so_far.items() if other is compiled}
+    if not stage or "launch" not in vars(compiled.run):
+        # the actor would launch
+        raise LookupError(f"{kernel.__name__} and its C function are not where Triton keeps them")
+    actor = copy.copy(kernel)
+    actor.device_caches = {device: (stage, *binder)}
+    actor[grid](*args, **constants)
+    return seen[0]

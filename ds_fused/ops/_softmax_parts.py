@@ -1,0 +1,71 @@
+"""Device code of the losses' softmax passes: the cap on a logit, running sums of exponentials, gradients of a logit.
+
+What the passes compute is said in cross_entropy.py.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# exp2 flushes numbers below the least normal one to zero, for whose sake exp takes three instructions more
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _tanh_and_slope(x):
+    q = tl.exp(-2.0 * tl.abs(x))
+    r = 1.0 / (1.0 + q)
+    # 1 - tanh^2 would keep few bits of a slope near 0, and the quotient few of a tanh near 0: there a series, which
+    # leaves out less than 1e-7 of the value
+    s = x * x
+    tail = s * (0.13333333333333333 - s * (0.05396825396825397 - s * (0.021869488536155203 - s * 0.008863235529902197)))
+    series = x * (1.0 + s * (tail - 0.3333333333333333))
+    quotient = (1.0 - q) * r
+    return tl.where(s < 0.09, series, tl.where(x < 0.0, -quotient, quotient)), 4.0 * q * r * r
+
+
+@triton.jit
+def _capped(x, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Raw logits to (z, dz/dx), both fp32."""
+    z = x * logit_scale
+    slope = logit_scale
+    if HAS_SOFTCAP:
+        t, slope = _tanh_and_slope(z / softcap)
+        z = softcap * t
+        slope *= logit_scale
+    return z, slope
+
+
+@triton.jit
+def _online(top, total, z):
+    """Each lane's running maximum and sum of exponentials, with one exponential an element: either z or top is the new
+    maximum, whose exponential is 1."""
+    e = tl.exp2(-LOG2_E * tl.abs(z - top))
+    total = tl.where(z > top, total * e + 1.0, total + e)
+    return tl.maximum(z, top), total
+
+
+@triton.jit
+def _online_entropy(top, total, below, z):
+    """_online, and each lane's sum of exponentials times their distance from the maximum."""
+    gap = tl.minimum(tl.abs(z - top), 1e38, propagate_nan=tl.PropagateNan.ALL)  # finite: e is 0 there
+    e = tl.exp(-gap)
+    # a new maximum is that much farther from all that was before
+    below = tl.where(z > top, (below + total * gap) * e, below + gap * e)
+    total = tl.where(z > top, total * e + 1.0, total + e)
+    return tl.maximum(z, top), total, below
+
+
+@triton.jit
+def _dz(z, peak, rest, is_label, wanted_label, wanted_other, on_lse):
+    p = tl.exp((z - peak) - rest)
+    # the difference first: what is left of it may be small
+    return (p - tl.where(is_label, wanted_label, wanted_other)) + p * on_lse
+
+
+@triton.jit
+def _dz_of_entropy(z, peak, rest, entropy):
+    log_p = (z - peak) - rest
+    # finite where p is 0
+    return tl.exp(log_p) * -(tl.maximum(log_p, -1e38, propagate_nan=tl.PropagateNan.ALL) + entropy)

@@ -1,0 +1,199 @@
+"""Compiles the kernels that a model will train with, before it trains, into Triton's cache.
+
+    python -m ds_fused.warmup MODEL --config ds.json
+    python -m ds_fused.warmup runs/mine/run.yaml --target sm90
+
+MODEL: a folder or hub name in HuggingFace's format, its config.json, or the run.yaml of ``python -m launch``, which
+names model and config itself. The model is built without memory (on PyTorch's meta device), its layers are replaced as
+``deepspeed.initialize`` would, and a step and an evaluation run through it in which nothing is computed and every
+launch is noted. What was noted is compiled by several processes; what Triton's cache holds already is found there.
+
+No GPU is needed where ``--target`` names one. Under ZeRO-3 the kernels of the head depend on ``--ranks``, as rows of it
+do. Those of an autocast are not among them: they are compiled at their first launch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import hjson
+import torch
+import transformers
+import triton
+import yaml
+from torch import nn
+from triton.backends.compiler import GPUTarget
+
+from ds_fused.engine.config import Config, parse
+from ds_fused.engine.stand_ins import ways_of
+from ds_fused.modules.head import HeadWeight
+from ds_fused.ops._ahead import META, Done, Launch, compile_noted, noted, target_here, target_of
+from ds_fused.ops.slabs import WeightSlabs
+from ds_fused.ops.stationary import VocabShard
+from ds_fused.policies import plan
+
+# tokens of a sequence where nothing says more: kernels ask of it only whether 16 divides it
+LENGTH = 1024
+# more processes than this wait for each other's disk
+MOST_PROCESSES = 16
+
+
+class Job(NamedTuple):
+    """What is to be warmed up for."""
+
+    model: str  # a folder, a hub name or a config.json
+    ds_config: Mapping[str, object]
+    length: int
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = options_of(argv)
+    try:
+        job = job_of(args.model, args.config)
+        config = parse(job.ds_config.get("ds_fused", {"enabled": True}))
+        target = target_of(args.target)
+        model = model_of(job.model, dtype_of(job.ds_config))
+    except ValueError as error:
+        raise SystemExit(f"ds_fused.warmup: {error}") from error
+    batch = job.ds_config.get("train_micro_batch_size_per_gpu", 1)
+    shape = (batch if isinstance(batch, int) else 1, job.length)
+
+    began = time.perf_counter()
+    sharded_over = args.ranks if dict(job.ds_config.get("zero_optimization", {})).get("stage") == 3 else 1
+    launches, problem = launches_of(model, config, shape, target, sharded_over)
+    done = list(compile_noted(launches, target, args.processes))
+    print(f"ds_fused.warmup: {type(model).__name__} in {str(model.dtype).removeprefix('torch.')} on {args.target}")
+    print(_table(done))
+    fresh = sum(not one.was_there for one in done)
+    print(
+        f"  {fresh} kernels compiled, {len(done) - fresh} found in {triton.knobs.cache.dir}: "
+        f"{time.perf_counter() - began:.1f} s, {args.processes} processes"
+    )
+    for line in dict.fromkeys(one.without for one in done if one.without):
+        print(f"  their launchers are left to the first launch: {line}")
+    if problem is not None:
+        raise SystemExit(f"ds_fused.warmup: {type(model).__name__} did not run to the end without data: {problem}")
+
+
+def options_of(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m ds_fused.warmup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL", help="a folder, a hub name, a config.json or a run.yaml")
+    parser.add_argument("--config", help="the DeepSpeed JSON; without it bf16 and all ops")
+    parser.add_argument("--target", help="sm90, gfx942, ...; without it the GPU of this machine")
+    parser.add_argument("--ranks", type=int, default=1, help="of the job, over which ZeRO-3 shards the head")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--processes", type=int, default=min(cores, MOST_PROCESSES), help="that compile side by side")
+    args = parser.parse_args(argv)
+    # asked only where nobody says it: the answer opens the GPU
+    args.target = args.target or target_here()
+    if args.target is None:
+        parser.error("there is no GPU here: name one, such as --target sm90")
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: nothing is compiled under it")
+    return args
+
+
+def job_of(model: str, config: str | None) -> Job:
+    """What MODEL and --config say together."""
+    length = LENGTH
+    ds_config: Mapping[str, object] = {"bf16": {"enabled": True}}
+    if Path(model).suffix in (".yaml", ".yml"):
+        run = yaml.safe_load(_text(model))
+        try:
+            model, length = run["model"]["path"], run["train"]["block"]
+            ds_config = {**run["deepspeed"], "ds_fused": run["fused"]}
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{model} is no run.yaml of python -m launch: it has no {error}") from error
+    if config is not None:
+        ds_config = hjson.loads(_text(config))
+    return Job(model, ds_config, length)
+
+
+def _text(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{file} can't be read: {error.strerror}") from error
+
+
+def dtype_of(ds_config: Mapping[str, object]) -> torch.dtype:
+    """What the parameters will be cast to."""
+    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if dict(ds_config.get(key, {})).get("enabled") is True:
+            return dtype
+    return torch.float32
+
+
+def model_of(name: str, dtype: torch.dtype) -> nn.Module:
+    """The causal language model of that config, without memory."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        with META:
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:
+        # each library below says in a way of its own that it has no such file, name or class
+        raise ValueError(f"there is no causal language model {name}: {error}".partition("\n")[0]) from error
+    model.config.use_cache = False
+    return model
+
+
+def launches_of(
+    model: nn.Module, config: Config, shape: tuple[int, int], target: GPUTarget, ranks: int = 1
+) -> tuple[list[Launch], str | None]:
+    """What the proof, steps and an evaluation of a model on meta launch; what stopped them, if anything did.
+
+    ``ranks``: over which its parameters are sharded.
+    """
+    problem = None
+    # the weight of the head: whole, then in each way in which it may come
+    head = model.get_output_embeddings()
+    ways = ways_of(head.weight, ranks, config.head["mode"], config.head["slab_mb"] * 2**20)
+    way: WeightSlabs | VocabShard | None = None
+    with noted(target) as launches:
+        plan.apply(
+            model,
+            config.wanted,
+            device=META,
+            dtype=model.dtype,
+            verify=config.verify,
+            logits=config.logits,
+            eval=config.eval,
+            weight=HeadWeight(slabs=lambda head, n_tokens: way),
+        )
+        ids = torch.zeros(shape, dtype=torch.int64, device=META)
+        # a mask ready made: to make one, models look into what they are given
+        mask = torch.ones((shape[0], 1, shape[1], shape[1]), dtype=torch.bool, device=META)
+        given = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+        try:
+            for way in (None, *ways):  # noqa: B007 (read by HeadWeight)
+                with torch.no_grad():
+                    model.eval()(**given)
+                model.train()(**given).loss.backward()
+        except Exception as error:
+            # a model whose forward looks at data; what was noted until then is compiled all the same
+            problem = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return launches, problem
+
+
+def _table(done: list[Done]) -> str:
+    """A line for each kernel: how many of it, and for how long a process worked at them."""
+    by_name: dict[str, list[Done]] = defaultdict(list)
+    for one in done:
+        by_name[one.name].append(one)
+    lines = [
+        f"  {len(ones):3} x {name:<36} {sum(one.seconds for one in ones):6.2f} s"
+        for name, ones in sorted(by_name.items())
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

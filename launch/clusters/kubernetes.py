@@ -1,0 +1,191 @@
+"""Pods: a PyTorchJob of Kubeflow's training operator, or an Indexed Job, which every Kubernetes knows.
+
+In a pod the run's folder has the path that it has here: it is a folder of the volume `cluster.claim`, and the two files
+that all ranks read lie in it out of a ConfigMap. Model and text are paths of the image or of `cluster.mounts`. A pod
+that is started again goes on from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from dataclasses import dataclass
+from typing import Optional
+
+import yaml
+from omegaconf import MISSING
+
+from launch.render import PORT, Host, Rendered, at, choice, count, rank_env, record, script_with_config
+from launch.schema import Cluster, Run
+
+# ruff: noqa: UP045 (omegaconf knows Optional by this name)
+
+
+class _Readable(yaml.SafeDumper):
+    """Texts of several lines as such; nothing as a reference to an earlier part."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Readable.add_representer(str, _text)
+
+
+@dataclass
+class Options(Cluster):
+    image: str = MISSING  # holds the environment, with its commands on PATH
+    claim: str = MISSING  # the volume of the runs' folders
+    repo: str = "/workspace/ds_fused"  # where launch/ lies in the image
+    form: str = "pytorchjob"
+    nodes: int = 1
+    namespace: str = "default"
+    mounts: Optional[dict[str, str]] = None  # further claims, each with its path in the pods
+    env_from: Optional[str] = None  # a Secret, whose keys become variables; the manifest has its name only
+    service_account: Optional[str] = None
+    cpus: Optional[int] = None
+    memory: Optional[str] = None
+    shared_memory: str = "16Gi"
+    restarts: int = 3
+
+
+def render(run: Run, host: Host) -> Rendered:
+    cluster: Options = run.cluster
+    for key in ("model", "data"):
+        if getattr(run, key).fetch:
+            raise ValueError(f"{key}.fetch is made on this machine, where no pod sees it: take model=hub and data=text")
+    nodes, ranks = count("nodes", cluster.nodes), count("ranks", cluster.ranks)
+    name = job_name(run.folder)
+    choice("form", cluster.form, "pytorchjob", "job")
+    documents = pytorch_job(run, name, nodes) if cluster.form == "pytorchjob" else indexed_job(run, name, nodes)
+    text = yaml.dump_all([config_map(run, name), *documents], Dumper=_Readable, sort_keys=False, width=1000)
+    command = pod_command(run, name)
+    # the pods of a PyTorchJob: one master, and workers that are counted from 0
+    pods = [f"{name}-{i}" for i in range(nodes)]
+    if cluster.form == "pytorchjob":
+        pods = [f"{name}-master-0", *(f"{name}-worker-{i}" for i in range(nodes - 1))]
+    return Rendered(
+        command=["kubectl", "apply", "--filename", at(run, "job.yaml")],
+        env={},
+        nodes={pod: command.replace(node_rank(cluster), str(i)) for i, pod in enumerate(pods)},
+        ranks=nodes * ranks,
+        files={"job.yaml": text},
+    )
+
+
+def job_name(folder: str) -> str:
+    """A name that Kubernetes allows, from the last parts of the run's folder."""
+    parts = "-".join(folder.rstrip("/").split("/")[-2:]).lower()
+    # 40: the pods' names are longer, and must stay below 64
+    return "ds-fused-" + re.sub("[^a-z0-9]+", "-", parts).strip("-")[-40:].strip("-")
+
+
+def metadata(cluster: Options, name: str) -> dict:
+    return {"name": name, "namespace": cluster.namespace, "labels": {"app": name}}
+
+
+def config_map(run: Run, name: str) -> dict:
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata(run.cluster, name), "data": record(run)}
+
+
+def node_rank(cluster: Options) -> str:
+    return '"$RANK"' if cluster.form == "pytorchjob" else '"$JOB_COMPLETION_INDEX"'
+
+
+def pod_command(run: Run, name: str) -> str:
+    """The line of shell of every pod."""
+    cluster: Options = run.cluster
+    torchrun = f"torchrun --nnodes {cluster.nodes} --nproc_per_node {cluster.ranks} --node_rank {node_rank(cluster)}"
+    if cluster.form == "pytorchjob":
+        torchrun += ' --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT"'
+    else:
+        torchrun += f" --master_addr {name}-0.{name} --master_port {count('port', cluster.port, PORT)}"
+    _, *options = script_with_config(run)
+    train = f"{torchrun} {shlex.join([os.path.join(cluster.repo, 'launch/train.py'), *options, '--resume'])}"
+    preflight = f"{torchrun} {shlex.quote(os.path.join(cluster.repo, 'launch/preflight.py'))} && "
+    return (preflight if cluster.preflight else "") + train
+
+
+def pod(run: Run, name: str) -> dict:
+    cluster: Options = run.cluster
+    on_cpu = choice("accelerator", cluster.accelerator, "auto", "cpu") == "cpu"
+    env = rank_env(cluster, on_cpu, (cluster.cpus or 1) // cluster.ranks)
+    volumes = {
+        "runs": {"persistentVolumeClaim": {"claimName": cluster.claim}},
+        "config": {"configMap": {"name": name}},
+        # what NCCL and the workers of a loader share; a container's own is 64 MiB
+        "shared-memory": {"emptyDir": {"medium": "Memory", "sizeLimit": cluster.shared_memory}},
+    }
+    mounts = [{"name": "runs", "mountPath": run.folder, "subPath": name}]
+    mounts += [{"name": "config", "mountPath": at(run, file), "subPath": file} for file in record(run)]
+    mounts += [{"name": "shared-memory", "mountPath": "/dev/shm"}]
+    for claim, path in (cluster.mounts or {}).items():
+        volumes[claim] = {"persistentVolumeClaim": {"claimName": claim}}
+        mounts.append({"name": claim, "mountPath": path})
+    limits = {
+        "nvidia.com/gpu": None if on_cpu else cluster.ranks, "cpu": cluster.cpus, "memory": cluster.memory
+    }  # fmt: skip
+    container = {
+        # the operator looks for a container of this name
+        "name": "pytorch",
+        "image": cluster.image,
+        "command": ["bash", "-c", pod_command(run, name)],
+        "env": [{"name": key, "value": value} for key, value in env.items()],
+        "resources": {"limits": {key: value for key, value in limits.items() if value is not None}},
+        "volumeMounts": mounts,
+    }
+    if cluster.env_from:
+        container["envFrom"] = [{"secretRef": {"name": cluster.env_from}}]
+    spec = {"containers": [container], "volumes": [{"name": key, **volume} for key, volume in volumes.items()]}
+    if cluster.service_account:
+        spec["serviceAccountName"] = cluster.service_account
+    return spec
+
+
+def pytorch_job(run: Run, name: str, nodes: int) -> list[dict]:
+    def replicas(number: int) -> dict:
+        return {"replicas": number, "restartPolicy": "OnFailure", "template": {"spec": pod(run, name)}}
+
+    specs = {"Master": replicas(1)}
+    if nodes > 1:
+        specs["Worker"] = replicas(nodes - 1)
+    return [
+        {
+            "apiVersion": "kubeflow.org/v1",
+            "kind": "PyTorchJob",
+            "metadata": metadata(run.cluster, name),
+            "spec": {"runPolicy": {"backoffLimit": run.cluster.restarts}, "pytorchReplicaSpecs": specs},
+        }
+    ]
+
+
+def indexed_job(run: Run, name: str, nodes: int) -> list[dict]:
+    """A Service without an address of its own, by which pod 0 is found, and the Job."""
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": metadata(run.cluster, name),
+        # pods find each other before they are ready
+        "spec": {"clusterIP": "None", "selector": {"app": name}, "publishNotReadyAddresses": True},
+    }
+    job = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": metadata(run.cluster, name),
+        "spec": {
+            "completionMode": "Indexed",
+            "completions": nodes,
+            "parallelism": nodes,
+            # where one fails all do, and each counts
+            "backoffLimit": run.cluster.restarts * nodes,
+            "template": {
+                "metadata": {"labels": {"app": name}},
+                "spec": {"subdomain": name, "restartPolicy": "OnFailure", **pod(run, name)},
+            },
+        },
+    }
+    return [service, job]

@@ -1,0 +1,59 @@
+"""What a warm-up shows to the head's op has the shapes that ZeRO-3 would give it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ds_fused.engine.stand_ins import Shard, Slabs, ways_of
+from ds_fused.ops import _launch, linear_cross_entropy
+from ds_fused.ops._ahead import noted, target_of
+
+
+def weight(n_vocab: int, hidden: int) -> Tensor:
+    return torch.empty(n_vocab, hidden, dtype=torch.bfloat16, device="meta", requires_grad=True)
+
+
+# one that its ranks split evenly, and two with rows on two ranks
+@pytest.mark.parametrize("n_vocab, ranks", [(1024, 2), (50257, 8), (1001, 3)])
+def test_slabs_are_the_whole_weight(n_vocab, ranks):
+    (slabs,) = ways_of(weight(n_vocab, 64), ranks, "stream", 2**16)
+    sizes = [slabs.places(k)[0] for k in range(len(slabs))]
+    assert sum(sizes) == n_vocab and max(sizes) == slabs.slab_rows
+    # the seam comes first, and may be larger than a slab
+    plain = sizes[1:] if n_vocab % ranks else sizes
+    assert all(size % ranks == 0 and size * 64 * 2 <= 2**16 for size in plain)
+
+
+def test_modes():
+    kinds = {mode: [type(way) for way in ways_of(weight(1001, 64), 3, mode, 2**20)] for mode in MODES}
+    assert kinds == {"auto": [Slabs, Shard, Shard, Shard], "stream": [Slabs], "stationary": [Shard] * 3, "gather": []}
+    assert sum(shard.n_rows for shard in ways_of(weight(1001, 64), 3, "stationary", 1)) == 1001
+    assert ways_of(weight(1001, 64), 1, "auto", 2**20) == []
+    # fewer rows than ranks
+    assert ways_of(weight(3, 64), 8, "auto", 2**20) == []
+
+
+MODES = ("auto", "stream", "stationary", "gather")
+
+
+@pytest.mark.parametrize(
+    "mode, kernels", [("stream", {(True, False), (False, False), (False, True)}), ("stationary", {(True, False)})]
+)
+def test_the_op_goes_through_them(mode, kernels, monkeypatch):
+    launches: list[tuple[str, dict[str, object]]] = []
+    with noted(target_of("sm90")):
+        # this process may hold kernels that are interpreted, about which triton tells less
+        note = lambda kernel, grid, args, constants: launches.append((kernel.fn.__name__, constants))  # noqa: E731
+        monkeypatch.setattr(_launch, "launch_elsewhere", note)
+        for way in ways_of(weight(1024, 64), 2, mode, 2**15):
+            x = torch.empty(32, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+            labels = torch.zeros(32, dtype=torch.int64, device="meta")
+            linear_cross_entropy(x, way, labels).backward()
+            assert x.grad.shape == x.shape
+        monkeypatch.undo()
+    names = {name for name, _ in launches}
+    assert "_cross_entropy_bwd_kernel" in names and ("_merge_kernel" in names) == (mode == "stationary")
+    parts = {(constants["IS_FIRST"], constants["IS_LAST"]) for _, constants in launches if "IS_LAST" in constants}
+    assert parts == kernels

@@ -1,0 +1,156 @@
+"""report.html: a well-formed page that needs nothing else, and what a browser makes of it; sweep.csv; environment/."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from launch import environment, report
+from launch.sweep import collate
+
+ROWS = [
+    {"step": 0, "held_out_loss": 5.5},
+    *(
+        {"step": step, "loss": 5.5 - step / 10, "tokens_per_s": 1e4, "grad_norm": 1.0, "memory_gb": 2.0,
+         "memory_gb_by_rank": [1.5, 2.0]}
+        for step in range(1, 41)
+    ),
+    {"step": 40, "held_out_loss": 1.6},
+]  # fmt: skip
+
+
+class Outline(HTMLParser):
+    """The elements of a page; what is open at its end, or closed out of turn, is an error."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+        self.linked: list[str] = []
+        self.feed(page)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        self.linked += [value for name, value in attrs if name in ("src", "href")]
+        # the only one that is never closed here
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def page(rows: list[dict] = ROWS, state: str = "ended", layers: str = "2 x rms_norm", **documents: str) -> str:
+    return report.page("/runs/a", state, rows, layers, documents)
+
+
+def test_the_page_is_well_formed_and_needs_nothing_else():
+    outline = Outline(page(run="train: {steps: 40}"))
+    # training, held out, tokens/s, two ranks, gradient norm
+    assert outline.seen.count("svg") == 4 and outline.seen.count("polyline") == 6
+    assert not outline.linked and "script" not in outline.seen
+
+
+def test_what_it_shows_is_text_whatever_it_is():
+    shown = page(layers="<script>alert(1)</script>", run="a: <b>")
+    assert "<script>" not in shown and "a: &lt;b&gt;" in shown
+
+
+def test_a_page_without_numbers_and_one_with_odd_ones():
+    Outline(page(rows=[]))
+    rows = [{"step": 1, "loss": float("nan"), "tokens_per_s": 5.0}, {"step": 2, "loss": float("inf"), "grad_norm": 0.0}]
+    outline = Outline(page(rows=rows))
+    # one point of tokens/s, one of gradient norm
+    assert outline.seen.count("polyline") == 2
+    assert "nan" not in page(rows=rows) and "inf," not in page(rows=rows)
+
+
+def test_it_reloads_itself_only_while_the_run_goes():
+    assert 'http-equiv="refresh"' in page(state="running")
+    assert 'http-equiv="refresh"' not in page(state="ended")
+
+
+def test_many_ranks_are_shown_by_the_least_and_the_most():
+    rows = [{"step": 1, "memory_gb_by_rank": [float(rank) for rank in range(1024)]}]
+    assert report.memory_by_rank(rows) == {"most": [(1, 1023.0)], "least": [(1, 0.0)]}
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_ends():
+    thinned = report.thinned([(float(i), 0.0) for i in range(100_000)])
+    assert len(thinned) <= report.POINTS + 1 and (thinned[0][0], thinned[-1][0]) == (0.0, 99_999.0)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"), [(0, 10, [0, 2, 4, 6, 8, 10]), (5.37, 5.56, [5.4, 5.45, 5.5, 5.55]), (3, 3, [3])]
+)
+def test_ticks_are_round_numbers(low, high, ticks):
+    assert report.ticks(low, high, 5) == pytest.approx(ticks)
+
+
+def written_run(folder: Path, seed: int, rows: list[dict]) -> Path:
+    folder.mkdir()
+    (folder / "run.yaml").write_text(f"train:\n  seed: {seed}\nfolder: {folder}\n")
+    # the last line is in the midst of being written
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 99')
+    return folder
+
+
+def test_it_is_made_of_what_the_folder_holds(tmp_path):
+    folder = written_run(tmp_path / "run", 3, ROWS)
+    report.write(folder, state="ended")
+    shown = (folder / "report.html").read_text()
+    assert "5.5000 → 1.6000" in shown and "seed: 3" in shown and ">2.00 GB<" in shown
+    assert not (folder / ".report.html").exists()
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+def test_a_browser_draws_it(tmp_path):
+    folder = written_run(tmp_path / "run", 3, ROWS)
+    report.write(folder, state="ended")
+    # measured by the browser: each line's extent, in its own units
+    measure = "<script>document.title = [...document.querySelectorAll('polyline')].map(p => p.getBBox().width)</script>"
+    page = folder / "measured.html"
+    page.write_text((folder / "report.html").read_text().replace("</body>", f"{measure}</body>"))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
+    drawn = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=60)
+    widths = re.search("<title>([0-9.,]+)</title>", drawn.stdout)
+    assert widths and all(float(width) > 400 for width in widths[1].split(",")), drawn.stdout[-2000:]
+
+
+def test_a_sweeps_table_has_the_keys_that_differ_and_how_each_point_ended(tmp_path):
+    end = {"step": 40, "held_out_before": 5.5, "held_out_after": 1.6, "seconds": 9.0, "memory_gb": 2.0}
+    written_run(tmp_path / "0", 1, [*ROWS, end])
+    written_run(tmp_path / "1", 2, [])
+    # beyond ten points the folders' names don't sort as words
+    written_run(tmp_path / "10", 3, [])
+    assert collate(tmp_path).read_text().splitlines() == [
+        "point,train.seed,step,loss,held_out_before,held_out_after,tokens_per_s,memory_gb,seconds",
+        "0,1,40,1.5,5.5,1.6,10000.0,2.0,9.0",
+        "1,2,,,,,,,",
+        "10,3,,,,,,,",
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "GITHUB_PAT", "NCCL_AUTH", "DS_CREDENTIALS"],
+)
+def test_a_secret_is_never_captured(name):
+    assert environment.is_secret(name)
+    assert environment.settings({name: "x", "HF_HOME": "/hf"}, [name, "HF_"]) == {"HF_HOME": "/hf"}
+
+
+def test_settings_are_the_variables_that_matter():
+    env = {"NCCL_DEBUG": "INFO", "EDITOR": "vi", "TOKENIZERS_PARALLELISM": "false", "HF_ENDPOINT": "https://me:pw@hub"}
+    assert environment.settings(env) == {"NCCL_DEBUG": "INFO"}
+    assert not environment.is_secret("TOKENIZERS_PARALLELISM")

@@ -1,0 +1,176 @@
+"""ds_fused.nn: each module in the place of PyTorch's or HuggingFace's: states, first values, outputs, gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import ds_fused
+from ds_fused import nn
+
+D = 12
+GENERATOR = torch.Generator().manual_seed(3)
+X = torch.randn(2, 3, 5, D, generator=GENERATOR)
+LABELS = torch.randint(0, D, (2, 3, 5), generator=GENERATOR).masked_fill(torch.arange(5) == 2, -100)
+IDS = torch.randint(0, 7, (2, 3), generator=GENERATOR)
+WEIGHT = torch.rand(D, generator=GENERATOR)
+LOG_P, Q = X.log_softmax(-1), X.flip(-1).softmax(-1)
+
+
+def seeded(make: Callable[[], torch.nn.Module], device: torch.device) -> torch.nn.Module:
+    torch.manual_seed(7)
+    return make().to(device)
+
+
+def agree(mine: Callable[[], torch.nn.Module], theirs: Callable[[], torch.nn.Module], device, *inputs: Tensor) -> None:
+    """One is the other's drop-in replacement."""
+    ours, stock = seeded(mine, device), seeded(theirs, device)
+    states = ours.state_dict(), stock.state_dict()
+    assert [*states[0]] == [*states[1]]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert {n for n, p in ours.named_parameters()} == {n for n, p in stock.named_parameters()}
+    for parameters in zip(ours.parameters(), stock.parameters(), strict=True):
+        # what is told from its first value: ones and zeros
+        torch.manual_seed(parameters[0].numel())
+        change = torch.rand_like(parameters[0])
+        for parameter in parameters:
+            parameter.data.add_(change)
+    stock.load_state_dict(ours.state_dict())
+    results = []
+    for module in (ours, stock):
+        leaves = [x.to(device).detach().requires_grad_(x.is_floating_point()) for x in inputs]
+        y = module(*leaves)
+        y.backward(torch.linspace(-1, 1, y.numel(), device=device).view(y.shape))
+        results.append([y, *(p.grad for p in module.parameters()), *(x.grad for x in leaves if x.is_floating_point())])
+    torch.testing.assert_close(*results, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", [D, (5, D)])
+@pytest.mark.parametrize("options", [{}, {"eps": 0.1}, {"elementwise_affine": False}])
+def test_norms(shape, options, device):
+    agree(lambda: nn.RMSNorm(shape, **options), lambda: torch.nn.RMSNorm(shape, **options), device, X)
+    agree(lambda: nn.LayerNorm(shape, **options), lambda: torch.nn.LayerNorm(shape, **options), device, X)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_eps_of_rms_norm_is_pytorchs(dtype, device):
+    x = (1e-3 * X).to(device, dtype)
+    norms = (made(D, device=device, dtype=dtype) for made in (nn.RMSNorm, torch.nn.RMSNorm))
+    torch.testing.assert_close(*(norm(x) for norm in norms))
+
+
+def test_a_wrong_shape_is_an_error():
+    # as many numbers as wanted, but others
+    with pytest.raises(ValueError, match=r"RMSNorm: x \(2, 3, 4\) must end in the normalized shape \(4, 3\)"):
+        nn.RMSNorm((4, 3))(torch.zeros(2, 3, 4))
+    with pytest.raises(ValueError, match=r"LayerNorm: x \(3,\) must end in the normalized shape \(4, 3\)"):
+        nn.LayerNorm((4, 3))(torch.zeros(3))
+
+
+def test_layer_norm_without_bias(device):
+    agree(lambda: nn.LayerNorm(D, bias=False), lambda: torch.nn.LayerNorm(D, bias=False), device, X)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_group_norm(affine, device):
+    x = X.transpose(1, 3).contiguous()
+    agree(lambda: nn.GroupNorm(3, D, affine=affine), lambda: torch.nn.GroupNorm(3, D, affine=affine), device, x)
+
+
+def test_gated_norm_is_that_of_qwen3_next(device):
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
+
+    agree(lambda: nn.GatedRMSNorm(D, 1e-5), lambda: Qwen3NextRMSNormGated(D, 1e-5), device, X, X.flip(0))
+
+
+def test_dyt(device):
+    norm = nn.DyT(D, 0.7).to(device)
+    assert {name: tuple(p.shape) for name, p in norm.named_parameters()} == {
+        "alpha": (1,), "weight": (D,), "bias": (D,)
+    }  # fmt: skip
+    x = X.to(device)
+    torch.testing.assert_close(norm(x), torch.tanh(0.7 * x))
+    assert nn.DyT(D, bias=False).bias is None
+
+
+@pytest.mark.parametrize(("kind", "act"), [("SwiGLU", "silu"), ("GeGLU", "gelu_pytorch_tanh")])
+def test_mlps_are_those_of_llama(kind, act, device):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    config = LlamaConfig(hidden_size=D, intermediate_size=20, num_attention_heads=1, hidden_act=act)
+    agree(lambda: getattr(nn, kind)(D, 20), lambda: LlamaMLP(config), device, X)
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_idx": -1}])
+def test_embedding(options, device):
+    agree(lambda: nn.Embedding(7, D, **options), lambda: torch.nn.Embedding(7, D, **options), device, IDS)
+    for more in ({"max_norm": 1.0}, {"sparse": True}, {"scale_grad_by_freq": True}):
+        with pytest.raises(ValueError, match=f"Embedding: .*{next(iter(more))}={next(iter(more.values()))}"):
+            nn.Embedding(7, D, **more)
+    assert torch.equal(nn.Embedding.from_pretrained(X[0, 0])(IDS % 5), X[0, 0][IDS % 5])
+
+
+def test_softmaxes(device):
+    agree(lambda: nn.Softmax(1), lambda: torch.nn.Softmax(1), device, X)
+    assert torch.equal(nn.Sparsemax(1)(X), ds_fused.sparsemax(X, 1))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("options", [{}, {"weight": WEIGHT, "label_smoothing": 0.1, "ignore_index": 4}])
+def test_cross_entropy_loss(options, reduction, device):
+    options = {**options, "reduction": reduction}
+    labels = LABELS.clamp_min(0) if "ignore_index" in options else LABELS
+    mine, theirs = (lambda: nn.CrossEntropyLoss(**options)), (lambda: torch.nn.CrossEntropyLoss(**options))
+    agree(mine, theirs, device, X.flatten(0, 2), labels.flatten())
+    # classes in the second dimension
+    agree(mine, theirs, device, X.movedim(-1, 1).contiguous(), labels)
+    agree(mine, theirs, device, X[0, 0, 0], labels[0, 0, 0])
+
+
+def test_options_that_pytorch_has_not(device):
+    x, labels = X.flatten(0, 2).to(device), LABELS.flatten().to(device)
+    loss = nn.CrossEntropyLoss(z_loss=0.1, return_accuracy=True)
+    assert "z_loss=0.1" in repr(loss)
+    for mine, theirs in zip(
+        loss(x, labels), ds_fused.cross_entropy(x, labels, z_loss=0.1, return_accuracy=True), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+    for kind in (nn.CrossEntropyLoss, nn.JSDLoss, nn.TVDLoss):
+        with pytest.raises(TypeError, match="zloss"):
+            kind(zloss=0.1)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True, "weight": WEIGHT, "label_smoothing": 0.1, "reduction": "sum"}])
+def test_linear_cross_entropy_loss(options, device):
+    x, labels = X.flatten(0, 2), LABELS.flatten()
+    if hasattr(torch.nn, "LinearCrossEntropyLoss"):  # PyTorch has it since 2.13
+        made = (nn.LinearCrossEntropyLoss, torch.nn.LinearCrossEntropyLoss)
+        agree(lambda: made[0](D, D, **options), lambda: made[1](D, D, **options), device, x, labels)
+    loss = nn.LinearCrossEntropyLoss(D, D, chunk_mb=1, **options).to(device)
+    expected = torch.nn.functional.cross_entropy(
+        loss.linear(x.to(device)), labels.to(device), loss.weight, reduction=options.get("reduction", "mean"),
+        label_smoothing=options.get("label_smoothing", 0.0),
+    )  # fmt: skip
+    torch.testing.assert_close(loss(x.to(device), labels.to(device)), expected)
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "sum"])
+def test_kl_div_loss(reduction, device):
+    options = {"reduction": reduction}
+    agree(lambda: nn.KLDivLoss(**options), lambda: torch.nn.KLDivLoss(**options), device, LOG_P, Q)
+
+
+def test_divergences():
+    labels = LABELS
+    assert torch.equal(nn.JSDLoss(beta=0.3)(X, X.flip(0), labels), ds_fused.jsd(X, X.flip(0), labels, beta=0.3))
+    assert torch.equal(nn.TVDLoss(temperature=2.0)(X, X.flip(0)), ds_fused.tvd(X, X.flip(0), temperature=2.0))
+
+
+def test_all_that_is_named_is_there():
+    assert ds_fused.nn is nn
+    for name in nn.__all__:
+        assert issubclass(getattr(nn, name), torch.nn.Module)

@@ -1,0 +1,144 @@
+"""``python -m ds_fused.warmup``: a step after it compiles nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig
+
+from ds_fused import warmup
+from ds_fused.warmup import dtype_of, job_of
+
+# the GPU where there is one, which a step then really uses
+if torch.cuda.is_available():
+    from ds_fused.ops._ahead import target_here
+
+    TARGET = target_here()
+else:
+    TARGET = "sm90"
+
+
+def run(*command: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    kept |= {"TRITON_CACHE_DIR": str(cache), **environment}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=kept, timeout=300)
+
+
+def warm_up(*arguments: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run("-m", "ds_fused.warmup", *arguments, "--processes", "2", cache=cache, **environment)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model's folder that holds a config alone, and a DeepSpeed JSON."""
+    folder = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    config.save_pretrained(folder)
+    ds_config = {"bf16": {"enabled": True}, "train_micro_batch_size_per_gpu": 2, "ds_fused": {"enabled": True}}
+    (folder / "ds.json").write_text(json.dumps(ds_config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def warm(folder, tmp_path_factory) -> tuple[Path, str]:
+    """A cache that was warmed up, and what was said."""
+    cache = tmp_path_factory.mktemp("cache")
+    done = warm_up(str(folder), "--config", str(folder / "ds.json"), "--target", TARGET, cache=cache)
+    assert done.returncode == 0, done.stderr
+    return cache, done.stdout
+
+
+def counts(said: str) -> tuple[int, int]:
+    compiled, found = re.search(r"(\d+) kernels compiled, (\d+) found in ", said).groups()
+    return int(compiled), int(found)
+
+
+def test_the_cache_is_filled(warm):
+    cache, said = warm
+    compiled, found = counts(said)
+    assert compiled > 10 and found == 0
+    assert f"LlamaForCausalLM in bfloat16 on {TARGET}" in said
+    for kernel in ("_rms_norm_fwd_kernel", "_rms_norm_bwd_kernel", "_glu_bwd_kernel", "_rope_kernel"):
+        assert re.search(rf"^ +\d+ x {kernel} +\d+\.\d\d s$", said, re.MULTILINE)
+    binary = "hsaco" if TARGET.startswith("gfx") else "cubin"
+    assert len(list(cache.rglob(f"*.{binary}"))) == compiled
+
+
+def test_a_step_compiles_nothing_more(warm, folder):
+    step = run(str(Path(__file__).with_name("warm_step.py")), str(folder / "config.json"), TARGET, cache=warm[0])
+    assert step.returncode == 0, step.stderr
+    kernels = json.loads(step.stdout.splitlines()[-1])
+    assert kernels["compiled"] == []
+    assert len(kernels["found"]) > 8
+
+
+def test_a_second_run_compiles_nothing(warm, folder):
+    done = warm_up(str(folder / "config.json"), "--config", str(folder / "ds.json"), "--target", TARGET, cache=warm[0])
+    assert counts(done.stdout) == (0, counts(warm[1])[0])
+
+
+def test_ops_that_are_off_are_not_compiled(warm, folder, tmp_path):
+    block = {"enabled": True, "verify": False, "rope": False, "rms_norm": False, "swiglu": False}
+    (tmp_path / "ds.json").write_text(json.dumps({"bf16": {"enabled": True}, "ds_fused": block}))
+    done = warm_up(str(folder), "--config", str(tmp_path / "ds.json"), "--target", TARGET, cache=warm[0])
+    assert set(re.findall(r"_\w+_kernel", done.stdout)) == {
+        "_labels_kernel",
+        "_cross_entropy_fwd_kernel",
+        "_cross_entropy_bwd_kernel",
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments, environment, message",
+    [
+        (["{folder}/nothing", "--target", "sm90"], {}, "there is no causal language model {folder}/nothing: "),
+        (["{folder}", "--target", "tpu"], {}, "target is 'tpu'; it can be such as sm90 or gfx942"),
+        (["{folder}", "--target", "sm90", "--config", "{folder}/no.json"], {}, "{folder}/no.json can't be read"),
+        (["{folder}", "--target", "sm90"], {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET is set"),
+        (["{folder}"], {}, "there is no GPU here: name one"),
+    ],
+)
+def test_what_is_wrong_is_one_line(arguments, environment, message, folder, monkeypatch, capsys):
+    monkeypatch.setattr(warmup, "target_here", lambda: None)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        warmup.main([a.format(folder=folder) for a in arguments])
+    said = str(ended.value) if ended.value.code != 2 else capsys.readouterr().err.splitlines()[-1]
+    assert message.format(folder=folder) in said and "\n" not in said
+
+
+def test_a_run_names_its_model_and_config(tmp_path):
+    file = tmp_path / "run.yaml"
+    deepspeed = {"fp16": {"enabled": True}}
+    given = {"model": {"path": "a/b"}, "train": {"block": 512}, "deepspeed": deepspeed, "fused": {"enabled": True}}
+    file.write_text(yaml.safe_dump(given))
+    job = job_of(str(file), None)
+    assert (job.model, job.length, dtype_of(job.ds_config)) == ("a/b", 512, torch.float16)
+    assert job.ds_config["ds_fused"] == {"enabled": True}
+    file.write_text("a: 1\n")
+    with pytest.raises(ValueError, match="run.yaml is no run.yaml of python -m launch: it has no 'model'"):
+        job_of(str(file), None)
+
+
+@pytest.mark.parametrize(
+    "ds_config, dtype",
+    [({}, torch.float32), ({"bf16": {"enabled": True}}, torch.bfloat16), ({"bf16": {}}, torch.float32)],
+)
+def test_the_dtype_is_that_of_the_config(ds_config, dtype):
+    assert dtype_of(ds_config) == dtype
