@@ -12,7 +12,6 @@ from ds_fused.doctor.shrink import LEFT_OUT, VOCAB
 
 _MAMBA = {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16}
 _HEAD = {"head_dim": 16}
-_HEAD32 = {"head_dim": 32}
 _CONTEXT = {"encoder_config.context_size": 8}
 _EXPERTS = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
 _MROPE = {"text_config.rope_parameters.mrope_section": [2, 3, 3]}
@@ -90,7 +89,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "glm5_next": {"text_config.index_kpool": 2},
     "granite4_vision": {"text_config.model_type": "granite"},
     "janus": {"vq_config.base_channels": 32, "vq_config.latent_channels": 32},
-    "mistral4": _HEAD32,
+    "mistral4": {"head_dim": 32},
     "pix2struct": {"vision_config.patch_embed_hidden_size": 64},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 110},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 110},
@@ -124,8 +123,6 @@ PARTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 _PICTURE = {"pixel_values": (3, 32, 32)}
-# the 16 patches of a picture, and that many words that stand for them
-_PATCHES = {"pixel_values": (3, 32, 32), "image_token_id": (16,)}
 
 # model type -> the shapes of what its forward takes beside words, for one row. What ends in _ids is whole numbers;
 # image_token_id, or what the configuration calls it, is how many of them a row begins with

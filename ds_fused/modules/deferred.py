@@ -30,12 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds_fused.modules.steps import ROW_STEPS, Step, indexed, replay, row_index
 from ds_fused.ops._triton import autocast_dtype
-
-# one recorded step: the name of what happened to the logits, and its operand
-Step = tuple[str, Any]
-# those that choose and arrange tokens: what they do to the logits, they can do to the hidden states
-ROW_STEPS = ("index", "reshape")
 
 
 class HeadCall:
@@ -72,56 +68,8 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def replay(logits: Tensor, steps: tuple[Step, ...]) -> Tensor:
-    """The recorded steps on real logits, each as the model wrote it."""
-    for name, operand in steps:
-        if name == "index":
-            logits = logits[operand]
-        elif name == "reshape":
-            logits = logits.reshape(*operand, logits.shape[-1])
-        elif name == "add":
-            logits = logits + operand
-        elif name == "mul":
-            logits = logits * operand
-        elif name == "div":
-            logits = logits / operand
-        elif name == "tanh":
-            logits = logits.tanh()
-        else:
-            logits = logits.to(operand)
-    return logits
-
-
 def _is_number(x: object) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool)
-
-
-def _row_index(index: Any, n_dims: int) -> tuple | None:
-    """An index that chooses among tokens, as one of the leading dimensions; None where it is another."""
-    if isinstance(index, Tensor):
-        if index.dtype != torch.bool or not 0 < index.ndim < n_dims:
-            return None
-        return index.nonzero(as_tuple=True)
-    items = index if isinstance(index, tuple) else (index,)
-    at = [i for i, item in enumerate(items) if item is Ellipsis]
-    if len(at) > 1 or not all(item is Ellipsis or isinstance(item, slice) for item in items):
-        return None
-    if at:
-        missing = n_dims - (len(items) - 1)
-        items = (*items[: at[0]], *[slice(None)] * missing, *items[at[0] + 1 :])
-    if len(items) == n_dims:
-        if items[-1] != slice(None):
-            return None
-        items = items[:-1]
-    return items if len(items) < n_dims else None
-
-
-def _indexed(shape: torch.Size, index: tuple) -> torch.Size:
-    """The shape of what ``_row_index`` chooses from a tensor of ``shape``."""
-    if isinstance(index[0], Tensor):
-        return torch.Size((len(index[0]), *shape[len(index) :]))
-    chosen = [len(range(*item.indices(size))) for item, size in zip(index, shape, strict=False)]
-    return torch.Size((*chosen, *shape[len(index) :]))
 
 
 class DeferredLogits:
@@ -188,7 +136,7 @@ class DeferredLogits:
         new.shape, new.bias = self.shape, self.bias
         new.capped, new.inner, new.outer = self.capped, self.inner, self.outer
         if name == "index":
-            new.shape = _indexed(self.shape, operand)
+            new.shape = indexed(self.shape, operand)
         elif name == "reshape":
             new.shape = torch.Size((*operand, self.shape[-1]))
         elif name == "add":
@@ -211,7 +159,7 @@ class DeferredLogits:
         return new
 
     def __getitem__(self, index: Any) -> Any:
-        rows = _row_index(index, self.ndim)
+        rows = row_index(index, self.ndim)
         if rows is None:
             return self.materialise()[index]
         # chosen by numbers they are a copy

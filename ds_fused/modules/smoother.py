@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_fused.modules.head import Head, Scope, linear_loss
+from ds_fused.modules.head import Head, linear_loss
+from ds_fused.modules.scope import Scope
 
 
 class Smoother:

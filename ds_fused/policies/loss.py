@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_fused.modules.deferred import DeferredLogits, HeadCall
-from ds_fused.modules.head import CausalLMLoss, Head, HeadWeight, Scope
+from ds_fused.modules.head import CausalLMLoss, Head
+from ds_fused.modules.scope import HeadWeight, Scope
 from ds_fused.modules.swap import fused_class, is_fused, swap, unswap, why_not
 from ds_fused.policies.proof import compare, randn
 from ds_fused.policies.report import Claim, Left

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ds_fused.modules import head as head_module
 from ds_fused.modules.deferred import DeferredLogits, HeadCall
-from ds_fused.modules.head import CausalLMLoss, Head, HeadWeight, Scope
+from ds_fused.modules.head import CausalLMLoss, Head
 from ds_fused.modules.on_demand import LogitsOnDemand
+from ds_fused.modules.scope import HeadWeight, Scope, say_once
 from ds_fused.modules.swap import swap, unswap
 
 VOCAB, WIDTH = 23, 8
@@ -198,14 +199,14 @@ def test_a_loss_of_the_models_own(name: str) -> None:
 
 
 def test_a_loss_that_is_not_fused_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    head_module._say_once.cache_clear()
+    say_once.cache_clear()
     for name in ("flat", "log_softmax"):
         _, fused = _own((OWN_LOSSES | OTHER_LOSSES)[name])
         fused(*batch())
         fused(*batch())
         said = ["OwnLoss was given labels" in message for message in caplog.messages].count(True)
         assert said == (name == "log_softmax")
-    head_module._say_once.cache_clear()
+    say_once.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
