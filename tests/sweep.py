@@ -134,7 +134,7 @@ def table(rows: Sequence[Row], seconds: float) -> str:
         _markdown(
             ("", "causal or conditional", "masked"),
             (
-                (what, _n_types(chosen, generative=True), _n_types(chosen, generative=False))
+                (what, _n_types(chosen, masked=False), _n_types(chosen, masked=True))
                 for what, chosen in (
                     ("types", rows),
                     ("built and run", built),
@@ -153,7 +153,9 @@ def table(rows: Sequence[Row], seconds: float) -> str:
                     f"`{row['type']}`",
                     f"`{row['class']}`",
                     "fused" if row["loss_fused"] else row["loss_reason"],
-                    ", ".join(f"{count} {what} ({key})" for key, what, _, count in row["replaced"] if key in LAYER_KEYS)
+                    ", ".join(
+                        f"{count} {what} ({key})" for key, what, _, count in row["replaced"] if key not in LOSS_KEYS
+                    )
                     or "none",
                     "; ".join(f"{count} {what}: {reason}" for what, count, reason in row["left"]) or "none",
                     ", ".join(sorted({*row["inputs"]} - WORDS)) or "none",
@@ -172,18 +174,17 @@ def table(rows: Sequence[Row], seconds: float) -> str:
 
 
 WORDS = {"input_ids", "decoder_input_ids", "attention_mask", "labels"}
-NORM_KEYS = ("rms_norm", "layer_norm")
-LAYER_KEYS = (*NORM_KEYS, "rope", "swiglu", "geglu")
+LOSS_KEYS = ("fused_linear_cross_entropy", "cross_entropy")
 
 
 def fused_norms(row: Row) -> bool:
-    return any(key in NORM_KEYS for key, *_ in row["replaced"])
+    return any("norm" in key for key, *_ in row["replaced"])
 
 
-def _n_types(rows: Sequence[Row], generative: bool) -> int:
-    from ds_fused.doctor.architectures import is_generative
+def _n_types(rows: Sequence[Row], masked: bool) -> int:
+    from ds_fused.doctor.architectures import is_masked
 
-    return len({row["type"] for row in rows if is_generative(row["type"]) == generative})
+    return len({row["type"] for row in rows if is_masked(row["type"], row["class"]) == masked})
 
 
 def _facts(seconds: float) -> list[str]:

@@ -32,9 +32,9 @@ def architectures() -> dict[str, dict[str, str]]:
     return found
 
 
-def is_generative(model_type: str) -> bool:
-    """Whether it is a causal language model or generates on a condition: all but the masked language models."""
-    return any(mapping != MASKED for mapping in architectures()[model_type].values())
+def is_masked(model_type: str, name: str) -> bool:
+    """Whether a class is a masked language model; the others are causal, or generate on a condition."""
+    return architectures()[model_type].get(name) == MASKED
 
 
 def model_class(name: str) -> type[PreTrainedModel]:
