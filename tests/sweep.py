@@ -178,7 +178,8 @@ LOSS_KEYS = ("fused_linear_cross_entropy", "cross_entropy")
 
 
 def fused_norms(row: Row) -> bool:
-    return any("norm" in key for key, *_ in row["replaced"])
+    """Of which some ran: those of a part that sees say nothing where the batch is words."""
+    return any("norm" in key for key in row["ran"])
 
 
 def _n_types(rows: Sequence[Row], masked: bool) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from ds_fused.modules import head as head_module
 from ds_fused.modules.deferred import HeadCall
 from ds_fused.policies import apply
 from ds_fused.policies.loss import LINEAR
+from ds_fused.policies.report import Claim
 
 # relative L2 error of a gradient in fp32: sums in another order through a few layers. What is further from stock may be
 # twice as far from fp64 as stock itself
@@ -36,12 +37,13 @@ class Diagnosis:
     worst: float  # the largest relative error among loss and gradients
     gradients: int  # of how many parameters
     inputs: list[str]  # what the batch had
-    silent: list[str] = field(default_factory=list)  # classes whose replacement never ran
+    ran: list[str]  # the keys of which some replacement ran
+    silent: list[str] = field(default_factory=list)  # classes of which one never did: the batch asks nothing of them
 
     def __str__(self) -> str:
         rows = [f"  {count} x {what} -> {replacement} ({key})" for key, what, replacement, count in self.replaced]
         rows += [f"  left {count} x {what}: {reason}" for what, count, reason in self.left]
-        rows += [f"  {what} is replaced, but was not called" for what in self.silent]
+        rows += [f"  some {what} are replaced, but were not called for such a batch" for what in self.silent]
         rows.append("  loss: fused" if self.loss_fused else f"  loss: not fused, {self.loss_reason}")
         agree = f"DIFFERENT: {self.differs}" if self.differs else f"agree with stock, to {self.worst:.1e} in fp32"
         return "\n".join([*rows, f"  loss and {self.gradients} gradients {agree}"])
@@ -75,7 +77,8 @@ def diagnose(model: nn.Module, inputs: Mapping[str, Any], tolerance: float = TOL
     try:
         with _witness() as seen:
             ours = step(model, inputs)
-        silent = [claim.original for claim in report.verify_live()]
+        silent = report.verify_live()
+        ran = sorted({claim.key for claim in report.claims if claim not in silent})
     finally:
         replaced = [(row.key, row.original.rpartition(".")[2], row.replacement, row.count) for row in report.replaced]
         left = [(row.what, row.count, row.reason) for row in report.left]
@@ -83,7 +86,13 @@ def diagnose(model: nn.Module, inputs: Mapping[str, Any], tolerance: float = TOL
     worst = max(errors(ours, wanted).values())
     differs = "" if worst <= tolerance else _judged(model, inputs, ours, wanted, tolerance)
     fused, reason = _loss(replaced, left, seen)
-    return Diagnosis(replaced, left, fused, reason, differs, worst, len(wanted) - 1, sorted(inputs), silent)
+    return Diagnosis(
+        replaced, left, fused, reason, differs, worst, len(wanted) - 1, sorted(inputs), ran, _names(silent)
+    )
+
+
+def _names(claims: Sequence[Claim]) -> list[str]:
+    return sorted({claim.original.rpartition(".")[2] for claim in claims})
 
 
 def step(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
