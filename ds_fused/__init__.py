@@ -31,6 +31,12 @@ _HOME = {
     "tvd": "ds_fused.ops",
     "nn": "ds_fused.nn",
     "apply": "ds_fused.policies",
+    "restore": "ds_fused.policies",
+    "fuse_label_smoother": "ds_fused.modules.smoother",
+    "AutoModelForCausalLM": "ds_fused.auto_models",
+    "AutoModelForSeq2SeqLM": "ds_fused.auto_models",
+    "AutoModelForImageTextToText": "ds_fused.auto_models",
+    "AutoModelForMaskedLM": "ds_fused.auto_models",
     "install": "ds_fused.engine.install",
     "parse": "ds_fused.engine.config",
 }
@@ -39,6 +45,8 @@ __all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> object:
+    if name == "compat":
+        return import_module("ds_fused.compat")
     if name not in _HOME:
         raise AttributeError(f"module 'ds_fused' has no attribute {name!r}; it has {', '.join(_HOME)}")
     module = import_module(_HOME[name])

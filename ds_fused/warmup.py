@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 
 from ds_fused.engine.config import Config, parse
 from ds_fused.engine.stand_ins import ways_of
-from ds_fused.modules.head import HeadWeight
+from ds_fused.modules.scope import HeadWeight
 from ds_fused.ops._warmup import META, Done, Launch, compile_noted, noted, target_here, target_of
 from ds_fused.ops.slabs import WeightSlabs
 from ds_fused.ops.stationary import VocabShard

@@ -31,6 +31,9 @@ MAY_IMPORT = {
     },
     # asks whether triton is there, to say why an op is not compatible
     "ds_fused/engine/builders.py": {"torch", "deepspeed", "triton", "ds_fused.ops", "ds_fused.engine"},
+    "ds_fused/auto_models.py": {"torch", "transformers", "ds_fused.policies"},
+    "ds_fused/compat.py": {"torch", "transformers", "ds_fused.modules", "ds_fused.policies"},
+    "ds_fused/doctor": {"torch", "transformers", "ds_fused.modules", "ds_fused.policies", "ds_fused.doctor"},
     # modules made of ops, for whoever writes a model
     "ds_fused/nn.py": {"torch", "ds_fused.ops"},
     # the package's door: names load on first use

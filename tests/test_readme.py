@@ -112,8 +112,15 @@ def test_a_json_block_is_a_config():
 
 
 def test_every_command_is_of_a_kind_that_is_tested_below():
-    kinds = {"python launch/quickstart.py", "python -m launch", "pip install", "deepspeed --config"}
-    kinds |= {"python -m ds_fused.warmup"}
+    kinds = {
+        "python launch/quickstart.py",
+        "python -m launch",
+        "pip install",
+        "deepspeed --config",
+        "python -m ds_fused.doctor",
+        "python tests/sweep.py",
+        "python -m ds_fused.warmup",
+    }
     assert {" ".join(c[:3]) if c[1] == "-m" else " ".join(c[:2]) for c in commands()} == kinds
 
 
@@ -184,6 +191,18 @@ def test_the_deepspeed_commands_are_understood(tmp_path: Path, monkeypatch):
             if "launch/train.py" in command:
                 options = parse_options(command[command.index("launch/train.py") + 1 :])
                 assert isinstance(options, argparse.Namespace) and options.steps == 100
+
+
+def test_the_doctor_understands_its_commands(capsys):
+    from ds_fused.doctor.__main__ import main
+
+    for command in commands():
+        if command[:3] == ["python", "-m", "ds_fused.doctor"]:
+            assert main(command[3:]) == 0 and "loss: fused" in capsys.readouterr().out
+
+
+def test_the_sweep_is_where_the_readme_says():
+    assert (REPO / "tests" / "sweep.py").is_file() and (REPO / "benchmarks" / "results" / "architectures.md").is_file()
 
 
 def test_what_pip_installs_is_this_project():

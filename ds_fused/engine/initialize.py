@@ -111,7 +111,7 @@ def _check_triton() -> None:
 def _replaced(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config, agree: Agreement) -> Report:
     from ds_fused.engine import builders, zero3
     from ds_fused.engine.slab_mode import SlabMode
-    from ds_fused.modules.head import HeadWeight
+    from ds_fused.modules.scope import HeadWeight
     from ds_fused.policies import plan
     from ds_fused.policies.report import Left
 

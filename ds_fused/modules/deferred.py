@@ -4,11 +4,14 @@
 on over it, and what a causal LM does to logits before its loss is recorded:
 
     logits = head(hidden)                     # postponed
+    logits = logits + final_logits_bias       # recorded: BART's second bias
     logits = cap * tanh(logits / cap)         # recorded: Gemma 2's softcap, Granite's division, Cohere's scale
-    loss = loss_function(logits, labels)      # linear_cross_entropy(hidden, head.weight, labels, ...)
+    logits = logits[:, :-1].view(-1, n_vocab) # recorded: which tokens, in which shape
+    loss = cross_entropy(logits, labels)      # linear_cross_entropy(hidden, head.weight, labels, ...)
 
-Every chain of such steps is ``outer * z`` or ``outer * tanh(z)`` with ``z = inner * head(hidden)``. Any other operation
-computes the real logits, by the head's own call, and goes on with those, so the result is always right.
+Every chain of such steps is ``outer * z`` or ``outer * tanh(z)`` with ``z = inner * (head(hidden) + bias)``, for some
+of the tokens. Any other operation computes the real logits, by the head's own call, and goes on with those, so the
+result is always right.
 
 It is a plain object and no tensor, because torch.compile traces through it, which it does not through a tensor subclass
 without values. What leaves the forward after a fused loss has the opposite needs and is a tensor (``on_demand.py``).
@@ -18,17 +21,17 @@ Memory: it holds ``hidden``; once read, the logits as well. It refers to nothing
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds_fused.modules.steps import ROW_STEPS, Step, indexed, replay, row_index
 from ds_fused.ops._triton import autocast_dtype
-
-# one recorded step: the name of what happened to the logits, and its operand
-Step = tuple[str, Any]
 
 
 class HeadCall:
@@ -65,20 +68,6 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def replay(logits: Tensor, steps: tuple[Step, ...]) -> Tensor:
-    """The recorded steps on real logits, each as the model wrote it."""
-    for name, operand in steps:
-        if name == "mul":
-            logits = logits * operand
-        elif name == "div":
-            logits = logits / operand
-        elif name == "tanh":
-            logits = logits.tanh()
-        else:
-            logits = logits.to(operand)
-    return logits
-
-
 def _is_number(x: object) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool)
 
@@ -86,7 +75,7 @@ def _is_number(x: object) -> bool:
 class DeferredLogits:
     """``steps`` applied to the output of a postponed head call. See the file's text."""
 
-    __slots__ = ("_real", "call", "capped", "dtype", "inner", "outer", "steps")
+    __slots__ = ("_real", "_viewed", "bias", "call", "capped", "dtype", "inner", "outer", "shape", "steps")
     # as a tensor's: `numpy_number * logits` is ours to compute
     __array_priority__ = 1000
 
@@ -94,16 +83,22 @@ class DeferredLogits:
         self.call = call
         self.steps: tuple[Step, ...] = ()
         self.dtype = call.dtype
+        self.shape = call.shape
+        # [V], beside the head's own
+        self.bias: Tensor | None = None
         self.capped = False
         self.inner = 1.0
         self.outer = 1.0
         self._real: Tensor | None = None
+        # the logits of which these are a part in the same memory: what is written to one is seen in the other
+        self._viewed: DeferredLogits | None = None
 
     # what a fused loss needs
 
     @property
-    def hidden(self) -> Tensor:
-        return self.call.hidden
+    def rows(self) -> tuple[Step, ...]:
+        """The steps that choose and arrange tokens."""
+        return tuple(step for step in self.steps if step[0] in ROW_STEPS)
 
     @property
     def head(self) -> nn.Module:
@@ -119,24 +114,35 @@ class DeferredLogits:
 
     def is_real(self) -> bool:
         """Whether the logits exist by now. The model may have written to them: steps don't tell their values then."""
-        return self._real is not None
+        return self._real is not None or (self._viewed is not None and self._viewed.is_real())
 
     def materialise(self) -> Tensor:
         """The real logits, with their graph. To be called inside the forward that postponed them."""
         if self._real is None:
-            self._real = replay(self.call.base(), self.steps)
+            if self._viewed is not None:
+                self._real = replay(self._viewed.materialise(), self.steps[-1:])
+            else:
+                self._real = replay(self.call.base(), self.steps)
         return self._real
 
     # what is recorded
 
     def _step(self, name: str, operand: Any = None) -> DeferredLogits | Tensor:
-        if self._real is not None:
-            return replay(self._real, ((name, operand),))
+        if self.is_real():
+            return replay(self.materialise(), ((name, operand),))
         new = DeferredLogits(self.call)
         new.steps = (*self.steps, (name, operand))
         new.dtype = operand if name == "to" else self.dtype
+        new.shape, new.bias = self.shape, self.bias
         new.capped, new.inner, new.outer = self.capped, self.inner, self.outer
-        if name == "tanh":
+        if name == "index":
+            new.shape = indexed(self.shape, operand)
+        elif name == "reshape":
+            new.shape = torch.Size((*operand, self.shape[-1]))
+        elif name == "add":
+            new.bias = operand.reshape(-1)
+            new.dtype = torch.promote_types(self.dtype, operand.dtype)
+        elif name == "tanh":
             new.capped = True
         elif name in ("mul", "div"):
             factor = float(operand) if name == "mul" else 1.0 / float(operand)
@@ -145,6 +151,50 @@ class DeferredLogits:
             else:
                 new.inner *= factor
         return new
+
+    def _view(self, name: str, operand: Any) -> DeferredLogits | Tensor:
+        new = self._step(name, operand)
+        if isinstance(new, DeferredLogits):
+            new._viewed = self
+        return new
+
+    def __getitem__(self, index: Any) -> Any:
+        rows = row_index(index, self.ndim)
+        if rows is None:
+            return self.materialise()[index]
+        # chosen by numbers they are a copy
+        return self._step("index", rows) if isinstance(rows[0], Tensor) else self._view("index", rows)
+
+    def reshape(self, *shape: Any) -> Any:
+        sizes = list(shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape)
+        if all(isinstance(size, int) for size in sizes) and sizes.count(-1) <= 1:
+            if -1 in sizes:
+                sizes[sizes.index(-1)] = self.numel() // max(1, -math.prod(sizes))
+            if sizes and sizes[-1] == self.shape[-1] and math.prod(sizes) == self.numel():
+                return self._view("reshape", tuple(sizes[:-1]))
+        return self.materialise().reshape(*shape)
+
+    def view(self, *shape: Any) -> Any:
+        # of another dtype
+        if len(shape) == 1 and isinstance(shape[0], torch.dtype):
+            return self.materialise().view(*shape)
+        return self.reshape(*shape)
+
+    def __add__(self, other: Any) -> Any:
+        is_bias = (
+            isinstance(other, Tensor)
+            and other.is_floating_point()
+            # logits that are read later know no gradient of it
+            and not other.requires_grad
+            and 0 < other.ndim <= self.ndim
+            and other.numel() == other.shape[-1] == self.shape[-1]
+            and other.device == self.device
+        )
+        if is_bias and self.bias is None and not self.capped and self.inner == 1.0:
+            return self._step("add", other)
+        return self.materialise() + materialised(other)
+
+    __radd__ = __add__
 
     def __mul__(self, other: Any) -> Any:
         return self._step("mul", other) if _is_number(other) else self.materialise() * other
@@ -183,22 +233,18 @@ class DeferredLogits:
     # what needs no values
 
     @property
-    def shape(self) -> torch.Size:
-        return self.call.shape
-
-    @property
     def device(self) -> torch.device:
-        return self.hidden.device
+        return self.call.hidden.device
 
     @property
     def ndim(self) -> int:
-        return self.hidden.ndim
+        return len(self.shape)
 
     @property
     def requires_grad(self) -> bool:
         if not torch.is_grad_enabled():
             return False
-        return self.hidden.requires_grad or any(p.requires_grad for p in self.head.parameters())
+        return self.call.hidden.requires_grad or any(p.requires_grad for p in self.head.parameters())
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         return self.shape if dim is None else self.shape[dim]
@@ -232,6 +278,10 @@ class DeferredLogits:
     @classmethod
     def __torch_function__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if func is F.cross_entropy and isinstance(args[0], cls):
+            fused = args[0].head.cross_entropy(*args, **kwargs)
+            if fused is not None:
+                return fused
         method = _RECORDED.get(func)
         if method is not None and isinstance(args[0], cls) and not kwargs:
             return method(*args)
@@ -254,6 +304,8 @@ def materialised(value: Any) -> Any:
 
 _RECORDED: dict[Callable, Callable] = {
     torch.tanh: DeferredLogits.tanh,
+    torch.reshape: DeferredLogits.reshape,
+    torch.add: DeferredLogits.__add__,
     torch.mul: DeferredLogits.__mul__,
     torch.multiply: DeferredLogits.__mul__,
     torch.div: DeferredLogits.__truediv__,
@@ -279,11 +331,11 @@ def _reflected(function: Callable) -> Callable:
 
 
 # Python looks operators up on the type, past __getattr__
-for _name in ("add", "sub", "pow", "matmul", "mod", "floordiv", "and", "or", "xor"):
+for _name in ("sub", "pow", "matmul", "mod", "floordiv", "and", "or", "xor"):
     _function = getattr(operator, f"__{_name}__")
     setattr(DeferredLogits, f"__{_name}__", _on_real(_function))
     setattr(DeferredLogits, f"__r{_name}__", _reflected(_function))
-for _name in ("lt", "le", "gt", "ge", "eq", "ne", "getitem", "setitem", "neg", "abs", "invert"):
+for _name in ("lt", "le", "gt", "ge", "eq", "ne", "setitem", "neg", "abs", "invert"):
     setattr(DeferredLogits, f"__{_name}__", _on_real(getattr(operator, f"__{_name}__")))
 for _name, _builtin in (
     ("iter", iter),

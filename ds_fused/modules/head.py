@@ -1,8 +1,9 @@
-"""The lm head whose call is postponed until the loss is known, and the scope in which it may be.
+"""The lm head whose call is postponed until the loss is known, and the losses that make up for it (scope.py: when).
 
     forward of the model, labels given        Scope: the head is armed
         logits = lm_head(hidden)              Head.__call__: DeferredLogits; no hook fires, nothing is computed
         loss = loss_function(logits, labels)  CausalLMLoss: lm_head's own nn.Module.__call__ runs linear_cross_entropy
+        loss = cross_entropy(logits, labels)  or PyTorch's, wherever the forward calls it: Head.cross_entropy, the same
     end of the forward                        Scope: what no loss consumed is computed, the rest leaves on demand
 
 The loss runs inside the head's own call, so whatever acts on layers through hooks acts on it as on any other layer:
@@ -14,10 +15,7 @@ the head is an ordinary Linear.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import logging
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,33 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_fused.modules.deferred import DeferredLogits, HeadCall, materialised
-from ds_fused.modules.on_demand import WholeWeight, on_demand, sealed, with_steps
+from ds_fused.modules.on_demand import on_demand, sealed
+from ds_fused.modules.scope import Scope, say_once
+from ds_fused.modules.steps import Step, replay
 from ds_fused.ops import cross_entropy, linear_cross_entropy
 from ds_fused.ops.slabs import WeightSlabs
 from ds_fused.ops.stationary import VocabShard
-
-log = logging.getLogger("ds_fused")
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        log.warning(line)
-
-
-@dataclasses.dataclass(frozen=True)
-class HeadWeight:
-    """How the weight of a head is reached where ZeRO-3 has sharded it; as it stands here, where nothing has."""
-
-    # the context of a read after the forward, in which the weight is whole
-    whole: WholeWeight = nullcontext
-    # for the loss over so many tokens, the weight in slabs of its own or the rows of it that stay here; None where the
-    # loss is to be computed in the head's own call
-    slabs: Callable[[nn.Module, int], WeightSlabs | VocabShard | None] = lambda head, n_tokens: None
-    # whether there are those
-    is_sharded: Callable[[nn.Module], bool] = lambda head: False
-    # the bias beside them
-    bias: Callable[[nn.Module], Tensor | None] = lambda head: head.bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +41,10 @@ class LossArguments:
     logit_scale: float
     softcap: float | None
     options: Mapping[str, Any]  # of linear_cross_entropy, as the JSON gives them
+    rows: tuple[Step, ...] = ()  # the input's tokens that have labels
+    bias: Tensor | None = None  # [V], beside the head's
+    class_weight: Tensor | None = None  # [V]
+    label_smoothing: float = 0.0
 
 
 class Head:
@@ -83,136 +64,133 @@ class Head:
 
     def _say_gathered(self) -> None:
         if self._ds_fused_scope.weight.is_sharded(self):
-            _say_once(
+            say_once(
                 "ds_fused: the forward was given no labels, so the head computes real logits and its weight is "
                 "gathered whole. Give it labels (with shift_labels, where a sequence is split over ranks) and take its "
                 "loss, and the weight stays sharded"
             )
 
     def forward(
-        self, input: Tensor, loss: LossArguments | None = None, slabs: WeightSlabs | VocabShard | None = None
+        self,
+        input: Tensor,
+        loss: LossArguments | None = None,
+        slabs: WeightSlabs | VocabShard | None = None,
+        later: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """With ``loss``: its value, and the logits on demand. ``slabs``: the weight, where it is not here whole."""
+        """With ``loss``: its value, and the logits on demand; with ``later`` those alone.
+
+        ``slabs``: the weight, where it is not here whole.
+        """
+        scope = self._ds_fused_scope
+        if later:
+            return (sealed if scope.weight.is_sharded(self) else on_demand)(HeadCall(self, input), scope.weight.whole)
         if loss is None:
             return super().forward(input)
         # beside the loss, so that hooks which act on a layer's outputs (ZeRO-3's) see a gradient to the logits too
-        logits = (on_demand if slabs is None else sealed)(HeadCall(self, input), self._ds_fused_scope.weight.whole)
+        logits = (on_demand if slabs is None else sealed)(HeadCall(self, input), scope.weight.whole)
+        hidden, labels = replay(input, loss.rows).reshape(-1, input.shape[-1]), loss.labels
+        # sharded, how many tokens a rank has is agreed on already
+        if scope.masked and slabs is None and loss.reduction != "none":
+            hidden, labels = _labelled(hidden, labels, loss.ignore_index)
+        bias = self.bias if slabs is None else scope.weight.bias(self)
+        if loss.bias is not None:
+            bias = loss.bias if bias is None else bias + loss.bias
         value = linear_cross_entropy(
-            input.reshape(-1, input.shape[-1]),
+            hidden,
             self.weight if slabs is None else slabs,
-            loss.labels,
-            bias=self.bias if slabs is None else self._ds_fused_scope.weight.bias(self),
+            labels,
+            bias=bias,
+            class_weight=loss.class_weight,
             ignore_index=loss.ignore_index,
             reduction=loss.reduction,
+            label_smoothing=loss.label_smoothing,
             softcap=loss.softcap,
             logit_scale=loss.logit_scale,
             **loss.options,
         )
         return value, logits
 
-
-class Scope:
-    """Hooks on the model that owns the head: they arm it for a forward that was given labels, and see that forward out.
-
-    ``labels_at``: position of ``labels`` in the forward's signature.
-    ``logits``: "defer" computes logits that leave the forward when they are read, "keep" within the forward.
-    ``eval``: "defer" treats the eval mode as training, "stock" leaves it alone.
-    """
-
-    def __init__(
+    @torch.compiler.disable
+    def cross_entropy(
         self,
-        labels_at: int | None,
-        *,
-        logits: str = "defer",
-        eval: str = "defer",
-        weight: HeadWeight = HeadWeight(),  # noqa: B008 (frozen)
-    ) -> None:
-        self.labels_at = labels_at
-        self.logits = logits
-        self.eval = eval
-        self.weight = weight
-        # one for each forward that is running, innermost last: a forward may be called within another
-        self._modes: list[str] = []
-        self._handles: list[Any] = []
-
-    def attach(self, owner: nn.Module) -> None:
-        self._handles = [
-            owner.register_forward_pre_hook(self.enter, with_kwargs=True),
-            # always_call: a forward that raises must disarm the head as well. prepend: other hooks see tensors only
-            owner.register_forward_hook(self.leave, with_kwargs=True, always_call=True, prepend=True),
-        ]
-
-    def detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def armed(self) -> bool:
-        return bool(self._modes) and self._modes[-1] == "defer"
-
-    def stock(self) -> bool:
-        """Whether the forward that is running is to be left alone."""
-        return bool(self._modes) and self._modes[-1] == "stock"
-
-    def enter(self, owner: nn.Module, args: tuple, kwargs: dict) -> None:
-        labels = kwargs.get("labels")
-        if labels is None and self.labels_at is not None and len(args) > self.labels_at:
-            labels = args[self.labels_at]
-        if not owner.training and self.eval == "stock":
-            self._modes.append("stock")
-        else:
-            self._modes.append("plain" if labels is None else "defer")
-
-    def leave(self, owner: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        if self._modes.pop() != "defer":
+        logits: DeferredLogits,
+        target: Any,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> Tensor | None:
+        """``torch.nn.functional.cross_entropy`` of this head's logits; None where the real ones have to go there."""
+        is_labels = isinstance(target, Tensor) and target.dtype == torch.int64 and target.shape == logits.shape[:-1]
+        if not is_labels or logits.ndim != 2 or size_average is not None or reduce is not None:
             return None
-        return self._settle(output)
-
-    def _settle(self, value: Any) -> Any:
-        """The output with each ``DeferredLogits`` in it replaced by a tensor, at its place."""
-        if isinstance(value, DeferredLogits):
-            if value.call.on_demand is not None and not value.is_real() and self.logits == "defer":
-                return _steps_on_demand(value)
-            return value.materialise()
-        if isinstance(value, tuple):
-            items = [self._settle(item) for item in value]
-            if all(new is old for new, old in zip(items, value, strict=True)):
-                return value
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        if isinstance(value, list):
-            value[:] = [self._settle(item) for item in value]
-        elif isinstance(value, dict):
-            # also HF's ModelOutput, which keeps its attributes and its keys in step on assignment
-            for key, item in list(value.items()):
-                settled = self._settle(item)
-                if settled is not item:
-                    value[key] = settled
-        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-            for field in dataclasses.fields(value):
-                item = getattr(value, field.name, None)
-                if isinstance(item, DeferredLogits):
-                    object.__setattr__(value, field.name, self._settle(item))
-        return value
+        if weight is not None and weight.requires_grad:
+            return None
+        device = logits.device.type
+        # autocast computes cross_entropy in fp32
+        dtype = torch.float32 if torch.is_autocast_enabled(device) else logits.dtype
+        loss = linear_loss(
+            logits,
+            target,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            class_weight=weight,
+            label_smoothing=label_smoothing,
+        )
+        return None if loss is None else loss.to(dtype)
 
 
-# a tensor subclass without storage is nothing for a compiled graph: what leaves is made outside of it
-@torch.compiler.disable
-def _steps_on_demand(logits: DeferredLogits) -> Tensor:
-    return with_steps(logits.call.on_demand, logits.steps)
+def _labelled(hidden: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The tokens that have a label, where a masked language model gives one to every seventh."""
+    kept = (labels != ignore_index).nonzero().squeeze(-1)
+    # a mean over none is the op's matter
+    return (hidden[kept], labels[kept]) if len(kept) else (hidden, labels)
+
+
+def linear_loss(logits: DeferredLogits, labels: Tensor, **arguments: Any) -> Tensor | None:
+    """linear_cross_entropy of the head's input, in the head's own call; None where it can't be.
+
+    ``labels``: [M], of the deferred logits' tokens. ``arguments``: of ``LossArguments``.
+    """
+    head, scope, shape = logits.head, logits.head._ds_fused_scope, logits.scale_and_softcap()
+    # logits that the model computed meanwhile may have been written to, and cost their memory already
+    if scope.linear is None or scope.stock() or shape is None or logits.is_real():
+        return None
+    scale, softcap = shape
+    loss = LossArguments(
+        labels,
+        logit_scale=scale,
+        softcap=softcap,
+        options=scope.linear,
+        rows=logits.rows,
+        bias=logits.bias,
+        **arguments,
+    )
+    call = logits.call
+    slabs = scope.weight.slabs(head, labels.numel())
+    if slabs is None:
+        # the head's own call, past the one that postpones
+        value, call.on_demand = nn.Module.__call__(head, call.hidden, loss=loss)
+    else:
+        # past the hooks, too: ZeRO-3's would gather the weight
+        value, call.on_demand = head.forward(call.hidden, loss, slabs)
+    scope.fused = True
+    return value
 
 
 class CausalLMLoss:
     """Stands where a model's ``ForCausalLMLoss`` stood: the same arguments, the same value, by the fused ops.
 
-    ``linear``: options of linear_cross_entropy for logits that are still deferred; None leaves that op off.
-    ``real``: whether cross_entropy takes real logits.
+    Logits that are still deferred go to linear_cross_entropy.
+    ``real``: whether cross_entropy takes real ones.
     Whatever neither takes goes to ``original``.
     """
 
     def __init__(self, original: Callable[..., Tensor], scope: Scope) -> None:
         self.original = original
         self.scope = scope
-        self.linear: Mapping[str, Any] | None = None
         self.real = False
 
     # one break in a compiled graph, instead of several within the ops (checks of labels, choice of kernels)
@@ -262,25 +240,16 @@ class CausalLMLoss:
         shift_labels = shift_labels.reshape(-1).to(logits.device)
         reduction = "mean" if num_items_in_batch is None else "sum"
 
-        shape = logits.scale_and_softcap() if isinstance(logits, DeferredLogits) else None
-        # logits that the model computed meanwhile may have been written to, and cost their memory already
-        if self.linear is not None and shape is not None and not logits.is_real():
-            scale, softcap = shape
-            arguments = LossArguments(shift_labels, reduction, ignore_index, scale, softcap, self.linear)
-            slabs = self.scope.weight.slabs(logits.head, shift_labels.numel())
-            if slabs is None:
-                # the head's own call, past the one that postpones
-                loss, logits.call.on_demand = nn.Module.__call__(logits.head, logits.hidden, loss=arguments)
-            else:
-                # past the hooks, too: ZeRO-3's would gather the weight
-                loss, logits.call.on_demand = logits.head.forward(logits.hidden, arguments, slabs)
-        elif self.real:
+        loss = None
+        if isinstance(logits, DeferredLogits):
+            loss = linear_loss(logits, shift_labels, reduction=reduction, ignore_index=ignore_index)
+        if loss is None:
+            if not self.real:
+                return None
             logits = materialised(logits)
             loss = cross_entropy(
                 logits.reshape(-1, vocab_size), shift_labels, ignore_index=ignore_index, reduction=reduction
             )
-        else:
-            return None
 
         # as stock, whose logits become fp32 before the loss
         loss = loss.float()

@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ds_fused.modules.deferred import HeadCall, Step, replay
+from ds_fused.modules.deferred import HeadCall
+from ds_fused.modules.steps import Step, replay
 
 log = logging.getLogger("ds_fused")
 
@@ -70,10 +71,9 @@ class Source:
             self._compute = None
         return self._values
 
-    def after(self, steps: tuple[Step, ...]) -> Source:
-        """The values with recorded steps on them."""
-        dtype = next((operand for name, operand in reversed(steps) if name == "to"), self.dtype)
-        return Source(lambda: replay(self.values(), steps), self.shape, dtype, self.device)
+    def after(self, steps: tuple[Step, ...], shape: torch.Size, dtype: torch.dtype) -> Source:
+        """The values with recorded steps on them, which have this shape and dtype."""
+        return Source(lambda: replay(self.values(), steps), shape, dtype, self.device)
 
 
 class _Read:
@@ -143,18 +143,20 @@ class _Steps(torch.autograd.Function):
     """Recorded steps on on-demand logits, which stay on demand."""
 
     @staticmethod
-    def forward(ctx, logits: LogitsOnDemand, steps: tuple[Step, ...]) -> LogitsOnDemand:
+    def forward(
+        ctx, logits: LogitsOnDemand, steps: tuple[Step, ...], shape: torch.Size, dtype: torch.dtype
+    ) -> LogitsOnDemand:
         ctx.source = logits._source
         ctx.steps = steps
-        return LogitsOnDemand(logits._source.after(steps))
+        return LogitsOnDemand(logits._source.after(steps, shape, dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dlogits: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, dlogits: Tensor) -> tuple[Tensor | None, ...]:
         if all(name == "to" for name, _ in ctx.steps):
-            return dlogits.to(ctx.source.dtype), None
+            return dlogits.to(ctx.source.dtype), None, None, None
         before = ctx.source.values()
-        return *_gradients(lambda x: replay(x, ctx.steps), (before,), (True,), dlogits), None
+        return *_gradients(lambda x: replay(x, ctx.steps), (before,), (True,), dlogits), None, None, None
 
 
 def _gradients(
@@ -221,7 +223,7 @@ class LogitsOnDemand(torch.Tensor):
             return func(torch.empty(0, dtype=args[0].dtype, device=args[0].device), *args[1:], **kwargs)
         dtype = _cast_only(func, args, kwargs)
         if dtype is not None:
-            return args[0] if dtype == args[0].dtype else _Steps.apply(args[0], (("to", dtype),))
+            return args[0] if dtype == args[0].dtype else with_steps(args[0], (("to", dtype),), args[0].shape, dtype)
         args, kwargs = tree_map_only(cls, cls.values, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -284,9 +286,11 @@ def sealed(call: HeadCall, whole_weight: WholeWeight) -> LogitsOnDemand:
     return _Sealed.apply(source, call.hidden)
 
 
-def with_steps(logits: LogitsOnDemand, steps: tuple[Step, ...]) -> LogitsOnDemand:
-    """On-demand logits with what the model did to them."""
-    return _Steps.apply(logits, steps) if steps else logits
+def with_steps(
+    logits: LogitsOnDemand, steps: tuple[Step, ...], shape: torch.Size, dtype: torch.dtype
+) -> LogitsOnDemand:
+    """On-demand logits with what the model did to them, and what they look like after it."""
+    return _Steps.apply(logits, steps, shape, dtype) if steps else logits
 
 
 def _caller() -> str:

@@ -1,11 +1,13 @@
 """The loss of any causal LM: which model owns a head whose call can wait for the loss, and what stands in the way.
 
-One mechanism serves every class whose forward says ``self.loss_function(logits, labels, vocab_size, ...)``; no family
-is named here. Around such a model three things change, and ``restore`` undoes each:
+One mechanism serves every class whose forward says ``self.loss_function(logits, labels, vocab_size, ...)``, or calls
+PyTorch's cross entropy on its logits itself; no family is named here. Around such a model these things change, and
+``restore`` undoes each:
 
 - the head, an exact ``nn.Linear``, becomes ``modules.head.Head``;
 - two hooks on the model arm the head for forwards that are given labels (``Scope``);
-- ``model.loss_function``, which transformers offers for exchanging, becomes a ``CausalLMLoss`` around the original.
+- ``model.loss_function``, which transformers offers for exchanging, becomes a ``CausalLMLoss`` around the original
+  where that is ForCausalLMLoss. Every other loss stays: PyTorch's cross entropy, which it calls, takes deferred logits.
 
 ``logits``, ``eval`` and ``weight`` are those of ``Scope``.
 """
@@ -22,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_fused.modules.deferred import DeferredLogits, HeadCall
-from ds_fused.modules.head import CausalLMLoss, Head, HeadWeight, Scope
+from ds_fused.modules.head import CausalLMLoss, Head
+from ds_fused.modules.scope import HeadWeight, Scope
 from ds_fused.modules.swap import fused_class, is_fused, swap, unswap, why_not
 from ds_fused.policies.proof import compare, randn
 from ds_fused.policies.report import Claim, Left
@@ -81,7 +84,8 @@ class LinearClaim:
 
     def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
         options = tuple(sorted(self.options.items()))
-        for original in {loss.original for loss in self.site.losses.values()}:
+        # None: the loss that the model's own code computes, by PyTorch's cross entropy
+        for original in {loss.original for loss in self.site.losses.values()} or {None}:
             differs = _linear_differs(original, self.site.head.bias is not None, options, device, dtype)
             if differs is not None:
                 return differs
@@ -89,14 +93,12 @@ class LinearClaim:
 
     def commit(self) -> None:
         swap(self.site.head, Head, _ds_fused_scope=self.site.scope)
-        for loss in self.site.losses.values():
-            loss.linear = dict(self.options)
+        self.site.scope.linear = dict(self.options)
         self.site.enter()
 
     def restore(self) -> None:
         self.site.leave()
-        for loss in self.site.losses.values():
-            loss.linear = None
+        self.site.scope.linear = None
         unswap(self.site.head)
 
     def in_place(self) -> bool:
@@ -168,8 +170,13 @@ def claim_loss(
             continue
         # a wrapper that hands its labels on may compute no loss itself: the scope is the outermost that knows labels
         owner = next(m for m in models if _labels_at(type(m)) is not None)
-        scope = Scope(_labels_at(type(owner)), logits=logits, eval=eval, weight=weight)
-        losses = {m: CausalLMLoss(m.loss_function, scope) for m in usable}
+        masked = any(_is_masked(m) for m in usable)
+        scope = Scope(_labels_at(type(owner)), logits=logits, eval=eval, weight=weight, masked=masked)
+        losses = {
+            m: CausalLMLoss(m.loss_function, scope)
+            for m in usable
+            if _calls(m, "loss_function") and m.loss_function.__name__ == "ForCausalLMLoss"
+        }
         site = Site(owner, head, losses, scope)
         if LINEAR in wanted:
             reason = _why_not_head(head)
@@ -177,9 +184,11 @@ def claim_loss(
                 claims.append(LinearClaim(site, (path,), wanted[LINEAR]))
             else:
                 left.append(Left(f"head {path}", 1, reason))
-        if REAL in wanted:
+        if REAL in wanted and not losses and LINEAR not in wanted:
+            left.append(Left(f"loss of {type(owner).__name__}", 1, "its loss takes its own logits; none is exchanged"))
+        if REAL in wanted and losses:
             original = next(iter(losses.values())).original
-            where = tuple(names[id(m)] for m in usable)
+            where = tuple(names[id(m)] for m in losses)
             claims.append(RealClaim(site, where, f"{original.__module__}.{original.__qualname__}"))
     return claims, left
 
@@ -188,13 +197,17 @@ def _heads(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
     """Each output embedding with the models that have it, outermost first."""
     found: dict[int, tuple[nn.Module, list[nn.Module]]] = {}
     for module in model.modules():
-        # asked of the class: wrappers (PEFT, DeepSpeed) show what they wrap, and to set it on them changes nothing
-        if not isinstance(getattr(type(module), "loss_function", None), property):
+        if not _has_loss_function(module):
             continue
         head = module.get_output_embeddings() if hasattr(type(module), "get_output_embeddings") else None
         if isinstance(head, nn.Module):
             found.setdefault(id(head), (head, []))[1].append(module)
     yield from found.values()
+
+
+def _has_loss_function(module: nn.Module) -> bool:
+    # asked of the class: wrappers (PEFT, DeepSpeed) show what they wrap, and to set it on them changes nothing
+    return isinstance(getattr(type(module), "loss_function", None), property)
 
 
 def _labels_at(cls: type) -> int | None:
@@ -209,17 +222,33 @@ def _why_not_loss(model: nn.Module) -> str | None:
     library = _loss_of_another(model)
     if library is not None:
         return f"{library} has patched its forward with a fused loss of its own"
-    # of any base: a subclass of the user's may call super().forward
-    forwards = [inspect.unwrap(vars(cls)["forward"]) for cls in type(model).__mro__ if "forward" in vars(cls)]
-    if not any("loss_function" in getattr(getattr(f, "__code__", None), "co_names", ()) for f in forwards):
-        return "its forward computes the loss itself"
+    if not _calls(model, "loss_function"):
+        # itself, or by a layer of its own that is no model
+        layers = [child for child in model.children() if not _has_loss_function(child)]
+        computes = any(isinstance(layer, nn.CrossEntropyLoss) for layer in layers) or any(
+            _calls(module, "CrossEntropyLoss", "cross_entropy") for module in (model, *layers)
+        )
+        return None if computes else "its forward computes the loss itself, and not by torch's cross_entropy"
     loss = model.loss_function
     if isinstance(loss, CausalLMLoss):
         return "ds_fused has exchanged its loss already"
-    if getattr(loss, "__name__", None) != "ForCausalLMLoss" or loss.__module__ != "transformers.loss.loss_utils":
+    name = getattr(loss, "__name__", None)
+    if loss.__module__ != "transformers.loss.loss_utils" or name not in ("ForCausalLMLoss", "ForMaskedLMLoss"):
         name = getattr(loss, "__qualname__", type(loss).__qualname__)
         return f"its loss is {getattr(loss, '__module__', '?')}.{name}, not ForCausalLMLoss"
     return None
+
+
+def _calls(model: nn.Module, *names: str) -> bool:
+    """Whether the forward names one of these, of any base: a subclass of the user's may call super().forward."""
+    forwards = [inspect.unwrap(vars(cls)["forward"]) for cls in type(model).__mro__ if "forward" in vars(cls)]
+    return any(name in getattr(getattr(f, "__code__", None), "co_names", ()) for f in forwards for name in names)
+
+
+def _is_masked(model: nn.Module) -> bool:
+    """Whether it is a masked language model, whose labels are of few tokens and not shifted."""
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return getattr(model, "loss_type", None) == "ForMaskedLM" and not encoder_decoder
 
 
 def _loss_of_another(model: nn.Module) -> str | None:
@@ -275,7 +304,7 @@ def _labels(device: torch.device) -> Tensor:
 
 @functools.cache
 def _linear_differs(
-    original: Callable[..., Tensor], bias: bool, options: tuple, device: torch.device, dtype: torch.dtype
+    original: Callable[..., Tensor] | None, bias: bool, options: tuple, device: torch.device, dtype: torch.dtype
 ) -> str | None:
     names = ("x", "weight", "bias") if bias else ("x", "weight")
     tensors = {"x": randn(1, 2, TOKENS, WIDTH), "weight": randn(2, VOCAB, WIDTH) / WIDTH**0.5, "bias": randn(3, VOCAB)}
@@ -285,18 +314,28 @@ def _linear_differs(
         # what models do to logits: Granite's and Cohere's scale, then Gemma 2's softcap
         return torch.tanh(logits * 0.7 / 5.0) * 5.0
 
+    def cross_entropy(logits: Tensor | DeferredLogits) -> Tensor:
+        # as models do that compute their loss themselves
+        labels = _labels(logits.device)
+        return F.cross_entropy(logits[:, :-1].contiguous().view(-1, VOCAB), labels[:, 1:].reshape(-1))
+
     def stock(t: Mapping[str, Tensor]) -> Tensor:
-        return original(steps(F.linear(t["x"], t["weight"], t.get("bias"))), _labels(t["x"].device), VOCAB)
+        logits = steps(F.linear(t["x"], t["weight"], t.get("bias")))
+        if original is None:
+            return cross_entropy(logits)
+        return original(logits, _labels(t["x"].device), VOCAB)
 
     def fused(t: Mapping[str, Tensor]) -> Tensor:
         head = nn.Linear(WIDTH, VOCAB, bias=bias, device="meta")
         head._parameters.update({name: t[name] for name in names[1:]})
         scope = Scope(None)
+        scope.linear = dict(options)
         swap(head, Head, _ds_fused_scope=scope)
-        loss = CausalLMLoss(original, scope)
-        loss.linear = dict(options)
         logits = steps(DeferredLogits(HeadCall(head, t["x"])))
-        value = loss(logits, _labels(t["x"].device), VOCAB)
+        if original is None:
+            value = cross_entropy(logits)
+        else:
+            value = CausalLMLoss(original, scope)(logits, _labels(t["x"].device), VOCAB)
         assert logits.call.on_demand is not None
         return value
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ds_fused.modules import OPS
-from ds_fused.modules.head import HeadWeight
+from ds_fused.modules.scope import HeadWeight
 from ds_fused.modules.swap import fused_class, is_fused, owner_of, swap, unswap, why_not
 from ds_fused.modules.tiled_mlp import TILED
 from ds_fused.policies.kinds import ACTIVATION, Kind, Way, choose, find, unproven

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -53,7 +54,28 @@ class Replaced:
     count: int
 
 
-@dataclass
+# the attribute of a model that holds the reports of what was applied to it, last applied last
+REPORTS = "_ds_fused_reports"
+
+
+class _Reports(list):
+    """Copied with the model, and no part of its pickle: a loaded model has nothing to undo."""
+
+    def __deepcopy__(self, memo: dict) -> _Reports:
+        return _Reports(copy.deepcopy(list(self), memo))
+
+    def __reduce__(self) -> tuple:
+        return _Reports, ()
+
+
+def restore(model: nn.Module) -> None:
+    """Undo every ``apply`` to ``model`` and to models within it, last first; nothing happens where there was none."""
+    for module in model.modules():
+        for report in reversed(vars(module).get(REPORTS, [])):
+            report.restore()
+
+
+@dataclass(eq=False)
 class Report:
     """The outcome of one ``apply`` on one model."""
 
@@ -65,6 +87,8 @@ class Report:
 
     def __post_init__(self) -> None:
         self.watch = Watch(self.model, self.claims)
+        # a plain attribute of the model, so that restore() finds it and both go together
+        self.model.__dict__.setdefault(REPORTS, _Reports()).append(self)
 
     @property
     def replaced(self) -> tuple[Replaced, ...]:
@@ -80,6 +104,11 @@ class Report:
         claims, self.claims = self.claims, ()
         for claim in reversed(claims):
             claim.restore()
+        reports = vars(self.model).get(REPORTS, [])
+        if self in reports:
+            reports.remove(self)
+        if not reports:
+            vars(self.model).pop(REPORTS, None)
 
     def recheck(self) -> list[Claim]:
         """The claims that somebody undid since the commit, by another class or by a forward on the instance."""

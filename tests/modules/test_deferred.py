@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds_fused.modules import head as head_module
 from ds_fused.modules.deferred import DeferredLogits, HeadCall
-from ds_fused.modules.head import CausalLMLoss, Head, HeadWeight, Scope
+from ds_fused.modules.head import CausalLMLoss, Head
 from ds_fused.modules.on_demand import LogitsOnDemand
+from ds_fused.modules.scope import HeadWeight, Scope, say_once
 from ds_fused.modules.swap import swap, unswap
 
 VOCAB, WIDTH = 23, 8
@@ -55,7 +57,7 @@ class Model(nn.Module):
         swap(self.head, Head, _ds_fused_scope=scope)
         scope.attach(self)
         self.loss_function = CausalLMLoss(cross_entropy_of_logits, scope)
-        self.loss_function.linear = {}
+        scope.linear = {}
         return self
 
 
@@ -93,9 +95,13 @@ RECORDED = {
     "method tanh, nothing after": lambda z: (z * 1.5).tanh(),
     "scale, cap, scale": lambda z: torch.mul((z / 4).contiguous().tanh(), 3).to(torch.float32),
     "a number of numpy's": lambda z: np.float64(0.5) * z,
+    "a second bias": lambda z: (z + torch.arange(VOCAB) / VOCAB) / 2.0,
+    "a second bias, in two dimensions": lambda z: torch.add(z, torch.ones(1, VOCAB)),
 }
 NOT_RECORDED = {
-    "shift by a tensor": lambda z: z + torch.ones(VOCAB),
+    "two biases": lambda z: z + torch.ones(VOCAB) + torch.ones(VOCAB),
+    "a bias behind a scale": lambda z: z * 2.0 + torch.ones(VOCAB),
+    "a bias for each token": lambda z: z + torch.ones(2, 5, 1),
     "tanh twice": lambda z: z.tanh().tanh(),
     "negative cap": lambda z: z.tanh() * -2.0,
     "scale by a tensor": lambda z: z * torch.full((), 0.7),
@@ -130,6 +136,131 @@ def test_any_other_operation_computes_real_logits(name: str) -> None:
     torch.testing.assert_close(got["loss"], wanted["loss"], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(got["logits"], wanted["logits"], rtol=0, atol=0)
     same_gradients(stock, fused, lambda out: out["loss"])
+
+
+class OwnLoss(Model):
+    """Computes its loss itself, by torch's cross entropy of some of the logits."""
+
+    def __init__(self, loss) -> None:
+        super().__init__(lambda z: z, bias=True)
+        self.own_loss = loss
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict:
+        logits = self.head(self.body(x))
+        return {"loss": self.own_loss(logits, labels), "logits": logits}
+
+
+def _shifted(z: Tensor, labels: Tensor, **arguments) -> Tensor:
+    return F.cross_entropy(z[..., :-1, :].contiguous().view(-1, VOCAB), labels[..., 1:].reshape(-1), **arguments)
+
+
+def _where_labelled(z: Tensor, labels: Tensor) -> Tensor:
+    mask = labels != -100
+    return nn.CrossEntropyLoss()(z[mask], labels[mask])
+
+
+OWN_LOSSES = {
+    "flat": lambda z, y: F.cross_entropy(z.view(-1, VOCAB), y.view(-1)),
+    "shifted": _shifted,
+    "shifted, softcapped": lambda z, y: _shifted(torch.tanh(z / 2.0) * 2.0, y),
+    "a mask": _where_labelled,
+    "a sum of smoothed ones": lambda z, y: _shifted(z, y, label_smoothing=0.2, reduction="sum"),
+    "each its own": lambda z, y: _shifted(z, y, reduction="none").square().mean(),
+    "weighted classes": lambda z, y: _shifted(z, y, weight=torch.arange(VOCAB) / VOCAB),
+    "one row": lambda z, y: F.cross_entropy(z.reshape((10, z.size(-1)))[2:3], y.view(-1)[3:4]),
+    "twice": lambda z, y: _shifted(z, y) + 0.5 * F.cross_entropy(z.view(-1, VOCAB), y.view(-1)),
+}
+OTHER_LOSSES = {
+    "classes in dimension 1": lambda z, y: F.cross_entropy(z.transpose(1, 2), y),
+    "classes in dimension 1, by chance": lambda z, y: F.cross_entropy(z[:, :2], torch.zeros(2, VOCAB).long()),
+    "probabilities": lambda z, y: F.cross_entropy(z.view(-1, VOCAB), torch.full((10, VOCAB), 1 / VOCAB)),
+    "log_softmax": lambda z, y: F.nll_loss(z.view(-1, VOCAB).log_softmax(-1), y.view(-1)),
+    "some columns": lambda z, y: F.cross_entropy(z[..., :7].reshape(-1, 7), y.view(-1) % 7),
+    "a stride": lambda z, y: z[:, ::2].square().mean(),
+    "one token": lambda z, y: z[:, -1].square().mean(),
+    "other shapes": lambda z, y: z.view(VOCAB, -1).square().mean(),
+}
+
+
+def _own(loss) -> tuple[Model, Model]:
+    return OwnLoss(loss), OwnLoss(loss).fuse()
+
+
+@pytest.mark.parametrize("name", [*OWN_LOSSES, *OTHER_LOSSES])
+def test_a_loss_of_the_models_own(name: str) -> None:
+    stock, fused = _own((OWN_LOSSES | OTHER_LOSSES)[name])
+    x, labels = batch()
+    wanted, got = stock(x, labels), fused(x, labels)
+    assert type(got["logits"]) is (LogitsOnDemand if name in OWN_LOSSES else Tensor)
+    torch.testing.assert_close(got["loss"], wanted["loss"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got["logits"].detach().clone(), wanted["logits"].detach(), rtol=0, atol=0)
+    same_gradients(stock, fused, lambda out: out["loss"])
+    same_gradients(stock, fused, lambda out: out["loss"] + out["logits"].square().mean())
+
+
+def test_a_loss_that_is_not_fused_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    say_once.cache_clear()
+    for name in ("flat", "log_softmax"):
+        _, fused = _own((OWN_LOSSES | OTHER_LOSSES)[name])
+        fused(*batch())
+        fused(*batch())
+        said = ["OwnLoss was given labels" in message for message in caplog.messages].count(True)
+        assert said == (name == "log_softmax")
+    say_once.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_of_the_models_own_has_its_dtype(dtype: torch.dtype) -> None:
+    stock, fused = (model.to(dtype) for model in _own(_shifted))
+    x, labels = batch()
+    for autocast in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            wanted, got = stock(x.to(dtype), labels), fused(x.to(dtype), labels)
+        assert got["loss"].dtype == wanted["loss"].dtype
+        torch.testing.assert_close(got["loss"], wanted["loss"], rtol=1e-2, atol=1e-2)
+
+
+def test_writing_is_seen_through_views() -> None:
+    def written(z: Tensor, labels: Tensor) -> Tensor:
+        shifted = z[:, :-1]
+        z[..., 3] = -7.0
+        return F.cross_entropy(shifted.reshape(-1, VOCAB), labels[:, 1:].reshape(-1))
+
+    def written_behind(z: Tensor, labels: Tensor) -> Tensor:
+        z[:, 1:][..., 3] = -7.0
+        return _shifted(z, labels)
+
+    def copied(z: Tensor, labels: Tensor) -> Tensor:
+        mask = labels != -100
+        kept = z[mask]
+        z[..., 3] = -7.0
+        return F.cross_entropy(kept, labels[mask]) + z.square().mean()
+
+    for loss in (written, written_behind, copied):
+        stock, fused = _own(loss)
+        x, labels = batch()
+        wanted, got = stock(x, labels), fused(x, labels)
+        torch.testing.assert_close(got["loss"], wanted["loss"], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(got["logits"].detach().clone(), wanted["logits"].detach(), rtol=0, atol=0)
+        same_gradients(stock, fused, lambda out: out["loss"])
+
+
+@pytest.mark.parametrize("labelled", ["some", "none"])
+def test_only_labelled_tokens_reach_a_masked_head(labelled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    op = head_module.linear_cross_entropy
+    monkeypatch.setattr(head_module, "linear_cross_entropy", lambda x, *a, **n: seen.append(len(x)) or op(x, *a, **n))
+    stock, fused = _own(OWN_LOSSES["flat"])
+    fused.head._ds_fused_scope.masked = True
+    x, labels = batch()
+    labels[1] = -100
+    if labelled == "none":
+        labels[:] = -100
+    wanted, got = stock(x, labels), fused(x, labels)
+    assert seen == [4 if labelled == "some" else 10]
+    torch.testing.assert_close(got["loss"], wanted["loss"], rtol=1e-6, atol=1e-6, equal_nan=True)
+    if labelled == "some":
+        assert gradients(stock, wanted["loss"]).keys() == gradients(fused, got["loss"]).keys()
 
 
 def test_logits_that_the_model_writes_to_are_used_as_written() -> None:
@@ -493,6 +624,17 @@ def test_compiled_as_well() -> None:
     assert torch.equal(whole(x)["logits"], stock(x)["logits"])
     for name, gradient in gradients(stock, wanted["loss"]).items():
         torch.testing.assert_close(gradients(fused, whole(x, labels)["loss"])[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loss_of_the_models_own_compiled_as_well() -> None:
+    stock, fused = _own(OWN_LOSSES["shifted, softcapped"])
+    x, labels = batch()
+    wanted, got = stock(x, labels), torch.compile(fused, backend="eager")(x, labels)
+    assert isinstance(got["logits"], LogitsOnDemand)
+    torch.testing.assert_close(got["loss"], wanted["loss"], rtol=1e-6, atol=1e-6)
+    ours = gradients(fused, got["loss"])
+    for name, gradient in gradients(stock, wanted["loss"]).items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-5, atol=1e-6)
 
 
 def test_a_deep_copy_is_fused_on_its_own() -> None:

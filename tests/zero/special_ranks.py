@@ -29,7 +29,16 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+from transformers.trainer_pt_utils import LabelSmoother
 
 import ds_fused
 from ds_fused.engine import lookup, zero3
@@ -752,6 +761,52 @@ def stream_gemma() -> dict:
         return Gemma3ForCausalLM(config)
 
     return streamed(build)
+
+
+@case
+def stream_own_loss() -> dict:
+    """The forward computes its loss itself, of logits with a second bias; one table for encoder, decoder and head."""
+
+    def build() -> torch.nn.Module:
+        torch.manual_seed(4)
+        parts = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in BART_PART.items()}
+        model = BartForConditionalGeneration(
+            BartConfig(vocab_size=67, d_model=32, max_position_embeddings=64, init_std=0.3, dropout=0.0, **parts)
+        )
+        model.final_logits_bias.normal_()
+        return model
+
+    return streamed(build)
+
+
+BART_PART = {"layers": 1, "ffn_dim": 48, "attention_heads": 4}
+
+
+class SmoothingTrainer:
+    """What HF's Trainer does with labels when it smooths them."""
+
+    def __init__(self) -> None:
+        self.label_smoother = LabelSmoother(0.1)
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict) -> torch.Tensor:
+        labels = inputs.pop("labels")
+        return self.label_smoother(model(**inputs), labels, shift_labels=True)
+
+
+@case
+def stream_smoothed() -> dict:
+    def run(engine: deepspeed.DeepSpeedEngine) -> list[float]:
+        trainer = SmoothingTrainer()
+        ds_fused.fuse_label_smoother(trainer)
+        losses = []
+        for ids, labels in mine():
+            loss = trainer.compute_loss(engine, {"input_ids": ids, "labels": labels})
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        return losses
+
+    return streamed(run=run)
 
 
 def reason_of(build: Callable[[], torch.nn.Module] = model_of, stage: int = 3, **more: object) -> dict:

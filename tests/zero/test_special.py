@@ -27,6 +27,8 @@ STATIONARY = (
     "evaluation_and_saving",
     "bias",
     "gemma",
+    "own_loss",
+    "smoothed",
     "embedding",
     "tied_offload",
     "weighted_ranks",
@@ -68,6 +70,8 @@ CASES = (
     "stream_sharded_bias_of_a_frozen_head",
     "stream_frozen_sharded_bias",
     "stream_gemma",
+    "stream_own_loss",
+    "stream_smoothed",
     "stream_coalesced",
     "stream_thrown_away",
     "stream_callers_accumulation",
@@ -121,7 +125,7 @@ def ranks(request: pytest.FixtureRequest, ended) -> list[dict]:
 
 
 # cases whose embedding is looked up without being whole
-LOOKED_UP = ("embedding", "gemma", "tied_offload")
+LOOKED_UP = ("embedding", "gemma", "own_loss", "tied_offload")
 
 
 def equal_losses(ranks: list[dict]) -> None:
@@ -260,6 +264,8 @@ def test_one_rank_misspells(ranks):
         pytest.param("frozen_sharded_bias", marks=pytest.mark.all),
         "thrown_away",
         "gemma",
+        "own_loss",
+        "smoothed",
         "expert_parallel",
     ],
 )
@@ -294,6 +300,8 @@ def test_stationary(ended, name):
         stays = "embedding; its rows stay on 2 ranks up to 33 tokens a rank, its weight in 34 slabs of at most "
         assert (stays in result["report"]) == (name in (*LOOKED_UP, "both_ways"))
         lookups = {"both_ways": [24] * 4} | dict.fromkeys(LOOKED_UP, [24] * products.FEW_STEPS)
+        # for the encoder and for the decoder
+        lookups["own_loss"] = [24] * 2 * products.FEW_STEPS
         assert result.get("lookups", []) == lookups.get(name, [])
 
 

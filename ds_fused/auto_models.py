@@ -1,0 +1,52 @@
+"""transformers' auto classes, whose models come with fused kernels.
+
+    model = ds_fused.AutoModelForCausalLM.from_pretrained(NAME, dtype="bfloat16", fused={"rope": False})
+
+Everything else is as with the class of the same name in transformers. ``fused`` are arguments of ``ds_fused.apply``;
+``ds_fused.restore(model)`` undoes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from torch import nn
+
+from ds_fused.policies import apply
+
+
+class _Fused:
+    """Mix-in: what the auto class gives is fused."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, fused: Mapping[str, Any] | None = None, **named: Any) -> Any:
+        found = super().from_pretrained(*args, **named)
+        # with output_loading_info, a model and what was loaded
+        return (_apply(found[0], fused), *found[1:]) if isinstance(found, tuple) else _apply(found, fused)
+
+    @classmethod
+    def from_config(cls, *args: Any, fused: Mapping[str, Any] | None = None, **named: Any) -> nn.Module:
+        return _apply(super().from_config(*args, **named), fused)
+
+
+def _apply(model: nn.Module, options: Mapping[str, Any] | None) -> nn.Module:
+    apply(model, **options or {})
+    return model
+
+
+class AutoModelForCausalLM(_Fused, transformers.AutoModelForCausalLM):
+    """See the file's text."""
+
+
+class AutoModelForSeq2SeqLM(_Fused, transformers.AutoModelForSeq2SeqLM):
+    """See the file's text."""
+
+
+class AutoModelForImageTextToText(_Fused, transformers.AutoModelForImageTextToText):
+    """See the file's text."""
+
+
+class AutoModelForMaskedLM(_Fused, transformers.AutoModelForMaskedLM):
+    """See the file's text."""

@@ -1,0 +1,162 @@
+"""When a head's call may wait: in a forward of its model that is given labels, for as long as that runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_fused.modules.deferred import DeferredLogits
+from ds_fused.modules.on_demand import WholeWeight, with_steps
+from ds_fused.ops.slabs import WeightSlabs
+from ds_fused.ops.stationary import VocabShard
+
+log = logging.getLogger("ds_fused")
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """From the first rank."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        log.warning(line)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadWeight:
+    """How the weight of a head is reached where ZeRO-3 has sharded it; as it stands here, where nothing has."""
+
+    # the context of a read after the forward, in which the weight is whole
+    whole: WholeWeight = nullcontext
+    # for the loss over so many tokens, the weight in slabs of its own or the rows of it that stay here; None where the
+    # loss is to be computed in the head's own call
+    slabs: Callable[[nn.Module, int], WeightSlabs | VocabShard | None] = lambda head, n_tokens: None
+    # whether there are those
+    is_sharded: Callable[[nn.Module], bool] = lambda head: False
+    # the bias beside them
+    bias: Callable[[nn.Module], Tensor | None] = lambda head: head.bias
+
+
+class Scope:
+    """Hooks on the model that owns the head: they arm it for a forward that was given labels, and see that forward out.
+
+    ``labels_at``: position of ``labels`` in the forward's signature.
+    ``logits``: "defer" computes logits that leave the forward when they are read, "keep" within the forward.
+    ``eval``: "defer" treats the eval mode as training, "stock" leaves it alone.
+    ``masked``: of a masked language model most tokens have no label, and only the others reach the head.
+    """
+
+    def __init__(
+        self,
+        labels_at: int | None,
+        *,
+        logits: str = "defer",
+        eval: str = "defer",
+        weight: HeadWeight = HeadWeight(),  # noqa: B008 (frozen)
+        masked: bool = False,
+    ) -> None:
+        self.labels_at = labels_at
+        self.masked = masked
+        # options of linear_cross_entropy; None leaves that op off
+        self.linear: Mapping[str, Any] | None = None
+        self.logits = logits
+        self.eval = eval
+        self.weight = weight
+        # somebody computes a loss of the logits that leave the forward, which is given no labels (smoother.py)
+        self.loss_outside = False
+        # those logits
+        self.left: DeferredLogits | None = None
+        # whether the forward that runs, or ran last, has had its loss fused
+        self.fused = False
+        # one for each forward that is running, innermost last: a forward may be called within another
+        self._modes: list[str] = []
+        self._handles: list[Any] = []
+
+    def attach(self, owner: nn.Module) -> None:
+        self._handles = [
+            owner.register_forward_pre_hook(self.enter, with_kwargs=True),
+            # always_call: a forward that raises must disarm the head as well. prepend: other hooks see tensors only
+            owner.register_forward_hook(self.leave, with_kwargs=True, always_call=True, prepend=True),
+        ]
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def armed(self) -> bool:
+        return bool(self._modes) and self._modes[-1] == "defer"
+
+    def stock(self) -> bool:
+        """Whether the forward that is running is to be left alone."""
+        return bool(self._modes) and self._modes[-1] == "stock"
+
+    def enter(self, owner: nn.Module, args: tuple, kwargs: dict) -> None:
+        labels = kwargs.get("labels")
+        if labels is None and self.labels_at is not None and len(args) > self.labels_at:
+            labels = args[self.labels_at]
+        self.fused = False
+        if not owner.training and self.eval == "stock":
+            self._modes.append("stock")
+        else:
+            self._modes.append("plain" if labels is None and not self.loss_outside else "defer")
+
+    def leave(self, owner: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        if self._modes.pop() != "defer":
+            return None
+        # output None: the forward raised
+        if not torch.compiler.is_compiling() and output is not None:
+            self._say_unfused(owner)
+        return self._settle(output)
+
+    def _say_unfused(self, owner: nn.Module) -> None:
+        if self.linear is not None and not self.fused and not self.loss_outside:
+            say_once(
+                f"ds_fused: {type(owner).__name__} was given labels, but no cross entropy of logits that it had not "
+                "computed; its loss is as without ds_fused. python -m ds_fused.doctor says what computes them"
+            )
+
+    def _can_leave(self, logits: DeferredLogits) -> bool:
+        """Whether their loss can be computed behind the forward: not where only its hooks would gather the weight."""
+        is_here = logits.head.weight.numel() > 0 or self.weight.is_sharded(logits.head)
+        return is_here and self.linear is not None and self.logits == "defer" and not logits.is_real()
+
+    def _settle(self, value: Any) -> Any:
+        """The output with each ``DeferredLogits`` in it replaced by a tensor, at its place."""
+        if isinstance(value, DeferredLogits):
+            if self.loss_outside and self._can_leave(value):
+                self.left = value
+                value.call.on_demand = value.head.forward(value.call.hidden, later=True)
+            if value.call.on_demand is not None and not value.is_real() and self.logits == "defer":
+                return _steps_on_demand(value)
+            return value.materialise()
+        if isinstance(value, tuple):
+            items = [self._settle(item) for item in value]
+            if all(new is old for new, old in zip(items, value, strict=True)):
+                return value
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if isinstance(value, list):
+            value[:] = [self._settle(item) for item in value]
+        elif isinstance(value, dict):
+            # also HF's ModelOutput, which keeps its attributes and its keys in step on assignment
+            for key, item in list(value.items()):
+                settled = self._settle(item)
+                if settled is not item:
+                    value[key] = settled
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            for field in dataclasses.fields(value):
+                item = getattr(value, field.name, None)
+                if isinstance(item, DeferredLogits):
+                    object.__setattr__(value, field.name, self._settle(item))
+        return value
+
+
+# a tensor subclass without storage is nothing for a compiled graph: what leaves is made outside of it
+@torch.compiler.disable
+def _steps_on_demand(logits: DeferredLogits) -> Tensor:
+    return with_steps(logits.call.on_demand, logits.steps, logits.shape, logits.dtype)

@@ -1,0 +1,72 @@
+"""A tenth of all types, each day another, and some every day: what the committed table says holds."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+from tests import sweep
+from tests.policies.tiny_families import FIRST
+
+PARTS = 10
+TODAY = date.today().toordinal() % PARTS
+EVERY_DAY = {f"{name.removesuffix('Text')}ForCausalLM" for name, *_ in FIRST}
+
+
+def of_today() -> list[sweep.Case]:
+    return [case for i, case in enumerate(sweep.cases()) if i % PARTS == TODAY or case[1] in EVERY_DAY]
+
+
+def committed() -> dict[sweep.Case, str]:
+    """Type and class -> what the table says of the loss, or why there is none."""
+    rows = re.findall(r"^\| `(\S+)` \| `(\S+)` \| (.*?) \|", sweep.TABLE.read_text(encoding="utf-8"), re.MULTILINE)
+    return {(model_type, cls): loss for model_type, cls, loss in rows}
+
+
+def test_what_the_table_says_holds() -> None:
+    said = committed()
+    for row in sweep.sweep(of_today()):
+        case = row["type"], row["class"]
+        assert case in said, f"{case} is not in {sweep.TABLE.name}: python tests/sweep.py"
+        assert said[case] != "fused" or row.get("loss_fused"), row
+        assert not row.get("differs"), row
+
+
+def test_the_table_covers_what_it_promises() -> None:
+    counts = re.findall(r"^\| ([a-z ]+) \| (\d+) \| \d+ \|$", sweep.TABLE.read_text(encoding="utf-8"), re.MULTILINE)
+    found = {what: int(count) for what, count in counts}
+    assert found["built and run"] >= 170 and found["different"] == 0 and found["with a fused loss"] >= 160
+
+
+def test_a_type_that_hangs_or_dies_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a stand-in for the worker, one of whose types sleeps and another ends its process."""
+    script = tmp_path / "worker.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import json, os, sys, time
+            for model_type, cls in json.load(sys.stdin):
+                if model_type == "hangs":
+                    time.sleep(60)
+                if model_type == "dies":
+                    os._exit(3)
+                print(json.dumps({"type": model_type, "class": cls}), flush=True)
+            """
+        )
+    )
+    monkeypatch.setattr(sweep, "__file__", str(script))
+    rows = list(sweep.sweep([(name, "C") for name in ("a", "hangs", "b", "dies", "c")], seconds=3))
+    assert [row["type"] for row in rows] == ["a", "hangs", "b", "dies", "c"]
+    assert [row.get("failed") for row in rows] == [None, "took more than 3 s", None, "ended its process (3)", None]
+
+
+def test_the_table_tells_what_was_built_and_what_was_not() -> None:
+    rows = [sweep.run("llama", "LlamaForCausalLM"), sweep.run("bert", "NoSuchModel")]
+    text = sweep.table(rows, seconds=1.0)
+    assert "| `llama` | `LlamaForCausalLM` | fused | 2 LlamaAttention (rope)" in text
+    assert "| `bert` | `NoSuchModel` | AttributeError: " in text
+    assert "| built and run | 1 | 0 |" in text

@@ -1,0 +1,136 @@
+"""restore, the auto classes, and Liger's functions by their names."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import inspect
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import ds_fused
+from ds_fused import compat
+from ds_fused.modules.swap import is_fused
+from tests.policies.tiny import FAMILIES, LLAMA, assert_same_step, classes, counts, step, twins
+
+
+def n_fused(model: nn.Module) -> int:
+    return sum(map(is_fused, model.modules()))
+
+
+def test_restore_undoes_every_apply() -> None:
+    model, stock = twins(LLAMA)
+    attributes = set(vars(model))
+    ds_fused.apply(model.model, {"rms_norm": True})
+    ds_fused.apply(model, {"swiglu": True})
+    report = ds_fused.apply(model, {"rope": True, "fused_linear_cross_entropy": True})
+    assert n_fused(model) == 5 + 2 + 2 + 1
+    ds_fused.restore(model)
+    assert classes(model) == classes(stock) and set(vars(model)) == attributes
+    assert_same_step(model, stock, tolerance=0.0)
+    report.restore()
+    ds_fused.restore(model)
+    assert classes(model) == classes(stock)
+
+
+def test_a_copy_is_restored_alone() -> None:
+    model = LLAMA.make()
+    ds_fused.apply(model)
+    twin = copy.deepcopy(model)
+    ds_fused.restore(twin)
+    assert n_fused(twin) == 0 and n_fused(model) == 10
+    assert_same_step(model, twin, tolerance=1e-5)
+
+
+def test_what_was_applied_is_no_part_of_a_pickle() -> None:
+    model = LLAMA.make()
+    ds_fused.apply(model, {"rms_norm": True, "swiglu": True})
+    step(model)  # takes out what watches the first one
+    loaded = pickle.loads(pickle.dumps(model))
+    assert n_fused(loaded) == n_fused(model) == 7
+    ds_fused.restore(loaded)
+    ds_fused.restore(model)
+    assert n_fused(model) == 0
+
+
+def test_auto_classes(tmp_path: Path) -> None:
+    stock = LLAMA.make()
+    stock.save_pretrained(tmp_path)
+    model = ds_fused.AutoModelForCausalLM.from_pretrained(tmp_path, fused={"rope": False})
+    assert type(model) is transformers.LlamaForCausalLM and n_fused(model) == 5 + 2 + 1
+    assert_same_step(model, stock, tolerance=1e-5)
+    model, info = ds_fused.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert n_fused(model) == 10 and not info["missing_keys"]
+    assert n_fused(ds_fused.AutoModelForCausalLM.from_config(stock.config)) == 10
+    assert n_fused(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)) == 0
+    with pytest.raises(ValueError, match="there is no 'ropes'"):
+        ds_fused.AutoModelForCausalLM.from_config(stock.config, fused={"ropes": True})
+
+
+def test_compat_on_a_model() -> None:
+    model, stock = twins(LLAMA)
+    report = ds_fused.compat.apply_liger_kernel_to_llama(rope=False, model=model)
+    assert counts(report) == {"rms_norm": 5, "swiglu": 2, "fused_linear_cross_entropy": 1}
+    assert_same_step(model, stock, tolerance=1e-5)
+    report.restore()
+    assert classes(model) == classes(stock)
+    # by position, as Liger's
+    assert counts(compat.apply_liger_kernel_to_llama(False, True, False, False, True, model)) == {
+        "swiglu": 2,
+        "cross_entropy": 1,
+    }
+
+
+def test_compat_on_models_built_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    llama, qwen = LLAMA.make(), FAMILIES[3].make()
+    llama.save_pretrained(tmp_path)
+    before = {cls: dict(vars(cls)) for cls in (transformers.LlamaForCausalLM, transformers.LlamaModel)}
+    patch = compat.apply_liger_kernel_to_llama()
+    try:
+        built = (
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path),
+            transformers.AutoModelForCausalLM.from_config(llama.config),
+            transformers.LlamaForCausalLM(llama.config),
+            transformers.LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)[0],
+        )
+        assert [n_fused(model) for model in built] == [10] * 4
+        assert [n_fused(each) for each in (llama, type(qwen)(qwen.config))] == [0, 0]
+        assert_same_step(built[0], llama, tolerance=1e-5)
+        with torch.device("meta"):
+            assert n_fused(transformers.LlamaForCausalLM(llama.config)) == 0
+        assert "has no weights yet" in caplog.text
+    finally:
+        patch.restore()
+    assert before == {cls: dict(vars(cls)) for cls in before}
+    assert n_fused(transformers.LlamaForCausalLM(llama.config)) == 0
+    assert n_fused(built[0]) == 10
+    ds_fused.restore(built[0])
+    assert n_fused(built[0]) == 0
+
+
+def test_a_text_family_within_another_module() -> None:
+    names = {cls.__name__ for cls in compat._classes("gemma3_text")}
+    assert "Gemma3ForCausalLM" in names and "Gemma3ForConditionalGeneration" not in names
+    assert "Gemma3ForConditionalGeneration" in {cls.__name__ for cls in compat._classes("gemma3")}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="needs liger-kernel")
+def test_signatures_are_ligers() -> None:
+    from liger_kernel.transformers import monkey_patch
+
+    theirs = {name for name in vars(monkey_patch) if name.startswith("apply_liger_kernel_to_")}
+    assert theirs == set(compat._FUNCTIONS)
+    for name in theirs:
+        wanted = inspect.signature(getattr(monkey_patch, name)).parameters.values()
+        found = inspect.signature(getattr(compat, name)).parameters.values()
+        assert [(p.name, p.default, p.kind) for p in found] == [(p.name, p.default, p.kind) for p in wanted], name
+
+
+@pytest.mark.parametrize("family", compat.FAMILIES)
+def test_every_family_has_models(family: str) -> None:
+    assert compat._classes(family)
