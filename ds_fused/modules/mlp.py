@@ -25,8 +25,11 @@ class Gate(NamedTuple):
 
 
 def gated(gate: Gate, x: Tensor, up: Tensor | None = None) -> Tensor:
-    """``glu`` of x and up, or of x that holds both."""
-    return glu(x, up, gate.act, interleaved=gate.interleaved, alpha=gate.alpha, limit=gate.limit, offset=gate.offset)
+    """``glu`` of x and up, or of x that holds both: what projections have just made, and nobody reads again."""
+    return glu(
+        x, up, gate.act, interleaved=gate.interleaved, alpha=gate.alpha, limit=gate.limit, offset=gate.offset,
+        overwrite_inputs=True,
+    )  # fmt: skip
 
 
 class GatedMLP:
