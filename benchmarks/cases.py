@@ -201,6 +201,11 @@ def linear_loss_inputs(generator: torch.Generator, m: int, h: int, n_vocab: int)
     return Inputs({"x": x, "weight": weight, "labels": _labels(generator, m, n_vocab)})
 
 
+def frozen_loss_inputs(generator: torch.Generator, m: int, h: int, n_vocab: int) -> Inputs:
+    tensors = linear_loss_inputs(generator, m, h, n_vocab).tensors
+    return Inputs(tensors | {"weight": tensors["weight"].detach()})
+
+
 def log_probs_inputs(generator: torch.Generator, m: int, h: int, n_vocab: int, outputs: int = 1) -> Inputs:
     tensors = linear_loss_inputs(generator, m, h, n_vocab).tensors
     # a gradient of each token, as a policy's advantages give it
@@ -315,6 +320,11 @@ def _pair_bytes(n: int, n_vocab: int) -> tuple[int, int]:
 def _linear_loss_flops(m: int, h: int, n_vocab: int) -> tuple[int, int]:
     # logits; logits, dx and dweight
     return 2 * m * h * n_vocab, 6 * m * h * n_vocab
+
+
+def _frozen_loss_flops(m: int, h: int, n_vocab: int) -> tuple[int, int]:
+    # logits; logits and dx
+    return 2 * m * h * n_vocab, 4 * m * h * n_vocab
 
 
 def _distillation_flops(m: int, h: int, n_vocab: int) -> tuple[int, int]:
@@ -446,6 +456,11 @@ CASES = (
         "linear_cross_entropy", "", linear_loss_inputs, rivals.LINEAR_CROSS_ENTROPY,
         sweep=((8192, 4096, 128256), (16384, 2048, 151936), (4096, 4096, 128256)),
         launch_bound=(128, 256, 1024), tiny=(140, 16, 96), flops=_linear_loss_flops,
+    ),
+    # LoRA
+    Case(
+        "linear_cross_entropy", "frozen", frozen_loss_inputs, rivals.LINEAR_CROSS_ENTROPY,
+        sweep=((8192, 4096, 128256),), launch_bound=(128, 256, 1024), tiny=(140, 16, 96), flops=_frozen_loss_flops,
     ),
     Case(
         "linear_log_probs", "", log_probs_inputs, rivals.log_probs_providers(entropy=False),

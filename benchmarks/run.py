@@ -129,7 +129,9 @@ def measure_bare(row: Row, inputs: Inputs, floors: tuple[float, float], on: Inst
     x, weight = (inputs.tensors[name].detach() for name in ("x", "weight"))
     teacher = [inputs.tensors[name] for name in ("teacher_x", "teacher_weight") if name in inputs.tensors]
     dz = torch.randn(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-    row.status, row.note = CEILING, "x @ W.T, dz @ W, dz.T @ x" + (", the teacher's x @ W.T" if teacher else "")
+    trains = inputs.tensors["weight"].requires_grad
+    row.status = CEILING
+    row.note = "x @ W.T, dz @ W" + (", dz.T @ x" if trains else "") + (", the teacher's x @ W.T" if teacher else "")
 
     def forward() -> None:
         x @ weight.T
@@ -137,7 +139,7 @@ def measure_bare(row: Row, inputs: Inputs, floors: tuple[float, float], on: Inst
             teacher[0] @ teacher[1].T
 
     row.forward_ms = on.median_ms(forward)
-    row.full_ms = on.median_ms(lambda: (forward(), dz @ weight, dz.T @ x))
+    row.full_ms = on.median_ms(lambda: (forward(), dz @ weight, dz.T @ x if trains else None))
     row.forward_share, row.full_share = floors[0] / row.forward_ms, floors[1] / row.full_ms
 
 

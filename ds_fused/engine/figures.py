@@ -54,15 +54,20 @@ def of_stream(slabs: ZeroSlabs, most: int, chunk_bytes: int, keep_bytes: int, ra
     n_vocab, hidden = slabs.shape
     itemsize = slabs.dtype.itemsize
     trains = slabs.requires_grad
+    # a frozen head is done with in the forward, see ops/frozen_head.py
+    keep_bytes = keep_bytes if trains else 0
     cut = tiling(most, n_vocab, itemsize, chunk_bytes, keep_bytes, dx=True, dweight=trains, slab_rows=slabs.slab_rows)
     n_tiles = len(slabs) * -(-most // cut.tokens)
     tile_bytes = tile_elements(cut.tokens, cut.rows) * itemsize
-    made_again = 2 * (1 - min(1.0, cut.kept / max(1, n_tiles)))
+    made_again = 2 * trains * (1 - min(1.0, cut.kept / max(1, n_tiles)))
     flops = (4 + 2 * trains + made_again) * most * n_vocab * hidden
     slab_bytes = slabs.slab_rows * hidden * itemsize
-    held = (2 + 2 * trains) * slab_bytes + max(1, cut.kept) * tile_bytes + most * hidden * 4
+    held = (
+        (2 + 2 * trains) * slab_bytes + max(1, cut.kept) * tile_bytes + most * hidden * (4 if trains else 4 + itemsize)
+    )
     # backward begins with the slab that forward ended with
-    wire = ((2 + trains) * n_vocab * hidden * itemsize - slab_bytes) * (slabs.ranks - 1) // slabs.ranks
+    whole = n_vocab * hidden * itemsize
+    wire = (3 * whole - slab_bytes if trains else whole) * (slabs.ranks - 1) // slabs.ranks
     return Figures("stream", f"{len(slabs)} slabs", held, wire, flops / rates.flops + wire / rates.wire)
 
 
