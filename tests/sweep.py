@@ -57,6 +57,7 @@ def sweep(cases: Iterable[Case], seconds: float = SECONDS) -> Iterator[Row]:
 
 def _rows_of_a_process(cases: Sequence[Case], seconds: float) -> Iterator[Row]:
     """Rows until all are there or one of them ended the process; that one is a row, too."""
+    path = [str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])]
     worker = subprocess.Popen(
         [sys.executable, __file__, "--worker"],
         stdin=subprocess.PIPE,
@@ -65,7 +66,7 @@ def _rows_of_a_process(cases: Sequence[Case], seconds: float) -> Iterator[Row]:
         # a line that lay in a buffer of ours would look like none to the selector
         bufsize=0,
         # in a sweep of tiny models more threads than one only wait for each other
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPO)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(path)},
     )
     try:
         with selectors.DefaultSelector() as selector:
@@ -202,6 +203,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--only", default="", help="model types, with commas")
     options.add_argument("--resume", action="store_true")
+    options.add_argument("--table", type=Path, default=TABLE, help="where the table is written")
     options.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = options.parse_args()
     if given.worker:
@@ -221,7 +223,7 @@ def main() -> None:
     if only:
         print(text)
     else:
-        TABLE.write_text(text, encoding="utf-8")
+        given.table.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -119,6 +119,7 @@ def test_every_command_is_of_a_kind_that_is_tested_below():
         "deepspeed --config",
         "python -m ds_fused.doctor",
         "python tests/sweep.py",
+        "python tests/versions.py",
         "python -m ds_fused.warmup",
     }
     assert {" ".join(c[:3]) if c[1] == "-m" else " ".join(c[:2]) for c in commands()} == kinds

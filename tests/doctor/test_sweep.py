@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import sweep
+from tests import sweep, versions
 from tests.policies.tiny_families import FIRST
 
 PARTS = 10
@@ -70,3 +70,25 @@ def test_the_table_tells_what_was_built_and_what_was_not() -> None:
     assert "| `llama` | `LlamaForCausalLM` | fused | 2 LlamaAttention (rope)" in text
     assert "| `bert` | `NoSuchModel` | AttributeError: " in text
     assert "| built and run | 1 | 0 |" in text
+
+
+def test_versions_of_transformers_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a stand-in for pip and the sweep: the counts of the table that the sweep wrote under that version."""
+    said = []
+
+    def run(command: list[str], **environment: str) -> None:
+        said.append((command[-1], environment))
+        if "--table" in command:
+            text = sweep.table([sweep.run("llama", "LlamaForCausalLM")], seconds=1.0)
+            Path(command[-1]).write_text(re.sub(r"transformers \S+,", "transformers 5.3.0,", text))
+
+    monkeypatch.setattr(versions, "_run", run)
+    assert versions.swept("5.3.0")["built and run"] == "1 + 0"
+    assert said[0][0] == "transformers==5.3.0" and "PYTHONPATH" in said[1][1]
+    with pytest.raises(AssertionError, match="another version was imported"):
+        versions.swept("5.4.0")
+
+
+def test_no_version_trains_differently() -> None:
+    rows = re.findall(r"^\| (\d+\.\S+) \|.*?\|.*?\| (.*?) \|", versions.TABLE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert dict(rows) == dict.fromkeys(versions.VERSIONS, "0 + 0")
