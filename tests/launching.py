@@ -76,13 +76,17 @@ def _launch_once(command: Sequence[str], ranks: int, timeout: float, cwd: Path, 
 
 
 def start(command: Sequence[str | Path], *, timeout: float = 240, cwd: Path = REPO, **env: str) -> Ended:
-    """Run one command to its end, whatever its status."""
-    try:
-        return _wait([_Started(command, cpu_environment(**env), cwd)], timeout)[0]
-    finally:
-        words = [str(word) for word in command]
-        if "--master_port" in words:
-            _free_shared_memory(words[words.index("--master_port") + 1])
+    """Run one command to its end, whatever its status; again where a rank aborted as it ended."""
+    words = [str(word) for word in command]
+    for _ in range(ATTEMPTS):
+        try:
+            ended = _wait([_Started(command, cpu_environment(**env), cwd)], timeout)[0]
+        finally:
+            if "--master_port" in words:
+                _free_shared_memory(words[words.index("--master_port") + 1])
+        if not ended.aborted_at_its_end:
+            break
+    return ended
 
 
 def cpu_environment(**more: str) -> dict[str, str]:

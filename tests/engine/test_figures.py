@@ -34,7 +34,8 @@ def stationary(most: int, ranks: int = W, trained: bool = True, offloaded: bool 
 def test_bytes_on_the_wire():
     # two gathers and a reduce-scatter of what the other three ranks have, but for one slab; whatever the tokens are
     assert stream(8192).wire == stream(1).wire == (3 * V - SLAB) * H * 2 * 3 // 4
-    assert stream(8192, trained=False).wire == (2 * V - SLAB) * H * 2 * 3 // 4
+    # a frozen head is gathered once
+    assert stream(8192, trained=False).wire == V * H * 2 * 3 // 4
     # x of three ranks, and their parts of dx in fp32; the rest is little
     assert stationary(8192).wire == pytest.approx(3 * 8192 * H * 6, rel=1e-2)
     assert stream(8192, ranks=1).wire == stationary(8192, ranks=1).wire == 0
