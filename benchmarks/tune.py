@@ -92,9 +92,9 @@ SEARCHES = (
         "gated_rms_norm", "norm_first", "backward", NARROW_SHAPES,
         {"TILE_BWD": (1024, 2048, 4096), "PER_THREAD_BWD": (8, 16), "STAGES_BWD": (1, 2)},
     ),
-    Search("softmax", "", "forward", ((131072, 4096),), {"PER_THREAD": (8, 16, 32)}),
-    Search("softmax", "", "backward", ((131072, 4096),), {"PER_THREAD": (8, 16, 32)}),
-    Search("sparsemax", "", "forward", ((32768, 4096),), {"PER_THREAD": (8, 16, 32)}),
+    Search("softmax", "", "forward", ((131072, 4096),), {"PER_THREAD": (8, 16, 32)}, file="_along_rows"),
+    Search("softmax", "", "backward", ((131072, 4096),), {"PER_THREAD": (8, 16, 32)}, file="_along_rows"),
+    Search("sparsemax", "", "forward", ((32768, 4096),), {"PER_THREAD": (8, 16, 32)}, file="_along_rows"),
     Search(
         "embedding", "", "backward", ((16384, 4096, 128256), (32768, 576, 49152)),
         {"BLOCK_COLS": (256, 512, 1024), "PER_THREAD": (4, 8), "CHUNK": (128, 256, 512), "ROWS": (2, 4, 8)},

@@ -283,9 +283,10 @@ class PackedGLUFunction(torch.autograd.Function):
 
 def _room(x: Tensor, overwrite: bool) -> Tensor:
     """Where the gradient of x goes: over x itself, if that is allowed and x is memory of its own, seen as rows."""
-    rows = rows_of(x)
-    if overwrite and rows.data_ptr() == x.data_ptr() and rows.stride(0) >= rows.shape[1]:
-        return x.detach()
+    if overwrite:
+        rows = rows_of(x)
+        if rows.data_ptr() == x.data_ptr() and rows.stride(0) >= rows.shape[1]:
+            return x.detach()
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 

@@ -15,23 +15,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_fused.ops._launch import launch
-from ds_fused.ops._triton import (
-    autocast_dtype,
-    cdiv,
-    check_dtypes,
-    row_stride,
-    rows_of,
-    runs_kernels,
-)
-from ds_fused.ops.rms_norm import tile
-
-# A tile is whole rows up to these widths (32 fp32 values of a row in each of 1024 threads); wider rows are walked in
-# blocks. Not measured yet.
-WHOLE_ROW_FWD = 32768
-WHOLE_ROW_BWD = 16384
-# elements of a tile when a row is narrower (as many rows as fit), and of a thread. Not measured yet.
-TILE, PER_THREAD = 2048, 16
+from ds_fused.ops import _along_rows
+from ds_fused.ops._along_rows import along_rows, check_dim
+from ds_fused.ops._triton import autocast_dtype, check_dtypes, rows_of, runs_kernels
 
 
 def softmax_reference(x: Tensor, dim: int = -1) -> Tensor:
@@ -142,44 +128,13 @@ def _softmax_bwd_walk_kernel(
         tl.store(dx_ptr + row * n_cols + cols, y * (dy - inner), mask=mask)
 
 
-def softmax_fwd(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """[N, D] -> [N, D] in that dtype."""
-    n, d = x.shape
-    y = torch.empty((n, d), dtype=dtype, device=x.device)
-    if n == 0 or d == 0:
-        return y
-    block = tile(d, TILE, PER_THREAD, WHOLE_ROW_FWD)
-    constants = {"BLOCK_COLS": block.cols, "num_warps": block.warps}
-    if block.rows:
-        grid = (cdiv(n, block.rows),)
-        launch(_softmax_fwd_kernel, grid, x, y, row_stride(x), n, d, BLOCK_ROWS=block.rows, **constants)
-    else:
-        launch(_softmax_fwd_walk_kernel, (n,), x, y, row_stride(x), d, **constants)
-    return y
-
-
-def softmax_bwd(dy: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """dy, y [N, D] -> dx [N, D] in that dtype."""
-    n, d = y.shape
-    dx = torch.empty((n, d), dtype=dtype, device=y.device)
-    if n == 0 or d == 0:
-        return dx
-    block = tile(d, TILE, PER_THREAD, WHOLE_ROW_BWD)
-    constants = {"BLOCK_COLS": block.cols, "num_warps": block.warps}
-    if block.rows:
-        grid = (cdiv(n, block.rows),)
-        launch(_softmax_bwd_kernel, grid, dy, y, dx, row_stride(dy), n, d, BLOCK_ROWS=block.rows, **constants)
-    else:
-        launch(_softmax_bwd_walk_kernel, (n,), dy, y, dx, row_stride(dy), d, **constants)
-    return dx
-
-
 class SoftmaxFunction(torch.autograd.Function):
-    """Autograd around the two launchers; sees only [N, D]."""
+    """Autograd around the kernels; sees only [N, D]."""
 
     @staticmethod
     def forward(ctx, x: Tensor, dtype: torch.dtype) -> Tensor:
-        y = softmax_fwd(x, dtype)
+        y = torch.empty(x.shape, dtype=dtype, device=x.device)
+        along_rows(_softmax_fwd_kernel, _softmax_fwd_walk_kernel, _along_rows.WHOLE_ROW_FWD, y, x)
         ctx.save_for_backward(y)
         ctx.dtype = x.dtype
         return y
@@ -188,7 +143,9 @@ class SoftmaxFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
-        return softmax_bwd(rows_of(dy), y, ctx.dtype), None
+        dx = torch.empty(y.shape, dtype=ctx.dtype, device=y.device)
+        widest = _along_rows.WHOLE_ROW_BWD
+        return along_rows(_softmax_bwd_kernel, _softmax_bwd_walk_kernel, widest, dx, rows_of(dy), y), None
 
 
 def softmax(x: Tensor, dim: int = -1) -> Tensor:
@@ -203,11 +160,3 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
     if dim not in (-1, x.ndim - 1):
         return softmax(x.transpose(dim, -1)).transpose(dim, -1)
     return SoftmaxFunction.apply(rows_of(x), result_dtype(x)).view(x.shape)
-
-
-def check_dim(op: str, x: Tensor, dim: int) -> None:
-    """A dimension that x has."""
-    if x.ndim == 0:
-        raise ValueError(f"{op}: x is a number; there must be a dimension to go along")
-    if not -x.ndim <= dim < x.ndim:
-        raise ValueError(f"{op}: dim is {dim}; x {tuple(x.shape)} has dimensions {-x.ndim} to {x.ndim - 1}")

@@ -25,17 +25,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_fused.ops._launch import launch
-from ds_fused.ops._triton import cdiv, check_dtypes, row_stride, rows_of, runs_kernels
-from ds_fused.ops.rms_norm import tile
-from ds_fused.ops.softmax import check_dim
+from ds_fused.ops import _along_rows
+from ds_fused.ops._along_rows import along_rows, check_dim
+from ds_fused.ops._triton import check_dtypes, rows_of, runs_kernels
 
-# A tile is whole rows up to these widths (32 fp32 values of a row in each of 1024 threads); wider rows are walked in
-# blocks. Not measured yet.
-WHOLE_ROW_FWD = 32768
-WHOLE_ROW_BWD = 16384
-# elements of a tile when a row is narrower (as many rows as fit), and of a thread. Not measured yet.
-TILE, PER_THREAD = 2048, 16
 # the least positive value of fp16: what is smaller must not leave the support, or the gradient would lose it
 LEAST_FP16 = tl.constexpr(2.0**-24)
 
@@ -213,44 +206,13 @@ def _sparsemax_bwd_walk_kernel(
         tl.store(dx_ptr + row * n_cols + cols, tl.where(support, dy - mean, 0.0), mask=mask)
 
 
-def sparsemax_fwd(x: Tensor) -> Tensor:
-    """[N, D] -> [N, D]."""
-    n, d = x.shape
-    y = torch.empty((n, d), dtype=x.dtype, device=x.device)
-    if n == 0 or d == 0:
-        return y
-    block = tile(d, TILE, PER_THREAD, WHOLE_ROW_FWD)
-    constants = {"BLOCK_COLS": block.cols, "num_warps": block.warps}
-    if block.rows:
-        grid = (cdiv(n, block.rows),)
-        launch(_sparsemax_fwd_kernel, grid, x, y, row_stride(x), n, d, BLOCK_ROWS=block.rows, **constants)
-    else:
-        launch(_sparsemax_fwd_walk_kernel, (n,), x, y, row_stride(x), d, **constants)
-    return y
-
-
-def sparsemax_bwd(dy: Tensor, y: Tensor) -> Tensor:
-    """dy, y [N, D] -> dx [N, D]."""
-    n, d = y.shape
-    dx = torch.empty((n, d), dtype=y.dtype, device=y.device)
-    if n == 0 or d == 0:
-        return dx
-    block = tile(d, TILE, PER_THREAD, WHOLE_ROW_BWD)
-    constants = {"BLOCK_COLS": block.cols, "num_warps": block.warps}
-    if block.rows:
-        grid = (cdiv(n, block.rows),)
-        launch(_sparsemax_bwd_kernel, grid, dy, y, dx, row_stride(dy), n, d, BLOCK_ROWS=block.rows, **constants)
-    else:
-        launch(_sparsemax_bwd_walk_kernel, (n,), dy, y, dx, row_stride(dy), d, **constants)
-    return dx
-
-
 class SparsemaxFunction(torch.autograd.Function):
-    """Autograd around the two launchers; sees only [N, D]."""
+    """Autograd around the kernels; sees only [N, D]."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        y = sparsemax_fwd(x)
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        along_rows(_sparsemax_fwd_kernel, _sparsemax_fwd_walk_kernel, _along_rows.WHOLE_ROW_FWD, y, x)
         ctx.save_for_backward(y)
         return y
 
@@ -258,7 +220,10 @@ class SparsemaxFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
-        return sparsemax_bwd(rows_of(dy), y)
+        dx = torch.empty_like(y)
+        return along_rows(
+            _sparsemax_bwd_kernel, _sparsemax_bwd_walk_kernel, _along_rows.WHOLE_ROW_BWD, dx, rows_of(dy), y
+        )
 
 
 def sparsemax(x: Tensor, dim: int = -1) -> Tensor:

@@ -1,4 +1,4 @@
-"""What tests of several files share: giving back a GPU's memory, small tiles of heads, small blocks of jsd and tvd."""
+"""What tests of several files share: giving back a GPU's memory, small tiles, blocks and rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ds_fused.ops import _divergence, _tiles
+import ds_fused.ops.registry as registry
+from ds_fused.ops import _along_rows, _divergence, _tiles
 
 # what a worker may keep of a GPU that it shares, between two tests
 MOST_KEPT = 2**30
@@ -37,3 +38,11 @@ def pair_blocks(monkeypatch) -> None:
     """Blocks so small that a row of 71 has whole ones and a rest."""
     for name in ("FWD_BLOCK", "BWD_BLOCK"):
         monkeypatch.setattr(_divergence, name, 32)
+
+
+@pytest.fixture
+def walked(monkeypatch) -> None:
+    """Rows of more than 8 columns are walked in blocks of 16, by softmax and sparsemax."""
+    monkeypatch.setattr(_along_rows, "WHOLE_ROW_FWD", 8)
+    monkeypatch.setattr(_along_rows, "WHOLE_ROW_BWD", 8)
+    monkeypatch.setattr(registry.op("rms_norm").module, "WALK_BLOCK", 16)

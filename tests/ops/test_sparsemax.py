@@ -6,20 +6,10 @@ import pytest
 import torch
 from accuracy import as_accurate, randn, same_bits
 
-import ds_fused.ops.registry as registry
 from ds_fused.ops.sparsemax import sparsemax, sparsemax_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FILE = registry.op("sparsemax").module
 INF = float("inf")
-
-
-@pytest.fixture
-def walked(monkeypatch):
-    """Rows of more than 8 columns are walked in blocks of 16."""
-    monkeypatch.setattr(FILE, "WHOLE_ROW_FWD", 8)
-    monkeypatch.setattr(FILE, "WHOLE_ROW_BWD", 8)
-    monkeypatch.setattr(registry.op("rms_norm").module, "WALK_BLOCK", 16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,43 @@
+"""What softmax and sparsemax share: tensors [N, D] in which every row is worked on alone, whole or walked in blocks."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from ds_fused.ops._launch import launch
+from ds_fused.ops._triton import cdiv, row_stride
+from ds_fused.ops.rms_norm import tile
+
+# A tile is whole rows up to these widths (32 fp32 values of a row in each of 1024 threads); wider rows are walked in
+# blocks. Not measured yet.
+WHOLE_ROW_FWD = 32768
+WHOLE_ROW_BWD = 16384
+# elements of a tile when a row is narrower (as many rows as fit), and of a thread. Not measured yet.
+TILE, PER_THREAD = 2048, 16
+
+
+def along_rows(whole: JITFunction, walk: JITFunction, widest: int, out: Tensor, *inputs: Tensor) -> Tensor:
+    """Fills ``out`` [N, D] by one of two kernels, for rows up to ``widest`` columns and for wider ones.
+
+    They take inputs [N, D], out, the row stride of the first input (the others have no gaps), N (``whole`` alone), D.
+    """
+    n, d = out.shape
+    if n == 0 or d == 0:
+        return out
+    block = tile(d, TILE, PER_THREAD, widest)
+    constants = {"BLOCK_COLS": block.cols, "num_warps": block.warps}
+    tensors = (*inputs, out, row_stride(inputs[0]))
+    if block.rows:
+        launch(whole, (cdiv(n, block.rows),), *tensors, n, d, BLOCK_ROWS=block.rows, **constants)
+    else:
+        launch(walk, (n,), *tensors, d, **constants)
+    return out
+
+
+def check_dim(op: str, x: Tensor, dim: int) -> None:
+    """A dimension that x has."""
+    if x.ndim == 0:
+        raise ValueError(f"{op}: x is a number; there must be a dimension to go along")
+    if not -x.ndim <= dim < x.ndim:
+        raise ValueError(f"{op}: dim is {dim}; x {tuple(x.shape)} has dimensions {-x.ndim} to {x.ndim - 1}")
