@@ -22,7 +22,7 @@ def along_rows(whole: JITFunction, walk: JITFunction, widest: int, out: Tensor, 
 
     They take inputs [N, D], out, the row stride of the first input (the others have no gaps), N (``whole`` alone), D.
     """
-    n, d = out.shape
+    n, d = inputs[0].shape  # not out's: dynamo 2.11 can't hold the sizes of what was made of an input
     if n == 0 or d == 0:
         return out
     block = tile(d, TILE, PER_THREAD, widest)

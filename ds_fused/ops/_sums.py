@@ -68,7 +68,7 @@ def sum_partials(
     programs: int,
     d: int,
     first: Tensor | None,
-    second: Tensor | None,
+    second: Tensor | None = None,
     number: Tensor | None = None,
     n_numbers: int = 0,
 ) -> None:

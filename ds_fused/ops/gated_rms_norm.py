@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._launch import launch
+from ds_fused.ops._sums import sum_partials
 from ds_fused.ops._triton import (
     cdiv,
     check_dtypes,
@@ -35,7 +36,7 @@ from ds_fused.ops._triton import (
     runs_kernels,
 )
 from ds_fused.ops.glu import _sigmoid_and_slope
-from ds_fused.ops.rms_norm import _add_to, check_norm, sum_partials, tile
+from ds_fused.ops.rms_norm import _add_to, check_norm, tile
 
 ORDERS = ("norm_first", "gate_first")
 ACTS = ("silu", "sigmoid")
@@ -427,7 +428,10 @@ def gated_rms_norm_bwd(
     dweights = torch.empty((programs, d), dtype=torch.float32, device=x.device) if wants_dweight else None
     tensors = (dy, x, gate, weight, rstd, dx, dgate, dweights, row_stride(dy), row_stride(x), row_stride(gate))
     launch(kernel, (programs * form.n_groups,), *tensors, n, form.n_groups, n_cols, **constants)
-    return dx, dgate, sum_partials(dweights, weight) if wants_dweight else None
+    dweight = torch.empty_like(weight) if wants_dweight else None
+    if wants_dweight:
+        sum_partials(dweights, programs, d, dweight)
+    return dx, dgate, dweight
 
 
 class GatedRMSNormFunction(torch.autograd.Function):

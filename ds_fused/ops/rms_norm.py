@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._launch import launch
+from ds_fused.ops._sums import sum_partials
 from ds_fused.ops._triton import (
     cdiv,
     check_dtypes,
@@ -53,10 +54,6 @@ TILE_BWD, PER_THREAD_BWD = 2048, 8
 # elements a thread and 16 warps: 0.081, 0.285, unknown (results/h100/tune.csv).
 WARPS_PER_MULTIPROCESSOR = 32
 STAGES_BWD = 3
-# the last sum over programs: few columns so that many programs share it, many rows so that few turns wait for L2.
-# Not measured yet.
-SUM_COLS = 32
-SUM_ROWS = 256
 
 
 def rms_norm_reference(
@@ -335,23 +332,6 @@ def _rms_norm_bwd_walk_kernel(
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["n_partials"])
-def _sum_partials_kernel(
-    partial_ptr,  # [programs, D] fp32
-    dweight_ptr,  # [D]
-    n_partials,
-    n_cols,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
-):  # fmt: skip
-    cols = tl.program_id(0).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
-    dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-    for start in range(0, n_partials, BLOCK_ROWS):
-        rows = start + tl.arange(0, BLOCK_ROWS).to(tl.int64)[:, None]
-        mask = (rows < n_partials) & (cols < n_cols)
-        dweight += tl.load(partial_ptr + rows * n_cols + cols, mask=mask, other=0.0)
-    tl.store(dweight_ptr + cols, tl.sum(dweight, axis=0, keep_dims=True), mask=cols < n_cols)
-
-
 class Tile(NamedTuple):
     """rows = 0: a row is walked in blocks of cols."""
 
@@ -367,18 +347,6 @@ def tile(d: int, elements: int, per_thread: int, widest: int) -> Tile:
     cols = power_of_2(d)
     rows = max(1, elements // cols)
     return Tile(rows, cols, warps_for(rows * cols, per_thread))
-
-
-def sum_partials(partial: Tensor, like: Tensor) -> Tensor:
-    """[programs, D] fp32 -> their sum over programs [D], in an order that is always the same, in the dtype of like."""
-    programs, d = partial.shape
-    out = torch.empty(d, dtype=like.dtype, device=partial.device)
-    launch(
-        _sum_partials_kernel, (cdiv(d, SUM_COLS),),
-        partial, out, programs, d,
-        BLOCK_ROWS=SUM_ROWS, BLOCK_COLS=SUM_COLS, num_warps=8,
-    )  # fmt: skip
-    return out
 
 
 def rms_norm_fwd(
@@ -479,14 +447,16 @@ def rms_norm_bwd(
         kernel = _rms_norm_bwd_walk_kernel
     resident = multiprocessors(x) * max(1, WARPS_PER_MULTIPROCESSOR // block.warps)
     programs = min(cdiv(n, max(1, block.rows)), resident)
-    dweights, dbiases = (
-        torch.empty((programs, d), dtype=torch.float32, device=x.device) if wanted else None
-        for wanted in (wants.dweight, wants.dbias)
+    dweight, dbias = (
+        torch.empty_like(like) if wanted else None for like, wanted in ((weight, wants.dweight), (bias, wants.dbias))
     )
+    made = [vector for vector in (dweight, dbias) if vector is not None]
+    partial = torch.empty((len(made), programs, d), dtype=torch.float32, device=x.device)
+    dweights, dbiases = partial[0] if wants.dweight else None, partial[-1] if wants.dbias else None
     strides = (row_stride(dy), row_stride(x), 0 if dsum is None else row_stride(dsum))
     launch(kernel, (programs,), dy, x, weight, rstd, dsum, dx, dweights, dbiases, *strides, n, d, **constants)
-    dweight = sum_partials(dweights, weight) if wants.dweight else None
-    dbias = sum_partials(dbiases, bias) if wants.dbias else None
+    if made:
+        sum_partials(partial, programs, d, *made)
     return dx, dweight, dbias
 
 
