@@ -1,8 +1,9 @@
 """What each way of computing a head's loss under ZeRO-3 costs, as a model: memory, bytes on the wire, time.
 
-Time is a sum of four: FLOPs over the measured rate of a product of this head, bytes that no product moves over the
-device's copy rate, bytes on the wire over the measured rate of an all-gather, and so much for each collective, however
-small. The transfers run beside the products, but they take multiprocessors and memory bandwidth from them: measured,
+Time is a sum of four: FLOPs over the measured rate of a product of this head, bytes over the device's copy rate (of the
+softmax passes, and of sums that a product reads before it adds to them; what products read and write else is in their
+rate), bytes on the wire over the measured rate of an all-gather, and so much for each collective, however small. The
+transfers run beside the products, but they take multiprocessors and memory bandwidth from them: measured,
 the sum was nearer than the larger of the two. The wire's rates are of the group that the job has: over several nodes
 they are the network's, and a collective of many ranks takes its time for each of them.
 
@@ -93,19 +94,23 @@ def of_stream(head: Head, most: int, chunk_bytes: int, keep_bytes: int) -> Figur
     keep_bytes = keep_bytes if trains else 0
     cut = tiling(most, n_vocab, itemsize, chunk_bytes, keep_bytes, dx=True, dweight=trains, slab_rows=head.slab_rows)
     chunks = -(-most // cut.tokens)
-    tile_bytes = tile_elements(cut.tokens, cut.rows) * itemsize
     made_again = 2 * trains * (1 - min(1.0, cut.kept / max(1, head.n_slabs * chunks)))
     flops = (4 + 2 * trains + made_again) * most * head.elements
+    n_tiles = head.n_slabs * chunks
     slab_bytes = head.slab_rows * hidden * itemsize
-    held = (
-        (2 + 2 * trains) * slab_bytes + max(1, cut.kept) * tile_bytes + most * hidden * (4 if trains else 4 + itemsize)
-    )
-    # of the logits two reads and a write; dx in fp32 read and written for each slab, a frozen head's twice
-    traffic = 3 * itemsize * most * n_vocab + (8 if trains else 16) * most * hidden * head.n_slabs
+    # those that are kept, and one to work in
+    held = (cut.kept + (cut.kept < n_tiles)) * tile_elements(cut.tokens, cut.rows) * itemsize
+    if trains:
+        # of weight and gradient two each, where there are as many; a rank's part of one; dx in fp32, not yet rounded
+        held += min(4, head.n_slabs + 1) * slab_bytes + slab_bytes // ranks + most * hidden * (4 - itemsize)
+    else:
+        held += min(2, head.n_slabs) * slab_bytes + most * hidden * (4 + itemsize)
+    # of the logits two reads and a write; dx in fp32 read for each slab, and of a frozen head read and written before
+    traffic = 3 * itemsize * most * n_vocab + (4 if trains else 12) * most * hidden * (head.n_slabs - 1)
     if trains and chunks > 1:
-        # the gradient of a slab in fp32, read and written for each chunk
+        # the gradient of a slab is added up in fp32
         held += 4 * head.slab_rows * hidden
-        traffic += 8 * head.elements * chunks
+        traffic += 4 * head.elements * (chunks - 1)
     # backward begins with the slab that forward ended with
     whole = head.elements * itemsize
     wire = (3 * whole - slab_bytes if trains else whole) * (ranks - 1) // ranks
@@ -119,11 +124,14 @@ def of_stationary(head: Head, most: int, chunk_bytes: int) -> Figures:
     block = block_tokens(most, n_vocab, hidden, ranks, itemsize, chunk_bytes)
     blocks = -(-most // block)
     flops = (4 + 2 * trains) * most * head.elements
-    held = block * block_bytes(n_vocab, hidden, ranks, itemsize)
+    # dx of this rank's tokens comes back in fp32; a single block has none before or after it
+    held = block * (block_bytes(n_vocab, hidden, ranks, itemsize) + 4 * hidden)
+    if blocks == 1:
+        held -= ranks * block * hidden * (itemsize + 4)
     held += head.shards.size * (4 * trains + itemsize * head.offloaded)
-    # of the logits two reads and a write; x of all ranks comes, dx of all goes; dw in fp32 for each block
+    # of the logits two reads and a write; x of all ranks comes, dx of all goes; dw in fp32 read for each further block
     traffic = 3 * itemsize * most * n_vocab + ranks * most * hidden * (itemsize + 4)
-    traffic += 8 * trains * head.shards.size * blocks
+    traffic += 4 * trains * head.shards.size * (blocks - 1)
     # x there, dx back in fp32, three numbers and a label
     wire = (ranks - 1) * most * (hidden * (itemsize + 4) + 20)
     # of each block x, dx and the numbers; the labels, and whether the guess was right
