@@ -46,7 +46,7 @@ from benchmarks.scale_model import (
     peak_bytes,
 )
 from benchmarks.scale_points import Point, Skipped, points
-from ds_fused.engine.figures import MOST_TOKENS, Head, of_stream, turning_point, ways
+from ds_fused.engine.figures import MOST_TOKENS, Head, candidates, of_stream, turning_point
 from ds_fused.engine.shards import Shards
 
 ALLOWED = 0.10
@@ -120,7 +120,7 @@ def ratios(machine: Machine, vocab: int, hidden: int, network: float) -> list[li
     found = []
     for ranks in MAP_RANKS:
         head, rates = head_of(vocab, hidden, ranks), machine.rates(ranks)
-        pairs = (ways(head, tokens, CHUNK_MB * MIB, KEEP_MB * MIB) for tokens in TOKENS)
+        pairs = (candidates(head, tokens, CHUNK_MB * MIB, KEEP_MB * MIB) for tokens in TOKENS)
         found.append([stationary.seconds(rates) / stream.seconds(rates) for stream, stationary in pairs])
     return found
 
@@ -316,8 +316,8 @@ def slabs(machine: Machine) -> list[str]:
     return [
         "## What larger slabs save",
         "",
-        f'Mode "stream", V = {vocab}, H = {hidden}, 8192 tokens a rank, 50 GB/s: ms, and in brackets collectives and the '
-        "MiB that are held.",
+        f'Mode "stream", V = {vocab}, H = {hidden}, 8192 tokens a rank, 50 GB/s: ms, and in brackets collectives and '
+        "the MiB that are held.",
         "",
         *table(("GPUs", *(f"slab_mb={slab_mb}" for slab_mb in SLABS_MB)), rows),
         "",

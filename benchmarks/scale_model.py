@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from ds_fused.engine.figures import Figures, Head, Rates, chosen, ways
+from ds_fused.engine.figures import Figures, Head, Rates, candidates, chosen
 from ds_fused.engine.shards import Shards
 from ds_fused.ops._tiles import tile_elements, tiling
 
@@ -331,7 +331,7 @@ def head_figures(job: Job, machine: Machine) -> Figures:
     """Those of the mode that our head is in; "auto" picks where memory is no matter."""
     shape, way = job.shape, job.way
     head = Head.cut(Shards(shape.vocab, shape.hidden, job.ranks), SLAB_MB * MIB)
-    both = ways(head, job.tokens, CHUNK_MB * MIB, way.keep_mb * MIB)
+    both = candidates(head, job.tokens, CHUNK_MB * MIB, way.keep_mb * MIB)
     if way.mode == "auto":
         return chosen(both, float("inf"), machine.rates(job.ranks))
     return next(figures for figures in both if figures.mode == way.mode)

@@ -34,7 +34,7 @@ from benchmarks.scale_model import (
     whole_head,
     whole_loss,
 )
-from ds_fused.engine.figures import Head, chosen, of_stationary, of_stream, ways
+from ds_fused.engine.figures import Head, candidates, chosen, of_stationary, of_stream
 from ds_fused.engine.shards import Shards
 from ds_fused.ops.stationary import block_bytes
 
@@ -136,7 +136,7 @@ def head_loss(way: str, shape: str, ranks: int, device: str) -> tuple[LossOf, bo
     if name == "stationary":
         return _fixed(sharded_loss(of_stationary(head, tokens, chunk))), True
     if name == "auto":
-        both = ways(head, tokens, chunk, KEEP_MB * MIB)
+        both = candidates(head, tokens, chunk, KEEP_MB * MIB)
         return lambda s: sharded_loss(chosen(both, float("inf"), s.machines[device].rates(ranks))), True
     raise ValueError(f"scale: there is no model of {way!r}; take it among NOT_MODELLED")
 
