@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ds_fused.ops.registry as registry
-from ds_fused.ops import _along_rows, _divergence, _tiles
+from ds_fused.ops import _along_rows, _divergence, _tiles, one_pass
 
 # what a worker may keep of a GPU that it shares, between two tests
 MOST_KEPT = 2**30
@@ -25,6 +25,7 @@ def gives_back() -> Iterator[None]:
 def where(request, monkeypatch, device) -> torch.device:
     """Both softmax passes: the kernels (on a GPU, or interpreted), and PyTorch on a CPU. Tiles are small."""
     monkeypatch.setattr(_tiles, "LEAST_SIDE", 4)
+    monkeypatch.setattr(one_pass, "LEAST_TOKENS", 4)
     monkeypatch.setattr(_tiles, "SIDE_STEP", 2)
     monkeypatch.setattr(_tiles, "ROW_STEP", 4)
     if request.param == "plain":
