@@ -160,9 +160,10 @@ def _tile(d: int, elements: int, per_thread: int) -> dict[str, int]:
 
 
 def dyt_fwd(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x [N, D], alpha [1], weight, bias [D] -> y [N, D] of dtype."""
+    """x [..., D], alpha [1], weight, bias [D] -> y [..., D] of dtype."""
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    x = rows_of(x)
     n, d = x.shape
-    y = torch.empty((n, d), dtype=dtype, device=x.device)
     if n == 0 or d == 0:
         return y
     block = _tile(d, TILE_FWD, PER_THREAD_FWD)
@@ -174,9 +175,10 @@ def dyt_fwd(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None, dtype
 def dyt_bwd(
     dy: Tensor, x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted
 ) -> tuple[Tensor | None, ...]:
-    """dy, x [N, D], alpha [1], weight, bias [D] -> dx [N, D], dalpha, dweight, dbias; None where not wanted."""
+    """dy, x [..., D], alpha [1], weight, bias [D] -> dx [..., D], dalpha, dweight, dbias; None where not wanted."""
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted.dx else None
+    dy, x = rows_of(dy), rows_of(x)
     n, d = x.shape
-    dx = torch.empty((n, d), dtype=x.dtype, device=x.device) if wanted.dx else None
     make = torch.zeros_like if n == 0 or d == 0 else torch.empty_like
     dalpha = make(alpha) if wanted.dalpha else None
     dweight = make(weight) if wanted.dweight else None
@@ -201,7 +203,7 @@ def dyt_bwd(
 
 
 class DyTFunction(torch.autograd.Function):
-    """Autograd around the launchers; sees only [N, D]."""
+    """Autograd around the launchers, which flatten (see RMSNormFunction)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -214,7 +216,7 @@ class DyTFunction(torch.autograd.Function):
         x, alpha, weight, bias = ctx.saved_tensors
         wants_dx, wants_dalpha, wants_dweight, wants_dbias = ctx.needs_input_grad[:4]
         wanted = Wanted(wants_dx, wants_dalpha, wants_dweight, bias is not None and wants_dbias)
-        return *dyt_bwd(rows_of(dy), x, alpha, weight, bias, wanted), None
+        return *dyt_bwd(dy, x, alpha, weight, bias, wanted), None
 
 
 def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -236,4 +238,4 @@ def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     if bias is not None:
         dtype = torch.promote_types(dtype, bias.dtype)
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    return DyTFunction.apply(rows_of(x), alpha, weight, bias, dtype).view(x.shape)
+    return DyTFunction.apply(x, alpha, weight, bias, dtype)
