@@ -1,7 +1,7 @@
 """Whole training steps: one job run in several ways (step_ways.py): stock HuggingFace, its rivals and ds_fused.
 
     python benchmarks/end_to_end.py --gpus 2 --out benchmarks/results/h100x2 --shape 8b-16layers --micro-batches 1,2,4
-    python benchmarks/end_to_end.py --gpus 2 --out DIR --ways hf,slabs --block 'slabs={"enabled": true, "embedding": true}'
+    python benchmarks/end_to_end.py --gpus 2 --out DIR --ways hf,mine --block 'mine={"enabled": true, "rope": false}'
     python benchmarks/end_to_end.py --gpus 2 --out DIR --shape 8b --longest
     python benchmarks/end_to_end.py --plot DIR
 

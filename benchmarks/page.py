@@ -44,7 +44,7 @@ def number(value: object, form: str) -> str:
 
 def without_folders(text: str) -> str:
     """Absolute paths cut down to their last part: a page of results says nothing of the machine's folders."""
-    return re.sub(r"(?<![\w./])~?/(?:[^\s/:'\"]+/)+", "", text)
+    return re.sub(r"(?<![\w./])~?/(?:[^\s/:'\"]+/)*(?=[^\s/:'\"])", "", text)
 
 
 class Results:

@@ -142,7 +142,7 @@ class Job:
         config = ds_config(spec, way, self.memory.on_gpu)
         way.patch(self.shape.type)
         model = built(self.shape, config, device, spec.lora)
-        way.check(model)
+        way.check(model, self.shape.type)
         if spec.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if way.leaf:
@@ -255,7 +255,9 @@ def _make_leaves(model: nn.Module, type_: str, stage: int) -> None:
 
 def _replaced(engine: object) -> dict[str, int]:
     """How many layers of each kind ds_fused took; a run without any would be stock under our name."""
-    found = Counter(claim.key for claim in engine.ds_fused_report.claims)
+    found: Counter[str] = Counter()
+    for claim in engine.ds_fused_report.claims:
+        found[claim.key] += len(claim.paths)
     if not found:
         raise RuntimeError(f"ds_fused replaced nothing: {engine.ds_fused_report}")
     return dict(found)

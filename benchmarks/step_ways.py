@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.head_ways import deepspeed_tiled
 
 Patch = Callable[[str], None]
-Check = Callable[[nn.Module], None]
+Check = Callable[[nn.Module, str], None]
 
 NOTHING: Mapping[str, object] = MappingProxyType({})
 # ZeRO-3's sizes, in elements, beside whole layers as leaves
@@ -31,7 +31,7 @@ def unpatched(type_: str) -> None:
     """Stock."""
 
 
-def unchecked(model: nn.Module) -> None:
+def unchecked(model: nn.Module, type_: str) -> None:
     """Nothing was asked for that might be missing."""
 
 
@@ -66,14 +66,16 @@ def patch_liger(type_: str) -> None:
     getattr(monkey_patch, f"apply_liger_kernel_to_{type_}")()
 
 
-def check_liger(model: nn.Module) -> None:
+def check_liger(model: nn.Module, type_: str) -> None:
     """A patch that a version of transformers does not look at would measure stock under Liger's name."""
-    # LoRA stands around it
-    model = getattr(model, "base_model", model)
-    causal = next(m for m in model.modules() if hasattr(m, "lm_head"))
-    parts = {"forward": type(causal).forward, "norm": type(causal.model.norm), "MLP": None}
-    layer = causal.model.layers[0]
-    parts["MLP"] = type(getattr(layer.mlp, "experts", layer.mlp))
+    # LoRA may stand around it
+    causal = next(m for m in model.modules() if isinstance(m, causal_lm(type_)))
+    mlp = causal.model.layers[0].mlp
+    parts = {
+        "forward": type(causal).forward,
+        "norm": type(causal.model.norm),
+        "MLP": type(getattr(mlp, "experts", mlp)),
+    }
     stock = [name for name, part in parts.items() if not part.__module__.startswith("liger_kernel")]
     if stock:
         raise RuntimeError(f"liger: {', '.join(stock)} of {type(causal).__name__} stayed stock")
