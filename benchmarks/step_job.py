@@ -218,7 +218,7 @@ class Job:
 
     def row(self, place: int, batch: int, length: int) -> dict[str, object] | None:
         """On rank 0: what it measured, beside what the others did."""
-        with _attention(self.way.backend):
+        with attention(self.way.backend):
             mine = self.point(batch, length)
             parts = self.timeline(batch, length) if self.spec.profile else None
         store = dist.PrefixStore("end_to_end", dist.distributed_c10d._get_default_store())
@@ -237,12 +237,12 @@ class Job:
         return row
 
 
-def _attention(backend: str | None) -> object:
+def attention(backend: str | None) -> object:
     if backend is None:
         return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    return sdpa_kernel(SDPBackend[backend])
+    return sdpa_kernel(getattr(SDPBackend, backend))
 
 
 def _make_leaves(model: nn.Module, type_: str, stage: int) -> None:
