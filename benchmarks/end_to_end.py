@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.page import PACKAGES, Header, Results, Row, header, without_folders
 from benchmarks.plot_step import draw
-from benchmarks.ranks import Ended, listen
+from benchmarks.ranks import Ended, free_port, listen
 from benchmarks.results import OK
 from benchmarks.step_job import BEGUN, FAILED, MEMORY_ERRORS, OUT_OF_MEMORY, RESULT, Spec
 from benchmarks.step_page import RATE, Point, longest_page, steps_page, write_csv
@@ -97,7 +97,7 @@ class Launcher:
                 if told[RATE] is not None:
                     self.head[RATE] = f"{told[RATE]:.1f}"
             elif line.startswith(RESULT):
-                launch.rows.append(json.loads(line.removeprefix(RESULT)))
+                launch.rows.append(json.loads(Path(json.loads(line.removeprefix(RESULT))).read_text()))
                 hear_row(launch.rows[-1])
             elif line.startswith(FAILED):
                 launch.failures.append(json.loads(line.removeprefix(FAILED)))
@@ -106,7 +106,8 @@ class Launcher:
             path = Path(folder) / "spec.json"
             path.write_text(json.dumps(asdict(replace(spec, ceiling=RATE not in self.head))))
             command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(options.gpus)]
-            command += ["--master_port", str(options.master_port), "--no_local_rank", str(JOB), str(path)]
+            port = options.master_port or free_port()
+            command += ["--master_port", str(port), "--no_local_rank", str(JOB), str(path)]
             ended = listen(command, hear, options.patience, {**os.environ, "PYTHONUNBUFFERED": "1"})
         status = OK if len(launch.rows) == len(spec.points) else launch.status(ended, options.patience)
         if status not in (OK, OUT_OF_MEMORY):
@@ -272,7 +273,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     add("--longest", action="store_true", help="look for the longest sequence that trains, micro batch 1")
     add("--last-length", type=_positive, default=1 << 20, help="--longest tries none beyond it")
     add("--plot", type=Path, metavar="FOLDER", help="draw NAME.png from the NAME.json of a folder, measure nothing")
-    add("--master_port", type=int, default=29500, help="where the ranks meet")
+    add("--master_port", type=_positive, help="where the ranks meet; default: a free one for each launch")
     options = parser.parse_args(arguments)
     try:
         options.ways = chosen(options)

@@ -84,7 +84,7 @@ def _losses(axes: object, rows: list[Row], ways: list[str]) -> None:
 
 def _timeline(axes: object, rows: list[Row], ways: list[str]) -> None:
     """The largest size at which a step was taken apart."""
-    profiled = [row for row in rows if row.get("parts_ms")]
+    profiled = [row for row in rows if isinstance(row.get("parts_ms"), dict)]
     if not profiled:
         axes.set_visible(False)
         return

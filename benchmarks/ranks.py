@@ -7,6 +7,7 @@ import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -82,6 +83,12 @@ def listen(
         errors.seek(0)
         tail = "".join(said)[-TAIL:] + errors.read()[-TAIL:]
     return Ended(process.returncode, tail, silent)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def say(what: str, values: object) -> None:

@@ -123,6 +123,9 @@ def _parts(ways: Sequence[Sequence[Row]]) -> list[str]:
     cells = []
     for row in (row for row in profiled if row is not None):
         parts = row["parts_ms"]
+        if isinstance(parts, str):
+            cells.append([row["way"], f"**{parts}**", *["-"] * len(PARTS)])
+            continue
         cells.append([row["way"], f"{sum(parts.values()):.1f}", *(f"{parts[part]:.1f}" for part in PARTS)])
     return ["", *table(("way, ms", "step", *PARTS), cells)] if cells else []
 
@@ -147,6 +150,7 @@ def write_csv(path: Path, head: Header, rows: Sequence[Row]) -> None:
         writer = csv.writer(file)
         writer.writerow([*CSV, *(f"{part} ms" for part in PARTS)])
         for row in rows:
-            losses, parts = row.get("losses") or [None], row.get("parts_ms") or {}
+            losses = row.get("losses") or [None]
+            parts = row["parts_ms"] if isinstance(row.get("parts_ms"), dict) else {}
             values = {**row, "first_loss": losses[0], "last_loss": losses[-1]}
             writer.writerow([values.get(name) for name in CSV] + [parts.get(part) for part in PARTS])

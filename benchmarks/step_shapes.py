@@ -104,6 +104,8 @@ def built(shape: Shape, ds_config: Mapping[str, object], device: torch.device, l
     place = deepspeed.zero.Init(config_dict_or_path=dict(ds_config)) if sharded else nullcontext()
     with no_init_weights(), device, place:
         model = AutoModelForCausalLM.from_config(shape.config(), dtype=torch.bfloat16, attn_implementation="sdpa")
+    # what is left out with the initialization
+    model.tie_weights()
     if lora:
         model = _adapted(model)
     draw(model)

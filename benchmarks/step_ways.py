@@ -93,10 +93,10 @@ def patch_tiled(type_: str) -> None:
         tiles = -(-x.shape[1] // x.shape[2])
         return TiledMLP.apply(whole, mlp, x, tiles, list(mlp.parameters()))
 
-    def forward(model: nn.Module, input_ids: Tensor, labels: Tensor) -> object:
+    def forward(model: nn.Module, input_ids: Tensor, labels: Tensor, **more: object) -> object:
         from transformers.modeling_outputs import CausalLMOutput
 
-        hidden = model.model(input_ids=input_ids).last_hidden_state
+        hidden = model.model(input_ids=input_ids, **more).last_hidden_state
         shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         return CausalLMOutput(loss=deepspeed_tiled()(model, hidden.flatten(0, 1), shifted.flatten()))
 

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from benchmarks.page import without_folders
 from benchmarks.ranks import Ended
 from benchmarks.step_data import COPIED, Stream
 from benchmarks.step_page import RATE, longest_page, steps_page
-from benchmarks.step_shapes import SHAPES, shape_of
+from benchmarks.step_shapes import SHAPES, STD, built, shape_of
 from benchmarks.step_timeline import COMMUNICATION, COPY, IDLE, MARK, OPTIMIZER, PARTS, Event, length, split, union
 
 HERE = Path(__file__).parent
@@ -276,6 +277,22 @@ def test_table_of_numbers():
     rows = [{"way": way, "longest": 64 * n, "status": "found", "tries": tries} for n, way in ((1, "hf"), (3, "ours"))]
     assert "| ours | 192 | 3.00x | - | - | found |" in longest_page(head, rows)
     assert "| hf | 64 | 1.00x | 10 | 1.00 | found |" in longest_page(head, rows)
+
+
+@pytest.mark.parametrize("name", ["gemma-256k", "8b", "moe"])
+def test_a_model_is_its_shape(name, monkeypatch):
+    """Tied where it says so, random but for norms, and the same in every build."""
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    sizes = {"hidden": 64, "intermediate": 128, "heads": 4, "kv_heads": 2, "head_dim": 16, "vocab": 259}
+    shape = replace(shape_of(name, 2), **sizes)
+    models = [built(shape, {"zero_optimization": {"stage": 0}}, torch.device("cpu"), lora=False) for _ in range(2)]
+    for first, second in zip(*(model.named_parameters() for model in models), strict=True):
+        assert first[0] == second[0] and torch.equal(first[1], second[1])
+        assert first[1].dim() == 1 or first[1].float().std().item() == pytest.approx(STD, rel=0.1), first[0]
+    model = models[0]
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == shape.tied
+    assert model.model.norm.weight.unique().tolist() == [0.0 if shape.type == "gemma" else 1.0]
+    assert len(model.model.layers) == 2 and model.dtype == torch.bfloat16 and model.training
 
 
 def test_flops_of_a_step():
