@@ -99,14 +99,8 @@ class Auto:
     ``tell``: is given a line when it is decided what is kept, and when that changes for a reason.
     """
 
-    def __init__(
-        self,
-        layers: int,
-        keep_bytes: int | None,
-        tell: Callable[[str], None],
-        memory: Callable[[torch.device], Memory | None] = memory_of,
-    ) -> None:
-        self._keep_bytes, self._tell, self._memory_of = keep_bytes, tell, memory
+    def __init__(self, layers: int, keep_bytes: int | None, tell: Callable[[str], None]) -> None:
+        self._keep_bytes, self._tell = keep_bytes, tell
         self._line = "kept as memory allows, which the first steps measure"
         self._is_off = False
         self._to_measure = MEASURED if keep_bytes is None else 1
@@ -149,7 +143,7 @@ class Auto:
             return
         if self._keep_bytes is None:
             if self._memory is None:
-                self._memory = self._memory_of(device)
+                self._memory = memory_of(device)
             if self._memory is None:
                 self._switch_off(f"nothing is known of the memory of {device.type}; say recompute.keep_mb")
                 return

@@ -324,7 +324,7 @@ class _Repetition(_Run):
 
         def handle(op: Any, args: tuple, named: dict) -> Any:
             memories = {_memory(into) for *_, into in waiting}
-            read = [isinstance(x, Tensor) and _memory(x) in memories for x in args]
+            read = [any(_memory(x) in memories for x in tensors_of(given)) for given in args]
             if op in _PRODUCTS and not any(read):
                 a, b = args[-2:]
                 y = a.new_empty(*a.shape[:-1], b.shape[-1])
