@@ -30,7 +30,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -58,7 +58,7 @@ _ADD = _aten.add_.Tensor
 
 
 class Entry(NamedTuple):
-    """One result of a call; ``value`` is None for an addition in place onto the one before, which has it in it."""
+    """One result within a call, as it was at the call's end: with what was added to it in place, as a bias is."""
 
     op: Any
     value: Any
@@ -140,6 +140,8 @@ class Learnt:
     # how many of its last calls they do not need, and whether they end within the first of these
     unread: int = 0
     ends_within: bool = False
+    # calls whose result is that of the one product in them -> this product
+    plain: dict[tuple, Any] = field(default_factory=dict)
 
 
 class Recording:
@@ -213,6 +215,17 @@ class _Forward(_Run):
             if recording.sizes is not None:
                 recording.sizes.append((kind, 0))
             return function(*args, **named)
+        likeness = _likeness(function, args, named) if kind == MATMUL else None
+        op = recording.learnt.plain.get(likeness)
+        if op is not None:
+            # nothing to watch: what comes out is what is kept
+            y = function(*args, **named)
+            value = y.detach()
+            call = Call([Entry(op, value)], [(value, y._version)])
+            recording.calls.append(call if kind in recording.kinds else None)
+            if recording.sizes is not None:
+                recording.sizes.append((kind, y.nbytes))
+            return y
         made: list[Entry] = []
         is_spoilt = False
 
@@ -222,12 +235,13 @@ class _Forward(_Run):
             if _is_kept(op, args, named, kind):
                 made.append(Entry(op, out))
             elif made and _writes(op) and _memory(args[0]) in _memories(made):
-                # DeepSpeed's linear adds its bias so; of anything else it is not known how it would be done once
+                # DeepSpeed's linear adds its bias so; anything else would be done twice
                 is_spoilt |= op is not _ADD
-                made.append(Entry(op, None))
             return out
 
         y = self.watched(handle, function, args, named)
+        if likeness is not None and not is_spoilt and _is_plain(made, y):
+            recording.learnt.plain[likeness] = made[0].op
         is_kept = kind in recording.kinds and made and not is_spoilt
         recording.calls.append(_kept(made, y) if is_kept else None)
         if recording.sizes is not None:
@@ -239,6 +253,22 @@ class _Forward(_Run):
         calls = self._recording.calls
         for i in range(max(0, len(calls) - self._recording.learnt.unread), len(calls)):
             calls[i] = None
+
+
+def _likeness(function: Callable, args: tuple, named: dict) -> tuple | None:
+    """Calls of one likeness run the same operators; None: nothing is known of the call's."""
+    if named or not args or not isinstance(args[0], Tensor):
+        return None
+    return function, args[0].ndim, args[0].dtype, *map(type, args)
+
+
+def _is_plain(made: list[Entry], y: Any) -> bool:
+    """Whether y is the only product's result, in another shape at most."""
+    if len(made) != 1 or made[0].op not in _PRODUCTS or not isinstance(y, Tensor):
+        return False
+    out = made[0].value
+    is_alike = y.is_contiguous() and out.numel() == y.numel() > 0 and out.dtype == y.dtype
+    return is_alike and out.data_ptr() == y.data_ptr()
 
 
 def _kept(made: list[Entry], y: Any) -> Call:
@@ -271,7 +301,7 @@ class _Repetition(_Run):
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         super().__exit__(kind, error, trace)
         recording = self._recording
-        recording.learnt.unread = len(recording.calls) - self._reached + self._ended_within
+        recording.learnt.unread = max(0, len(recording.calls) - self._reached + self._ended_within)
         recording.learnt.ends_within = self._ended_within
         if recording.ended is not None:
             recording.ended()
@@ -295,12 +325,16 @@ class _Repetition(_Run):
 
     def _handed_out(self, entries: list[Entry], kind: str, function: Callable, args: tuple, named: dict) -> Any:
         entries.reverse()
+        handed_out: set[int] = set()
 
         def handle(op: Any, args: tuple, named: dict) -> Any:
+            if op is _ADD and _memory(args[0]) in handed_out:
+                return args[0]
             if entries and op is entries[-1].op:
                 value = entries.pop().value
+                handed_out.update(map(_memory, tensors_of(value)))
                 # without what autograd knew of it; the node that it belongs to now is made above
-                return args[0] if value is None else _detached(value)
+                return value.detach().view(_shape(args)) if op in _PRODUCTS else _detached(value)
             if _is_kept(op, args, named, kind):
                 kept = f"{entries[-1].op} was kept" if entries else "nothing more was kept"
                 raise RuntimeError(f"recompute: the repetition of a layer came to {op} where {kept} by its forward")
@@ -326,8 +360,7 @@ class _Repetition(_Run):
             memories = {_memory(into) for *_, into in waiting}
             read = [any(_memory(x) in memories for x in tensors_of(given)) for given in args]
             if op in _PRODUCTS and not any(read):
-                a, b = args[-2:]
-                y = a.new_empty(*a.shape[:-1], b.shape[-1])
+                y = args[-1].new_empty(_shape(args))
                 waiting.append((op, args, named, y))
                 return y
             if op is _ADD and read == [True, False]:
@@ -340,6 +373,12 @@ class _Repetition(_Run):
         y = self.watched(handle, function, args, named)
         compute()
         return y
+
+
+def _shape(args: tuple) -> tuple[int, ...]:
+    """Of a product's result."""
+    a, b = args[-2:]
+    return *a.shape[:-1], b.shape[-1]
 
 
 class _Local(threading.local):
@@ -387,7 +426,9 @@ _exchange = _Exchange()
 @functools.lru_cache(maxsize=64)
 def _calling(stock: Callable, kind: str) -> Callable:
     def call(*args: Any, **named: Any) -> Any:
-        run = _local.run
-        return stock(*args, **named) if run is None else run.called(kind, stock, args, named)
+        # a compiled part of a layer is computed again
+        if torch.compiler.is_compiling() or _local.run is None:
+            return stock(*args, **named)
+        return _local.run.called(kind, stock, args, named)
 
     return functools.update_wrapper(call, stock, updated=())

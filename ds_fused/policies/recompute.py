@@ -21,14 +21,11 @@ OPTIONS: Mapping[str, Option] = {
     "level": Option(
         str,
         "full",
-        'under gradient checkpointing: "full" computes all of a layer again in backward, as without this; with '
-        '"attention" the outputs of attention are kept, with "matmuls" those of products as well; "auto" keeps as much '
-        "as there is memory for",
+        'what is not computed again in backward: nothing, with "attention" its outputs, with "matmuls" those of '
+        'products as well; "auto" keeps what there is memory for',
         ("full", "attention", "matmuls", "auto"),
     ),
-    "keep_mb": Option(
-        int, None, 'MiB that level "auto" may keep in a forward; what the first steps find room for where not given'
-    ),
+    "keep_mb": Option(int, None, 'MiB that "auto" may keep in a forward; null: what the first steps find room for'),
 }
 # transformers' own, by name: a layer that is checkpointed where that is switched on
 _BASE = "GradientCheckpointingLayer"
