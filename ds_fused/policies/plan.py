@@ -17,6 +17,7 @@ from ds_fused.modules.swap import fused_class, is_fused, owner_of, swap, unswap,
 from ds_fused.modules.tiled_mlp import TILED
 from ds_fused.policies.kinds import ACTIVATION, Kind, Way, choose, find, unproven
 from ds_fused.policies.loss import claim_loss
+from ds_fused.policies.recompute import Recomputing, claim_recompute, recomputing
 from ds_fused.policies.report import Claim, Left, Report
 
 # names of layers that a user would expect to be replaced: where they are of no kind that we know, the report says so
@@ -47,6 +48,7 @@ def apply(
     eval: str = "defer",
     weight: HeadWeight = HeadWeight(),  # noqa: B008 (frozen)
     tiles: int | None = None,
+    recompute: Recomputing | str | Mapping[str, object] = "full",
     agree: Callable[[dict], None] | None = None,
     **switches: object,
 ) -> Report:
@@ -62,6 +64,8 @@ def apply(
     ``eval``: "defer" fuses the loss of an evaluation too, "stock" leaves evaluation alone.
     ``weight``: how the weight of a head is reached where it is sharded.
     ``tiles``: in how many tiles of tokens replaced MLPs run, computed again in backward; whole where not given.
+    ``recompute``: what layers keep under gradient checkpointing: "full", "attention", "matmuls", "auto", or an object,
+    ``{"level": "auto", "keep_mb": 4096}``.
     ``agree``: called with the decisions (a JSON-able dict) before anything changes; raises where ranks differ.
     """
     started = time.perf_counter()
@@ -71,6 +75,8 @@ def apply(
             raise ValueError(f"apply: {name} is {value!r}; it can be {' or '.join(map(repr, known))}")
     if tiles is not None and (type(tiles) is not int or tiles < 1):
         raise ValueError(f"apply: tiles is {tiles!r}; it must be a whole number, at least 1")
+    if not isinstance(recompute, Recomputing):
+        recompute = recomputing(recompute, "apply: recompute")
     planned = plan(model, keys, logits=logits, eval=eval, weight=weight, tiles=tiles)
 
     device, dtype = _place(model, device, dtype)
@@ -89,6 +95,8 @@ def apply(
         agree(_digest(planned, outcomes))
     if strict:
         _all_matched(keys, claims, left)
+    kept, not_kept = claim_recompute(model, recompute, {path for claim in claims for path in claim.paths})
+    claims, left = [*claims, *kept], [*left, *not_kept]
     _commit(claims)
     return Report(model, tuple(claims), tuple(left), time.perf_counter() - started)
 

@@ -7,6 +7,7 @@ import pytest
 
 from ds_fused.engine.config import KEYS, parse
 from ds_fused.ops.registry import OPS
+from ds_fused.policies.recompute import Recomputing
 
 OP_KEYS = [key for op in OPS for key in op.keys]
 
@@ -53,6 +54,12 @@ def test_tiles():
     assert parse({"enabled": True}).tiles is None
     assert parse({"enabled": True, "tiled_mlp": {}}).tiles == 8
     assert parse({"enabled": True, "tiled_mlp": {"tiles": 3}}).tiles == 3
+
+
+def test_recompute():
+    assert parse({"enabled": True}).recompute == Recomputing("full", None)
+    assert parse({"enabled": True, "recompute": "matmuls"}).recompute == Recomputing("matmuls", None)
+    assert parse({"enabled": True, "recompute": {"keep_mb": 4096}}).recompute == Recomputing("auto", 4096)
 
 
 def test_a_config_does_not_change():
@@ -127,6 +134,10 @@ MALFORMED = [
     ({"enabled": True, "tiled_mlp": {"tiles": 0}}, "ds_fused.tiled_mlp.tiles", "at least 1", "0"),
     ({"enabled": True, "tiled_mlp": {"tiles": 2.0}}, "ds_fused.tiled_mlp.tiles", "2.0 (float)", "an integer"),
     ({"enabled": True, "tiled_mlp": {"shards": 2}}, "ds_fused.tiled_mlp", "'shards'", "known keys: tiles"),
+    ({"enabled": True, "recompute": True}, "ds_fused.recompute", "True", '"auto" or an object of level, keep_mb'),
+    ({"enabled": True, "recompute": "most"}, "ds_fused.recompute", "'most'", '"full" or "attention"'),
+    ({"enabled": True, "recompute": {"keep": 1}}, "ds_fused.recompute", "'keep'", "known keys: level, keep_mb"),
+    ({"enabled": True, "recompute": {"keep_mb": "1"}}, "ds_fused.recompute.keep_mb", "'1'", "an integer"),
     ({"enabled": True, "embedding": {}}, "ds_fused.embedding", "{}", "true or false"),
 ]
 
