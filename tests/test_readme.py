@@ -51,10 +51,13 @@ def test_the_table_of_the_json_block_is_the_parser():
         "verify": "compare every replacement with the original, where it will train, before it is used",
         "report": "print on rank 0 what was replaced, and what was not and why",
         "embedding": 'except in mode "gather": input embeddings not tied to the head are looked up like tied ones',
+        "leaf_modules": "under ZeRO-3 the weights of a repeated layer are gathered together, not module by module",
         "warmup": "compile the kernels of the model on each host, side by side, before its layers are replaced",
         "tiled_mlp": "MLPs that are replaced run tile by tile and are computed again in backward",
         "logits": 'after a fused loss, logits are computed when they are read ("defer") or in the forward ("keep")',
         "eval": 'whether an evaluation\'s loss is fused too ("defer") or left alone ("stock")',
+        "profile": 'values for the keys that are not given, see below; "auto": "fast" where it fits, else "small"',
+        "zero_sizes": "under ZeRO-3: sizes that the JSON does not give DeepSpeed, by the size of the model's layers",
     }
     rows = []
     for key in SWITCHES:
