@@ -78,6 +78,20 @@ def test_the_table_of_the_json_block_is_the_parser():
     assert_table("| key | value | default | meaning |", rows)
 
 
+def test_the_table_of_profiles_is_the_engines():
+    from ds_fused.engine.profiles import PROFILES
+
+    def cell(profile: str, key: str) -> str:
+        value = PROFILES[profile].get(key)
+        said = "" if value is None else json.dumps(value)
+        return f"`{said}`" if isinstance(value, dict) else said
+
+    assert list(PROFILES) == ["stock", "fast", "small"] and not PROFILES["stock"]
+    keys = dict.fromkeys([*PROFILES["fast"], *PROFILES["small"]])
+    rows = [(f"`{key}`", cell("fast", key), cell("small", key)) for key in keys]
+    assert_table('| key | `"fast"` | `"small"` |', rows)
+
+
 def test_the_table_of_models_is_that_of_the_tested_families():
     from policies.tiny_families import COVERED, FIRST, LONG_TAIL, TOWERS
 

@@ -81,7 +81,8 @@ class LeafClaim:
         for layer in self.layers:
             with suppress(AttributeError):
                 delattr(layer, _FLAG)
-        _hook_again(self.offload)
+        if _is_hooked(self.offload):
+            _hook_again(self.offload)
 
     def in_place(self) -> bool:
         return all(getattr(layer, _FLAG, False) for layer in self.layers)
@@ -191,6 +192,11 @@ def gather_as_one(offload: DeepSpeedZeRoOffload, modules: Sequence[nn.Module]) -
     for module in modules:
         set_z3_leaf_module(module, True)
     _hook_again(offload)
+
+
+def _is_hooked(offload: DeepSpeedZeRoOffload) -> bool:
+    """Not once its engine is destroyed: the handles are there, the hooks are not."""
+    return any(hook.id in (hook.hooks_dict_ref() or ()) for hook in offload.forward_hooks)
 
 
 def _hook_again(offload: DeepSpeedZeRoOffload) -> None:

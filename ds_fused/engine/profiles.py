@@ -11,7 +11,7 @@ from ds_fused.engine.config import HEAD, TILED
 
 # profile -> key -> value, or options of that key
 PROFILES: Mapping[str, Mapping[str, object]] = {
-    # changes no size of DeepSpeed's, and with it neither memory nor the layout of a checkpoint
+    # sets no size of DeepSpeed's: of itself the flag changes neither memory nor the layout of a checkpoint
     "stock": {},
     "fast": {
         "leaf_modules": True,

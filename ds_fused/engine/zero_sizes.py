@@ -31,8 +31,13 @@ def sizes_of(choice: str, layer: int, trained: int) -> dict[str, int]:
     ``trained``: of all parameters that are trained.
 
     A checkpointed layer is computed again right before its backward. Between the two of its first parameter lie less
-    than two layers; it is gathered once for both where that is within ``stage3_max_reuse_distance``.
+    than two layers; it is gathered once for both where that is within ``stage3_max_reuse_distance``. A bucket of
+    gradients is there as long as the training lasts, and what is in it a second time when it is sent. What the sizes
+    come to is in benchmarks/notes.md.
     """
+    # a step has a group's gradients as they came and in fp32. One size for both choices: DeepSpeed loads no checkpoint
+    # that was saved under another, and "auto" must be free to choose
+    group = {"sub_group_size": max(LEAST_GROUP, layer)}
     if choice == "large":
         prefetch = max(PREFETCH, 2 * layer)
         reuse = max(REUSE, 2 * layer)
@@ -41,17 +46,17 @@ def sizes_of(choice: str, layer: int, trained: int) -> dict[str, int]:
             "stage3_max_reuse_distance": reuse,
             # what is kept for later, what is in use and what is on its way
             "stage3_max_live_parameters": reuse + layer + prefetch,
-            "reduce_bucket_size": max(1, min(max(BUCKET, layer), trained)),
+            "reduce_bucket_size": max(1, min(BUCKET, layer, trained)),
+            **group,
         }
     prefetch = min(PREFETCH, layer)
     return {
         "stage3_prefetch_bucket_size": prefetch,
         "stage3_max_reuse_distance": 2 * layer,
         "stage3_max_live_parameters": 2 * layer + prefetch,
-        # it is there as long as the training lasts, and a second time when it is sent
-        "reduce_bucket_size": max(1, min(BUCKET, layer // 2, trained)),
-        # a step has the gradients of a group twice, as they came and in fp32
-        "sub_group_size": max(LEAST_GROUP, layer // 2),
+        # smaller than the matrices of an MLP: a gradient that fills no bucket is sent from where it is
+        "reduce_bucket_size": max(1, min(BUCKET, layer // 8, trained)),
+        **group,
     }
 
 

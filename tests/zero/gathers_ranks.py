@@ -21,6 +21,7 @@ import products
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import partition_parameters
+from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 from deepspeed.utils import z3_leaf_module
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -57,10 +58,10 @@ def llama(tied: bool = False, checkpointing: str | None = None) -> LlamaForCausa
     return model
 
 
-def lora(checkpointing: str | None = None) -> nn.Module:
+def lora(checkpointing: str | None = None, inputs: bool = True) -> nn.Module:
     """The embedding is frozen: without checkpointing, nothing that reaches the first layer needs a gradient."""
     model = llama(checkpointing=checkpointing)
-    if checkpointing is not None:
+    if checkpointing is not None and inputs:
         model.enable_input_require_grads()
     torch.manual_seed(2)
     targets = ["q_proj", "v_proj", "gate_proj", "down_proj"]
@@ -209,9 +210,11 @@ def with_lora() -> dict:
 
 @case
 def with_lora_checkpointed() -> dict:
+    builds = {how: partial(lora, how) for how in CHECKPOINTING}
+    builds["plain, inputs without gradients"] = partial(lora, "plain", inputs=False)
     return {
-        f"{name} {how}": trained(partial(lora, how), block)
-        for how in CHECKPOINTING
+        f"{name} {how}": trained(build, block)
+        for how, build in builds.items()
         for name, block in {"stock": None, "leaf": LEAF, "both": LEAF | {"zero_sizes": "small"}}.items()
     }
 
@@ -230,6 +233,66 @@ def in_between() -> dict:
         return [evaluated, *words.flatten().tolist()]
 
     return ways(llama, between)
+
+
+@case
+def unwrapped() -> dict:
+    """DeepSpeed takes its hooks off for generation and puts them on again."""
+
+    def between(engine: deepspeed.DeepSpeedEngine) -> list[float]:
+        ids = jobs.batches(1, 1)[0][0][dist.get_rank()][0]
+        with unwrap_model_for_generation(engine) as model, torch.no_grad():
+            words = model.module.generate(ids, max_new_tokens=4, do_sample=False)
+        return words.flatten().tolist()
+
+    return ways(partial(llama, checkpointing="plain"), between)
+
+
+@case
+def some_stay_whole() -> dict:
+    """Norms are persistent, and weights were split when the model was built."""
+
+    def build() -> nn.Module:
+        config = {"train_micro_batch_size_per_gpu": products.ROWS, "zero_optimization": {"stage": 3}}
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            model = LlamaForCausalLM(jobs.config_of(False))
+        weights = jobs.first_weights(False)
+        for name, weight in model.named_parameters():
+            with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
+                weight.data.copy_(weights[name])
+        return model
+
+    return ways(build, zero={"stage3_param_persistence_threshold": 100})
+
+
+@case
+def only_inference() -> dict:
+    """Without an optimizer."""
+
+    def said(block: dict | None) -> dict:
+        config = {"train_micro_batch_size_per_gpu": products.ROWS, "zero_optimization": {"stage": 3}}
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        config |= {} if block is None else {"ds_fused": block}
+        engine = deepspeed.initialize(model=llama(), config=config)[0]
+        engine.eval()
+        ids, labels = jobs.batches(1, 1)[0][0][dist.get_rank()]
+        with torch.no_grad():
+            losses = [engine(input_ids=ids, labels=labels).loss.item() for _ in range(3)]
+        return {"losses": losses, "leafs": sum(z3_leaf_module(module) for module in engine.module.modules())}
+
+    return {"stock": said(None), "leaf": said(LEAF | {"zero_sizes": "small"})}
+
+
+@case
+def restored_late() -> dict:
+    """After its engine is gone."""
+    engine = engine_of(llama(), LEAF)
+    report, model = engine.ds_fused_report, engine.module
+    hooks = [sum(len(module._forward_hooks) for module in model.modules())]
+    engine.destroy()
+    report.restore()
+    hooks.append(sum(len(module._forward_hooks) for module in model.model.modules()))
+    return {"hooks": hooks, "leafs": sum(z3_leaf_module(module) for module in model.modules())}
 
 
 @case
