@@ -42,7 +42,7 @@ def test_options_of_the_engine_do_not_reach_the_op():
 
 def test_everything_can_be_said():
     block = {"enabled": False, "strict": True, "verify": False, "report": False, "logits": "keep", "eval": "stock"}
-    block |= {"embedding": True, "warmup": True}
+    block |= {"embedding": True, "warmup": True, "leaf_modules": True, "profile": "small", "zero_sizes": "large"}
     config = parse(block | dict.fromkeys(OP_KEYS, False))
     assert {name: getattr(config, name) for name in block} == block
     assert config.wanted == {}
@@ -104,6 +104,10 @@ MALFORMED = [
     ({"enabled": True, "logits": ["keep"]}, "ds_fused.logits", "['keep']", "'defer' or 'keep'"),
     ({"enabled": True, "eval": "fused"}, "ds_fused.eval", "'fused'", "'defer' or 'stock'"),
     ({"enabled": True, "eval": None}, "ds_fused.eval", "None", "'defer' or 'stock'"),
+    ({"enabled": True, "profile": "tiny"}, "ds_fused.profile", "'tiny'", "'stock' or 'auto' or 'fast' or 'small'"),
+    ({"enabled": True, "profile": True}, "ds_fused.profile", "True", "'stock' or 'auto' or 'fast' or 'small'"),
+    ({"enabled": True, "zero_sizes": 5e8}, "ds_fused.zero_sizes", "500000000.0", "'stock' or 'small' or 'large'"),
+    ({"enabled": True, "leaf_modules": "layers"}, "ds_fused.leaf_modules", "'layers'", "true or false"),
     # ops
     ({"enabled": True, "rope": "yes"}, "ds_fused.rope", "'yes'", "true or false"),
     ({"enabled": True, "rms_norm": 1}, "ds_fused.rms_norm", "1 (int)", "true or false"),
