@@ -175,7 +175,9 @@ def _reader() -> str:
     """file:line of the model's code that runs, and which method of ours it called."""
     frame, called = sys._getframe(1), ""
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("ds_fused", "torch"):
-        called, frame = frame.f_code.co_name, frame.f_back
+        # an operator of the logits is a closure over the function that it is
+        operation = frame.f_locals.get("function")
+        called, frame = getattr(operation, "__name__", frame.f_code.co_name), frame.f_back
     if frame is None:
         return called
     return f"{called} at {frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
@@ -188,4 +190,4 @@ def _loss(replaced: list, left: list, seen: _Seen) -> tuple[bool, str]:
         how = f"logits were computed by {seen.computed_by[0]}" if seen.computed_by else "the loss took another way"
         return False, how
     reasons = [reason for what, _, reason in left if what.startswith(("loss of", "head "))]
-    return False, reasons[0] if reasons else "no model in it has a loss function and a head"
+    return False, reasons[0] if reasons else "no model in it names a head as its output embedding"
