@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,6 +55,8 @@ def examine(cls: type[PreTrainedModel], config: PretrainedConfig, whole: bool = 
 
     ``whole``: it may be of any size.
     """
+    if "labels" not in inspect.signature(cls.forward).parameters:
+        raise ValueError("its forward takes no labels: no loss of words is computed in it")
     model = build(cls, config, whole)
     tries = list(batches(model))
     for inputs in tries[:-1]:
