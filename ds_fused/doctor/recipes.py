@@ -131,16 +131,11 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "speech-encoder-decoder": {**_STARTS, "encoder.num_feat_extract_layers": 7, "encoder.apply_spec_augment": False},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "speecht5": {"num_feat_extract_layers": 7, "vocab_size": VOCAB, "apply_spec_augment": False},
-    "vibevoice": {
-        f"{part}.{name}": value for part in ("audio_config", "semantic_model_config") for name, value in _CODEC.items()
-    },
+    "vibevoice": {**_under("audio_config", _CODEC), **_under("semantic_model_config", _CODEC)},
     "vibevoice_asr": {
         "acoustic_tokenizer_chunk_size": 3200,
-        **{
-            f"{part}_tokenizer_encoder_config.{name}": value
-            for part in ("acoustic", "semantic")
-            for name, value in _CODEC.items()
-        },
+        **_under("acoustic_tokenizer_encoder_config", _CODEC),
+        **_under("semantic_tokenizer_encoder_config", _CODEC),
     },
     "glm46v": _MROPE,
     "glmga": _MROPE,
