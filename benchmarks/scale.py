@@ -52,7 +52,7 @@ from ds_fused.engine.shards import Shards
 ALLOWED = 0.10
 RANKS = (8, 16, 64, 256, 1024)
 MICRO_BATCHES = (1, 2, 4)
-PREDICTED = ("hf", "liger", "ours", "ours-fast", "ours-small")
+PREDICTED = tuple(way for way in WAYS if "leaf" not in way)
 # the card whose steps were measured at this size, and GiB that a job can have of it
 CARD, ROOM_GIB = "H200", 139
 # bytes a second of each GPU's network card: 100, 200, 400 and 800 Gbit/s
@@ -258,7 +258,8 @@ def predicted(machine: Machine) -> list[str]:
         f"{CARD}, ZeRO-3, gradient checkpointing, sequences of 8192 tokens, {GPUS_OF_NODE} GPUs a node, 50 GB/s of "
         "network for each GPU. Tokens a second and GPU: where all that the network takes longer than NVLink is hidden "
         "behind products, and where nothing of it is; one number where they are equal. In brackets the peak in GiB. "
-        f"*host*: bound by it. -: more than {ROOM_GIB} GiB. For ours the mode of the head.",
+        f"*host*: bound by it. -: more than {ROOM_GIB} GiB. For ours the mode of the head. ours: the flag alone, -fast and "
+        '-small: that profile, -attention and -matmuls: with "recompute" at that level.',
         "",
     ]
     found = list(predictions(machine))

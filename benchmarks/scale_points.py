@@ -50,8 +50,8 @@ OUTDATED = {
     for way in ("stream", "stream slab_mb=64", "stream keep all")
 }
 NOT_MODELLED = {
-    "deepspeed tiled": "a rival that is in no prediction",
-    "whole gather": "a rival that is in no prediction",
+    "deepspeed tiled": "a way that is in no prediction",
+    "whole gather": "a way that is in no prediction",
 }
 
 
@@ -251,7 +251,7 @@ def ends(results: Path = RESULTS) -> Iterator[Point | Skipped]:
             if not rows:
                 reason = reason or "it did not run"
             elif way not in WAYS:
-                reason = reason or "a rival that is in no prediction"
+                reason = reason or "a way that is in no prediction"
             if reason:
                 yield Skipped(name, case, way, reason)
                 continue

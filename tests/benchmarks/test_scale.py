@@ -24,6 +24,7 @@ from benchmarks.scale_model import (
     Machine,
     Work,
     head_figures,
+    layers_work,
     liger_loss,
     peak_bytes,
     states_bytes,
@@ -170,6 +171,20 @@ def test_a_step():
     assert peaks["ours-small"] < peaks["liger"] < peaks["hf"]
 
 
+def test_what_is_kept_is_not_computed_again():
+    levels = ("ours-fast", "ours-fast-attention", "ours-fast-matmuls")
+    jobs = [Job(WAYS[way], LLAMA_8B, 4, 2) for way in levels]
+    works = [layers_work(job) for job in jobs]
+    tokens = 2 * 8192
+    assert works[0].gemm == works[1].gemm == 8 * 32 * LLAMA_8B.layer * tokens
+    assert works[2].gemm == 6 * 32 * LLAMA_8B.layer * tokens
+    # 4.5 forwards of the attention, and 3.5
+    assert works[1].attention == works[2].attention == pytest.approx(works[0].attention * 3.5 / 4.5)
+    full, attention, matmuls = (peak_bytes(job, MACHINE) for job in jobs)
+    assert attention - full == 32 * tokens * 2 * 4096
+    assert matmuls - attention == 32 * tokens * 2 * (4096 + 2048 + 4096 + 28672)
+
+
 def end_to_end(job: str, rows: list[dict]) -> dict:
     return {"header": {"device": "2 x NVIDIA H100 80GB HBM3", "ranks": "2", "job": job}, "rows": rows}
 
@@ -205,7 +220,7 @@ def test_results_of_whole_steps_are_found(tmp_path):
     assert memory.base == pytest.approx(16 * shape.elements / 2 / 2**20)
     reasons = {(skip.file, skip.way): skip.reason for skip in skipped if isinstance(skip, Skipped)}
     assert reasons == {
-        ("h100x2/end_to_end", "alst"): "a rival that is in no prediction",
+        ("h100x2/end_to_end", "alst"): "a way that is in no prediction",
         ("h100x2/end_to_end", "ours"): "it did not run",
         ("h100x2/end_to_end_lora", "hf"): "not modelled: adapters alone are trained",
     }
