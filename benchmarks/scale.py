@@ -190,8 +190,8 @@ def check(found: Sequence[Point], skipped: Sequence[Skipped], fitted: Fit) -> li
     lines = [
         "## Check against every measured point",
         "",
-        "Files: zero3_head, zero3_head_rivals and zero3_head_vocab in results/h100x2 (head and loss on 2 H100), probe "
-        "(heads) and baselines (whole steps) in results/h200x4/baselines.json (4 H200), others by their folder. Point "
+        "Files lie in benchmarks/results, in folders named by cards and their number: zero3_head (head and loss "
+        "alone), end_to_end (whole steps); probe (heads) and baselines (whole steps) are h200x4/baselines.json. Point "
         "out: the error of a fit that did not see the point. Case out: of one that did not see these sizes at all, in "
         "any way or run. Beyond states: the error of what is held beside weights, gradients and optimizer.",
         "",
@@ -258,8 +258,8 @@ def predicted(machine: Machine) -> list[str]:
         f"{CARD}, ZeRO-3, gradient checkpointing, sequences of 8192 tokens, {GPUS_OF_NODE} GPUs a node, 50 GB/s of "
         "network for each GPU. Tokens a second and GPU: where all that the network takes longer than NVLink is hidden "
         "behind products, and where nothing of it is; one number where they are equal. In brackets the peak in GiB. "
-        f"*host*: bound by it. -: more than {ROOM_GIB} GiB. For ours the mode of the head. ours: the flag alone, -fast and "
-        '-small: that profile, -attention and -matmuls: with "recompute" at that level.',
+        f"*host*: bound by it. -: more than {ROOM_GIB} GiB. For ours the mode of the head. ours: the flag alone; "
+        '-fast and -small: that profile; -attention and -matmuls: with "recompute" at that level.',
         "",
     ]
     found = list(predictions(machine))
