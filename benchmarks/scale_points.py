@@ -95,7 +95,8 @@ def heads(results: Path = RESULTS) -> Iterator[Point | Skipped]:
         for row in measured["rows"]:
             shape, way = row["shape"], row["way"]
             found = head_loss("gather keep" if keeps and way == "gather" else way, shape, ranks, device)
-            reason = OUTDATED.get((name, shape, way)) or (NO_MODEL if found is None else None)
+            reason = OUTDATED.get((name, shape, way)) or _no_parameters(measured["header"])
+            reason = reason or (NO_MODEL if found is None else None)
             if row["status"] != "ok" or reason:
                 yield Skipped(name, shape, way, reason or row["status"])
                 continue
@@ -108,7 +109,7 @@ def heads(results: Path = RESULTS) -> Iterator[Point | Skipped]:
 LossOf = Callable[[Setting], Loss]
 
 
-def head_loss(way: str, shape: str, ranks: int, device: str) -> tuple[LossOf, bool] | None:
+def head_loss(way: str, shape: str, ranks: int, device: str | None) -> tuple[LossOf, bool] | None:
     """Of a way of zero3_head.py, and whether it runs in an engine; None where there is no model of it."""
     tokens, hidden, vocab = sizes = _sizes(shape)
     name, _, rest = way.partition(" ")
@@ -155,11 +156,14 @@ def _sizes(shape: str) -> tuple[int, int, int]:
     return tokens, hidden, vocab
 
 
-def _device(text: str) -> str:
-    found = re.search(r"H\d00", text)
-    if found is None:
-        raise ValueError(f"scale: no parameters for the device {text!r}; there are H100 and H200")
-    return found.group()
+def _device(text: str) -> str | None:
+    """The name of its parameters; None where there are none."""
+    found = re.search(r"H[12]00", text)
+    return found and found.group()
+
+
+def _no_parameters(header: dict[str, str]) -> str | None:
+    return None if _device(header["device"]) else f"no parameters for {header['device']}"
 
 
 def _time_of_head(loss: LossOf, device: str, ranks: int, in_engine: bool) -> Callable[[Setting], float]:
@@ -246,6 +250,7 @@ def ends(results: Path = RESULTS) -> Iterator[Point | Skipped]:
             rounds.setdefault((row["way"], row["micro_batch"], row["length"]), []).append(row)
         for (way, batch, length), rows in rounds.items():
             shape, stage, reason = job_of(header["job"])
+            reason = reason or _no_parameters(header)
             case = f"{header['job'].partition(' ')[0]}, {batch} x {length}"
             rows = [row for row in rows if row["status"] == "ok"]
             if not rows:
