@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ds_fused
 from ds_fused.modules import kept
+from ds_fused.modules.allotment import MEASURED
 from ds_fused.modules.kept import Recording
 from ds_fused.modules.recompute import FUNCTION, Recompute
 from ds_fused.policies.recompute import Recomputing, recomputing
@@ -367,7 +368,7 @@ def test_the_report_says_what_is_kept(caplog):
         step(model)
     said = f"at 22 tokens attention of {LAYERS} and products of {LAYERS} of {LAYERS} layers kept"
     assert said in str(report) and said in caplog.text
-    assert "recompute: no layer that transformers would checkpoint" in str(
+    assert "recompute: no layer of those that transformers would checkpoint" in str(
         ds_fused.apply(nn.Linear(2, 2), {}, recompute="matmuls")
     )
 
@@ -409,3 +410,41 @@ def test_values(given, wanted):
 def test_malformed_values(given, says):
     with pytest.raises(ValueError, match=says):
         ds_fused.apply(nn.Linear(2, 2), {}, recompute=given)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_as_much_is_kept_as_has_room(monkeypatch):
+    # the backward of flash attention adds in no fixed order otherwise
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
+        model = checkpointed(LLAMA.make(torch.bfloat16, **sizes).cuda())
+        ids = torch.randint(3, 128, (2, 512), device="cuda")
+        given = {"input_ids": ids, "labels": ids}
+        ds_fused.apply(model)
+        stock, stock_ran = step(model, given=given)
+        for level in ("attention", "matmuls", "auto"):
+            report = ds_fused.apply(model, {}, recompute=level)
+            for _ in range(MEASURED + 1):
+                found, ran = step(model, given=given)
+            assert_same(found, stock)
+            assert ran.attentions() == 0
+            assert stock_ran.products() - ran.products() == (0 if level == "attention" else 4 * PER_LAYER)
+            assert level != "auto" or "products of 4 of 4 layers kept" in str(report)
+            report.restore()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_layers_that_are_not_ours_to_change_are_left():
+    model = checkpointed(LLAMA.make())
+    layer = model.model.layers[0]
+    layer.forward = layer.forward
+    stock, _ = step(model)
+    report = ds_fused.apply(model, {}, recompute="matmuls")
+    assert [claim.paths for claim in report.claims] == [("model.layers.1",)]
+    assert [(row.what, row.count) for row in report.left if "forward of its own" in row.reason] == [
+        ("LlamaDecoderLayer", 1)
+    ]
+    assert_same(step(model)[0], stock)
