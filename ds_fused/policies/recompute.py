@@ -23,8 +23,9 @@ OPTIONS: Mapping[str, Option] = {
         str,
         "full",
         'what is not computed again in backward: nothing, with "attention" its outputs, with "matmuls" those of '
-        'products as well; "auto" keeps what there is memory for',
-        ("full", "attention", "matmuls", "auto"),
+        'products as well; "auto" keeps what there is memory for, and so does "fit"',
+        # Trainer and Accelerate take every "auto" in the JSON for a placeholder of their own, and fail
+        ("full", "attention", "matmuls", "auto", "fit"),
     ),
     "keep_mb": Option(int, None, 'MiB that "auto" may keep in a forward; null: what the first steps find room for'),
 }
@@ -57,9 +58,9 @@ def recomputing(value: object, where: str = "recompute") -> Recomputing:
         raise ValueError(f"{where} must be {levels}, got {level!r}")
     if keep_mb is not None and (type(keep_mb) is not int or keep_mb < 0):
         raise ValueError(f"{where}.keep_mb must be an integer, at least 0, got {keep_mb!r}")
-    if keep_mb is not None and level != "auto":
+    if keep_mb is not None and level not in ("auto", "fit"):
         raise ValueError(f'{where}.keep_mb is for the level "auto", got it with {level!r}')
-    return Recomputing(level, keep_mb)
+    return Recomputing("auto" if level == "fit" else level, keep_mb)
 
 
 @dataclass(eq=False)

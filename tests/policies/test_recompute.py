@@ -388,6 +388,8 @@ def test_only_the_largest_stack_makes_room():
         ("full", Recomputing()),
         ({}, Recomputing()),
         ("auto", Recomputing("auto")),
+        ("fit", Recomputing("auto")),
+        ({"level": "fit", "keep_mb": 5}, Recomputing("auto", 5)),
         ({"keep_mb": 5}, Recomputing("auto", 5)),
         ({"level": "matmuls"}, Recomputing("matmuls")),
     ],
