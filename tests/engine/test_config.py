@@ -134,7 +134,7 @@ MALFORMED = [
     ({"enabled": True, "tiled_mlp": {"tiles": 0}}, "ds_fused.tiled_mlp.tiles", "at least 1", "0"),
     ({"enabled": True, "tiled_mlp": {"tiles": 2.0}}, "ds_fused.tiled_mlp.tiles", "2.0 (float)", "an integer"),
     ({"enabled": True, "tiled_mlp": {"shards": 2}}, "ds_fused.tiled_mlp", "'shards'", "known keys: tiles"),
-    ({"enabled": True, "recompute": True}, "ds_fused.recompute", "True", '"auto" or an object of level, keep_mb'),
+    ({"enabled": True, "recompute": True}, "ds_fused.recompute", "True", '"fit" or an object of level, keep_mb'),
     ({"enabled": True, "recompute": "most"}, "ds_fused.recompute", "'most'", '"full" or "attention"'),
     ({"enabled": True, "recompute": {"keep": 1}}, "ds_fused.recompute", "'keep'", "known keys: level, keep_mb"),
     ({"enabled": True, "recompute": {"keep_mb": "1"}}, "ds_fused.recompute.keep_mb", "'1'", "an integer"),

@@ -401,7 +401,7 @@ def test_values(given, wanted):
 @pytest.mark.parametrize(
     "given, says",
     [
-        (True, 'must be .*"auto" or an object of level, keep_mb, got True'),
+        (True, 'must be .*"fit" or an object of level, keep_mb, got True'),
         ("some", "must be \"full\" or .*got 'some'"),
         ({"kept": 1}, "unknown key 'kept'; known keys: level, keep_mb"),
         ({"keep_mb": -1}, "recompute.keep_mb must be an integer, at least 0, got -1"),
