@@ -120,7 +120,7 @@ def test_what_is_kept_is_not_computed_again():
 
 def recordings() -> list[Recording]:
     gc.collect()
-    return [x for x in gc.get_objects() if isinstance(x, Recording)]
+    return [x for x in gc.get_objects() if type(x) is Recording]
 
 
 def test_what_is_kept_is_what_was_said_and_is_gone_after_the_backward():
@@ -347,6 +347,25 @@ def test_checkpointing_may_be_switched_on_and_off_behind_it():
     assert vars(layer)[FUNCTION].func is torch.utils.checkpoint.checkpoint
     _, again = step(model)
     assert again.products() == ran.products() + PER_LAYER * LAYERS
+
+
+def test_a_compiled_model_is_compiled_as_without():
+    found = []
+    for level in ("full", "matmuls"):
+        model = checkpointed(LLAMA.make(use_cache=False))
+        ds_fused.apply(model, {}, recompute=level)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        compiled = torch.compile(model, backend="aot_eager")
+        for _ in range(2):
+            model.zero_grad()
+            loss = compiled(**batch()).loss
+            loss.backward()
+        outcome = [loss.detach(), *(p.grad for p in model.parameters())]
+        found.append((outcome, torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+    (stock, graphs), (kept_outcome, kept_graphs) = found
+    assert_same(kept_outcome, stock)
+    assert kept_graphs == graphs == 1
 
 
 def test_a_copy_keeps_too():
