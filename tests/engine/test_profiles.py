@@ -12,16 +12,20 @@ from ds_fused.engine.profiles import PROFILES, filled
 from ds_fused.engine.zero_sizes import sizes_of
 
 ON = {"enabled": True}
-SMALL = {"leaf_modules": False, "zero_sizes": "small", "embedding": True, "tiled_mlp": True}
-OF_HEAD = {f"{HEAD}.mode": "stream", f"{HEAD}.keep_mb": 0}
+SMALL = {"leaf_modules": False, "zero_sizes": "small", "embedding": True, "recompute": "full"}
+OF_HEAD = {f"{HEAD}.mode": "auto", f"{HEAD}.keep_mb": 0}
 
 # block, profile, what is added to it
 TABLE = [
     (ON, "stock", {}),
     (ON, "small", SMALL | OF_HEAD),
-    (ON | {"tiled_mlp": False, "embedding": False}, "small", {"leaf_modules": False, "zero_sizes": "small"} | OF_HEAD),
     (
-        ON | {"tiled_mlp": {"tiles": 3}, "zero_sizes": "stock"},
+        ON | {"recompute": "attention", "embedding": False},
+        "small",
+        {"leaf_modules": False, "zero_sizes": "small"} | OF_HEAD,
+    ),
+    (
+        ON | {"recompute": {"level": "fit", "keep_mb": 3}, "zero_sizes": "stock"},
         "small",
         {"leaf_modules": False, "embedding": True} | OF_HEAD,
     ),
@@ -31,9 +35,14 @@ TABLE = [
     (
         ON,
         "fast",
-        {"leaf_modules": True, "zero_sizes": "large", f"{HEAD}.mode": "auto", f"{HEAD}.grad_in_forward": False},
+        {"leaf_modules": True, "zero_sizes": "large", "recompute": "fit"}
+        | {f"{HEAD}.mode": "auto", f"{HEAD}.grad_in_forward": False},
     ),
-    (ON | {"leaf_modules": False, HEAD: {"mode": "stream", "grad_in_forward": True}}, "fast", {"zero_sizes": "large"}),
+    (
+        ON | {"leaf_modules": False, HEAD: {"mode": "stream", "grad_in_forward": True}},
+        "fast",
+        {"zero_sizes": "large", "recompute": "fit"},
+    ),
 ]
 
 
@@ -56,7 +65,7 @@ def test_a_profile_adds_what_is_not_given(block, profile, added):
 
 
 def test_every_profile_is_a_choice_and_well_formed():
-    assert {*PROFILES, "auto"} == set(CHOICES["profile"])
+    assert {*PROFILES, "fit", "auto"} == set(CHOICES["profile"])
     for name in PROFILES:
         parse(filled(ON, name)[0])
 
