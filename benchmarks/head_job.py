@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.head_ways import IGNORED, WAYS, Case, Run, Shape
 from benchmarks.measure import relative_error
+from benchmarks.ranks import exchanged, said, say
 from benchmarks.results import OK
 
 WARM_UP, ITERATIONS = 3, 10
@@ -70,7 +71,7 @@ def main(cases: list[tuple[str, str]]) -> None:
         if on_gpu:
             torch.cuda.empty_cache()
         try:
-            everyones = exchanged(store, f"{place}", [row, failed], rank, ranks)
+            everyones = exchanged(store, f"{place}", [row, failed], rank, ranks, PATIENCE)
         except dist.DistStoreError:
             # not in good order: that would wait for the collective which the others are in
             os._exit(1)
@@ -84,17 +85,6 @@ def main(cases: list[tuple[str, str]]) -> None:
     dist.destroy_process_group()
 
 
-def say(what: str, values: object) -> None:
-    # in one write: the launcher mixes the lines of all ranks
-    sys.stdout.write(f"\n{what}{json.dumps(values)}\n")
-    sys.stdout.flush()
-
-
-def said(error: BaseException) -> str:
-    first = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first[:200]}"
-
-
 def not_run(name: str, on_gpu: bool) -> dict[str, object] | None:
     """The row of a way that can't be started here, found out without any collective."""
     way = WAYS[name]
@@ -105,14 +95,6 @@ def not_run(name: str, on_gpu: bool) -> dict[str, object] | None:
     except Exception as error:
         return {"status": f"not run: {said(error)}"}
     return None
-
-
-def exchanged(store: dist.Store, place: str, mine: object, rank: int, ranks: int) -> list:
-    """What each rank has to say, through the store: no collective, so that a rank which hangs in one is found out."""
-    store.set(f"{place}/{rank}", json.dumps(mine))
-    keys = [f"{place}/{r}" for r in range(ranks)]
-    store.wait(keys, PATIENCE)
-    return [json.loads(store.get(key)) for key in keys]
 
 
 class Judge:

@@ -235,7 +235,7 @@ def _tiles(x: Tensor, vocab: int) -> int:
     return max(LEAST_TILES, -(-x.shape[0] * vocab * 4 // TILE_BYTES))
 
 
-def _deepspeed_tiled() -> Loss:
+def deepspeed_tiled() -> Loss:
     from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss
 
     def loss(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
@@ -299,7 +299,7 @@ WAYS: Mapping[str, Way] = {
     "auto": Sharded("the choice of the two that ds_fused makes", fused=_fused("auto")),
     "liger": Sharded("gradients made in forward", _liger(), needs_gpu=True),
     "liger chunk_mem_const=16": Sharded("gradients made in forward", _liger(chunk_mem_const=16), needs_gpu=True),
-    "deepspeed tiled": Sharded("gradients made in forward; 1 GiB of fp32 logits a tile", _deepspeed_tiled),
+    "deepspeed tiled": Sharded("gradients made in forward; 1 GiB of fp32 logits a tile", deepspeed_tiled),
     "whole gather": Sharded("8 MHV; 1 GiB of fp32 logits a tile, each checkpointed", _whole_gather),
     "replicated keep_mb=0": Replicated(0, "no ZeRO, 8 MHV; its extra has the whole gradient of the weight"),
     "replicated keep all": Replicated(ALL, "no ZeRO, 6 MHV; its extra has the whole gradient of the weight"),

@@ -23,15 +23,9 @@ the second, and so on.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
 import re
-import shlex
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,19 +35,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.head_job import BEGUN, FAILED, OK, RESULT
 from benchmarks.head_ways import BARE, DEFAULT, SWEEP, WAYS, Shape
+from benchmarks.page import Results, Row, header, number, table
 from benchmarks.plot_head import draw
+from benchmarks.ranks import listen
 
-ROOT = Path(__file__).resolve().parents[1]
-JOB = ROOT / "benchmarks" / "head_job.py"
+JOB = Path(__file__).parent / "head_job.py"
 SHAPES = ("8192x4096x128256", "16384x4096x128256", "8192x8192x128256", "8192x5376x262144")
 SWEEP_SHAPES = tuple(f"4096x2048x{2**power}" for power in range(15, 20))
-PACKAGES = ("torch", "triton", "deepspeed", "transformers", "liger-kernel")
-# of what a job that died had to say
-TAIL = 4000
 
 # shape, way
 Place = tuple[str, str]
-Row = dict[str, object]
 
 
 @dataclass
@@ -67,54 +58,24 @@ class Job:
     tail: str = ""
 
 
-class Results:
-    """All rows so far, written anew with each: what is there survives whatever comes next."""
-
-    def __init__(self, path: Path, render: Callable[[dict[str, str], Sequence[Row]], str]) -> None:
-        self._path, self._render = path, render
-        self.rows: list[Row] = []
-        self.header: dict[str, str] = {}
-
-    def add(self, row: Row) -> None:
-        self.rows.append(row)
-        print(row["shape"], row["way"], {k: v for k, v in row.items() if k not in ("shape", "way")}, flush=True)
-        self._path.with_suffix(".md").write_text(self.text())
-        measured = {"header": self.header, "rows": self.rows}
-        self._path.with_suffix(".json").write_text(json.dumps(measured, indent=1) + "\n")
-
-    def text(self) -> str:
-        return self._render(self.header, self.rows)
-
-
 def launched(cases: Sequence[Place], gpus: int, port: int, results: Results) -> Job:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(gpus)]
     command += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
     command += [str(JOB), json.dumps(cases)]
-    # first: the ds_fused of this checkout, not one that is installed
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     job = Job()
-    with (
-        tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, "PYTHONPATH": path}
-        ) as process,
-    ):
-        try:
-            for line in process.stdout:
-                if line.startswith(BEGUN):
-                    job.device = results.header["device"] = json.loads(line.removeprefix(BEGUN))
-                elif line.startswith(RESULT):
-                    results.add(json.loads(line.removeprefix(RESULT)))
-                    job.rows, job.failure = job.rows + 1, ""
-                elif line.startswith(FAILED):
-                    # the first to fail says why; others may only have lost it
-                    job.failure = job.failure or json.loads(line.removeprefix(FAILED))
-            job.status = process.wait()
-        finally:
-            # torchrun ends its ranks
-            process.terminate()
-        errors.seek(0)
-        job.tail = errors.read()[-TAIL:]
+
+    def hear(line: str) -> None:
+        if line.startswith(BEGUN):
+            job.device = results.header["device"] = json.loads(line.removeprefix(BEGUN))
+        elif line.startswith(RESULT):
+            results.add(json.loads(line.removeprefix(RESULT)))
+            job.rows, job.failure = job.rows + 1, ""
+        elif line.startswith(FAILED):
+            # the first to fail says why; others may only have lost it
+            job.failure = job.failure or json.loads(line.removeprefix(FAILED))
+
+    ended = listen(command, hear)
+    job.status, job.tail = ended.status, ended.tail
     return job
 
 
@@ -134,32 +95,6 @@ def measure(cases: Sequence[Place], launch: Callable[[Sequence[Place]], Job], re
             results.add({"shape": shape, "way": way, "status": status})
 
 
-def header(gpus: int, arguments: Sequence[str]) -> dict[str, str]:
-    return {
-        "device": "",  # the ranks say it
-        "ranks": str(gpus),
-        "versions": ", ".join(f"{name} {_version(name)}" for name in PACKAGES),
-        "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC",
-        "command": f"python benchmarks/zero3_head.py {shlex.join(arguments)}",
-    }
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "(absent)"
-
-
-def _table(names: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    rows = [names, ["---"] * len(names), *lines]
-    return [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
-
-
-def _number(value: object, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
 def ways_table(head: dict[str, str], rows: Sequence[Row]) -> str:
     """One table a shape, fastest first; those without a time last, with their reason."""
     lines = ["# Head and loss under ZeRO-3", "", *(f"- {key}: {value}" for key, value in head.items())]
@@ -173,11 +108,11 @@ def ways_table(head: dict[str, str], rows: Sequence[Row]) -> str:
             over = None if ms is None or floor is None else ms / floor
             note = WAYS[row["way"]].note if row["status"] == OK else f"**{row['status']}**"
             cells.append(
-                [row["way"], _number(ms, ".1f"), _number(over, ".2f"), _number(row.get("extra_mib"), ".0f")]
-                + [_number(errors.get(what), ".1e") for what in ("loss", "dx", "dw")]
+                [row["way"], number(ms, ".1f"), number(over, ".2f"), number(row.get("extra_mib"), ".0f")]
+                + [number(errors.get(what), ".1e") for what in ("loss", "dx", "dw")]
                 + [note]
             )
-        lines += ["", f"## {shape}", "", *_table(names, cells)]
+        lines += ["", f"## {shape}", "", *table(names, cells)]
     return "\n".join(lines) + "\n"
 
 
@@ -194,13 +129,13 @@ def sweep_table(head: dict[str, str], rows: Sequence[Row]) -> str:
         found = [_sweep_cell(mine.get(way)) for way in ways]
         cells.append([shape, f"{whole:.0f}", f"{whole / int(head['ranks']):.0f}", *found])
     names = ["shape", "whole weight", "one rank's part", *(f"{way}: extra MiB (ms)" for way in ways)]
-    return "\n".join([*lines, "", *_table(names, cells)]) + "\n"
+    return "\n".join([*lines, "", *table(names, cells)]) + "\n"
 
 
 def _sweep_cell(row: Row | None) -> str:
     if row is None or row["status"] != OK:
         return "-" if row is None else f"**{row['status']}**"
-    return f"{_number(row.get('extra_mib'), '.0f')} ({row['ms']:.1f})"
+    return f"{number(row.get('extra_mib'), '.0f')} ({row['ms']:.1f})"
 
 
 def _listed(known: Sequence[str] | None) -> Callable[[str], list[str]]:
@@ -240,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = Results(options.out / "zero3_head_vocab", sweep_table)
     else:
         results = Results(options.out / "zero3_head", ways_table)
-    results.header = header(options.gpus, arguments)
+    results.header = header("zero3_head.py", options.gpus, arguments)
     measure(cases, lambda left: launched(left, options.gpus, options.master_port, results), results)
     print(results.text())
     if not options.vocab_sweep:

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from ds_fused.ops.registry import OPS, Option
+from ds_fused.policies.recompute import KEY as RECOMPUTE
+from ds_fused.policies.recompute import OPTIONS as RECOMPUTE_OPTIONS
+from ds_fused.policies.recompute import Recomputing, recomputing
 
 # key -> default
 SWITCHES = {
@@ -63,7 +66,7 @@ TILED = "tiled_mlp"
 TILED_OPTIONS: Mapping[str, Option] = MappingProxyType(
     {"tiles": Option(int, 8, "in how many tiles the tokens of an MLP run")}  # 8: not yet measured
 )
-KEYS = (*SWITCHES, *CHOICES, TILED, *OP_OPTIONS)
+KEYS = (*SWITCHES, *CHOICES, TILED, RECOMPUTE, *OP_OPTIONS)
 
 _WORDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
@@ -84,6 +87,7 @@ class Config:
     profile: str
     zero_sizes: str
     tiles: int | None  # None: MLPs run whole
+    recompute: Recomputing
     wanted: Mapping[str, Mapping[str, object]]  # JSON key that is on -> the options given for its op
     head: Mapping[str, object]  # HEAD_OPTIONS, each with its value
 
@@ -101,21 +105,30 @@ def parse(block: object) -> Config:
     switches = {key: _typed(f"ds_fused.{key}", block.get(key, default), bool) for key, default in SWITCHES.items()}
     choices = {key: _chosen(f"ds_fused.{key}", block.get(key, allowed[0]), allowed) for key, allowed in CHOICES.items()}
     wanted = {}
-    for key in OP_OPTIONS:
-        options = _options(key, block.get(key, True))
+    for key, on in ((key, op.on) for op in OPS for key in op.keys):
+        options = _options(key, block.get(key, on))
         if options is not None:
             wanted[key] = options
     asked = wanted.get(HEAD, {})
     head = {name: asked.pop(name, option.default) for name, option in HEAD_OPTIONS.items()}
     frozen = {key: MappingProxyType(options) for key, options in wanted.items()}
     tiles = _tiles(block.get(TILED, False))
-    return Config(**switches, **choices, tiles=tiles, wanted=MappingProxyType(frozen), head=MappingProxyType(head))
+    return Config(
+        **switches,
+        **choices,
+        tiles=tiles,
+        recompute=recomputing(block.get(RECOMPUTE, {}), f"ds_fused.{RECOMPUTE}"),
+        wanted=MappingProxyType(frozen),
+        head=MappingProxyType(head),
+    )
 
 
 def options_of(key: str) -> dict[str, Option]:
     """What the JSON object of a key may hold."""
     if key == TILED:
         return dict(TILED_OPTIONS)
+    if key == RECOMPUTE:
+        return dict(RECOMPUTE_OPTIONS)
     return {**OP_OPTIONS[key], **(HEAD_OPTIONS if key == HEAD else {})}
 
 

@@ -163,7 +163,7 @@ def _replaced(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config, a
         warm_up(engine, model, engine.__dict__["_ds_fused_block"], dtype)
     slab_mode = engine.__dict__["_ds_fused_slab_mode"] = SlabMode(config)
     asked = {**vars(config), "head": dict(config.head), "wanted": {key: dict(o) for key, o in wanted.items()}}
-    asked |= {"device": engine.device.type, "dtype": str(dtype)}
+    asked |= {"recompute": vars(config.recompute), "device": engine.device.type, "dtype": str(dtype)}
     report = plan.apply(
         model,
         wanted,
@@ -175,6 +175,7 @@ def _replaced(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config, a
         eval=config.eval,
         weight=HeadWeight(zero3.whole_weight_of(engine), slab_mode.slabs, slab_mode.is_sharded, slab_mode.bias),
         tiles=config.tiles,
+        recompute=config.recompute,
         agree=lambda decisions: agree({"config": asked, **decisions}),
     )
     report.left = (*report.left, *(Left(key, 1, reason) for key, reason in left.items()))

@@ -1,0 +1,351 @@
+"""Whole training steps: one job run in several ways (step_ways.py): stock HuggingFace, its rivals and ds_fused.
+
+    python benchmarks/end_to_end.py --gpus 2 --out benchmarks/results/h100x2 --shape 8b-16layers --micro-batches 1,2,4
+    python benchmarks/end_to_end.py --gpus 2 --out DIR --ways hf,mine --block 'mine={"enabled": true, "rope": false}'
+    python benchmarks/end_to_end.py --gpus 2 --out DIR --shape 8b --longest
+    python benchmarks/end_to_end.py --plot DIR
+
+The first two write NAME.md, .json, .csv and (with matplotlib) .png, NAME being end_to_end unless --name says otherwise;
+the third looks for the longest sequence that trains and writes NAME_longest.md and .json; the last draws the picture of
+a NAME.json that was measured elsewhere.
+
+Each way has processes of its own, started by the ``deepspeed`` launcher: all ways once, then all once more, as often as
+--rounds says. A process builds its engine once and goes through the micro batches, smallest first; where one runs out
+of memory, the smaller ones stand. On a machine without a GPU the ranks run on the CPU, where ``--shape tiny`` shows
+that everything works. The words of the tables are explained in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+# run as a script: find this folder's modules
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.page import PACKAGES, Header, Results, Row, header, without_folders
+from benchmarks.plot_step import draw
+from benchmarks.ranks import Ended, free_port, listen
+from benchmarks.results import OK
+from benchmarks.step_job import BEGUN, FAILED, MEMORY_ERRORS, OUT_OF_MEMORY, RESULT, Spec
+from benchmarks.step_page import RATE, Point, longest_page, steps_page, write_csv
+from benchmarks.step_shapes import SHAPES, shape_of
+from benchmarks.step_ways import DEFAULT, LONGEST, WAYS, Way, ours
+
+JOB = Path(__file__).parent / "step_job.py"
+LEFT_OUT = "left out"
+
+
+class StepResults(Results):
+    """NAME.csv beside the others."""
+
+    def write(self) -> None:
+        super().write()
+        write_csv(self.path.with_suffix(".csv"), self.header, self.rows)
+
+
+@dataclass
+class Launch:
+    """What one launch had to say."""
+
+    began: bool = False
+    rows: list[Row] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def status(self, ended: Ended, patience: float) -> str:
+        """Why there is no further row."""
+        if OUT_OF_MEMORY in self.failures:
+            # others may only have lost the rank that had no memory left
+            return OUT_OF_MEMORY
+        if self.failures:
+            return without_folders(self.failures[0])
+        if any(words in ended.tail for words in MEMORY_ERRORS):
+            return OUT_OF_MEMORY
+        if ended.silent:
+            return f"failed: nothing was heard for {patience:g} s"
+        said = re.findall(r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception): .+)", ended.tail, re.MULTILINE)
+        return without_folders(f"failed: the ranks died: {said[-1][:200] if said else f'exit {ended.status}'}")
+
+
+class Launcher:
+    """Starts ranks, one launch after the other, and knows how long that may go on."""
+
+    def __init__(self, options: argparse.Namespace, head: Header) -> None:
+        self.options, self.head = options, head
+        self._start, self._began = time.monotonic(), False
+
+    def late(self) -> bool:
+        return time.monotonic() - self._start > self.options.seconds
+
+    def run(self, spec: Spec, hear_row: Callable[[Row], None]) -> tuple[Launch, str]:
+        """The launch, and the status of the first size that it did not measure."""
+        options, launch = self.options, Launch()
+
+        def hear(line: str) -> None:
+            if line.startswith(BEGUN):
+                launch.began = self._began = True
+                told = json.loads(line.removeprefix(BEGUN))
+                self.head["device"] = f"{options.gpus} x {told['device']}"
+                if told[RATE] is not None:
+                    self.head[RATE] = f"{told[RATE]:.1f}"
+            elif line.startswith(RESULT):
+                launch.rows.append(json.loads(Path(json.loads(line.removeprefix(RESULT))).read_text()))
+                hear_row(launch.rows[-1])
+            elif line.startswith(FAILED):
+                launch.failures.append(json.loads(line.removeprefix(FAILED)))
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "spec.json"
+            path.write_text(json.dumps(asdict(replace(spec, ceiling=RATE not in self.head))))
+            command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(options.gpus)]
+            port = options.master_port or free_port()
+            command += ["--master_port", str(port), "--no_local_rank", str(JOB), str(path)]
+            ended = listen(command, hear, options.patience, {**os.environ, "PYTHONUNBUFFERED": "1"})
+        status = OK if len(launch.rows) == len(spec.points) else launch.status(ended, options.patience)
+        if status not in (OK, OUT_OF_MEMORY):
+            print(ended.tail, file=sys.stderr, flush=True)
+        if not (self._began or launch.failures):
+            raise SystemExit(f"end_to_end: the ranks did not start (exit {ended.status})")
+        return launch, status
+
+
+def spec_of(options: argparse.Namespace, name: str, way: Way, points: Sequence[Point]) -> Spec:
+    paths = {
+        name: None if (p := getattr(options, name)) is None else str(p.resolve()) for name in ("data", "tokenizer")
+    }
+    return Spec(
+        way=name,
+        block=way.block,
+        shape=options.shape,
+        layers=options.layers,
+        stage=options.stage,
+        checkpointing=options.checkpointing,
+        lora=options.lora,
+        offload=options.offload,
+        points=points,
+        warm_up=options.warm_up,
+        steps=options.steps,
+        profile=options.profile,
+        ceiling=False,
+        **paths,
+    )
+
+
+def compare(options: argparse.Namespace, ways: dict[str, Way], launcher: Launcher, results: Results) -> None:
+    """Round after round, all ways; what can't work is not tried again."""
+    points = {name: [(batch, options.length) for batch in sorted(options.micro_batches)] for name in ways}
+    left = []
+    for round_ in range(1, options.rounds + 1):
+        for name in [name for name in ways if points[name]]:
+            if launcher.late():
+                left.append(f"{name}, round {round_}")
+                continue
+            same = {"way": name, "round": round_, "note": ways[name].note}
+            spec = spec_of(options, name, ways[name], points[name])
+            # one look at the timeline is enough
+            spec = replace(spec, profile=spec.profile and round_ == 1)
+            launch, status = launcher.run(spec, lambda row, same=same: results.add({**same, **row}))
+            done, missing = len(launch.rows), points[name][len(launch.rows) :]
+            for place, (batch, length) in enumerate(missing):
+                why = status if place == 0 else f"not run: {missing[0][0]} x {missing[0][1]} {status}"
+                results.add({**same, "micro_batch": batch, "length": length, "status": why})
+            points[name] = points[name][:done]
+    if left:
+        results.header[LEFT_OUT] = f"after {options.seconds:g} s: {'; '.join(left)}"
+        results.write()
+
+
+@dataclass
+class Search:
+    """For the longest sequence: ``low`` tokens have trained, ``high`` have not."""
+
+    first: int
+    last: int
+    low: int = 0
+    high: int | None = None
+    unit: int = 0  # how far apart low and high may stay
+
+    def path(self) -> list[int]:
+        """What is tried one after the other for as long as it trains; empty: found."""
+        if self.high is None:
+            lengths = [self.low * 2 if self.low else self.first]
+            while lengths[-1] * 2 <= self.last:
+                lengths.append(lengths[-1] * 2)
+            return [length for length in lengths if length <= self.last]
+        if not self.low:
+            return [self.high // 2] if self.high > 1 else []
+        self.unit = self.unit or max(1, self.low // 8)
+        lengths, low = [], self.low
+        while self.high - low > self.unit:
+            low += (self.high - low) // 2 // self.unit * self.unit or self.unit
+            lengths.append(low)
+        return lengths
+
+
+def look_for_longest(options: argparse.Namespace, ways: dict[str, Way], launcher: Launcher, results: Results) -> None:
+    options.warm_up, options.steps, options.profile = 1, 1, False
+    for name, way in ways.items():
+        search = Search(options.length, options.last_length)
+        tries: list[Row] = []
+        end = "found"
+        while path := search.path():
+            if launcher.late():
+                end = f"left out after {options.seconds:g} s"
+                break
+            launch, status = launcher.run(spec_of(options, name, way, [(1, n) for n in path]), print_try(name))
+            tries += launch.rows
+            if launch.rows:
+                search.low = launch.rows[-1]["length"]
+            if status == OK:
+                continue
+            search.high = path[len(launch.rows)]
+            tries.append({"micro_batch": 1, "length": search.high, "status": status})
+            if status != OUT_OF_MEMORY:
+                end = status
+                break
+        if end == "found":
+            end = f"{search.high}: {OUT_OF_MEMORY}" if search.high else "no longer one was tried"
+        results.add({"way": name, "longest": search.low, "status": end, "tries": tries})
+
+
+def print_try(name: str) -> Callable[[Row], None]:
+    return lambda row: print(name, row["length"], "tokens", f"{row['ms']:.0f} ms", flush=True)
+
+
+def shown(row: Row) -> str:
+    """The line that is printed of a row."""
+    words = [row["way"], f"round {row['round']}", f"{row['micro_batch']} x {row['length']}", row["status"]]
+    if row["status"] == OK:
+        words += [f"{row['ms']:.1f} ms", f"{row['tokens_s']:.0f} tokens/s", f"loss {row['losses'][-1]:.4f}"]
+        words += [f"{key} {row[key]:.0f}" for key in ("peak_mib", "dynamic_mib") if row.get(key) is not None]
+    return "  ".join(words)
+
+
+def job_text(options: argparse.Namespace) -> str:
+    shape = shape_of(options.shape, options.layers)
+    sizes = {key: value for key, value in asdict(shape).items() if value and key != "more"}
+    words = [
+        f"{options.shape} ({', '.join(f'{key} {value}' for key, value in sizes.items())})",
+        f"ZeRO {options.stage}",
+        "bf16",
+        "AdamW" + (" on the CPU" if options.offload else ""),
+        "gradient checkpointing" if options.checkpointing else "no gradient checkpointing",
+        *(["LoRA of rank 16 on all projections of the layers"] if options.lora else []),
+        f"{options.warm_up} + {options.steps} steps",
+        f"text: {options.data.name}" if options.data else "synthetic tokens",
+    ]
+    return ", ".join(words)
+
+
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_off = argparse.BooleanOptionalAction
+    add = parser.add_argument
+    add("--gpus", type=_positive, default=1, help="ranks; on a machine without a GPU they run on the CPU")
+    add("--out", type=Path, default=Path(), help="folder for the results")
+    add("--name", default="end_to_end", help="of the files in it")
+    add("--shape", choices=tuple(SHAPES), default="8b-16layers", help="the model; weights are random")
+    add("--layers", type=_positive, help="so many instead of the model's own")
+    add("--stage", type=int, choices=(0, 1, 2, 3), default=3, help="of ZeRO")
+    add("--micro-batches", type=_numbers, default=[1], metavar="N,...", help="sequences of a rank and step")
+    add("--length", type=_positive, default=4096, help="tokens of a sequence; with --longest the first that is tried")
+    add("--checkpointing", action=on_off, default=True, help="of gradients")
+    add("--lora", action=on_off, default=False, help="train adapters only; needs peft")
+    add("--offload", action=on_off, default=False, help="optimizer on the CPU")
+    add("--steps", type=_positive, default=8, help="that are measured")
+    add("--warm-up", type=_positive, default=3, help="steps before them")
+    add("--profile", action=on_off, default=True, help="one more step in round 1, taken apart")
+    add("--rounds", type=_positive, default=2)
+    add("--seconds", type=float, default=float("inf"), help="start no way after that")
+    add("--patience", type=float, default=300.0, help="seconds without a step after which a launch is ended")
+    add("--ways", metavar="WAY,...", help=f"of {', '.join(WAYS)} and --block's; default {','.join(DEFAULT)}")
+    add("--block", action="append", default=[], metavar="NAME=JSON", help="a further way: this ds_fused block")
+    add("--data", type=Path, help="folder of *.txt to train on; needs --tokenizer")
+    add("--tokenizer", type=Path, help="folder of the tokenizer")
+    add("--longest", action="store_true", help="look for the longest sequence that trains, micro batch 1")
+    add("--last-length", type=_positive, default=1 << 20, help="--longest tries none beyond it")
+    add("--plot", type=Path, metavar="FOLDER", help="draw NAME.png from the NAME.json of a folder, measure nothing")
+    add("--master_port", type=_positive, help="where the ranks meet; default: a free one for each launch")
+    options = parser.parse_args(arguments)
+    try:
+        options.ways = chosen(options)
+    except ValueError as error:
+        parser.error(str(error))
+    if (options.data is None) != (options.tokenizer is None):
+        parser.error("--data and --tokenizer go together")
+    if options.plot and not (options.plot / f"{options.name}.json").exists():
+        parser.error(f"{options.plot / options.name}.json is not there")
+    return options
+
+
+def chosen(options: argparse.Namespace) -> dict[str, Way]:
+    """Name -> way, in the order in which they are run."""
+    further = {}
+    for text in options.block:
+        name, _, block = text.partition("=")
+        try:
+            value = json.loads(block)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--block is NAME=JSON, got {text!r}: {error}") from None
+        if not name or name in WAYS or not isinstance(value, dict):
+            raise ValueError(f"--block is NAME=JSON, a new name and an object, got {text!r}")
+        further[name] = ours(value)
+    known = {**WAYS, **further}
+    default = [*(LONGEST if options.longest else DEFAULT), *further]
+    names = options.ways.split(",") if options.ways else default
+    for name in names:
+        if name not in known:
+            raise ValueError(f"there is no way {name!r}; there are {', '.join(known)}")
+    return {name: known[name] for name in names}
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def _numbers(text: str) -> list[int]:
+    return [_positive(word) for word in text.split(",")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    options = parsed(arguments)
+    if options.plot:
+        reason = draw(options.plot, options.name)
+        if reason is not None:
+            raise SystemExit(f"end_to_end: {reason}")
+        return 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.longest:
+        results = Results(
+            options.out / f"{options.name}_longest", longest_page, lambda row: f"{row['way']} {row['longest']}"
+        )
+    else:
+        results = StepResults(options.out / options.name, steps_page, shown)
+    packages = (*PACKAGES, "peft") if options.lora else PACKAGES
+    results.header = header("end_to_end.py", options.gpus, [without_folders(a) for a in arguments], packages)
+    results.header["job"] = job_text(options)
+    launcher = Launcher(options, results.header)
+    if options.longest:
+        look_for_longest(options, options.ways, launcher, results)
+    else:
+        compare(options, options.ways, launcher, results)
+        reason = draw(options.out, options.name)
+        if reason is not None:
+            print(f"no {options.name}.png: {reason}")
+    print(results.text())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""What the pages of results have in common: their header, tables of Markdown, and files that are written row by row."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+PACKAGES = ("torch", "triton", "deepspeed", "transformers", "liger-kernel")
+
+Row = dict[str, object]
+Header = dict[str, str]
+
+
+def header(script: str, ranks: int, arguments: Sequence[str], packages: Sequence[str] = PACKAGES) -> Header:
+    return {
+        "device": "",  # the ranks say it
+        "ranks": str(ranks),
+        "versions": ", ".join(f"{name} {_version(name)}" for name in packages),
+        "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC",
+        "command": f"python benchmarks/{script} {shlex.join(arguments)}",
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "(absent)"
+
+
+def table(names: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    rows = [names, ["---"] * len(names), *lines]
+    return [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
+
+
+def number(value: object, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def without_folders(text: str) -> str:
+    """Absolute paths cut down to their last part: a page of results says nothing of the machine's folders."""
+    return re.sub(r"(?<![\w./])~?/(?:[^\s/:'\"]+/)*(?=[^\s/:'\"])", "", text)
+
+
+class Results:
+    """All rows so far, written anew with each: what is there survives whatever comes next."""
+
+    def __init__(
+        self, path: Path, render: Callable[[Header, Sequence[Row]], str], shown: Callable[[Row], str] = str
+    ) -> None:
+        self.path, self._render, self._shown = path, render, shown
+        self.rows: list[Row] = []
+        self.header: Header = {}
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        print(self._shown(row), flush=True)
+        self.write()
+
+    def write(self) -> None:
+        self.path.with_suffix(".md").write_text(self.text())
+        measured = {"header": self.header, "rows": self.rows}
+        self.path.with_suffix(".json").write_text(json.dumps(measured, indent=1) + "\n")
+
+    def text(self) -> str:
+        return self._render(self.header, self.rows)

@@ -1,0 +1,156 @@
+"""What end_to_end.py says of its rows: pages of Markdown, and one CSV."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.page import Header, Row, number, table
+from benchmarks.results import OK
+from benchmarks.step_timeline import PARTS
+
+STOCK = "hf"
+RATE = "matmul_tflop_s"
+COLUMNS = (
+    "way", "step ms", "all ranks and rounds", "tokens/s/GPU", "over hf", "MFU", "peak GiB", "dynamic GiB", "states GiB",
+    "reserved GiB", "loss apart", "grad norm apart", "note",
+)  # fmt: skip
+CSV = (
+    "way", "round", "micro_batch", "length", "status", "ms", "tokens_s", "tflop_s", "peak_mib", "dynamic_mib",
+    "states_mib", "reserved_mib", "first_loss", "last_loss",
+)  # fmt: skip
+
+Point = tuple[int, int]
+
+
+def points_of(rows: Iterable[Row]) -> list[Point]:
+    return list(dict.fromkeys((row["micro_batch"], row["length"]) for row in rows))
+
+
+def at(rows: Iterable[Row], point: Point, way: str | None = None) -> list[Row]:
+    """The rows of one size, of one way or of all."""
+    return [r for r in rows if (r["micro_batch"], r["length"]) == point and way in (None, r["way"])]
+
+
+def finished(rows: Iterable[Row]) -> list[Row]:
+    return [row for row in rows if row["status"] == OK]
+
+
+def middle(rows: Sequence[Row], key: str) -> float | None:
+    """The median over rounds."""
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return statistics.median(values) if values else None
+
+
+def apart(rows: Sequence[Row], stock: Sequence[Row]) -> tuple[float | None, float | None]:
+    """Largest difference of a loss, and relative one of a gradient's norm, from the first round of stock.
+
+    Of stock itself: what its other rounds differ by, which is what a run's own noise is.
+    """
+    others = [row for row in rows if stock and row is not stock[0]]
+    pairs = [(row, stock[0]) for row in others]
+    losses = [abs(a - b) for r, s in pairs for a, b in zip(r["losses"], s["losses"], strict=True)]
+    norms = [abs(a / b - 1) for r, s in pairs for a, b in zip(r["grad_norms"], s["grad_norms"], strict=True)]
+    return (max(losses), max(norms)) if losses else (None, None)
+
+
+def _gib(mib: float | None) -> str:
+    return number(None if mib is None else mib / 1024, ".2f")
+
+
+def steps_page(head: Header, rows: Sequence[Row]) -> str:
+    """One table a size, fastest first; ways without an answer last, with their reason. Then where the time goes."""
+    lines = ["# Whole training steps", "", *(f"- {key}: {value}" for key, value in head.items()), *MEANING]
+    for point in points_of(rows):
+        here = at(rows, point)
+        ways = list(dict.fromkeys(row["way"] for row in here))
+        times = {way: middle(finished(at(here, point, way)), "ms") for way in ways}
+        ways.sort(key=lambda way: times[way] or float("inf"))
+        stock = finished(at(here, point, STOCK))
+        lines += ["", f"## micro batch {point[0]}, {point[1]} tokens", ""]
+        lines += table(COLUMNS, [_line(way, at(here, point, way), stock, head) for way in ways])
+        lines += _parts([at(here, point, way) for way in ways])
+    replaced = {row["way"]: row["replaced"] for row in finished(rows) if row.get("replaced")}
+    if replaced:
+        lines += ["", "Layers that ds_fused replaced:", ""]
+        kinds = {way: ", ".join(f"{n} x {key}" for key, n in counts.items()) for way, counts in replaced.items()}
+        lines += [f"- {way}: {text}" for way, text in kinds.items()]
+    return "\n".join(lines) + "\n"
+
+
+MEANING = (
+    "- step: from a synchronised device to the end of forward, backward and optimizer. The median of the steps after "
+    "the warm-up on rank 0, and of that over rounds; beside it the least and the largest of any rank's and round's.",
+    "- MFU: FLOPs that the model needs (nothing that is computed again) over time and this card's own rate of a matrix "
+    "product.",
+    "- states: allocated between two steps, after the first of them (weights, fp32 copies, moments, kept gradients, "
+    "DeepSpeed's buffers). dynamic: the peak of the measured steps less the states of the same run.",
+    "- apart: the largest difference of any step from the first round of hf; of hf, what its other rounds differ by.",
+    "- parts: one more step under the profiler. A moment belongs to the first of the columns that is at work.",
+)
+
+
+def _line(way: str, rows: Sequence[Row], stock: Sequence[Row], head: Header) -> list[str]:
+    done = finished(rows)
+    note = rows[0]["note"]
+    bad = [row["status"] for row in rows if row["status"] != OK]
+    if bad:
+        note = f"**{bad[0]}** {note}" if not done else f"{note}; in another round **{bad[0]}**"
+    if not done:
+        return [way, *["-"] * (len(COLUMNS) - 2), note]
+    ms, stock_ms = middle(done, "ms"), middle(stock, "ms")
+    every = [ms for row in done for ms in row["ranks"]["ms"]]
+    share = None if RATE not in head else middle(done, "tflop_s") / float(head[RATE])
+    loss, norm = apart(done, stock)
+    return [
+        way,
+        f"{ms:.1f}",
+        f"{min(every):.1f} to {max(every):.1f}",
+        f"{middle(done, 'tokens_s'):.0f}",
+        number(None if stock_ms is None else stock_ms / ms, ".2f") + ("x" if stock_ms else ""),
+        number(share, ".0%"),
+        *(_gib(middle(done, key)) for key in ("peak_mib", "dynamic_mib", "states_mib", "reserved_mib")),
+        number(loss, ".1e"),
+        number(norm, ".1e"),
+        note,
+    ]
+
+
+def _parts(ways: Sequence[Sequence[Row]]) -> list[str]:
+    profiled = [next((r for r in rows if r.get("parts_ms")), None) for rows in ways]
+    cells = []
+    for row in (row for row in profiled if row is not None):
+        parts = row["parts_ms"]
+        if isinstance(parts, str):
+            cells.append([row["way"], f"**{parts}**", *["-"] * len(PARTS)])
+            continue
+        cells.append([row["way"], f"{sum(parts.values()):.1f}", *(f"{parts[part]:.1f}" for part in PARTS)])
+    return ["", *table(("way, ms", "step", *PARTS), cells)] if cells else []
+
+
+def longest_page(head: Header, rows: Sequence[Row]) -> str:
+    lines = ["# Longest sequences that train", "", *(f"- {key}: {value}" for key, value in head.items()), ""]
+    lines += ["Micro batch 1, two steps each; found by doubling, then by bisection to an eighth.", ""]
+    stock = next((row["longest"] for row in rows if row["way"] == STOCK), 0)
+    cells = []
+    for row in rows:
+        over = f"{row['longest'] / stock:.2f}x" if stock else "-"
+        best = next((t for t in reversed(row["tries"]) if t["length"] == row["longest"]), {})
+        took = [number(best.get("ms"), ".0f"), _gib(best.get("peak_mib"))]
+        cells.append([row["way"], str(row["longest"] or "-"), over, *took, row["status"]])
+    lines += table(("way", "tokens", "over hf", "step ms", "peak GiB", "end of the search"), cells)
+    return "\n".join(lines) + "\n"
+
+
+def write_csv(path: Path, head: Header, rows: Sequence[Row]) -> None:
+    with path.open("w", newline="") as file:
+        file.writelines(f"# {key}: {value}\n" for key, value in head.items())
+        writer = csv.writer(file)
+        writer.writerow([*CSV, *(f"{part} ms" for part in PARTS)])
+        for row in rows:
+            losses = row.get("losses") or [None]
+            parts = row["parts_ms"] if isinstance(row.get("parts_ms"), dict) else {}
+            values = {**row, "first_loss": losses[0], "last_loss": losses[-1]}
+            writer.writerow([values.get(name) for name in CSV] + [parts.get(part) for part in PARTS])

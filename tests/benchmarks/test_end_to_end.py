@@ -1,0 +1,350 @@
+"""end_to_end.py: all ways train alike, what fails costs its own rows, and the parts of a step add up. On a CPU."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from launching import free_port, start
+
+# benchmarks/ is no installed package
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks import end_to_end, plot_step, step_job, step_timeline, step_ways
+from benchmarks.end_to_end import Launch, Search
+from benchmarks.page import without_folders
+from benchmarks.ranks import Ended
+from benchmarks.step_data import COPIED, Stream
+from benchmarks.step_page import RATE, longest_page, steps_page
+from benchmarks.step_shapes import SHAPES, STD, built, shape_of
+from benchmarks.step_timeline import COMMUNICATION, COPY, IDLE, MARK, OPTIMIZER, PARTS, Event, length, split, union
+
+HERE = Path(__file__).parent
+LENGTH = 40  # no multiple of a stretch of copied tokens
+
+
+def measured(out: Path, *more: str) -> dict:
+    """The JSON of a run on two ranks."""
+    command = [sys.executable, HERE / "broken_steps.py", "--gpus", "2", "--out", str(out), "--shape", "tiny"]
+    command += ["--length", str(LENGTH), "--steps", "2", "--warm-up", "1", "--master_port", str(free_port()), *more]
+    done = start(command, timeout=400)
+    assert done.status == 0, done.output
+    (found,) = out.glob("*.json")
+    return json.loads(found.read_text())
+
+
+def alike(rows: list[dict]) -> dict[tuple[str, int], dict]:
+    """The finished rows by way and micro batch, of which each has trained as stock has."""
+    done = {(row["way"], row["micro_batch"]): row for row in rows if row["status"] == "ok"}
+    for (way, batch), row in done.items():
+        stock = done["hf", batch]
+        assert len(row["losses"]) == 3 and all(map(math.isfinite, row["losses"]))
+        assert row["losses"] == pytest.approx(stock["losses"], abs=2e-3), way
+        assert row["grad_norms"] == pytest.approx(stock["grad_norms"], rel=2e-2), way
+        assert row["tokens_s"] == pytest.approx(batch * LENGTH / row["ms"] * 1e3)
+        assert len(row["ranks"]["ms"]) == 2 and row["peak_mib"] is None
+    return done
+
+
+def test_stock_and_ours_train_alike(tmp_path):
+    odd = ["--block", 'odd={"enabled": true, "ropes": true}']
+    found = measured(tmp_path, "--ways", "hf,ours,full,odd", "--rounds", "1", "--micro-batches", "2,1", *odd)
+    head, rows = found["header"], found["rows"]
+    assert "CPU" in head["device"] and "torch" in head["versions"] and "ZeRO 3" in head["job"]
+    assert "end_to_end.py" in head["command"] and str(tmp_path.parent) not in head["command"]
+    assert [row["way"] for row in rows] == [way for way in ("hf", "ours", "full", "odd") for _ in range(2)]
+    done = alike(rows)
+    assert set(done) == {("hf", 1), ("hf", 2), ("ours", 1), ("ours", 2), ("full", 1)}
+    # two RMS norms a layer, and the last one
+    assert done["ours", 1]["replaced"]["rms_norm"] == 5 and done["hf", 1]["replaced"] is None
+    refused = {(row["way"], row["micro_batch"]): row["status"] for row in rows if row["status"] != "ok"}
+    assert refused["full", 2] == "out of memory"
+    assert "unknown key 'ropes'" in refused["odd", 1] and refused["odd", 2].startswith("not run: 1 x 40 failed")
+
+    text = (tmp_path / "end_to_end.md").read_text()
+    assert f"## micro batch 2, {LENGTH} tokens" in text and "| odd |" in text and "rms_norm" in text
+    lines = [line for line in (tmp_path / "end_to_end.csv").read_text().splitlines() if not line.startswith("# ")]
+    table = list(csv.DictReader(lines))
+    assert len(table) == len(rows) and float(table[0]["last_loss"]) == rows[0]["losses"][-1]
+    pytest.importorskip("matplotlib")
+    (tmp_path / "end_to_end.png").unlink()
+    assert plot_step.draw(tmp_path, "end_to_end") is None
+    assert (tmp_path / "end_to_end.png").stat().st_size > 10000
+
+
+@pytest.mark.all
+def test_all_ways_train_alike(tmp_path):
+    ways = [way for way in step_ways.WAYS if not way.startswith("ours-")]
+    rows = measured(tmp_path, "--ways", ",".join(ways), "--rounds", "1")["rows"]
+    done = alike(rows)
+    for row in rows:
+        if step_ways.WAYS[row["way"]].needs_gpu:
+            assert row["status"] == "not run: needs a GPU"
+        else:
+            assert (row["way"], 1) in done, row
+
+
+@pytest.mark.all
+def test_what_fails_costs_its_own_rows(tmp_path):
+    found = measured(
+        tmp_path, "--ways", "full,hung,hf", "--rounds", "2", "--micro-batches", "1,2,3", "--patience", "45"
+    )
+    status = [(row["way"], row["round"], row["micro_batch"], row["status"]) for row in found["rows"]]
+    hung = "failed: nothing was heard for 45 s"
+    assert status == [
+        ("full", 1, 1, "ok"),
+        ("full", 1, 2, "out of memory"),
+        ("full", 1, 3, "not run: 2 x 40 out of memory"),
+        ("hung", 1, 1, hung),
+        ("hung", 1, 2, f"not run: 1 x 40 {hung}"),
+        ("hung", 1, 3, f"not run: 1 x 40 {hung}"),
+        *(("hf", 1, batch, "ok") for batch in (1, 2, 3)),
+        # what can't work is not tried again
+        ("full", 2, 1, "ok"),
+        *(("hf", 2, batch, "ok") for batch in (1, 2, 3)),
+    ]
+
+
+@pytest.mark.all
+def test_the_longest_sequence(tmp_path):
+    found = measured(tmp_path, "--ways", "long", "--longest", "--length", "8")
+    (row,) = found["rows"]
+    # 8, 16, 32, 64; then in steps of 4 tokens
+    assert row["longest"] == 40 and row["status"] == "44: out of memory"
+    assert [t["length"] for t in row["tries"]] == [8, 16, 32, 64, 48, 40, 44]
+    assert "| long | 40 |" in (tmp_path / "end_to_end_longest.md").read_text()
+
+
+def searched(most: int, first: int, last: int = 1 << 20) -> tuple[Search, int]:
+    """The search where `most` tokens train, and how many launches ran out of memory."""
+    search, failed = Search(first, last), 0
+    while path := search.path():
+        for tokens in path:
+            if tokens > most:
+                search.high = tokens
+                failed += 1
+                break
+            search.low = tokens
+    return search, failed
+
+
+@pytest.mark.parametrize("most", [4096, 5000, 8191, 70000, 131071, 3000, 1])
+def test_search_ends_within_an_eighth(most):
+    search, failed = searched(most, first=4096)
+    assert search.low <= most < search.high
+    assert search.high - search.low <= max(1, search.low / 8)
+    assert failed <= 4 or most < 4096
+
+
+def test_search_ends_where_it_is_told_to():
+    search, failed = searched(10**9, first=4096, last=20000)
+    assert (search.low, search.high, failed) == (16384, None, 0)
+    assert searched(0, first=4)[0].low == 0
+
+
+def test_how_a_launch_ended_is_told_by_what_was_said():
+    quiet = Ended(1, "", silent=False)
+    lost = "failed: DistBackendError: a rank is gone"
+    assert Launch(failures=[lost, "out of memory"]).status(quiet, 60) == "out of memory"
+    assert Launch(failures=["failed: OSError: no /a/b/c.json"]).status(quiet, 60) == "failed: OSError: no c.json"
+    assert Launch().status(Ended(-9, "torch.OutOfMemoryError: CUDA out of memory.", False), 60) == "out of memory"
+    assert Launch().status(Ended(-9, "", silent=True), 60) == "failed: nothing was heard for 60 s"
+    died = Ended(1, "[rank1]: ImportError: a\n[rank1]: ValueError: b\nend", silent=False)
+    assert Launch().status(died, 60) == "failed: the ranks died: ValueError: b"
+    assert Launch().status(quiet, 60) == "failed: the ranks died: exit 1"
+    # Triton's word for a kernel that wants too much shared memory
+    assert "failed" in Launch().status(Ended(1, "OutOfResources: out of resource: shared memory", False), 60)
+
+
+NAMES = {
+    "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_TNT": "GEMM",
+    "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_execute_segment_k_off": "GEMM",
+    "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16_32x32_32x1_tn_align8>(...)": "GEMM",
+    "void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16>(...)": "GEMM",
+    "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64, 4>>(pytorch_flash::Flash_fwd_params)": (
+        "attention"
+    ),
+    "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3i_128x128x128_4x1x1_kernel0_0": "attention",
+    "fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel<...>::Params)": "attention",
+    "_rms_norm_fwd_kernel": "fused kernels",
+    "_glu_bwd_kernel": "fused kernels",
+    "_triton_rope": "fused kernels",
+    "liger_cross_entropy_kernel": "fused kernels",
+    "element_mul_kernel": "fused kernels",
+    "triton_poi_fused_add_mul_silu_3": "fused kernels",
+    "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)": COMMUNICATION,
+    "Memcpy HtoD (Pinned -> Device)": COPY,
+    "Memset (Device)": COPY,
+    "void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl<direct_copy_kernel_cuda(...)>>": (COPY),
+    "void at::native::(anonymous namespace)::CatArrayBatchedCopy_contig<...>(...)": COPY,
+    "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16>, ...>(...)": (
+        "other element-wise"
+    ),
+    "void at::native::(anonymous namespace)::cunn_SoftMaxForward<8, float, float>(...)": "other element-wise",
+    "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<...FusedAdamMathFunctor<...>>(...)": (
+        "other element-wise"  # it is the time that makes it the optimizer's
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_are_known_by_their_names(name):
+    assert step_timeline.part_of(name) == NAMES[name]
+
+
+def ours() -> list[str]:
+    """Names of the Triton kernels of this package."""
+    sources = (Path(__file__).parents[2] / "ds_fused" / "ops").glob("*.py")
+    lines = [line for source in sources for line in source.read_text().splitlines()]
+    return [
+        line.removeprefix("def ").partition("(")[0] for line in lines if line.startswith("def _") and "_kernel(" in line
+    ]
+
+
+def test_kernels_of_this_package_are_fused_kernels():
+    names = ours()
+    assert len(names) > 20
+    assert {name: step_timeline.part_of(name) for name in names} == dict.fromkeys(names, "fused kernels")
+
+
+def test_intervals():
+    assert union([(5, 6), (1, 2), (2, 3), (1.5, 2.5), (4, 4), (9, 8)]) == [(1, 3), (5, 6)]
+    assert length([(1, 3), (5, 6)]) == 3 and union([]) == []
+
+
+def test_parts_of_a_step_add_up_to_it():
+    mark = f"void at::cuda::(anonymous namespace)::{MARK}(long)"
+    events = [
+        Event("Memset (Device)", 0, 90),  # before the step
+        Event(mark, 90, 100),
+        Event("nvjet_tst_128x64", 1100, 3100),
+        Event("ncclDevKernel_AllGather_RING_LL", 2100, 5100),  # 1 ms of it beside the GEMM, 0.5 beside a norm
+        Event("_rms_norm_fwd_kernel", 3100, 3600),
+        Event("void at::native::vectorized_elementwise_kernel<4, ...>", 3500, 3700),
+        Event(mark, 6100, 6110),
+        Event("void at::native::multi_tensor_apply_kernel<...>", 6110, 8110),
+        Event("Memcpy DtoH (Device -> Pinned)", 8000, 8210),
+        Event("ncclDevKernel_AllGather_RING_LL", 8210, 8310),
+        Event(mark, 8410, 8420),
+        Event("Memset (Device)", 8420, 9000),  # after it
+    ]
+    parts = split(list(reversed(events)))
+    wanted = dict.fromkeys(PARTS, 0.0)
+    wanted |= {"GEMM": 2.0, "fused kernels": 0.5, "other element-wise": 0.1, OPTIMIZER: 2.0, COPY: 0.1}
+    wanted |= {COMMUNICATION: 1.4 + 0.1, IDLE: 8.31 - 2.0 - 0.5 - 0.1 - 2.0 - 0.1 - 1.5}
+    assert parts == pytest.approx(wanted) and sum(parts.values()) == pytest.approx(8.31)
+    with pytest.raises(ValueError, match="2 kernels named spin_kernel, but a step is marked by 3"):
+        split(events[:8])
+
+
+def test_only_what_ran_on_the_gpu_is_taken_from_a_trace(tmp_path):
+    trace = tmp_path / "trace.json"
+    some = {"name": "_glu_fwd_kernel", "cat": "kernel", "ts": 5.5, "dur": 2.0}
+    others = [{**some, "cat": "gpu_user_annotation"}, {"name": "process_name", "ph": "M"}, {**some, "cat": "cpu_op"}]
+    trace.write_text(json.dumps({"traceEvents": [*others, some]}))
+    assert step_timeline.recorded(trace) == [Event("_glu_fwd_kernel", 5.5, 7.5)]
+
+
+def test_table_of_numbers():
+    def row(way: str, round_: int, ms: float, loss: float, **more: object) -> dict:
+        ranks = {"ms": [ms, ms + 2], "peak_mib": [2048.0, 1024.0], "reserved_mib": [4096.0, 4096.0]}
+        return {
+            "way": way, "round": round_, "note": "a note", "micro_batch": 1, "length": 64, "status": "ok", "ms": ms,
+            "tokens_s": 64e3 / ms, "tflop_s": 100.0, "losses": [5.0, loss], "grad_norms": [1.0, 2.0],
+            "peak_mib": 2048.0, "states_mib": 512.0, "dynamic_mib": 1536.0, "reserved_mib": 4096.0, "ranks": ranks,
+            **more,
+        }  # fmt: skip
+
+    head = {"device": "a GPU", RATE: "400.0"}
+    parts = {part: 1.0 for part in PARTS}
+    rows = [
+        row("hf", 1, 100.0, 4.0, parts_ms=parts),
+        row("ours", 1, 50.0, 4.5, replaced={"rope": 2}),
+        {"way": "liger", "round": 1, "note": "", "micro_batch": 1, "length": 64, "status": "failed: a | b"},
+        row("hf", 2, 110.0, 4.001),
+    ]
+    text = steps_page(head, rows)
+    assert "| ours | 50.0 | 50.0 to 52.0 | 1280 | 2.10x | 25% | 2.00 | 1.50 | 0.50 | 4.00 | 5.0e-01 | 0.0e+00 |" in text
+    assert "| hf | 105.0 | 100.0 to 112.0 | 611 | 1.00x | 25% | 2.00 | 1.50 | 0.50 | 4.00 | 1.0e-03 |" in text
+    assert "**failed: a / b**" in text and "- ours: 2 x rope" in text and "| hf | 8.0 | 1.0 |" in text
+    tries = [{"length": 64, "ms": 10.0, "peak_mib": 1024.0}]
+    rows = [{"way": way, "longest": 64 * n, "status": "found", "tries": tries} for n, way in ((1, "hf"), (3, "ours"))]
+    assert "| ours | 192 | 3.00x | - | - | found |" in longest_page(head, rows)
+    assert "| hf | 64 | 1.00x | 10 | 1.00 | found |" in longest_page(head, rows)
+
+
+@pytest.mark.parametrize("name", ["gemma-256k", "8b", "moe"])
+def test_a_model_is_its_shape(name, monkeypatch):
+    """Tied where it says so, random but for norms, and the same in every build."""
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    sizes = {"hidden": 64, "intermediate": 128, "heads": 4, "kv_heads": 2, "head_dim": 16, "vocab": 259}
+    shape = replace(shape_of(name, 2), **sizes)
+    models = [built(shape, {"zero_optimization": {"stage": 0}}, torch.device("cpu"), lora=False) for _ in range(2)]
+    for first, second in zip(*(model.named_parameters() for model in models), strict=True):
+        assert first[0] == second[0] and torch.equal(first[1], second[1])
+        assert first[1].dim() == 1 or first[1].float().std().item() == pytest.approx(STD, rel=0.1), first[0]
+    model = models[0]
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == shape.tied
+    assert model.model.norm.weight.unique().tolist() == [0.0 if shape.type == "gemma" else 1.0]
+    assert len(model.model.layers) == 2 and model.dtype == torch.bfloat16 and model.training
+
+
+def test_flops_of_a_step():
+    """Against a count by hand: projections, MLP and head, then scores and values."""
+    tiny = SHAPES["tiny"]
+    layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128
+    weights = 2 * layer + 64 * 259
+    # of each layer: two products, two FLOPs, half the pairs of tokens, 4 heads of 16
+    attention = 2 * (2 * 2 * (40 * 40 / 2) * 64)
+    # forward, and twice as much backward
+    assert tiny.step_flops(5, 40, lora=False) == 5 * 3 * (2 * weights * 40 + attention)
+    assert tiny.step_flops(1, 40, lora=False) > tiny.step_flops(1, 40, lora=True)
+    assert shape_of("8b", 16) == SHAPES["8b-16layers"]
+
+
+def test_a_stream_repeats_what_it_says_and_itself():
+    stream = Stream(1000)
+    ids = stream.batch(3, 1, 2, 4, 70)
+    assert ids.shape == (4, 70) and int(ids.min()) >= 0 and int(ids.max()) < 1000
+    assert torch.equal(ids[:, :COPIED], ids[:, COPIED : 2 * COPIED])
+    assert torch.equal(ids, stream.batch(3, 1, 2, 4, 70))
+    assert not torch.equal(ids, stream.batch(3, 0, 2, 4, 70))
+
+
+@pytest.mark.parametrize("way", step_ways.WAYS)
+def test_every_type_has_what_a_way_looks_for(way):
+    with step_job.attention(step_ways.WAYS[way].backend):
+        pass
+    for shape in SHAPES.values():
+        assert issubclass(step_ways.causal_lm(shape.type), torch.nn.Module)
+        assert step_ways.layer_class(shape.type).__name__.endswith("DecoderLayer")
+
+
+def test_no_folder_of_the_machine_is_in_results():
+    assert without_folders("python a.py --out /tmp/x-1/h100 --data ~/text") == "python a.py --out h100 --data text"
+    assert without_folders("a /usr/lib/python3/site.py:3: no 1/8 and/or benchmarks/results/h100 https://a.org/b") == (
+        "a site.py:3: no 1/8 and/or benchmarks/results/h100 https://a.org/b"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--ways", "hf,huggingface"], "there is no way 'huggingface'; there are hf, hf-flash"),
+        (["--block", "ours-small={}"], "a new name and an object, got 'ours-small={}'"),
+        (["--block", "x={"], "--block is NAME=JSON, got 'x={'"),
+        (["--micro-batches", "1,0"], "'0' is not a positive number"),
+        (["--data", "texts"], "--data and --tokenizer go together"),
+        (["--plot", "nowhere"], "end_to_end.json is not there"),
+    ],
+)
+def test_what_is_mistyped_is_said_before_anything_starts(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        end_to_end.main(arguments)
+    assert said in capsys.readouterr().err
