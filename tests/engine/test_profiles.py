@@ -11,7 +11,7 @@ from torch import nn
 from ds_fused.engine import leaf_modules
 from ds_fused.engine.config import CHOICES, HEAD, parse
 from ds_fused.engine.estimate import Job, fitting, job_of
-from ds_fused.engine.profiles import PROFILES, filled
+from ds_fused.engine.profiles import ESTIMATED, PROFILES, filled
 from ds_fused.engine.zero_sizes import sizes_of
 
 ON = {"enabled": True}
@@ -59,7 +59,7 @@ def test_a_profile_adds_what_is_not_given(block, profile, added):
 
 
 def test_every_profile_is_a_choice_and_well_formed():
-    assert {*PROFILES, "auto"} == set(CHOICES["profile"])
+    assert {*PROFILES, *ESTIMATED} == set(CHOICES["profile"])
     for name in PROFILES:
         parse(filled(ON, name)[0])
 

@@ -344,9 +344,17 @@ def fused() -> dict:
 
 
 @case
+def some_kept() -> dict:
+    """A checkpointed layer that keeps a part of its forward."""
+    block = OFF | {"recompute": "matmuls"}
+    build = partial(llama, checkpointing="plain")
+    return {"stock": trained(build, block), "leaf": trained(build, block | {"leaf_modules": True})}
+
+
+@case
 def profiles() -> dict:
     build = partial(llama, checkpointing="plain")
-    blocks = {name: {"enabled": True, "profile": name} for name in ("auto", "fast", "small")}
+    blocks = {name: {"enabled": True, "profile": name} for name in ("auto", "fit", "fast", "small")}
     blocks["explicit"] = blocks["small"] | {"zero_sizes": "stock", "fused_linear_cross_entropy": {"mode": "gather"}}
     return {"stock": trained(build, None)} | {name: trained(build, block) for name, block in blocks.items()}
 
