@@ -1,6 +1,6 @@
 """Profiles: named sets of values for other keys of the block. A key, or an option of one, that is given always wins.
 
-"fit" or "auto" is "fast" where the model's states, activations and the larger sizes fit (``estimate``), else "small".
+"auto" and "fit" are "fast" where the model's states, activations and the larger sizes fit (``estimate``), else "small".
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 from ds_fused.engine.config import HEAD, RECOMPUTE
 
+# the profiles that an estimate decides
+ESTIMATED = ("auto", "fit")
 # profile -> key -> value, or options of that key
 PROFILES: Mapping[str, Mapping[str, object]] = {
     # sets no size of DeepSpeed's: of itself the flag changes neither memory nor the layout of a checkpoint

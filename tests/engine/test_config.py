@@ -108,8 +108,13 @@ MALFORMED = [
     ({"enabled": True, "logits": ["keep"]}, "ds_fused.logits", "['keep']", "'defer' or 'keep'"),
     ({"enabled": True, "eval": "fused"}, "ds_fused.eval", "'fused'", "'defer' or 'stock'"),
     ({"enabled": True, "eval": None}, "ds_fused.eval", "None", "'defer' or 'stock'"),
-    ({"enabled": True, "profile": "tiny"}, "ds_fused.profile", "'tiny'", "'stock' or 'fit' or 'auto' or 'fast' or 'small'"),
-    ({"enabled": True, "profile": True}, "ds_fused.profile", "True", "'stock' or 'fit' or 'auto' or 'fast' or 'small'"),
+    (
+        {"enabled": True, "profile": "tiny"},
+        "ds_fused.profile",
+        "'tiny'",
+        "'stock' or 'auto' or 'fit' or 'fast' or 'small'",
+    ),
+    ({"enabled": True, "profile": True}, "ds_fused.profile", "True", "'stock' or 'auto' or 'fit' or 'fast' or 'small'"),
     ({"enabled": True, "zero_sizes": 5e8}, "ds_fused.zero_sizes", "500000000.0", "'stock' or 'small' or 'large'"),
     ({"enabled": True, "leaf_modules": "layers"}, "ds_fused.leaf_modules", "'layers'", "true or false"),
     # ops

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
+from ds_fused.engine import leaf_modules
 from ds_fused.engine.config import CHOICES, HEAD, parse
-from ds_fused.engine.estimate import Job, fitting
-from ds_fused.engine.profiles import PROFILES, filled
+from ds_fused.engine.estimate import Job, fitting, job_of
+from ds_fused.engine.profiles import ESTIMATED, PROFILES, filled
 from ds_fused.engine.zero_sizes import sizes_of
 
 ON = {"enabled": True}
@@ -65,7 +68,7 @@ def test_a_profile_adds_what_is_not_given(block, profile, added):
 
 
 def test_every_profile_is_a_choice_and_well_formed():
-    assert {*PROFILES, "fit", "auto"} == set(CHOICES["profile"])
+    assert {*PROFILES, *ESTIMATED} == set(CHOICES["profile"])
     for name in PROFILES:
         parse(filled(ON, name)[0])
 
@@ -144,6 +147,20 @@ def test_small_sizes_are_no_larger_than_deepspeeds_for_an_8b():
     stock = {"stage3_prefetch_bucket_size": 5e7, "stage3_max_reuse_distance": 1e9, "stage3_max_live_parameters": 1e9}
     stock |= {"reduce_bucket_size": 5e8, "sub_group_size": 1e9}
     assert all(small[name] <= size for name, size in stock.items()) and small.keys() == stock.keys()
+
+
+def test_a_layer_that_gets_its_input_by_keyword_is_named(caplog):
+    layer = nn.Linear(2, 2)
+    x = torch.ones(1, 2)
+    leaf_modules._hold(layer, (x,), x)
+    assert not caplog.messages
+    leaf_modules._hold(layer, (), x)
+    (line,) = caplog.messages
+    assert line.startswith("ds_fused: Linear gets its hidden states by keyword")
+
+
+def test_a_job_that_says_too_little_has_no_estimate():
+    assert "max_position_embeddings" in job_of(None, nn.Linear(2, 2), [], torch.float32)
 
 
 def test_nothing_is_trained():
