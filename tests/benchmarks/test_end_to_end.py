@@ -20,7 +20,7 @@ from benchmarks import end_to_end, plot_step, step_job, step_timeline, step_ways
 from benchmarks.end_to_end import Launch, Search
 from benchmarks.page import without_folders
 from benchmarks.ranks import Ended
-from benchmarks.step_data import COPIED, Stream
+from benchmarks.step_data import COPIED, Stream, Text
 from benchmarks.step_page import RATE, longest_page, steps_page
 from benchmarks.step_shapes import SHAPES, STD, built, shape_of
 from benchmarks.step_timeline import COMMUNICATION, COPY, IDLE, MARK, OPTIMIZER, PARTS, Event, length, split, union
@@ -33,7 +33,7 @@ def measured(out: Path, *more: str) -> dict:
     """The JSON of a run on two ranks."""
     command = [sys.executable, HERE / "broken_steps.py", "--gpus", "2", "--out", str(out), "--shape", "tiny"]
     command += ["--length", str(LENGTH), "--steps", "2", "--warm-up", "1", "--master_port", str(free_port()), *more]
-    done = start(command, timeout=400)
+    done = start(command, timeout=900)
     assert done.status == 0, done.output
     (found,) = out.glob("*.json")
     return json.loads(found.read_text())
@@ -315,6 +315,33 @@ def test_a_stream_repeats_what_it_says_and_itself():
     assert torch.equal(ids[:, :COPIED], ids[:, COPIED : 2 * COPIED])
     assert torch.equal(ids, stream.batch(3, 1, 2, 4, 70))
     assert not torch.equal(ids, stream.batch(3, 0, 2, 4, 70))
+
+
+def test_text_goes_on_where_it_ended(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(7)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(FileNotFoundError, match=r"--data .*: no \*.txt in it"):
+        Text(tmp_path, tmp_path / "tokenizer", 7)
+    (tmp_path / "b.txt").write_text("w5 w6")
+    (tmp_path / "a.txt").write_text("w1 w2 w3 w4")
+    text = Text(tmp_path, tmp_path / "tokenizer", 7)
+    # 1 to 6 without end; of each rank its own
+    assert text.batch(0, 0, 2, 1, 4).tolist() == [[1, 2, 3, 4]] and text.batch(0, 1, 2, 1, 4).tolist() == [[5, 6, 1, 2]]
+    assert text.batch(1, 0, 2, 2, 2).tolist() == [[3, 4], [5, 6]]
+    with pytest.raises(ValueError, match="token 6, but the model's vocabulary is 6"):
+        Text(tmp_path, tmp_path / "tokenizer", 6)
+
+
+def test_a_profiler_that_sees_no_gpu_is_an_answer(tmp_path):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        torch.zeros(3).add_(1)
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    assert step_timeline.recorded(tmp_path / "trace.json") == []
 
 
 @pytest.mark.parametrize("way", step_ways.WAYS)
