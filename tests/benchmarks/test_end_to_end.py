@@ -92,11 +92,9 @@ def test_all_ways_train_alike(tmp_path):
 
 @pytest.mark.all
 def test_what_fails_costs_its_own_rows(tmp_path):
-    found = measured(
-        tmp_path, "--ways", "full,hung,hf", "--rounds", "2", "--micro-batches", "1,2,3", "--patience", "45"
-    )
+    found = measured(tmp_path, "--ways", "full,hung", "--rounds", "2", "--micro-batches", "1,2,3", "--patience", "90")
     status = [(row["way"], row["round"], row["micro_batch"], row["status"]) for row in found["rows"]]
-    hung = "failed: nothing was heard for 45 s"
+    hung = "failed: nothing was heard for 90 s"
     assert status == [
         ("full", 1, 1, "ok"),
         ("full", 1, 2, "out of memory"),
@@ -104,10 +102,8 @@ def test_what_fails_costs_its_own_rows(tmp_path):
         ("hung", 1, 1, hung),
         ("hung", 1, 2, f"not run: 1 x 40 {hung}"),
         ("hung", 1, 3, f"not run: 1 x 40 {hung}"),
-        *(("hf", 1, batch, "ok") for batch in (1, 2, 3)),
         # what can't work is not tried again
         ("full", 2, 1, "ok"),
-        *(("hf", 2, batch, "ok") for batch in (1, 2, 3)),
     ]
 
 
