@@ -133,6 +133,7 @@ def spec_of(options: argparse.Namespace, name: str, way: Way, points: Sequence[P
         points=points,
         warm_up=options.warm_up,
         steps=options.steps,
+        further_step=options.profile,
         profile=options.profile,
         ceiling=False,
         **paths,
@@ -150,7 +151,7 @@ def compare(options: argparse.Namespace, ways: dict[str, Way], launcher: Launche
                 continue
             same = {"way": name, "round": round_, "note": ways[name].note}
             spec = spec_of(options, name, ways[name], points[name])
-            # one look at the timeline is enough
+            # one look at the timeline is enough; its step is taken in every round, so that all rounds train alike
             spec = replace(spec, profile=spec.profile and round_ == 1)
             launch, status = launcher.run(spec, lambda row, same=same: results.add({**same, **row}))
             done, missing = len(launch.rows), points[name][len(launch.rows) :]
