@@ -31,6 +31,7 @@ from torch import nn
 from triton.backends.compiler import GPUTarget
 
 from ds_fused.engine.config import Config, parse
+from ds_fused.engine.profiles import filled
 from ds_fused.engine.stand_ins import ways_of
 from ds_fused.modules.scope import HeadWeight
 from ds_fused.ops._warmup import META, Done, Launch, compile_noted, noted, target_here, target_of
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     args = options_of(argv)
     try:
         job = job_of(args.model, args.config)
-        config = parse(job.ds_config.get("ds_fused", {"enabled": True}))
+        config = config_of(job.ds_config.get("ds_fused", {"enabled": True}))
         target = target_of(args.target)
         model = model_of(job.model, dtype_of(job.ds_config))
     except ValueError as error:
@@ -79,6 +80,12 @@ def main(argv: list[str] | None = None) -> None:
         print(f"  their launchers are left to the first launch: {line}")
     if problem is not None:
         raise SystemExit(f"ds_fused.warmup: {type(model).__name__} did not run to the end without data: {problem}")
+
+
+def config_of(block: object) -> Config:
+    """The block with what its profile adds; "auto" is taken for "fast", since which it is depends on the job's GPUs."""
+    profile = parse(block).profile
+    return parse(filled(block, "fast" if profile == "auto" else profile)[0])
 
 
 def options_of(argv: list[str] | None) -> argparse.Namespace:

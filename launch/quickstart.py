@@ -36,6 +36,7 @@ TOGETHER = (
     "accelerate==1.15.0",
     "hydra-core==1.3.8",
     "gguf==0.19.0",
+    "bitsandbytes==0.50.2",
     "peft==0.21.2",
     "trl==1.16.0",
     "datasets==5.2.0",

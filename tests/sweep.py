@@ -146,7 +146,7 @@ def table(rows: Sequence[Row], seconds: float) -> str:
             ),
         ),
         "Errors are relative, of the worst gradient. What could not be built or run, for want of a package, of a tiny "
-        "configuration or of its kind of batch, is below.",
+        "configuration, of its kind of batch or of labels, is below.",
         _markdown(
             ("type", "class", "loss", "layers fused", "layers left", "beside words", "error"),
             (

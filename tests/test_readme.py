@@ -42,7 +42,7 @@ def test_the_table_of_ops_is_the_registry():
 
 
 def test_the_table_of_the_json_block_is_the_parser():
-    from ds_fused.engine.config import CHOICES, OP_OPTIONS, SWITCHES, TILED, options_of, parse
+    from ds_fused.engine.config import CHOICES, OP_OPTIONS, RECOMPUTE, SWITCHES, TILED, options_of, parse
 
     default = parse({"enabled": True})
     words = {
@@ -51,10 +51,14 @@ def test_the_table_of_the_json_block_is_the_parser():
         "verify": "compare every replacement with the original, where it will train, before it is used",
         "report": "print on rank 0 what was replaced, and what was not and why",
         "embedding": 'except in mode "gather": input embeddings not tied to the head are looked up like tied ones',
+        "leaf_modules": "under ZeRO-3 the weights of a repeated layer are gathered together, not module by module",
         "warmup": "compile the kernels of the model on each host, side by side, before its layers are replaced",
         "tiled_mlp": "MLPs that are replaced run tile by tile and are computed again in backward",
+        "recompute": "what layers under gradient checkpointing keep of their forward",
         "logits": 'after a fused loss, logits are computed when they are read ("defer") or in the forward ("keep")',
         "eval": 'whether an evaluation\'s loss is fused too ("defer") or left alone ("stock")',
+        "profile": 'values for the keys that are not given, see below; "auto": "fast" where it fits, else "small"',
+        "zero_sizes": "under ZeRO-3: sizes that the JSON does not give DeepSpeed, by the size of the model's layers",
     }
     rows = []
     for key in SWITCHES:
@@ -64,15 +68,32 @@ def test_the_table_of_the_json_block_is_the_parser():
         rows.append(
             (f"`{key}`", ", ".join(json.dumps(c) for c in choices), json.dumps(getattr(default, key)), words[key])
         )
-    for key in (TILED, *OP_OPTIONS):
+    for key in (TILED, RECOMPUTE, *OP_OPTIONS):
         options = options_of(key)
         value = "true, false" + (", or an object" if options else "")
-        rows.append((f"`{key}`", value, json.dumps(key in default.wanted), words.get(key, "this op")))
+        given = json.dumps(key in default.wanted)
+        if key == RECOMPUTE:
+            value, given = "a level, or an object", json.dumps(default.recompute.level)
+        rows.append((f"`{key}`", value, given, words.get(key, "this op")))
         for name, option in options.items():
             kind = {int: "an integer", float: "a number", bool: "true, false", str: "a string"}[option.type]
             kind = ", ".join(json.dumps(choice) for choice in option.choices) or kind
             rows.append((f"`{key}.{name}`", kind, json.dumps(option.default), option.doc))
     assert_table("| key | value | default | meaning |", rows)
+
+
+def test_the_table_of_profiles_is_the_engines():
+    from ds_fused.engine.profiles import PROFILES
+
+    def cell(profile: str, key: str) -> str:
+        value = PROFILES[profile].get(key)
+        said = "" if value is None else json.dumps(value)
+        return f"`{said}`" if isinstance(value, dict) else said
+
+    assert list(PROFILES) == ["stock", "fast", "small"] and not PROFILES["stock"]
+    keys = dict.fromkeys([*PROFILES["fast"], *PROFILES["small"]])
+    rows = [(f"`{key}`", cell("fast", key), cell("small", key)) for key in keys]
+    assert_table('| key | `"fast"` | `"small"` |', rows)
 
 
 def test_the_table_of_models_is_that_of_the_tested_families():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import transformers
@@ -44,7 +45,15 @@ def model_class(name: str) -> type[PreTrainedModel]:
 def config_for(cls: type[PreTrainedModel], config: PretrainedConfig) -> PretrainedConfig:
     """``config`` or the part of it that ``cls`` is built from: a text model of a type that also sees or hears."""
     wanted = cls.config_class
-    if wanted is None or isinstance(config, wanted):
-        return config
-    parts = [getattr(config, name, None) for name in config.sub_configs]
-    return next((part for part in parts if isinstance(part, wanted)), config)
+    if wanted is not None and not isinstance(config, wanted):
+        parts = [getattr(config, name, None) for name in config.sub_configs]
+        config = next((part for part in parts if isinstance(part, wanted)), config)
+    if getattr(config, "is_decoder", False) and cls.__name__ in _masked():
+        # masked models look both ways
+        config = copy.deepcopy(config)
+        config.is_decoder = False
+    return config
+
+
+def _masked() -> set[str]:
+    return {name for classes in architectures().values() for name, mapping in classes.items() if mapping == MASKED}

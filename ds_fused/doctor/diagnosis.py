@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,6 +55,8 @@ def examine(cls: type[PreTrainedModel], config: PretrainedConfig, whole: bool = 
 
     ``whole``: it may be of any size.
     """
+    if "labels" not in inspect.signature(cls.forward).parameters:
+        raise ValueError("its forward takes no labels: no loss of words is computed in it")
     model = build(cls, config, whole)
     tries = list(batches(model))
     for inputs in tries[:-1]:
@@ -175,7 +178,9 @@ def _reader() -> str:
     """file:line of the model's code that runs, and which method of ours it called."""
     frame, called = sys._getframe(1), ""
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("ds_fused", "torch"):
-        called, frame = frame.f_code.co_name, frame.f_back
+        # an operator of the logits is a closure over the function that it is
+        operation = frame.f_locals.get("function")
+        called, frame = getattr(operation, "__name__", frame.f_code.co_name), frame.f_back
     if frame is None:
         return called
     return f"{called} at {frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
@@ -188,4 +193,4 @@ def _loss(replaced: list, left: list, seen: _Seen) -> tuple[bool, str]:
         how = f"logits were computed by {seen.computed_by[0]}" if seen.computed_by else "the loss took another way"
         return False, how
     reasons = [reason for what, _, reason in left if what.startswith(("loss of", "head "))]
-    return False, reasons[0] if reasons else "no model in it has a loss function and a head"
+    return False, reasons[0] if reasons else "no model in it names a head as its output embedding"

@@ -69,7 +69,7 @@ def batches(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
 
 
 def batch(
-    model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], more: Mapping[str, Tensor], seed: int = 1
+    model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...] | None], more: Mapping[str, Tensor], seed: int = 1
 ) -> dict[str, Any]:
     """Words, labels (some ignored) and a mask, what ``shapes`` says of a row (see ``INPUTS``), and ``more``."""
     draw = torch.Generator().manual_seed(seed)
@@ -82,7 +82,9 @@ def batch(
             ids = torch.cat([special, ids], dim=1)
             # what some models ask for beside the words: which of them are of a picture
             inputs |= dict.fromkeys(("token_type_ids", "mm_token_type_ids"), (ids == special[0, 0]).long())
-        elif name.endswith("_ids"):
+        elif shape is None:
+            inputs[name] = None
+        elif name.endswith("_ids") or name == "labels":
             inputs[name] = torch.randint(3, SPECIAL, (ROWS, *shape), generator=draw)
         elif name in ("bbox", "flattened_patches"):
             # places: of corners in a page, of patches in a picture
@@ -94,7 +96,8 @@ def batch(
     else:
         labels = torch.where(ids < SPECIAL, ids, -100)
     labels[:, :3] = -100
+    words = {"labels": labels}
     if not (config.is_encoder_decoder and model.main_input_name in inputs):
-        inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    inputs["labels"] = labels
-    return {name: value for name, value in inputs.items() if name in takes}
+        words |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs = words | inputs
+    return {name: value for name, value in inputs.items() if name in takes and value is not None}

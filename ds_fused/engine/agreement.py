@@ -1,7 +1,7 @@
 """All ranks decide alike, or all raise: a decision that differs on one rank would be a hang later.
 
-One all-gather of small objects per engine: the decisions (or the error that kept a rank from deciding) and the versions
-of everything they depend on.
+Two all-gathers of small objects per engine: what the decisions may depend on, and the decisions (or the error that kept
+a rank from deciding) with the versions of everything they depend on.
 """
 
 from __future__ import annotations
@@ -18,12 +18,24 @@ WHY = "why"
 
 
 class Agreement:
-    """Given this rank's decisions, raises on every rank where they differ. Each rank calls it or `failed` once."""
+    """Given this rank's decisions, raises on every rank where they differ.
+
+    Each rank calls `least` once, then the object once; or `failed` in place of either.
+    """
 
     def __init__(self, part: object = 0) -> None:
         """``part``: ranks with another one hold another piece of the model and may decide otherwise."""
         self._part = part
         self._met = False
+
+    def least(self, number: float) -> float:
+        """The smallest number of all ranks."""
+        everyone = self._exchange({"number": number})
+        problem = failure(everyone)
+        if problem is not None:
+            raise RuntimeError(f"ds_fused: nothing was replaced: {problem}")
+        self._met = False
+        return min(one["number"] for one in everyone)
 
     def __call__(self, decisions: Mapping[str, object]) -> None:
         decided = json.loads(json.dumps(decisions, default=str))
@@ -71,15 +83,20 @@ def versions() -> dict[str, str]:
 
 def disagreement(everyone: list[Mapping[str, object]]) -> str | None:
     """The first difference between ranks of one part, naming rank and item; None when there is none."""
-    for rank, one in enumerate(everyone):
-        if "error" in one:
-            return f"rank {rank} failed: {one['error']}"
+    problem = failure(everyone)
+    if problem is not None:
+        return problem
     first: dict[object, int] = {}
     for rank, one in enumerate(everyone):
         other = first.setdefault(one["part"], rank)
         for item, here, there in _differences(everyone[other], one):
             return f"rank {rank} has {item} = {there}, rank {other} has {here}"
     return None
+
+
+def failure(everyone: list[Mapping[str, object]]) -> str | None:
+    """Of the first rank that has failed; None when none has."""
+    return next((f"rank {rank} failed: {one['error']}" for rank, one in enumerate(everyone) if "error" in one), None)
 
 
 def _differences(a: object, b: object, path: str = "") -> Iterator[tuple[str, str, str]]:

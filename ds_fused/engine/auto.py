@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING
 
 from deepspeed.accelerator import get_accelerator
 
-from ds_fused.engine.figures import Figures, Rates, chosen, measured, of_stationary, of_stream
+from ds_fused.engine.figures import Head, Rates, chosen, measured, turning_point, ways
 
 if TYPE_CHECKING:
     from ds_fused.engine.stationary import ZeroShard
     from ds_fused.engine.zero_slabs import ZeroSlabs
-
-MOST_TOKENS = 2**24
 
 
 class Auto:
@@ -30,40 +28,33 @@ class Auto:
         self._slabs, self._shard = slabs, shard
         self._chunk, self._keep = chunk_mb * 2**20, keep_mb * 2**20
         self._tell = tell
-        mine = measured(slabs)
-        self._rates = Rates(shard.hosts.least(mine.flops), shard.hosts.least(mine.wire))
+        self._head = Head(
+            shard.shards,
+            slabs.slab_rows,
+            len(slabs),
+            slabs.dtype.itemsize,
+            trains=slabs.requires_grad,
+            offloaded=shard.is_offloaded,
+        )
+        mine, least = measured(slabs, shard), shard.hosts.least
+        # the slowest of each: of a call the longest
+        self._rates = Rates(least(mine.flops), least(mine.memory), least(mine.wire), -least(-mine.call))
         self._chosen: ZeroSlabs | ZeroShard | None = None
 
     def __str__(self) -> str:
-        return f'mode "auto": stationary up to {self.turning_point()} tokens a rank, stream above, if memory allows'
+        tokens = turning_point(self._head, self._chunk, self._keep, self._rates)
+        return f'mode "auto": stationary up to {tokens} tokens a rank, stream above, if memory allows'
 
     def of(self, n_tokens: int) -> ZeroSlabs | ZeroShard:
         """The form for a loss over so many tokens of this rank."""
         if self._chosen is None:
             most, free = self._shard.most(n_tokens), self._shard.hosts.least(free_bytes())
-            ways = self.ways(most)
-            way = chosen(ways, free)
+            both = ways(self._head, most, self._chunk, self._keep)
+            way = chosen(both, free, self._rates)
             self._chosen = self._slabs if way.mode == "stream" else self._shard
-            others = ", ".join(str(other) for other in ways if other is not way)
-            self._tell(f'mode "auto" at {most} tokens a rank: {way} rather than {others}')
+            others = ", ".join(other.line(self._rates) for other in both if other is not way)
+            self._tell(f'mode "auto" at {most} tokens a rank: {way.line(self._rates)} rather than {others}')
         return self._chosen
-
-    def ways(self, most: int) -> list[Figures]:
-        return [
-            of_stream(self._slabs, most, self._chunk, self._keep, self._rates),
-            of_stationary(self._shard, most, self._chunk, self._rates),
-        ]
-
-    def turning_point(self) -> int:
-        """The largest number of tokens a rank for which stationary is chosen where memory is no matter."""
-        low, high = 0, MOST_TOKENS
-        while low < high:
-            middle = (low + high + 1) // 2
-            if chosen(self.ways(middle), float("inf")).mode == "stationary":
-                low = middle
-            else:
-                high = middle - 1
-        return low
 
 
 def free_bytes() -> float:

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from ds_fused.ops.registry import OPS, Option
+from ds_fused.policies.recompute import KEY as RECOMPUTE
+from ds_fused.policies.recompute import OPTIONS as RECOMPUTE_OPTIONS
+from ds_fused.policies.recompute import Recomputing, recomputing
 
 # key -> default
 SWITCHES = {
@@ -27,6 +30,8 @@ SWITCHES = {
     "report": True,
     # except in mode "gather": input embeddings not tied to the head are looked up like tied ones
     "embedding": False,
+    # under ZeRO-3 the weights of a repeated layer are gathered together, not module by module
+    "leaf_modules": False,
     # compile the kernels of the model on each host, side by side, before its layers are replaced
     "warmup": False,
 }
@@ -36,6 +41,10 @@ CHOICES = {
     "logits": ("defer", "keep"),
     # evaluation with labels: fused too, or as without ds_fused
     "eval": ("defer", "stock"),
+    # values for the keys that are not given, see profiles.py; "auto": "fast" where it fits, else "small"
+    "profile": ("stock", "auto", "fast", "small"),
+    # under ZeRO-3: sizes that the JSON does not give DeepSpeed, by the size of the model's layers
+    "zero_sizes": ("stock", "small", "large"),
 }
 OP_OPTIONS: Mapping[str, Mapping[str, Option]] = MappingProxyType({key: op.options for op in OPS for key in op.keys})
 # options of the same objects that are the engine's: how the head's weight comes to the op under ZeRO-3
@@ -57,7 +66,7 @@ TILED = "tiled_mlp"
 TILED_OPTIONS: Mapping[str, Option] = MappingProxyType(
     {"tiles": Option(int, 8, "in how many tiles the tokens of an MLP run")}  # 8: not yet measured
 )
-KEYS = (*SWITCHES, *CHOICES, TILED, *OP_OPTIONS)
+KEYS = (*SWITCHES, *CHOICES, TILED, RECOMPUTE, *OP_OPTIONS)
 
 _WORDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
@@ -71,10 +80,14 @@ class Config:
     verify: bool
     report: bool
     embedding: bool
+    leaf_modules: bool
     warmup: bool
     logits: str
     eval: str
+    profile: str
+    zero_sizes: str
     tiles: int | None  # None: MLPs run whole
+    recompute: Recomputing
     wanted: Mapping[str, Mapping[str, object]]  # JSON key that is on -> the options given for its op
     head: Mapping[str, object]  # HEAD_OPTIONS, each with its value
 
@@ -92,21 +105,30 @@ def parse(block: object) -> Config:
     switches = {key: _typed(f"ds_fused.{key}", block.get(key, default), bool) for key, default in SWITCHES.items()}
     choices = {key: _chosen(f"ds_fused.{key}", block.get(key, allowed[0]), allowed) for key, allowed in CHOICES.items()}
     wanted = {}
-    for key in OP_OPTIONS:
-        options = _options(key, block.get(key, True))
+    for key, on in ((key, op.on) for op in OPS for key in op.keys):
+        options = _options(key, block.get(key, on))
         if options is not None:
             wanted[key] = options
     asked = wanted.get(HEAD, {})
     head = {name: asked.pop(name, option.default) for name, option in HEAD_OPTIONS.items()}
     frozen = {key: MappingProxyType(options) for key, options in wanted.items()}
     tiles = _tiles(block.get(TILED, False))
-    return Config(**switches, **choices, tiles=tiles, wanted=MappingProxyType(frozen), head=MappingProxyType(head))
+    return Config(
+        **switches,
+        **choices,
+        tiles=tiles,
+        recompute=recomputing(block.get(RECOMPUTE, {}), f"ds_fused.{RECOMPUTE}"),
+        wanted=MappingProxyType(frozen),
+        head=MappingProxyType(head),
+    )
 
 
 def options_of(key: str) -> dict[str, Option]:
     """What the JSON object of a key may hold."""
     if key == TILED:
         return dict(TILED_OPTIONS)
+    if key == RECOMPUTE:
+        return dict(RECOMPUTE_OPTIONS)
     return {**OP_OPTIONS[key], **(HEAD_OPTIONS if key == HEAD else {})}
 
 

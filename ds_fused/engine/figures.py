@@ -1,8 +1,11 @@
 """What each way of computing a head's loss under ZeRO-3 costs, as a model: memory, bytes on the wire, time.
 
-Time is FLOPs over the measured rate of a product of this head, plus bytes over the measured rate of an all-gather. The
-transfers run beside the products, but they take multiprocessors and memory bandwidth from them: measured, the sum was
-nearer than the larger of the two.
+Time is a sum of four: FLOPs over the measured rate of a product of this head, bytes over the device's copy rate (of the
+softmax passes, and of sums that a product reads before it adds to them; what products read and write else is in their
+rate), bytes on the wire over the measured rate of an all-gather, and so much for each collective, however small. The
+transfers run beside the products, but they take multiprocessors and memory bandwidth from them: measured,
+the sum was nearer than the larger of the two. The wire's rates are of the group that the job has: over several nodes
+they are the network's, and a collective of many ranks takes its time for each of them.
 
 Sizes: M tokens of a rank (the most of any), V vocabulary, H hidden, W ranks.
 """
@@ -12,19 +15,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from ds_fused.engine.stationary import ZeroShard
-from ds_fused.engine.zero_slabs import ZeroSlabs
+from ds_fused.engine.shards import Shards
 from ds_fused.ops._tiles import tile_elements, tiling
 from ds_fused.ops.stationary import block_bytes, block_tokens
+
+if TYPE_CHECKING:
+    from ds_fused.engine.stationary import ZeroShard
+    from ds_fused.engine.zero_slabs import ZeroSlabs
 
 # each is run so often, after one run that doesn't count
 ROUNDS = 3
 # tokens of the product that is timed; a CPU would take seconds for as many
 TOKENS, TOKENS_OF_CPU = 2048, 64
+MOST_TOKENS = 2**24
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,30 @@ class Rates:
     """Of the slowest rank."""
 
     flops: float  # a second
+    memory: float  # bytes a second, read or written
     wire: float  # bytes a second that a rank takes in
+    call: float  # seconds that a collective takes beside its bytes
+
+
+@dataclass(frozen=True)
+class Head:
+    """A sharded weight [V, H], as far as its costs depend on it."""
+
+    shards: Shards
+    slab_rows: int  # of all ranks in a slab
+    n_slabs: int
+    itemsize: int = 2
+    trains: bool = True
+    offloaded: bool = False
+
+    @classmethod
+    def cut(cls, shards: Shards, slab_bytes: int, itemsize: int = 2, **facts: bool) -> Head:
+        rows = shards.slab_rows(shards.hidden * itemsize, slab_bytes)
+        return cls(shards, shards.most_slab_rows(rows), shards.n_slabs(rows), itemsize, **facts)
+
+    @property
+    def elements(self) -> int:
+        return self.shards.n_vocab * self.shards.hidden
 
 
 @dataclass(frozen=True)
@@ -43,67 +74,119 @@ class Figures:
     parts: str
     held: int  # bytes beside x, dx, and the gradient that DeepSpeed keeps anyway
     wire: int  # bytes that a rank takes in
-    seconds: float
+    calls: int  # collectives
+    traffic: int  # bytes of memory that are read or written outside the products
+    flops: float
 
-    def __str__(self) -> str:
-        held, wire, ms = self.held / 2**20, self.wire / 2**20, 1e3 * self.seconds
+    def seconds(self, rates: Rates) -> float:
+        transfers = self.wire / rates.wire + self.calls * rates.call
+        return self.flops / rates.flops + self.traffic / rates.memory + transfers
+
+    def line(self, rates: Rates) -> str:
+        held, wire, ms = self.held / 2**20, self.wire / 2**20, 1e3 * self.seconds(rates)
         return f"{self.mode} ({self.parts}, {held:,.0f} MiB held, {wire:,.0f} MiB on the wire, {ms:.3g} ms)"
 
 
-def of_stream(slabs: ZeroSlabs, most: int, chunk_bytes: int, keep_bytes: int, rates: Rates) -> Figures:
-    n_vocab, hidden = slabs.shape
-    itemsize = slabs.dtype.itemsize
-    trains = slabs.requires_grad
+def of_stream(head: Head, most: int, chunk_bytes: int, keep_bytes: int) -> Figures:
+    n_vocab, hidden, ranks = head.shards.n_vocab, head.shards.hidden, head.shards.ranks
+    itemsize, trains = head.itemsize, head.trains
     # a frozen head is done with in the forward, see ops/frozen_head.py
     keep_bytes = keep_bytes if trains else 0
-    cut = tiling(most, n_vocab, itemsize, chunk_bytes, keep_bytes, dx=True, dweight=trains, slab_rows=slabs.slab_rows)
-    n_tiles = len(slabs) * -(-most // cut.tokens)
-    tile_bytes = tile_elements(cut.tokens, cut.rows) * itemsize
-    made_again = 2 * trains * (1 - min(1.0, cut.kept / max(1, n_tiles)))
-    flops = (4 + 2 * trains + made_again) * most * n_vocab * hidden
-    slab_bytes = slabs.slab_rows * hidden * itemsize
-    held = (
-        (2 + 2 * trains) * slab_bytes + max(1, cut.kept) * tile_bytes + most * hidden * (4 if trains else 4 + itemsize)
-    )
+    cut = tiling(most, n_vocab, itemsize, chunk_bytes, keep_bytes, dx=True, dweight=trains, slab_rows=head.slab_rows)
+    chunks = -(-most // cut.tokens)
+    made_again = 2 * trains * (1 - min(1.0, cut.kept / max(1, head.n_slabs * chunks)))
+    flops = (4 + 2 * trains + made_again) * most * head.elements
+    n_tiles = head.n_slabs * chunks
+    slab_bytes = head.slab_rows * hidden * itemsize
+    # those that are kept, and one to work in
+    held = (cut.kept + (cut.kept < n_tiles)) * tile_elements(cut.tokens, cut.rows) * itemsize
+    if trains:
+        # of weight and gradient two each, where there are as many; a rank's part of one; dx in fp32, not yet rounded
+        held += min(4, head.n_slabs + 1) * slab_bytes + slab_bytes // ranks + most * hidden * (4 - itemsize)
+    else:
+        held += min(2, head.n_slabs) * slab_bytes + most * hidden * (4 + itemsize)
+    # of the logits two reads and a write; dx in fp32 read for each slab, and of a frozen head read and written before
+    traffic = 3 * itemsize * most * n_vocab + (4 if trains else 12) * most * hidden * (head.n_slabs - 1)
+    if trains and chunks > 1:
+        # the gradient of a slab is added up in fp32
+        held += 4 * head.slab_rows * hidden
+        traffic += 4 * head.elements * (chunks - 1)
     # backward begins with the slab that forward ended with
-    whole = n_vocab * hidden * itemsize
-    wire = (3 * whole - slab_bytes if trains else whole) * (slabs.ranks - 1) // slabs.ranks
-    return Figures("stream", f"{len(slabs)} slabs", held, wire, flops / rates.flops + wire / rates.wire)
+    whole = head.elements * itemsize
+    wire = (3 * whole - slab_bytes if trains else whole) * (ranks - 1) // ranks
+    calls = 3 * head.n_slabs - 1 if trains else head.n_slabs
+    return Figures("stream", f"{head.n_slabs} slabs", held, wire, calls, traffic, flops)
 
 
-def of_stationary(shard: ZeroShard, most: int, chunk_bytes: int, rates: Rates) -> Figures:
-    n_vocab, hidden = shard.shape
-    itemsize = shard.dtype.itemsize
-    block = block_tokens(most, n_vocab, hidden, shard.ranks, itemsize, chunk_bytes)
+def of_stationary(head: Head, most: int, chunk_bytes: int) -> Figures:
+    n_vocab, hidden, ranks = head.shards.n_vocab, head.shards.hidden, head.shards.ranks
+    itemsize, trains = head.itemsize, head.trains
+    block = block_tokens(most, n_vocab, hidden, ranks, itemsize, chunk_bytes)
     blocks = -(-most // block)
-    flops = (4 + 2 * shard.requires_grad) * most * n_vocab * hidden
-    held = block * block_bytes(n_vocab, hidden, shard.ranks, itemsize)
-    held += shard.shards.size * (4 * shard.requires_grad + itemsize * shard.is_offloaded)
+    flops = (4 + 2 * trains) * most * head.elements
+    # dx of this rank's tokens comes back in fp32; a single block has none before or after it
+    held = block * (block_bytes(n_vocab, hidden, ranks, itemsize) + 4 * hidden)
+    if blocks == 1:
+        held -= ranks * block * hidden * (itemsize + 4)
+    held += head.shards.size * (4 * trains + itemsize * head.offloaded)
+    # of the logits two reads and a write; x of all ranks comes, dx of all goes; dw in fp32 read for each further block
+    traffic = 3 * itemsize * most * n_vocab + ranks * most * hidden * (itemsize + 4)
+    traffic += 4 * trains * head.shards.size * (blocks - 1)
     # x there, dx back in fp32, three numbers and a label
-    wire = (shard.ranks - 1) * most * (hidden * (itemsize + 4) + 20)
-    return Figures("stationary", f"{blocks} blocks", held, wire, flops / rates.flops + wire / rates.wire)
+    wire = (ranks - 1) * most * (hidden * (itemsize + 4) + 20)
+    # of each block x, dx and the numbers; the labels, and whether the guess was right
+    calls = 3 * blocks + 2
+    return Figures("stationary", f"{blocks} blocks", held, wire, calls, traffic, flops)
 
 
-def chosen(ways: list[Figures], free: float) -> Figures:
+def ways(head: Head, most: int, chunk_bytes: int, keep_bytes: int) -> list[Figures]:
+    """Those that mode "auto" chooses from."""
+    return [of_stream(head, most, chunk_bytes, keep_bytes), of_stationary(head, most, chunk_bytes)]
+
+
+def chosen(ways: list[Figures], free: float, rates: Rates) -> Figures:
     """The fastest of those that fit into the free bytes, of equal ones the smallest; if none fits, the smallest."""
     fitting = [way for way in ways if way.held <= free]
     if not fitting:
         return min(ways, key=lambda way: way.held)
-    fastest = min(way.seconds for way in fitting)
+    fastest = min(way.seconds(rates) for way in fitting)
     # closer than a model of this kind can tell apart
-    return min((way for way in fitting if way.seconds <= 1.05 * fastest), key=lambda way: way.held)
+    return min((way for way in fitting if way.seconds(rates) <= 1.05 * fastest), key=lambda way: way.held)
 
 
-def measured(slabs: ZeroSlabs) -> Rates:
-    """Rates of this rank. Every rank must call it at the same place; the slowest counts for all, see `slowest`."""
-    slabs.prefetch(0)
-    rows = slabs.gather(0)
+def turning_point(head: Head, chunk_bytes: int, keep_bytes: int, rates: Rates) -> int:
+    """The largest number of tokens a rank for which stationary is chosen where memory is no matter."""
+    low, high = 0, MOST_TOKENS
+    while low < high:
+        middle = (low + high + 1) // 2
+        if chosen(ways(head, middle, chunk_bytes, keep_bytes), float("inf"), rates).mode == "stationary":
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def measured(slabs: ZeroSlabs, shard: ZeroShard) -> Rates:
+    """Rates of this rank. Every rank must call it at the same place; the slowest counts for all, see `Auto`."""
+    # the first may be the rows that ranks share, which are few
+    some = min(1, len(slabs) - 1)
+    slabs.prefetch(some)
+    rows = slabs.gather(some)
     tokens = TOKENS_OF_CPU if slabs.device.type == "cpu" else TOKENS
     x = torch.zeros(tokens, slabs.shape[1], dtype=slabs.dtype, device=slabs.device)
     product = _seconds(lambda: x @ rows.t())
+    copy = _seconds(lambda: torch.empty_like(rows).copy_(rows))
     taken = rows.numel() * rows.element_size() * (slabs.ranks - 1) / slabs.ranks
-    gather = _seconds(lambda: (slabs.prefetch(0), slabs.gather(0)))
-    return Rates(2 * x.numel() * rows.shape[0] / product, taken / gather if taken else float("inf"))
+    gather = _seconds(lambda: (slabs.prefetch(some), slabs.gather(some)))
+    call = _seconds(lambda: shard.gather(x[0, :1]).land())
+    # where the slab is so small that its bytes are lost in the noise of a call, they took a tenth
+    bytes_alone = max(gather - call, gather / 10)
+    return Rates(
+        flops=2 * x.numel() * rows.shape[0] / product,
+        memory=2 * rows.numel() * rows.element_size() / copy,
+        wire=taken / bytes_alone if taken else float("inf"),
+        call=call if taken else 0.0,
+    )
 
 
 def _seconds(run: Callable[[], object]) -> float:

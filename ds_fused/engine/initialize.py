@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import json
 import logging
 import os
 from types import ModuleType
@@ -90,14 +91,50 @@ def _replace(engine: DeepSpeedEngine, model: torch.nn.Module, block: object) -> 
     agree = Agreement(part=getattr(model, "stage_id", 0) if engine.pipeline_parallelism else 0)
     try:
         _check_triton()
-        from ds_fused.engine.config import parse
-
-        config = parse(block)
+        config, settings = _resolved(engine, model, block, agree)
         report = _replaced(engine, model, config, agree)
+        report.settings = (*settings, *_set_up(engine, model, config))
     except Exception as e:
         agree.failed(e)
         raise
     engine.__dict__.update(_ds_fused_config=config, ds_fused_report=report)
+
+
+def _resolved(
+    engine: DeepSpeedEngine, model: torch.nn.Module, block: object, agree: Agreement
+) -> tuple[Config, list[str]]:
+    """The block with what its profile adds, and a line about that; the profile is the same on every rank."""
+    from ds_fused.engine import estimate, profiles
+    from ds_fused.engine.auto import free_bytes
+    from ds_fused.engine.config import parse
+    from ds_fused.policies.blocks import blocks
+
+    profile = parse(block).profile
+    # whatever the profile: ranks that were given different ones must meet here as well
+    free = agree.least(free_bytes())
+    line = f'profile "{profile}"'
+    if profile == "auto":
+        job = estimate.job_of(engine, model, list(blocks(model).values()), training_dtype(engine))
+        profile, why = ("stock", job) if isinstance(job, str) else estimate.fitting(job, free)
+        line = f'{line}: "{profile}", {why}'
+    block, added = profiles.filled(block, profile)
+    engine.__dict__["_ds_fused_block"] = block
+    if profile == "stock":
+        return parse(block), [line] if "profile" in block else []
+    values = ", ".join(f"{name} = {json.dumps(value)}" for name, value in added.items()) or "nothing that is not given"
+    return parse(block), [f"{line}; it sets {values}"]
+
+
+def _set_up(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config) -> list[str]:
+    """What DeepSpeed will read when it builds its optimizer; a line about each."""
+    from ds_fused.engine import leaf_modules, zero_sizes
+    from ds_fused.policies.blocks import blocks
+
+    if config.leaf_modules:
+        engine.__dict__["_ds_fused_leafs_are_set"] = leaf_modules.are_set(engine, model)
+    if config.zero_sizes == "stock":
+        return []
+    return [zero_sizes.set_sizes(engine, config.zero_sizes, model, blocks(model).values())]
 
 
 def _check_triton() -> None:
@@ -126,7 +163,7 @@ def _replaced(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config, a
         warm_up(engine, model, engine.__dict__["_ds_fused_block"], dtype)
     slab_mode = engine.__dict__["_ds_fused_slab_mode"] = SlabMode(config)
     asked = {**vars(config), "head": dict(config.head), "wanted": {key: dict(o) for key, o in wanted.items()}}
-    asked |= {"device": engine.device.type, "dtype": str(dtype)}
+    asked |= {"recompute": vars(config.recompute), "device": engine.device.type, "dtype": str(dtype)}
     report = plan.apply(
         model,
         wanted,
@@ -138,23 +175,36 @@ def _replaced(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config, a
         eval=config.eval,
         weight=HeadWeight(zero3.whole_weight_of(engine), slab_mode.slabs, slab_mode.is_sharded, slab_mode.bias),
         tiles=config.tiles,
+        recompute=config.recompute,
         agree=lambda decisions: agree({"config": asked, **decisions}),
     )
-    if config.tiles is not None:
-        _gathered_once(model)
     report.left = (*report.left, *(Left(key, 1, reason) for key, reason in left.items()))
     return report
 
 
-def _gathered_once(model: torch.nn.Module) -> None:
-    """Under ZeRO-3 a tiled MLP's weights are gathered for all its tiles (other stages don't look at leaf modules)."""
-    from deepspeed.utils import set_z3_leaf_module
-
+def _gather_as_one(engine: DeepSpeedEngine, config: Config, report: Report) -> None:
+    """Under ZeRO-3: a tiled MLP's weights, once for all tiles; with ``leaf_modules`` those of a repeated layer."""
+    from ds_fused.engine import leaf_modules
     from ds_fused.modules.tiled_mlp import TiledMLP
+    from ds_fused.policies.blocks import blocks
+    from ds_fused.policies.report import Left
 
-    for module in model.modules():
-        if isinstance(module, TiledMLP):
-            set_z3_leaf_module(module, True)
+    offload = leaf_modules.offload_of(engine)
+    tiled = [module for module in engine.module.modules() if isinstance(module, TiledMLP)]
+    if tiled and offload is not None:
+        leaf_modules.gather_as_one(offload, tiled)
+    if not config.leaf_modules:
+        return
+    reason = engine.__dict__["_ds_fused_leafs_are_set"]
+    if reason is not None:
+        report.left = (*report.left, Left(leaf_modules.KEY, 1, reason))
+        return
+    slabs = engine.__dict__["_ds_fused_slab_mode"].parameters
+    claims, left = leaf_modules.claims_of(engine, blocks(engine.module), slabs)
+    for claim in claims:
+        claim.commit()
+        report.claims = (*report.claims, claim)
+    report.left = (*report.left, *left)
 
 
 def _loadable(config: Config) -> tuple[dict[str, object], dict[str, str]]:
@@ -196,6 +246,7 @@ def _finish(engine: DeepSpeedEngine) -> None:
             "DeepSpeedEngine._configure_distributed_model, where the layers are replaced"
         )
     engine.__dict__["_ds_fused_slab_mode"].decide(engine, report)
+    _gather_as_one(engine, config, report)
     undone = [f"{len(claim.paths)} x {claim.original}" for claim in report.recheck()]
     if undone:
         line = f"replaced, but undone by something else before deepspeed.initialize ended: {', '.join(undone)}"

@@ -61,6 +61,14 @@ class Shards:
         """s: even slabs, each at most slab_bytes of all ranks together."""
         return side(self.common, max(1, slab_bytes // (self.ranks * row_bytes)), self.ranks, least=1)
 
+    def n_slabs(self, rows: int) -> int:
+        """Of so many rows of each rank, and the seam."""
+        return -(-self.common // rows) + (self.seam_rows > 0)
+
+    def most_slab_rows(self, rows: int) -> int:
+        """Rows of all ranks in the largest of them."""
+        return max(self.ranks * rows, self.seam_rows)
+
     def start(self, rank: int) -> int:
         """Elements of a rank's shard before its first whole row."""
         return self.first_rows[rank] * self.hidden - rank * self.size

@@ -7,7 +7,7 @@ claimed before (``policies.loss``) and ask ``SlabMode.slabs`` at each loss; embe
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -96,6 +96,11 @@ class SlabMode:
         """That of a head in slabs, whole."""
         # a small one is whole on every rank
         return self._biases[head]() if head in self._biases else head.bias
+
+    @property
+    def parameters(self) -> Collection[nn.Parameter]:
+        """Those that come in slabs or stay where they are; known once `decide` has run."""
+        return self._deliveries.keys()
 
     def decide(self, engine: DeepSpeedEngine, report: Report) -> None:
         """Heads and embeddings of the engine's model; what came of it goes into the report."""

@@ -58,8 +58,8 @@ class ZeroSlabs:
         self._rows = self._shards.slab_rows(self.shape[1] * param.ds_tensor.element_size(), slab_bytes)
         # the seam comes first: at the last one a backward begins, where a large one is to be here already
         self._seams = int(self._shards.seam_rows > 0)
-        self._slabs = self._seams - (-self._shards.common // self._rows)
-        self.slab_rows = max(self._shards.ranks * self._rows, self._shards.seam_rows)
+        self._slabs = self._shards.n_slabs(self._rows)
+        self.slab_rows = self._shards.most_slab_rows(self._rows)
         self.share = 1 / self.ranks
         self._coming: Flight | None = None
         self._leaving: tuple[int, Flight] | None = None

@@ -44,8 +44,11 @@ def exchanged(f: FunctionType, new: Mapping[str, Callable]) -> FunctionType:
         names.pop("__name__", None)
         return _function(f, names, f.__closure__)
     inner = f.__wrapped__
-    cells = tuple(CellType(exchanged(inner, new)) if _holds(cell, inner) else cell for cell in f.__closure__)
-    return _function(f, f.__globals__, cells)
+    called = exchanged(inner, new)
+    cells = tuple(CellType(called) if _holds(cell, inner) else cell for cell in f.__closure__)
+    made = _function(f, f.__globals__, cells)
+    made.__wrapped__ = called
+    return made
 
 
 def _caller(f: object) -> FunctionType | None:

@@ -7,11 +7,12 @@ on over it, and what a causal LM does to logits before its loss is recorded:
     logits = logits + final_logits_bias       # recorded: BART's second bias
     logits = cap * tanh(logits / cap)         # recorded: Gemma 2's softcap, Granite's division, Cohere's scale
     logits = logits[:, :-1].view(-1, n_vocab) # recorded: which tokens, in which shape
+    logits = log_softmax(logits)              # recorded: with nll_loss it is a cross entropy
     loss = cross_entropy(logits, labels)      # linear_cross_entropy(hidden, head.weight, labels, ...)
 
 Every chain of such steps is ``outer * z`` or ``outer * tanh(z)`` with ``z = inner * (head(hidden) + bias)``, for some
-of the tokens. Any other operation computes the real logits, by the head's own call, and goes on with those, so the
-result is always right.
+of the tokens, or the logarithm of their softmax, of which the cross entropy is the same. Any other operation computes
+the real logits, by the head's own call, and goes on with those, so the result is always right.
 
 It is a plain object and no tensor, because torch.compile traces through it, which it does not through a tensor subclass
 without values. What leaves the forward after a fused loss has the opposite needs and is a tensor (``on_demand.py``).
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -68,6 +69,11 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    # a graph keeps no account of memory
+    return torch.compiler.is_compiling() or a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
 def _is_number(x: object) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool)
 
@@ -75,7 +81,10 @@ def _is_number(x: object) -> bool:
 class DeferredLogits:
     """``steps`` applied to the output of a postponed head call. See the file's text."""
 
-    __slots__ = ("_real", "_viewed", "bias", "call", "capped", "dtype", "inner", "outer", "shape", "steps")
+    __slots__ = (
+        *("_real", "_unwritten", "_viewed", "bias", "call", "capped", "dtype", "inner", "log_probs"),
+        *("outer", "shape", "steps"),
+    )
     # as a tensor's: `numpy_number * logits` is ours to compute
     __array_priority__ = 1000
 
@@ -89,8 +98,12 @@ class DeferredLogits:
         self.capped = False
         self.inner = 1.0
         self.outer = 1.0
+        # whether they are logarithms of probabilities by now
+        self.log_probs = False
         self._real: Tensor | None = None
-        # the logits of which these are a part in the same memory: what is written to one is seen in the other
+        # the version of its memory before anybody wrote to it
+        self._unwritten = 0
+        # the logits that these choose from or arrange. In the same memory, what is written to one is seen in the other
         self._viewed: DeferredLogits | None = None
 
     # what a fused loss needs
@@ -118,27 +131,41 @@ class DeferredLogits:
 
     def materialise(self) -> Tensor:
         """The real logits, with their graph. To be called inside the forward that postponed them."""
-        if self._real is None:
-            if self._viewed is not None:
-                self._real = replay(self._viewed.materialise(), self.steps[-1:])
-            else:
-                self._real = replay(self.call.base(), self.steps)
-        return self._real
+        if self._real is not None:
+            return self._real
+        if self._viewed is not None:
+            whole = self._viewed.materialise()
+            real, unwritten = replay(whole, self.steps[-1:]), self._viewed._unwritten
+            if _same_memory(real, whole):
+                self._real, self._unwritten = real, unwritten
+                return real
+        # what lies elsewhere is a copy, made when nobody had written
+        if self._viewed is None or _version(whole) != unwritten:
+            real = replay(self.call.base(), self.steps)
+        self._real, self._unwritten = real, _version(real)
+        return real
 
     # what is recorded
 
     def _step(self, name: str, operand: Any = None) -> DeferredLogits | Tensor:
-        if self.is_real():
+        if self.is_real() or (self.log_probs and name not in ROW_STEPS):
             return replay(self.materialise(), ((name, operand),))
         new = DeferredLogits(self.call)
         new.steps = (*self.steps, (name, operand))
         new.dtype = operand if name == "to" else self.dtype
         new.shape, new.bias = self.shape, self.bias
-        new.capped, new.inner, new.outer = self.capped, self.inner, self.outer
+        new.capped, new.inner, new.outer, new.log_probs = self.capped, self.inner, self.outer, self.log_probs
         if name == "index":
             new.shape = indexed(self.shape, operand)
         elif name == "reshape":
             new.shape = torch.Size((*operand, self.shape[-1]))
+        elif name == "transpose":
+            sizes = list(self.shape)
+            a, b = operand
+            sizes[a], sizes[b] = sizes[b], sizes[a]
+            new.shape = torch.Size(sizes)
+        elif name == "log_softmax":
+            new.log_probs, new.dtype = True, operand
         elif name == "add":
             new.bias = operand.reshape(-1)
             new.dtype = torch.promote_types(self.dtype, operand.dtype)
@@ -180,6 +207,15 @@ class DeferredLogits:
             return self.materialise().view(*shape)
         return self.reshape(*shape)
 
+    def transpose(self, dim0: int, dim1: int) -> Any:
+        dims = tuple(dim + self.ndim if dim < 0 else dim for dim in (dim0, dim1))
+        if all(0 <= dim < self.ndim - 1 for dim in dims):
+            return self._view("transpose", dims)
+        return self.materialise().transpose(dim0, dim1)
+
+    def __iter__(self) -> Iterator:
+        return map(self.__getitem__, range(len(self)))
+
     def __add__(self, other: Any) -> Any:
         is_bias = (
             isinstance(other, Tensor)
@@ -214,6 +250,15 @@ class DeferredLogits:
         # a second tanh is no softcap
         return self.materialise().tanh() if self.capped else self._step("tanh")
 
+    def log_softmax(self, dim: int, dtype: torch.dtype | None = None, **more: Any) -> Any:
+        # more: F.log_softmax says how deep in the stack its warning comes from
+        if dim not in (-1, self.ndim - 1):
+            return self.materialise().log_softmax(dim, dtype=dtype)
+        if dtype is None:
+            in_fp32 = torch.is_autocast_enabled(self.device.type) and self.dtype != torch.float64
+            dtype = torch.float32 if in_fp32 else self.dtype
+        return self._step("log_softmax", dtype)
+
     def to(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs:
             (target,) = args
@@ -227,8 +272,9 @@ class DeferredLogits:
     def float(self) -> Any:
         return self.to(torch.float32)
 
-    def contiguous(self) -> DeferredLogits:
-        return self
+    def contiguous(self) -> DeferredLogits | Tensor:
+        may_copy = any(name in ("index", "transpose") for name, _ in self.steps)
+        return self._view("contiguous", None) if may_copy else self
 
     # what needs no values
 
@@ -278,10 +324,14 @@ class DeferredLogits:
     @classmethod
     def __torch_function__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.cross_entropy and isinstance(args[0], cls):
-            fused = args[0].head.cross_entropy(*args, **kwargs)
-            if fused is not None:
-                return fused
+        if args and isinstance(args[0], cls):
+            # of logarithms of probabilities both losses are the same
+            if func is F.cross_entropy or (func is F.nll_loss and args[0].log_probs):
+                fused = args[0].head.cross_entropy(*args, **kwargs)
+                if fused is not None:
+                    return fused
+            if func in (F.log_softmax, torch.log_softmax):
+                return args[0].log_softmax(*args[1:], **kwargs)
         method = _RECORDED.get(func)
         if method is not None and isinstance(args[0], cls) and not kwargs:
             return method(*args)
@@ -305,6 +355,7 @@ def materialised(value: Any) -> Any:
 _RECORDED: dict[Callable, Callable] = {
     torch.tanh: DeferredLogits.tanh,
     torch.reshape: DeferredLogits.reshape,
+    torch.transpose: DeferredLogits.transpose,
     torch.add: DeferredLogits.__add__,
     torch.mul: DeferredLogits.__mul__,
     torch.multiply: DeferredLogits.__mul__,
@@ -338,7 +389,6 @@ for _name in ("sub", "pow", "matmul", "mod", "floordiv", "and", "or", "xor"):
 for _name in ("lt", "le", "gt", "ge", "eq", "ne", "setitem", "neg", "abs", "invert"):
     setattr(DeferredLogits, f"__{_name}__", _on_real(getattr(operator, f"__{_name}__")))
 for _name, _builtin in (
-    ("iter", iter),
     ("float", float),
     ("int", int),
     ("bool", bool),

@@ -122,7 +122,10 @@ class Head:
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> Tensor | None:
-        """``torch.nn.functional.cross_entropy`` of this head's logits; None where the real ones have to go there."""
+        """``torch.nn.functional.cross_entropy`` of this head's logits, or ``nll_loss`` of their log_softmax.
+
+        None where the real ones have to go there.
+        """
         is_labels = isinstance(target, Tensor) and target.dtype == torch.int64 and target.shape == logits.shape[:-1]
         if not is_labels or logits.ndim != 2 or size_average is not None or reduce is not None:
             return None

@@ -1,7 +1,7 @@
 """What a model does to logits between its head and its loss, as far as it can be recorded and done later.
 
-A step is a name and an operand: "index" and "reshape" choose and arrange tokens; "add", "mul", "div", "tanh" and "to"
-act on every logit.
+A step is a name and an operand: "index", "reshape", "transpose" and "contiguous" choose and arrange tokens; "add",
+"mul", "div", "tanh" and "to" act on every logit, "log_softmax" on all of a token.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 # one recorded step: the name of what happened to the logits, and its operand
 Step = tuple[str, Any]
 # those that choose and arrange tokens: what they do to the logits, they can do to the hidden states
-ROW_STEPS = ("index", "reshape")
+ROW_STEPS = ("index", "reshape", "transpose", "contiguous")
 
 
 def replay(logits: Tensor, steps: tuple[Step, ...]) -> Tensor:
@@ -24,6 +24,10 @@ def replay(logits: Tensor, steps: tuple[Step, ...]) -> Tensor:
             logits = logits[operand]
         elif name == "reshape":
             logits = logits.reshape(*operand, logits.shape[-1])
+        elif name == "transpose":
+            logits = logits.transpose(*operand)
+        elif name == "contiguous":
+            logits = logits.contiguous()
         elif name == "add":
             logits = logits + operand
         elif name == "mul":
@@ -32,6 +36,8 @@ def replay(logits: Tensor, steps: tuple[Step, ...]) -> Tensor:
             logits = logits / operand
         elif name == "tanh":
             logits = logits.tanh()
+        elif name == "log_softmax":
+            logits = logits.log_softmax(-1, dtype=operand)
         else:
             logits = logits.to(operand)
     return logits
@@ -45,7 +51,7 @@ def row_index(index: Any, n_dims: int) -> tuple | None:
         return index.nonzero(as_tuple=True)
     items = index if isinstance(index, tuple) else (index,)
     at = [i for i, item in enumerate(items) if item is Ellipsis]
-    if len(at) > 1 or not all(item is Ellipsis or isinstance(item, slice) for item in items):
+    if len(at) > 1 or not all(item is Ellipsis or type(item) in (slice, int) for item in items):
         return None
     if at:
         missing = n_dims - (len(items) - 1)
@@ -61,5 +67,10 @@ def indexed(shape: torch.Size, index: tuple) -> torch.Size:
     """The shape of what ``row_index`` chooses from a tensor of ``shape``."""
     if isinstance(index[0], Tensor):
         return torch.Size((len(index[0]), *shape[len(index) :]))
-    chosen = [len(range(*item.indices(size))) for item, size in zip(index, shape, strict=False)]
+    chosen = []
+    for dim, (item, size) in enumerate(zip(index, shape, strict=False)):
+        if isinstance(item, slice):
+            chosen.append(len(range(*item.indices(size))))
+        elif not -size <= item < size:
+            raise IndexError(f"index {item} is out of bounds for dimension {dim} with size {size}")
     return torch.Size((*chosen, *shape[len(index) :]))

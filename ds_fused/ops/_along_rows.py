@@ -6,8 +6,8 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from ds_fused.ops._launch import launch
-from ds_fused.ops._triton import cdiv, row_stride
-from ds_fused.ops.rms_norm import tile
+from ds_fused.ops._row_tiles import tile
+from ds_fused.ops._triton import cdiv, row_stride, rows_of
 
 # A tile is whole rows up to these widths (32 fp32 values of a row in each of 1024 threads); wider rows are walked in
 # blocks. Not measured yet.
@@ -18,16 +18,17 @@ TILE, PER_THREAD = 2048, 16
 
 
 def along_rows(whole: JITFunction, walk: JITFunction, widest: int, out: Tensor, *inputs: Tensor) -> Tensor:
-    """Fills ``out`` [N, D] by one of two kernels, for rows up to ``widest`` columns and for wider ones.
+    """Fills ``out`` [..., D] by one of two kernels, for rows up to ``widest`` columns and for wider ones.
 
-    They take inputs [N, D], out, the row stride of the first input (the others have no gaps), N (``whole`` alone), D.
+    They take inputs, out, the row stride of the first input (the others have no gaps), N (``whole`` alone), D.
     """
-    n, d = inputs[0].shape  # not out's: dynamo 2.11 can't hold the sizes of what was made of an input
+    first = rows_of(inputs[0])
+    n, d = first.shape  # not out's: dynamo 2.11 can't hold the sizes of what was made of an input
     if n == 0 or d == 0:
         return out
     block = tile(d, TILE, PER_THREAD, widest)
     constants = {"BLOCK_COLS": block.cols, "num_warps": block.warps}
-    tensors = (*inputs, out, row_stride(inputs[0]))
+    tensors = (first, *inputs[1:], out, row_stride(first))
     if block.rows:
         launch(whole, (cdiv(n, block.rows),), *tensors, n, d, BLOCK_ROWS=block.rows, **constants)
     else:

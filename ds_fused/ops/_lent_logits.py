@@ -37,9 +37,9 @@ PER_THREAD = 16
 
 
 @triton.jit
-def _dlogits(x, wanted, peak, rest, on_lse, of_all, softcap, HAS_SOFTCAP: tl.constexpr):
+def _dlogits(x, wanted, peak, rest, on_lse, of_all, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """Raw logits to their gradient, for an upstream gradient of 1 and wanted probabilities times weights."""
-    z, slope = _capped(x, 1.0, softcap, HAS_SOFTCAP)
+    z, slope = _capped(x, logit_scale, softcap, HAS_SOFTCAP)
     # in base 2, so that the rest is taken off where the factor is multiplied
     p = tl.exp2((z - peak) * LOG2_E - rest * LOG2_E)
     # the difference first: what is left of it may be small
@@ -56,9 +56,9 @@ def _lent_logits_kernel(
     logits_stride, dloss_stride, lse_stride, token_weights_stride,
     n_cols, n_walked,  # whole blocks; the columns after them are held
     ignore_index,
-    softcap, z_loss, on_label, on_each, wanted_label, wanted_other,
-    HAS_SOFTCAP: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_ACCURACY: tl.constexpr,
-    HELD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    logit_scale, softcap, z_loss, on_label, on_each, wanted_label, wanted_other,
+    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_ACCURACY: tl.constexpr, HELD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * logits_stride
@@ -66,6 +66,8 @@ def _lent_logits_kernel(
     held_cols = n_walked + tl.arange(0, HELD)
     mask = held_cols < n_cols
     label = tl.load(labels_ptr + row)
+    if not HAS_SCALE:
+        logit_scale = 1.0  # no instruction for it
     if label == ignore_index:
         tl.store(loss_ptr + row, 0.0)
         tl.store(lse_ptr + row, 0.0)
@@ -91,7 +93,7 @@ def _lent_logits_kernel(
         first = tl.zeros([BLOCK], tl.int32)  # the block in which a lane saw its top first
         for start in tl.range(0, n_walked, BLOCK, num_stages=STAGES):
             x = tl.load(row_ptr + start + cols).to(tl.float32)
-            z, _ = _capped(x, 1.0, softcap, HAS_SOFTCAP)
+            z, _ = _capped(x, logit_scale, softcap, HAS_SOFTCAP)
             if HAS_ACCURACY:
                 first = tl.where(z > top, start, first)
             top, total = _online(top, total, z)
@@ -101,11 +103,11 @@ def _lent_logits_kernel(
                 each += z
         # all threads have the label's logit before any of them overwrites it
         tl.debug_barrier()
-        z_label, _ = _capped(x_label, 1.0, softcap, HAS_SOFTCAP)
+        z_label, _ = _capped(x_label, logit_scale, softcap, HAS_SOFTCAP)
         picked = on_label * of_label * z_label
 
         x_held = held.to(tl.float32)
-        z_held, _ = _capped(x_held, 1.0, softcap, HAS_SOFTCAP)
+        z_held, _ = _capped(x_held, logit_scale, softcap, HAS_SOFTCAP)
         w_held = x_held  # of no meaning where there are no weights
         if HAS_WEIGHT:
             w_held = tl.load(weight_ptr + held_cols, mask=mask, other=0.0)
@@ -131,7 +133,7 @@ def _lent_logits_kernel(
         if HAS_WEIGHT:
             wanted_held = w_held * wanted_other
             wanted_label *= tl.load(weight_ptr + label.to(tl.int64))
-        dx_held = _dlogits(x_held, wanted_held, peak, rest, on_lse, of_all, softcap, HAS_SOFTCAP)
+        dx_held = _dlogits(x_held, wanted_held, peak, rest, on_lse, of_all, logit_scale, softcap, HAS_SOFTCAP)
         # what is written leaves L2 first: its room is for rows that have yet to be read again
         tl.store(row_ptr + held_cols, dloss * dx_held, mask=mask, eviction_policy="evict_first")
         for back in tl.range(BLOCK, n_walked + BLOCK, BLOCK, num_stages=STAGES):
@@ -140,10 +142,10 @@ def _lent_logits_kernel(
             wanted = wanted_other
             if HAS_WEIGHT:
                 wanted = wanted_other * tl.load(weight_ptr + places)
-            dx = _dlogits(x, wanted, peak, rest, on_lse, of_all, softcap, HAS_SOFTCAP)
+            dx = _dlogits(x, wanted, peak, rest, on_lse, of_all, logit_scale, softcap, HAS_SOFTCAP)
             tl.store(row_ptr + places, dloss * dx, eviction_policy="evict_first")
         # the label by itself, over what was written as of any other column: no thread asks of each which it is
-        dx_label = _dlogits(x_label, wanted_label, peak, rest, on_lse, of_all, softcap, HAS_SOFTCAP)
+        dx_label = _dlogits(x_label, wanted_label, peak, rest, on_lse, of_all, logit_scale, softcap, HAS_SOFTCAP)
         tl.debug_barrier()
         tl.store(row_ptr + label.to(tl.int64), dloss * dx_label)
 
@@ -161,7 +163,6 @@ def lent_logits(
     token_weights: Tensor | None = None,  # [2, N] fp32, see weights_of_tokens
 ) -> None:
     n, n_vocab = logits.shape
-    assert options.logit_scale == 1.0, "logits come as they are"
     if n == 0:
         return
     smoothing = options.label_smoothing
@@ -182,10 +183,10 @@ def lent_logits(
         row_stride(logits), dloss.stride(0), row_stride(lse),
         row_stride(lse if token_weights is None else token_weights),
         n_vocab, n_walked, options.ignore_index,
-        float(options.softcap or 1.0), float(options.z_loss),
+        float(options.logit_scale), float(options.softcap or 1.0), float(options.z_loss),
         1.0 - smoothing, smoothing / n_vocab,
         1.0 - smoothing + smoothing / n_vocab, smoothing / n_vocab,
-        HAS_SOFTCAP=options.softcap is not None, HAS_SMOOTHING=smoothing > 0.0,
+        HAS_SCALE=options.logit_scale != 1.0, HAS_SOFTCAP=options.softcap is not None, HAS_SMOOTHING=smoothing > 0.0,
         HAS_WEIGHT=weight is not None, HAS_ACCURACY=right is not None,
         HELD=held, BLOCK=block, STAGES=STAGES, num_warps=warps,
     )  # fmt: skip

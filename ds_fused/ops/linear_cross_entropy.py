@@ -50,7 +50,7 @@ from ds_fused.ops._tiles import (
 from ds_fused.ops._triton import autocast_dtype, check_dtypes, rows_of, runs_kernels
 from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd, cross_entropy_reference
 from ds_fused.ops.frozen_head import FrozenHeadFunction
-from ds_fused.ops.one_pass import OnePassFunction
+from ds_fused.ops.one_pass import OnePassFunction, tokens_at_a_time
 from ds_fused.ops.slabs import WeightSlabs, WholeWeight
 from ds_fused.ops.stationary import StationaryFunction, VocabShard
 
@@ -360,13 +360,12 @@ def token_losses(
     of_token, in_kernel = weights_of_tokens(class_weight, flat, options, wide(rows))
     chunk_bytes = int(chunk_mb * 2**20)
     is_whole = slabs is None and not isinstance(weight, VocabShard)
-    trains_x_alone = trains and not handle.requires_grad and (bias is None or not bias.requires_grad)
-    in_one_go = trains_x_alone and not entropy and in_kernel[0] is None and frozen_head.takes(options)
-    if in_forward and trains and not in_one_go and is_whole and rows.dtype != torch.float16:
-        # a frozen weight's tiling: along the tokens, whole rows of logits
-        tokens = tiling(rows.shape[0], n_vocab, rows.element_size(), chunk_bytes, 0, dx=True, dweight=False).tokens
+    if in_forward and trains and is_whole and rows.dtype != torch.float16:
+        tokens = tokens_at_a_time(rows.shape[0], n_vocab, rows.element_size(), chunk_bytes)
         loss = OnePassFunction.apply(rows, weight, bias, flat, count, options, reduction, tokens, accumulate)
         return TokenLosses(loss, count)
+    trains_x_alone = trains and not handle.requires_grad and (bias is None or not bias.requires_grad)
+    in_one_go = trains_x_alone and not entropy and in_kernel[0] is None and frozen_head.takes(options)
     if isinstance(weight, VocabShard):
         guess = reduction if trains and weight.guesses and reduction != "none" and of_token is None else None
         results = StationaryFunction.apply(rows, handle, bias, flat, weight, options, chunk_bytes, guess, more)

@@ -2,8 +2,8 @@
 
 For each chunk of T tokens
 
-    z [T, V] = x @ weight.T      its softmax pass leaves loss and lse
-    dz         over z, in place
+    z [T, V] = x @ weight.T
+    dz         over z, by one softmax pass, which also leaves the loss
     dx [T, H]  = dz @ weight     complete
     dw [V, H] += dz.T @ x        over chunks, see below
 
@@ -14,7 +14,8 @@ fp16: what its loss scale would keep above the least number is rounded away befo
 dw is added up in its own dtype where that costs no more than twice the error of one product, else in fp32; or as
 ``accumulate`` says.
 
-Saved for backward: dx, dw and dbias. Work: 6 MHV FLOPs. Traffic of the softmax passes: 2 reads and 1 write of z.
+Saved for backward: dx, dw and dbias. Work: 6 MHV FLOPs, 4 under a weight that is not trained. Traffic of the softmax
+passes: 1 read and 1 write of z, and what they look at again comes from L2 (_lent_logits.py).
 
 Sizes: M tokens, T of them in a chunk, H hidden, V vocabulary.
 """
@@ -25,11 +26,27 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_fused.ops._lent_logits import lent_logits
 from ds_fused.ops._loss import LossOptions, cross_entropy_bwd_torch, cross_entropy_fwd_torch
 from ds_fused.ops._scale import scaled
-from ds_fused.ops._tiles import MOST_ROUNDINGS, logits_of, product, sum_dtype, tile_elements, wide
+from ds_fused.ops._tiles import MOST_ROUNDINGS, logits_of, product, side, sum_dtype, tile_elements, wide
 from ds_fused.ops._triton import cdiv, runs_kernels
-from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
+
+# not yet measured. each chunk reads and writes dw, so fewer tokens than these are not worth their memory
+LEAST_TOKENS = 1024
+
+
+def tokens_at_a_time(n_tokens: int, n_vocab: int, itemsize: int, chunk_bytes: int) -> int:
+    """T: whole rows of logits in about ``chunk_bytes``."""
+    return side(max(n_tokens, 1), chunk_bytes // (n_vocab * itemsize), least=LEAST_TOKENS)
+
+
+def _lent_logits_torch(
+    z: Tensor, labels: Tensor, loss: Tensor, lse: Tensor, dloss: Tensor, options: LossOptions
+) -> None:
+    """`lent_logits` where no kernel runs."""
+    cross_entropy_fwd_torch(z, labels, loss, lse, options, n_vocab=z.shape[1])
+    cross_entropy_bwd_torch(dloss, z, labels, lse, z, options, n_vocab=z.shape[1])
 
 
 class OnePassFunction(torch.autograd.Function):
@@ -49,9 +66,7 @@ class OnePassFunction(torch.autograd.Function):
         accumulate: str,  # see linear_cross_entropy
     ) -> Tensor:
         n_tokens, n_vocab = x.shape[0], weight.shape[0]
-        kernels = runs_kernels(x)
-        softmax_fwd = cross_entropy_fwd if kernels else cross_entropy_fwd_torch
-        softmax_bwd = cross_entropy_bwd if kernels else cross_entropy_bwd_torch
+        softmax = lent_logits if runs_kernels(x) else _lent_logits_torch
         # under autocast the weight has its own dtype: a copy that lives as long as this forward
         rows, offsets = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         wants_dx, wants_dw, wants_dbias = ctx.needs_input_grad[:3]
@@ -70,8 +85,7 @@ class OnePassFunction(torch.autograd.Function):
             chunk = slice(start, start + tokens)
             part, label = x[chunk], labels[chunk]
             z = logits_of(room, part, rows, offsets)
-            softmax_fwd(z, label, loss[chunk], lse[:, chunk], options, n_vocab=n_vocab)
-            softmax_bwd(upstream[chunk], z, label, lse[:, chunk], z, options, n_vocab=n_vocab)
+            softmax(z, label, loss[chunk], lse[:, chunk], upstream[chunk], options)
             if wants_dx:
                 product(dx[chunk], z, rows)
             if wants_dw:

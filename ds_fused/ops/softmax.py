@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ds_fused.ops import _along_rows
 from ds_fused.ops._along_rows import along_rows, check_dim
-from ds_fused.ops._triton import autocast_dtype, check_dtypes, rows_of, runs_kernels
+from ds_fused.ops._triton import autocast_dtype, check_dtypes, runs_kernels
 
 
 def softmax_reference(x: Tensor, dim: int = -1) -> Tensor:
@@ -129,7 +129,7 @@ def _softmax_bwd_walk_kernel(
 
 
 class SoftmaxFunction(torch.autograd.Function):
-    """Autograd around the kernels; sees only [N, D]."""
+    """Autograd around the kernels, which flatten (see RMSNormFunction)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -145,7 +145,7 @@ class SoftmaxFunction(torch.autograd.Function):
         (y,) = ctx.saved_tensors
         dx = torch.empty(y.shape, dtype=ctx.dtype, device=y.device)
         widest = _along_rows.WHOLE_ROW_BWD
-        return along_rows(_softmax_bwd_kernel, _softmax_bwd_walk_kernel, widest, dx, rows_of(dy), y), None
+        return along_rows(_softmax_bwd_kernel, _softmax_bwd_walk_kernel, widest, dx, dy, y), None
 
 
 def softmax(x: Tensor, dim: int = -1) -> Tensor:
@@ -159,4 +159,4 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
     check_dtypes("softmax", x=x)
     if dim not in (-1, x.ndim - 1):
         return softmax(x.transpose(dim, -1)).transpose(dim, -1)
-    return SoftmaxFunction.apply(rows_of(x), result_dtype(x)).view(x.shape)
+    return SoftmaxFunction.apply(x, result_dtype(x))

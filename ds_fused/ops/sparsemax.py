@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from ds_fused.ops import _along_rows
 from ds_fused.ops._along_rows import along_rows, check_dim
-from ds_fused.ops._triton import check_dtypes, rows_of, runs_kernels
+from ds_fused.ops._triton import check_dtypes, runs_kernels
 
 # the least positive value of fp16: what is smaller must not leave the support, or the gradient would lose it
 LEAST_FP16 = tl.constexpr(2.0**-24)
@@ -207,7 +207,7 @@ def _sparsemax_bwd_walk_kernel(
 
 
 class SparsemaxFunction(torch.autograd.Function):
-    """Autograd around the kernels; sees only [N, D]."""
+    """Autograd around the kernels, which flatten (see RMSNormFunction)."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -221,9 +221,7 @@ class SparsemaxFunction(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
         dx = torch.empty_like(y)
-        return along_rows(
-            _sparsemax_bwd_kernel, _sparsemax_bwd_walk_kernel, _along_rows.WHOLE_ROW_BWD, dx, rows_of(dy), y
-        )
+        return along_rows(_sparsemax_bwd_kernel, _sparsemax_bwd_walk_kernel, _along_rows.WHOLE_ROW_BWD, dx, dy, y)
 
 
 def sparsemax(x: Tensor, dim: int = -1) -> Tensor:
@@ -237,4 +235,4 @@ def sparsemax(x: Tensor, dim: int = -1) -> Tensor:
     check_dtypes("sparsemax", x=x)
     if dim not in (-1, x.ndim - 1):
         return sparsemax(x.transpose(dim, -1)).transpose(dim, -1)
-    return SparsemaxFunction.apply(rows_of(x)).view(x.shape)
+    return SparsemaxFunction.apply(x)

@@ -1,10 +1,10 @@
 """The loss of any causal LM: which model owns a head whose call can wait for the loss, and what stands in the way.
 
 One mechanism serves every class whose forward says ``self.loss_function(logits, labels, vocab_size, ...)``, or calls
-PyTorch's cross entropy on its logits itself; no family is named here. Around such a model these things change, and
-``restore`` undoes each:
+PyTorch's cross entropy (or log_softmax and nll_loss) on its logits itself; no family is named here. Around such a model
+these things change, and ``restore`` undoes each:
 
-- the head, an exact ``nn.Linear``, becomes ``modules.head.Head``;
+- the head, an ``nn.Linear`` or what computes as one, becomes ``modules.head.Head``;
 - two hooks on the model arm the head for forwards that are given labels (``Scope``);
 - ``model.loss_function``, which transformers offers for exchanging, becomes a ``CausalLMLoss`` around the original
   where that is ForCausalLMLoss. Every other loss stays: PyTorch's cross entropy, which it calls, takes deferred logits.
@@ -27,7 +27,8 @@ from ds_fused.modules.deferred import DeferredLogits, HeadCall
 from ds_fused.modules.head import CausalLMLoss, Head
 from ds_fused.modules.scope import HeadWeight, Scope
 from ds_fused.modules.swap import fused_class, is_fused, swap, unswap, why_not
-from ds_fused.policies.proof import compare, randn
+from ds_fused.policies.kinds.kind import compared, unproven
+from ds_fused.policies.proof import compare, randn, replica
 from ds_fused.policies.report import Claim, Left
 
 LINEAR = "fused_linear_cross_entropy"
@@ -78,9 +79,13 @@ class LinearClaim:
     site: Site
     paths: tuple[str, ...]
     options: Mapping[str, object]
+    cls: type[nn.Linear]
     key: str = LINEAR
-    original: str = "torch.nn.modules.linear.Linear"
     replacement: str = "linear_cross_entropy, logits deferred"
+
+    @property
+    def original(self) -> str:
+        return f"{self.cls.__module__}.{self.cls.__qualname__}"
 
     def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
         options = tuple(sorted(self.options.items()))
@@ -105,7 +110,7 @@ class LinearClaim:
         return isinstance(self.site.head, Head) and _is_live(self.site.head) and self.site.in_place()
 
     def watched(self) -> tuple[type, ...]:
-        return (fused_class(Head, nn.Linear),)
+        return (fused_class(Head, self.cls),)
 
 
 @dataclass(eq=False)
@@ -181,7 +186,7 @@ def claim_loss(
         if LINEAR in wanted:
             reason = _why_not_head(head)
             if reason is None:
-                claims.append(LinearClaim(site, (path,), wanted[LINEAR]))
+                claims.append(LinearClaim(site, (path,), wanted[LINEAR], type(head)))
             else:
                 left.append(Left(f"head {path}", 1, reason))
         if REAL in wanted and not losses and LINEAR not in wanted:
@@ -200,9 +205,18 @@ def _heads(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
         if not _has_loss_function(module):
             continue
         head = module.get_output_embeddings() if hasattr(type(module), "get_output_embeddings") else None
+        if isinstance(head, nn.Embedding):
+            head = _linear_of_its_shape(module, head)
         if isinstance(head, nn.Module):
             found.setdefault(id(head), (head, []))[1].append(module)
     yield from found.values()
+
+
+def _linear_of_its_shape(model: nn.Module, table: nn.Embedding) -> nn.Module:
+    """What computes the logits of a model that names a table of words instead (FSMT): the one layer that can."""
+    shape = (table.embedding_dim, table.num_embeddings)
+    found = [m for m in model.modules() if isinstance(m, nn.Linear) and (m.in_features, m.out_features) == shape]
+    return found[0] if len(found) == 1 else table
 
 
 def _has_loss_function(module: nn.Module) -> bool:
@@ -225,8 +239,8 @@ def _why_not_loss(model: nn.Module) -> str | None:
     if not _calls(model, "loss_function"):
         # itself, or by a layer of its own that is no model
         layers = [child for child in model.children() if not _has_loss_function(child)]
-        computes = any(isinstance(layer, nn.CrossEntropyLoss) for layer in layers) or any(
-            _calls(module, "CrossEntropyLoss", "cross_entropy") for module in (model, *layers)
+        computes = any(isinstance(layer, (nn.CrossEntropyLoss, nn.NLLLoss)) for layer in layers) or any(
+            _calls(module, "CrossEntropyLoss", "cross_entropy", "nll_loss") for module in (model, *layers)
         )
         return None if computes else "its forward computes the loss itself, and not by torch's cross_entropy"
     loss = model.loss_function
@@ -240,9 +254,19 @@ def _why_not_loss(model: nn.Module) -> str | None:
 
 
 def _calls(model: nn.Module, *names: str) -> bool:
-    """Whether the forward names one of these, of any base: a subclass of the user's may call super().forward."""
+    """Whether the forward names one of these, or a method that the forward names.
+
+    The forward of any base: a subclass of the user's may call super().forward.
+    """
     forwards = [inspect.unwrap(vars(cls)["forward"]) for cls in type(model).__mro__ if "forward" in vars(cls)]
-    return any(name in getattr(getattr(f, "__code__", None), "co_names", ()) for f in forwards for name in names)
+    named = {name for forward in forwards for name in _named_in(forward)}
+    methods = (getattr(type(model), name, None) for name in named)
+    named.update(*(_named_in(method) for method in methods if inspect.isfunction(method)))
+    return not named.isdisjoint(names)
+
+
+def _named_in(function: object) -> tuple[str, ...]:
+    return getattr(getattr(function, "__code__", None), "co_names", ())
 
 
 def _is_masked(model: nn.Module) -> bool:
@@ -273,7 +297,8 @@ def _why_not_head(head: nn.Module) -> str | None:
     cls = type(head)
     if cls.__module__.startswith("peft."):
         return f"PEFT wraps it ({cls.__name__}); the logits are computed"
-    if cls is not nn.Linear:
+    more = head._modules or head._buffers or not head._parameters.keys() <= {"weight", "bias"}
+    if not isinstance(head, nn.Linear) or more:
         return f"it is a {cls.__module__}.{cls.__qualname__}, no plain Linear; the logits are computed"
     reason = why_not(head)
     if reason is not None:
@@ -284,7 +309,23 @@ def _why_not_head(head: nn.Module) -> str | None:
     kind = type(head.weight.data)
     if kind is not Tensor or not head.weight.is_floating_point():
         return f"its weight is a {kind.__qualname__} of {head.weight.dtype}"
+    if cls.forward is not nn.Linear.forward:
+        differs = _head_differs(head)
+        if differs is not None:
+            return f"it is a {cls.__module__}.{cls.__qualname__}, no plain Linear: {differs}; the logits are computed"
     return None
+
+
+def _head_differs(head: nn.Linear) -> str | None:
+    """What a subclass of Linear with a forward of its own computes otherwise than Linear does."""
+    tensors = {"x": randn(1, 2, TOKENS, WIDTH), "weight": randn(2, VOCAB, WIDTH) / WIDTH**0.5}
+    if head.bias is not None:
+        tensors["bias"] = randn(3, VOCAB)
+    runs = [lambda t, cls=cls: replica(head, cls, t, {})(t["x"]) for cls in (type(head), nn.Linear)]
+    try:
+        return compared(runs, tensors, torch.device("cpu"), torch.bfloat16)
+    except Exception as error:
+        return unproven(error)
 
 
 def _is_live(head: nn.Module) -> bool:

@@ -17,13 +17,14 @@ from ds_fused.modules.swap import fused_class, is_fused, owner_of, swap, unswap,
 from ds_fused.modules.tiled_mlp import TILED
 from ds_fused.policies.kinds import ACTIVATION, Kind, Way, choose, find, unproven
 from ds_fused.policies.loss import claim_loss
+from ds_fused.policies.recompute import Recomputing, claim_recompute, recomputing
 from ds_fused.policies.report import Claim, Left, Report
 
 # names of layers that a user would expect to be replaced: where they are of no kind that we know, the report says so
 _EXPECTED = re.compile(r"(RMSNorm|LayerNorm|MLP|Experts)$")
 # ops that are alternatives: `strict` is content with one of each group
 _GROUPS = {
-    **dict.fromkeys(("rms_norm", "layer_norm", "group_norm", "gated_rms_norm"), "norm"),
+    **dict.fromkeys(("rms_norm", "add_rms_norm", "layer_norm", "group_norm", "gated_rms_norm"), "norm"),
     **dict.fromkeys(("glu", "relu2"), "mlp"),
     **dict.fromkeys(("cross_entropy", "linear_cross_entropy"), "loss"),
 }
@@ -47,12 +48,14 @@ def apply(
     eval: str = "defer",
     weight: HeadWeight = HeadWeight(),  # noqa: B008 (frozen)
     tiles: int | None = None,
+    recompute: Recomputing | str | Mapping[str, object] = "full",
     agree: Callable[[dict], None] | None = None,
     **switches: object,
 ) -> Report:
     """Replace what fused kernels can do in ``model``, in place; ``report.restore()`` undoes it.
 
-    ``wanted``: JSON key -> True, False or an object of options; only what it names is on. Without it everything is on.
+    ``wanted``: JSON key -> True, False or an object of options; only what it names is on. Without it a key is
+    on that is on in a JSON block which does not name it.
     ``switches``: single keys on top: ``apply(model, rope=False, fused_linear_cross_entropy={"chunk_mb": 256})``.
     ``device``, ``dtype``: what the model will train in, where each replacement is compared with the original before it
     is used; the first parameter's when not given. Without ``verify`` that happens on the CPU, and only for layers that
@@ -62,6 +65,8 @@ def apply(
     ``eval``: "defer" fuses the loss of an evaluation too, "stock" leaves evaluation alone.
     ``weight``: how the weight of a head is reached where it is sharded.
     ``tiles``: in how many tiles of tokens replaced MLPs run, computed again in backward; whole where not given.
+    ``recompute``: what layers keep under gradient checkpointing: "full", "attention", "matmuls", "auto", or an object,
+    ``{"level": "auto", "keep_mb": 4096}``.
     ``agree``: called with the decisions (a JSON-able dict) before anything changes; raises where ranks differ.
     """
     started = time.perf_counter()
@@ -71,6 +76,8 @@ def apply(
             raise ValueError(f"apply: {name} is {value!r}; it can be {' or '.join(map(repr, known))}")
     if tiles is not None and (type(tiles) is not int or tiles < 1):
         raise ValueError(f"apply: tiles is {tiles!r}; it must be a whole number, at least 1")
+    if not isinstance(recompute, Recomputing):
+        recompute = recomputing(recompute, "apply: recompute")
     planned = plan(model, keys, logits=logits, eval=eval, weight=weight, tiles=tiles)
 
     device, dtype = _place(model, device, dtype)
@@ -89,6 +96,8 @@ def apply(
         agree(_digest(planned, outcomes))
     if strict:
         _all_matched(keys, claims, left)
+    kept, not_kept = claim_recompute(model, recompute, {path for claim in claims for path in claim.paths})
+    claims, left = [*claims, *kept], [*left, *not_kept]
     _commit(claims)
     return Report(model, tuple(claims), tuple(left), time.perf_counter() - started)
 
@@ -134,6 +143,8 @@ def plan(
 
 def _ways(kind: Kind | None, module: nn.Module, wanted: Mapping[str, object]) -> Sequence[Way] | str:
     """The ways to replace a layer; or why it stays; () where none is wanted or nobody would expect one."""
+    if kind is not None and kind.key is not None and kind.key not in wanted:
+        return ()
     if kind is None:
         # what holds layers that we know is no layer itself
         expected = any(_EXPECTED.search(cls.__name__) for cls in type(module).__mro__)
@@ -146,7 +157,10 @@ def _ways(kind: Kind | None, module: nn.Module, wanted: Mapping[str, object]) ->
         return "it is of no form that an op could replace"
     ways = why_not(module) or kind.ways(module)
     # all of them, if any is wanted: which it is decides the comparison, not the switch
-    return ways if isinstance(ways, str) or any(way.key in wanted for way in ways) else ()
+    if isinstance(ways, str) or not any(way.key in wanted for way in ways):
+        return ways if isinstance(ways, str) else ()
+    off = [key for way in ways for key in way.needs if key not in wanted]
+    return f"{ways[0].key} needs {off[0]}, which is off" if off else ways
 
 
 class SwapClaim:
@@ -161,7 +175,7 @@ class SwapClaim:
     @property
     def certain(self) -> bool:
         """Whether it is settled what the layers become."""
-        return len(self._ways) == 1
+        return len(self._ways) == 1 and self._kind.certain
 
     @property
     def way(self) -> Way:
@@ -225,7 +239,7 @@ class SwapClaim:
 def _keys(wanted: Mapping[str, object] | None, switches: Mapping[str, object]) -> dict[str, dict[str, object]]:
     """The JSON keys that are on, with their options; anything unknown is a ValueError that names the known."""
     options = {key: op.options for op in OPS for key in op.keys}
-    asked = dict.fromkeys(options, True) if wanted is None else dict(wanted)
+    asked = {key: op.on for op in OPS for key in op.keys} if wanted is None else dict(wanted)
     asked.update(switches)
     on: dict[str, dict[str, object]] = {}
     for key, value in asked.items():

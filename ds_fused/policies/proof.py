@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -37,9 +38,16 @@ class Stub(nn.Module):
 
 
 def replica(
-    module: nn.Module, cls: type[nn.Module], tensors: Mapping[str, Tensor], state: Mapping[str, object]
+    module: nn.Module,
+    cls: type[nn.Module],
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, object],
+    children: Mapping[str, nn.Module] | None = None,
 ) -> nn.Module:
-    """A shallow copy of a layer, of class ``cls``, over ``tensors``: its own "weight", a child's "up_proj.weight"."""
+    """A shallow copy of a layer, of class ``cls``, over ``tensors``: its own "weight", a child's "up_proj.weight".
+
+    ``children``: what stands in the copy for those of these names.
+    """
     made = cls.__new__(cls)
     made.__dict__.update(vars(module))
     # hooks, compiled call, gradient bookkeeping: as a fresh module has them; then training, so that a dropout shows
@@ -51,7 +59,9 @@ def replica(
     for name, buffer in module._buffers.items():
         made._buffers[name] = None if buffer is None else buffer.detach().clone().to(like.device)
     for name, child in module._modules.items():
-        if f"{name}.weight" in tensors:
+        if children is not None and name in children:
+            made._modules[name] = children[name]
+        elif f"{name}.weight" in tensors:
             made._modules[name] = Stub(tensors[f"{name}.weight"])
         elif child is not None:
             if next(child.parameters(), None) is not None:
@@ -80,25 +90,27 @@ def compare(
     ``may_refuse``: where ``stock`` raises, no model can call it so, and there is nothing to compare.
     """
     names = list(tensors) if gradients is None else list(gradients)
+    # drawn once for all three
+    upstream = functools.cache(lambda i, shape: randn(97 + i, *shape))
     with _undisturbed(device):
         # rounded first: all three see the same numbers
         given = {name: tensor.to(dtypes[name]) for name, tensor in tensors.items()}
         if device.type == "meta":
             # nobody trains there: it is only seen which kernels a proof would launch
-            _run(fused, {name: tensor.to(device) for name, tensor in given.items()}, names)
+            _run(fused, {name: tensor.to(device) for name, tensor in given.items()}, names, upstream)
             return None
-        wanted = _run(stock, {name: tensor.double() for name, tensor in given.items()}, names)
+        wanted = _run(stock, {name: tensor.double() for name, tensor in given.items()}, names, upstream)
         here = {name: tensor.to(device) for name, tensor in given.items()}
         before = _generator_states(device)
         try:
-            theirs = _run(stock, here, names)
+            theirs = _run(stock, here, names, upstream)
         except RuntimeError:
             if may_refuse:
                 return None
             raise
         if any(not torch.equal(a, b) for a, b in zip(before, _generator_states(device), strict=True)):
             return "it draws random numbers"
-        ours = _run(fused, here, names)
+        ours = _run(fused, here, names, upstream)
         return _difference(ours, theirs, wanted)
 
 
@@ -112,13 +124,15 @@ def accepts(run: Run, tensors: Mapping[str, Tensor]) -> bool:
     return True
 
 
-def _run(run: Run, tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    """Outputs and gradients by name. The upstream gradient is random and the same for everyone."""
+def _run(
+    run: Run, tensors: Mapping[str, Tensor], names: Sequence[str], upstream: Callable[[int, torch.Size], Tensor]
+) -> dict[str, Tensor]:
+    """Outputs and gradients by name. ``upstream``: of output i in its shape, random and the same for everyone."""
     leaves = {name: tensor.detach().clone().requires_grad_(name in names) for name, tensor in tensors.items()}
     outputs = run(leaves)
     outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-    upstream = [randn(97 + i, *y.shape).to(y) for i, y in enumerate(outputs)]
-    gradients = torch.autograd.grad(outputs, [leaves[name] for name in names], upstream, allow_unused=True)
+    doutputs = [upstream(i, y.shape).to(y) for i, y in enumerate(outputs)]
+    gradients = torch.autograd.grad(outputs, [leaves[name] for name in names], doutputs, allow_unused=True)
     found = {f"output {i}" if len(outputs) > 1 else "output": y.detach() for i, y in enumerate(outputs)}
     for name, gradient in zip(names, gradients, strict=True):
         found[f"gradient of {name}"] = torch.zeros_like(leaves[name]) if gradient is None else gradient

@@ -84,6 +84,7 @@ class Report:
     left: Sequence[Left]
     seconds: float
     watch: Watch = field(init=False)
+    settings: Sequence[str] = ()  # what was set beside the layers, a line each
 
     def __post_init__(self) -> None:
         self.watch = Watch(self.model, self.claims)
@@ -132,6 +133,7 @@ class Report:
             "  " + " ".join((row[0].rjust(widths[0]), row[1].ljust(widths[1]), row[2].ljust(widths[2]), row[3]))
             for row in table
         ]
+        lines += [f"  {line}" for line in self.settings]
         lines += [f"  left {row.count} x {row.what}: {row.reason}" for row in self.left]
         return "\n".join(lines)
 

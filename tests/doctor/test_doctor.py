@@ -83,6 +83,17 @@ def test_a_type_and_what_is_none(capsys: pytest.CaptureFixture) -> None:
     assert "FastVlmForConditionalGeneration can't be built or run: ImportError" in capsys.readouterr().out
 
 
+# words of several codebooks at once, a spectrogram instead of words, one configuration for two directions
+@pytest.mark.parametrize("model_type", ["musicgen", "pop2piano", "reformer"])
+def test_batches_of_other_kinds(model_type: str) -> None:
+    assert doctor.main([model_type]) == doctor.AGREES
+
+
+def test_a_type_without_a_loss_of_words(capsys: pytest.CaptureFixture) -> None:
+    assert doctor.main(["pi0"]) == doctor.NOT_RUN
+    assert "its forward takes no labels" in capsys.readouterr().out
+
+
 def test_a_wrong_replacement_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     right = norm.rms_norm
     # right in what the proof draws, wrong in a width of a model's

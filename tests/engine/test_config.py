@@ -7,13 +7,14 @@ import pytest
 
 from ds_fused.engine.config import KEYS, parse
 from ds_fused.ops.registry import OPS
+from ds_fused.policies.recompute import Recomputing
 
 OP_KEYS = [key for op in OPS for key in op.keys]
 
 
-def test_enabled_means_every_op():
+def test_enabled_means_every_op_but_one():
     config = parse({"enabled": True})
-    assert list(config.wanted) == OP_KEYS
+    assert list(config.wanted) == [key for key in OP_KEYS if key != "add_rms_norm"]
     assert all(options == {} for options in config.wanted.values())
     assert (config.strict, config.verify, config.report) == (False, True, True)
     assert (config.logits, config.eval) == ("defer", "defer")
@@ -26,6 +27,10 @@ def test_keys_come_from_the_registry():
 @pytest.mark.parametrize("key", OP_KEYS)
 def test_each_op_can_be_switched_off(key):
     assert key not in parse({"enabled": True, key: False}).wanted
+
+
+def test_an_op_that_is_off_can_be_switched_on():
+    assert "add_rms_norm" in parse({"enabled": True, "add_rms_norm": True}).wanted
 
 
 def test_options_reach_the_op():
@@ -41,7 +46,7 @@ def test_options_of_the_engine_do_not_reach_the_op():
 
 def test_everything_can_be_said():
     block = {"enabled": False, "strict": True, "verify": False, "report": False, "logits": "keep", "eval": "stock"}
-    block |= {"embedding": True, "warmup": True}
+    block |= {"embedding": True, "warmup": True, "leaf_modules": True, "profile": "small", "zero_sizes": "large"}
     config = parse(block | dict.fromkeys(OP_KEYS, False))
     assert {name: getattr(config, name) for name in block} == block
     assert config.wanted == {}
@@ -53,6 +58,12 @@ def test_tiles():
     assert parse({"enabled": True}).tiles is None
     assert parse({"enabled": True, "tiled_mlp": {}}).tiles == 8
     assert parse({"enabled": True, "tiled_mlp": {"tiles": 3}}).tiles == 3
+
+
+def test_recompute():
+    assert parse({"enabled": True}).recompute == Recomputing("full", None)
+    assert parse({"enabled": True, "recompute": "matmuls"}).recompute == Recomputing("matmuls", None)
+    assert parse({"enabled": True, "recompute": {"keep_mb": 4096}}).recompute == Recomputing("auto", 4096)
 
 
 def test_a_config_does_not_change():
@@ -97,6 +108,10 @@ MALFORMED = [
     ({"enabled": True, "logits": ["keep"]}, "ds_fused.logits", "['keep']", "'defer' or 'keep'"),
     ({"enabled": True, "eval": "fused"}, "ds_fused.eval", "'fused'", "'defer' or 'stock'"),
     ({"enabled": True, "eval": None}, "ds_fused.eval", "None", "'defer' or 'stock'"),
+    ({"enabled": True, "profile": "tiny"}, "ds_fused.profile", "'tiny'", "'stock' or 'auto' or 'fast' or 'small'"),
+    ({"enabled": True, "profile": True}, "ds_fused.profile", "True", "'stock' or 'auto' or 'fast' or 'small'"),
+    ({"enabled": True, "zero_sizes": 5e8}, "ds_fused.zero_sizes", "500000000.0", "'stock' or 'small' or 'large'"),
+    ({"enabled": True, "leaf_modules": "layers"}, "ds_fused.leaf_modules", "'layers'", "true or false"),
     # ops
     ({"enabled": True, "rope": "yes"}, "ds_fused.rope", "'yes'", "true or false"),
     ({"enabled": True, "rms_norm": 1}, "ds_fused.rms_norm", "1 (int)", "true or false"),
@@ -127,6 +142,10 @@ MALFORMED = [
     ({"enabled": True, "tiled_mlp": {"tiles": 0}}, "ds_fused.tiled_mlp.tiles", "at least 1", "0"),
     ({"enabled": True, "tiled_mlp": {"tiles": 2.0}}, "ds_fused.tiled_mlp.tiles", "2.0 (float)", "an integer"),
     ({"enabled": True, "tiled_mlp": {"shards": 2}}, "ds_fused.tiled_mlp", "'shards'", "known keys: tiles"),
+    ({"enabled": True, "recompute": True}, "ds_fused.recompute", "True", '"auto" or an object of level, keep_mb'),
+    ({"enabled": True, "recompute": "most"}, "ds_fused.recompute", "'most'", '"full" or "attention"'),
+    ({"enabled": True, "recompute": {"keep": 1}}, "ds_fused.recompute", "'keep'", "known keys: level, keep_mb"),
+    ({"enabled": True, "recompute": {"keep_mb": "1"}}, "ds_fused.recompute.keep_mb", "'1'", "an integer"),
     ({"enabled": True, "embedding": {}}, "ds_fused.embedding", "{}", "true or false"),
 ]
 

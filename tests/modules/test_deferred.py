@@ -97,6 +97,7 @@ RECORDED = {
     "a number of numpy's": lambda z: np.float64(0.5) * z,
     "a second bias": lambda z: (z + torch.arange(VOCAB) / VOCAB) / 2.0,
     "a second bias, in two dimensions": lambda z: torch.add(z, torch.ones(1, VOCAB)),
+    "log_softmax": lambda z: F.log_softmax(z / 2.0, dim=-1),
 }
 NOT_RECORDED = {
     "two biases": lambda z: z + torch.ones(VOCAB) + torch.ones(VOCAB),
@@ -105,7 +106,10 @@ NOT_RECORDED = {
     "tanh twice": lambda z: z.tanh().tanh(),
     "negative cap": lambda z: z.tanh() * -2.0,
     "scale by a tensor": lambda z: z * torch.full((), 0.7),
-    "functional": lambda z: F.log_softmax(z, dim=-1),
+    "functional": lambda z: F.relu(z),
+    "a step on log_softmax": lambda z: F.log_softmax(z, dim=-1) * 2.0,
+    "log_softmax over tokens": lambda z: F.log_softmax(z, dim=1),
+    "transposed classes": lambda z: z.transpose(1, 2).transpose(1, 2),
     "slice": lambda z: z[..., :VOCAB],
     "divided": lambda z: 1.0 / (z * z + 1.0),
     "method": lambda z: z.clamp(max=0.3),
@@ -169,12 +173,19 @@ OWN_LOSSES = {
     "weighted classes": lambda z, y: _shifted(z, y, weight=torch.arange(VOCAB) / VOCAB),
     "one row": lambda z, y: F.cross_entropy(z.reshape((10, z.size(-1)))[2:3], y.view(-1)[3:4]),
     "twice": lambda z, y: _shifted(z, y) + 0.5 * F.cross_entropy(z.view(-1, VOCAB), y.view(-1)),
+    "log_softmax": lambda z, y: F.nll_loss(z.view(-1, VOCAB).log_softmax(-1), y.view(-1)),
+    "log_softmax in fp32": lambda z, y: F.nll_loss(F.log_softmax(z[0], -1, dtype=torch.float32), y[0], reduction="sum"),
+    "transposed": lambda z, y: F.cross_entropy(
+        z.transpose(0, 1).contiguous().view(-1, VOCAB), y.t().reshape(-1), reduction="none"
+    ).std(),
+    "row after row": lambda z, y: sum(F.cross_entropy(row, labels) for row, labels in zip(z, y, strict=True)),
+    "one of three dimensions": lambda z, y: F.cross_entropy(z.view(1, 2, 5, -1)[:, -1].view(5, -1), y[1]),
 }
 OTHER_LOSSES = {
     "classes in dimension 1": lambda z, y: F.cross_entropy(z.transpose(1, 2), y),
     "classes in dimension 1, by chance": lambda z, y: F.cross_entropy(z[:, :2], torch.zeros(2, VOCAB).long()),
     "probabilities": lambda z, y: F.cross_entropy(z.view(-1, VOCAB), torch.full((10, VOCAB), 1 / VOCAB)),
-    "log_softmax": lambda z, y: F.nll_loss(z.view(-1, VOCAB).log_softmax(-1), y.view(-1)),
+    "nll_loss of no logarithms": lambda z, y: F.nll_loss(z.view(-1, VOCAB), y.view(-1)),
     "some columns": lambda z, y: F.cross_entropy(z[..., :7].reshape(-1, 7), y.view(-1) % 7),
     "a stride": lambda z, y: z[:, ::2].square().mean(),
     "one token": lambda z, y: z[:, -1].square().mean(),
@@ -200,12 +211,12 @@ def test_a_loss_of_the_models_own(name: str) -> None:
 
 def test_a_loss_that_is_not_fused_is_said(caplog: pytest.LogCaptureFixture) -> None:
     say_once.cache_clear()
-    for name in ("flat", "log_softmax"):
+    for name in ("flat", "nll_loss of no logarithms"):
         _, fused = _own((OWN_LOSSES | OTHER_LOSSES)[name])
         fused(*batch())
         fused(*batch())
         said = ["OwnLoss was given labels" in message for message in caplog.messages].count(True)
-        assert said == (name == "log_softmax")
+        assert said == (name != "flat")
     say_once.cache_clear()
 
 
@@ -236,7 +247,22 @@ def test_writing_is_seen_through_views() -> None:
         z[..., 3] = -7.0
         return F.cross_entropy(kept, labels[mask]) + z.square().mean()
 
-    for loss in (written, written_behind, copied):
+    def transposed(z: Tensor, labels: Tensor) -> Tensor:
+        view, copy = z.transpose(0, 1), z.transpose(0, 1).contiguous()
+        z[..., 3] = -7.0
+        return sum(F.cross_entropy(each.reshape(-1, VOCAB), labels.t().reshape(-1)) for each in (view, copy))
+
+    def arranged(z: Tensor, labels: Tensor) -> Tensor:
+        # a copy, and a view of it; both of one row are views
+        copy = z[:, :-1].contiguous()
+        flat, one = copy.view(-1, VOCAB), z[:1, :-1].reshape(-1, VOCAB)
+        z[..., 3] = -7.0
+        copy[..., 5] = -7.0
+        return (
+            F.cross_entropy(flat, labels[:, 1:].reshape(-1)) + F.cross_entropy(one, labels[0, 1:]) + z.square().mean()
+        )
+
+    for loss in (written, written_behind, copied, transposed, arranged):
         stock, fused = _own(loss)
         x, labels = batch()
         wanted, got = stock(x, labels), fused(x, labels)

@@ -115,6 +115,9 @@ def test_exchanged_forward() -> None:
         assert (made.__name__, made.__qualname__) == (cls.forward.__name__, cls.forward.__qualname__)
         if name == "Decorated":
             assert layer.calls == 4  # both decorators, in both calls
+        # what is asked of the copy is told of the copy, under its decorators too
+        of_made = type(name, (nn.Module,), {"forward": made})
+        assert rotary_functions(of_made) == {"apply_rotary_pos_emb": replacement}
 
 
 def test_exchanged_forward_keeps_its_closure() -> None:

@@ -65,7 +65,12 @@ def over_two_to_the_31_elements(
         exact = reference(part, teacher[rows].double(), reduction="none")
         (dexact,) = torch.autograd.grad(exact.sum(), part)
         assert (loss[rows] - exact).abs().max() < 1e-5
-        assert (dstudent[rows] - dexact).abs().max() < 2**-8 * dexact.abs().max()
+        # where two of a million probabilities are all but equal fp32 may take the other one for the larger, and tvd's
+        # slope turns there
+        p, q = (logits[rows].double().log_softmax(-1) for logits in (part.detach(), teacher))
+        apart = (p - q).abs() > 2**-18
+        assert ((dstudent[rows] - dexact).abs() * apart).max() < 2**-8 * dexact.abs().max()
+        assert (~apart).sum() < 100
 
 
 ERRORS = [

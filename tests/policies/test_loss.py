@@ -255,18 +255,46 @@ BART |= {
     for part in ("encoder", "decoder")
     for name, value in (("layers", 1), ("ffn_dim", 24), ("attention_heads", 2))
 }
+PROPHETNET = {
+    "hidden_size": 16,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "num_encoder_layers": 1,
+    "num_decoder_layers": 1,
+    "num_encoder_attention_heads": 2,
+    "num_decoder_attention_heads": 2,
+    "max_position_embeddings": 32,
+    "decoder_start_token_id": 1,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "ngram": 2,
+}
+FSMT = BART | {"src_vocab_size": VOCAB, "tgt_vocab_size": VOCAB, "activation_dropout": 0.0}
 OWN_LOSSES = {
     "BertForMaskedLM": BERT,
     "ModernBertForMaskedLM": {"num_key_value_heads": 2, "global_attn_every_n_layers": 1},
     "T5ForConditionalGeneration": T5 | {"decoder_start_token_id": 0},
     "BartForConditionalGeneration": BART,
     "T5GemmaForConditionalGeneration": {},
+    # log_softmax and nll_loss of several predictions, in a method of its own
+    "ProphetNetForConditionalGeneration": PROPHETNET,
+    "ProphetNetForCausalLM": PROPHETNET | {"add_cross_attention": False},
+    # smoothed besides, which needs the probabilities
+    "ProphetNetForConditionalGeneration smoothed": PROPHETNET | {"eps": 0.1},
+    # names its table of words where others name their head
+    "FSMTForConditionalGeneration": FSMT,
+    "FSMTForConditionalGeneration tied": FSMT | {"tie_word_embeddings": True},
 }
 
 
 def build_own(name: str) -> nn.Module:
-    cls = getattr(transformers, name)
-    settings = cls.config_class(**SIZES | OWN_LOSSES[name])
+    cls = getattr(transformers, name.partition(" ")[0])
+    sizes = dict(SIZES)
+    if name.startswith("ProphetNet"):
+        # it asks for those of encoder and decoder
+        del sizes["num_hidden_layers"]
+    settings = cls.config_class(**sizes | OWN_LOSSES[name])
     if name.startswith("T5Gemma"):
         part = transformers.T5GemmaModuleConfig(**SIZES | {"head_dim": 8, "query_pre_attn_scalar": 8})
         settings = cls.config_class(encoder=part, decoder=copy.deepcopy(part), vocab_size=VOCAB, dropout_rate=0.0)
@@ -381,6 +409,37 @@ def test_a_head_of_the_users_own_class() -> None:
     model = build()
     model.lm_head = Scaled(16, VOCAB, bias=False)
     left_alone(model, "Scaled")
+
+
+def test_a_head_of_another_class_that_computes_as_linear() -> None:
+    class Own(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("...h,vh->...v", x, self.weight)
+
+    class Dropped(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(nn.functional.dropout(x, 1e-6, self.training))
+
+    class Wider(nn.Linear):
+        def __init__(self, n_in: int, n_out: int) -> None:
+            super().__init__(n_in, n_out - 2, bias=False)
+            self.more = nn.Linear(n_in, 2, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat((super().forward(x), self.more(x)), -1)
+
+    stock = build()
+    stock.lm_head = Own(16, VOCAB, bias=False)
+    fused = copy.deepcopy(stock)
+    (claim,), left = fuse(fused)
+    assert left == [] and claim.original.endswith("Own") and claim.watched() == (type(fused.lm_head),)
+    compare(stock, fused, **batch())
+    claim.restore()
+    assert type(fused.lm_head) is Own
+    for cls, reason in ((Dropped, "random numbers"), (Wider, "no plain Linear")):
+        model = build()
+        model.lm_head = cls(16, VOCAB)
+        left_alone(model, reason)
 
 
 def test_a_head_with_a_forward_or_hooks_of_its_own() -> None:
@@ -551,7 +610,8 @@ def test_prediction_step_of_the_trainer() -> None:
         for length in (9, 7):
             with torch.no_grad():
                 out = model.eval()(**batch((2, length)))
-            logits = tuple(v for k, v in out.items() if k not in ("loss", "past_key_values"))
+            # as the Trainer leaves out what the model's config says; 5.24 calls it "cache"
+            logits = tuple(v for k, v in out.items() if k not in ("loss", "past_key_values", "cache"))
             (logits,) = nested_detach(logits)
             gathered.add(logits)
         found.append(gathered.get_arrays())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import time
 from collections.abc import Callable
 
 import pytest
@@ -15,7 +17,9 @@ from transformers.models.t5 import modeling_t5
 import ds_fused
 from ds_fused.modules.attention import exchanged
 from ds_fused.modules.rotary import Turn, fused_rotary
-from ds_fused.policies.kinds import Way, choose, find
+from ds_fused.policies import loss, plan
+from ds_fused.policies.kinds import Way, choose, find, ropes
+from ds_fused.policies.report import Claim
 from tests.policies.tiny import LAYER_KEYS, LLAMA, NAMED, classes, counts
 
 CPU = torch.device("cpu")
@@ -406,8 +410,11 @@ def test_instances_that_differ_are_proven_apart() -> None:
     assert [(row.what, row.count) for row in report.left] == [("Scaled", 1)]
 
 
-# a family for each kind of layer
-@pytest.mark.parametrize("name", ["Llama", "Mixtral", "Qwen3Next", "Cohere", "Nemotron", "Llama4Text"])
+# a family for each kind of layer; two rotary functions in one forward; clamped experts with biases
+PROVEN = ["Llama", "Mixtral", "Qwen3Next", "Cohere", "Nemotron", "Llama4Text", "DeepseekV3", "GptOss"]
+
+
+@pytest.mark.parametrize("name", PROVEN)
 def test_touches_nothing(name: str) -> None:
     model = NAMED[name].make()
     versions = {name: tensor._version for name, tensor in model.state_dict(keep_vars=True).items()}
@@ -422,6 +429,57 @@ def test_touches_nothing(name: str) -> None:
     assert {name: tensor._version for name, tensor in model.state_dict(keep_vars=True).items()} == versions
     assert all(p.grad is None for p in model.parameters())
     assert hooks == []
+
+
+def claims_of(model: nn.Module) -> tuple[Claim, ...]:
+    """Of everything, with no proof remembered."""
+    for cached in (ropes._prove_function, loss._linear_differs, loss._real_differs):
+        cached.cache_clear()
+    return plan.plan(model, plan._keys(None, {})).claims
+
+
+def tensors_alive() -> int:
+    # asked of the type: some objects warn when they are asked for their class
+    return sum(issubclass(type(each), Tensor) for each in gc.get_objects())
+
+
+@pytest.mark.parametrize("name", PROVEN)
+def test_leaves_no_tensor(name: str) -> None:
+    model = NAMED[name].make()
+    for claim in claims_of(model):
+        # whatever is made once in a process
+        claim.prove(CPU, torch.bfloat16)
+    claims = claims_of(model)
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors_alive()
+        assert {claim.prove(CPU, torch.bfloat16) for claim in claims} == {None}
+        assert tensors_alive() == before
+    finally:
+        gc.enable()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PROVEN)
+def test_on_a_gpu_it_is_short_and_leaves_nothing(name: str, device: torch.device, whole_gpu: None) -> None:
+    """50 ms for each class, once its kernels are compiled; generators and memory are as before."""
+    model = NAMED[name].make(torch.bfloat16).to(device)
+    assert {claim.prove(device, torch.bfloat16) for claim in claims_of(model)} == {None}
+    took: dict[str, float] = {}
+    gc.collect()
+    for _ in range(3):
+        for claim in claims_of(model):
+            torch.cuda.synchronize()
+            memory, generators = torch.cuda.memory_allocated(), (torch.get_rng_state(), torch.cuda.get_rng_state())
+            started = time.perf_counter()
+            claim.prove(device, torch.bfloat16)
+            torch.cuda.synchronize()
+            seconds = time.perf_counter() - started
+            took[claim.original] = min(seconds, took.get(claim.original, seconds))
+            assert torch.cuda.memory_allocated() == memory, claim.original
+            assert all(map(torch.equal, generators, (torch.get_rng_state(), torch.cuda.get_rng_state())))
+    assert max(took.values()) <= 0.05, {name: f"{1e3 * seconds:.0f} ms" for name, seconds in took.items()}
 
 
 def test_in_inference_mode() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import pytest
@@ -90,25 +90,28 @@ def batch(seed: int = 1) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
 
 
-def step(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and the gradient of every parameter of one training step."""
+def step(model: nn.Module, inputs: Mapping[str, object] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and the gradient of every parameter of one training step, on ``batch()`` where nothing else is given."""
     model.train()
     model.zero_grad(set_to_none=True)
     device = next(model.parameters()).device
-    loss = model(**{name: tensor.to(device) for name, tensor in batch().items()}).loss
+    given = batch() if inputs is None else inputs
+    loss = model(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}).loss
     loss.backward()
     grads = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return loss.detach(), grads
 
 
-def assert_same_step(model: nn.Module, stock: nn.Module, tolerance: float) -> None:
+def assert_same_step(
+    model: nn.Module, stock: nn.Module, tolerance: float, inputs: Mapping[str, object] | None = None
+) -> None:
     """Loss and gradients agree; ``tolerance`` is relative to the largest value of each.
 
     A gradient that is 0 but for rounding (a router's, where the chosen weights sum to 1) is measured by the others.
     """
-    loss, grads = step(model)
-    stock_loss, stock_grads = step(stock)
+    loss, grads = step(model, inputs)
+    stock_loss, stock_grads = step(stock, inputs)
     assert abs(loss - stock_loss) <= tolerance * abs(stock_loss)
     assert grads.keys() == stock_grads.keys()
     noise = 1e-3 * max(grad.double().norm() for grad in stock_grads.values())

@@ -1,0 +1,130 @@
+"""Fits the parameters of scale_model.py to measured times: relative least squares, by Gauss-Newton with numpy alone.
+
+Parameters are fitted as logarithms, so they stay positive, and within a factor of where they start, since points that
+know nothing of one would have it vanish. What is reported beside the fit: the standard error of each,
+and for each point the errors of two fits that did not see it: of one to all other points, and of one to those of all
+other cases (the same sizes in another way or run are not seen either). A parameter about which the rest says nothing
+stays as it was there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.scale_model import Machine
+from benchmarks.scale_points import Point, Setting
+
+ROUNDS = 30
+# of a logarithm, for numeric derivatives
+STEP = 1e-4
+# a step of Gauss-Newton changes no parameter by more than this factor's logarithm, and all of them no more than that
+LARGEST, FARTHEST = 0.7, np.log(30)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    name: str
+    unit: str
+    scale: float  # SI units in one of these
+    start: float
+    meaning: str
+
+
+PARAMETERS = (
+    Parameter("products", "TFLOP/s", 1e12, 700, "rate of matrix products, on either card"),
+    Parameter("attention", "TFLOP/s", 1e12, 400, "rate of causal attention, forward and backward, half of the square"),
+    Parameter("memory H100", "TB/s", 1e12, 3.0, "bytes that element-wise kernels read and write"),
+    Parameter("memory H200", "TB/s", 1e12, 3.0, "the same"),
+    Parameter("delay", "GB/s", 1e9, 400, "bytes over NVLink for each second by which transfers delay products"),
+    Parameter("collective", "us", 1e-6, 50, "by how much each delays them beside its bytes"),
+    Parameter("hook", "us", 1e-6, 1000, "host time of a module's gather and release under ZeRO-3, a pass"),
+    Parameter("start", "ms", 1e-3, 3, "host time before the first product of a head that is measured alone"),
+)
+
+
+def setting(values: Sequence[float]) -> Setting:
+    """Of values in the units of PARAMETERS."""
+    gemm, attention, h100, h200, delay, call, hook, start = (
+        value * parameter.scale for value, parameter in zip(values, PARAMETERS, strict=True)
+    )
+    machines = {
+        name: Machine(gemm, attention, memory, delay, call, hook) for name, memory in (("H100", h100), ("H200", h200))
+    }
+    return Setting(machines, start)
+
+
+@dataclass(frozen=True)
+class Fit:
+    values: np.ndarray  # in the units of PARAMETERS
+    errors: np.ndarray  # standard errors of the same, relative; infinite where it is not determined
+    left_out: np.ndarray  # of each point: relative error of the fit to the others
+    case_left_out: np.ndarray  # of the fit to other cases
+
+    @property
+    def setting(self) -> Setting:
+        return setting(self.values)
+
+
+def residuals(logs: np.ndarray, points: Sequence[Point]) -> np.ndarray:
+    """Relative errors."""
+    there = setting(np.exp(logs))
+    return np.array([point.model(there) / point.measured - 1 for point in points])
+
+
+def _slopes(logs: np.ndarray, points: Sequence[Point]) -> np.ndarray:
+    columns = []
+    for i in range(len(logs)):
+        step = np.zeros_like(logs)
+        step[i] = STEP
+        columns.append((residuals(logs + step, points) - residuals(logs - step, points)) / (2 * STEP))
+    return np.stack(columns, axis=1)
+
+
+def _starts() -> np.ndarray:
+    return np.log([parameter.start for parameter in PARAMETERS])
+
+
+def at_bounds(logs: np.ndarray) -> np.ndarray:
+    """Which parameters are as far from their start as they may be: the points don't determine them."""
+    return np.abs(logs - _starts()) >= FARTHEST - 1e-9
+
+
+def solve(points: Sequence[Point], logs: np.ndarray | None = None) -> np.ndarray:
+    logs = _starts() if logs is None else logs
+    for _ in range(ROUNDS):
+        slopes, errors = _slopes(logs, points), residuals(logs, points)
+        step = np.linalg.lstsq(slopes, -errors, rcond=None)[0]
+        # those at their bounds that would go on stay, and the others are solved for without them
+        held = at_bounds(logs) & (step * (logs - _starts()) > 0)
+        step = np.zeros_like(logs)
+        step[~held] = np.linalg.lstsq(slopes[:, ~held], -errors, rcond=None)[0]
+        before, logs = logs, logs + np.clip(step, -LARGEST, LARGEST)
+        logs = np.clip(logs, _starts() - FARTHEST, _starts() + FARTHEST)
+        if np.abs(logs - before).max() < 1e-6:
+            break
+    return logs
+
+
+def fit(points: Sequence[Point]) -> Fit:
+    """Of times; the points that are to be explained, all of them."""
+    if len(points) <= len(PARAMETERS):
+        raise ValueError(f"scale: {len(points)} points can't fix {len(PARAMETERS)} parameters")
+    logs = solve(points)
+    slopes, errors = _slopes(logs, points), residuals(logs, points)
+    variance = errors @ errors / (len(points) - len(PARAMETERS))
+    told = ~at_bounds(logs) & np.any(slopes != 0, axis=0)
+    deviations = np.full(len(logs), np.inf)
+    deviations[told] = np.sqrt(variance * np.square(np.linalg.pinv(slopes[:, told])).sum(axis=1))
+    left_out, case_left_out = (
+        np.array([residuals(_solved_without(points, logs, same(point)), [point])[0] for point in points])
+        for same in (lambda point: [point], lambda point: [other for other in points if other.case == point.case])
+    )
+    return Fit(np.exp(logs), deviations, left_out, case_left_out)
+
+
+def _solved_without(points: Sequence[Point], logs: np.ndarray, some: Sequence[Point]) -> np.ndarray:
+    unseen = set(map(id, some))
+    return solve([point for point in points if id(point) not in unseen], logs)

@@ -1,0 +1,288 @@
+"""The measured points that scale.py fits and checks: each with the model's quantities for the same case.
+
+Results of zero3_head.py (two ranks) and of earlier runs on four H200 (results/h200x4/baselines.json), and of
+end_to_end.py wherever such results lie. A row that is not modelled is kept with its reason.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from benchmarks.scale_model import (
+    KEEP_MB,
+    LLAMA_8B,
+    MIB,
+    WAYS,
+    Job,
+    Loss,
+    Machine,
+    Shape,
+    Work,
+    kernels_seconds,
+    liger_loss,
+    peak_bytes,
+    sharded_loss,
+    states_bytes,
+    step_seconds,
+    stock_loss,
+    whole_head,
+    whole_loss,
+)
+from ds_fused.engine.figures import Head, chosen, of_stationary, of_stream, ways
+from ds_fused.engine.shards import Shards
+from ds_fused.ops.stationary import block_bytes
+
+RESULTS = Path(__file__).parent / "results"
+# of a head in an engine alone, see zero3_head.py
+HEADS = ("zero3_head", "zero3_head_rivals", "zero3_head_vocab")
+ALL_MB = 2**30
+# since then "gather" makes its gradients in the forward; before, it kept what fits keep_mb
+GATHER_KEPT_BEFORE = "2026-11-26"
+# (file, shape, way): why a row has no place in the check
+OUTDATED = {
+    ("zero3_head_rivals", "8192x5376x262144", way): "its slabs of 11916 rows are cut in whole tiles since"
+    for way in ("stream", "stream slab_mb=64", "stream keep all")
+}
+NOT_MODELLED = {
+    "deepspeed tiled": "a rival that is in no prediction",
+    "whole gather": "a rival that is in no prediction",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is fitted: a machine of each device, and what stands around a head that is measured alone in an engine."""
+
+    machines: dict[str, Machine]  # by "H100" and "H200"
+    start: float  # seconds
+
+
+@dataclass(frozen=True)
+class Point:
+    file: str
+    case: str
+    way: str
+    unit: str  # "ms" or "MiB"
+    measured: float
+    model: Callable[[Setting], float]
+    base: float = 0.0  # of the measured number, what is there whatever the way is
+
+
+@dataclass(frozen=True)
+class Skipped:
+    file: str
+    case: str
+    way: str
+    reason: str
+
+
+def points() -> tuple[list[Point], list[Skipped]]:
+    found = [*heads(), *probes(), *baselines(), *ends()]
+    return [p for p in found if isinstance(p, Point)], [p for p in found if isinstance(p, Skipped)]
+
+
+def heads(folder: Path = RESULTS / "h100x2") -> Iterator[Point | Skipped]:
+    """Rows of zero3_head.py."""
+    for name in HEADS:
+        measured = json.loads((folder / f"{name}.json").read_text())
+        device, ranks = _device(measured["header"]["device"]), int(measured["header"]["ranks"])
+        keeps = measured["header"]["date"] < GATHER_KEPT_BEFORE
+        for row in measured["rows"]:
+            shape, way = row["shape"], row["way"]
+            reason = OUTDATED.get((name, shape, way)) or NOT_MODELLED.get(way)
+            if row["status"] != "ok" or reason:
+                yield Skipped(name, shape, way, reason or row["status"])
+                continue
+            kind = "gather keep" if keeps and way == "gather" else way
+            loss, around = head_loss(kind, shape, ranks, device)
+            yield Point(name, shape, way, "ms", row["ms"], _time_of_head(loss, device, ranks, around))
+            if row.get("extra_mib") is not None:
+                yield Point(name, shape, way, "MiB", row["extra_mib"], _memory_of_head(loss))
+
+
+LossOf = Callable[[Setting], Loss]
+
+
+def head_loss(way: str, shape: str, ranks: int, device: str) -> tuple[LossOf, bool]:
+    """Of a way of zero3_head.py, and whether it runs in an engine."""
+    tokens, hidden, vocab = sizes = _sizes(shape)
+    name, _, rest = way.partition(" ")
+    options = dict(word.split("=") for word in rest.split() if "=" in word)
+    keep_mb = ALL_MB if rest == "keep all" else float(options.get("keep_mb", KEEP_MB if "keep" in rest else 0))
+    whole = whole_head(vocab, hidden, ranks)
+    if way == "bare GEMMs":
+        return _fixed(Loss(Work(gemm=6 * tokens * hidden * vocab), 0.0)), False
+    if name == "stock":
+        return _fixed(_with(stock_loss(*sizes), whole)), True
+    if name == "liger":
+        return _fixed(_with(liger_loss(*sizes, int(options.get("chunk_mem_const", 1))), whole)), True
+    if name in ("gather", "replicated"):
+        in_forward = way == "gather"
+        loss = whole_loss(*sizes, keep_mb=keep_mb, grad_in_forward=in_forward)
+        if name == "gather":
+            return _fixed(_with(loss, whole)), True
+        # the weight is among what was there before
+        return _fixed(Loss(loss.work, loss.held - 2 * vocab * hidden)), False
+    head = Head.cut(Shards(vocab, hidden, ranks), int(options.get("slab_mb", 128)) * MIB)
+    chunk, keep = int(options.get("chunk_mb", 512)) * MIB, int(keep_mb * MIB)
+    if name == "stream":
+        return _fixed(sharded_loss(of_stream(head, tokens, chunk, keep))), True
+    if name == "stationary":
+        return _fixed(sharded_loss(of_stationary(head, tokens, chunk))), True
+    if name == "auto":
+        both = ways(head, tokens, chunk, KEEP_MB * MIB)
+        return lambda s: sharded_loss(chosen(both, float("inf"), s.machines[device].rates(ranks))), True
+    raise ValueError(f"scale: there is no model of {way!r}; take it among NOT_MODELLED")
+
+
+def _fixed(loss: Loss) -> LossOf:
+    return lambda setting: loss
+
+
+def _with(loss: Loss, work: Work) -> Loss:
+    return Loss(loss.work + work, loss.held)
+
+
+def _sizes(shape: str) -> tuple[int, int, int]:
+    """M, H, V"""
+    tokens, hidden, vocab = map(int, shape.split("x"))
+    return tokens, hidden, vocab
+
+
+def _device(text: str) -> str:
+    found = re.search(r"H\d00", text)
+    if found is None:
+        raise ValueError(f"scale: no parameters for the device {text!r}; there are H100 and H200")
+    return found.group()
+
+
+def _time_of_head(loss: LossOf, device: str, ranks: int, in_engine: bool) -> Callable[[Setting], float]:
+    def ms(setting: Setting) -> float:
+        seconds = setting.machines[device].device(loss(setting).work, ranks, hidden=False)
+        return 1e3 * (seconds + (setting.start if in_engine else 0.0))
+
+    return ms
+
+
+def _memory_of_head(loss: LossOf) -> Callable[[Setting], float]:
+    return lambda setting: loss(setting).held / MIB
+
+
+def probes(folder: Path = RESULTS / "h200x4") -> Iterator[Point]:
+    """A program of its own: the modes' sequence of products and collectives, in slabs and blocks of given sizes."""
+    measured = json.loads((folder / "baselines.json").read_text())
+    device, ranks = _device(measured["header"]["device"]), int(measured["header"]["ranks"])
+    for row in measured["heads"]["rows"]:
+        tokens, hidden, vocab = _sizes(row["shape"])
+        shards = Shards(vocab, hidden, ranks)
+        if row["way"] == "bare GEMMs":
+            way, loss = "bare GEMMs", Loss(Work(gemm=6 * tokens * hidden * vocab), 0.0)
+        elif row["way"] == "stream":
+            way = f"stream, {row['slabs']} slabs"
+            head = Head(shards, vocab // row["slabs"], row["slabs"])
+            loss = sharded_loss(of_stream(head, tokens, 2 * tokens * vocab, 0))
+            # its peak has the outputs, dx in fp32 and the rank's part of the gradient; parts of it have no other room
+            received = 2 * head.slab_rows * hidden // ranks
+            loss = Loss(loss.work, loss.held + 2 * tokens * hidden + 2 * shards.size - received)
+        else:
+            way = f"stationary, {row['block']} tokens"
+            # so large that a block has just these tokens
+            chunk = row["block"] * block_bytes(vocab, hidden, ranks, 2)
+            loss = sharded_loss(of_stationary(Head(shards, vocab, 1), tokens, chunk))
+            # and dx in bf16
+            loss = Loss(loss.work, loss.held + 2 * tokens * hidden)
+        yield Point("probe", row["shape"], way, "ms", row["ms"], _time_of_head(_fixed(loss), device, ranks, False))
+        if "peak_mib" in row:
+            yield Point("probe", row["shape"], way, "MiB", row["peak_mib"], _memory_of_head(_fixed(loss)))
+
+
+def baselines(folder: Path = RESULTS / "h200x4") -> Iterator[Point]:
+    measured = json.loads((folder / "baselines.json").read_text())
+    device, ranks = _device(measured["header"]["device"]), int(measured["header"]["ranks"])
+    for row in measured["steps"]:
+        case = f"{LLAMA_8B.name}, {row['micro_batch']} x 8192"
+        if row["way"] == "kernels":
+            job = Job(WAYS["liger"], LLAMA_8B, ranks, row["micro_batch"])
+            seconds = partial(kernels_seconds, job)
+            yield Point("baselines", case, "products and attention", "ms", row["ms"][0], _time_of(seconds, device))
+            continue
+        job = Job(WAYS[row["way"]], LLAMA_8B, ranks, row["micro_batch"])
+        yield from _steps("baselines", case, job, device, statistics.mean(row["ms"]), _mib(row.get("peak_gib")))
+
+
+def _mib(gib: float | None) -> float | None:
+    return None if gib is None else 1024 * gib
+
+
+def _time_of(seconds: Callable[[Machine], float], device: str) -> Callable[[Setting], float]:
+    return lambda setting: 1e3 * seconds(setting.machines[device])
+
+
+def _steps(file: str, case: str, job: Job, device: str, ms: float, peak_mib: float | None) -> Iterator[Point]:
+    yield Point(file, case, job.way.name, "ms", ms, _time_of(partial(step_seconds, job), device))
+    if peak_mib is not None:
+
+        def mib(setting: Setting) -> float:
+            return peak_bytes(job, setting.machines[device]) / MIB
+
+        yield Point(file, case, job.way.name, "MiB", peak_mib, mib, states_bytes(job) / MIB)
+
+
+def ends(results: Path = RESULTS) -> Iterator[Point | Skipped]:
+    """Rows of end_to_end.py, wherever they lie; of several rounds the median."""
+    for path in sorted(results.glob("*/end_to_end*.json")):
+        if path.stem.endswith("_longest"):
+            continue
+        measured = json.loads(path.read_text())
+        header, name = measured["header"], f"{path.parent.name}/{path.stem}"
+        rounds: dict[tuple[str, int, int], list[dict]] = {}
+        for row in measured["rows"]:
+            rounds.setdefault((row["way"], row["micro_batch"], row["length"]), []).append(row)
+        for (way, batch, length), rows in rounds.items():
+            shape, stage, reason = job_of(header["job"])
+            case = f"{header['job'].partition(' ')[0]}, {batch} x {length}"
+            rows = [row for row in rows if row["status"] == "ok"]
+            if not rows:
+                reason = reason or "it did not run"
+            elif way not in WAYS:
+                reason = reason or "a rival that is in no prediction"
+            if reason:
+                yield Skipped(name, case, way, reason)
+                continue
+            checkpoints = "no gradient checkpointing" not in header["job"]
+            job = Job(WAYS[way], shape, int(header["ranks"]), batch, length, stage, checkpoints)
+            ms = statistics.median(max(row["ranks"]["ms"]) for row in rows)
+            peaks = [max(row["ranks"]["peak_mib"]) for row in rows if row["peak_mib"] is not None]
+            yield from _steps(name, case, job, _device(header["device"]), ms, max(peaks, default=None))
+
+
+def job_of(text: str) -> tuple[Shape | None, int, str | None]:
+    """The shape and ZeRO stage of end_to_end.py's line about its job; or why there is no model of it."""
+    name, _, rest = text.partition(" (")
+    inside, _, more = rest.partition(")")
+    sizes = dict(part.rsplit(" ", 1) for part in inside.split(", "))
+    stage = int(re.search(r"ZeRO (\d)", more).group(1))
+    for word, reason in (("LoRA", "adapters alone are trained"), ("on the CPU", "the optimizer is on the CPU")):
+        if word in more:
+            return None, stage, f"not modelled: {reason}"
+    if "experts" in sizes:
+        return None, stage, "not modelled: a mixture of experts"
+    number = {key: int(value) for key, value in sizes.items() if value.isdecimal()}
+    width = number["head_dim"]
+    shape = Shape(
+        name,
+        number["layers"],
+        number["hidden"],
+        number["intermediate"],
+        number["heads"] * width,
+        number["kv_heads"] * width,
+        number["vocab"],
+        sizes.get("tied") == "True",
+    )
+    return shape, stage, None

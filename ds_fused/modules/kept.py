@@ -1,0 +1,434 @@
+"""Gradient checkpointing that keeps a part: products and attention that are dear to compute again.
+
+    def forward(x):                          # under torch.utils.checkpoint, which keeps x alone
+        y = linear(x, w)                     # kept; in the repetition it is taken from there
+        z = silu(y)                          # computed again
+
+While a layer runs under its checkpoint, the functions in ``PLACES`` are exchanged, for this thread, for ones that see
+what is computed within them. The products and the attention there are kept by the layer's forward, and handed out in
+the order of the forward by its repetition. That happens below autograd: nodes, what they save and the order in which
+they do are those of a repetition that computes everything, and so are hooks of modules (ZeRO-3's gather the same
+weights at the same places) and random numbers. Gradients are bit for bit the same.
+
+Kept per token: the output of each ``linear`` or grouped product and of the attention, with its log-sum-exp; freed when
+the repetition has passed them. What was changed in place since is computed again, and so is everything in a second
+backward over the same graph.
+
+The layer's last product is special. A checkpoint stops its repetition when the last tensor is saved, which may be
+before that product (autograd's own linear) or behind it (DeepSpeed's linear under ZeRO-3, a dropout). How far the first
+repetition of a layer came is remembered: what it did not reach is not kept any more, and a product whose result it did
+not live to use is put off until somebody does, so that it is never computed.
+
+The dispatcher is watched within the exchanged functions only. Selective checkpointing of PyTorch watches a whole layer,
+which costs a call into Python for each of its operators.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ATTENTION, MATMUL = "attention", "matmul"
+# level -> what is kept; "full" computes everything again
+LEVELS = {"full": frozenset(), "attention": frozenset({ATTENTION}), "matmuls": frozenset({ATTENTION, MATMUL})}
+
+# module, function in it, what it computes; in modules that nobody has imported there is nothing to exchange
+PLACES = (
+    ("torch.nn.functional", "linear", MATMUL),
+    ("torch.nn.functional", "grouped_mm", MATMUL),
+    ("torch", "_grouped_mm", MATMUL),
+    ("torch", "addmm", MATMUL),
+    ("torch.nn.functional", "scaled_dot_product_attention", ATTENTION),
+    ("transformers.modeling_flash_attention_utils", "_flash_fn", ATTENTION),
+    ("transformers.modeling_flash_attention_utils", "_flash_varlen_fn", ATTENTION),
+)
+
+_aten = torch.ops.aten
+_PRODUCTS = frozenset((_aten.mm.default, _aten.addmm.default, _aten.bmm.default))
+_ADD = _aten.add_.Tensor
+
+
+class Entry(NamedTuple):
+    """One result within a call, as it was at the call's end: with what was added to it in place, as a bias is."""
+
+    op: Any
+    value: Any
+
+
+class Call(NamedTuple):
+    """What is kept of one call."""
+
+    entries: list[Entry]
+    # what the call returned, where it is of the memory of what is kept, and its version then
+    returned: list[tuple[Tensor, int]]
+
+    def is_unchanged(self) -> bool:
+        return all(tensor._version == version for tensor, version in self.returned)
+
+
+def tensors_of(value: Any) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        return (value,)
+    return tuple(x for x in value if isinstance(x, Tensor)) if isinstance(value, (tuple, list)) else ()
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    return type(value)(map(_detached, value)) if isinstance(value, (tuple, list)) else value
+
+
+@functools.cache
+def _kind_of(op: Any) -> str | None:
+    namespace, _, name = op.name().partition("::")
+    if op in _PRODUCTS or op.name() == "aten::_grouped_mm":
+        return MATMUL
+    is_attention = namespace == "aten" and name.startswith("_scaled_dot_product_")
+    # flash-attention, as a package and as it comes from the hub
+    is_attention |= "flash_attn" in namespace and name.endswith(("fwd", "_forward"))
+    return ATTENTION if is_attention and "backward" not in name else None
+
+
+@functools.cache
+def _dropout_at(op: Any) -> tuple[int, Any] | None:
+    """Where an op has its dropout among its arguments, and what it is where it is not given."""
+    for i, argument in enumerate(op._schema.arguments):
+        if argument.name in ("dropout_p", "p_dropout"):
+            return i, argument
+    return None
+
+
+def _is_kept(op: Any, args: tuple, named: dict, kind: str) -> bool:
+    if _kind_of(op) != kind:
+        return False
+    dropout = _dropout_at(op)
+    if dropout is None:
+        return True
+    # with dropout it draws random numbers, and what comes after it in the repetition would get those
+    at, argument = dropout
+    return not (args[at] if at < len(args) else named.get(argument.name, argument.default_value))
+
+
+class _Watch(TorchDispatchMode):
+    """Hands every operator within a call to a function."""
+
+    def __init__(self, handle: Callable[[Any, tuple, dict], Any]) -> None:
+        super().__init__()
+        self._handle = handle
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return self._handle(op, args, kwargs or {})
+
+
+@dataclass
+class Learnt:
+    """What repetitions of a layer have shown."""
+
+    # how many of its last calls they do not need, and whether they end within the first of these
+    unread: int = 0
+    ends_within: bool = False
+    # calls whose result is that of the one product in them -> this product
+    plain: dict[tuple, Any] = field(default_factory=dict)
+
+
+class Recording:
+    """One forward of a layer, and what it leaves for its repetition.
+
+    ``kinds``: what is kept. ``counts``: the bytes of all kinds are counted, kept or not.
+    ``ended``: called when a repetition has ended.
+    """
+
+    def __init__(
+        self,
+        learnt: Learnt,
+        kinds: frozenset[str],
+        *,
+        counts: bool = False,
+        ended: Callable[[], None] | None = None,
+    ) -> None:
+        self.learnt, self.kinds, self.ended = learnt, kinds, ended
+        self.calls: list[Call | None] = []
+        # bytes of each call, and its kind
+        self.sizes: list[tuple[str, int]] | None = [] if counts else None
+
+    def contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """For ``checkpoint(context_fn=...)``."""
+        return _Forward(self), _Repetition(self)
+
+    def kept_bytes(self) -> int:
+        entries = [entry for call in self.calls if call is not None for entry in call.entries]
+        return sum(x.nbytes for entry in entries for x in tensors_of(entry.value))
+
+
+def needed_bytes(sizes: list[tuple[str, int]], learnt: Learnt, kind: str) -> int:
+    """Of what was counted of one kind, that which a repetition needs."""
+    return sum(size for found, size in sizes[: len(sizes) - learnt.unread] if found == kind)
+
+
+class _Run:
+    """A stretch in which calls to the exchanged functions come here."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+
+    def __enter__(self) -> None:
+        self._outer, _local.run = _local.run, self
+        _exchange.enter()
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        _exchange.leave()
+        _local.run = self._outer
+
+    def called(self, kind: str, function: Callable, args: tuple, named: dict) -> Any:
+        raise NotImplementedError
+
+    def watched(self, handle: Callable, function: Callable, args: tuple, named: dict) -> Any:
+        # a call within the call is part of it
+        _local.run = None
+        try:
+            with _Watch(handle):
+                return function(*args, **named)
+        finally:
+            _local.run = self
+
+
+class _Forward(_Run):
+    def called(self, kind: str, function: Callable, args: tuple, named: dict) -> Any:
+        recording = self._recording
+        # within another function's forward (a layer in tiles) the call is one of many that backward repeats anyway
+        wanted = torch.is_grad_enabled() and (kind in recording.kinds or recording.sizes is not None)
+        if not wanted:
+            recording.calls.append(None)
+            if recording.sizes is not None:
+                recording.sizes.append((kind, 0))
+            return function(*args, **named)
+        likeness = _likeness(function, args, named) if kind == MATMUL else None
+        op = recording.learnt.plain.get(likeness)
+        if op is not None:
+            # nothing to watch: what comes out is what is kept
+            y = function(*args, **named)
+            value = y.detach()
+            call = Call([Entry(op, value)], [(value, y._version)])
+            recording.calls.append(call if kind in recording.kinds else None)
+            if recording.sizes is not None:
+                recording.sizes.append((kind, y.nbytes))
+            return y
+        made: list[Entry] = []
+        is_spoilt = False
+
+        def handle(op: Any, args: tuple, named: dict) -> Any:
+            nonlocal is_spoilt
+            out = op(*args, **named)
+            if _is_kept(op, args, named, kind):
+                made.append(Entry(op, out))
+            elif made and _writes(op) and _memory(args[0]) in _memories(made):
+                # DeepSpeed's linear adds its bias so; anything else would be done twice
+                is_spoilt |= op is not _ADD
+            return out
+
+        y = self.watched(handle, function, args, named)
+        if likeness is not None and not is_spoilt and _is_plain(made, y):
+            recording.learnt.plain[likeness] = made[0].op
+        is_kept = kind in recording.kinds and made and not is_spoilt
+        recording.calls.append(_kept(made, y) if is_kept else None)
+        if recording.sizes is not None:
+            recording.sizes.append((kind, sum(x.nbytes for entry in made for x in tensors_of(entry.value))))
+        return y
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        super().__exit__(kind, error, trace)
+        calls = self._recording.calls
+        for i in range(max(0, len(calls) - self._recording.learnt.unread), len(calls)):
+            calls[i] = None
+
+
+def _likeness(function: Callable, args: tuple, named: dict) -> tuple | None:
+    """Calls of one likeness run the same operators; None: nothing is known of the call's."""
+    if named or not args or not isinstance(args[0], Tensor):
+        return None
+    return function, args[0].ndim, args[0].dtype, *map(type, args)
+
+
+def _is_plain(made: list[Entry], y: Any) -> bool:
+    """Whether y is the only product's result, in another shape at most."""
+    if len(made) != 1 or made[0].op not in _PRODUCTS or not isinstance(y, Tensor):
+        return False
+    out = made[0].value
+    is_alike = y.is_contiguous() and out.numel() == y.numel() > 0 and out.dtype == y.dtype
+    return is_alike and out.data_ptr() == y.data_ptr()
+
+
+def _kept(made: list[Entry], y: Any) -> Call:
+    # detached here and not within the watch: autograd's own detach has one version with what it detaches
+    memories = _memories(made)
+    returned = [(x.detach(), x._version) for x in tensors_of(y) if _memory(x) in memories]
+    return Call([Entry(op, _detached(value)) for op, value in made], returned)
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _memories(made: list[Entry]) -> set[int]:
+    return {_memory(x) for entry in made for x in tensors_of(entry.value)}
+
+
+@functools.cache
+def _writes(op: Any) -> bool:
+    """Whether an operator writes into its first argument."""
+    arguments = op._schema.arguments
+    return bool(arguments) and arguments[0].alias_info is not None and arguments[0].alias_info.is_write
+
+
+class _Repetition(_Run):
+    def __enter__(self) -> None:
+        self._reached, self._ended_within = 0, False
+        super().__enter__()
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        super().__exit__(kind, error, trace)
+        recording = self._recording
+        recording.learnt.unread = max(0, len(recording.calls) - self._reached + self._ended_within)
+        recording.learnt.ends_within = self._ended_within
+        if recording.ended is not None:
+            recording.ended()
+
+    def called(self, kind: str, function: Callable, args: tuple, named: dict) -> Any:
+        recording, at = self._recording, self._reached
+        self._reached += 1
+        call = None
+        if at < len(recording.calls):
+            call, recording.calls[at] = recording.calls[at], None
+        try:
+            if call is not None and call.is_unchanged():
+                return self._handed_out(call.entries, kind, function, args, named)
+            if kind == MATMUL and recording.learnt.ends_within and at == len(recording.calls) - recording.learnt.unread:
+                return self._put_off(function, args, named)
+            return function(*args, **named)
+        except BaseException:
+            # the checkpoint has all that it needs
+            self._ended_within = True
+            raise
+
+    def _handed_out(self, entries: list[Entry], kind: str, function: Callable, args: tuple, named: dict) -> Any:
+        entries.reverse()
+        handed_out: set[int] = set()
+
+        def handle(op: Any, args: tuple, named: dict) -> Any:
+            if op is _ADD and _memory(args[0]) in handed_out:
+                return args[0]
+            if entries and op is entries[-1].op:
+                value = entries.pop().value
+                handed_out.update(map(_memory, tensors_of(value)))
+                # without what autograd knew of it; the node that it belongs to now is made above
+                return value.detach().view(_shape(args)) if op in _PRODUCTS else _detached(value)
+            if _is_kept(op, args, named, kind):
+                kept = f"{entries[-1].op} was kept" if entries else "nothing more was kept"
+                raise RuntimeError(f"recompute: the repetition of a layer came to {op} where {kept} by its forward")
+            return op(*args, **named)
+
+        return self.watched(handle, function, args, named)
+
+    def _put_off(self, function: Callable, args: tuple, named: dict) -> Any:
+        """The call with its product computed at its end, which the repetition is not expected to live to see."""
+        waiting: list[tuple[Any, tuple, dict, Tensor]] = []
+
+        def compute() -> None:
+            with torch.no_grad():
+                for op, given, others, into in waiting:
+                    # past the version: for autograd this is the value that was there from the start
+                    if op is _ADD:
+                        op(into.data, *given[1:], **others)
+                    else:
+                        into.data.copy_(op(*given, **others))
+            waiting.clear()
+
+        def handle(op: Any, args: tuple, named: dict) -> Any:
+            memories = {_memory(into) for *_, into in waiting}
+            read = [any(_memory(x) in memories for x in tensors_of(given)) for given in args]
+            if op in _PRODUCTS and not any(read):
+                y = args[-1].new_empty(_shape(args))
+                waiting.append((op, args, named, y))
+                return y
+            if op is _ADD and read == [True, False]:
+                waiting.append((op, args, named, args[0]))
+                return args[0]
+            if any(read) and not (op.is_view or op is _aten._unsafe_view.default):
+                compute()
+            return op(*args, **named)
+
+        y = self.watched(handle, function, args, named)
+        compute()
+        return y
+
+
+def _shape(args: tuple) -> tuple[int, ...]:
+    """Of a product's result."""
+    a, b = args[-2:]
+    return *a.shape[:-1], b.shape[-1]
+
+
+class _Local(threading.local):
+    run: _Run | None = None
+
+
+_local = _Local()
+
+
+class _Exchange:
+    """The exchange of the functions, for as long as any thread has a layer running under its checkpoint."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._depth = 0
+        self._done: list[tuple[Any, str, Callable, Callable]] = []
+
+    def enter(self) -> None:
+        with self._lock:
+            self._depth += 1
+            if self._depth > 1:
+                return
+            for home, name, kind in PLACES:
+                module = sys.modules.get(home)
+                stock = getattr(module, name, None)
+                if stock is not None:
+                    ours = _calling(stock, kind)
+                    setattr(module, name, ours)
+                    self._done.append((module, name, stock, ours))
+
+    def leave(self) -> None:
+        with self._lock:
+            self._depth -= 1
+            if self._depth:
+                return
+            for module, name, stock, ours in self._done:
+                if getattr(module, name) is ours:
+                    setattr(module, name, stock)
+            self._done = []
+
+
+_exchange = _Exchange()
+
+
+@functools.lru_cache(maxsize=64)
+def _calling(stock: Callable, kind: str) -> Callable:
+    def call(*args: Any, **named: Any) -> Any:
+        # a compiled part of a layer is computed again
+        if torch.compiler.is_compiling() or _local.run is None:
+            return stock(*args, **named)
+        return _local.run.called(kind, stock, args, named)
+
+    return functools.update_wrapper(call, stock, updated=())

@@ -1,0 +1,68 @@
+"""A layer under gradient checkpointing, of whose forward a part is kept (``kept.py`` says how).
+
+The class that the layer gets has one thing more, its checkpointing function, which is transformers' or whatever else
+stands there with the contexts that keep. Whether a layer is checkpointed at all, and when that is switched on, stays
+with the model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ds_fused.modules.allotment import Allotment
+from ds_fused.modules.kept import Learnt
+from ds_fused.modules.scope import say_once
+
+FUNCTION = "_gradient_checkpointing_func"
+
+
+class Recompute:
+    """The original layer."""
+
+    fused_place: int  # among the layers of its stack
+    fused_learnt: Learnt
+    fused_allotment: Allotment
+
+    @property
+    def _gradient_checkpointing_func(self) -> Callable:
+        if FUNCTION not in self.__dict__:
+            raise AttributeError(FUNCTION)
+        return functools.partial(_checkpointed, self, self.__dict__[FUNCTION])
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, function: Callable) -> None:
+        self.__dict__[FUNCTION] = function
+
+
+def _checkpointed(layer: Recompute, stock: Callable, function: Callable, *args: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return stock(function, *args)
+    x = next((x for x in (*args, *function.keywords.values()) if isinstance(x, Tensor)), None)
+    if x is None or not takes_contexts(stock):
+        say_once(
+            f"ds_fused: recompute: {type(layer).__name__} is checkpointed by other means than torch.utils.checkpoint "
+            "with use_reentrant=False, and nothing of it is kept"
+        )
+        return stock(function, *args)
+    if not torch.is_grad_enabled():
+        return stock(function, *args)
+    recording = layer.fused_allotment.recording(layer.fused_place, layer.fused_learnt, x)
+    return stock(function, *args, context_fn=recording.contexts)
+
+
+def takes_contexts(function: object) -> bool:
+    """Whether a checkpointing function is PyTorch's without reentrant autograd, and has no contexts of its own."""
+    return (
+        isinstance(function, functools.partial)
+        and function.func is checkpoint
+        and not function.args
+        and function.keywords.get("use_reentrant") is False
+        and "context_fn" not in function.keywords
+        and not function.keywords.get("debug")
+    )

@@ -1,0 +1,160 @@
+"""Which layers keep a part of their forward under gradient checkpointing: those that transformers would checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ds_fused.modules import Option
+from ds_fused.modules.allotment import Allotment, Auto, Fixed
+from ds_fused.modules.kept import Learnt
+from ds_fused.modules.recompute import Recompute
+from ds_fused.modules.swap import is_fused, swap, unswap, why_not
+from ds_fused.policies.report import Left
+
+KEY = "recompute"
+OPTIONS: Mapping[str, Option] = {
+    "level": Option(
+        str,
+        "full",
+        'what is not computed again in backward: nothing, with "attention" its outputs, with "matmuls" those of '
+        'products as well; "auto" keeps what there is memory for',
+        ("full", "attention", "matmuls", "auto"),
+    ),
+    "keep_mb": Option(int, None, 'MiB that "auto" may keep in a forward; null: what the first steps find room for'),
+}
+# transformers' own, by name: a layer that is checkpointed where that is switched on
+_BASE = "GradientCheckpointingLayer"
+
+log = logging.getLogger("ds_fused")
+
+
+@dataclass(frozen=True)
+class Recomputing:
+    """The key's value, found well-formed."""
+
+    level: str = "full"
+    keep_mb: int | None = None
+
+
+def recomputing(value: object, where: str = "recompute") -> Recomputing:
+    """Of a level or an object of options; ValueError where it is neither. ``where`` is its name in the message."""
+    given = {"level": value} if isinstance(value, str) else value
+    levels = " or ".join(f'"{level}"' for level in OPTIONS["level"].choices)
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where} must be {levels} or an object of {', '.join(OPTIONS)}, got {value!r}")
+    for name in given:
+        if name not in OPTIONS:
+            raise ValueError(f"{where}: unknown key {name!r}; known keys: {', '.join(OPTIONS)}")
+    keep_mb = given.get("keep_mb")
+    level = given.get("level", "full" if keep_mb is None else "auto")
+    if level not in OPTIONS["level"].choices:
+        raise ValueError(f"{where} must be {levels}, got {level!r}")
+    if keep_mb is not None and (type(keep_mb) is not int or keep_mb < 0):
+        raise ValueError(f"{where}.keep_mb must be an integer, at least 0, got {keep_mb!r}")
+    if keep_mb is not None and level != "auto":
+        raise ValueError(f'{where}.keep_mb is for the level "auto", got it with {level!r}')
+    return Recomputing(level, keep_mb)
+
+
+@dataclass(eq=False)
+class RecomputeClaim:
+    """Layers of one class in one stack."""
+
+    paths: tuple[str, ...]
+    allotment: Allotment
+    modules: tuple[nn.Module, ...]
+    places: tuple[int, ...]
+    key: str = KEY
+
+    @property
+    def original(self) -> str:
+        cls = type(self.modules[0])
+        return f"{cls.__module__}.{cls.__qualname__}"
+
+    @property
+    def replacement(self) -> str:
+        return f"under gradient checkpointing: {self.allotment}"
+
+    def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        # nothing is computed otherwise
+        return None
+
+    def commit(self) -> None:
+        try:
+            for module, place in zip(self.modules, self.places, strict=True):
+                swap(module, Recompute, fused_place=place, fused_learnt=Learnt(), fused_allotment=self.allotment)
+        except BaseException:
+            self.restore()
+            raise
+
+    def restore(self) -> None:
+        for module in self.modules:
+            if is_fused(module):
+                unswap(module)
+
+    def in_place(self) -> bool:
+        return all(isinstance(module, Recompute) for module in self.modules)
+
+    def watched(self) -> tuple[type, ...]:
+        # whether layers are checkpointed is the user's choice
+        return ()
+
+
+def claim_recompute(
+    model: nn.Module, wanted: Recomputing, taken: Collection[str]
+) -> tuple[list[RecomputeClaim], list[Left]]:
+    """What the layers of ``model`` become; ``taken`` are the paths of layers that something else replaces."""
+    if wanted.level == "full":
+        return [], []
+    stacks: dict[str, list[tuple[str, nn.Module]]] = {}
+    left: list[Left] = []
+    within: list[str] = []
+    for path, module in model.named_modules():
+        if not any(cls.__name__ == _BASE for cls in type(module).__mro__) or path.startswith(tuple(within)):
+            continue
+        within.append(path + ".")
+        reason = why_not(module) or ("something else of it is replaced" if path in taken else None)
+        if reason is not None:
+            left.append(Left(type(module).__name__, 1, f"{KEY}: {reason}"))
+            continue
+        stacks.setdefault(path.rpartition(".")[0], []).append((path, module))
+    if not stacks:
+        left.append(Left(KEY, 1, "no layer that transformers would checkpoint"))
+    elif wanted.level == "auto" and len(stacks) > 1:
+        # the room is one, and what a forward through one stack leaves of it for the next is not known beforehand
+        largest = max(stacks, key=lambda stack: len(stacks[stack]))
+        for stack in stacks.keys() - {largest}:
+            layers = stacks.pop(stack)
+            left.append(
+                Left(type(layers[0][1]).__name__, len(layers), f"{KEY}: room is made in the largest stack only")
+            )
+    claims = []
+    for layers in stacks.values():
+        allotment = _allotment(wanted, len(layers))
+        by_class: dict[type, list[tuple[int, str, nn.Module]]] = {}
+        for place, (path, module) in enumerate(layers):
+            by_class.setdefault(type(module), []).append((place, path, module))
+        for alike in by_class.values():
+            places, paths, modules = zip(*alike, strict=True)
+            claims.append(RecomputeClaim(paths, allotment, modules, places))
+    return claims, left
+
+
+def _allotment(wanted: Recomputing, layers: int) -> Allotment:
+    if wanted.level != "auto":
+        return Fixed(wanted.level)
+    return Auto(layers, None if wanted.keep_mb is None else wanted.keep_mb * 2**20, _teller())
+
+
+def _teller() -> Callable[[str], None]:
+    def tell(line: str) -> None:
+        # each rank decides for itself; the first one's is said
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            log.warning("ds_fused: recompute: %s", line)
+
+    return tell

@@ -1,0 +1,251 @@
+"""scale.py: the fit finds what there is to find, its sums are those of the cases, and the page has every point."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+# benchmarks/ is no installed package
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks import scale
+from benchmarks.scale_fit import PARAMETERS, at_bounds, fit, residuals, setting, solve
+from benchmarks.scale_model import (
+    LLAMA_8B,
+    LLAMA_70B,
+    WAYS,
+    Job,
+    Machine,
+    Work,
+    head_figures,
+    liger_loss,
+    peak_bytes,
+    states_bytes,
+    step_seconds,
+    stock_loss,
+)
+from benchmarks.scale_points import Point, Skipped, baselines, ends, head_loss, heads, probes
+
+GIB = 2**30
+# in the units of PARAMETERS
+KNOWN = [650.0, 450.0, 2.8, 3.6, 350.0, 40.0, 900.0, 2.0]
+MACHINE = Machine(gemm=700e12, attention=500e12, memory=3e12, delay=300e9, call=50e-6, hook=1e-3)
+
+
+@pytest.fixture(scope="module")
+def found() -> list[Point]:
+    """The points that are always there."""
+    return [point for point in (*heads(), *probes(), *baselines()) if isinstance(point, Point)]
+
+
+@pytest.fixture(scope="module")
+def times(found) -> list[Point]:
+    return [point for point in found if point.unit == "ms"]
+
+
+def test_the_fit_finds_the_parameters_that_made_the_times(times):
+    known = setting(KNOWN)
+    # some of each kind; what the measured times were plays no part
+    made = [replace(point, measured=point.model(known)) for point in times[::3] + times[-13:]]
+    fitted = fit(made)
+    assert fitted.values == pytest.approx(KNOWN, rel=1e-4)
+    assert np.abs(fitted.left_out).max() < 1e-4 and fitted.errors.max() < 1e-4
+
+
+def test_a_point_that_is_off_shows_where_it_is_left_out(times):
+    known = setting(KNOWN)
+    made = [replace(point, measured=point.model(known)) for point in times[::3] + times[-13:]]
+    made[5] = replace(made[5], measured=made[5].measured / 1.2)
+    fitted = fit(made)
+    assert np.abs(fitted.left_out).argmax() == 5 and fitted.left_out[5] == pytest.approx(0.2, abs=0.01)
+
+
+def test_what_no_point_knows_is_said(times):
+    names = [parameter.name for parameter in PARAMETERS]
+    fitted = fit([point for point in times if point.file == "zero3_head_rivals"])
+    unknown = {name for name, e in zip(names, fitted.errors, strict=True) if e == np.inf}
+    # heads on H100
+    assert unknown == {"attention", "hook", "memory H200"}
+    # no collective takes less than no time
+    impossible = setting([*KNOWN[:5], -30.0, *KNOWN[6:]])
+    fitted = fit([replace(point, measured=point.model(impossible)) for point in times[::4] + times[-13:]])
+    collective = names.index("collective")
+    assert at_bounds(np.log(fitted.values))[collective] and fitted.errors[collective] == np.inf
+    assert np.isfinite(fitted.values).all() and np.isfinite(np.delete(fitted.errors, collective)).all()
+
+
+def test_every_measured_time_is_within_ten_per_cent(times):
+    logs = solve(times)
+    errors = residuals(logs, times)
+    assert np.abs(errors).max() < 0.10 and np.sqrt(np.mean(errors**2)) < 0.04
+    values = dict(zip((parameter.name for parameter in PARAMETERS), np.exp(logs), strict=True))
+    # what the cards can do at most: dense bf16 and memory
+    assert values["products"] < 989 and values["attention"] < 989
+    assert values["memory H100"] < 3.35 and values["memory H200"] < 4.8
+    assert len(times) > 10 * len(PARAMETERS)
+
+
+def test_memory_as_measured(found):
+    some = [point for point in found if point.unit == "MiB" and point.file != "probe"]
+    assert len(some) > 90
+    for point in some:
+        assert point.model(setting(KNOWN)) == pytest.approx(point.measured, rel=0.03), point
+
+
+def test_too_few_points_are_refused(times):
+    with pytest.raises(ValueError, match="8 points can't fix 8 parameters"):
+        fit(times[:8])
+
+
+def test_a_head_is_the_product_s(times):
+    """The time of a head in modes of ours is what mode "auto" goes by, and the host's start."""
+    known = setting(KNOWN)
+    rates = known.machines["H100"].rates(2)
+    job = replace(Job(WAYS["ours"], LLAMA_8B, 2, 1), length=8192)
+    stationary = head_figures(job, known.machines["H100"])
+    assert stationary.mode == "stationary"
+    for point in times:
+        if (point.file, point.case) == ("zero3_head", "8192x4096x128256") and point.way in ("stationary", "auto"):
+            assert point.model(known) == pytest.approx(1e3 * (stationary.seconds(rates) + known.start))
+
+
+def test_links():
+    assert MACHINE.wire(8) == 300e9 and MACHINE.latency(8) == pytest.approx(50e-6 + 7 * 1.9e-6)
+    # two nodes: each takes in half through eight cards while a rank takes in 15 of 16 parts; NVLink is slower
+    assert replace(MACHINE, network=12.5e9).wire(16) == pytest.approx(100e9 * 15 / 16 * 2)
+    assert MACHINE.wire(16) == 450e9
+    assert MACHINE.wire(1024) == pytest.approx(400e9 * (1023 / 1024) / (127 / 128))
+    assert MACHINE.latency(64) == pytest.approx(50e-6 + 56 * 1.9e-6 + 7 * 4e-6)
+
+
+def test_what_the_network_takes_longer_is_hidden_or_not():
+    work = Work(gemm=700e12, wire=400e9, calls=1000)  # a second of products
+    on_one_node = MACHINE.device(work, 8, hidden=True)
+    assert on_one_node == MACHINE.device(work, 8, hidden=False) == pytest.approx(1 + 400 / 300 + 1000 * 63.3e-6)
+    slow = replace(MACHINE, network=12.5e9)
+    alone = slow.alone(work, 64)
+    assert alone > 3
+    assert slow.device(work, 64, hidden=True) == alone
+    assert slow.device(work, 64, hidden=False) == 1 + alone
+
+
+def test_states():
+    # bf16 weights 3.7, fp32 master copy 7.5, Adam's moments 15.0, bf16 gradients 3.7 GiB
+    job = Job(WAYS["hf"], LLAMA_8B, 4, 1)
+    assert LLAMA_8B.elements == pytest.approx(8.03e9, rel=1e-3)
+    assert LLAMA_70B.elements == pytest.approx(70.55e9, rel=1e-3)
+    assert states_bytes(job) / GIB == pytest.approx(29.9, abs=0.1)
+    by_stage = [states_bytes(replace(job, stage=stage)) / LLAMA_8B.elements for stage in (0, 1, 2, 3)]
+    assert by_stage == [16, 4 + 3, 2 + 3.5, 4]
+
+
+def test_losses():
+    tokens, hidden, vocab = 8192, 4096, 128256
+    assert stock_loss(tokens, hidden, vocab).work.gemm == 6 * tokens * hidden * vocab
+    # chunks of 256 tokens; with the constant 16 two chunks
+    small, large = (liger_loss(tokens, hidden, vocab, constant) for constant in (1, 16))
+    assert small.held - 4 * vocab * hidden == 256 * vocab * 2
+    assert large.held - 4 * vocab * hidden == 4096 * vocab * 2
+    assert small.work.memory - large.work.memory == 4 * vocab * hidden * 30
+    with pytest.raises(ValueError, match="no model of 'replicate all'"):
+        head_loss("replicate all", "24x16x67", 2, "H100")
+
+
+def test_a_step():
+    def seconds(way: str, **changes: int) -> float:
+        return step_seconds(Job(WAYS[way], LLAMA_8B, 4, **{"micro_batch": 4, **changes}), MACHINE)
+
+    assert seconds("ours") < seconds("hf")
+    assert seconds("ours-small") > seconds("ours")  # its MLPs are computed once more
+    # at a short sequence the host is what is waited for, and leaf modules are what helps
+    assert seconds("liger", micro_batch=1, length=2048) == seconds("liger", micro_batch=1, length=1024)
+    assert seconds("liger+leaf", micro_batch=1, length=2048) < seconds("liger", micro_batch=1, length=2048) / 2
+    peaks = {way: peak_bytes(Job(WAYS[way], LLAMA_8B, 4, 4), MACHINE) for way in WAYS}
+    assert peaks["ours-small"] < peaks["liger"] < peaks["hf"]
+
+
+def end_to_end(job: str, rows: list[dict]) -> dict:
+    return {"header": {"device": "2 x NVIDIA H100 80GB HBM3", "ranks": "2", "job": job}, "rows": rows}
+
+
+def row(way: str, round_: int = 1, status: str = "ok", ms: float = 100.0, peak: float | None = 40000.0) -> dict:
+    same = {"way": way, "round": round_, "micro_batch": 2, "length": 4096, "status": status}
+    return {**same, "ms": ms, "peak_mib": peak, "ranks": {"ms": [ms, ms + 2], "peak_mib": [peak, peak]}}
+
+
+JOB = (
+    "8b-16layers (type llama, hidden 4096, intermediate 14336, layers 16, heads 32, kv_heads 8, head_dim 128, "
+    "vocab 128256), ZeRO 3, bf16, AdamW, gradient checkpointing, 3 + 8 steps, synthetic tokens"
+)
+
+
+def test_results_of_whole_steps_are_found(tmp_path):
+    (tmp_path / "h100x2").mkdir()
+    rows = [row("hf", 1, ms=100), row("hf", 2, ms=110), row("hf", 3, ms=104), row("alst"), row("ours", status="oom")]
+    (tmp_path / "h100x2" / "end_to_end.json").write_text(json.dumps(end_to_end(JOB, rows)))
+    # another program's rows
+    (tmp_path / "h100x2" / "end_to_end_longest.json").write_text("{}")
+    (tmp_path / "h100x2" / "end_to_end_lora.json").write_text(
+        json.dumps(end_to_end(JOB + ", LoRA of rank 16 on all projections of the layers", [row("hf")]))
+    )
+    time, memory, *skipped = ends(tmp_path)
+    assert (time.file, time.case, time.way, time.unit) == ("h100x2/end_to_end", "8b-16layers, 2 x 4096", "hf", "ms")
+    # the median round, of the slowest rank
+    assert time.measured == 106 and memory.measured == 40000
+    shape = replace(LLAMA_8B, layers=16, name="8b-16layers")
+    known = setting(KNOWN)
+    expected = step_seconds(Job(WAYS["hf"], shape, 2, 2, 4096), known.machines["H100"])
+    assert time.model(known) == pytest.approx(1e3 * expected)
+    assert memory.base == pytest.approx(16 * shape.elements / 2 / 2**20)
+    reasons = {(skip.file, skip.way): skip.reason for skip in skipped if isinstance(skip, Skipped)}
+    assert reasons == {
+        ("h100x2/end_to_end", "alst"): "a rival that is in no prediction",
+        ("h100x2/end_to_end", "ours"): "it did not run",
+        ("h100x2/end_to_end_lora", "hf"): "not modelled: adapters alone are trained",
+    }
+
+
+def test_a_device_without_parameters(tmp_path):
+    (tmp_path / "a100").mkdir()
+    measured = end_to_end(JOB, [row("hf")])
+    measured["header"]["device"] = "2 x NVIDIA A100"
+    (tmp_path / "a100" / "end_to_end.json").write_text(json.dumps(measured))
+    with pytest.raises(ValueError, match="no parameters for the device '2 x NVIDIA A100'; there are H100 and H200"):
+        list(ends(tmp_path))
+
+
+def test_where_the_modes_cross_over():
+    found = list(scale.turns(MACHINE))
+    by = {(turn.hidden, turn.ranks, turn.network): turn.tokens for turn in found}
+    for _, hidden in scale.HEADS:
+        # more ranks, or a faster network: the weight travels sooner
+        tokens = [by[hidden, ranks, 12.5e9] for ranks in scale.RANKS]
+        assert tokens == sorted(tokens, reverse=True)
+        assert by[hidden, 256, 100e9] <= by[hidden, 256, 12.5e9]
+    # the map says the same as the choice, but for the five per cent that count as equal
+    ratios = scale.ratios(MACHINE, 128256, 4096, 12.5e9)
+    line = dict(zip(scale.TOKENS, ratios[scale.MAP_RANKS.index(256)], strict=True))
+    turn = by[4096, 256, 12.5e9]
+    assert all((ratio < 1.05) == (tokens <= turn) for tokens, ratio in line.items() if not 0.95 < ratio < 1.05)
+
+
+def test_the_page(tmp_path, monkeypatch, found):
+    monkeypatch.setattr(scale, "points", lambda: (found[::9] + found[-30:], [Skipped("a file", "1x1x1", "x", "why")]))
+    assert scale.main(["--out", str(tmp_path)]) == 0
+    text = (tmp_path / "scale.md").read_text()
+    assert all(f"| {parameter.name} | " in text for parameter in PARAMETERS)
+    assert "- a file: x, 1x1x1: why" in text and "always stationary" in text
+    shown = found[::9] + found[-30:]
+    assert all(f"| {p.file} | {p.case} | {p.way} | {p.unit} | " in text for p in shown)
+    with (tmp_path / "scale.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert sum(r["table"] == "check" for r in rows) == len(shown)
+    predicted = [r for r in rows if r["table"] == "prediction" and r["unit"] == "GiB"]
+    assert len(predicted) == 2 * len(scale.MICRO_BATCHES) * len(scale.PREDICTED) * len(scale.RANKS)
+    assert all(float(r["model"]) > 0 for r in rows)

@@ -1,0 +1,141 @@
+"""What a profile adds to a block, which one "auto" stands for, and which sizes belong to which layer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ds_fused.engine.config import CHOICES, HEAD, parse
+from ds_fused.engine.estimate import Job, fitting
+from ds_fused.engine.profiles import PROFILES, filled
+from ds_fused.engine.zero_sizes import sizes_of
+
+ON = {"enabled": True}
+SMALL = {"leaf_modules": False, "zero_sizes": "small", "embedding": True, "tiled_mlp": True}
+OF_HEAD = {f"{HEAD}.mode": "stream", f"{HEAD}.keep_mb": 0}
+
+# block, profile, what is added to it
+TABLE = [
+    (ON, "stock", {}),
+    (ON, "small", SMALL | OF_HEAD),
+    (ON | {"tiled_mlp": False, "embedding": False}, "small", {"leaf_modules": False, "zero_sizes": "small"} | OF_HEAD),
+    (
+        ON | {"tiled_mlp": {"tiles": 3}, "zero_sizes": "stock"},
+        "small",
+        {"leaf_modules": False, "embedding": True} | OF_HEAD,
+    ),
+    (ON | {HEAD: {"mode": "gather"}}, "small", SMALL | {f"{HEAD}.keep_mb": 0}),
+    (ON | {HEAD: True}, "small", SMALL | OF_HEAD),
+    (ON | {HEAD: False}, "small", SMALL),
+    (
+        ON,
+        "fast",
+        {"leaf_modules": True, "zero_sizes": "large", f"{HEAD}.mode": "auto", f"{HEAD}.grad_in_forward": False},
+    ),
+    (ON | {"leaf_modules": False, HEAD: {"mode": "stream", "grad_in_forward": True}}, "fast", {"zero_sizes": "large"}),
+]
+
+
+@pytest.mark.parametrize("block, profile, added", TABLE)
+def test_a_profile_adds_what_is_not_given(block, profile, added):
+    whole, fresh = filled(block, profile)
+    assert fresh == added
+    config = parse(whole)
+    for name, value in added.items():
+        key, _, option = name.partition(".")
+        assert (whole[key][option] if option else whole[key]) == value
+    # what was given is what it was
+    given = parse(block)
+    for key in block:
+        if key == HEAD and isinstance(block[HEAD], dict):
+            assert block[HEAD].items() <= whole[HEAD].items()
+        elif key != HEAD:
+            assert whole[key] == block[key]
+    assert (HEAD in config.wanted) == (HEAD in given.wanted)
+
+
+def test_every_profile_is_a_choice_and_well_formed():
+    assert {*PROFILES, "auto"} == set(CHOICES["profile"])
+    for name in PROFILES:
+        parse(filled(ON, name)[0])
+
+
+def test_the_flag_alone_sets_nothing():
+    config = parse(ON)
+    assert (config.profile, config.zero_sizes, config.leaf_modules, config.tiles) == ("stock", "stock", False, None)
+
+
+GIB = 2**30
+# Llama-3-8B, 8192 tokens, on four ranks
+LLAMA = Job(
+    parameters=8_030_261_248,
+    here=False,
+    trained=8_030_261_248,
+    layer=218_112_000,
+    layers=32,
+    width=4096,
+    tokens=8192,
+    itemsize=2,
+    ranks=4,
+    stage=3,
+    checkpointing=True,
+    offloaded=False,
+)
+
+
+@pytest.mark.parametrize(
+    "job, free, profile",
+    [
+        (LLAMA, 140, "fast"),
+        (LLAMA, 79, "fast"),
+        (LLAMA, 40, "small"),
+        (replace(LLAMA, here=True), 45, "fast"),
+        (replace(LLAMA, ranks=1), 140, "small"),
+        (replace(LLAMA, ranks=1, offloaded=True), 79, "fast"),
+        # no checkpointing: a batch of four does not fit
+        (replace(LLAMA, checkpointing=False), 140, "fast"),
+        (replace(LLAMA, checkpointing=False, tokens=4 * 8192), 140, "small"),
+        # stage 2 has whole weights, stage 0 all of everything
+        (replace(LLAMA, stage=2), 79, "fast"),
+        (replace(LLAMA, stage=0), 79, "small"),
+        # adapters: states of few
+        (replace(LLAMA, trained=20_000_000, ranks=2), 40, "fast"),
+        (replace(LLAMA, tokens=64 * 8192), 140, "small"),
+    ],
+)
+def test_auto_is_fast_where_it_fits(job, free, profile):
+    chosen, why = fitting(job, free * GIB)
+    assert chosen == profile, why
+    assert f"of {free:.1f} GiB free" in why
+
+
+def test_the_estimate_adds_up_what_is_known_of_llama():
+    parts = LLAMA.bytes()
+    assert parts["weights"] + parts["gradients"] == LLAMA.parameters
+    assert parts["states"] == 3 * LLAMA.parameters
+    # the inputs of 32 layers are 2 GiB
+    assert 2 * GIB < parts["activations"] < 4.2 * GIB
+
+
+@pytest.mark.parametrize("layer", [7744, 218_112_000, 855_654_400])
+@pytest.mark.parametrize("choice", ["small", "large"])
+def test_sizes_of_a_layer(choice, layer):
+    sizes = sizes_of(choice, layer, 32 * layer)
+    # else a layer that is computed again would be gathered a third time
+    assert sizes["stage3_max_reuse_distance"] >= 2 * layer
+    assert sizes["stage3_max_live_parameters"] >= layer + sizes["stage3_prefetch_bucket_size"]
+    assert 1 <= sizes["reduce_bucket_size"] <= 32 * layer
+    # checkpoints depend on it: "auto" may choose either
+    assert sizes["sub_group_size"] == sizes_of("small", layer, 1)["sub_group_size"] >= layer
+
+
+def test_small_sizes_are_no_larger_than_deepspeeds_for_an_8b():
+    small = sizes_of("small", LLAMA.layer, LLAMA.trained)
+    stock = {"stage3_prefetch_bucket_size": 5e7, "stage3_max_reuse_distance": 1e9, "stage3_max_live_parameters": 1e9}
+    stock |= {"reduce_bucket_size": 5e8, "sub_group_size": 1e9}
+    assert all(small[name] <= size for name, size in stock.items()) and small.keys() == stock.keys()
+
+
+def test_nothing_is_trained():
+    assert sizes_of("small", 7744, 0)["reduce_bucket_size"] == sizes_of("large", 7744, 0)["reduce_bucket_size"] == 1

@@ -1,0 +1,411 @@
+"""Layers that keep a part of their forward under gradient checkpointing: the same losses and gradients to the last bit,
+fewer products in backward, and no more bytes than was said."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+from collections import Counter
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ds_fused
+from ds_fused.modules import kept
+from ds_fused.modules.kept import Recording
+from ds_fused.modules.recompute import FUNCTION, Recompute
+from ds_fused.policies.recompute import Recomputing, recomputing
+from tests.policies.tiny import LAYERS, LLAMA, NAMED, batch
+
+KEPT = ["attention", "matmuls", {"keep_mb": 1}, {"keep_mb": 0}]
+PRODUCTS = ("aten.mm.default", "aten.addmm.default", "aten._grouped_mm.default")
+# of Llama: q, k, v and o, gate and up; the repetition ends before down
+PER_LAYER = 6
+
+
+class Counting(TorchDispatchMode):
+    """How often each operator ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.ops[str(op)] += 1
+        return op(*args, **(kwargs or {}))
+
+    def products(self) -> int:
+        return sum(self.ops[name] for name in PRODUCTS)
+
+    def attentions(self) -> int:
+        return sum(n for name, n in self.ops.items() if "_scaled_dot_product_" in name and "backward" not in name)
+
+
+def checkpointed(model: nn.Module, **options: object) -> nn.Module:
+    model.gradient_checkpointing_enable({"use_reentrant": False, **options})
+    return model.train()
+
+
+def step(model: nn.Module, retain: bool = False, given: dict[str, Tensor] | None = None) -> tuple[list, Counting]:
+    """The loss and all gradients, and what ran in backward."""
+    model.zero_grad()
+    torch.manual_seed(3)  # of dropout
+    loss = model(**(given or batch())).loss
+    with Counting() as counting:
+        loss.backward(retain_graph=retain)
+        if retain:
+            loss.backward()
+    drawn = torch.rand(1)
+    return [loss.detach(), drawn, *(p.grad.clone() for p in model.parameters() if p.grad is not None)], counting
+
+
+def assert_same(got: list[Tensor], wanted: list[Tensor]) -> None:
+    assert len(got) == len(wanted) > 2
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+MODELS = {
+    "llama": LLAMA.make,
+    # without an attention mask that sdpa is given, it is one op on the CPU as well
+    "dropout in attention": lambda: LLAMA.make(attention_dropout=0.2),
+    "dropout behind the last product": lambda: NAMED["Phi"].make(resid_pdrop=0.2),
+    "biases": lambda: NAMED["Qwen2"].make(),
+    "experts": lambda: NAMED["Mixtral"].make(),
+    "grouped experts": lambda: NAMED["Qwen3Moe"].make(experts_implementation="grouped_mm"),
+    "experts in a loop": lambda: NAMED["Qwen3Moe"].make(experts_implementation="eager"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("level", KEPT, ids=str)
+def test_a_step_is_stock_to_the_last_bit(name, level):
+    model = checkpointed(MODELS[name]())
+    # fused layers in both: what is compared is what is kept
+    ds_fused.apply(model)
+    stock, stock_ran = step(model)
+    report = ds_fused.apply(model, {}, recompute=level)
+    # the first step learns what a repetition needs, the second makes use of it
+    for _ in range(3):
+        found, ran = step(model)
+        assert_same(found, stock)
+    if level == "matmuls":
+        assert ran.products() < stock_ran.products()
+        assert ran.products() == step(uncheckpointed(model))[1].products()
+    report.restore()
+
+
+def uncheckpointed(model: nn.Module) -> nn.Module:
+    made = copy.deepcopy(model)
+    made.gradient_checkpointing_disable()
+    return made
+
+
+def test_what_is_kept_is_not_computed_again():
+    model = checkpointed(LLAMA.make())
+    ran = {}
+    for level in ("full", *KEPT[:2]):
+        report = ds_fused.apply(model, {}, recompute=level)
+        step(model)
+        ran[level] = step(model)[1]
+        report.restore()
+    stock = step(model)[1].products()
+    assert [ran[level].products() for level in ran] == [stock, stock, stock - PER_LAYER * LAYERS]
+    assert [ran[level].attentions() for level in ran] == [LAYERS, 0, 0]
+
+
+def recordings() -> list[Recording]:
+    gc.collect()
+    return [x for x in gc.get_objects() if isinstance(x, Recording)]
+
+
+def test_what_is_kept_is_what_was_said_and_is_gone_after_the_backward():
+    model = checkpointed(LLAMA.make())
+    ds_fused.apply(model, recompute="matmuls")
+    step(model)
+    given = batch()
+    loss = model(**given).loss
+    rows, config = given["input_ids"].numel(), model.config
+    kv = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+    # q, o and attention; k and v; gate and up; attention's log-sum-exp
+    widths = 3 * config.hidden_size + 2 * kv + 2 * config.intermediate_size + config.num_attention_heads
+    found = recordings()
+    assert [recording.kept_bytes() for recording in found] == LAYERS * [4 * rows * widths]
+    del found
+    loss.backward()
+    assert recordings() == []
+
+
+def test_a_second_backward_computes_all_of_it_again():
+    model = checkpointed(LLAMA.make())
+    stock, _ = step(model, retain=True)
+    ds_fused.apply(model, dict.fromkeys(("rms_norm",), True), recompute="matmuls")
+    step(model)
+    found, _ = step(model, retain=True)
+    fused, _ = step(uncheckpointed(model), retain=True)
+    assert_same(found, fused)
+    assert torch.allclose(found[0], stock[0])
+
+
+def test_results_written_over_in_place_are_computed_again():
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).mul_(2)
+
+    model = checkpointed(LLAMA.make())
+    for layer in model.model.layers:
+        layer.mlp.up_proj.__class__ = Scaled
+    stock, _ = step(model)
+    ds_fused.apply(model, {}, recompute="matmuls")
+    for _ in range(2):
+        assert_same(step(model)[0], stock)
+
+
+def test_a_last_product_that_comes_to_be_needed_is_computed():
+    model = checkpointed(NAMED["Phi"].make(resid_pdrop=0.0))
+    ds_fused.apply(model, {}, recompute="matmuls")
+    step(model)
+    for p in (0.5, 0.0):
+        for layer in model.model.layers:
+            layer.resid_dropout.p = p
+        found, _ = step(model)
+        assert_same(found, step(uncheckpointed(model))[0])
+
+
+class LastLinear(torch.autograd.Function):
+    """As ZeRO-3's: what backward needs is saved when the product has been made."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = x.matmul(weight.t())
+        if bias is not None:
+            y += bias
+        return y
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        rows = dy.flatten(0, -2)
+        return dy @ weight, rows.t() @ x.flatten(0, -2), None if bias is None else rows.sum(0)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_that_saves_late_is_not_computed_for_nothing(monkeypatch, family, bias):
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight, bias=None: LastLinear.apply(x, weight, bias))
+    model = checkpointed(NAMED[family].make(**({"mlp_bias": bias} if family == "Llama" else {})))
+    stock, ran = step(model)
+    counts = []
+    for level in KEPT[:2]:
+        report = ds_fused.apply(model, {}, recompute=level)
+        for _ in range(3):
+            found, ran_now = step(model)
+            assert_same(found, stock)
+        counts.append(ran.products() - ran_now.products())
+        report.restore()
+    # down is put off for good, in both
+    assert counts == [LAYERS, LAYERS * (PER_LAYER + 1)]
+
+
+def test_a_product_put_off_is_computed_where_it_is_read(monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight, bias=None: LastLinear.apply(x, weight, bias))
+    model = checkpointed(NAMED["Phi"].make(resid_pdrop=0.0))
+    ds_fused.apply(model, {}, recompute="attention")
+    step(model)
+    for layer in model.model.layers:
+        layer.resid_dropout.p = 0.5
+    found, _ = step(model)
+    assert_same(found, step(uncheckpointed(model))[0])
+
+
+def test_autocast():
+    model = checkpointed(LLAMA.make())
+    with torch.autocast("cpu", torch.bfloat16):
+        stock, _ = step(model)
+        ds_fused.apply(model, {}, recompute="matmuls")
+        for _ in range(2):
+            found, ran = step(model)
+            assert_same(found, stock)
+    assert ran.attentions() == 0
+
+
+def test_tiled_mlps_repeat_themselves():
+    model = checkpointed(LLAMA.make())
+    ds_fused.apply(model, {"swiglu": True}, tiles=3)
+    stock, _ = step(model)
+    ds_fused.apply(model, {}, recompute="matmuls")
+    for _ in range(2):
+        assert_same(step(model)[0], stock)
+
+
+def test_lora():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(LLAMA.make(), peft.LoraConfig(target_modules=["q_proj", "down_proj"], lora_dropout=0.2))
+    model.enable_input_require_grads()
+    model = checkpointed(model)
+    stock, _ = step(model)
+    ds_fused.apply(model, {}, recompute="matmuls")
+    for _ in range(2):
+        assert_same(step(model)[0], stock)
+
+
+def test_layers_that_return_tuples():
+    config = transformers.T5Config(
+        vocab_size=64,
+        d_model=16,
+        d_ff=24,
+        d_kv=8,
+        num_layers=2,
+        num_heads=2,
+        dropout_rate=0.1,
+        decoder_start_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = checkpointed(transformers.T5ForConditionalGeneration(config))
+    ids = torch.randint(2, 64, (2, 9))
+    given = {"input_ids": ids, "labels": ids}
+    stock, stock_ran = step(model, given=given)
+    ds_fused.apply(model, {}, recompute="matmuls")
+    for _ in range(2):
+        found, ran = step(model, given=given)
+        assert_same(found, stock)
+    assert ran.products() < stock_ran.products()
+
+
+def test_without_gradients_and_in_eval_nothing_is_kept():
+    model = checkpointed(LLAMA.make())
+    given = batch()
+    with torch.no_grad():
+        stock = model(**given).logits
+    ds_fused.apply(model, {}, recompute="matmuls")
+    with torch.no_grad():
+        assert torch.equal(model(**given).logits, stock)
+    model.eval()
+    assert torch.equal(model(**given).logits, stock)
+    assert recordings() == []
+    ids = given["input_ids"][:, :4]
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > 4
+
+
+def test_functions_of_torch_are_exchanged_while_a_layer_runs_only():
+    before = {(home, name): getattr(__import__(home, fromlist=[name]), name, None) for home, name, _ in kept.PLACES}
+    model = checkpointed(LLAMA.make())
+    ds_fused.apply(model, {}, recompute="matmuls")
+    seen = []
+    layer = model.model.layers[0]
+    layer.mlp.down_proj.register_forward_hook(lambda *_: seen.append(torch.nn.functional.linear))
+    step(model)
+    assert seen and all(function is not before["torch.nn.functional", "linear"] for function in seen)
+    assert before == {key: getattr(__import__(key[0], fromlist=["x"]), key[1], None) for key in before}
+
+    def fail(*_: object) -> None:
+        raise KeyError("in a layer")
+
+    layer.mlp.down_proj.register_forward_hook(fail)
+    with pytest.raises(KeyError):
+        step(model)
+    assert before == {key: getattr(__import__(key[0], fromlist=["x"]), key[1], None) for key in before}
+
+
+@pytest.mark.parametrize("options", [{"use_reentrant": True}, {"context_fn": torch.utils.checkpoint.noop_context_fn}])
+def test_other_checkpointing_stays_and_that_is_said(options, caplog):
+    model = checkpointed(LLAMA.make(), **options)
+    stock, stock_ran = step(model)
+    ds_fused.apply(model, {}, recompute="matmuls")
+    from ds_fused.modules.scope import say_once
+
+    say_once.cache_clear()
+    found, ran = step(model)
+    assert_same(found, stock)
+    assert ran.products() == stock_ran.products()
+    assert "use_reentrant=False, and nothing of it is kept" in caplog.text
+
+
+def test_checkpointing_may_be_switched_on_and_off_behind_it():
+    model = LLAMA.make().train()
+    report = ds_fused.apply(model, {}, recompute="matmuls")
+    plain, _ = step(model)
+    checkpointed(model)
+    step(model)
+    found, ran = step(model)
+    assert_same(found, plain)
+    model.gradient_checkpointing_disable()
+    assert_same(step(model)[0], plain)
+    checkpointed(model)
+    report.restore()
+    layer = model.model.layers[0]
+    assert not isinstance(layer, Recompute) and type(layer).__name__ == "LlamaDecoderLayer"
+    assert isinstance(vars(layer)[FUNCTION], functools.partial)
+    assert vars(layer)[FUNCTION].func is torch.utils.checkpoint.checkpoint
+    _, again = step(model)
+    assert again.products() == ran.products() + PER_LAYER * LAYERS
+
+
+def test_a_copy_keeps_too():
+    model = checkpointed(LLAMA.make())
+    stock, _ = step(model)
+    ds_fused.apply(model, {}, recompute={"keep_mb": 1})
+    for _ in range(2):
+        assert_same(step(model)[0], stock)
+    copied = copy.deepcopy(model)
+    for each in (copied, model):
+        assert_same(step(each)[0], stock)
+
+
+def test_the_report_says_what_is_kept(caplog):
+    model = checkpointed(LLAMA.make())
+    report = ds_fused.apply(model, {}, recompute={"level": "auto", "keep_mb": 1})
+    assert "which the first steps measure" in str(report)
+    for _ in range(2):
+        step(model)
+    said = f"at 22 tokens attention of {LAYERS} and products of {LAYERS} of {LAYERS} layers kept"
+    assert said in str(report) and said in caplog.text
+    assert "recompute: no layer that transformers would checkpoint" in str(
+        ds_fused.apply(nn.Linear(2, 2), {}, recompute="matmuls")
+    )
+
+
+def test_only_the_largest_stack_makes_room():
+    config = transformers.T5Config(
+        vocab_size=64, d_model=16, d_ff=24, d_kv=8, num_layers=2, num_decoder_layers=3, num_heads=2
+    )
+    report = ds_fused.apply(transformers.T5ForConditionalGeneration(config), {}, recompute={"keep_mb": 1})
+    assert [len(claim.paths) for claim in report.claims] == [3]
+    assert [row.count for row in report.left if "largest stack" in row.reason] == [2]
+
+
+@pytest.mark.parametrize(
+    "given, wanted",
+    [
+        ("full", Recomputing()),
+        ({}, Recomputing()),
+        ("auto", Recomputing("auto")),
+        ({"keep_mb": 5}, Recomputing("auto", 5)),
+        ({"level": "matmuls"}, Recomputing("matmuls")),
+    ],
+)
+def test_values(given, wanted):
+    assert recomputing(given) == wanted
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (True, 'must be .*"auto" or an object of level, keep_mb, got True'),
+        ("some", "must be \"full\" or .*got 'some'"),
+        ({"kept": 1}, "unknown key 'kept'; known keys: level, keep_mb"),
+        ({"keep_mb": -1}, "recompute.keep_mb must be an integer, at least 0, got -1"),
+        ({"keep_mb": 1.5}, "got 1.5"),
+        ({"level": "full", "keep_mb": 1}, "is for the level \"auto\", got it with 'full'"),
+    ],
+)
+def test_malformed_values(given, says):
+    with pytest.raises(ValueError, match=says):
+        ds_fused.apply(nn.Linear(2, 2), {}, recompute=given)

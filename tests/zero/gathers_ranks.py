@@ -1,0 +1,394 @@
+"""One rank of test_gathers.py: what ds_fused sets of ZeRO-3's gathering against stock ZeRO-3, all ops off.
+
+    gathers_ranks.py OUT CASE...
+
+OUT/CASE.RANK.json: by way ("stock", "leaf", ...), what `trained` returns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import deepspeed
+import jobs
+import products
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero import partition_parameters
+from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
+from deepspeed.utils import z3_leaf_module
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+import ds_fused
+from ds_fused.engine import leaf_modules
+from ds_fused.engine.config import OP_OPTIONS
+
+GAS = 2
+OFF = dict.fromkeys(OP_OPTIONS, False) | {"enabled": True}
+LEAF = OFF | {"leaf_modules": True}
+SIZES = {"small": OFF | {"zero_sizes": "small"}, "large": OFF | {"zero_sizes": "large"}}
+CHECKPOINTING = {"reentrant": True, "plain": False}
+
+CASES: dict[str, Callable[[], dict]] = {}
+
+
+def case(function: Callable[[], dict]) -> Callable[[], dict]:
+    CASES[function.__name__] = function
+    return function
+
+
+def llama(tied: bool = False, checkpointing: str | None = None) -> LlamaForCausalLM:
+    model = LlamaForCausalLM(jobs.config_of(tied))
+    weights = jobs.first_weights(tied)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(weights[name])
+    if checkpointing is not None:
+        kwargs = {"use_reentrant": CHECKPOINTING[checkpointing]}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    return model
+
+
+def lora(checkpointing: str | None = None, inputs: bool = True) -> nn.Module:
+    """The embedding is frozen: without checkpointing, nothing that reaches the first layer needs a gradient."""
+    model = llama(checkpointing=checkpointing)
+    if checkpointing is not None and inputs:
+        model.enable_input_require_grads()
+    torch.manual_seed(2)
+    targets = ["q_proj", "v_proj", "gate_proj", "down_proj"]
+    return get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+
+
+def engine_of(model: nn.Module, block: dict | None, zero: Mapping = {}, **more: object) -> deepspeed.DeepSpeedEngine:
+    config = {
+        "train_micro_batch_size_per_gpu": products.ROWS,
+        "gradient_accumulation_steps": GAS,
+        "gradient_clipping": products.CLIP,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **zero},
+        "zero_allow_untested_optimizer": True,
+        **more,
+    }
+    if block is not None:
+        config["ds_fused"] = block
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-5)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def step_of(engine: deepspeed.DeepSpeedEngine, step: list) -> list[float]:
+    found = []
+    for micro_batch in step:
+        ids, labels = micro_batch[dist.get_rank()]
+        loss = engine(input_ids=ids, labels=labels).loss
+        engine.backward(loss)
+        engine.step()
+        found.append(loss.item())
+    return [*found, float(engine.get_global_grad_norm())]
+
+
+def digest(model: nn.Module) -> str:
+    """Of all weights, bit by bit."""
+    found = hashlib.sha256()
+    for parameter in model.parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            found.update(parameter.detach().float().numpy().tobytes())
+    return found.hexdigest()
+
+
+def trained(
+    build: Callable[[], nn.Module], block: dict | None, between: Callable | None = None, **config: object
+) -> dict:
+    """Losses and gradient norms, the weights after it, how many gathers a step of the last took, and which leafs."""
+    engine = engine_of(build(), block, **config)
+    gathers = []
+    stock = partition_parameters._dist_allgather_fn
+
+    def counted(*args: object, **named: object) -> object:
+        gathers[-1] += 1
+        return stock(*args, **named)
+
+    said = []
+    partition_parameters._dist_allgather_fn = counted
+    try:
+        for number, step in enumerate(jobs.batches(GAS, products.FEW_STEPS)):
+            gathers.append(0)
+            said += step_of(engine, step)
+            if between is not None and number == 1:
+                said += between(engine)
+    finally:
+        partition_parameters._dist_allgather_fn = stock
+    found = {
+        "said": said,
+        "gathers": gathers,
+        "weights": digest(engine.module),
+        "leafs": [name for name, module in engine.module.named_modules() if z3_leaf_module(module)],
+    }
+    report = getattr(engine, "ds_fused_report", None)
+    if report is not None:
+        found |= {"report": str(report), "left": [f"{row.what}: {row.reason}" for row in report.left]}
+        found["sizes"] = sizes_in_effect(engine)
+        report.restore()
+        found["leafs after restore"] = sum(z3_leaf_module(module) for module in engine.module.modules())
+    engine.destroy()
+    return found
+
+
+def sizes_in_effect(engine: deepspeed.DeepSpeedEngine) -> dict[str, int]:
+    """Where DeepSpeed keeps them, not where it reads them."""
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    of = partial(getattr, coordinator)
+    return {
+        "stage3_prefetch_bucket_size": of("_PartitionedParameterCoordinator__prefetch_bucket_sz"),
+        "stage3_max_live_parameters": of("_PartitionedParameterCoordinator__max_n_available_params"),
+        "stage3_max_reuse_distance": of("_PartitionedParameterCoordinator__max_reuse_dist_in_numel"),
+        "reduce_bucket_size": engine.optimizer.reduce_bucket_size,
+        "bucket": max(bucket.buffer.numel() for bucket in engine.optimizer.ipg_buckets.values()),
+        "sub_group_size": engine.optimizer.sub_group_size,
+    }
+
+
+def with_deepspeeds_leafs(build: Callable[[], nn.Module]) -> nn.Module:
+    model = build()
+    deepspeed.utils.set_z3_leaf_modules(model, ["LlamaDecoderLayer"])
+    return model
+
+
+def ways(build: Callable[[], nn.Module], between: Callable | None = None, **config: object) -> dict:
+    blocks = {"stock": None, "leaf": LEAF, **SIZES, "both": LEAF | {"zero_sizes": "small"}}
+    return {name: trained(build, block, between, **config) for name, block in blocks.items()}
+
+
+@case
+def plain() -> dict:
+    theirs = {"deepspeed's leaf": trained(partial(with_deepspeeds_leafs, llama), None)}
+    return ways(llama) | theirs
+
+
+@case
+def tied() -> dict:
+    return ways(partial(llama, tied=True))
+
+
+@case
+def reentrant() -> dict:
+    return ways(partial(llama, checkpointing="reentrant"))
+
+
+@case
+def not_reentrant() -> dict:
+    build = partial(llama, checkpointing="plain")
+    theirs = {"deepspeed's leaf": trained(partial(with_deepspeeds_leafs, build), None)}
+    return ways(build) | theirs
+
+
+@case
+def checkpoint_to_the_end() -> dict:
+    """A repeated forward that does not stop at the last tensor that is needed; DeepSpeed's ZeRO-3 can't do that."""
+
+    def way(block: dict | None) -> dict:
+        try:
+            return trained(partial(llama, checkpointing="plain"), block)
+        except RuntimeError as error:
+            return {"error": str(error)}
+
+    with set_checkpoint_early_stop(False):
+        return {"stock": way(None), "leaf": way(LEAF)}
+
+
+@case
+def with_lora() -> dict:
+    return ways(lora)
+
+
+@case
+def with_lora_checkpointed() -> dict:
+    builds = {how: partial(lora, how) for how in CHECKPOINTING}
+    builds["plain, inputs without gradients"] = partial(lora, "plain", inputs=False)
+    return {
+        f"{name} {how}": trained(build, block)
+        for how, build in builds.items()
+        for name, block in {"stock": None, "leaf": LEAF, "both": LEAF | {"zero_sizes": "small"}}.items()
+    }
+
+
+@case
+def in_between() -> dict:
+    """Evaluation and generation with a cache between two steps."""
+
+    def between(engine: deepspeed.DeepSpeedEngine) -> list[float]:
+        ids, labels = jobs.batches(1, 1)[0][0][dist.get_rank()]
+        engine.eval()
+        with torch.no_grad():
+            evaluated = engine(input_ids=ids, labels=labels).loss.item()
+            words = engine.module.generate(ids, max_new_tokens=4, do_sample=False, use_cache=True, synced_gpus=True)
+        engine.train()
+        return [evaluated, *words.flatten().tolist()]
+
+    return ways(llama, between)
+
+
+@case
+def unwrapped() -> dict:
+    """DeepSpeed takes its hooks off for generation and puts them on again."""
+
+    def between(engine: deepspeed.DeepSpeedEngine) -> list[float]:
+        ids = jobs.batches(1, 1)[0][0][dist.get_rank()][0]
+        with unwrap_model_for_generation(engine) as model, torch.no_grad():
+            words = model.module.generate(ids, max_new_tokens=4, do_sample=False)
+        return words.flatten().tolist()
+
+    return ways(partial(llama, checkpointing="plain"), between)
+
+
+@case
+def some_stay_whole() -> dict:
+    """Norms are persistent, and weights were split when the model was built."""
+
+    def build() -> nn.Module:
+        config = {"train_micro_batch_size_per_gpu": products.ROWS, "zero_optimization": {"stage": 3}}
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            model = LlamaForCausalLM(jobs.config_of(False))
+        weights = jobs.first_weights(False)
+        for name, weight in model.named_parameters():
+            with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
+                weight.data.copy_(weights[name])
+        return model
+
+    return ways(build, zero={"stage3_param_persistence_threshold": 100})
+
+
+@case
+def only_inference() -> dict:
+    """Without an optimizer."""
+
+    def said(block: dict | None) -> dict:
+        config = {"train_micro_batch_size_per_gpu": products.ROWS, "zero_optimization": {"stage": 3}}
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        config |= {} if block is None else {"ds_fused": block}
+        engine = deepspeed.initialize(model=llama(), config=config)[0]
+        engine.eval()
+        ids, labels = jobs.batches(1, 1)[0][0][dist.get_rank()]
+        with torch.no_grad():
+            losses = [engine(input_ids=ids, labels=labels).loss.item() for _ in range(3)]
+        return {"losses": losses, "leafs": sum(z3_leaf_module(module) for module in engine.module.modules())}
+
+    return {"stock": said(None), "leaf": said(LEAF | {"zero_sizes": "small"})}
+
+
+@case
+def restored_late() -> dict:
+    """After its engine is gone."""
+    engine = engine_of(llama(), LEAF)
+    report, model = engine.ds_fused_report, engine.module
+    hooks = [sum(len(module._forward_hooks) for module in model.modules())]
+    engine.destroy()
+    report.restore()
+    hooks.append(sum(len(module._forward_hooks) for module in model.model.modules()))
+    return {"hooks": hooks, "leafs": sum(z3_leaf_module(module) for module in model.modules())}
+
+
+@case
+def a_gather_for_each() -> dict:
+    """Nothing is fetched ahead, so that each module, or each layer, is a gather of its own."""
+    zero = {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
+    return {
+        f"{name} {how}": trained(partial(llama, checkpointing=how), block, zero=zero)
+        for how in (None, *CHECKPOINTING)
+        for name, block in {"stock": None, "leaf": LEAF}.items()
+    }
+
+
+@case
+def given() -> dict:
+    """What the JSON gives stays, by either of DeepSpeed's names."""
+    zero = {"stage3_prefetch_bucket_size": 777, "max_reuse_distance": 888, "reduce_bucket_size": 9999}
+    return {"small": trained(llama, SIZES["small"], zero=zero)}
+
+
+@case
+def leafs_of_the_user() -> dict:
+    def build() -> nn.Module:
+        model = llama()
+        deepspeed.utils.set_z3_leaf_module(model.model.layers[0].mlp, True)
+        return model
+
+    zero = {"leaf_module": {"names": ["model.layers.1.mlp"]}}
+    return {"script": trained(build, LEAF), "json": trained(llama, LEAF, zero=zero)}
+
+
+@case
+def tiled_inside() -> dict:
+    block = OFF | {"swiglu": True, "tiled_mlp": {"tiles": 3}}
+    build = partial(llama, checkpointing="plain")
+    return {"stock": trained(build, block), "leaf": trained(build, block | {"leaf_modules": True})}
+
+
+@case
+def fused() -> dict:
+    """Everything on, with the head and a tied embedding in slabs."""
+    block = {"enabled": True, "fused_linear_cross_entropy": {"mode": "stream"}}
+    build = partial(llama, tied=True)
+    return {"stock": trained(build, block), "leaf": trained(build, block | {"leaf_modules": True})}
+
+
+@case
+def profiles() -> dict:
+    build = partial(llama, checkpointing="plain")
+    blocks = {name: {"enabled": True, "profile": name} for name in ("auto", "fast", "small")}
+    blocks["explicit"] = blocks["small"] | {"zero_sizes": "stock", "fused_linear_cross_entropy": {"mode": "gather"}}
+    return {"stock": trained(build, None)} | {name: trained(build, block) for name, block in blocks.items()}
+
+
+def mixture() -> nn.Module:
+    torch.manual_seed(4)
+    return MixtralForCausalLM(
+        MixtralConfig(**products.SIZES, num_local_experts=4, initializer_range=0.3, use_cache=False)
+    )
+
+
+@case
+def experts() -> dict:
+    """Small enough to be gathered with their layer; and not."""
+    found = {"stock": trained(mixture, None), "leaf": trained(mixture, LEAF)}
+    before, leaf_modules.MOST_BYTES = leaf_modules.MOST_BYTES, 1000
+    try:
+        return found | {"too large": trained(mixture, LEAF)}
+    finally:
+        leaf_modules.MOST_BYTES = before
+
+
+@case
+def other_profile_on_one() -> dict:
+    block = OFF | {"profile": "fast" if dist.get_rank() else "auto"}
+    try:
+        engine_of(llama(), block)
+    except RuntimeError as error:
+        return {"error here": str(error)}
+    return {"error here": ""}
+    return {}
+
+
+def main(out: Path, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    deepspeed.init_distributed("gloo")
+    ds_fused.install()
+    for name in names:
+        try:
+            result = CASES[name]()
+        except Exception:
+            result = {"error": traceback.format_exc()}
+        (out / f"{name}.{dist.get_rank()}.json").write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:] or list(CASES))

@@ -1,0 +1,174 @@
+"""Leaf modules, sizes and profiles against stock ZeRO-3 on two ranks: gathers change, what is computed does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import products
+import pytest
+from launching import launch
+
+LAYERS = products.SIZES["num_hidden_layers"]
+RANKS = range(2)
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory) -> dict[str, list[dict]]:
+    """Case -> what each rank found."""
+    out = tmp_path_factory.mktemp("gathers")
+    launch(Path(__file__).with_name("gathers_ranks.py"), str(out), timeout=400)
+    names = [path.name.removesuffix(".0.json") for path in out.glob("*.0.json")]
+    return {name: [json.loads((out / f"{name}.{rank}.json").read_text()) for rank in RANKS] for name in names}
+
+
+def assert_alike(found: dict, stock: dict) -> None:
+    """Losses, gradient norms and whatever was asked in between."""
+    assert len(stock["said"]) >= 3 * products.FEW_STEPS and stock["said"][0] != stock["said"][-2]
+    # a residual's gradients are added up in another order where DeepSpeed has no hook on each module
+    assert found["said"] == pytest.approx(stock["said"], rel=5e-6)
+
+
+MODELS = ["plain", "tied", "reentrant", "not_reentrant", "with_lora", "in_between", "unwrapped", "some_stay_whole"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_sizes_change_no_bit(cases, model):
+    for found in cases[model]:
+        for way in ("small", "large"):
+            assert found[way]["said"] == found["stock"]["said"]
+            assert found[way]["weights"] == found["stock"]["weights"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_leaf_modules_train_as_stock(cases, model):
+    for found in cases[model]:
+        assert_alike(found["leaf"], found["stock"])
+        assert found["leaf"]["left"] == []
+        assert [name.rpartition(".")[2] for name in found["leaf"]["leafs"]] == [str(i) for i in range(LAYERS)]
+        # small sizes have other gathers, and the same numbers
+        assert found["both"]["weights"] == found["leaf"]["weights"]
+
+
+@pytest.mark.parametrize("model", ["plain", "not_reentrant"])
+def test_leaf_modules_are_deepspeeds_to_the_bit(cases, model):
+    for found in cases[model]:
+        assert found["leaf"]["weights"] == found["deepspeed's leaf"]["weights"]
+        assert found["leaf"]["said"] == found["deepspeed's leaf"]["said"]
+
+
+@pytest.mark.parametrize("how", ["reentrant", "plain", "plain, inputs without gradients"])
+def test_lora_in_checkpointed_leaf_modules(cases, how):
+    for found in cases["with_lora_checkpointed"]:
+        for way in ("leaf", "both"):
+            assert_alike(found[f"{way} {how}"], found[f"stock {how}"])
+
+
+def test_a_repeated_forward_that_runs_to_its_end(cases):
+    for found, stopped in zip(cases["checkpoint_to_the_end"], cases["not_reentrant"], strict=True):
+        assert "size of tensor" in found["stock"]["error"]
+        assert found["leaf"]["weights"] == stopped["leaf"]["weights"]
+
+
+@pytest.mark.parametrize("how", ["None", "reentrant", "plain"])
+def test_a_layer_is_one_gather_each_way(cases, how):
+    # beside layers: the embedding once each way, the last norm and the head in forward and in backward
+    others = 6
+    for found in cases["a_gather_for_each"]:
+        assert_alike(found[f"leaf {how}"], found[f"stock {how}"])
+        micro_steps = 2
+        assert set(found[f"leaf {how}"]["gathers"]) == {micro_steps * (2 * LAYERS + others)}
+        # nine modules of a layer have weights
+        assert min(found[f"stock {how}"]["gathers"]) >= micro_steps * (2 * LAYERS * 9 + others)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_restore_makes_no_leaf_module_stay(cases, model):
+    for found in cases[model]:
+        assert found["leaf"]["leafs after restore"] == 0
+
+
+def test_restore_after_the_engine_is_gone_hooks_nothing(cases):
+    for found in cases["restored_late"]:
+        assert found["hooks"][0] > 0 and found["hooks"][1] == 0 and found["leafs"] == 0
+
+
+def test_leaf_modules_without_an_optimizer(cases):
+    for found in cases["only_inference"]:
+        assert (found["stock"]["leafs"], found["leaf"]["leafs"]) == (0, LAYERS)
+        assert found["leaf"]["losses"] == found["stock"]["losses"]
+
+
+def test_small_sizes_took_effect(cases):
+    layer = 7744  # parameters
+    for found in cases["plain"]:
+        sizes = found["small"]["sizes"]
+        assert sizes == {
+            "stage3_prefetch_bucket_size": layer,
+            "stage3_max_reuse_distance": 2 * layer,
+            "stage3_max_live_parameters": 3 * layer,
+            "reduce_bucket_size": layer // 8,
+            "bucket": layer // 8,
+            "sub_group_size": 10_000_000,
+        }
+        # and without the key they are DeepSpeed's
+        assert found["leaf"]["sizes"]["reduce_bucket_size"] == 500_000_000
+
+
+def test_large_sizes_took_effect(cases):
+    for found in cases["plain"]:
+        sizes = found["large"]["sizes"]
+        assert sizes["bucket"] == sizes["reduce_bucket_size"] == 7744
+        assert sizes["stage3_max_live_parameters"] == 1_050_007_744
+
+
+def test_what_the_json_gives_stays(cases):
+    for found in cases["given"]:
+        sizes = found["small"]["sizes"]
+        assert (sizes["stage3_prefetch_bucket_size"], sizes["stage3_max_reuse_distance"]) == (777, 888)
+        assert (sizes["reduce_bucket_size"], sizes["sub_group_size"]) == (9999, 10_000_000)
+        assert (
+            "as the JSON gives them: stage3_prefetch_bucket_size, stage3_max_reuse_distance, reduce_bucket_size"
+            in found["small"]["report"]
+        )
+
+
+def test_leaf_modules_of_the_user_stay(cases):
+    for found in cases["leafs_of_the_user"]:
+        assert found["script"]["leafs"] == ["model.layers.0.mlp"]
+        assert found["script"]["left"] == ["leaf_modules: leaf modules are set on the model already"]
+        assert found["json"]["leafs"] == ["model.layers.1.mlp"]
+        assert found["json"]["left"] == ["leaf_modules: the JSON's zero_optimization says leaf_module"]
+
+
+@pytest.mark.parametrize("case", ["tiled_inside", "fused", "experts"])
+def test_leaf_modules_with_others_inside_or_beside_them(cases, case):
+    for found in cases[case]:
+        assert_alike(found["leaf"], found["stock"])
+        assert found["leaf"]["left"] == []
+        assert sum(name.endswith((".0", ".1")) for name in found["leaf"]["leafs"]) == LAYERS
+
+
+def test_a_large_layer_is_left(cases):
+    for found in cases["experts"]:
+        assert found["too large"]["weights"] == found["stock"]["weights"]
+        (left,) = found["too large"]["left"]
+        assert left.startswith("MixtralDecoderLayer: leaf_modules: its ")
+
+
+def test_profiles(cases):
+    for found in cases["profiles"]:
+        for way in ("auto", "fast", "small", "explicit"):
+            assert_alike(found[way], found["stock"])
+        # a CPU's memory has no limit here
+        assert found["auto"]["sizes"] == found["fast"]["sizes"] and found["auto"]["leafs"] == found["fast"]["leafs"]
+        assert 'profile "auto": "fast", ' in found["auto"]["report"]
+        assert 'profile "small"; it sets leaf_modules = false, zero_sizes = "small", ' in found["small"]["report"]
+        assert found["small"]["sizes"]["reduce_bucket_size"] == 7744 // 8
+        assert found["explicit"]["sizes"]["reduce_bucket_size"] == 500_000_000
+        assert "its weight in 2 slabs" not in found["explicit"]["report"]
+
+
+def test_ranks_with_different_profiles(cases):
+    for found in cases["other_profile_on_one"]:
+        assert "rank 1 has decisions.config.profile = 'fast', rank 0 has 'auto'" in found["error here"]
