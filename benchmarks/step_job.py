@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import statistics
 import sys
@@ -234,7 +235,9 @@ class Job:
         if self.rank != 0:
             return None
         ms = mine["ms"]
-        row = {"micro_batch": batch, "length": length, "status": OK, **mine}
+        # a wrong answer is no answer, however fast
+        status = OK if all(map(math.isfinite, mine["losses"])) else "wrong: a loss is not finite"
+        row = {"micro_batch": batch, "length": length, "status": status, **mine}
         row["tokens_s"] = batch * length / ms * 1e3
         row["tflop_s"] = self.shape.step_flops(batch, length, self.spec.lora) / ms / 1e9
         if mine["peak_mib"] is not None:
