@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from launching import free_port, start
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import end_to_end, plot_step, step_job, step_timeline, step_ways
 from benchmarks.end_to_end import Launch, Search
 from benchmarks.page import without_folders
-from benchmarks.ranks import Ended
+from benchmarks.ranks import Ended, listen
 from benchmarks.step_data import COPIED, Stream, Text
 from benchmarks.step_page import RATE, longest_page, steps_page
 from benchmarks.step_shapes import SHAPES, STD, built, shape_of
@@ -161,6 +162,21 @@ def test_how_a_launch_ended_is_told_by_what_was_said():
     assert Launch().status(quiet, 60) == "failed: the ranks died: exit 1"
     # Triton's word for a kernel that wants too much shared memory
     assert "failed" in Launch().status(Ended(1, "OutOfResources: out of resource: shared memory", False), 60)
+
+
+def test_a_silent_launch_is_ended_with_all_it_started():
+    script = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("child", child.pid, flush=True)
+time.sleep(600)
+"""
+    heard = []
+    ended = listen([sys.executable, "-c", script], heard.append, patience=5)
+    assert ended.silent and ended.status == -9 and heard == [ended.tail]
+    child = int(heard[0].split()[1])
+    # what init has not yet taken away is a zombie
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
 
 NAMES = {
