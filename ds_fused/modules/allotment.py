@@ -166,7 +166,8 @@ class Auto:
 
     def _ended(self, place: int) -> None:
         """A repetition of that layer; the last one of a backward is the first layer's."""
-        if place != self._first or not self._to_measure:
+        # a rank may have an empty batch
+        if place != self._first or not self._to_measure or not self._tokens:
             return
         # once for each forward, also where a graph has two backwards
         self._to_measure, self._first = self._to_measure - 1, None
