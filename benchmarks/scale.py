@@ -46,13 +46,13 @@ from benchmarks.scale_model import (
     peak_bytes,
 )
 from benchmarks.scale_points import Point, Skipped, points
-from ds_fused.engine.figures import MOST_TOKENS, Head, of_stream, turning_point, ways
+from ds_fused.engine.figures import MOST_TOKENS, Head, candidates, of_stream, turning_point
 from ds_fused.engine.shards import Shards
 
 ALLOWED = 0.10
 RANKS = (8, 16, 64, 256, 1024)
 MICRO_BATCHES = (1, 2, 4)
-PREDICTED = ("hf", "liger", "ours", "ours-fast", "ours-small")
+PREDICTED = tuple(way for way in WAYS if "leaf" not in way)
 # the card whose steps were measured at this size, and GiB that a job can have of it
 CARD, ROOM_GIB = "H200", 139
 # bytes a second of each GPU's network card: 100, 200, 400 and 800 Gbit/s
@@ -120,7 +120,7 @@ def ratios(machine: Machine, vocab: int, hidden: int, network: float) -> list[li
     found = []
     for ranks in MAP_RANKS:
         head, rates = head_of(vocab, hidden, ranks), machine.rates(ranks)
-        pairs = (ways(head, tokens, CHUNK_MB * MIB, KEEP_MB * MIB) for tokens in TOKENS)
+        pairs = (candidates(head, tokens, CHUNK_MB * MIB, KEEP_MB * MIB) for tokens in TOKENS)
         found.append([stationary.seconds(rates) / stream.seconds(rates) for stream, stationary in pairs])
     return found
 
@@ -190,8 +190,8 @@ def check(found: Sequence[Point], skipped: Sequence[Skipped], fitted: Fit) -> li
     lines = [
         "## Check against every measured point",
         "",
-        "Files: zero3_head, zero3_head_rivals and zero3_head_vocab in results/h100x2 (head and loss on 2 H100), probe "
-        "(heads) and baselines (whole steps) in results/h200x4/baselines.json (4 H200), others by their folder. Point "
+        "Files lie in benchmarks/results, in folders named by cards and their number: zero3_head (head and loss "
+        "alone), end_to_end (whole steps); probe (heads) and baselines (whole steps) are h200x4/baselines.json. Point "
         "out: the error of a fit that did not see the point. Case out: of one that did not see these sizes at all, in "
         "any way or run. Beyond states: the error of what is held beside weights, gradients and optimizer.",
         "",
@@ -258,7 +258,8 @@ def predicted(machine: Machine) -> list[str]:
         f"{CARD}, ZeRO-3, gradient checkpointing, sequences of 8192 tokens, {GPUS_OF_NODE} GPUs a node, 50 GB/s of "
         "network for each GPU. Tokens a second and GPU: where all that the network takes longer than NVLink is hidden "
         "behind products, and where nothing of it is; one number where they are equal. In brackets the peak in GiB. "
-        f"*host*: bound by it. -: more than {ROOM_GIB} GiB. For ours the mode of the head.",
+        f"*host*: bound by it. -: more than {ROOM_GIB} GiB. For ours the mode of the head. ours: the flag alone; "
+        '-fast and -small: that profile; -attention and -matmuls: with "recompute" at that level.',
         "",
     ]
     found = list(predictions(machine))
@@ -316,8 +317,8 @@ def slabs(machine: Machine) -> list[str]:
     return [
         "## What larger slabs save",
         "",
-        f'Mode "stream", V = {vocab}, H = {hidden}, 8192 tokens a rank, 50 GB/s: ms, and in brackets collectives and the '
-        "MiB that are held.",
+        f'Mode "stream", V = {vocab}, H = {hidden}, 8192 tokens a rank, 50 GB/s: ms, and in brackets collectives and '
+        "the MiB that are held.",
         "",
         *table(("GPUs", *(f"slab_mb={slab_mb}" for slab_mb in SLABS_MB)), rows),
         "",

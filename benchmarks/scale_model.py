@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from ds_fused.engine.figures import Figures, Head, Rates, chosen, ways
+from ds_fused.engine.figures import Figures, Head, Rates, candidates, chosen
 from ds_fused.engine.shards import Shards
 from ds_fused.ops._tiles import tile_elements, tiling
 
@@ -237,6 +237,7 @@ class Way:
     leaf: bool = False  # decoder layers are leaf modules of ZeRO-3: gathered as one, one hook
     sizes: str = "stock"  # of ZeRO-3
     mlp_tiles: int = 1  # computed again in backward where there are several
+    recompute: str = "full"  # what checkpointed layers compute again: "attention" keeps its outputs, "matmuls" all
     mode: str = "auto"  # of our head
     keep_mb: int = KEEP_MB
 
@@ -264,6 +265,8 @@ WAYS = {
         Way("liger+leaf", "liger", leaf=True, sizes="2e9"),
         Way("ours", "ours"),
         Way("ours-fast", "ours", leaf=True, sizes="large"),
+        Way("ours-fast-attention", "ours", leaf=True, sizes="large", recompute="attention"),
+        Way("ours-fast-matmuls", "ours", leaf=True, sizes="large", recompute="matmuls"),
         Way("ours-small", "ours", sizes="small", mlp_tiles=8, mode="stream", keep_mb=0),
     )
 }
@@ -315,6 +318,17 @@ def layer_held(way: Way, shape: Shape) -> float:
     return held
 
 
+def checkpoint_held(way: Way, shape: Shape) -> float:
+    """B that a checkpointed layer holds for a token until its backward."""
+    held = 2 * shape.hidden
+    if way.recompute != "full":
+        held += 2 * shape.q
+    if way.recompute == "matmuls":
+        # q, k, v, the projection, gate and up; the last product is not needed
+        held += 2 * (shape.q + 2 * shape.kv + shape.hidden + 2 * shape.intermediate)
+    return held
+
+
 def loss_of(job: Job, machine: Machine) -> Loss:
     """Head and loss; of a whole weight without the gathers, which are counted with the model's others."""
     shape, way = job.shape, job.way
@@ -331,7 +345,7 @@ def head_figures(job: Job, machine: Machine) -> Figures:
     """Those of the mode that our head is in; "auto" picks where memory is no matter."""
     shape, way = job.shape, job.way
     head = Head.cut(Shards(shape.vocab, shape.hidden, job.ranks), SLAB_MB * MIB)
-    both = ways(head, job.tokens, CHUNK_MB * MIB, way.keep_mb * MIB)
+    both = candidates(head, job.tokens, CHUNK_MB * MIB, way.keep_mb * MIB)
     if way.mode == "auto":
         return chosen(both, float("inf"), machine.rates(job.ranks))
     return next(figures for figures in both if figures.mode == way.mode)
@@ -341,12 +355,13 @@ def layers_work(job: Job) -> Work:
     shape, way, tokens = job.shape, job.way, job.tokens
     forwards = 1 + job.checkpoints
     # causal: half of the square; backward is 2.5 forwards
-    attention = (forwards + 2.5) * 2 * job.length * tokens * shape.q
+    attentions = (1 if way.recompute != "full" else forwards) + 2.5
+    products = 2 * (1 if way.recompute == "matmuls" else forwards) + 4
     passes = forwards + 1
     again = 2 * shape.mlp if way.mlp_tiles > 1 else 0
     one = Work(
-        gemm=((2 * forwards + 4) * shape.layer + again) * tokens,
-        attention=attention,
+        gemm=(products * shape.layer + again) * tokens,
+        attention=attentions * 2 * job.length * tokens * shape.q,
         memory=layer_bytes(way, shape, job.checkpoints) * tokens,
         # 13 modules with hooks of their own in a layer of Llama's
         hooks=passes * (1 if way.leaf else 13) if job.stage == 3 else 0,
@@ -409,8 +424,8 @@ def peak_bytes(job: Job, machine: Machine) -> float:
         if way.leaf:
             # the next layer comes whole while this one's weight and gradient are there
             always += 3 * 2 * shape.layer
-    kept = 2 * shape.layers * shape.hidden * job.tokens
     one = layer_held(way, shape) * job.tokens
+    kept = checkpoint_held(way, shape) * shape.layers * job.tokens
     if not job.checkpoints:
         kept, one = one * shape.layers, 0.0
     loss = loss_of(job, machine).held

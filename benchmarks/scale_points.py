@@ -15,9 +15,11 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.scale_model import (
+    CHUNK_MB,
     KEEP_MB,
     LLAMA_8B,
     MIB,
+    SLAB_MB,
     WAYS,
     Job,
     Loss,
@@ -34,25 +36,22 @@ from benchmarks.scale_model import (
     whole_head,
     whole_loss,
 )
-from ds_fused.engine.figures import Head, chosen, of_stationary, of_stream, ways
+from ds_fused.engine.figures import Head, candidates, chosen, of_stationary, of_stream
 from ds_fused.engine.shards import Shards
 from ds_fused.ops.stationary import block_bytes
 
 RESULTS = Path(__file__).parent / "results"
-# of a head in an engine alone, see zero3_head.py
-HEADS = ("zero3_head", "zero3_head_rivals", "zero3_head_vocab")
 ALL_MB = 2**30
+# that a name of zero3_head.py's ways may have behind its first word
+HEAD_OPTIONS = {"keep_mb", "slab_mb", "chunk_mb", "chunk_mem_const"}
 # since then "gather" makes its gradients in the forward; before, it kept what fits keep_mb
 GATHER_KEPT_BEFORE = "2026-11-26"
 # (file, shape, way): why a row has no place in the check
 OUTDATED = {
-    ("zero3_head_rivals", "8192x5376x262144", way): "its slabs of 11916 rows are cut in whole tiles since"
+    ("h100x2/zero3_head_rivals", "8192x5376x262144", way): "its slabs of 11916 rows are cut in whole tiles since"
     for way in ("stream", "stream slab_mb=64", "stream keep all")
 }
-NOT_MODELLED = {
-    "deepspeed tiled": "a rival that is in no prediction",
-    "whole gather": "a rival that is in no prediction",
-}
+NO_MODEL = "a way that is in no prediction"
 
 
 @dataclass(frozen=True)
@@ -87,21 +86,21 @@ def points() -> tuple[list[Point], list[Skipped]]:
     return [p for p in found if isinstance(p, Point)], [p for p in found if isinstance(p, Skipped)]
 
 
-def heads(folder: Path = RESULTS / "h100x2") -> Iterator[Point | Skipped]:
-    """Rows of zero3_head.py."""
-    for name in HEADS:
-        measured = json.loads((folder / f"{name}.json").read_text())
+def heads(results: Path = RESULTS) -> Iterator[Point | Skipped]:
+    """Rows of zero3_head.py, wherever they lie."""
+    for path in sorted(results.glob("*/zero3_head*.json")):
+        measured, name = json.loads(path.read_text()), f"{path.parent.name}/{path.stem}"
         device, ranks = _device(measured["header"]["device"]), int(measured["header"]["ranks"])
         keeps = measured["header"]["date"] < GATHER_KEPT_BEFORE
         for row in measured["rows"]:
             shape, way = row["shape"], row["way"]
-            reason = OUTDATED.get((name, shape, way)) or NOT_MODELLED.get(way)
+            found = head_loss("gather keep" if keeps and way == "gather" else way, shape, ranks, device)
+            reason = OUTDATED.get((name, shape, way)) or (NO_MODEL if found is None else None)
             if row["status"] != "ok" or reason:
                 yield Skipped(name, shape, way, reason or row["status"])
                 continue
-            kind = "gather keep" if keeps and way == "gather" else way
-            loss, around = head_loss(kind, shape, ranks, device)
-            yield Point(name, shape, way, "ms", row["ms"], _time_of_head(loss, device, ranks, around))
+            loss, in_engine = found
+            yield Point(name, shape, way, "ms", row["ms"], _time_of_head(loss, device, ranks, in_engine))
             if row.get("extra_mib") is not None:
                 yield Point(name, shape, way, "MiB", row["extra_mib"], _memory_of_head(loss))
 
@@ -109,12 +108,14 @@ def heads(folder: Path = RESULTS / "h100x2") -> Iterator[Point | Skipped]:
 LossOf = Callable[[Setting], Loss]
 
 
-def head_loss(way: str, shape: str, ranks: int, device: str) -> tuple[LossOf, bool]:
-    """Of a way of zero3_head.py, and whether it runs in an engine."""
+def head_loss(way: str, shape: str, ranks: int, device: str) -> tuple[LossOf, bool] | None:
+    """Of a way of zero3_head.py, and whether it runs in an engine; None where there is no model of it."""
     tokens, hidden, vocab = sizes = _sizes(shape)
     name, _, rest = way.partition(" ")
     options = dict(word.split("=") for word in rest.split() if "=" in word)
-    keep_mb = ALL_MB if rest == "keep all" else float(options.get("keep_mb", KEEP_MB if "keep" in rest else 0))
+    if rest not in ("", "keep", "keep all", "GEMMs") and (not options or options.keys() - HEAD_OPTIONS):
+        return None
+    keep_mb = ALL_MB if rest == "keep all" else float(options.get("keep_mb", KEEP_MB if rest == "keep" else 0))
     whole = whole_head(vocab, hidden, ranks)
     if way == "bare GEMMs":
         return _fixed(Loss(Work(gemm=6 * tokens * hidden * vocab), 0.0)), False
@@ -123,22 +124,21 @@ def head_loss(way: str, shape: str, ranks: int, device: str) -> tuple[LossOf, bo
     if name == "liger":
         return _fixed(_with(liger_loss(*sizes, int(options.get("chunk_mem_const", 1))), whole)), True
     if name in ("gather", "replicated"):
-        in_forward = way == "gather"
-        loss = whole_loss(*sizes, keep_mb=keep_mb, grad_in_forward=in_forward)
+        loss = whole_loss(*sizes, keep_mb=keep_mb, grad_in_forward=way == "gather")
         if name == "gather":
             return _fixed(_with(loss, whole)), True
         # the weight is among what was there before
         return _fixed(Loss(loss.work, loss.held - 2 * vocab * hidden)), False
-    head = Head.cut(Shards(vocab, hidden, ranks), int(options.get("slab_mb", 128)) * MIB)
-    chunk, keep = int(options.get("chunk_mb", 512)) * MIB, int(keep_mb * MIB)
+    head = Head.cut(Shards(vocab, hidden, ranks), int(options.get("slab_mb", SLAB_MB)) * MIB)
+    chunk, keep = int(options.get("chunk_mb", CHUNK_MB)) * MIB, int(keep_mb * MIB)
     if name == "stream":
         return _fixed(sharded_loss(of_stream(head, tokens, chunk, keep))), True
     if name == "stationary":
         return _fixed(sharded_loss(of_stationary(head, tokens, chunk))), True
     if name == "auto":
-        both = ways(head, tokens, chunk, KEEP_MB * MIB)
+        both = candidates(head, tokens, chunk, KEEP_MB * MIB)
         return lambda s: sharded_loss(chosen(both, float("inf"), s.machines[device].rates(ranks))), True
-    raise ValueError(f"scale: there is no model of {way!r}; take it among NOT_MODELLED")
+    return None
 
 
 def _fixed(loss: Loss) -> LossOf:
@@ -251,7 +251,7 @@ def ends(results: Path = RESULTS) -> Iterator[Point | Skipped]:
             if not rows:
                 reason = reason or "it did not run"
             elif way not in WAYS:
-                reason = reason or "a rival that is in no prediction"
+                reason = reason or NO_MODEL
             if reason:
                 yield Skipped(name, case, way, reason)
                 continue

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from deepspeed.accelerator import get_accelerator
 
-from ds_fused.engine.figures import Head, Rates, chosen, measured, turning_point, ways
+from ds_fused.engine.figures import Head, Rates, candidates, chosen, measured, turning_point
 
 if TYPE_CHECKING:
     from ds_fused.engine.stationary import ZeroShard
@@ -49,7 +49,7 @@ class Auto:
         """The form for a loss over so many tokens of this rank."""
         if self._chosen is None:
             most, free = self._shard.most(n_tokens), self._shard.hosts.least(free_bytes())
-            both = ways(self._head, most, self._chunk, self._keep)
+            both = candidates(self._head, most, self._chunk, self._keep)
             way = chosen(both, free, self._rates)
             self._chosen = self._slabs if way.mode == "stream" else self._shard
             others = ", ".join(other.line(self._rates) for other in both if other is not way)

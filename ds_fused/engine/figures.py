@@ -1,11 +1,10 @@
 """What each way of computing a head's loss under ZeRO-3 costs, as a model: memory, bytes on the wire, time.
 
-Time is a sum of four: FLOPs over the measured rate of a product of this head, bytes over the device's copy rate (of the
-softmax passes, and of sums that a product reads before it adds to them; what products read and write else is in their
-rate), bytes on the wire over the measured rate of an all-gather, and so much for each collective, however small. The
-transfers run beside the products, but they take multiprocessors and memory bandwidth from them: measured,
-the sum was nearer than the larger of the two. The wire's rates are of the group that the job has: over several nodes
-they are the network's, and a collective of many ranks takes its time for each of them.
+Time is a sum of four, each at a rate that was measured where the job runs: FLOPs of the products; bytes that the
+softmax passes move, and of sums that a product reads before it adds to them (what products read and write else is in
+their rate); bytes on the wire; and so much for each collective, however small. The transfers run beside the products,
+but they take multiprocessors and memory bandwidth from them: measured, the sum was nearer than the larger of the two.
+Over several nodes the wire's rate is the network's, and a collective takes longer the more ranks it has.
 
 Sizes: M tokens of a rank (the most of any), V vocabulary, H hidden, W ranks.
 """
@@ -50,7 +49,7 @@ class Head:
     """A sharded weight [V, H], as far as its costs depend on it."""
 
     shards: Shards
-    slab_rows: int  # of all ranks in a slab
+    slab_rows: int  # of all ranks, in the largest slab
     n_slabs: int
     itemsize: int = 2
     trains: bool = True
@@ -58,6 +57,7 @@ class Head:
 
     @classmethod
     def cut(cls, shards: Shards, slab_bytes: int, itemsize: int = 2, **facts: bool) -> Head:
+        """As ZeroSlabs cuts it."""
         rows = shards.slab_rows(shards.hidden * itemsize, slab_bytes)
         return cls(shards, shards.most_slab_rows(rows), shards.n_slabs(rows), itemsize, **facts)
 
@@ -94,9 +94,9 @@ def of_stream(head: Head, most: int, chunk_bytes: int, keep_bytes: int) -> Figur
     keep_bytes = keep_bytes if trains else 0
     cut = tiling(most, n_vocab, itemsize, chunk_bytes, keep_bytes, dx=True, dweight=trains, slab_rows=head.slab_rows)
     chunks = -(-most // cut.tokens)
-    made_again = 2 * trains * (1 - min(1.0, cut.kept / max(1, head.n_slabs * chunks)))
-    flops = (4 + 2 * trains + made_again) * most * head.elements
     n_tiles = head.n_slabs * chunks
+    made_again = 2 * trains * (1 - min(1.0, cut.kept / max(1, n_tiles)))
+    flops = (4 + 2 * trains + made_again) * most * head.elements
     slab_bytes = head.slab_rows * hidden * itemsize
     # those that are kept, and one to work in
     held = (cut.kept + (cut.kept < n_tiles)) * tile_elements(cut.tokens, cut.rows) * itemsize
@@ -131,7 +131,7 @@ def of_stationary(head: Head, most: int, chunk_bytes: int) -> Figures:
     held += head.shards.size * (4 * trains + itemsize * head.offloaded)
     # of the logits two reads and a write; x of all ranks comes, dx of all goes; dw in fp32 read for each further block
     traffic = 3 * itemsize * most * n_vocab + ranks * most * hidden * (itemsize + 4)
-    traffic += 4 * trains * head.shards.size * (blocks - 1)
+    traffic += 4 * trains * head.shards.size * max(0, blocks - 1)
     # x there, dx back in fp32, three numbers and a label
     wire = (ranks - 1) * most * (hidden * (itemsize + 4) + 20)
     # of each block x, dx and the numbers; the labels, and whether the guess was right
@@ -139,8 +139,8 @@ def of_stationary(head: Head, most: int, chunk_bytes: int) -> Figures:
     return Figures("stationary", f"{blocks} blocks", held, wire, calls, traffic, flops)
 
 
-def ways(head: Head, most: int, chunk_bytes: int, keep_bytes: int) -> list[Figures]:
-    """Those that mode "auto" chooses from."""
+def candidates(head: Head, most: int, chunk_bytes: int, keep_bytes: int) -> list[Figures]:
+    """Of the modes that "auto" chooses from: stream, stationary."""
     return [of_stream(head, most, chunk_bytes, keep_bytes), of_stationary(head, most, chunk_bytes)]
 
 
@@ -159,7 +159,7 @@ def turning_point(head: Head, chunk_bytes: int, keep_bytes: int, rates: Rates) -
     low, high = 0, MOST_TOKENS
     while low < high:
         middle = (low + high + 1) // 2
-        if chosen(ways(head, middle, chunk_bytes, keep_bytes), float("inf"), rates).mode == "stationary":
+        if chosen(candidates(head, middle, chunk_bytes, keep_bytes), float("inf"), rates).mode == "stationary":
             low = middle
         else:
             high = middle - 1

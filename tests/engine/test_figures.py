@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from ds_fused.engine.figures import Figures, Head, Rates, chosen, of_stationary, of_stream, turning_point, ways
+from ds_fused.engine.figures import Figures, Head, Rates, candidates, chosen, of_stationary, of_stream, turning_point
 from ds_fused.engine.shards import Shards
 
 V, H, W, SLAB = 128256, 4096, 4, 16384
@@ -119,7 +119,9 @@ def test_the_choice():
 
 
 def mode(most: int, ranks: int, rates: Rates) -> str:
-    return chosen(ways(Head.cut(Shards(V, H, ranks), 128 * MB), most, 512 * MB, 2048 * MB), float("inf"), rates).mode
+    return chosen(
+        candidates(Head.cut(Shards(V, H, ranks), 128 * MB), most, 512 * MB, 2048 * MB), float("inf"), rates
+    ).mode
 
 
 def test_tokens_travel_on_few_ranks_and_the_weight_on_many():
@@ -136,7 +138,7 @@ def test_calls_over_many_nodes_turn_the_choice():
 
 def test_the_turning_point():
     tokens = turning_point(head(64), 512 * MB, 2048 * MB, RATES)
-    both = [ways(head(64), most, 512 * MB, 2048 * MB) for most in (tokens, tokens + 1)]
+    both = [candidates(head(64), most, 512 * MB, 2048 * MB) for most in (tokens, tokens + 1)]
     assert [chosen(way, float("inf"), RATES).mode for way in both] == ["stationary", "stream"]
 
 
