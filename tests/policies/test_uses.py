@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import ds_fused
@@ -198,6 +199,8 @@ def test_trains_compiled(name: str) -> None:
     ds_fused.apply(whole)
     graphs, loss, gradients = compiled_step(stock, fullgraph=True)
     assert graphs.frame_count == 1
+    with pytest.raises(Unsupported, match="CausalLMLoss"):
+        compiled_step(whole, fullgraph=True)
     # with everything fused the loss is computed behind the one graph; without, it is in it
     for model, options in ((layers, {"fullgraph": True}), (whole, {})):
         ours = compiled_step(model, **options)
