@@ -81,7 +81,7 @@ def test_quantised_with_adapters(family: Tiny, tmp_path: Path) -> None:
 
     def adapted() -> nn.Module:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path, quantization_config=four_bits, dtype=torch.float32, attn_implementation="eager"
+            tmp_path, quantization_config=four_bits, dtype=torch.float32, attn_implementation="eager", device_map="cpu"
         )
         model = peft.prepare_model_for_kbit_training(model)
         config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
