@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -56,7 +57,6 @@ class StepResults(Results):
 class Launch:
     """What one launch had to say."""
 
-    began: bool = False
     rows: list[Row] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -91,7 +91,7 @@ class Launcher:
 
         def hear(line: str) -> None:
             if line.startswith(BEGUN):
-                launch.began = self._began = True
+                self._began = True
                 told = json.loads(line.removeprefix(BEGUN))
                 self.head["device"] = f"{options.gpus} x {told['device']}"
                 if told[RATE] is not None:
@@ -133,6 +133,7 @@ def spec_of(options: argparse.Namespace, name: str, way: Way, points: Sequence[P
         points=points,
         warm_up=options.warm_up,
         steps=options.steps,
+        further_step=options.profile,
         profile=options.profile,
         ceiling=False,
         **paths,
@@ -150,7 +151,7 @@ def compare(options: argparse.Namespace, ways: dict[str, Way], launcher: Launche
                 continue
             same = {"way": name, "round": round_, "note": ways[name].note}
             spec = spec_of(options, name, ways[name], points[name])
-            # one look at the timeline is enough
+            # one look at the timeline is enough; its step is taken in every round, so that all rounds train alike
             spec = replace(spec, profile=spec.profile and round_ == 1)
             launch, status = launcher.run(spec, lambda row, same=same: results.add({**same, **row}))
             done, missing = len(launch.rows), points[name][len(launch.rows) :]
@@ -238,7 +239,7 @@ def job_text(options: argparse.Namespace) -> str:
         "bf16",
         "AdamW" + (" on the CPU" if options.offload else ""),
         "gradient checkpointing" if options.checkpointing else "no gradient checkpointing",
-        *(["LoRA of rank 16 on all projections of the layers"] if options.lora else []),
+        *(["LoRA of rank 16 on the layers' projections"] if options.lora else []),
         f"{options.warm_up} + {options.steps} steps",
         f"text: {options.data.name}" if options.data else "synthetic tokens",
     ]
@@ -325,6 +326,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if reason is not None:
             raise SystemExit(f"end_to_end: {reason}")
         return 0
+    # ended from outside, it ends its ranks as well
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     options.out.mkdir(parents=True, exist_ok=True)
     if options.longest:
         results = Results(

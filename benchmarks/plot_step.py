@@ -67,7 +67,9 @@ def _bars(axes: object, rows: list[Row], ways: list[str], key: str, label: str, 
     axes.set_xlabel("micro batch x tokens", fontsize=8)
     axes.set_ylabel(label, fontsize=8)
     if axes.has_data():
-        axes.legend(fontsize=7)
+        # room for the names above the bars
+        axes.set_ylim(0, 1.25 * axes.get_ylim()[1])
+        axes.legend(fontsize=7, ncols=4, loc="upper left")
 
 
 def _losses(axes: object, rows: list[Row], ways: list[str]) -> None:
@@ -83,12 +85,12 @@ def _losses(axes: object, rows: list[Row], ways: list[str]) -> None:
 
 
 def _timeline(axes: object, rows: list[Row], ways: list[str]) -> None:
-    """The largest size at which a step was taken apart."""
+    """At the largest of the sizes at which the most ways had their step taken apart."""
     profiled = [row for row in rows if isinstance(row.get("parts_ms"), dict)]
     if not profiled:
         axes.set_visible(False)
         return
-    point = max(points_of(profiled), key=lambda p: p[0] * p[1])
+    point = max(points_of(profiled), key=lambda p: (len(at(profiled, p)), p[0] * p[1]))
     mine = [row for way in ways for row in at(profiled, point, way)[:1]]
     left = [0.0] * len(mine)
     for part, color in zip(PARTS, PART_COLORS, strict=True):

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import queue
-import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import psutil  # DeepSpeed needs it too
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,8 +54,6 @@ def listen(
             text=True,
             errors="replace",
             env={**env, "PYTHONPATH": path},
-            # a session of its own, so that ending it ends the ranks
-            start_new_session=True,
         )
         lines: queue.Queue[str | None] = queue.Queue()
 
@@ -75,14 +73,22 @@ def listen(
         except (queue.Empty, subprocess.TimeoutExpired):
             silent = True
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _end(process)
             reader.join()
             process.stdout.close()
         errors.seek(0)
         tail = "".join(said)[-TAIL:] + errors.read()[-TAIL:]
     return Ended(process.returncode, tail, silent)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Of the whole tree: a session of its own would be ended at once, but outlive whoever ends this process's."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+    process.kill()
+    process.wait()
 
 
 def free_port() -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import statistics
 import sys
@@ -43,7 +44,7 @@ OUT_OF_MEMORY = "out of memory"
 # what libraries say where PyTorch's allocator is not the one that was asked
 MEMORY_ERRORS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "cudaErrorMemoryAllocation", "Failed to CUDA calloc")
 # a rank that is done with a size waits so long for the others
-PATIENCE = timedelta(seconds=60)
+PATIENCE = timedelta(seconds=120)
 TIMEOUT = timedelta(seconds=600)
 
 
@@ -62,7 +63,8 @@ class Spec:
     points: Sequence[tuple[int, int]]  # micro batch, sequence length; smallest first
     warm_up: int
     steps: int
-    profile: bool
+    further_step: bool  # after those that are measured
+    profile: bool  # whether that one is taken apart
     ceiling: bool  # whether this card's rate of a matrix product is measured first
     data: str | None = None
     tokenizer: str | None = None
@@ -205,8 +207,11 @@ class Job:
 
     def timeline(self, batch: int, length: int) -> dict[str, float] | str | None:
         """The parts of one further step on this GPU, in ms, or why there are none; all ranks take that step."""
-        if not self.memory.on_gpu or self.rank != 0:
-            self.step(batch, length, marked=self.memory.on_gpu)
+        if not (self.spec.profile and self.memory.on_gpu):
+            self.step(batch, length)
+            return None
+        if self.rank != 0:
+            self.step(batch, length, marked=True)
             return None
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             self.step(batch, length, marked=True)
@@ -223,14 +228,16 @@ class Job:
         """On rank 0: what it measured, beside what the others did."""
         with attention(self.way.backend):
             mine = self.point(batch, length)
-            parts = self.timeline(batch, length) if self.spec.profile else None
+            parts = self.timeline(batch, length) if self.spec.further_step else None
         store = dist.PrefixStore("end_to_end", dist.distributed_c10d._get_default_store())
         told = {key: mine[key] for key in ("ms", "peak_mib", "reserved_mib")}
         everyones = exchanged(store, f"{place}", told, self.rank, self.ranks, PATIENCE)
         if self.rank != 0:
             return None
         ms = mine["ms"]
-        row = {"micro_batch": batch, "length": length, "status": OK, **mine}
+        # a wrong answer is no answer, however fast
+        status = OK if all(map(math.isfinite, mine["losses"])) else "wrong: a loss is not finite"
+        row = {"micro_batch": batch, "length": length, "status": status, **mine}
         row["tokens_s"] = batch * length / ms * 1e3
         row["tflop_s"] = self.shape.step_flops(batch, length, self.spec.lora) / ms / 1e9
         if mine["peak_mib"] is not None:

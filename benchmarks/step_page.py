@@ -86,7 +86,7 @@ MEANING = (
     "- MFU: FLOPs that the model needs (nothing that is computed again) over time and this card's own rate of a matrix "
     "product.",
     "- states: allocated between two steps, after the first of them (weights, fp32 copies, moments, kept gradients, "
-    "DeepSpeed's buffers). dynamic: the peak of the measured steps less the states of the same run.",
+    "DeepSpeed's buffers). dynamic: the peak of the measured steps less the states of the same run. All of rank 0.",
     "- apart: the largest difference of any step from the first round of hf; of hf, what its other rounds differ by.",
     "- parts: one more step under the profiler. A moment belongs to the first of the columns that is at work.",
 )

@@ -31,7 +31,7 @@ from torch import nn
 from triton.backends.compiler import GPUTarget
 
 from ds_fused.engine.config import Config, parse
-from ds_fused.engine.profiles import filled
+from ds_fused.engine.profiles import ESTIMATED, filled
 from ds_fused.engine.stand_ins import ways_of
 from ds_fused.modules.scope import HeadWeight
 from ds_fused.ops._warmup import META, Done, Launch, compile_noted, noted, target_here, target_of
@@ -83,9 +83,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def config_of(block: object) -> Config:
-    """The block with what its profile adds; "auto" is taken for "fast", since which it is depends on the job's GPUs."""
+    """The block with what its profile adds; "auto" is taken for "fast", since what fits depends on the job's GPUs."""
     profile = parse(block).profile
-    return parse(filled(block, "fast" if profile == "auto" else profile)[0])
+    return parse(filled(block, "fast" if profile in ESTIMATED else profile)[0])
 
 
 def options_of(argv: list[str] | None) -> argparse.Namespace:

@@ -57,7 +57,7 @@ def test_the_table_of_the_json_block_is_the_parser():
         "recompute": "what layers under gradient checkpointing keep of their forward",
         "logits": 'after a fused loss, logits are computed when they are read ("defer") or in the forward ("keep")',
         "eval": 'whether an evaluation\'s loss is fused too ("defer") or left alone ("stock")',
-        "profile": 'values for the keys that are not given, see below; "auto": "fast" where it fits, else "small"',
+        "profile": 'values for the keys that are not given; "auto" and "fit": "fast" where it fits, else "small"',
         "zero_sizes": "under ZeRO-3: sizes that the JSON does not give DeepSpeed, by the size of the model's layers",
     }
     rows = []

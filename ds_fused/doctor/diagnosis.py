@@ -88,7 +88,7 @@ def diagnose(model: nn.Module, inputs: Mapping[str, Any], tolerance: float = TOL
         report.restore()
     worst = max(errors(ours, wanted).values())
     differs = "" if worst <= tolerance else _judged(model, inputs, ours, wanted, tolerance)
-    fused, reason = _loss(replaced, left, seen)
+    fused, reason = _loss(replaced, left, ran, seen)
     return Diagnosis(
         replaced, left, fused, reason, differs, worst, len(wanted) - 1, sorted(inputs), ran, _names(silent)
     )
@@ -186,11 +186,12 @@ def _reader() -> str:
     return f"{called} at {frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
 
 
-def _loss(replaced: list, left: list, seen: _Seen) -> tuple[bool, str]:
+def _loss(replaced: list, left: list, ran: Sequence[str], seen: _Seen) -> tuple[bool, str]:
     if seen.fused_losses:
         return True, ""
     if any(key == LINEAR for key, *_ in replaced):
-        how = f"logits were computed by {seen.computed_by[0]}" if seen.computed_by else "the loss took another way"
-        return False, how
+        if seen.computed_by:
+            return False, f"logits were computed by {seen.computed_by[0]}"
+        return False, "the loss took another way" if LINEAR in ran else "its forward does not call its head"
     reasons = [reason for what, _, reason in left if what.startswith(("loss of", "head "))]
     return False, reasons[0] if reasons else "no model in it names a head as its output embedding"

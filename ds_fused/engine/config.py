@@ -41,8 +41,9 @@ CHOICES = {
     "logits": ("defer", "keep"),
     # evaluation with labels: fused too, or as without ds_fused
     "eval": ("defer", "stock"),
-    # values for the keys that are not given, see profiles.py; "auto": "fast" where it fits, else "small"
-    "profile": ("stock", "auto", "fast", "small"),
+    # values for the keys that are not given, see profiles.py; "auto" and "fit": "fast" where it fits, else "small".
+    # Trainer and Accelerate take every "auto" in the JSON for a placeholder of their own, and fail
+    "profile": ("stock", "auto", "fit", "fast", "small"),
     # under ZeRO-3: sizes that the JSON does not give DeepSpeed, by the size of the model's layers
     "zero_sizes": ("stock", "small", "large"),
 }

@@ -113,7 +113,7 @@ def _resolved(
     # whatever the profile: ranks that were given different ones must meet here as well
     free = agree.least(free_bytes())
     line = f'profile "{profile}"'
-    if profile == "auto":
+    if profile in profiles.ESTIMATED:
         job = estimate.job_of(engine, model, list(blocks(model).values()), training_dtype(engine))
         profile, why = ("stock", job) if isinstance(job, str) else estimate.fitting(job, free)
         line = f'{line}: "{profile}", {why}'

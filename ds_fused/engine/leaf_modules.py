@@ -17,7 +17,7 @@ Memory: a gather of several weights comes in one buffer, of which each is then c
 twice. What is left as it is, and why, the report says.
 
 Hidden states that are given to a layer by keyword are not seen by DeepSpeed's hooks, which then release its weights
-only at the end of the backward.
+only at the end of the backward; that is said where it happens.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ds_fused.engine.zero_sizes import given
+from ds_fused.modules.scope import say_once
 from ds_fused.modules.swap import original_class
 from ds_fused.policies.report import Left
 
@@ -167,6 +168,11 @@ def _why_not(layer: nn.Module, owners: Counter[int], slabs: Collection[nn.Parame
 
 @torch.compiler.disable
 def _hold(layer: nn.Module, args: tuple, output: object) -> None:
+    if torch.is_grad_enabled() and not any(isinstance(arg, torch.Tensor) for arg in args):
+        say_once(
+            f"ds_fused: {original_class(layer).__name__} gets its hidden states by keyword, and DeepSpeed then keeps "
+            'its weights until the backward ends; "leaf_modules": false takes less memory'
+        )
     if _in_backward():
         for p in layer.parameters():
             p.ds_active_sub_modules.add(_HELD)

@@ -1,14 +1,16 @@
 """Profiles: named sets of values for other keys of the block. A key, or an option of one, that is given always wins.
 
-"auto" is "fast" where the model's states, activations and the larger sizes fit (``estimate``), else "small".
+"auto" and "fit" are "fast" where the model's states, activations and the larger sizes fit (``estimate``), else "small".
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ds_fused.engine.config import HEAD, TILED
+from ds_fused.engine.config import HEAD, RECOMPUTE
 
+# the profiles that an estimate decides
+ESTIMATED = ("auto", "fit")
 # profile -> key -> value, or options of that key
 PROFILES: Mapping[str, Mapping[str, object]] = {
     # sets no size of DeepSpeed's: of itself the flag changes neither memory nor the layout of a checkpoint
@@ -18,14 +20,17 @@ PROFILES: Mapping[str, Mapping[str, object]] = {
         "zero_sizes": "large",
         # 1.4 of 37.8 ms for 1.5 GiB where the weight is whole (benchmarks/notes.md)
         HEAD: {"mode": "auto", "grad_in_forward": False},
+        # what of a checkpointed layer has room is not computed again
+        RECOMPUTE: "fit",
     },
     "small": {
         "leaf_modules": False,
         "zero_sizes": "small",
         "embedding": True,
-        TILED: True,
-        # no logits are kept: 55 ms and 0.9 GiB where stock's whole weight takes 58 ms and 12.7 GiB
-        HEAD: {"mode": "stream", "keep_mb": 0},
+        # no logits are kept. No tiled MLP: under checkpointing its products run three times forward, a quarter of all
+        # the time of products, and it saves nothing but with sequences so long that a layer's MLP is the peak
+        HEAD: {"mode": "auto", "keep_mb": 0},
+        RECOMPUTE: "full",
     },
 }
 

@@ -18,10 +18,9 @@ from torch import nn
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 # DeepSpeed's own, in elements
-PREFETCH, LIVE, REUSE, BUCKET = int(5e7), int(1e9), int(1e9), int(5e8)
+PREFETCH, REUSE, BUCKET = int(5e7), int(1e9), int(5e8)
 # no smaller groups of the optimizer: each costs a few launches
 LEAST_GROUP = int(1e7)
 
@@ -82,16 +81,12 @@ def set_sizes(engine: DeepSpeedEngine, choice: str, model: nn.Module, layers: It
     sizes = sizes_of(choice, layer, elements(p for p in model.parameters() if p.requires_grad))
     if engine.zero_offload_optimizer() is not None:
         # there, groups travel: their size is the user's matter
-        sizes.pop("sub_group_size", None)
+        del sizes["sub_group_size"]
     zero, said = engine._config.zero_config, given(engine)
     fields = {field.alias or name: name for name, field in type(zero).model_fields.items()}
     kept = [name for name in sizes if name in said or fields[name] in said]
     fresh = {name: size for name, size in sizes.items() if name not in kept}
-    _assign(zero, {fields[name]: size for name, size in fresh.items()})
-    line = ", ".join(f"{name} = {size:.3g}" for name, size in fresh.items()) or "nothing is set"
+    for name, size in fresh.items():
+        setattr(zero, fields[name], size)
+    line = ", ".join(f"{name} = {size:,}" for name, size in fresh.items()) or "nothing is set"
     return f"{what}: {line}" + (f"; as the JSON gives them: {', '.join(kept)}" if kept else "")
-
-
-def _assign(zero: DeepSpeedZeroConfig, fields: dict[str, int]) -> None:
-    for name, size in fields.items():
-        setattr(zero, name, size)

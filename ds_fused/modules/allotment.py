@@ -7,7 +7,8 @@ The room for what is kept, in a forward over T tokens:
 ``rise`` is how far memory rose above what was held at the start, while a forward over T0 tokens and its backward kept
 nothing, up to the repetition of the first layer: the last moment at which something kept could be in the way. So a
 longer batch keeps less, and where nothing has room everything is computed again, as without this. The first forwards
-are those that are measured. What a layer would keep is counted in them, byte by byte.
+are those that are measured; each has the device forget its peak of memory. What a layer would keep is counted in them,
+byte by byte.
 
 Attention comes first, then products, each from the last layer to the first: backward frees the last layer's first,
 while gradients add up.
@@ -111,7 +112,8 @@ class Auto:
         self._attention, self._matmuls = [0.0] * layers, [0.0] * layers
         self._levels = ["full"] * layers
         # of the forward that runs, or ran last
-        self._last, self._first = layers, 0
+        self._last = layers
+        self._first: int | None = None
         self._tokens = self._held = 0
         self._counted: dict[int, tuple[Learnt, list[tuple[str, int]]]] = {}
         # of forwards whose backward is still to come
@@ -164,9 +166,11 @@ class Auto:
 
     def _ended(self, place: int) -> None:
         """A repetition of that layer; the last one of a backward is the first layer's."""
-        if place != self._first or not self._to_measure:
+        # a rank may have an empty batch
+        if place != self._first or not self._to_measure or not self._tokens:
             return
-        self._to_measure -= 1
+        # once for each forward, also where a graph has two backwards
+        self._to_measure, self._first = self._to_measure - 1, None
         for i, (learnt, sizes) in self._counted.items():
             self._attention[i], self._matmuls[i] = (
                 needed_bytes(sizes, learnt, kind) / self._tokens for kind in (ATTENTION, MATMUL)

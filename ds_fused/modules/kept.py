@@ -121,6 +121,8 @@ def _is_kept(op: Any, args: tuple, named: dict, kind: str) -> bool:
 class _Watch(TorchDispatchMode):
     """Hands every operator within a call to a function."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, handle: Callable[[Any, tuple, dict], Any]) -> None:
         super().__init__()
         self._handle = handle
@@ -289,7 +291,7 @@ def _memories(made: list[Entry]) -> set[int]:
 @functools.cache
 def _writes(op: Any) -> bool:
     """Whether an operator writes into its first argument."""
-    arguments = op._schema.arguments
+    arguments = op._schema.arguments if isinstance(op, torch._ops.OpOverload) else ()
     return bool(arguments) and arguments[0].alias_info is not None and arguments[0].alias_info.is_write
 
 
@@ -366,7 +368,7 @@ class _Repetition(_Run):
             if op is _ADD and read == [True, False]:
                 waiting.append((op, args, named, args[0]))
                 return args[0]
-            if any(read) and not (op.is_view or op is _aten._unsafe_view.default):
+            if any(read) and not (op is _aten._unsafe_view.default or getattr(op, "is_view", False)):
                 compute()
             return op(*args, **named)
 

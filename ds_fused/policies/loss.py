@@ -261,7 +261,7 @@ def _calls(model: nn.Module, *names: str) -> bool:
     forwards = [inspect.unwrap(vars(cls)["forward"]) for cls in type(model).__mro__ if "forward" in vars(cls)]
     named = {name for forward in forwards for name in _named_in(forward)}
     methods = (getattr(type(model), name, None) for name in named)
-    named.update(*(_named_in(method) for method in methods if inspect.isfunction(method)))
+    named.update(*(_named_in(inspect.unwrap(method)) for method in methods if inspect.isfunction(method)))
     return not named.isdisjoint(names)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +23,9 @@ OPTIONS: Mapping[str, Option] = {
         str,
         "full",
         'what is not computed again in backward: nothing, with "attention" its outputs, with "matmuls" those of '
-        'products as well; "auto" keeps what there is memory for',
-        ("full", "attention", "matmuls", "auto"),
+        'products as well; "auto" keeps what there is memory for, and so does "fit"',
+        # Trainer and Accelerate take every "auto" in the JSON for a placeholder of their own, and fail
+        ("full", "attention", "matmuls", "auto", "fit"),
     ),
     "keep_mb": Option(int, None, 'MiB that "auto" may keep in a forward; null: what the first steps find room for'),
 }
@@ -56,9 +58,9 @@ def recomputing(value: object, where: str = "recompute") -> Recomputing:
         raise ValueError(f"{where} must be {levels}, got {level!r}")
     if keep_mb is not None and (type(keep_mb) is not int or keep_mb < 0):
         raise ValueError(f"{where}.keep_mb must be an integer, at least 0, got {keep_mb!r}")
-    if keep_mb is not None and level != "auto":
+    if keep_mb is not None and level not in ("auto", "fit"):
         raise ValueError(f'{where}.keep_mb is for the level "auto", got it with {level!r}')
-    return Recomputing(level, keep_mb)
+    return Recomputing("auto" if level == "fit" else level, keep_mb)
 
 
 @dataclass(eq=False)
@@ -66,9 +68,9 @@ class RecomputeClaim:
     """Layers of one class in one stack."""
 
     paths: tuple[str, ...]
-    allotment: Allotment
     modules: tuple[nn.Module, ...]
-    places: tuple[int, ...]
+    places: tuple[int, ...]  # of each among the layers of its stack
+    allotment: Allotment
     key: str = KEY
 
     @property
@@ -112,49 +114,55 @@ def claim_recompute(
     if wanted.level == "full":
         return [], []
     stacks: dict[str, list[tuple[str, nn.Module]]] = {}
-    left: list[Left] = []
-    within: list[str] = []
-    for path, module in model.named_modules():
-        if not any(cls.__name__ == _BASE for cls in type(module).__mro__) or path.startswith(tuple(within)):
-            continue
-        within.append(path + ".")
-        reason = why_not(module) or ("something else of it is replaced" if path in taken else None)
+    left: Counter[tuple[str, str]] = Counter()
+    for path, module in _checkpointed(model):
+        reason = why_not(module) or ("something else replaces it" if path in taken else None)
         if reason is not None:
-            left.append(Left(type(module).__name__, 1, f"{KEY}: {reason}"))
-            continue
-        stacks.setdefault(path.rpartition(".")[0], []).append((path, module))
+            left[type(module).__name__, reason] += 1
+        else:
+            stacks.setdefault(path.rpartition(".")[0], []).append((path, module))
     if not stacks:
-        left.append(Left(KEY, 1, "no layer that transformers would checkpoint"))
-    elif wanted.level == "auto" and len(stacks) > 1:
+        left[KEY, "no layer of those that transformers would checkpoint"] += 1
+    elif wanted.level == "auto":
         # the room is one, and what a forward through one stack leaves of it for the next is not known beforehand
         largest = max(stacks, key=lambda stack: len(stacks[stack]))
-        for stack in stacks.keys() - {largest}:
-            layers = stacks.pop(stack)
-            left.append(
-                Left(type(layers[0][1]).__name__, len(layers), f"{KEY}: room is made in the largest stack only")
-            )
-    claims = []
-    for layers in stacks.values():
-        allotment = _allotment(wanted, len(layers))
-        by_class: dict[type, list[tuple[int, str, nn.Module]]] = {}
-        for place, (path, module) in enumerate(layers):
-            by_class.setdefault(type(module), []).append((place, path, module))
-        for alike in by_class.values():
-            places, paths, modules = zip(*alike, strict=True)
-            claims.append(RecomputeClaim(paths, allotment, modules, places))
-    return claims, left
+        for _, module in (layer for stack in stacks.keys() - {largest} for layer in stacks[stack]):
+            left[type(module).__name__, "room is made in the largest stack only"] += 1
+        stacks = {largest: stacks[largest]}
+    claims = [claim for layers in stacks.values() for claim in _claims(layers, wanted)]
+    return claims, [Left(what, count, f"{KEY}: {reason}") for (what, reason), count in left.items()]
 
 
-def _allotment(wanted: Recomputing, layers: int) -> Allotment:
-    if wanted.level != "auto":
-        return Fixed(wanted.level)
-    return Auto(layers, None if wanted.keep_mb is None else wanted.keep_mb * 2**20, _teller())
+def _checkpointed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Path and layer; of layers within one another the outermost."""
+    within: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if any(cls.__name__ == _BASE for cls in type(module).__mro__) and not path.startswith(within):
+            within = (*within, f"{path}.")
+            yield path, module
 
 
-def _teller() -> Callable[[str], None]:
-    def tell(line: str) -> None:
-        # each rank decides for itself; the first one's is said
-        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            log.warning("ds_fused: recompute: %s", line)
+def _claims(layers: Sequence[tuple[str, nn.Module]], wanted: Recomputing) -> list[RecomputeClaim]:
+    """Of one stack, a claim for each class."""
+    if wanted.level == "auto":
+        allotment = Auto(len(layers), None if wanted.keep_mb is None else wanted.keep_mb * 2**20, _tell)
+    else:
+        allotment = Fixed(wanted.level)
+    places: dict[type, list[int]] = {}
+    for place, (_, module) in enumerate(layers):
+        places.setdefault(type(module), []).append(place)
+    return [
+        RecomputeClaim(
+            paths=tuple(layers[place][0] for place in alike),
+            modules=tuple(layers[place][1] for place in alike),
+            places=tuple(alike),
+            allotment=allotment,
+        )
+        for alike in places.values()
+    ]
 
-    return tell
+
+def _tell(line: str) -> None:
+    # each rank decides for itself; the first one's is said
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        log.warning("ds_fused: recompute: %s", line)

@@ -3,6 +3,7 @@
 full    has no memory left on the last rank alone, at two sequences, while the others are in a collective
 long    has no memory left beyond 40 tokens
 hung    says nothing any more on all ranks
+odd     has a loss that is no number
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from benchmarks import end_to_end, step_job
 from benchmarks.step_ways import WAYS, Way
 
 
-def before_forward(act: object) -> object:
+def before_forward(act: Callable[[torch.Size], None]) -> Callable[..., object]:
     """A check, which every way has, that lets `act` see the shape of the tokens."""
     return lambda model, type_: model.register_forward_pre_hook(
         lambda m, args, kwargs: act(kwargs["input_ids"].shape), with_kwargs=True
@@ -42,7 +44,12 @@ def hung(shape: torch.Size) -> None:
     time.sleep(600)
 
 
+def odd(model: torch.nn.Module, type_: str) -> None:
+    model.model.norm.weight.ds_tensor.fill_(torch.nan)
+
+
 WAYS.update({act.__name__: Way("broken", check=before_forward(act)) for act in (full, long, hung)})
+WAYS["odd"] = Way("broken", check=odd)
 end_to_end.JOB = Path(__file__)
 
 if __name__ == "__main__":

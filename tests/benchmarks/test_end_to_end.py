@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from launching import free_port, start
@@ -19,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import end_to_end, plot_step, step_job, step_timeline, step_ways
 from benchmarks.end_to_end import Launch, Search
 from benchmarks.page import without_folders
-from benchmarks.ranks import Ended
-from benchmarks.step_data import COPIED, Stream
+from benchmarks.ranks import Ended, listen
+from benchmarks.step_data import COPIED, Stream, Text
 from benchmarks.step_page import RATE, longest_page, steps_page
 from benchmarks.step_shapes import SHAPES, STD, built, shape_of
 from benchmarks.step_timeline import COMMUNICATION, COPY, IDLE, MARK, OPTIMIZER, PARTS, Event, length, split, union
@@ -33,7 +34,7 @@ def measured(out: Path, *more: str) -> dict:
     """The JSON of a run on two ranks."""
     command = [sys.executable, HERE / "broken_steps.py", "--gpus", "2", "--out", str(out), "--shape", "tiny"]
     command += ["--length", str(LENGTH), "--steps", "2", "--warm-up", "1", "--master_port", str(free_port()), *more]
-    done = start(command, timeout=400)
+    done = start(command, timeout=900)
     assert done.status == 0, done.output
     (found,) = out.glob("*.json")
     return json.loads(found.read_text())
@@ -53,22 +54,22 @@ def alike(rows: list[dict]) -> dict[tuple[str, int], dict]:
 
 
 def test_stock_and_ours_train_alike(tmp_path):
-    odd = ["--block", 'odd={"enabled": true, "ropes": true}']
-    found = measured(tmp_path, "--ways", "hf,ours,full,odd", "--rounds", "1", "--micro-batches", "2,1", *odd)
+    typo = ["--block", 'typo={"enabled": true, "ropes": true}']
+    found = measured(tmp_path, "--ways", "hf,ours,full,typo", "--rounds", "1", "--micro-batches", "2,1", *typo)
     head, rows = found["header"], found["rows"]
     assert "CPU" in head["device"] and "torch" in head["versions"] and "ZeRO 3" in head["job"]
     assert "end_to_end.py" in head["command"] and str(tmp_path.parent) not in head["command"]
-    assert [row["way"] for row in rows] == [way for way in ("hf", "ours", "full", "odd") for _ in range(2)]
+    assert [row["way"] for row in rows] == [way for way in ("hf", "ours", "full", "typo") for _ in range(2)]
     done = alike(rows)
     assert set(done) == {("hf", 1), ("hf", 2), ("ours", 1), ("ours", 2), ("full", 1)}
     # two RMS norms a layer, and the last one
     assert done["ours", 1]["replaced"]["rms_norm"] == 5 and done["hf", 1]["replaced"] is None
     refused = {(row["way"], row["micro_batch"]): row["status"] for row in rows if row["status"] != "ok"}
     assert refused["full", 2] == "out of memory"
-    assert "unknown key 'ropes'" in refused["odd", 1] and refused["odd", 2].startswith("not run: 1 x 40 failed")
+    assert "unknown key 'ropes'" in refused["typo", 1] and refused["typo", 2].startswith("not run: 1 x 40 failed")
 
     text = (tmp_path / "end_to_end.md").read_text()
-    assert f"## micro batch 2, {LENGTH} tokens" in text and "| odd |" in text and "rms_norm" in text
+    assert f"## micro batch 2, {LENGTH} tokens" in text and "| typo |" in text and "rms_norm" in text
     lines = [line for line in (tmp_path / "end_to_end.csv").read_text().splitlines() if not line.startswith("# ")]
     table = list(csv.DictReader(lines))
     assert len(table) == len(rows) and float(table[0]["last_loss"]) == rows[0]["losses"][-1]
@@ -93,10 +94,11 @@ def test_all_ways_train_alike(tmp_path):
 @pytest.mark.all
 def test_what_fails_costs_its_own_rows(tmp_path):
     found = measured(
-        tmp_path, "--ways", "full,hung,hf", "--rounds", "2", "--micro-batches", "1,2,3", "--patience", "45"
+        tmp_path, "--ways", "full,hung,odd", "--rounds", "2", "--micro-batches", "1,2,3", "--patience", "90"
     )
     status = [(row["way"], row["round"], row["micro_batch"], row["status"]) for row in found["rows"]]
-    hung = "failed: nothing was heard for 45 s"
+    wrong = "wrong: a loss is not finite"
+    hung = "failed: nothing was heard for 90 s"
     assert status == [
         ("full", 1, 1, "ok"),
         ("full", 1, 2, "out of memory"),
@@ -104,10 +106,10 @@ def test_what_fails_costs_its_own_rows(tmp_path):
         ("hung", 1, 1, hung),
         ("hung", 1, 2, f"not run: 1 x 40 {hung}"),
         ("hung", 1, 3, f"not run: 1 x 40 {hung}"),
-        *(("hf", 1, batch, "ok") for batch in (1, 2, 3)),
+        *(("odd", 1, batch, wrong) for batch in (1, 2, 3)),
         # what can't work is not tried again
         ("full", 2, 1, "ok"),
-        *(("hf", 2, batch, "ok") for batch in (1, 2, 3)),
+        *(("odd", 2, batch, wrong) for batch in (1, 2, 3)),
     ]
 
 
@@ -160,6 +162,21 @@ def test_how_a_launch_ended_is_told_by_what_was_said():
     assert Launch().status(quiet, 60) == "failed: the ranks died: exit 1"
     # Triton's word for a kernel that wants too much shared memory
     assert "failed" in Launch().status(Ended(1, "OutOfResources: out of resource: shared memory", False), 60)
+
+
+def test_a_silent_launch_is_ended_with_all_it_started():
+    script = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("child", child.pid, flush=True)
+time.sleep(600)
+"""
+    heard = []
+    ended = listen([sys.executable, "-c", script], heard.append, patience=5)
+    assert ended.silent and ended.status == -9 and heard == [ended.tail]
+    child = int(heard[0].split()[1])
+    # what init has not yet taken away is a zombie
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
 
 NAMES = {
@@ -315,6 +332,33 @@ def test_a_stream_repeats_what_it_says_and_itself():
     assert torch.equal(ids[:, :COPIED], ids[:, COPIED : 2 * COPIED])
     assert torch.equal(ids, stream.batch(3, 1, 2, 4, 70))
     assert not torch.equal(ids, stream.batch(3, 0, 2, 4, 70))
+
+
+def test_text_goes_on_where_it_ended(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(7)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(FileNotFoundError, match=r"--data .*: no \*.txt in it"):
+        Text(tmp_path, tmp_path / "tokenizer", 7)
+    (tmp_path / "b.txt").write_text("w5 w6")
+    (tmp_path / "a.txt").write_text("w1 w2 w3 w4")
+    text = Text(tmp_path, tmp_path / "tokenizer", 7)
+    # 1 to 6 without end; of each rank its own
+    assert text.batch(0, 0, 2, 1, 4).tolist() == [[1, 2, 3, 4]] and text.batch(0, 1, 2, 1, 4).tolist() == [[5, 6, 1, 2]]
+    assert text.batch(1, 0, 2, 2, 2).tolist() == [[3, 4], [5, 6]]
+    with pytest.raises(ValueError, match="token 6, but the model's vocabulary is 6"):
+        Text(tmp_path, tmp_path / "tokenizer", 6)
+
+
+def test_a_profiler_that_sees_no_gpu_is_an_answer(tmp_path):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        torch.zeros(3).add_(1)
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    assert step_timeline.recorded(tmp_path / "trace.json") == []
 
 
 @pytest.mark.parametrize("way", step_ways.WAYS)

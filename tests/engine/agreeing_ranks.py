@@ -40,6 +40,20 @@ def other_versions(agree):
     agree(DECISIONS)
 
 
+def least_then_equal(agree):
+    assert agree.least(7.0 - 2 * rank) == 5.0
+    agree(DECISIONS)
+
+
+def one_fails_early(agree):
+    if rank == 1:
+        agree.failed(ValueError("malformed"))
+    else:
+        agree.least(7.0)
+
+
+case("least", least_then_equal)
+case("failed early", one_fails_early)
 case("equal", lambda agree: agree(DECISIONS))
 case("claims", lambda agree: agree(other_claims))
 case("left", lambda agree: agree(other_left))

@@ -32,12 +32,13 @@ def test_a_difference_is_an_error_on_every_rank(cases, case, named):
 
 
 def test_agreement_is_silent(cases):
-    assert [rank["equal"] for rank in cases] == ["fine", "fine"]
+    assert [rank[case] for case in ("least", "equal") for rank in cases] == ["fine"] * 4
 
 
 def test_a_rank_that_fails_tells_those_that_wait(cases):
     assert "rank 1 failed: ValueError: no such op" in cases[0]["failed"]
-    assert cases[1]["failed"] == "fine"
+    assert "rank 1 failed: ValueError: malformed" in cases[0]["failed early"]
+    assert cases[1]["failed"] == cases[1]["failed early"] == "fine"
 
 
 def test_one_process_needs_no_group():

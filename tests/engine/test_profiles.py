@@ -5,23 +5,30 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
+from ds_fused.engine import leaf_modules
 from ds_fused.engine.config import CHOICES, HEAD, parse
-from ds_fused.engine.estimate import Job, fitting
-from ds_fused.engine.profiles import PROFILES, filled
+from ds_fused.engine.estimate import Job, fitting, job_of
+from ds_fused.engine.profiles import ESTIMATED, PROFILES, filled
 from ds_fused.engine.zero_sizes import sizes_of
 
 ON = {"enabled": True}
-SMALL = {"leaf_modules": False, "zero_sizes": "small", "embedding": True, "tiled_mlp": True}
-OF_HEAD = {f"{HEAD}.mode": "stream", f"{HEAD}.keep_mb": 0}
+SMALL = {"leaf_modules": False, "zero_sizes": "small", "embedding": True, "recompute": "full"}
+OF_HEAD = {f"{HEAD}.mode": "auto", f"{HEAD}.keep_mb": 0}
 
 # block, profile, what is added to it
 TABLE = [
     (ON, "stock", {}),
     (ON, "small", SMALL | OF_HEAD),
-    (ON | {"tiled_mlp": False, "embedding": False}, "small", {"leaf_modules": False, "zero_sizes": "small"} | OF_HEAD),
     (
-        ON | {"tiled_mlp": {"tiles": 3}, "zero_sizes": "stock"},
+        ON | {"recompute": "attention", "embedding": False},
+        "small",
+        {"leaf_modules": False, "zero_sizes": "small"} | OF_HEAD,
+    ),
+    (
+        ON | {"recompute": {"level": "fit", "keep_mb": 3}, "zero_sizes": "stock"},
         "small",
         {"leaf_modules": False, "embedding": True} | OF_HEAD,
     ),
@@ -31,9 +38,14 @@ TABLE = [
     (
         ON,
         "fast",
-        {"leaf_modules": True, "zero_sizes": "large", f"{HEAD}.mode": "auto", f"{HEAD}.grad_in_forward": False},
+        {"leaf_modules": True, "zero_sizes": "large", "recompute": "fit"}
+        | {f"{HEAD}.mode": "auto", f"{HEAD}.grad_in_forward": False},
     ),
-    (ON | {"leaf_modules": False, HEAD: {"mode": "stream", "grad_in_forward": True}}, "fast", {"zero_sizes": "large"}),
+    (
+        ON | {"leaf_modules": False, HEAD: {"mode": "stream", "grad_in_forward": True}},
+        "fast",
+        {"zero_sizes": "large", "recompute": "fit"},
+    ),
 ]
 
 
@@ -56,7 +68,7 @@ def test_a_profile_adds_what_is_not_given(block, profile, added):
 
 
 def test_every_profile_is_a_choice_and_well_formed():
-    assert {*PROFILES, "auto"} == set(CHOICES["profile"])
+    assert {*PROFILES, *ESTIMATED} == set(CHOICES["profile"])
     for name in PROFILES:
         parse(filled(ON, name)[0])
 
@@ -135,6 +147,20 @@ def test_small_sizes_are_no_larger_than_deepspeeds_for_an_8b():
     stock = {"stage3_prefetch_bucket_size": 5e7, "stage3_max_reuse_distance": 1e9, "stage3_max_live_parameters": 1e9}
     stock |= {"reduce_bucket_size": 5e8, "sub_group_size": 1e9}
     assert all(small[name] <= size for name, size in stock.items()) and small.keys() == stock.keys()
+
+
+def test_a_layer_that_gets_its_input_by_keyword_is_named(caplog):
+    layer = nn.Linear(2, 2)
+    x = torch.ones(1, 2)
+    leaf_modules._hold(layer, (x,), x)
+    assert not caplog.messages
+    leaf_modules._hold(layer, (), x)
+    (line,) = caplog.messages
+    assert line.startswith("ds_fused: Linear gets its hidden states by keyword")
+
+
+def test_a_job_that_says_too_little_has_no_estimate():
+    assert "max_position_embeddings" in job_of(None, nn.Linear(2, 2), [], torch.float32)
 
 
 def test_nothing_is_trained():

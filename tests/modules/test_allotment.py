@@ -140,6 +140,24 @@ def test_an_evaluation_in_between_measures_nothing(monkeypatch):
     assert training.step(100) == [A, M, M]
 
 
+def test_an_empty_batch_measures_nothing(monkeypatch):
+    training = Training(Device(60_000, 20_000, 50), monkeypatch)
+    assert [training.step(tokens) for tokens in (0, 100, 0, 100, 100)] == 5 * [[F, F, F]]
+    assert training.step(100) == [A, M, M]
+    training.step(0)
+
+
+def test_two_backwards_of_a_forward_measure_it_once(monkeypatch):
+    training = Training(Device(60_000, 20_000, 50), monkeypatch)
+    for _ in range(MEASURED - 1):
+        made = training.forward(100)
+        training.backward(list(made))
+        training.backward(made)
+        del made
+    assert training.step(100) == [F, F, F]
+    assert training.step(100) == [A, M, M]
+
+
 def test_short_of_memory_less_is_planned_with(monkeypatch):
     training = Training(Device(60_000, 19_000, 50), monkeypatch)
     training.device.short = 4  # while the model was loaded

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import ds_fused
@@ -80,7 +81,7 @@ def test_quantised_with_adapters(family: Tiny, tmp_path: Path) -> None:
 
     def adapted() -> nn.Module:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path, quantization_config=four_bits, dtype=torch.float32, attn_implementation="eager"
+            tmp_path, quantization_config=four_bits, dtype=torch.float32, attn_implementation="eager", device_map="cpu"
         )
         model = peft.prepare_model_for_kbit_training(model)
         config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
@@ -198,6 +199,8 @@ def test_trains_compiled(name: str) -> None:
     ds_fused.apply(whole)
     graphs, loss, gradients = compiled_step(stock, fullgraph=True)
     assert graphs.frame_count == 1
+    with pytest.raises(Unsupported, match="CausalLMLoss"):
+        compiled_step(whole, fullgraph=True)
     # with everything fused the loss is computed behind the one graph; without, it is in it
     for model, options in ((layers, {"fullgraph": True}), (whole, {})):
         ours = compiled_step(model, **options)

@@ -162,14 +162,20 @@ def with_deepspeeds_leafs(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def ways(build: Callable[[], nn.Module], between: Callable | None = None, **config: object) -> dict:
-    blocks = {"stock": None, "leaf": LEAF, **SIZES, "both": LEAF | {"zero_sizes": "small"}}
+    """Stock, leaf modules, and these with small sizes."""
+    blocks = {"stock": None, "leaf": LEAF, "both": LEAF | {"zero_sizes": "small"}}
     return {name: trained(build, block, between, **config) for name, block in blocks.items()}
+
+
+def sized(build: Callable[[], nn.Module]) -> dict:
+    """Beside them sizes alone, and DeepSpeed's own leaf modules."""
+    found = ways(build) | {name: trained(build, block) for name, block in SIZES.items()}
+    return found | {"deepspeed's leaf": trained(partial(with_deepspeeds_leafs, build), None)}
 
 
 @case
 def plain() -> dict:
-    theirs = {"deepspeed's leaf": trained(partial(with_deepspeeds_leafs, llama), None)}
-    return ways(llama) | theirs
+    return sized(llama)
 
 
 @case
@@ -184,9 +190,7 @@ def reentrant() -> dict:
 
 @case
 def not_reentrant() -> dict:
-    build = partial(llama, checkpointing="plain")
-    theirs = {"deepspeed's leaf": trained(partial(with_deepspeeds_leafs, build), None)}
-    return ways(build) | theirs
+    return sized(partial(llama, checkpointing="plain"))
 
 
 @case
@@ -340,9 +344,17 @@ def fused() -> dict:
 
 
 @case
+def some_kept() -> dict:
+    """A checkpointed layer that keeps a part of its forward."""
+    block = OFF | {"recompute": "matmuls"}
+    build = partial(llama, checkpointing="plain")
+    return {"stock": trained(build, block), "leaf": trained(build, block | {"leaf_modules": True})}
+
+
+@case
 def profiles() -> dict:
     build = partial(llama, checkpointing="plain")
-    blocks = {name: {"enabled": True, "profile": name} for name in ("auto", "fast", "small")}
+    blocks = {name: {"enabled": True, "profile": name} for name in ("auto", "fit", "fast", "small")}
     blocks["explicit"] = blocks["small"] | {"zero_sizes": "stock", "fused_linear_cross_entropy": {"mode": "gather"}}
     return {"stock": trained(build, None)} | {name: trained(build, block) for name, block in blocks.items()}
 
