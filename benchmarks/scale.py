@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from benchmarks.plot_scale import draw_crossover, draw_scaling
-from benchmarks.scale_fit import PARAMETERS, Fit, fit
+from benchmarks.scale_fit import PARAMETERS, ROOM_GIB, Fit, fit
 from benchmarks.scale_model import (
     CHUNK_MB,
     GPUS_OF_NODE,
@@ -53,8 +53,8 @@ ALLOWED = 0.10
 RANKS = (8, 16, 64, 256, 1024)
 MICRO_BATCHES = (1, 2, 4)
 PREDICTED = tuple(way for way in WAYS if "leaf" not in way)
-# the card whose steps were measured at this size, and GiB that a job can have of it
-CARD, ROOM_GIB = "H200", 139
+# the card whose steps were measured at this size
+CARD = "H200"
 # bytes a second of each GPU's network card: 100, 200, 400 and 800 Gbit/s
 NETWORKS = (12.5e9, 25e9, 50e9, 100e9)
 # V, H: Llama-3-8B, Llama-3-70B, Gemma-3-27B
@@ -258,8 +258,9 @@ def predicted(machine: Machine) -> list[str]:
         f"{CARD}, ZeRO-3, gradient checkpointing, sequences of 8192 tokens, {GPUS_OF_NODE} GPUs a node, 50 GB/s of "
         "network for each GPU. Tokens a second and GPU: where all that the network takes longer than NVLink is hidden "
         "behind products, and where nothing of it is; one number where they are equal. In brackets the peak in GiB. "
-        f"*host*: bound by it. -: more than {ROOM_GIB} GiB. For ours the mode of the head. ours: the flag alone; "
-        '-fast and -small: that profile; -attention and -matmuls: with "recompute" at that level.',
+        f"*host*: bound by it. -: more than {ROOM_GIB[CARD]} GiB. For ours the mode of the head. ours: the flag alone; "
+        "-fast and -small: that profile, of which -fast keeps what fits of each layer's forward; -attention and -full: "
+        'the same with "recompute" at that level.',
         "",
     ]
     found = list(predictions(machine))
@@ -275,7 +276,7 @@ def predicted(machine: Machine) -> list[str]:
 
 
 def _cell(p: Prediction) -> str:
-    if p.peak_gib > ROOM_GIB:
+    if p.peak_gib > ROOM_GIB[CARD]:
         return f"- ({p.peak_gib:.0f})"
     fast, slow = f"{p.fast:,.0f}", f"{p.slow:,.0f}"
     rate = fast if fast == slow else f"{fast} to {slow}"
@@ -363,12 +364,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         writer.writeheader()
         writer.writerows(rows_of_csv(found, fitted))
     machine = fitted.setting.machines[CARD]
-    curves = [p for p in predictions(machine) if p.job.way.name in ("hf", "liger", "ours-fast")]
+    curves = [p for p in predictions(machine) if p.job.way.name in ("hf", "liger", "ours-fast-full", "ours-fast")]
     maps = {
         (head, network): ratios(machine, *head, network) for head in (HEADS[0], HEADS[2]) for network in NETWORKS[::2]
     }
     for reason in (
-        draw_scaling(options.out / "scale.png", curves, ROOM_GIB),
+        draw_scaling(options.out / "scale.png", curves, ROOM_GIB[CARD]),
         draw_crossover(options.out / "scale_crossover.png", maps, MAP_RANKS, TOKENS),
     ):
         if reason is not None:

@@ -20,6 +20,8 @@ from benchmarks.scale_points import Point, Setting
 ROUNDS = 30
 # of a logarithm, for numeric derivatives
 STEP = 1e-4
+# GiB that a job can have of each card
+ROOM_GIB = {"H100": 79, "H200": 139}
 # a step of Gauss-Newton changes no parameter by more than this factor's logarithm, and all of them no more than that
 LARGEST, FARTHEST = 0.7, np.log(30)
 
@@ -51,7 +53,8 @@ def setting(values: Sequence[float]) -> Setting:
         value * parameter.scale for value, parameter in zip(values, PARAMETERS, strict=True)
     )
     machines = {
-        name: Machine(gemm, attention, memory, delay, call, hook) for name, memory in (("H100", h100), ("H200", h200))
+        name: Machine(gemm, attention, memory, delay, call, hook, ROOM_GIB[name] * 2**30)
+        for name, memory in (("H100", h100), ("H200", h200))
     }
     return Setting(machines, start)
 

@@ -38,6 +38,8 @@ PREFETCH, REUSE = 5e7, 1e9
 OPTIMIZER_BYTES = 40
 # the defaults of "fused_linear_cross_entropy"
 CHUNK_MB, KEEP_MB, SLAB_MB = 512, 2048, 128
+# of the memory, what layers may fill with what "recompute": "fit" keeps
+KEPT_SHARE = 0.9
 # seconds of the host for one launch of a kernel under autograd: assumed, since no measured point is bound by them
 LAUNCH = 20e-6
 
@@ -59,10 +61,6 @@ class Shape:
     def layer(self) -> int:
         """Elements of a layer's products."""
         return self.hidden * (2 * self.q + 2 * self.kv + 3 * self.intermediate)
-
-    @property
-    def mlp(self) -> int:
-        return 3 * self.hidden * self.intermediate
 
     @property
     def head(self) -> int:
@@ -104,6 +102,7 @@ class Machine:
     delay: float  # bytes over NVLink for each second by which the products are later
     call: float  # seconds of a collective beside its bytes and hops
     hook: float  # seconds of the host
+    room: float = 139 * 2**30  # bytes of memory that a job can have
     network: float = 50e9  # bytes a second of each GPU's own network card
 
     def wire(self, ranks: int) -> float:
@@ -236,15 +235,13 @@ class Way:
     fused: bool = True  # norms, rotary embedding and MLPs
     leaf: bool = False  # decoder layers are leaf modules of ZeRO-3: gathered as one, one hook
     sizes: str = "stock"  # of ZeRO-3
-    mlp_tiles: int = 1  # computed again in backward where there are several
-    recompute: str = "full"  # what checkpointed layers compute again: "attention" keeps its outputs, "matmuls" all
-    mode: str = "auto"  # of our head
+    recompute: str = "full"  # of a checkpointed layer; see the JSON's key
     keep_mb: int = KEEP_MB
 
     def bucket(self, shape: Shape) -> float:
         """Elements of gradients that are reduced together."""
-        by_layer = {"small": shape.layer / 2, "large": max(5e8, shape.layer)}
-        return min(by_layer.get(self.sizes, 5e8), shape.elements)
+        by_layer = {"small": shape.layer / 8, "large": shape.layer}
+        return min(5e8, by_layer.get(self.sizes, 5e8), shape.elements)
 
     def live(self, shape: Shape) -> float:
         """Elements of weights that may be gathered at a time."""
@@ -264,10 +261,10 @@ WAYS = {
         Way("liger+leaf, larger prefetch", "liger", leaf=True),
         Way("liger+leaf", "liger", leaf=True, sizes="2e9"),
         Way("ours", "ours"),
-        Way("ours-fast", "ours", leaf=True, sizes="large"),
+        Way("ours-fast", "ours", leaf=True, sizes="large", recompute="fit"),
         Way("ours-fast-attention", "ours", leaf=True, sizes="large", recompute="attention"),
-        Way("ours-fast-matmuls", "ours", leaf=True, sizes="large", recompute="matmuls"),
-        Way("ours-small", "ours", sizes="small", mlp_tiles=8, mode="stream", keep_mb=0),
+        Way("ours-fast-full", "ours", leaf=True, sizes="large"),
+        Way("ours-small", "ours", sizes="small", keep_mb=0),
     )
 }
 
@@ -301,8 +298,7 @@ def layer_bytes(way: Way, shape: Shape, checkpoints: bool) -> float:
         # 24, 32 and two sums (18). rope: two products (8), half negated (2) and joined (4), sum (6); back the same with
         # zeros around each half. MLP: silu (4) and product (6); back 6 and 12
         parts = [sums, (2 * 36 * d, 2 * 92 * d), (20 * rotated, 30 * rotated), (10 * f, 18 * f)]
-    moved = sum((1 + checkpoints) * forward + backward for forward, backward in parts)
-    return moved + (parts[-1][0] if way.mlp_tiles > 1 else 0)
+    return sum((1 + checkpoints) * forward + backward for forward, backward in parts)
 
 
 def layer_held(way: Way, shape: Shape) -> float:
@@ -311,22 +307,45 @@ def layer_held(way: Way, shape: Shape) -> float:
     # x, two norms, the projection, the residual and a gradient; q and attention; k and v, and k turned
     held = 2 * 6 * d + 2 * 2 * shape.q + 2 * 3 * shape.kv
     # gate, up, their product and its gradient; fused, the gradients of gate and up are written over them
-    held += 2 * 4 * f / way.mlp_tiles
+    held += 2 * 4 * f
     if not way.fused:
         # both norms in fp32, before and after they are scaled; silu, and the gradients of gate and up
         held += 2 * 2 * 4 * d + 2 * 3 * f
     return held
 
 
-def checkpoint_held(way: Way, shape: Shape) -> float:
-    """B that a checkpointed layer holds for a token until its backward."""
-    held = 2 * shape.hidden
-    if way.recompute != "full":
-        held += 2 * shape.q
-    if way.recompute == "matmuls":
-        # q, k, v, the projection, gate and up; the last product is not needed
-        held += 2 * (shape.q + 2 * shape.kv + shape.hidden + 2 * shape.intermediate)
-    return held
+@dataclass(frozen=True)
+class Kept:
+    """Which share of checkpointed layers keep the outputs of attention, and of which those of products."""
+
+    attention: float = 0.0
+    matmuls: float = 0.0
+    last: bool = False  # a layer's last product, whose result a repetition does not need, is not repeated
+
+
+def attention_bytes(shape: Shape) -> float:
+    """Of a layer and token."""
+    return 2 * shape.q
+
+
+def matmul_bytes(shape: Shape) -> float:
+    """q, k, v, the projection, gate and up."""
+    return 2 * (shape.q + 2 * shape.kv + shape.hidden + 2 * shape.intermediate)
+
+
+def kept(job: Job, machine: Machine) -> Kept:
+    level = job.way.recompute
+    if not job.checkpoints or level == "full":
+        return Kept()
+    if level != "fit":
+        return Kept(1.0, float(level == "matmuls"), True)
+    room = KEPT_SHARE * machine.room - _peak_bytes(job, machine, Kept())
+    attention, matmuls = (job.shape.layers * job.tokens * of(job.shape) for of in (attention_bytes, matmul_bytes))
+    return Kept(_share(room, attention), _share(room - attention, matmuls), True)
+
+
+def _share(room: float, wanted: float) -> float:
+    return min(1.0, max(0.0, room / wanted))
 
 
 def loss_of(job: Job, machine: Machine) -> Loss:
@@ -342,26 +361,24 @@ def loss_of(job: Job, machine: Machine) -> Loss:
 
 
 def head_figures(job: Job, machine: Machine) -> Figures:
-    """Those of the mode that our head is in; "auto" picks where memory is no matter."""
+    """Those of the mode that "auto" picks for our head where memory is no matter."""
     shape, way = job.shape, job.way
     head = Head.cut(Shards(shape.vocab, shape.hidden, job.ranks), SLAB_MB * MIB)
     both = candidates(head, job.tokens, CHUNK_MB * MIB, way.keep_mb * MIB)
-    if way.mode == "auto":
-        return chosen(both, float("inf"), machine.rates(job.ranks))
-    return next(figures for figures in both if figures.mode == way.mode)
+    return chosen(both, float("inf"), machine.rates(job.ranks))
 
 
-def layers_work(job: Job) -> Work:
+def layers_work(job: Job, machine: Machine) -> Work:
     shape, way, tokens = job.shape, job.way, job.tokens
     forwards = 1 + job.checkpoints
     # causal: half of the square; backward is 2.5 forwards
-    attentions = (1 if way.recompute != "full" else forwards) + 2.5
-    products = 2 * (1 if way.recompute == "matmuls" else forwards) + 4
     passes = forwards + 1
-    again = 2 * shape.mlp if way.mlp_tiles > 1 else 0
+    spared = kept(job, machine)
+    last = shape.hidden * shape.intermediate * spared.last
+    products = (2 * forwards + 4) * shape.layer - 2 * (last + (shape.layer - last) * spared.matmuls)
     one = Work(
-        gemm=(products * shape.layer + again) * tokens,
-        attention=attentions * 2 * job.length * tokens * shape.q,
+        gemm=products * tokens,
+        attention=(forwards + 2.5 - spared.attention) * 2 * job.length * tokens * shape.q,
         memory=layer_bytes(way, shape, job.checkpoints) * tokens,
         # 13 modules with hooks of their own in a layer of Llama's
         hooks=passes * (1 if way.leaf else 13) if job.stage == 3 else 0,
@@ -389,14 +406,14 @@ def states_work(job: Job) -> Work:
 
 
 def device_seconds(job: Job, machine: Machine, hidden: bool) -> float:
-    body = layers_work(job) + states_work(job)
+    body = layers_work(job, machine) + states_work(job)
     # the head's transfers are between its products, which wait for them
     head = machine.device(loss_of(job, machine).work, job.ranks, hidden=False)
     return machine.device(body, job.ranks, hidden) + head
 
 
 def host_seconds(job: Job, machine: Machine) -> float:
-    return machine.host(layers_work(job) + loss_of(job, machine).work)
+    return machine.host(layers_work(job, machine) + loss_of(job, machine).work)
 
 
 def step_seconds(job: Job, machine: Machine, hidden: bool = False) -> float:
@@ -405,7 +422,7 @@ def step_seconds(job: Job, machine: Machine, hidden: bool = False) -> float:
 
 def kernels_seconds(job: Job, machine: Machine) -> float:
     """Products and attention alone; transfers beside them make them longer."""
-    work = layers_work(job) + Work(gemm=6 * job.tokens * job.shape.head) + states_work(job)
+    work = layers_work(job, machine) + Work(gemm=6 * job.tokens * job.shape.head) + states_work(job)
     return machine.device(replace(work, memory=0.0), job.ranks, hidden=False)
 
 
@@ -416,17 +433,23 @@ def states_bytes(job: Job) -> float:
 
 
 def peak_bytes(job: Job, machine: Machine) -> float:
+    return _peak_bytes(job, machine, kept(job, machine))
+
+
+def _peak_bytes(job: Job, machine: Machine, spared: Kept) -> float:
     """The larger of what the loss and what the last layer's backward hold, beside what is always there."""
     shape, way = job.shape, job.way
     always = states_bytes(job) + 2 * way.bucket(shape)
     if job.stage == 3:
         always += 2 * way.live(shape)
-        if way.leaf:
-            # the next layer comes whole while this one's weight and gradient are there
+        if way.leaf and way.loss != "ours":
+            # the next layer comes whole while this one's weight and gradient are there; ours counts it as live, and
+            # sends gradients one by one
             always += 3 * 2 * shape.layer
     one = layer_held(way, shape) * job.tokens
-    kept = checkpoint_held(way, shape) * shape.layers * job.tokens
+    each = 2 * shape.hidden + attention_bytes(shape) * spared.attention + matmul_bytes(shape) * spared.matmuls
+    waiting = each * shape.layers * job.tokens
     if not job.checkpoints:
-        kept, one = one * shape.layers, 0.0
+        waiting, one = one * shape.layers, 0.0
     loss = loss_of(job, machine).held
-    return always + kept + max(one, loss + 2 * shape.hidden * job.tokens)
+    return always + waiting + max(one, loss + 2 * shape.hidden * job.tokens)
