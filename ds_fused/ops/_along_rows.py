@@ -6,8 +6,8 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from ds_fused.ops._launch import launch
+from ds_fused.ops._row_tiles import tile
 from ds_fused.ops._triton import cdiv, row_stride, rows_of
-from ds_fused.ops.rms_norm import tile
 
 # A tile is whole rows up to these widths (32 fp32 values of a row in each of 1024 threads); wider rows are walked in
 # blocks. Not measured yet.

@@ -21,6 +21,13 @@ SUM_COLS = 32
 SUM_ROWS = 256
 
 
+@triton.jit
+def add_to(sums, value, mask, is_first):
+    """sums += value. The first row finds nothing there: scratch is written before it is read."""
+    before = tl.load(sums, mask=mask & ~is_first, other=0.0)
+    tl.store(sums, before + value, mask=mask)
+
+
 # a batch or a device with another number of programs would compile everything again
 @triton.jit(do_not_specialize=["n_programs", "n_numbers"])
 def _sum_partials_kernel(

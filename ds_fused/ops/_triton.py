@@ -102,6 +102,11 @@ def _ask_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def resident(x: Tensor, warps_per_multiprocessor: int, warps: int) -> int:
+    """How many programs of so many warps run side by side: the size of a persistent grid."""
+    return multiprocessors(x) * max(1, warps_per_multiprocessor // warps)
+
+
 def cdiv(n: int, size: int) -> int:
     """How many blocks hold n. For launchers: triton.cdiv wraps its arguments, which takes microseconds."""
     return -(-n // size)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_fused.ops._norms import Wanted, check_cast, check_per_column
 from ds_fused.ops._triton import check_dtypes, rows_of, runs_kernels
-from ds_fused.ops.rms_norm import Wants, check_norm, rms_norm_bwd, rms_norm_fwd, rms_norm_reference
+from ds_fused.ops.rms_norm import rms_norm_bwd, rms_norm_fwd, rms_norm_reference
 
 
 def add_rms_norm_reference(
@@ -60,14 +61,14 @@ class AddRMSNormFunction(torch.autograd.Function):
         if dy is None:
             dx, dweight = dsum, None
         else:
-            wants = Wants(wants_dx, ctx.needs_input_grad[2], False)
+            wanted = Wanted(wants_dx, ctx.needs_input_grad[2], False)
             dsum = dsum if wants_dx else None
-            dx, dweight, _ = rms_norm_bwd(dy, total, weight, None, rstd, dsum, ctx.offset, ctx.cast_before, wants)
+            dx, dweight, _ = rms_norm_bwd(dy, total, weight, None, rstd, dsum, ctx.offset, ctx.cast_before, wanted)
         # x and residual get one tensor, as those of PyTorch's own + do: autograd sees that two hold it, and neither
         # adds to it in place nor lets it become two .grad. A copy would cost a quarter of the backward's traffic
         given = [
-            dx.to(dtype) if dx is not None and wanted else None
-            for dtype, wanted in zip(ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
+            dx.to(dtype) if dx is not None and wants else None
+            for dtype, wants in zip(ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
         ]
         return *given, dweight, None, None, None
 
@@ -87,7 +88,8 @@ def add_rms_norm(
     """
     if residual.shape != x.shape:
         raise ValueError(f"add_rms_norm: x {tuple(x.shape)} and residual {tuple(residual.shape)} must have one shape")
-    check_norm("add_rms_norm", x, cast, weight=weight)
+    check_per_column("add_rms_norm", x, weight=weight)
+    check_cast("add_rms_norm", cast)
     if not runs_kernels(x, residual, weight):
         return add_rms_norm_reference(x, residual, weight, eps=eps, offset=offset, cast=cast)
     check_dtypes("add_rms_norm", x=x, residual=residual, weight=weight)

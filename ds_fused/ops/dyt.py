@@ -21,17 +21,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._launch import launch
+from ds_fused.ops._norms import check_per_column
+from ds_fused.ops._row_tiles import tile
 from ds_fused.ops._sums import partials, sum_partials
-from ds_fused.ops._triton import (
-    cdiv,
-    check_dtypes,
-    multiprocessors,
-    power_of_2,
-    row_stride,
-    rows_of,
-    runs_kernels,
-    warps_for,
-)
+from ds_fused.ops._triton import cdiv, check_dtypes, resident, row_stride, rows_of, runs_kernels
 
 # elements of a tile and of a thread, and the most columns of it; wider rows are several blocks of columns. On an H100,
 # ms forward of 8192x4096 and 16384x8192: 0.053, 0.192; with tiles of 2048 0.057, 0.211
@@ -153,12 +146,6 @@ class Wanted(NamedTuple):
     dbias: bool
 
 
-def _tile(d: int, elements: int, per_thread: int) -> dict[str, int]:
-    cols = min(power_of_2(d), MOST_COLS)
-    rows = max(1, elements // cols)
-    return {"BLOCK_ROWS": rows, "BLOCK_COLS": cols, "num_warps": warps_for(rows * cols, per_thread)}
-
-
 def dyt_fwd(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x [..., D], alpha [1], weight, bias [D] -> y [..., D] of dtype."""
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -166,9 +153,12 @@ def dyt_fwd(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None, dtype
     n, d = x.shape
     if n == 0 or d == 0:
         return y
-    block = _tile(d, TILE_FWD, PER_THREAD_FWD)
-    grid = (cdiv(n, block["BLOCK_ROWS"]), cdiv(d, block["BLOCK_COLS"]))
-    launch(_dyt_fwd_kernel, grid, x, alpha, weight, bias, y, row_stride(x), n, d, HAS_BIAS=bias is not None, **block)
+    block = tile(min(d, MOST_COLS), TILE_FWD, PER_THREAD_FWD, MOST_COLS)
+    launch(
+        _dyt_fwd_kernel, (cdiv(n, block.rows), cdiv(d, block.cols)),
+        x, alpha, weight, bias, y, row_stride(x), n, d,
+        HAS_BIAS=bias is not None, BLOCK_ROWS=block.rows, BLOCK_COLS=block.cols, num_warps=block.warps,
+    )  # fmt: skip
     return y
 
 
@@ -185,17 +175,17 @@ def dyt_bwd(
     dbias = make(bias) if wanted.dbias else None
     if n == 0 or d == 0:
         return dx, dalpha, dweight, dbias
-    block = _tile(d, TILE_BWD, PER_THREAD_BWD)
-    column_blocks = cdiv(d, block["BLOCK_COLS"])
-    resident = multiprocessors(x) * max(1, WARPS_PER_MULTIPROCESSOR // block["num_warps"])
-    programs = min(cdiv(n, block["BLOCK_ROWS"]), max(1, resident // column_blocks))
+    block = tile(min(d, MOST_COLS), TILE_BWD, PER_THREAD_BWD, MOST_COLS)
+    column_blocks = cdiv(d, block.cols)
+    most = max(1, resident(x, WARPS_PER_MULTIPROCESSOR, block.warps) // column_blocks)
+    programs = min(cdiv(n, block.rows), most)
     sums = wanted.dalpha or wanted.dweight or wanted.dbias
     partial = partials(x, programs, d, programs * column_blocks) if sums else None
     launch(
         _dyt_bwd_kernel, (column_blocks, programs),
         dy, x, alpha, weight, dx, partial, row_stride(dy), row_stride(x), n, d,
         WANTS_DX=wanted.dx, WANTS_DALPHA=wanted.dalpha, WANTS_DWEIGHT=wanted.dweight, WANTS_DBIAS=wanted.dbias,
-        STAGES=STAGES_BWD, **block,
+        BLOCK_ROWS=block.rows, BLOCK_COLS=block.cols, STAGES=STAGES_BWD, num_warps=block.warps,
     )  # fmt: skip
     if sums:
         sum_partials(partial, programs, d, dweight, dbias, dalpha, programs * column_blocks)
@@ -226,9 +216,7 @@ def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     """
     if alpha.numel() != 1 or alpha.ndim > 1:
         raise ValueError(f"dyt: alpha {tuple(alpha.shape)} must be one number, of shape (1,) or ()")
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None and (vector.ndim != 1 or vector.shape != x.shape[-1:]):
-            raise ValueError(f"dyt: {name} {tuple(vector.shape)} must be one value per column of x {tuple(x.shape)}")
+    check_per_column("dyt", x, weight=weight, bias=bias)
     if not runs_kernels(x, alpha, weight, bias):
         return dyt_reference(x, alpha, weight, bias)
     check_dtypes("dyt", x=x, alpha=alpha, weight=weight, bias=bias)

@@ -26,23 +26,25 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._launch import launch
+from ds_fused.ops._norms import check_cast, check_per_column
+from ds_fused.ops._row_tiles import tile
 from ds_fused.ops._sums import sum_partials
-from ds_fused.ops._triton import (
-    cdiv,
-    check_dtypes,
-    multiprocessors,
-    row_stride,
-    rows_of,
-    runs_kernels,
+from ds_fused.ops._triton import cdiv, check_dtypes, resident, row_stride, rows_of, runs_kernels
+from ds_fused.ops._wide_gated_rms_norm import (
+    _gated_rms_norm_bwd_walk_kernel,
+    _gated_rms_norm_fwd_walk_kernel,
+    act_and_slope,
+    load_bwd,
+    store_bwd,
+    weight_or_one,
+    y_of,
 )
-from ds_fused.ops.glu import _sigmoid_and_slope
-from ds_fused.ops.rms_norm import _add_to, check_norm, tile
 
 ORDERS = ("norm_first", "gate_first")
 ACTS = ("silu", "sigmoid")
 
-# A tile is whole groups up to these widths; wider ones are walked in blocks, twice. By what spills on sm90; not
-# measured yet.
+# A tile is whole groups up to these widths; wider ones are walked in blocks (_wide_gated_rms_norm.py). By what spills
+# on sm90; not measured yet.
 WHOLE_GROUP_FWD = 16384
 WHOLE_GROUP_BWD = 8192
 # elements of a tile when a group is narrower (as many rows as fit), and of a thread
@@ -86,35 +88,6 @@ def gated_rms_norm_reference(
     return y if order == "gate_first" and cast == "before_weight" else y.to(x.dtype)
 
 
-@triton.jit
-def _act_and_slope(gate, ACT: tl.constexpr):
-    """act(gate) and act'(gate), both in fp32."""
-    s, ds = _sigmoid_and_slope(gate)
-    if ACT == "silu":
-        return gate * s, s + gate * ds
-    return s, ds
-
-
-@triton.jit
-def _y_of(
-    hat, act, weight_ptr, cols, mask, DTYPE: tl.constexpr,
-    GATE_FIRST: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-):  # fmt: skip
-    """y in fp32, rounded on the way where PyTorch rounds. DTYPE: that of x."""
-    y = hat
-    if CAST_BEFORE:
-        y = y.to(DTYPE).to(tl.float32)
-    if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
-        y *= weight.to(tl.float32)
-        # two dtypes promote to fp32, whichever they are
-        if CAST_BEFORE and not GATE_FIRST and weight.dtype == DTYPE:
-            y = y.to(DTYPE).to(tl.float32)
-    if not GATE_FIRST:
-        y *= act
-    return y
-
-
 # n_rows is not specialized: a batch whose token count is no multiple of 16 would compile everything again
 @triton.jit(do_not_specialize=["n_rows"])
 def _gated_rms_norm_fwd_kernel(
@@ -141,99 +114,13 @@ def _gated_rms_norm_fwd_kernel(
 
     x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + rows * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    act, _ = _act_and_slope(gate, ACT)
+    act, _ = act_and_slope(gate, ACT)
     if GATE_FIRST:
         x *= act
     rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / n_cols + eps)
     tl.store(rstd_ptr + rows * n_groups + group, rstd, mask=rows < n_rows)
-    y = _y_of(x * rstd, act, weight_ptr, cols, col_mask, x_ptr.dtype.element_ty, GATE_FIRST, CAST_BEFORE, HAS_WEIGHT)
+    y = y_of(x * rstd, act, weight_ptr, cols, col_mask, x_ptr.dtype.element_ty, GATE_FIRST, CAST_BEFORE, HAS_WEIGHT)
     tl.store(y_ptr + rows * (n_groups * n_cols) + cols, y, mask=mask)
-
-
-@triton.jit
-def _gated_rms_norm_fwd_walk_kernel(
-    x_ptr,  # [N, G, C]
-    gate_ptr,  # [N, G, C]
-    weight_ptr,  # [G, C]
-    y_ptr,  # [N, G, C]
-    rstd_ptr,  # [N, G]
-    x_stride,
-    gate_stride,
-    n_groups,
-    n_cols,
-    eps,
-    GATE_FIRST: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACT: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-):  # fmt: skip
-    """One group that is too wide for registers."""
-    pid = tl.program_id(0).to(tl.int64)
-    row, group = pid // n_groups, pid % n_groups
-    squares = tl.zeros((BLOCK_COLS,), tl.float32)
-    for start in range(0, n_cols, BLOCK_COLS):
-        mask = start + tl.arange(0, BLOCK_COLS) < n_cols
-        cols = group * n_cols + start + tl.arange(0, BLOCK_COLS)
-        x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
-        if GATE_FIRST:
-            gate = tl.load(gate_ptr + row * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
-            act, _ = _act_and_slope(gate, ACT)
-            x *= act
-        squares += x * x
-    rstd = tl.rsqrt(tl.sum(squares) / n_cols + eps)
-    tl.store(rstd_ptr + pid, rstd)
-    for start in range(0, n_cols, BLOCK_COLS):
-        mask = start + tl.arange(0, BLOCK_COLS) < n_cols
-        cols = group * n_cols + start + tl.arange(0, BLOCK_COLS)
-        x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
-        gate = tl.load(gate_ptr + row * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
-        act, _ = _act_and_slope(gate, ACT)
-        if GATE_FIRST:
-            x *= act
-        y = _y_of(x * rstd, act, weight_ptr, cols, mask, x_ptr.dtype.element_ty, GATE_FIRST, CAST_BEFORE, HAS_WEIGHT)
-        tl.store(y_ptr + row * (n_groups * n_cols) + cols, y, mask=mask)
-
-
-@triton.jit
-def _weight_or_one(weight_ptr, cols, mask, HAS_WEIGHT: tl.constexpr):
-    if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    else:
-        weight = tl.full(cols.shape, 1.0, tl.float32)
-    return weight
-
-
-@triton.jit
-def _load_bwd(
-    dy_ptr, x_ptr, gate_ptr, dy_at, x_at, gate_at, mask, weight, rstd, GATE_FIRST: tl.constexpr, ACT: tl.constexpr
-):  # fmt: skip
-    """x, act(gate) and its slope, what was normalised, dy, and the gradients of weight * hat and of hat."""
-    dy = tl.load(dy_ptr + dy_at, mask=mask, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + gate_at, mask=mask, other=0.0).to(tl.float32)
-    act, slope = _act_and_slope(gate, ACT)
-    if GATE_FIRST:
-        hat = x * act * rstd
-        dweighted = dy
-    else:
-        hat = x * rstd
-        dweighted = dy * act
-    return x, act, slope, hat, dy, dweighted, dweighted * weight
-
-
-@triton.jit
-def _store_bwd(
-    dx_ptr, dgate_ptr, at, mask, x, act, slope, hat, dy, dhat, weight, rstd, mean,
-    GATE_FIRST: tl.constexpr, WANTS_DX: tl.constexpr, WANTS_DGATE: tl.constexpr,
-):  # fmt: skip
-    """dx and dgate, those wanted. mean: that of dhat * hat over the group."""
-    dseen = rstd * (dhat - hat * mean)
-    if WANTS_DX:
-        tl.store(dx_ptr + at, dseen * act if GATE_FIRST else dseen, mask=mask)
-    if WANTS_DGATE:
-        if GATE_FIRST:
-            dgate = dseen * x * slope
-        else:
-            dgate = dy * weight * hat * slope
-        tl.store(dgate_ptr + at, dgate, mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -261,7 +148,7 @@ def _gated_rms_norm_bwd_kernel(
     width = n_groups * n_cols
     cols = group * n_cols + tl.arange(0, BLOCK_COLS)[None, :]
     col_mask = tl.arange(0, BLOCK_COLS)[None, :] < n_cols
-    weight = _weight_or_one(weight_ptr, cols, col_mask, HAS_WEIGHT)
+    weight = weight_or_one(weight_ptr, cols, col_mask, HAS_WEIGHT)
     if WANTS_DWEIGHT:
         dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
 
@@ -270,7 +157,7 @@ def _gated_rms_norm_bwd_kernel(
         rows = start + tl.arange(0, BLOCK_ROWS)[:, None]
         mask = (rows < n_rows) & col_mask
         rstd = tl.load(rstd_ptr + rows * n_groups + group, mask=rows < n_rows, other=0.0)
-        x, act, slope, hat, dy, dweighted, dhat = _load_bwd(
+        x, act, slope, hat, dy, dweighted, dhat = load_bwd(
             dy_ptr, x_ptr, gate_ptr,
             rows * dy_stride + cols, rows * x_stride + cols, rows * gate_stride + cols,
             mask, weight, rstd, GATE_FIRST, ACT,
@@ -278,7 +165,7 @@ def _gated_rms_norm_bwd_kernel(
         if WANTS_DWEIGHT:
             dweight += dweighted * hat
         mean = tl.sum(dhat * hat, axis=1, keep_dims=True) / n_cols
-        _store_bwd(
+        store_bwd(
             dx_ptr, dgate_ptr, rows * width + cols, mask, x, act, slope, hat, dy, dhat, weight, rstd, mean,
             GATE_FIRST, WANTS_DX, WANTS_DGATE,
         )  # fmt: skip
@@ -286,65 +173,6 @@ def _gated_rms_norm_bwd_kernel(
     if WANTS_DWEIGHT:
         total = tl.sum(dweight, axis=0, keep_dims=True)
         tl.store(dweights_ptr + program * width + cols, total, mask=col_mask)
-
-
-@triton.jit(do_not_specialize=["n_rows"])
-def _gated_rms_norm_bwd_walk_kernel(
-    dy_ptr,  # [N, G, C]
-    x_ptr,  # [N, G, C]
-    gate_ptr,  # [N, G, C]
-    weight_ptr,  # [G, C]
-    rstd_ptr,  # [N, G]
-    dx_ptr,  # [N, G, C]
-    dgate_ptr,  # [N, G, C]
-    dweights_ptr,  # [programs of a group, G, C] fp32: this program's part of dweight, added to row by row
-    dy_stride,
-    x_stride,
-    gate_stride,
-    n_rows,
-    n_groups,
-    n_cols,
-    GATE_FIRST: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACT: tl.constexpr,
-    WANTS_DX: tl.constexpr, WANTS_DGATE: tl.constexpr, WANTS_DWEIGHT: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-):  # fmt: skip
-    """Groups that are too wide for registers, one row after the other."""
-    pid = tl.program_id(0).to(tl.int64)
-    program, group = pid // n_groups, pid % n_groups
-    width = n_groups * n_cols
-    for row in range(program, n_rows, tl.num_programs(0).to(tl.int64) // n_groups):
-        rstd = tl.load(rstd_ptr + row * n_groups + group)
-        products = tl.zeros((BLOCK_COLS,), tl.float32)
-        if WANTS_DX or (GATE_FIRST and WANTS_DGATE):
-            for start in range(0, n_cols, BLOCK_COLS):
-                mask = start + tl.arange(0, BLOCK_COLS) < n_cols
-                cols = group * n_cols + start + tl.arange(0, BLOCK_COLS)
-                weight = _weight_or_one(weight_ptr, cols, mask, HAS_WEIGHT)
-                x, act, slope, hat, dy, dweighted, dhat = _load_bwd(
-                    dy_ptr, x_ptr, gate_ptr,
-                    row * dy_stride + cols, row * x_stride + cols, row * gate_stride + cols,
-                    mask, weight, rstd, GATE_FIRST, ACT,
-                )  # fmt: skip
-                products += dhat * hat
-        mean = tl.sum(products) / n_cols
-
-        for start in range(0, n_cols, BLOCK_COLS):
-            mask = start + tl.arange(0, BLOCK_COLS) < n_cols
-            cols = group * n_cols + start + tl.arange(0, BLOCK_COLS)
-            weight = _weight_or_one(weight_ptr, cols, mask, HAS_WEIGHT)
-            x, act, slope, hat, dy, dweighted, dhat = _load_bwd(
-                dy_ptr, x_ptr, gate_ptr,
-                row * dy_stride + cols, row * x_stride + cols, row * gate_stride + cols,
-                mask, weight, rstd, GATE_FIRST, ACT,
-            )  # fmt: skip
-            if WANTS_DWEIGHT:
-                _add_to(dweights_ptr + program * width + cols, dweighted * hat, mask, row == program)
-            _store_bwd(
-                dx_ptr, dgate_ptr, row * width + cols, mask, x, act, slope, hat, dy, dhat, weight, rstd, mean,
-                GATE_FIRST, WANTS_DX, WANTS_DGATE,
-            )  # fmt: skip
-        # the next row's threads must see these sums
-        tl.debug_barrier()
 
 
 class Form(NamedTuple):
@@ -422,9 +250,9 @@ def gated_rms_norm_bwd(
         constants |= {"BLOCK_ROWS": block.rows, "STAGES": STAGES_BWD}
     else:
         kernel = _gated_rms_norm_bwd_walk_kernel
-    resident = multiprocessors(x) * max(1, WARPS_PER_MULTIPROCESSOR // block.warps)
     # a program stays with its group, whose part of dweight it adds up
-    programs = min(cdiv(n, max(1, block.rows)), max(1, resident // form.n_groups))
+    most = max(1, resident(x, WARPS_PER_MULTIPROCESSOR, block.warps) // form.n_groups)
+    programs = min(cdiv(n, max(1, block.rows)), most)
     dweights = torch.empty((programs, d), dtype=torch.float32, device=x.device) if wants_dweight else None
     tensors = (dy, x, gate, weight, rstd, dx, dgate, dweights, row_stride(dy), row_stride(x), row_stride(gate))
     launch(kernel, (programs * form.n_groups,), *tensors, n, form.n_groups, n_cols, **constants)
@@ -470,7 +298,8 @@ def gated_rms_norm(
     """
     if gate.shape != x.shape:
         raise ValueError(f"gated_rms_norm: x {tuple(x.shape)} and gate {tuple(gate.shape)} must have one shape")
-    check_norm("gated_rms_norm", x, cast, weight=weight)
+    check_per_column("gated_rms_norm", x, weight=weight)
+    check_cast("gated_rms_norm", cast)
     for name, value, known in (("order", order, ORDERS), ("act", act, ACTS)):
         if value not in known:
             raise ValueError(f"gated_rms_norm: {name} is {value!r}; known are {', '.join(known)}")

@@ -32,6 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._launch import launch
 from ds_fused.ops._rows import place, walk
+from ds_fused.ops._sigmoid import sigmoid_and_slope
 from ds_fused.ops._triton import check_dtypes, rows_of, runs_kernels
 
 ACTS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
@@ -78,22 +79,14 @@ def glu_reference(
 
 
 @triton.jit
-def _sigmoid_and_slope(x):
-    # s * (1 - s) would keep few bits of a slope where s is near 1, and gelu_tanh multiplies it by up to 3 x^2
-    q = tl.exp(-tl.abs(x))
-    r = 1.0 / (1.0 + q)
-    return tl.where(x < 0.0, q * r, r), q * r * r
-
-
-@triton.jit
 def _act_and_slope(x, ACT: tl.constexpr, ALPHA: tl.constexpr):
     """act(x) and act'(x), both in fp32."""
     if ACT == "silu":
-        s, ds = _sigmoid_and_slope(ALPHA * x)
+        s, ds = sigmoid_and_slope(ALPHA * x)
         return x * s, s + ALPHA * x * ds
     if ACT == "gelu_tanh":
         # gelu_tanh(x) = x * sigmoid(2u) with u = sqrt(2/pi) * (x + 0.044715 x^3)
-        s, ds = _sigmoid_and_slope(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        s, ds = sigmoid_and_slope(1.5957691216057308 * (x + 0.044715 * x * x * x))
         d2u = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
         return x * s, s + x * ds * d2u
     if ACT == "gelu":

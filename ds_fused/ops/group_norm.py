@@ -14,8 +14,6 @@ Sizes: N samples, C channels, G groups, S values of a channel (every dimension b
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -24,13 +22,14 @@ from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._group_parts import Parts, Sizes, bwd_in_parts, fwd_in_parts, sample_stride
 from ds_fused.ops._launch import launch
+from ds_fused.ops._norms import Wanted
 from ds_fused.ops._sums import partials, sum_partials
 from ds_fused.ops._triton import (
     cdiv,
     check_dtypes,
-    multiprocessors,
     norm_dtype,
     power_of_2,
+    resident,
     runs_kernels,
     warps_for,
 )
@@ -240,14 +239,6 @@ def group_norm_fwd(
     return y, mean, rstd
 
 
-class Wanted(NamedTuple):
-    """Which gradients backward has to make."""
-
-    dx: bool
-    dweight: bool
-    dbias: bool
-
-
 def group_norm_bwd(
     dy: Tensor,
     x: Tensor,
@@ -290,8 +281,8 @@ def _backward_of_whole_groups(
 ) -> tuple[Tensor | None, int]:
     """Fills dx; the partial sums of dweight and dbias, and how many there are."""
     group_blocks = cdiv(sizes.groups, whole["GROUPS"])
-    resident = multiprocessors(x) * max(1, WARPS_PER_MULTIPROCESSOR // whole["num_warps"])
-    programs = min(cdiv(sizes.samples, whole["SAMPLES"]), max(1, resident // group_blocks))
+    most = max(1, resident(x, WARPS_PER_MULTIPROCESSOR, whole["num_warps"]) // group_blocks)
+    programs = min(cdiv(sizes.samples, whole["SAMPLES"]), most)
     n_partials = programs * whole["SAMPLES"]
     sums = wanted.dweight or wanted.dbias
     partial = partials(x, n_partials, sizes.channels) if sums else None

@@ -13,8 +13,6 @@ Sizes: N rows (every leading dimension, flattened), D columns.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -23,30 +21,30 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._launch import launch
+from ds_fused.ops._norms import Wanted, check_per_column
+from ds_fused.ops._row_tiles import tile
 from ds_fused.ops._sums import partials, sum_partials
 from ds_fused.ops._triton import (
     cdiv,
     check_dtypes,
-    multiprocessors,
     norm_dtype,
-    power_of_2,
+    resident,
     row_stride,
     rows_of,
     runs_kernels,
     stages_for,
     warps_for,
 )
-from ds_fused.ops._wide_rows import (
+from ds_fused.ops._wide_layer_norm import (
     _layer_norm_bwd_walk_kernel,
     _layer_norm_columns_kernel,
     _layer_norm_fwd_walk_kernel,
 )
 
-# A tile is whole rows up to these widths; wider rows are walked in blocks, twice (the second walk hits L2).
+# A tile is whole rows up to these widths; wider rows are walked in blocks (_wide_layer_norm.py).
 # At 8192 columns the backward doesn't spill on sm90, at 16384 it spills 248 bytes a thread (in fp32 292).
 WHOLE_ROW_FWD = 32768
 WHOLE_ROW_BWD = 8192
-WALK_BLOCK = 4096
 # elements of a tile when a row is narrower (as many rows as fit), and of a thread
 TILE_FWD, PER_THREAD_FWD = 2048, 16
 TILE_BWD, PER_THREAD_BWD = 2048, 16
@@ -174,21 +172,6 @@ def _layer_norm_bwd_kernel(
         tl.store(partial_ptr + (programs + pid) * n_cols + cols, total, mask=cols < n_cols)
 
 
-class Wanted(NamedTuple):
-    """Which gradients backward has to make."""
-
-    dx: bool
-    dweight: bool
-    dbias: bool
-
-
-def _rows_tile(d: int, elements: int, per_thread: int) -> dict[str, int]:
-    """Whole rows of d columns, several where they are narrow."""
-    cols = power_of_2(d)
-    rows = max(1, elements // cols)
-    return {"BLOCK_ROWS": rows, "BLOCK_COLS": cols, "num_warps": warps_for(rows * cols, per_thread)}
-
-
 def layer_norm_fwd(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -203,12 +186,20 @@ def layer_norm_fwd(
     if n == 0 or d == 0:
         return y, total, mean, rstd
     arguments = (x, residual, weight, bias, y, total, mean, rstd, row_stride(x), residual_stride)
-    switches = {"HAS_RESIDUAL": residual is not None, "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
-    if d <= WHOLE_ROW_FWD:
-        block = _rows_tile(d, TILE_FWD, PER_THREAD_FWD)
-        launch(_layer_norm_fwd_kernel, (cdiv(n, block["BLOCK_ROWS"]),), *arguments, n, d, eps, **switches, **block)
+    block = tile(d, TILE_FWD, PER_THREAD_FWD, WHOLE_ROW_FWD)
+    constants = {
+        "HAS_RESIDUAL": residual is not None,
+        "HAS_WEIGHT": weight is not None,
+        "HAS_BIAS": bias is not None,
+        "BLOCK_COLS": block.cols,
+        "num_warps": block.warps,
+    }
+    if block.rows:
+        launch(
+            _layer_norm_fwd_kernel, (cdiv(n, block.rows),), *arguments, n, d, eps, BLOCK_ROWS=block.rows, **constants
+        )  # fmt: skip
     else:
-        launch(_layer_norm_fwd_walk_kernel, (n,), *arguments, d, eps, **switches, BLOCK_COLS=WALK_BLOCK, num_warps=8)
+        launch(_layer_norm_fwd_walk_kernel, (n,), *arguments, d, eps, **constants)
     return y, total, mean, rstd
 
 
@@ -225,41 +216,43 @@ def layer_norm_bwd(
     """dy, dsum, x [N, D], weight, bias [D], mean, rstd [N] -> dx [N, D], dweight [D], dbias [D]; None if not wanted."""
     n, d = x.shape
     dx = torch.empty((n, d), dtype=x.dtype, device=x.device) if wanted.dx else None
-    if n == 0 or d == 0:
-        return (
-            dx,
-            torch.zeros_like(weight) if wanted.dweight else None,
-            torch.zeros_like(bias) if wanted.dbias else None,
-        )
-    dweight = torch.empty_like(weight) if wanted.dweight else None
-    dbias = torch.empty_like(bias) if wanted.dbias else None
+    nothing = n == 0 or d == 0
+    make = torch.zeros_like if nothing else torch.empty_like
+    dweight = make(weight) if wanted.dweight else None
+    dbias = make(bias) if wanted.dbias else None
+    if nothing:
+        return dx, dweight, dbias
     sums = wanted.dweight or wanted.dbias
     dsum_stride = 0 if dsum is None else row_stride(dsum)
     wants = {"WANTS_DWEIGHT": wanted.dweight, "WANTS_DBIAS": wanted.dbias}
-    switches = {"HAS_DSUM": dsum is not None, "HAS_WEIGHT": weight is not None}
-    block = _rows_tile(d, TILE_BWD, PER_THREAD_BWD) if d <= WHOLE_ROW_BWD else None
-    if block is not None:
-        resident = multiprocessors(x) * max(1, WARPS_PER_MULTIPROCESSOR // block["num_warps"])
-        programs = min(cdiv(n, block["BLOCK_ROWS"]), resident)
-        tile_bytes = sum(t.itemsize for t in (dy, x, dsum) if t is not None) * block["BLOCK_ROWS"] * block["BLOCK_COLS"]
+    block = tile(d, TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD)
+    constants = {
+        "HAS_DSUM": dsum is not None,
+        "HAS_WEIGHT": weight is not None,
+        "BLOCK_COLS": block.cols,
+        "num_warps": block.warps,
+    }
+    if block.rows:
+        programs = min(cdiv(n, block.rows), resident(x, WARPS_PER_MULTIPROCESSOR, block.warps))
+        tile_bytes = sum(t.itemsize for t in (dy, x, dsum) if t is not None) * block.rows * block.cols
     else:
         column_blocks = cdiv(d, COLUMNS_TILE[1])
         warps = warps_for(COLUMNS_TILE[0] * COLUMNS_TILE[1], PER_THREAD_BWD)
-        resident = multiprocessors(x) * max(1, WARPS_PER_MULTIPROCESSOR // warps)
-        programs = min(cdiv(n, COLUMNS_TILE[0]), max(1, resident // column_blocks))
+        most = max(1, resident(x, WARPS_PER_MULTIPROCESSOR, warps) // column_blocks)
+        programs = min(cdiv(n, COLUMNS_TILE[0]), most)
     partial = partials(x, programs, d) if sums else None
-    if block is not None:
+    if block.rows:
         launch(
             _layer_norm_bwd_kernel, (programs,),
             dy, dsum, x, weight, mean, rstd, dx, partial, row_stride(dy), dsum_stride, row_stride(x), n, d,
-            WANTS_DX=wanted.dx, STAGES=stages_for(STAGES_BWD, tile_bytes), **wants, **switches, **block,
+            WANTS_DX=wanted.dx, BLOCK_ROWS=block.rows, STAGES=stages_for(STAGES_BWD, tile_bytes), **wants, **constants,
         )  # fmt: skip
     else:
         if wanted.dx:
             launch(
                 _layer_norm_bwd_walk_kernel, (n,),
                 dy, dsum, x, weight, mean, rstd, dx, row_stride(dy), dsum_stride, row_stride(x), d,
-                BLOCK_COLS=WALK_BLOCK, num_warps=8, **switches,
+                **constants,
             )  # fmt: skip
         if sums:
             launch(
@@ -293,23 +286,12 @@ class LayerNormFunction(torch.autograd.Function):
         return *layer_norm_bwd(rows_of(dy), None, x, weight, bias, mean, rstd, wanted), None, None
 
 
-def check_affine(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    """weight and bias hold one value per column of x, or are None."""
-    if x.ndim == 0:
-        raise ValueError(f"{op}: x is a number; what is normalised is its last dimension")
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None and vector.shape != x.shape[-1:]:
-            raise ValueError(
-                f"{op}: {name} {tuple(vector.shape)} must be one value per column of x {tuple(x.shape)}, or None"
-            )
-
-
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
     """``weight * (x - mean(x)) / std(x) + bias`` over the last dimension: x [..., D], weight and bias [D] or None.
 
     The result has x's dtype, but fp32 where PyTorch's is: under the autocast of a GPU.
     """
-    check_affine("layer_norm", x, weight, bias)
+    check_per_column("layer_norm", x, weight=weight, bias=bias)
     if not runs_kernels(x, weight, bias):
         return layer_norm_reference(x, weight, bias, eps=eps)
     check_dtypes("layer_norm", x=x, weight=weight, bias=bias)

@@ -16,8 +16,6 @@ Sizes: N rows (every leading dimension, flattened), D columns.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -25,26 +23,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._launch import launch
+from ds_fused.ops._norms import Wanted, check_cast, check_per_column
+from ds_fused.ops._row_tiles import tile
 from ds_fused.ops._sums import sum_partials
-from ds_fused.ops._triton import (
-    cdiv,
-    check_dtypes,
-    multiprocessors,
-    power_of_2,
-    row_stride,
-    rows_of,
-    runs_kernels,
-    stages_for,
-    warps_for,
+from ds_fused.ops._triton import cdiv, check_dtypes, resident, row_stride, rows_of, runs_kernels, stages_for
+from ds_fused.ops._wide_rms_norm import (
+    _rms_norm_bwd_walk_kernel,
+    _rms_norm_fwd_walk_kernel,
+    scaled,
+    weight_at,
+    x_or_sum,
 )
 
-CASTS = ("before_weight", "after_weight")
-
-# A tile is whole rows up to these widths; wider rows are walked in blocks, twice (the second walk hits L2).
+# A tile is whole rows up to these widths; wider rows are walked in blocks (_wide_rms_norm.py).
 # Above them the registers of 1024 threads spill on sm90 (at 16384 the backward spills 52 bytes a thread, in fp32 116).
 WHOLE_ROW_FWD = 32768
 WHOLE_ROW_BWD = 16384
-WALK_BLOCK = 4096
 # elements of a tile when a row is narrower (as many rows as fit), and of a thread
 TILE_FWD, PER_THREAD_FWD = 2048, 16
 TILE_BWD, PER_THREAD_BWD = 2048, 8
@@ -80,46 +74,6 @@ def rms_norm_reference(
     return y.to(x.dtype)
 
 
-@triton.jit
-def _x_or_sum(x_ptr, residual_ptr, sum_ptr, x_at, residual_at, sum_at, mask, HAS_RESIDUAL: tl.constexpr):
-    """What is normalised, in fp32: x, or x + residual, which is rounded to its dtype and stored."""
-    x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        x += tl.load(residual_ptr + residual_at, mask=mask, other=0.0).to(tl.float32)
-        x = x.to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + sum_at, x, mask=mask)
-        x = x.to(tl.float32)
-    return x
-
-
-@triton.jit
-def _weight_at(weight_ptr, cols, mask, OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr):
-    """offset + weight in fp32; as PyTorch does it, in weight's dtype where x_hat is cast before."""
-    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
-    if OFFSET == 0.0:
-        return weight.to(tl.float32)
-    moved = OFFSET + weight.to(tl.float32)
-    if CAST_BEFORE:
-        moved = moved.to(weight.dtype).to(tl.float32)
-    return moved
-
-
-@triton.jit
-def _scaled(
-    x_hat, weight_ptr, bias_ptr, cols, mask, DTYPE: tl.constexpr,
-    OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    """y in fp32. DTYPE: that of x."""
-    y = x_hat
-    if CAST_BEFORE and (HAS_WEIGHT or HAS_BIAS):
-        y = y.to(DTYPE).to(tl.float32)
-    if HAS_WEIGHT:
-        y *= _weight_at(weight_ptr, cols, mask, OFFSET, CAST_BEFORE)
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    return y
-
-
 # n_rows is not specialized: a batch whose token count is no multiple of 16 would compile everything again
 @triton.jit(do_not_specialize=["n_rows"])
 def _rms_norm_fwd_kernel(
@@ -144,74 +98,14 @@ def _rms_norm_fwd_kernel(
     mask = (rows < n_rows) & (cols < n_cols)
 
     here = rows * n_cols + cols
-    x = _x_or_sum(
+    x = x_or_sum(
         x_ptr, residual_ptr, sum_ptr, rows * x_stride + cols, rows * residual_stride + cols, here, mask, HAS_RESIDUAL
     )
     rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / n_cols + eps)
     tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
     dtype: tl.constexpr = sum_ptr.dtype.element_ty if HAS_RESIDUAL else x_ptr.dtype.element_ty
-    y = _scaled(x * rstd, weight_ptr, bias_ptr, cols, cols < n_cols, dtype, OFFSET, CAST_BEFORE, HAS_WEIGHT, HAS_BIAS)
+    y = scaled(x * rstd, weight_ptr, bias_ptr, cols, cols < n_cols, dtype, OFFSET, CAST_BEFORE, HAS_WEIGHT, HAS_BIAS)
     tl.store(y_ptr + here, y, mask=mask)
-
-
-@triton.jit
-def _rms_norm_fwd_walk_kernel(
-    x_ptr,  # [N, D]
-    residual_ptr,  # [N, D]
-    weight_ptr,  # [D]
-    bias_ptr,  # [D]
-    y_ptr,  # [N, D]
-    sum_ptr,  # [N, D]
-    rstd_ptr,  # [N]
-    x_stride,
-    residual_stride,
-    n_cols,
-    eps,
-    OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-):  # fmt: skip
-    """One row that is too wide for registers."""
-    row = tl.program_id(0).to(tl.int64)
-    squares = tl.zeros((BLOCK_COLS,), tl.float32)
-    for start in range(0, n_cols, BLOCK_COLS):
-        cols = start + tl.arange(0, BLOCK_COLS)
-        x = _x_or_sum(
-            x_ptr,
-            residual_ptr,
-            sum_ptr,
-            row * x_stride + cols,
-            row * residual_stride + cols,
-            row * n_cols + cols,
-            cols < n_cols,
-            HAS_RESIDUAL,
-        )
-        squares += x * x
-    rstd = tl.rsqrt(tl.sum(squares) / n_cols + eps)
-    tl.store(rstd_ptr + row, rstd)
-    if HAS_RESIDUAL:
-        # one thread may read what another one wrote
-        tl.debug_barrier()
-        x_row_ptr = sum_ptr + row * n_cols
-    else:
-        x_row_ptr = x_ptr + row * x_stride
-    for start in range(0, n_cols, BLOCK_COLS):
-        cols = start + tl.arange(0, BLOCK_COLS)
-        mask = cols < n_cols
-        x = tl.load(x_row_ptr + cols, mask=mask, other=0.0)
-        y = _scaled(
-            x.to(tl.float32) * rstd,
-            weight_ptr,
-            bias_ptr,
-            cols,
-            mask,
-            x.dtype,
-            OFFSET,
-            CAST_BEFORE,
-            HAS_WEIGHT,
-            HAS_BIAS,
-        )
-        tl.store(y_ptr + row * n_cols + cols, y, mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -236,7 +130,7 @@ def _rms_norm_bwd_kernel(
     pid = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_COLS)[None, :]
     if HAS_WEIGHT:
-        weight = _weight_at(weight_ptr, cols, cols < n_cols, OFFSET, CAST_BEFORE)
+        weight = weight_at(weight_ptr, cols, cols < n_cols, OFFSET, CAST_BEFORE)
     if WANTS_DWEIGHT:
         dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     if WANTS_DBIAS:
@@ -268,85 +162,6 @@ def _rms_norm_bwd_kernel(
         tl.store(dweights_ptr + here, tl.sum(dweight, axis=0, keep_dims=True), mask=cols < n_cols)
     if WANTS_DBIAS:
         tl.store(dbiases_ptr + here, tl.sum(dbias, axis=0, keep_dims=True), mask=cols < n_cols)
-
-
-@triton.jit
-def _add_to(sums, value, mask, is_first):
-    """sums += value. The first row finds nothing there: scratch is written before it is read."""
-    before = tl.load(sums, mask=mask & ~is_first, other=0.0)
-    tl.store(sums, before + value, mask=mask)
-
-
-@triton.jit(do_not_specialize=["n_rows"])
-def _rms_norm_bwd_walk_kernel(
-    dy_ptr,  # [N, D]
-    x_ptr,  # [N, D]
-    weight_ptr,  # [D]
-    rstd_ptr,  # [N]
-    dsum_ptr,  # [N, D]
-    dx_ptr,  # [N, D]
-    dweights_ptr,  # [programs, D] fp32: this program's part of dweight, added to row by row
-    dbiases_ptr,  # the same of dbias
-    dy_stride,
-    x_stride,
-    dsum_stride,
-    n_rows,
-    n_cols,
-    OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DSUM: tl.constexpr,
-    WANTS_DX: tl.constexpr, WANTS_DWEIGHT: tl.constexpr, WANTS_DBIAS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-):  # fmt: skip
-    """Rows that are too wide for registers, one after the other."""
-    pid = tl.program_id(0).to(tl.int64)
-    for row in range(pid, n_rows, tl.num_programs(0).to(tl.int64)):
-        rstd = tl.load(rstd_ptr + row)
-        if WANTS_DX:
-            products = tl.zeros((BLOCK_COLS,), tl.float32)
-            for start in range(0, n_cols, BLOCK_COLS):
-                cols = start + tl.arange(0, BLOCK_COLS)
-                mask = cols < n_cols
-                dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
-                x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
-                if HAS_WEIGHT:
-                    dy *= _weight_at(weight_ptr, cols, mask, OFFSET, CAST_BEFORE)
-                products += dy * (x * rstd)
-            mean = tl.sum(products) / n_cols
-
-        for start in range(0, n_cols, BLOCK_COLS):
-            cols = start + tl.arange(0, BLOCK_COLS)
-            mask = cols < n_cols
-            dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
-            x_hat = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32) * rstd
-            if WANTS_DWEIGHT:
-                _add_to(dweights_ptr + pid * n_cols + cols, dy * x_hat, mask, row == pid)
-            if WANTS_DBIAS:
-                _add_to(dbiases_ptr + pid * n_cols + cols, dy, mask, row == pid)
-            if WANTS_DX:
-                if HAS_WEIGHT:
-                    dy *= _weight_at(weight_ptr, cols, mask, OFFSET, CAST_BEFORE)
-                dx = rstd * (dy - x_hat * mean)
-                if HAS_DSUM:
-                    dx += tl.load(dsum_ptr + row * dsum_stride + cols, mask=mask, other=0.0).to(tl.float32)
-                tl.store(dx_ptr + row * n_cols + cols, dx, mask=mask)
-        # the next row's threads must see these sums
-        tl.debug_barrier()
-
-
-class Tile(NamedTuple):
-    """rows = 0: a row is walked in blocks of cols."""
-
-    rows: int
-    cols: int
-    warps: int
-
-
-def tile(d: int, elements: int, per_thread: int, widest: int) -> Tile:
-    """Whole rows of d columns, several where they are narrow."""
-    if d > widest:
-        return Tile(0, WALK_BLOCK, 8)
-    cols = power_of_2(d)
-    rows = max(1, elements // cols)
-    return Tile(rows, cols, warps_for(rows * cols, per_thread))
 
 
 def rms_norm_fwd(
@@ -396,14 +211,6 @@ def rms_norm_fwd(
     return y, total, rstd
 
 
-class Wants(NamedTuple):
-    """Which gradients are needed."""
-
-    dx: bool
-    dweight: bool
-    dbias: bool
-
-
 def rms_norm_bwd(
     dy: Tensor,
     x: Tensor,
@@ -413,29 +220,31 @@ def rms_norm_bwd(
     dsum: Tensor | None,
     offset: float,
     cast_before: bool,
-    wants: Wants,
+    wanted: Wanted,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dy, x [..., D], weight, bias [D], rstd [N], dsum [..., D] -> dx [..., D], dweight [D], dbias [D], those wanted.
 
     Of bias only the dtype counts, and of dsum, which is added to dx, nothing where no dx is wanted.
     """
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wants.dx else None
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted.dx else None
     dy, x, dsum = rows_of(dy), rows_of(x), None if dsum is None else rows_of(dsum)
     n, d = x.shape
-    if n == 0 or d == 0:
-        return dx, torch.zeros_like(weight) if wants.dweight else None, torch.zeros_like(bias) if wants.dbias else None
-    if not any(wants):
-        return None, None, None
+    nothing = n == 0 or d == 0
+    make = torch.zeros_like if nothing else torch.empty_like
+    dweight = make(weight) if wanted.dweight else None
+    dbias = make(bias) if wanted.dbias else None
+    if nothing or not any(wanted):
+        return dx, dweight, dbias
     # a second row of sums takes as many registers again
-    block = tile(d, TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD // 2 if wants.dbias else WHOLE_ROW_BWD)
+    block = tile(d, TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD // 2 if wanted.dbias else WHOLE_ROW_BWD)
     constants = {
         "OFFSET": offset,
         "CAST_BEFORE": cast_before,
         "HAS_WEIGHT": weight is not None,
         "HAS_DSUM": dsum is not None,
-        "WANTS_DX": wants.dx,
-        "WANTS_DWEIGHT": wants.dweight,
-        "WANTS_DBIAS": wants.dbias,
+        "WANTS_DX": wanted.dx,
+        "WANTS_DWEIGHT": wanted.dweight,
+        "WANTS_DBIAS": wanted.dbias,
         "BLOCK_COLS": block.cols,
         "num_warps": block.warps,
     }
@@ -445,14 +254,10 @@ def rms_norm_bwd(
         constants |= {"BLOCK_ROWS": block.rows, "STAGES": stages_for(STAGES_BWD, tile_bytes)}
     else:
         kernel = _rms_norm_bwd_walk_kernel
-    resident = multiprocessors(x) * max(1, WARPS_PER_MULTIPROCESSOR // block.warps)
-    programs = min(cdiv(n, max(1, block.rows)), resident)
-    dweight, dbias = (
-        torch.empty_like(like) if wanted else None for like, wanted in ((weight, wants.dweight), (bias, wants.dbias))
-    )
+    programs = min(cdiv(n, max(1, block.rows)), resident(x, WARPS_PER_MULTIPROCESSOR, block.warps))
     made = [vector for vector in (dweight, dbias) if vector is not None]
     partial = torch.empty((len(made), programs, d), dtype=torch.float32, device=x.device)
-    dweights, dbiases = partial[0] if wants.dweight else None, partial[-1] if wants.dbias else None
+    dweights, dbiases = partial[0] if wanted.dweight else None, partial[-1] if wanted.dbias else None
     strides = (row_stride(dy), row_stride(x), 0 if dsum is None else row_stride(dsum))
     launch(kernel, (programs,), dy, x, weight, rstd, dsum, dx, dweights, dbiases, *strides, n, d, **constants)
     if made:
@@ -476,18 +281,9 @@ class RMSNormFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         x, weight, bias, rstd = ctx.saved_tensors
-        wants = Wants(*ctx.needs_input_grad[:3])
-        gradients = rms_norm_bwd(dy, x, weight, bias, rstd, None, ctx.offset, ctx.cast_before, wants)
+        wanted = Wanted(*ctx.needs_input_grad[:3])
+        gradients = rms_norm_bwd(dy, x, weight, bias, rstd, None, ctx.offset, ctx.cast_before, wanted)
         return *gradients, None, None, None
-
-
-def check_norm(op: str, x: Tensor, cast: str, **per_column: Tensor | None) -> None:
-    """What a norm asks of its weight and bias, and of cast."""
-    for name, value in per_column.items():
-        if value is not None and value.shape != x.shape[-1:]:
-            raise ValueError(f"{op}: {name} {tuple(value.shape)} must be one value per column of x {tuple(x.shape)}")
-    if cast not in CASTS:
-        raise ValueError(f"{op}: cast is {cast!r}; known are {', '.join(CASTS)}")
 
 
 def rms_norm(
@@ -503,7 +299,8 @@ def rms_norm(
 
     The result has the promoted dtype of x, weight and bias with ``cast="before_weight"``, x's with ``"after_weight"``.
     """
-    check_norm("rms_norm", x, cast, weight=weight, bias=bias)
+    check_per_column("rms_norm", x, weight=weight, bias=bias)
+    check_cast("rms_norm", cast)
     if not runs_kernels(x, weight, bias):
         return rms_norm_reference(x, weight, bias=bias, eps=eps, offset=offset, cast=cast)
     check_dtypes("rms_norm", x=x, weight=weight, bias=bias)

@@ -7,8 +7,10 @@ import torch
 from accuracy import as_accurate, randn, same_bits
 
 import ds_fused.ops.registry as registry
+from ds_fused.ops import _row_tiles
+from ds_fused.ops._norms import CASTS
 from ds_fused.ops.add_rms_norm import add_rms_norm, add_rms_norm_reference
-from ds_fused.ops.rms_norm import CASTS, rms_norm
+from ds_fused.ops.rms_norm import rms_norm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KERNELS = registry.op("rms_norm").module
@@ -41,7 +43,7 @@ def test_add_rms_norm_of_real_sizes(shape, dtype, cast, device):
 def test_rows_too_wide_for_a_tile_are_walked(dtype, cast, device, monkeypatch):
     monkeypatch.setattr(KERNELS, "WHOLE_ROW_FWD", 8)
     monkeypatch.setattr(KERNELS, "WHOLE_ROW_BWD", 8)
-    monkeypatch.setattr(KERNELS, "WALK_BLOCK", 16)
+    monkeypatch.setattr(_row_tiles, "WALK_BLOCK", 16)
     inputs = inputs_of(5, 41, device=device)
     as_accurate(add_rms_norm, add_rms_norm_reference, inputs, dtype, cast=cast, offset=1.0)
 

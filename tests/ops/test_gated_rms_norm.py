@@ -9,8 +9,9 @@ import torch
 from accuracy import as_accurate, randn, same_bits
 
 import ds_fused.ops.gated_rms_norm  # noqa: F401
+from ds_fused.ops import _row_tiles
+from ds_fused.ops._norms import CASTS
 from ds_fused.ops.gated_rms_norm import ORDERS, gated_rms_norm, gated_rms_norm_reference
-from ds_fused.ops.rms_norm import CASTS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FILE = sys.modules["ds_fused.ops.gated_rms_norm"]
@@ -58,7 +59,7 @@ def test_gated_rms_norm_of_real_sizes(shape, group_size, dtype, order, cast, dev
 def test_groups_too_wide_for_a_tile_are_walked(group_size, dtype, order, device, monkeypatch):
     monkeypatch.setattr(FILE, "WHOLE_GROUP_FWD", 8)
     monkeypatch.setattr(FILE, "WHOLE_GROUP_BWD", 8)
-    monkeypatch.setattr(sys.modules["ds_fused.ops.rms_norm"], "WALK_BLOCK", 16)
+    monkeypatch.setattr(_row_tiles, "WALK_BLOCK", 16)
     # 41 columns are three blocks, the last one short; the interpreter's programs take more than one row
     judge(
         inputs_of(3, 82, device=device) if group_size else inputs_of(5, 41, device=device),
@@ -101,7 +102,7 @@ def test_frozen(frozen, order, device):
 @pytest.mark.parametrize("frozen", [(0,), (1,), (0, 1)])
 def test_frozen_and_walked(frozen, device, monkeypatch):
     monkeypatch.setattr(FILE, "WHOLE_GROUP_BWD", 8)
-    monkeypatch.setattr(sys.modules["ds_fused.ops.rms_norm"], "WALK_BLOCK", 16)
+    monkeypatch.setattr(_row_tiles, "WALK_BLOCK", 16)
     for order in ORDERS:
         judge(inputs_of(3, 33, device=device), torch.float32, order=order, frozen=frozen)
 

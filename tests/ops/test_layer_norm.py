@@ -7,6 +7,7 @@ import torch
 from accuracy import as_accurate, randn, same_bits
 
 import ds_fused.ops.registry as registry
+from ds_fused.ops import _row_tiles
 from ds_fused.ops.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from ds_fused.ops.layer_norm import layer_norm, layer_norm_reference
 
@@ -65,7 +66,7 @@ def test_norm_of_real_sizes(shape, dtype, op, device):
 def narrow_tiles(monkeypatch):
     monkeypatch.setattr(FILE, "WHOLE_ROW_FWD", 8)
     monkeypatch.setattr(FILE, "WHOLE_ROW_BWD", 8)
-    monkeypatch.setattr(FILE, "WALK_BLOCK", 32)
+    monkeypatch.setattr(_row_tiles, "WALK_BLOCK", 32)
     monkeypatch.setattr(FILE, "COLUMNS_TILE", (2, 32))
 
 

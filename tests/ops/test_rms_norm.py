@@ -7,7 +7,9 @@ import torch
 from accuracy import as_accurate, randn, same_bits
 
 import ds_fused.ops.registry as registry
-from ds_fused.ops.rms_norm import CASTS, rms_norm, rms_norm_reference
+from ds_fused.ops import _row_tiles
+from ds_fused.ops._norms import CASTS
+from ds_fused.ops.rms_norm import rms_norm, rms_norm_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FILE = registry.op("rms_norm").module
@@ -47,7 +49,7 @@ def test_rms_norm_of_real_sizes(shape, dtype, cast, device):
 def test_rows_too_wide_for_a_tile_are_walked(dtype, cast, device, monkeypatch):
     monkeypatch.setattr(FILE, "WHOLE_ROW_FWD", 8)
     monkeypatch.setattr(FILE, "WHOLE_ROW_BWD", 8)
-    monkeypatch.setattr(FILE, "WALK_BLOCK", 16)
+    monkeypatch.setattr(_row_tiles, "WALK_BLOCK", 16)
     # 41 columns are three blocks, the last one short; the interpreter's four programs take more than one row
     inputs = [randn(6, 41, device=device), randn(41, device=device)]
     as_accurate(rms_norm, rms_norm_reference, inputs, dtype, cast=cast, offset=1.0)
@@ -95,7 +97,7 @@ def test_bias_and_frozen(walked, frozen, device, monkeypatch):
     if walked:
         monkeypatch.setattr(FILE, "WHOLE_ROW_FWD", 8)
         monkeypatch.setattr(FILE, "WHOLE_ROW_BWD", 16)
-        monkeypatch.setattr(FILE, "WALK_BLOCK", 16)
+        monkeypatch.setattr(_row_tiles, "WALK_BLOCK", 16)
     inputs = [randn(6, 33, device=device), randn(33, device=device), randn(33, device=device, seed=1)]
     judge_bias(*inputs, torch.bfloat16, frozen=frozen)
 

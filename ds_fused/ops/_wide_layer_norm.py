@@ -1,4 +1,4 @@
-"""layer_norm's kernels for rows too wide for registers: walked in blocks, twice (the second walk hits L2).
+"""layer_norm's kernels for rows too wide for registers, which are walked in blocks, twice (the second walk hits L2).
 
 Backward, the walk makes dx alone. The sums of dweight and dbias go down columns, in a launch of their own that reads dy
 and x once more: kept per row they would be read and written in memory for every row.

@@ -1,0 +1,32 @@
+"""What the launchers and public functions of the norms share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+# where an RMS norm rounds its normalised rows to x's dtype: see rms_norm.py
+CASTS = ("before_weight", "after_weight")
+
+
+class Wanted(NamedTuple):
+    """Which gradients backward has to make."""
+
+    dx: bool
+    dweight: bool
+    dbias: bool
+
+
+def check_per_column(op: str, x: Tensor, **vectors: Tensor | None) -> None:
+    """Each vector holds one value per column of x, or is None."""
+    if x.ndim == 0:
+        raise ValueError(f"{op}: x is a number; it must have a last dimension, its columns")
+    for name, vector in vectors.items():
+        if vector is not None and vector.shape != x.shape[-1:]:
+            raise ValueError(f"{op}: {name} {tuple(vector.shape)} must be one value per column of x {tuple(x.shape)}")
+
+
+def check_cast(op: str, cast: str) -> None:
+    if cast not in CASTS:
+        raise ValueError(f"{op}: cast is {cast!r}; known are {', '.join(CASTS)}")
