@@ -10,21 +10,19 @@ activation.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from ds_fused.modules.postponed import Postponed, computed
 from ds_fused.ops import glu
 
 # under which of these names layers keep their activation
 ACT_NAMES = ("act_fn", "activation_fn", "act", "activation")
 
 
-class Activated:
-    """``act(gate)``, not computed yet. A plain object: torch.compile traces through it."""
+class Activated(Postponed):
+    """``act(gate)``."""
 
     __slots__ = ("act", "fused_act", "gate")
 
@@ -34,68 +32,13 @@ class Activated:
         self.gate = gate
 
     def real(self) -> Tensor:
-        """What the activation returns."""
         return self.act(self.gate)
 
     def times(self, up: object) -> Tensor:
-        """The product: ``glu`` where up is a tensor like gate."""
+        """``glu`` where up is a tensor like gate."""
         if isinstance(up, Tensor) and up.shape == self.gate.shape and up.dtype == self.gate.dtype:
             return glu(self.gate, up, self.fused_act)
-        return self.real() * (up.real() if isinstance(up, Activated) else up)
-
-    def __mul__(self, up: object) -> Tensor:
-        return self.times(up)
-
-    def __rmul__(self, up: object) -> Tensor:
-        return self.times(up)
-
-    def __getattr__(self, name: str) -> Any:
-        # dunder look-ups are questions about the type, and our own slots are set in __init__
-        if name.startswith("__") or name in Activated.__slots__:
-            raise AttributeError(name)
-        return getattr(self.real(), name)
-
-    @classmethod
-    def __torch_function__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _PRODUCTS and len(args) == 2 and not kwargs:
-            first, second = args
-            # not by `*`, which torch.compile would bring back here
-            return first.times(second) if isinstance(first, cls) else second.times(first)
-        return func(*(_computed(x) for x in args), **{name: _computed(x) for name, x in kwargs.items()})
-
-
-# `x * activated` and the functions for it; which of them arrives differs between eager mode and torch.compile
-_PRODUCTS = (torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__, operator.mul)
-
-
-def _computed(value: Any) -> Any:
-    if isinstance(value, Activated):
-        return value.real()
-    return type(value)(map(_computed, value)) if type(value) in (list, tuple) else value
-
-
-def _on_real(function: Callable) -> Callable:
-    def computed(self: Activated, *args: Any) -> Any:
-        return function(self.real(), *args)
-
-    return computed
-
-
-def _reflected(function: Callable) -> Callable:
-    def computed(self: Activated, other: Any) -> Any:
-        return function(other, self.real())
-
-    return computed
-
-
-# Python looks operators up on the type, past __getattr__
-for _name in ("add", "sub", "truediv", "pow", "matmul"):
-    _function = getattr(operator, f"__{_name}__")
-    setattr(Activated, f"__{_name}__", _on_real(_function))
-    setattr(Activated, f"__r{_name}__", _reflected(_function))
-for _name in ("lt", "le", "gt", "ge", "getitem", "neg"):
-    setattr(Activated, f"__{_name}__", _on_real(getattr(operator, f"__{_name}__")))
+        return self.real() * computed(up)
 
 
 class Product:
