@@ -92,8 +92,8 @@ def parse(block: object) -> Config:
     switches = {key: _typed(f"ds_fused.{key}", block.get(key, default), bool) for key, default in SWITCHES.items()}
     choices = {key: _chosen(f"ds_fused.{key}", block.get(key, allowed[0]), allowed) for key, allowed in CHOICES.items()}
     wanted = {}
-    for key in OP_OPTIONS:
-        options = _options(key, block.get(key, True))
+    for key, on in ((key, op.on) for op in OPS for key in op.keys):
+        options = _options(key, block.get(key, on))
         if options is not None:
             wanted[key] = options
     asked = wanted.get(HEAD, {})

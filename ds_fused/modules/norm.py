@@ -9,22 +9,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ds_fused.ops import gated_rms_norm, group_norm, layer_norm, rms_norm
+from ds_fused.modules.scope import say_once
+from ds_fused.ops import add_rms_norm, gated_rms_norm, group_norm, layer_norm, rms_norm
 
 EPS_NAMES = ("variance_epsilon", "eps", "norm_eps", "epsilon", "layer_norm_eps")
 
 
 class RMSNorm:
-    """``(offset + weight) * x / rms(x)``, rounded before the weight (Llama) or once behind it (Gemma, OLMo 2)."""
+    """``(offset + weight) * x / rms(x)``, rounded before the weight (Llama) or once behind it (Gemma, OLMo 2).
+
+    With a residual (see ``takes_residual``) it returns two: the norm of the sum, and the sum.
+    """
 
     fused_eps: str
     fused_offset: float
     fused_cast: str
 
-    def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
-        (x,) = (*args, *named.values())  # hidden_states to some, x to others
+    def forward(self, *args: Tensor, **named: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x, *residual = (*args, *named.values())  # hidden_states to some, x to others
         weight, bias = getattr(self, "weight", None), getattr(self, "bias", None)
         eps = getattr(self, self.fused_eps)
+        if residual:
+            return add_rms_norm(x, *residual, weight, eps=eps, offset=self.fused_offset, cast=self.fused_cast)
         return rms_norm(x, weight, bias=bias, eps=eps, offset=self.fused_offset, cast=self.fused_cast)
 
 
@@ -116,6 +122,25 @@ class GroupNorm:
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
         (x,) = (*args, *named.values())
         return group_norm(x, self.num_groups, self.weight, self.bias, eps=self.eps)
+
+
+def takes_residual(module: nn.Module) -> bool:
+    """Whether a layer is a norm that may be called with a residual beside its input.
+
+    Not one with hooks of others than DeepSpeed, which expect one tensor in and one out.
+    """
+    ours = isinstance(module, RMSNorm) and not isinstance(module, RMSNormT5) and "forward" not in vars(module)
+    if not ours or getattr(module, "bias", None) is not None:
+        return False
+    for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks):
+        for hook in hooks.values():
+            # what decorators keep: ZeRO-3's are wrapped by torch.compiler.disable
+            source = getattr(hook, "__module__", None) or type(hook).__module__
+            if not source.startswith("deepspeed."):
+                if not torch.compiler.is_compiling():
+                    say_once(f"ds_fused: a {type(module).__name__} has a hook of {source}, so no residual goes into it")
+                return False
+    return True
 
 
 def eps_name(module: nn.Module) -> str | None:

@@ -91,5 +91,5 @@ for _name in ("sub", "truediv", "pow", "matmul"):
     _function = getattr(operator, f"__{_name}__")
     setattr(Postponed, f"__{_name}__", _on_real(_function))
     setattr(Postponed, f"__r{_name}__", _reflected(_function))
-for _name in ("lt", "le", "gt", "ge", "getitem", "neg"):
+for _name in ("lt", "le", "gt", "ge", "getitem", "neg", "iadd", "isub", "imul", "itruediv"):
     setattr(Postponed, f"__{_name}__", _on_real(getattr(operator, f"__{_name}__")))

@@ -51,6 +51,7 @@ class Op:
     keys: tuple[str, ...]
     summary: str
     options: Mapping[str, Option] = field(default_factory=lambda: MappingProxyType({}), hash=False)
+    on: bool = True  # where a JSON block does not name its keys
 
     @property
     def module(self) -> ModuleType:
@@ -104,8 +105,9 @@ OPS: tuple[Op, ...] = (
         "add_rms_norm",
         add_rms_norm,
         add_rms_norm_reference,
-        (),
+        ("add_rms_norm",),
         "residual connection and root-mean-square norm in one pass",
+        on=False,  # not measured yet in a model
     ),
     Op(
         "gated_rms_norm",

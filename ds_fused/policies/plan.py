@@ -23,7 +23,7 @@ from ds_fused.policies.report import Claim, Left, Report
 _EXPECTED = re.compile(r"(RMSNorm|LayerNorm|MLP|Experts)$")
 # ops that are alternatives: `strict` is content with one of each group
 _GROUPS = {
-    **dict.fromkeys(("rms_norm", "layer_norm", "group_norm", "gated_rms_norm"), "norm"),
+    **dict.fromkeys(("rms_norm", "add_rms_norm", "layer_norm", "group_norm", "gated_rms_norm"), "norm"),
     **dict.fromkeys(("glu", "relu2"), "mlp"),
     **dict.fromkeys(("cross_entropy", "linear_cross_entropy"), "loss"),
 }
@@ -52,7 +52,8 @@ def apply(
 ) -> Report:
     """Replace what fused kernels can do in ``model``, in place; ``report.restore()`` undoes it.
 
-    ``wanted``: JSON key -> True, False or an object of options; only what it names is on. Without it everything is on.
+    ``wanted``: JSON key -> True, False or an object of options; only what it names is on. Without it those are
+    on that a JSON block does not have to name.
     ``switches``: single keys on top: ``apply(model, rope=False, fused_linear_cross_entropy={"chunk_mb": 256})``.
     ``device``, ``dtype``: what the model will train in, where each replacement is compared with the original before it
     is used; the first parameter's when not given. Without ``verify`` that happens on the CPU, and only for layers that
@@ -134,6 +135,11 @@ def plan(
 
 def _ways(kind: Kind | None, module: nn.Module, wanted: Mapping[str, object]) -> Sequence[Way] | str:
     """The ways to replace a layer; or why it stays; () where none is wanted or nobody would expect one."""
+    if kind is not None and kind.key is not None:
+        if kind.key not in wanted:
+            return ()
+        if kind.needs is not None and kind.needs not in wanted:
+            return f"{kind.key} needs {kind.needs}, which is off"
     if kind is None:
         # what holds layers that we know is no layer itself
         expected = any(_EXPECTED.search(cls.__name__) for cls in type(module).__mro__)
@@ -161,7 +167,7 @@ class SwapClaim:
     @property
     def certain(self) -> bool:
         """Whether it is settled what the layers become."""
-        return len(self._ways) == 1
+        return len(self._ways) == 1 and self._kind.certain
 
     @property
     def way(self) -> Way:
@@ -225,7 +231,7 @@ class SwapClaim:
 def _keys(wanted: Mapping[str, object] | None, switches: Mapping[str, object]) -> dict[str, dict[str, object]]:
     """The JSON keys that are on, with their options; anything unknown is a ValueError that names the known."""
     options = {key: op.options for op in OPS for key in op.keys}
-    asked = dict.fromkeys(options, True) if wanted is None else dict(wanted)
+    asked = {key: op.on for op in OPS for key in op.keys} if wanted is None else dict(wanted)
     asked.update(switches)
     on: dict[str, dict[str, object]] = {}
     for key, value in asked.items():

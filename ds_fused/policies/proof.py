@@ -37,9 +37,16 @@ class Stub(nn.Module):
 
 
 def replica(
-    module: nn.Module, cls: type[nn.Module], tensors: Mapping[str, Tensor], state: Mapping[str, object]
+    module: nn.Module,
+    cls: type[nn.Module],
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, object],
+    children: Mapping[str, nn.Module] | None = None,
 ) -> nn.Module:
-    """A shallow copy of a layer, of class ``cls``, over ``tensors``: its own "weight", a child's "up_proj.weight"."""
+    """A shallow copy of a layer, of class ``cls``, over ``tensors``: its own "weight", a child's "up_proj.weight".
+
+    ``children``: what stands in the copy for those of these names.
+    """
     made = cls.__new__(cls)
     made.__dict__.update(vars(module))
     # hooks, compiled call, gradient bookkeeping: as a fresh module has them; then training, so that a dropout shows
@@ -51,7 +58,9 @@ def replica(
     for name, buffer in module._buffers.items():
         made._buffers[name] = None if buffer is None else buffer.detach().clone().to(like.device)
     for name, child in module._modules.items():
-        if f"{name}.weight" in tensors:
+        if children is not None and name in children:
+            made._modules[name] = children[name]
+        elif f"{name}.weight" in tensors:
             made._modules[name] = Stub(tensors[f"{name}.weight"])
         elif child is not None:
             if next(child.parameters(), None) is not None:

@@ -11,9 +11,9 @@ from ds_fused.ops.registry import OPS
 OP_KEYS = [key for op in OPS for key in op.keys]
 
 
-def test_enabled_means_every_op():
+def test_enabled_means_every_op_but_one():
     config = parse({"enabled": True})
-    assert list(config.wanted) == OP_KEYS
+    assert list(config.wanted) == [key for key in OP_KEYS if key != "add_rms_norm"]
     assert all(options == {} for options in config.wanted.values())
     assert (config.strict, config.verify, config.report) == (False, True, True)
     assert (config.logits, config.eval) == ("defer", "defer")
@@ -26,6 +26,10 @@ def test_keys_come_from_the_registry():
 @pytest.mark.parametrize("key", OP_KEYS)
 def test_each_op_can_be_switched_off(key):
     assert key not in parse({"enabled": True, key: False}).wanted
+
+
+def test_an_op_that_is_off_can_be_switched_on():
+    assert "add_rms_norm" in parse({"enabled": True, "add_rms_norm": True}).wanted
 
 
 def test_options_reach_the_op():

@@ -42,6 +42,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 import ds_fused
 from ds_fused.engine import lookup, zero3
+from ds_fused.modules import norm
 from ds_fused.ops import _tiles
 from ds_fused.policies.kinds import norms
 
@@ -204,6 +205,30 @@ def grad_in_forward() -> dict:
 
     block = {"fused_linear_cross_entropy": {"mode": "gather", "grad_in_forward": True}}
     return both(lambda: model_of(tied=True), 3, block=block, run=run, gradient_accumulation_steps=2)
+
+
+@case
+def residual() -> dict:
+    """Norms that take the residual stream as a second input, with sharded weights; and computed again in backward."""
+    sums, stock = [], norm.add_rms_norm
+
+    def counting(*args: torch.Tensor, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+        sums.append(args[0].shape)
+        return stock(*args, **options)
+
+    def run(engine: deepspeed.DeepSpeedEngine) -> list[float]:
+        losses = train(engine, mine())
+        engine.module.gradient_checkpointing_enable()
+        return losses + train(engine, mine())
+
+    norm.add_rms_norm = counting
+    try:
+        out = both(model_of, stage=3, run=run, block={"add_rms_norm": True})
+    finally:
+        norm.add_rms_norm = stock
+    # those of the proof have another shape
+    tokens = mine()[0][0].shape
+    return out | {"sums": sum(shape[:2] == tokens for shape in sums)}
 
 
 @case

@@ -44,6 +44,7 @@ CASES = (
     "instance_forward",
     "instance_forward_of_the_model",
     "grad_in_forward",
+    "residual",
     "logits_read_by_all",
     "logits_kept",
     "ranks_decide_differently",
@@ -177,6 +178,14 @@ def test_instance_forward_of_the_model(ranks):
 def test_grad_in_forward(ranks):
     equal_losses(ranks)
     assert ranks[0]["replaced"]["fused_linear_cross_entropy"] == 1
+
+
+def test_residual(ranks):
+    equal_losses(ranks)
+    for result in ranks:
+        assert result["replaced"]["add_rms_norm"] == LAYERS
+        # once in each step, and twice where the layer is computed again
+        assert result["sums"] == 3 * LAYERS * products.FEW_STEPS
 
 
 def test_tensor_parallel(ranks):

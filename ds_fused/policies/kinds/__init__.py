@@ -7,6 +7,7 @@ from torch import nn
 from ds_fused.policies.kinds.activations import ACTIVATION
 from ds_fused.policies.kinds.experts import EXPERTS
 from ds_fused.policies.kinds.kind import Kind, Way, choose, unproven
+from ds_fused.policies.kinds.layers import LAYER
 from ds_fused.policies.kinds.mlps import MLP
 from ds_fused.policies.kinds.norms import NORM
 from ds_fused.policies.kinds.ropes import ROPE
@@ -14,7 +15,7 @@ from ds_fused.policies.kinds.ropes import ROPE
 __all__ = ["ACTIVATION", "KINDS", "Kind", "Way", "choose", "find", "unproven"]
 
 # the first that recognises a layer has it
-KINDS = (NORM, EXPERTS, MLP, ROPE, ACTIVATION)
+KINDS = (NORM, EXPERTS, MLP, ROPE, ACTIVATION, LAYER)
 
 
 def find(module: nn.Module) -> Kind | None:

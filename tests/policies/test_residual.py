@@ -1,0 +1,280 @@
+"""Residual connections fused with the norm behind them: in which layers, and that they compute what they did."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+import ds_fused
+from ds_fused.modules import norm
+from ds_fused.modules.residual import Residual
+from ds_fused.modules.scope import say_once
+from ds_fused.modules.swap import swap
+from tests.policies.tiny import (
+    LAYERS,
+    LLAMA,
+    NAMED,
+    Tiny,
+    assert_as_accurate,
+    assert_same_state,
+    assert_same_step,
+    batch,
+    classes,
+    counts,
+    twins,
+)
+
+KEYS = {"rms_norm": True, "add_rms_norm": True}
+
+
+@pytest.fixture
+def sums(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+    """The shapes of the sums that norms have computed."""
+    found, stock = [], norm.add_rms_norm
+
+    def counting(x: Tensor, *others: Tensor, **form: object) -> tuple[Tensor, Tensor]:
+        found.append(tuple(x.shape))
+        return stock(x, *others, **form)
+
+    monkeypatch.setattr(norm, "add_rms_norm", counting)
+    yield found
+
+
+def fused_twins(family: Tiny, sums: list, **config: object) -> tuple[nn.Module, nn.Module]:
+    """Fused in every layer, and stock."""
+    model, stock = twins(family, **config)
+    assert counts(ds_fused.apply(model, KEYS))["add_rms_norm"] == LAYERS
+    sums.clear()  # of the proof
+    return model, stock
+
+
+FUSED = (
+    "Llama",
+    "Mistral",
+    "Qwen3",
+    "Phi3",  # a dropout before the sum
+    "Mixtral",
+    "Gemma2",  # norms before the sum as well
+    "Gemma4Text",  # and a scalar that the layer's output is multiplied by in place
+    "Granite",  # what is added is scaled
+    "FalconH1",  # the sum of two
+    "Qwen3Next",  # asks what its MLP has returned
+)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_it_trains_as_stock(name: str, sums: list) -> None:
+    model, stock = fused_twins(NAMED[name], sums)
+    assert_same_step(model, stock, tolerance=1e-5)
+    assert len(sums) == LAYERS
+    assert_same_state(model, stock)
+    ds_fused.restore(model)
+    assert classes(model) == classes(stock)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("Olmo2", "no sum of its own goes into one of its norms"),
+        ("DeepseekV4", "can't be compared"),
+    ],
+)
+def test_layers_of_other_bodies_are_left(name: str, reason: str, sums: list) -> None:
+    model, stock = twins(NAMED[name])
+    report = ds_fused.apply(model, KEYS)
+    assert "add_rms_norm" not in counts(report)
+    (row,) = (row for row in report.left if row.what.endswith("DecoderLayer"))
+    assert row.count == LAYERS and reason in row.reason
+    assert_same_step(model, stock, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "Granite"])
+def test_is_as_accurate_as_stock_in_16_bits(name: str, dtype: torch.dtype) -> None:
+    assert counts(assert_as_accurate(NAMED[name], dtype, "cpu", KEYS))["add_rms_norm"] == LAYERS
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FUSED)
+def test_is_as_accurate_as_stock_on_a_gpu(name: str) -> None:
+    assert counts(assert_as_accurate(NAMED[name], torch.bfloat16, "cuda", KEYS))["add_rms_norm"] == LAYERS
+
+
+def test_autocast(sums: list) -> None:
+    model, stock = fused_twins(LLAMA, sums)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same_step(model, stock, tolerance=0.02)
+    assert len(sums) == LAYERS
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant: bool, sums: list) -> None:
+    model, stock = fused_twins(LLAMA, sums)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_same_step(model, stock, tolerance=1e-5)
+    assert len(sums) == 2 * LAYERS
+
+
+def test_generation_with_a_cache(sums: list) -> None:
+    model, stock = fused_twins(LLAMA, sums)
+    ids = batch()["input_ids"]
+    made = [each.eval().generate(ids, max_new_tokens=5, do_sample=False) for each in (model, stock)]
+    assert torch.equal(*made)
+    assert sums[: LAYERS + 1] == [(2, 11, 32)] * LAYERS + [(2, 1, 32)]
+
+
+def test_what_layers_are_given_and_return_can_be_recorded(sums: list) -> None:
+    model, stock = fused_twins(LLAMA, sums)
+    inputs = {"input_ids": batch()["input_ids"], "output_hidden_states": True, "output_attentions": True}
+    found, expected = (each(**inputs) for each in (model, stock))
+    torch.testing.assert_close(found.hidden_states, expected.hidden_states)
+    torch.testing.assert_close(found.attentions, expected.attentions)
+
+
+def test_peft(sums: list) -> None:
+    model, stock = fused_twins(LLAMA, sums)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    for i, each in enumerate(both := [model, stock]):
+        torch.manual_seed(3)
+        both[i] = peft.get_peft_model(each, config)
+    assert_same_step(*both, tolerance=1e-5)
+    assert len(sums) == LAYERS
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "Qwen3Next"])
+def test_compiles_in_one_graph(name: str) -> None:
+    torch.compiler.reset()
+    model, stock = twins(NAMED[name])
+    ds_fused.apply(model, KEYS)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    ids = batch()["input_ids"]
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, stock(ids, use_cache=False).logits)
+
+
+def test_a_copy_is_fused_too(sums: list) -> None:
+    model, stock = fused_twins(LLAMA, sums)
+    assert_same_step(copy.deepcopy(model), stock, tolerance=1e-5)
+    assert len(sums) == LAYERS
+
+
+# they would see two tensors where they expect one
+def test_a_norm_with_a_hook_is_called_as_before(sums: list, caplog: pytest.LogCaptureFixture) -> None:
+    say_once.cache_clear()
+    model, stock = fused_twins(LLAMA, sums)
+    seen = []
+    for each in (model, stock):
+        each.model.layers[1].post_attention_layernorm.register_forward_hook(lambda _, x, y: seen.append((x, y)))
+    assert_same_step(model, stock, tolerance=1e-5)
+    torch.testing.assert_close(seen[0], seen[1])
+    assert len(sums) == LAYERS - 1
+    assert [line for line in caplog.messages if "LlamaRMSNorm has a hook of" in line]
+
+
+def test_it_is_off_where_it_is_not_asked_for() -> None:
+    assert "add_rms_norm" not in counts(ds_fused.apply(LLAMA.make()))
+
+
+def test_without_the_norms_it_is_left() -> None:
+    report = ds_fused.apply(LLAMA.make(), {"add_rms_norm": True})
+    assert [(row.what, row.count, row.reason) for row in report.left] == [
+        ("LlamaDecoderLayer", LAYERS, "add_rms_norm needs rms_norm, which is off")
+    ]
+
+
+# one layer in which each way of writing the body is tried
+class Layer(nn.Module):
+    def __init__(self, forward) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = LlamaRMSNorm(6), LlamaRMSNorm(6)
+        self.attn, self.mlp = nn.Sequential(nn.Linear(6, 6)), nn.Sequential(nn.Linear(6, 6))
+        self.body = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, x)
+
+
+def left_of(forward, verify: bool = True) -> str | None:
+    """Why a layer with this body stays stock; None where it does not."""
+    cls = type("BodyLayer", (Layer,), {"forward": forward})
+    model = nn.Sequential(cls(None))
+    report = ds_fused.apply(model, KEYS, verify=verify)
+    return next((row.reason for row in report.left if row.what == "BodyLayer"), None)
+
+
+def usual(self, x):
+    x = x + self.attn(self.norm1(x))
+    return x + self.mlp(self.norm2(x))
+
+
+def parallel(self, x):
+    return x + self.attn(self.norm1(x)) + self.mlp(self.norm2(x))
+
+
+def keeping(self, x):
+    self.kept = x + self.attn(self.norm1(x))
+    return self.kept + self.mlp(self.norm2(self.kept))
+
+
+def random(self, x):
+    x = x + self.attn(self.norm1(x))
+    return x + nn.functional.dropout(self.mlp(self.norm2(x)), 0.5)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [(usual, None), (parallel, "no sum of its own"), (keeping, "keeps something"), (random, "random numbers")],
+)
+def test_bodies(body, reason: str | None, verify: bool) -> None:
+    found = left_of(body, verify)
+    assert found is None if reason is None else reason in found, found
+
+
+# one sum where a norm is given a child's result added to a tensor, the layer's own output in all other cases
+@pytest.mark.parametrize(
+    ("body", "n_sums"),
+    [
+        (lambda self, x: self.norm2(x + self.attn(x)), 1),
+        (lambda self, x: self.norm2(self.attn(x) + x), 1),
+        (lambda self, x: self.norm2(torch.add(x, self.attn(x))), 1),
+        (lambda self, x: self.norm2(x + 0.5 * self.attn(x)), 1),
+        (lambda self, x: self.norm2(x + x[..., :1] * self.attn(x)), 1),
+        (lambda self, x: self.norm2(x + (self.attn(x) + self.mlp(x))), 1),
+        (lambda self, x: self.norm2(x + self.norm1(self.attn(x))), 1),
+        (lambda self, x: self.norm2(x + self.attn(x) + self.mlp(x)), 1),
+        (lambda self, x: self.norm2(y := x + self.attn(x)) + self.norm1(y), 1),
+        (lambda self, x: self.norm1(self.mlp(self.norm2(x + self.attn(x))) + x), 2),
+        (lambda self, x: self.norm2(x - self.attn(x)), 0),
+        (lambda self, x: self.norm2(x + self.attn(x)[:1]), 0),
+        (lambda self, x: self.norm2((x + self.attn(x)) * 2.0), 0),
+        (lambda self, x: self.norm2(torch.tanh(x + self.attn(x))), 0),
+        (lambda self, x: self.norm2(torch.cat([x, self.attn(x)])), 0),
+        (lambda self, x: (x + self.attn(x), self.mlp(x)), 0),
+        (lambda self, x: self.mlp(x + self.attn(x)), 0),
+    ],
+)
+def test_sums(body, n_sums: int, sums: list) -> None:
+    torch.manual_seed(0)
+    cls = type("BodyLayer", (Layer,), {"forward": lambda self, x: body(self, x)})
+    layer, x = cls(None), torch.randn(2, 3, 6, requires_grad=True)
+    expected = layer(x)
+    swap(layer, Residual)
+    for each in (layer.norm1, layer.norm2):
+        swap(each, norm.RMSNorm, fused_eps="variance_epsilon", fused_offset=0.0, fused_cast="before_weight")
+    found = layer(x)
+    assert len(sums) == n_sums
+    torch.testing.assert_close(found, expected)
+    of_all = [
+        sum(y.square().sum() for y in (each if isinstance(each, tuple) else (each,))) for each in (found, expected)
+    ]
+    leaves = [x, *layer.parameters()]
+    gradients = [torch.autograd.grad(y, leaves, allow_unused=True) for y in of_all]
+    torch.testing.assert_close(*gradients)
+    assert all(type(y) is Tensor for y in (found if isinstance(found, tuple) else (found,)))
