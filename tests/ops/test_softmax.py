@@ -1,4 +1,4 @@
-"""softmax: against fp64, rows too wide for a tile, masks as torch.softmax treats them. More is in test_along_rows.py."""
+"""softmax: against fp64, rows too wide for a tile, masks as torch.softmax treats them. More: test_along_rows.py."""
 
 from __future__ import annotations
 
