@@ -66,12 +66,12 @@ class FusedLayerPolicy(DSPolicy):
 
 
 def policies_for(model: nn.Module) -> list[type[FusedLayerPolicy]]:
-    """A policy for each class of layer in the model that is of a kind we know."""
+    """A policy for each class of layer in the model that is of a kind we know; none where a key has to ask for it."""
     found = {}
     for module in model.modules():
         cls = type(module)
         kind = None if cls in found or is_fused(module) else find(module)
-        if kind is not None:
+        if kind is not None and kind.key is None:
             members = {"_orig_layer_class": cls, "kind": kind, "_chosen": {}}
             found[cls] = type(f"Fused{cls.__name__}Policy", (FusedLayerPolicy,), members)
     return list(found.values())

@@ -54,8 +54,8 @@ def apply(
 ) -> Report:
     """Replace what fused kernels can do in ``model``, in place; ``report.restore()`` undoes it.
 
-    ``wanted``: JSON key -> True, False or an object of options; only what it names is on. Without it a key is
-    on that is on in a JSON block which does not name it.
+    ``wanted``: JSON key -> True, False or an object of options; only what it names is on. Without it those are
+    on that a JSON block does not have to name.
     ``switches``: single keys on top: ``apply(model, rope=False, fused_linear_cross_entropy={"chunk_mb": 256})``.
     ``device``, ``dtype``: what the model will train in, where each replacement is compared with the original before it
     is used; the first parameter's when not given. Without ``verify`` that happens on the CPU, and only for layers that
@@ -143,8 +143,11 @@ def plan(
 
 def _ways(kind: Kind | None, module: nn.Module, wanted: Mapping[str, object]) -> Sequence[Way] | str:
     """The ways to replace a layer; or why it stays; () where none is wanted or nobody would expect one."""
-    if kind is not None and kind.key is not None and kind.key not in wanted:
-        return ()
+    if kind is not None and kind.key is not None:
+        if kind.key not in wanted:
+            return ()
+        if kind.needs is not None and kind.needs not in wanted:
+            return f"{kind.key} needs {kind.needs}, which is off"
     if kind is None:
         # what holds layers that we know is no layer itself
         expected = any(_EXPECTED.search(cls.__name__) for cls in type(module).__mro__)
@@ -157,10 +160,7 @@ def _ways(kind: Kind | None, module: nn.Module, wanted: Mapping[str, object]) ->
         return "it is of no form that an op could replace"
     ways = why_not(module) or kind.ways(module)
     # all of them, if any is wanted: which it is decides the comparison, not the switch
-    if isinstance(ways, str) or not any(way.key in wanted for way in ways):
-        return ways if isinstance(ways, str) else ()
-    off = [key for way in ways for key in way.needs if key not in wanted]
-    return f"{ways[0].key} needs {off[0]}, which is off" if off else ways
+    return ways if isinstance(ways, str) or any(way.key in wanted for way in ways) else ()
 
 
 class SwapClaim:

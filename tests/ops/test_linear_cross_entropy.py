@@ -8,6 +8,7 @@ import pytest
 import torch
 from accuracy import as_accurate, nan_filled, randn
 from allocations import Allocations
+from heads import as_accurate_under_autocast, gathered_anew
 from three_slabs import ThreeSlabs
 
 from ds_fused.ops import _tiles, one_pass
@@ -259,15 +260,11 @@ def test_second_backward(where):
 @only_plain
 @pytest.mark.parametrize("cut", CUTS)
 def test_storage_of_the_weight_may_change_between_the_passes(cut, where):
-    # as ZeRO-3 does it: released after the forward, gathered into other memory before the backward
     x, weight, labels, _ = (t.float() if t.is_floating_point() else t for t in some(11, 5, 29, where))
     weight = torch.nn.Parameter(weight)
     expected = torch.autograd.grad(theirs(x, weight, labels), weight)[0]
     loss = ours(x, weight, labels, **cut)
-    full = weight.data.clone()
-    weight.data.fill_(float("nan"))
-    weight.data = torch.empty(0)
-    weight.data = full
+    gathered_anew(weight)
     loss.backward()
     torch.testing.assert_close(weight.grad, expected)
 
@@ -275,16 +272,7 @@ def test_storage_of_the_weight_may_change_between_the_passes(cut, where):
 @only_plain
 @pytest.mark.parametrize("cut", CUTS)
 def test_autocast(cut, where):
-    def autocasted(f):
-        def run(*args, **options):
-            with torch.autocast(where.type, dtype=torch.bfloat16, enabled=args[0].dtype != torch.float64):
-                return f(*args, **options)
-
-        return run
-
-    inputs = some(11, 5, 29, where)
-    inputs = [t.bfloat16().double() if t.is_floating_point() else t for t in inputs]  # so that fp64 sees what bf16 sees
-    as_accurate(autocasted(ours), autocasted(theirs), inputs, torch.float32, **cut)
+    as_accurate_under_autocast(ours, theirs, some(11, 5, 29, where), **cut)
 
 
 def weighted(loss_of):

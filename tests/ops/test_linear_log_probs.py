@@ -8,6 +8,7 @@ import pytest
 import torch
 from accuracy import as_accurate, nan_filled, randn
 from allocations import Allocations
+from heads import as_accurate_under_autocast
 from shards import Shard
 from three_slabs import ThreeSlabs
 
@@ -206,16 +207,7 @@ def test_second_backward(where):
 
 @only_plain
 def test_autocast(where):
-    def autocasted(f):
-        def run(*args, **options):
-            with torch.autocast(where.type, dtype=torch.bfloat16, enabled=args[0].dtype != torch.float64):
-                return f(*args, **options)
-
-        return run
-
-    inputs = some(11, 5, 29, where)
-    inputs = [t.bfloat16().double() if t.is_floating_point() else t for t in inputs]  # so that fp64 sees what bf16 sees
-    as_accurate(autocasted(ours), autocasted(theirs), inputs, torch.float32, entropy=True, **CUTS[2])
+    as_accurate_under_autocast(ours, theirs, some(11, 5, 29, where), entropy=True, **CUTS[2])
 
 
 @only_plain

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import as_accurate, nan_filled, randn
+from heads import as_accurate_under_autocast
 from torch import Tensor
 
 from ds_fused.ops import one_pass
@@ -110,15 +111,7 @@ def test_what_it_is_not_for_is_computed_in_the_backward(where):
 @only_plain
 @pytest.mark.parametrize("cut", CUTS)
 def test_autocast(cut, where):
-    def autocasted(f):
-        def run(*args, **options):
-            with torch.autocast(where.type, dtype=torch.bfloat16, enabled=args[0].dtype != torch.float64):
-                return f(*args, **options)
-
-        return run
-
-    inputs = [t.bfloat16().double() if t.is_floating_point() else t for t in some(11, 5, 29, where)]
-    as_accurate(autocasted(ours), autocasted(theirs), inputs, torch.float32, **cut)
+    as_accurate_under_autocast(ours, theirs, some(11, 5, 29, where), **cut)
 
 
 @only_plain

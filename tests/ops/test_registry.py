@@ -24,7 +24,7 @@ def test_one_word_everywhere():
 def test_keys_are_unique():
     keys = [key for row in OPS for key in row.keys]
     assert len(keys) == len(set(keys))
-    norms = {"rms_norm", "layer_norm", "group_norm", "gated_rms_norm"}
+    norms = {"rms_norm", "add_rms_norm", "layer_norm", "group_norm", "gated_rms_norm"}
     mlps = {"swiglu", "geglu", "reglu", "relu2"}
     assert set(keys) == norms | mlps | {"rope", "cross_entropy", "fused_linear_cross_entropy"}
 

@@ -1,4 +1,4 @@
-"""sparsemax: Newton's steps against the sort in fp64, and against what a projection is by definition."""
+"""sparsemax: Newton's steps against the sort in fp64, and what a projection is. More is in test_along_rows.py."""
 
 from __future__ import annotations
 
@@ -96,82 +96,7 @@ def test_fp16_keeps_the_support(device):
     as_accurate(sparsemax, sparsemax_reference, [x], torch.float16)
 
 
-@pytest.mark.parametrize("dim", [0, 1, -2, 2, -3])
-def test_any_dimension(dim, device):
-    as_accurate(sparsemax, sparsemax_reference, [randn(3, 7, 5, device=device)], torch.float32, dim=dim)
-
-
-def test_strided_rows(device):
-    x = randn(6, 2, 33, device=device).bfloat16()
-    for view in (x[:, 1], x[::2], x.transpose(0, 1), x[..., 1:], x[:1].expand(4, 2, 33), x[..., 0].t()):
-        as_accurate(sparsemax, sparsemax_reference, [view], torch.bfloat16)
-
-
-@pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5), (5, 0)])
-def test_empty(shape, device):
-    as_accurate(sparsemax, sparsemax_reference, [randn(*shape, device=device)], torch.float32)
-
-
 def test_autocast_leaves_the_dtype(device):
     x = randn(5, 33, device=device).bfloat16()
     with torch.autocast(device.type, torch.bfloat16):
         as_accurate(sparsemax, sparsemax_reference, [x], torch.bfloat16)
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("whole_gpu")
-def test_more_elements_than_int32(device):
-    n, d = 2**20 + 1, 2**11  # 2^31 + 2^11 elements, 4 GiB each
-    x = torch.randn(n, d, dtype=torch.bfloat16, device=device).requires_grad_()
-    y = sparsemax(x)
-    y.backward(x.detach())
-    tail = x.detach()[-3:].clone().requires_grad_()
-    y_tail = sparsemax(tail)
-    y_tail.backward(tail.detach())
-    assert same_bits(y[-3:].detach(), y_tail.detach())
-    assert same_bits(x.grad[-3:], tail.grad)
-
-
-@pytest.mark.gpu
-@pytest.mark.gpus
-def test_runs_on_the_tensors_own_device():
-    assert torch.cuda.current_device() == 0
-    as_accurate(sparsemax, sparsemax_reference, [randn(5, 33, device="cuda:1")], torch.bfloat16)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(65, 257), (3, 40960)])
-def test_compiles_to_one_graph(shape, device):
-    x = randn(*shape, device=device).float().requires_grad_()
-    compiled = torch.compile(lambda x: sparsemax(x) * 2, fullgraph=True)
-    got, wanted = compiled(x), sparsemax(x) * 2
-    torch.testing.assert_close(got, wanted)
-    torch.testing.assert_close(*(torch.autograd.grad((y * y).sum(), x)[0] for y in (got, wanted)))
-
-
-@pytest.mark.gpu
-def test_a_cuda_graph_captures_it(device):
-    x = randn(65, 257, device=device).bfloat16()
-    wanted = sparsemax(x)  # compiles the kernel before the capture
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = sparsemax(x)
-    graph.replay()
-    assert torch.equal(y, wanted)
-
-
-def test_errors_name_the_argument(device):
-    x = torch.ones(2, 3, device=device)
-    with pytest.raises(ValueError, match=r"sparsemax: dim is -3; x \(2, 3\) has dimensions -2 to 1"):
-        sparsemax(x, -3)
-    with pytest.raises(ValueError, match="sparsemax: x is a number"):
-        sparsemax(x.sum())
-    with pytest.raises(ValueError, match="sparsemax: x is torch.float64"):
-        sparsemax(x.double())
-
-
-def test_without_the_interpreter_a_cpu_runs_the_reference(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    x = randn(5, 33, device="cpu").bfloat16()
-    assert same_bits(sparsemax(x), sparsemax_reference(x))
-    assert sparsemax(x.double()).dtype == torch.float64

@@ -21,6 +21,7 @@ from tests.policies.tiny import (
     LLAMA,
     NAMED,
     Tiny,
+    assert_as_accurate,
     assert_same_state,
     assert_same_step,
     batch,
@@ -93,10 +94,23 @@ def test_layers_of_other_bodies_are_left(name: str, reason: str, sums: list) -> 
     assert_same_step(model, stock, tolerance=1e-5)
 
 
-def test_in_bf16() -> None:
-    model, stock = twins(LLAMA, torch.bfloat16)
-    assert counts(ds_fused.apply(model, KEYS))["add_rms_norm"] == LAYERS
-    assert_same_step(model, stock, tolerance=0.02)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "Granite"])
+def test_is_as_accurate_as_stock_in_16_bits(name: str, dtype: torch.dtype) -> None:
+    assert counts(assert_as_accurate(NAMED[name], dtype, "cpu", KEYS))["add_rms_norm"] == LAYERS
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FUSED)
+def test_is_as_accurate_as_stock_on_a_gpu(name: str) -> None:
+    assert counts(assert_as_accurate(NAMED[name], torch.bfloat16, "cuda", KEYS))["add_rms_norm"] == LAYERS
+
+
+def test_autocast(sums: list) -> None:
+    model, stock = fused_twins(LLAMA, sums)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same_step(model, stock, tolerance=0.02)
+    assert len(sums) == LAYERS
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -28,7 +28,6 @@ class Way:
     mixin: type
     state: tuple[tuple[str, object], ...] = ()  # what the mix-in finds on the layer: name, value
     how: tuple = ()  # what it is built with
-    needs: tuple[str, ...] = ()  # other keys, without which it does nothing
 
 
 Proof = Callable[[nn.Module, Way, torch.device, torch.dtype], "str | None"]
@@ -41,7 +40,8 @@ class Kind:
     prove: Proof  # what a replacement would compute otherwise; None where nothing
     alike: Callable[[nn.Module], Hashable] = facts  # layers of one class for which it is equal share one proof
     certain: bool = True  # whether a single way needs no proof where nobody asks for one
-    key: str | None = None  # the one JSON key without which such layers are of no interest
+    key: str | None = None  # the JSON key without which such layers are of no interest
+    needs: str | None = None  # the key without which that one does nothing
 
 
 def choose(kind: Kind, module: nn.Module, ways: Sequence[Way], device: torch.device, dtype: torch.dtype) -> Way | str:

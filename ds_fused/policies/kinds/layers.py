@@ -68,7 +68,7 @@ def _ways(module: nn.Module) -> Sequence[Way] | str:
     lists = [name for name, child in _others(module).items() if isinstance(child, LISTS)]
     if lists:
         return f"its {lists[0]} is a list of layers"
-    return (Way("add_rms_norm", "add_rms_norm", Residual, needs=("rms_norm",)),)
+    return (Way("add_rms_norm", "add_rms_norm", Residual),)
 
 
 def _alike(module: nn.Module) -> Hashable:
@@ -205,4 +205,4 @@ def _prove(module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype
     return None
 
 
-LAYER = Kind(_recognises, _ways, _prove, _alike, certain=False, key="add_rms_norm")
+LAYER = Kind(_recognises, _ways, _prove, _alike, certain=False, key="add_rms_norm", needs="rms_norm")
