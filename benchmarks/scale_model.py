@@ -371,13 +371,13 @@ def head_figures(job: Job, machine: Machine) -> Figures:
 def layers_work(job: Job, machine: Machine) -> Work:
     shape, way, tokens = job.shape, job.way, job.tokens
     forwards = 1 + job.checkpoints
-    # causal: half of the square; backward is 2.5 forwards
     passes = forwards + 1
     spared = kept(job, machine)
     last = shape.hidden * shape.intermediate * spared.last
     products = (2 * forwards + 4) * shape.layer - 2 * (last + (shape.layer - last) * spared.matmuls)
     one = Work(
         gemm=products * tokens,
+        # causal: half of the square; backward is 2.5 forwards
         attention=(forwards + 2.5 - spared.attention) * 2 * job.length * tokens * shape.q,
         memory=layer_bytes(way, shape, job.checkpoints) * tokens,
         # 13 modules with hooks of their own in a layer of Llama's
