@@ -181,6 +181,12 @@ def test_it_is_off_where_it_is_not_asked_for() -> None:
     assert "add_rms_norm" not in counts(ds_fused.apply(LLAMA.make()))
 
 
+def test_recompute_goes_first() -> None:
+    report = ds_fused.apply(LLAMA.make(), KEYS, recompute="attention")
+    assert counts(report) == {"rms_norm": 2 * LAYERS + 1, "recompute": LAYERS}
+    assert [(row.what, row.reason) for row in report.left] == [("add_rms_norm", "recompute has the layers")]
+
+
 def test_without_the_norms_it_is_left() -> None:
     report = ds_fused.apply(LLAMA.make(), {"add_rms_norm": True})
     assert [(row.what, row.count, row.reason) for row in report.left] == [
