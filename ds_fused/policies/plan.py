@@ -78,6 +78,8 @@ def apply(
         raise ValueError(f"apply: tiles is {tiles!r}; it must be a whole number, at least 1")
     if not isinstance(recompute, Recomputing):
         recompute = recomputing(recompute, "apply: recompute")
+    # a layer has one class, and what is not computed again is worth more than a pass over its sum
+    yields = recompute.level != "full" and keys.pop("add_rms_norm", None) is not None
     planned = plan(model, keys, logits=logits, eval=eval, weight=weight, tiles=tiles)
 
     device, dtype = _place(model, device, dtype)
@@ -89,6 +91,8 @@ def apply(
         if differs is not None:
             left.append(Left(_short(claim.original), len(claim.paths), differs))
 
+    if yields:
+        left.append(Left("add_rms_norm", 1, "recompute has the layers"))
     if tiles is not None and not any(isinstance(claim, SwapClaim) and claim.tiles for claim in claims):
         left.append(Left("tiled_mlp", 1, "no gated MLP is replaced, and only such run in tiles"))
 

@@ -92,7 +92,7 @@ def compare(
     names = list(tensors) if gradients is None else list(gradients)
     # drawn once for all three
     upstream = functools.cache(lambda i, shape: randn(97 + i, *shape))
-    with _undisturbed(device):
+    with undisturbed(device):
         # rounded first: all three see the same numbers
         given = {name: tensor.to(dtypes[name]) for name, tensor in tensors.items()}
         if device.type == "meta":
@@ -116,7 +116,7 @@ def compare(
 
 def accepts(run: Run, tensors: Mapping[str, Tensor]) -> bool:
     """Whether it can be called so at all."""
-    with _undisturbed(torch.device("cpu")):
+    with undisturbed(torch.device("cpu")):
         try:
             run(tensors)
         except (RuntimeError, IndexError):
@@ -171,7 +171,7 @@ def _generator_states(device: torch.device) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def _undisturbed(device: torch.device):
+def undisturbed(device: torch.device):
     """Whatever the caller has on (no_grad, autocast, a seed) neither changes the comparison nor is changed by it."""
     devices, kind = [], "cuda"  # with no device named, only the CPU's generator is kept
     if device.type == "meta":

@@ -181,6 +181,12 @@ def test_it_is_off_where_it_is_not_asked_for() -> None:
     assert "add_rms_norm" not in counts(ds_fused.apply(LLAMA.make()))
 
 
+def test_recompute_goes_first() -> None:
+    report = ds_fused.apply(LLAMA.make(), KEYS, recompute="attention")
+    assert counts(report) == {"rms_norm": 2 * LAYERS + 1, "recompute": LAYERS}
+    assert [(row.what, row.reason) for row in report.left] == [("add_rms_norm", "recompute has the layers")]
+
+
 def test_without_the_norms_it_is_left() -> None:
     report = ds_fused.apply(LLAMA.make(), {"add_rms_norm": True})
     assert [(row.what, row.count, row.reason) for row in report.left] == [
@@ -190,21 +196,19 @@ def test_without_the_norms_it_is_left() -> None:
 
 # one layer in which each way of writing the body is tried
 class Layer(nn.Module):
-    def __init__(self, forward) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.norm1, self.norm2 = LlamaRMSNorm(6), LlamaRMSNorm(6)
         self.attn, self.mlp = nn.Sequential(nn.Linear(6, 6)), nn.Sequential(nn.Linear(6, 6))
-        self.body = forward
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(self, x)
 
 
-def left_of(forward, verify: bool = True) -> str | None:
-    """Why a layer with this body stays stock; None where it does not."""
-    cls = type("BodyLayer", (Layer,), {"forward": forward})
-    model = nn.Sequential(cls(None))
-    report = ds_fused.apply(model, KEYS, verify=verify)
+def built(forward) -> nn.Module:
+    return type("BodyLayer", (Layer,), {"forward": forward})()
+
+
+def left_of(layer: nn.Module, verify: bool = True) -> str | None:
+    """Why a layer stays stock; None where it does not."""
+    report = ds_fused.apply(nn.Sequential(layer), KEYS, verify=verify)
     return next((row.reason for row in report.left if row.what == "BodyLayer"), None)
 
 
@@ -227,13 +231,31 @@ def random(self, x):
     return x + nn.functional.dropout(self.mlp(self.norm2(x)), 0.5)
 
 
+class NormWithGate(LlamaRMSNorm):
+    def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        return super().forward(hidden_states)
+
+
+def test_a_norm_of_another_kind_is_named() -> None:
+    layer = built(usual)
+    layer.norm2 = NormWithGate(6)
+    assert left_of(layer) == "its norm2 is no norm that add_rms_norm computes"
+
+
+def test_a_proof_draws_no_numbers_of_others() -> None:
+    model = nn.Sequential(built(random))
+    before = torch.get_rng_state()
+    ds_fused.apply(model, KEYS)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize(
     ("body", "reason"),
     [(usual, None), (parallel, "no sum of its own"), (keeping, "keeps something"), (random, "random numbers")],
 )
 def test_bodies(body, reason: str | None, verify: bool) -> None:
-    found = left_of(body, verify)
+    found = left_of(built(body), verify)
     assert found is None if reason is None else reason in found, found
 
 
@@ -262,8 +284,7 @@ def test_bodies(body, reason: str | None, verify: bool) -> None:
 )
 def test_sums(body, n_sums: int, sums: list) -> None:
     torch.manual_seed(0)
-    cls = type("BodyLayer", (Layer,), {"forward": lambda self, x: body(self, x)})
-    layer, x = cls(None), torch.randn(2, 3, 6, requires_grad=True)
+    layer, x = built(body), torch.randn(2, 3, 6, requires_grad=True)
     expected = layer(x)
     swap(layer, Residual)
     for each in (layer.norm1, layer.norm2):

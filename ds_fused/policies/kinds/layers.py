@@ -22,7 +22,7 @@ from ds_fused.modules.residual import Residual, names_in
 from ds_fused.modules.swap import fused_class, why_not
 from ds_fused.policies.kinds.kind import Kind, Way, choose, mixed, shape_of
 from ds_fused.policies.kinds.norms import NORM
-from ds_fused.policies.proof import Run, compare, facts, randn, replica
+from ds_fused.policies.proof import Run, compare, facts, randn, replica, undisturbed
 
 # of the proof: so many that no code takes a tensor for a tuple
 ROWS = 5
@@ -31,6 +31,7 @@ ROWS = 5
 RETURNS = (2, 1, 3)
 MOST_CHILDREN = 4
 LISTS = (nn.ModuleList, nn.ModuleDict)
+CPU = torch.device("cpu")
 
 
 def _norms(layer: nn.Module) -> dict[str, nn.Module]:
@@ -170,18 +171,22 @@ class Body:
         raise ValueError("; ".join(why))
 
 
+def _form(child: nn.Module, dtype: torch.dtype) -> Way | str:
+    """What a norm will become, or why it stays."""
+    ways = NORM.ways(child)
+    return ways if isinstance(ways, str) else choose(NORM, child, ways, CPU, dtype)
+
+
 def _prove(module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype) -> str | None:
     built = fused_class(way.mixin, type(module), way.how)
-    with torch.no_grad():
+    with undisturbed(CPU), torch.no_grad():
         body = Body(module)
         counters = {name: Counter() for name in body.norms}
         body.run(built, lambda name, _: counters[name])(body.tensors)
     summed = [name for name, counter in counters.items() if counter.sums]
     if not summed:
         return "no sum of its own goes into one of its norms"
-    forms = {
-        name: choose(NORM, child, NORM.ways(child), torch.device("cpu"), dtype) for name, child in body.norms.items()
-    }
+    forms = {name: _form(child, dtype) for name, child in body.norms.items()}
     for name in summed:
         if isinstance(forms[name], str) or forms[name].mixin is not norm.RMSNorm:
             return f"its {name} is no norm that add_rms_norm computes"
@@ -199,7 +204,7 @@ def _prove(module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype
     )
     for x_dtype, weights in mixed(dtype):
         dtypes = {name: weights if name.endswith(".weight") else x_dtype for name in body.tensors}
-        differs = compare(*runs, body.tensors, dtypes, device)
+        differs = compare(*runs, body.tensors, dtypes, device, may_refuse=x_dtype != weights)
         if differs is not None:
             return differs
     return None
