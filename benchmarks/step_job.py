@@ -76,7 +76,7 @@ def ds_config(spec: Spec, way: Way) -> dict[str, object]:
     if spec.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     # fused: a foreach AdamW needs as much again as the weights it updates at a time, and that would be the step's peak
-    optimizer = {"lr": 1e-4, "torch_adam": True, "fused": True}
+    optimizer = {"lr": 1e-5, "torch_adam": True, "fused": True}
     config: dict[str, object] = {
         "train_micro_batch_size_per_gpu": spec.points[0][0],
         "gradient_clipping": 1.0,
