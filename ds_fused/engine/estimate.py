@@ -1,7 +1,8 @@
 """Whether the larger sizes of profile "fast" fit on each rank: an estimate before the first step, which can't know it.
 
 States are counted as mixed-precision Adam's. Activations are those of a batch of the longest sequences that the model
-knows, since how long the user's are is not known here: "auto" prefers to be too careful.
+knows, but of no more than LENGTH tokens: how long the user's are is not known here, models know far longer ones than
+they are trained on, and what "fast" keeps of a layer's forward it measures itself (recompute).
 
 Sizes: W ranks, N parameters of which N' are trained, L layers, T tokens of a rank, H width.
 """
@@ -25,6 +26,8 @@ STATES = 12
 KEPT = 17
 # of the free memory, what must not be needed
 MARGIN = 0.1
+# tokens of a sequence that are counted at most
+LENGTH = 8192
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def job_of(engine: DeepSpeedEngine, model: nn.Module, layers: list[nn.Module], d
         layer=max(elements(layer.parameters()) for layer in layers),
         layers=len(layers),
         width=config.hidden_size,
-        tokens=engine.train_micro_batch_size_per_gpu() * longest,
+        tokens=engine.train_micro_batch_size_per_gpu() * min(longest, LENGTH),
         itemsize=dtype.itemsize,
         ranks=dist.get_world_size(),
         stage=engine.zero_optimization_stage(),
