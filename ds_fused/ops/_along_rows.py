@@ -7,7 +7,7 @@ from triton.runtime.jit import JITFunction
 
 from ds_fused.ops._launch import launch
 from ds_fused.ops._row_tiles import tile
-from ds_fused.ops._triton import cdiv, row_stride, rows_of
+from ds_fused.ops._triton import cdiv, row_stride, rows_of, stages_for, warps_for
 
 # A tile is whole rows up to these widths (32 fp32 values of a row in each of 1024 threads); wider rows are walked in
 # blocks. Not measured yet.
@@ -15,24 +15,30 @@ WHOLE_ROW_FWD = 32768
 WHOLE_ROW_BWD = 16384
 # elements of a tile when a row is narrower (as many rows as fit), and of a thread. Not measured yet.
 TILE, PER_THREAD = 2048, 16
+# of a wider row: columns at a time, of a thread, and how many blocks are in flight. 1024 threads, so that no more than
+# two rows share a multiprocessor: what a walk saw last is still in L2 for the next walk, which begins there.
+WALK_COLS, WALK_PER_THREAD, WALK_STAGES = 8192, 8, 3
 
 
 def along_rows(whole: JITFunction, walk: JITFunction, widest: int, out: Tensor, *inputs: Tensor) -> Tensor:
     """Fills ``out`` [..., D] by one of two kernels, for rows up to ``widest`` columns and for wider ones.
 
-    They take inputs, out, the row stride of the first input (the others have no gaps), N (``whole`` alone), D.
+    They take inputs, out, the row stride of the first input (the others have no gaps), N (``whole`` alone), D, and
+    ``walk`` the STAGES of its loops.
     """
     first = rows_of(inputs[0])
     n, d = first.shape  # not out's: dynamo 2.11 can't hold the sizes of what was made of an input
     if n == 0 or d == 0:
         return out
     block = tile(d, TILE, PER_THREAD, widest)
-    constants = {"BLOCK_COLS": block.cols, "num_warps": block.warps}
     tensors = (first, *inputs[1:], out, row_stride(first))
     if block.rows:
-        launch(whole, (cdiv(n, block.rows),), *tensors, n, d, BLOCK_ROWS=block.rows, **constants)
+        grid = (cdiv(n, block.rows),)
+        launch(whole, grid, *tensors, n, d, BLOCK_ROWS=block.rows, BLOCK_COLS=block.cols, num_warps=block.warps)
     else:
-        launch(walk, (n,), *tensors, d, **constants)
+        warps = warps_for(WALK_COLS, WALK_PER_THREAD)
+        stages = stages_for(WALK_STAGES, WALK_COLS * sum(x.element_size() for x in inputs))
+        launch(walk, (n,), *tensors, d, BLOCK_COLS=WALK_COLS, STAGES=stages, num_warps=warps)
     return out
 
 

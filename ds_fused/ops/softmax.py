@@ -58,13 +58,13 @@ def _softmax_fwd_walk_kernel(
     y_ptr,  # [N, D]
     x_stride,
     n_cols,
-    BLOCK_COLS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One row that is too wide for registers. A lane keeps its maximum, and a sum that is scaled where that grows."""
     row = tl.program_id(0).to(tl.int64)
     high = tl.full((BLOCK_COLS,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_COLS,), tl.float32)
-    for start in range(0, n_cols, BLOCK_COLS):
+    for start in tl.range(0, n_cols, BLOCK_COLS, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK_COLS)
         x = tl.load(x_ptr + row * x_stride + cols, mask=cols < n_cols, other=-float("inf")).to(tl.float32)
         higher = tl.maximum(high, x)
@@ -75,11 +75,14 @@ def _softmax_fwd_walk_kernel(
     highest = tl.max(high)
     # a lane of -inf alone has the sum 0
     scale = tl.div_rn(1.0, tl.sum(total * tl.exp(high - highest)))
-    for start in range(0, n_cols, BLOCK_COLS):
-        cols = start + tl.arange(0, BLOCK_COLS)
+    # backwards: what was seen last is seen first again, and what is written leaves L2 first
+    last = (tl.cdiv(n_cols, BLOCK_COLS) - 1) * BLOCK_COLS
+    for back in tl.range(0, n_cols, BLOCK_COLS, num_stages=STAGES):
+        cols = last - back + tl.arange(0, BLOCK_COLS)
         mask = cols < n_cols
         x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=-float("inf")).to(tl.float32)
-        tl.store(y_ptr + row * n_cols + cols, tl.exp(x - highest) * scale, mask=mask)
+        y = tl.exp(x - highest) * scale
+        tl.store(y_ptr + row * n_cols + cols, y, mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -109,23 +112,24 @@ def _softmax_bwd_walk_kernel(
     dx_ptr,  # [N, D]
     dy_stride,
     n_cols,
-    BLOCK_COLS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One row that is too wide for registers."""
     row = tl.program_id(0).to(tl.int64)
     products = tl.zeros((BLOCK_COLS,), tl.float32)
-    for start in range(0, n_cols, BLOCK_COLS):
+    for start in tl.range(0, n_cols, BLOCK_COLS, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK_COLS)
         mask = cols < n_cols
         dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
         products += dy * tl.load(y_ptr + row * n_cols + cols, mask=mask, other=0.0).to(tl.float32)
     inner = tl.sum(products)
-    for start in range(0, n_cols, BLOCK_COLS):
-        cols = start + tl.arange(0, BLOCK_COLS)
+    last = (tl.cdiv(n_cols, BLOCK_COLS) - 1) * BLOCK_COLS
+    for back in tl.range(0, n_cols, BLOCK_COLS, num_stages=STAGES):
+        cols = last - back + tl.arange(0, BLOCK_COLS)
         mask = cols < n_cols
         dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
         y = tl.load(y_ptr + row * n_cols + cols, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + row * n_cols + cols, y * (dy - inner), mask=mask)
+        tl.store(dx_ptr + row * n_cols + cols, y * (dy - inner), mask=mask, eviction_policy="evict_first")
 
 
 class SoftmaxFunction(torch.autograd.Function):

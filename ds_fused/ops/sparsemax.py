@@ -108,12 +108,12 @@ def _sparsemax_fwd_kernel(
 
 
 @triton.jit
-def _support(x_ptr, highest, tau, n_cols, BLOCK_COLS: tl.constexpr):
+def _support(x_ptr, highest, tau, n_cols, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr):
     """Of a row's values above tau, counted from the highest: how many, their sum, by how much more than 1 above it."""
     counts = tl.zeros((BLOCK_COLS,), tl.int32)
     totals = tl.zeros((BLOCK_COLS,), tl.float32)
     sums = tl.zeros((BLOCK_COLS,), tl.float32)
-    for start in range(0, n_cols, BLOCK_COLS):
+    for start in tl.range(0, n_cols, BLOCK_COLS, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK_COLS)
         mask = cols < n_cols
         z = tl.load(x_ptr + cols, mask=mask, other=-float("inf")).to(tl.float32) - highest
@@ -130,25 +130,25 @@ def _sparsemax_fwd_walk_kernel(
     y_ptr,  # [N, D]
     x_stride,
     n_cols,
-    BLOCK_COLS: tl.constexpr,
-):
+    BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """One row that is too wide for registers."""
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride
     high = tl.full((BLOCK_COLS,), -float("inf"), tl.float32)
-    for start in range(0, n_cols, BLOCK_COLS):
+    for start in tl.range(0, n_cols, BLOCK_COLS, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK_COLS)
         high = tl.maximum(high, tl.load(x_ptr + cols, mask=cols < n_cols, other=-float("inf")).to(tl.float32))
     highest = tl.max(high)
 
     tau = -1.0
     size = n_cols + 1
-    fewer, total, excess = _support(x_ptr, highest, tau, n_cols, BLOCK_COLS)
+    fewer, total, excess = _support(x_ptr, highest, tau, n_cols, BLOCK_COLS, STAGES)
     while fewer < size:
         tau = _threshold(total, fewer)
         size = fewer
-        fewer, total, excess = _support(x_ptr, highest, tau, n_cols, BLOCK_COLS)
-    for start in range(0, n_cols, BLOCK_COLS):
+        fewer, total, excess = _support(x_ptr, highest, tau, n_cols, BLOCK_COLS, STAGES)
+    for start in tl.range(0, n_cols, BLOCK_COLS, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK_COLS)
         mask = cols < n_cols
         z = tl.load(x_ptr + cols, mask=mask, other=-float("inf")).to(tl.float32) - highest
@@ -185,20 +185,20 @@ def _sparsemax_bwd_walk_kernel(
     dx_ptr,  # [N, D]
     dy_stride,
     n_cols,
-    BLOCK_COLS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One row that is too wide for registers."""
     row = tl.program_id(0).to(tl.int64)
     sizes = tl.zeros((BLOCK_COLS,), tl.float32)
     sums = tl.zeros((BLOCK_COLS,), tl.float32)
-    for start in range(0, n_cols, BLOCK_COLS):
+    for start in tl.range(0, n_cols, BLOCK_COLS, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK_COLS)
         mask = cols < n_cols
         support = tl.load(y_ptr + row * n_cols + cols, mask=mask, other=0.0) > 0.0
         sums += tl.load(dy_ptr + row * dy_stride + cols, mask=support, other=0.0).to(tl.float32)
         sizes += support.to(tl.float32)
     mean = tl.sum(sums) / tl.maximum(tl.sum(sizes), 1.0)
-    for start in range(0, n_cols, BLOCK_COLS):
+    for start in tl.range(0, n_cols, BLOCK_COLS, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK_COLS)
         mask = cols < n_cols
         support = tl.load(y_ptr + row * n_cols + cols, mask=mask, other=0.0) > 0.0

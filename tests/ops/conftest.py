@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ds_fused.ops import _along_rows, _divergence, _row_tiles, _tiles, one_pass
+from ds_fused.ops import _along_rows, _divergence, _tiles, one_pass
 
 # what a worker may keep of a GPU that it shares, between two tests
 MOST_KEPT = 2**30
@@ -45,4 +45,4 @@ def walked(monkeypatch) -> None:
     """Rows of more than 8 columns are walked in blocks of 16, by softmax and sparsemax."""
     monkeypatch.setattr(_along_rows, "WHOLE_ROW_FWD", 8)
     monkeypatch.setattr(_along_rows, "WHOLE_ROW_BWD", 8)
-    monkeypatch.setattr(_row_tiles, "WALK_BLOCK", 16)
+    monkeypatch.setattr(_along_rows, "WALK_COLS", 16)
