@@ -94,14 +94,8 @@ SEARCHES = (
     ),
     Search("softmax", "", "forward", ((131072, 4096),), {"PER_THREAD": (8, 16, 32)}, file="_along_rows"),
     Search("softmax", "", "backward", ((131072, 4096),), {"PER_THREAD": (8, 16, 32)}, file="_along_rows"),
-    Search(
-        "softmax", "", "forward", ((8192, 128256),),
-        {"WALK_COLS": (4096, 8192, 16384), "WALK_PER_THREAD": (4, 8, 16), "WALK_STAGES": (1, 3, 4)}, file="_along_rows",
-    ),
-    Search(
-        "softmax", "", "backward", ((8192, 128256),),
-        {"WALK_COLS": (4096, 8192, 16384), "WALK_PER_THREAD": (4, 8, 16), "WALK_STAGES": (1, 3)}, file="_along_rows",
-    ),
+    Search("softmax", "", "forward", ((8192, 128256),), {"WALK_COLS": (4096, 8192, 16384)}),
+    Search("softmax", "", "backward", ((8192, 128256),), {"WALK_COLS": (4096, 8192, 16384)}),
     Search("sparsemax", "", "forward", ((32768, 4096),), {"PER_THREAD": (8, 16, 32)}, file="_along_rows"),
     Search(
         "embedding", "", "backward", ((16384, 4096, 128256), (32768, 576, 49152)),

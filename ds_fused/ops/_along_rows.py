@@ -15,13 +15,16 @@ WHOLE_ROW_FWD = 32768
 WHOLE_ROW_BWD = 16384
 # elements of a tile when a row is narrower (as many rows as fit), and of a thread. Not measured yet.
 TILE, PER_THREAD = 2048, 16
-# of a wider row: columns at a time, of a thread, and how many blocks are in flight. 1024 threads, so that no more than
-# two rows share a multiprocessor: what a walk saw last is still in L2 for the next walk, which begins there.
-WALK_COLS, WALK_PER_THREAD, WALK_STAGES = 8192, 8, 3
+# tiles of a wider row that are in flight
+WALK_STAGES = 3
 
 
-def along_rows(whole: JITFunction, walk: JITFunction, widest: int, out: Tensor, *inputs: Tensor) -> Tensor:
-    """Fills ``out`` [..., D] by one of two kernels, for rows up to ``widest`` columns and for wider ones.
+def along_rows(
+    whole: JITFunction, walk: JITFunction, widest: int, walk_cols: int, out: Tensor, *inputs: Tensor
+) -> Tensor:
+    """Fills ``out`` [..., D] by one of two kernels, for rows up to ``widest`` columns and for wider ones,
+    of which ``walk_cols`` at a time by 1024 threads: then few rows share a multiprocessor, and what a walk saw last is
+    still in L2 for the next walk.
 
     They take inputs, out, the row stride of the first input (the others have no gaps), N (``whole`` alone), D, and
     ``walk`` the STAGES of its loops.
@@ -36,9 +39,9 @@ def along_rows(whole: JITFunction, walk: JITFunction, widest: int, out: Tensor, 
         grid = (cdiv(n, block.rows),)
         launch(whole, grid, *tensors, n, d, BLOCK_ROWS=block.rows, BLOCK_COLS=block.cols, num_warps=block.warps)
     else:
-        warps = warps_for(WALK_COLS, WALK_PER_THREAD)
-        stages = stages_for(WALK_STAGES, WALK_COLS * sum(x.element_size() for x in inputs))
-        launch(walk, (n,), *tensors, d, BLOCK_COLS=WALK_COLS, STAGES=stages, num_warps=warps)
+        warps = warps_for(walk_cols, max(1, walk_cols // 1024))
+        stages = stages_for(WALK_STAGES, walk_cols * sum(x.element_size() for x in inputs))
+        launch(walk, (n,), *tensors, d, BLOCK_COLS=walk_cols, STAGES=stages, num_warps=warps)
     return out
 
 

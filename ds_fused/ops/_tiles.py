@@ -79,6 +79,11 @@ def side(size: int, fits: int, ranks: int = 1, least: int | None = None) -> int:
     return -(-size // (parts * step)) * step
 
 
+def part(size: int, parts: int) -> int:
+    """A side that cuts `size` into so many even parts, or fewer: whole steps."""
+    return -(-size // (parts * SIDE_STEP)) * SIDE_STEP
+
+
 def whole_rows(size: int, fits: int) -> int:
     """How many rows of `size` to keep where so many fit: all, or whole steps of them."""
     return size if fits >= size else fits // SIDE_STEP * SIDE_STEP

@@ -50,9 +50,12 @@ TILE_FWD, PER_THREAD_FWD = 2048, 16
 TILE_BWD, PER_THREAD_BWD = 2048, 16
 # the backward's persistent grid, and the tiles of a program that are in flight. On an H100, ms of the backward of
 # 8192x4096 and 16384x8192: 0.083, 0.288; with 2 tiles 0.094, unknown; with 8 elements, 32 warps, 2 tiles 0.096, 0.375
-# (results/h100/tune.csv). Narrow rows: unknown.
+# (results/h100/tune.csv)
 WARPS_PER_MULTIPROCESSOR = 16
 STAGES_BWD = 3
+# where several rows share a tile, elements of a thread and warps of a multiprocessor as in rms_norm: of 262144x128
+# these and 2 tiles took 0.091 ms, the above 0.155
+NARROW_PER_THREAD_BWD, NARROW_WARPS_PER_MULTIPROCESSOR = 8, 32
 # the tile of the sums over columns of rows that are walked
 COLUMNS_TILE = (8, 256)
 
@@ -225,7 +228,8 @@ def layer_norm_bwd(
     sums = wanted.dweight or wanted.dbias
     dsum_stride = 0 if dsum is None else row_stride(dsum)
     wants = {"WANTS_DWEIGHT": wanted.dweight, "WANTS_DBIAS": wanted.dbias}
-    block = tile(d, TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD)
+    is_narrow = 2 * d <= TILE_BWD
+    block = tile(d, TILE_BWD, NARROW_PER_THREAD_BWD if is_narrow else PER_THREAD_BWD, WHOLE_ROW_BWD)
     constants = {
         "HAS_DSUM": dsum is not None,
         "HAS_WEIGHT": weight is not None,
@@ -233,7 +237,8 @@ def layer_norm_bwd(
         "num_warps": block.warps,
     }
     if block.rows:
-        programs = min(cdiv(n, block.rows), resident(x, WARPS_PER_MULTIPROCESSOR, block.warps))
+        warps = NARROW_WARPS_PER_MULTIPROCESSOR if is_narrow else WARPS_PER_MULTIPROCESSOR
+        programs = min(cdiv(n, block.rows), resident(x, warps, block.warps))
         tile_bytes = sum(t.itemsize for t in (dy, x, dsum) if t is not None) * block.rows * block.cols
     else:
         column_blocks = cdiv(d, COLUMNS_TILE[1])

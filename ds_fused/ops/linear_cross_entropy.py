@@ -50,7 +50,7 @@ from ds_fused.ops._tiles import (
 from ds_fused.ops._triton import autocast_dtype, check_dtypes, rows_of, runs_kernels
 from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd, cross_entropy_reference
 from ds_fused.ops.frozen_head import FrozenHeadFunction
-from ds_fused.ops.one_pass import OnePassFunction, tokens_at_a_time
+from ds_fused.ops.one_pass import OnePassFunction, cut
 from ds_fused.ops.slabs import WeightSlabs, WholeWeight
 from ds_fused.ops.stationary import StationaryFunction, VocabShard
 
@@ -279,8 +279,9 @@ def linear_cross_entropy(
 
     ``accumulate``: what dweight is added up in where the tokens are cut into n chunks. ``"fp32"``: fp32, rounded once.
     ``"native"``: its own dtype, which spares the fp32 copy (of a slab, where the weight comes in slabs) and is about
-    sqrt(n / 2) times as far off as one product. ``"auto"``: fp32, but with ``grad_in_forward`` native up to n = 8. Of a
-    weight that stays on its ranks (stationary) it is always fp32.
+    sqrt(n / 2) times as far off as one product. ``"auto"``: fp32, but with ``grad_in_forward`` native up to n = 8, and
+    n = 8 rather than more where larger chunks take less memory than the fp32 copy. Of a weight that stays on its ranks
+    (stationary) it is always fp32.
     """
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     more = return_z_loss or return_accuracy
@@ -361,8 +362,10 @@ def token_losses(
     chunk_bytes = int(chunk_mb * 2**20)
     is_whole = slabs is None and not isinstance(weight, VocabShard)
     if in_forward and trains and is_whole and rows.dtype != torch.float16:
-        tokens = tokens_at_a_time(rows.shape[0], n_vocab, rows.element_size(), chunk_bytes)
-        loss = OnePassFunction.apply(rows, weight, bias, flat, count, options, reduction, tokens, accumulate)
+        how = cut(
+            *rows.shape[:1], *weight.shape, rows.element_size(), chunk_bytes, accumulate, trains=handle.requires_grad
+        )
+        loss = OnePassFunction.apply(rows, weight, bias, flat, count, options, reduction, *how)
         return TokenLosses(loss, count)
     trains_x_alone = trains and not handle.requires_grad and (bias is None or not bias.requires_grad)
     in_one_go = trains_x_alone and not entropy and in_kernel[0] is None and frozen_head.takes(options)

@@ -12,7 +12,7 @@ exact for any such number. Losses that stay apart ("none") need the backward of 
 fp16: what its loss scale would keep above the least number is rounded away before the scale is known.
 
 dw is added up in its own dtype where that costs no more than twice the error of one product, else in fp32; or as
-``accumulate`` says.
+``accumulate`` says (see ``cut``).
 
 Saved for backward: dx, dw and dbias. Work: 6 MHV FLOPs, 4 under a weight that is not trained. Traffic of the softmax
 passes: 1 read and 1 write of z, and what they look at again comes from L2 (_lent_logits.py).
@@ -22,6 +22,8 @@ Sizes: M tokens, T of them in a chunk, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -29,16 +31,31 @@ from torch.autograd.function import once_differentiable
 from ds_fused.ops._lent_logits import lent_logits
 from ds_fused.ops._loss import LossOptions, cross_entropy_bwd_torch, cross_entropy_fwd_torch
 from ds_fused.ops._scale import scaled
-from ds_fused.ops._tiles import MOST_ROUNDINGS, logits_of, product, side, sum_dtype, tile_elements, wide
+from ds_fused.ops._tiles import MOST_ROUNDINGS, logits_of, part, product, side, sum_dtype, tile_elements, wide
 from ds_fused.ops._triton import cdiv, runs_kernels
 
 # not yet measured. each chunk reads and writes dw, so fewer tokens than these are not worth their memory
 LEAST_TOKENS = 1024
 
 
-def tokens_at_a_time(n_tokens: int, n_vocab: int, itemsize: int, chunk_bytes: int) -> int:
-    """T: whole rows of logits in about ``chunk_bytes``."""
-    return side(max(n_tokens, 1), chunk_bytes // (n_vocab * itemsize), least=LEAST_TOKENS)
+class Cut(NamedTuple):
+    """How the tokens are cut, and whether dw is added up in its own dtype."""
+
+    tokens: int  # T
+    native: bool
+
+
+def cut(
+    n_tokens: int, n_vocab: int, n_hidden: int, itemsize: int, chunk_bytes: int, accumulate: str, *, trains: bool
+) -> Cut:
+    """Whole rows of logits in about ``chunk_bytes``; in more, where that spares an fp32 dw and takes less than it."""
+    n_tokens = max(n_tokens, 1)
+    tokens = side(n_tokens, chunk_bytes // (n_vocab * itemsize), least=LEAST_TOKENS)
+    if accumulate != "auto" or not trains or cdiv(n_tokens, tokens) <= MOST_ROUNDINGS:
+        return Cut(tokens, accumulate != "fp32")
+    larger = part(n_tokens, MOST_ROUNDINGS)
+    spared = (larger - tokens) * n_vocab * itemsize < 4 * n_vocab * n_hidden
+    return Cut(larger, True) if spared else Cut(tokens, False)
 
 
 def _lent_logits_torch(
@@ -63,7 +80,7 @@ class OnePassFunction(torch.autograd.Function):
         options: LossOptions,
         reduction: str,
         tokens: int,  # T
-        accumulate: str,  # see linear_cross_entropy
+        native: bool,  # dw is added up in its own dtype
     ) -> Tensor:
         n_tokens, n_vocab = x.shape[0], weight.shape[0]
         softmax = lent_logits if runs_kernels(x) else _lent_logits_torch
@@ -73,7 +90,6 @@ class OnePassFunction(torch.autograd.Function):
         n_chunks = cdiv(n_tokens, tokens)
 
         dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wants_dx else None
-        native = accumulate == "native" or (accumulate == "auto" and n_chunks <= MOST_ROUNDINGS)
         sums = sum_dtype(weight.dtype, x, n_chunks, native=native)
         dw = torch.empty_like(weight, dtype=sums, memory_format=torch.contiguous_format) if wants_dw else None
         dbias = torch.zeros_like(bias, dtype=wide(x)) if wants_dbias else None

@@ -31,6 +31,9 @@ from ds_fused.ops._triton import check_dtypes, runs_kernels
 
 # the least positive value of fp16: what is smaller must not leave the support, or the gradient would lose it
 LEAST_FP16 = tl.constexpr(2.0**-24)
+# with more the forward spills. On an H100, ms of 2048x128256, forward and backward: 1.30, 0.59; with 4096 and 256
+# threads 1.60, 0.59
+WALK_COLS = 8192
 
 
 def sparsemax_reference(x: Tensor, dim: int = -1) -> Tensor:
@@ -212,7 +215,7 @@ class SparsemaxFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        along_rows(_sparsemax_fwd_kernel, _sparsemax_fwd_walk_kernel, _along_rows.WHOLE_ROW_FWD, y, x)
+        along_rows(_sparsemax_fwd_kernel, _sparsemax_fwd_walk_kernel, _along_rows.WHOLE_ROW_FWD, WALK_COLS, y, x)
         ctx.save_for_backward(y)
         return y
 
@@ -221,7 +224,8 @@ class SparsemaxFunction(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
         dx = torch.empty_like(y)
-        return along_rows(_sparsemax_bwd_kernel, _sparsemax_bwd_walk_kernel, _along_rows.WHOLE_ROW_BWD, dx, dy, y)
+        widest = _along_rows.WHOLE_ROW_BWD
+        return along_rows(_sparsemax_bwd_kernel, _sparsemax_bwd_walk_kernel, widest, WALK_COLS, dx, dy, y)
 
 
 def sparsemax(x: Tensor, dim: int = -1) -> Tensor:

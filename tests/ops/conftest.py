@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import ds_fused.ops.registry as registry
 from ds_fused.ops import _along_rows, _divergence, _tiles, one_pass
 
 # what a worker may keep of a GPU that it shares, between two tests
@@ -45,4 +46,5 @@ def walked(monkeypatch) -> None:
     """Rows of more than 8 columns are walked in blocks of 16, by softmax and sparsemax."""
     monkeypatch.setattr(_along_rows, "WHOLE_ROW_FWD", 8)
     monkeypatch.setattr(_along_rows, "WHOLE_ROW_BWD", 8)
-    monkeypatch.setattr(_along_rows, "WALK_COLS", 16)
+    for name in ("softmax", "sparsemax"):
+        monkeypatch.setattr(registry.op(name).module, "WALK_COLS", 16)

@@ -66,11 +66,13 @@ def test_few_chunks_are_added_up_in_bf16_and_many_in_fp32(where, monkeypatch):
 
     whole = one_pass.product
     monkeypatch.setattr(one_pass, "product", product)
-    for n_tokens, dtype in ((4 * MOST_ROUNDINGS, torch.bfloat16), (40, torch.float32)):
+    # 4 tokens fit. Few chunks; larger ones of 6, which take less memory than a sum in fp32; 16 would take more
+    cases = ((4 * MOST_ROUNDINGS, torch.bfloat16, MOST_ROUNDINGS), (40, torch.bfloat16, 7), (128, torch.float32, 32))
+    for n_tokens, dtype, chunks in cases:
         seen.clear()
         x, weight, labels, _ = (t.bfloat16() if t.is_floating_point() else t for t in some(n_tokens, 3, 23, where))
         ours(x, weight.requires_grad_(), labels, **CUTS[1])
-        assert set(seen) == {dtype} and len(seen) == n_tokens // 4
+        assert set(seen) == {dtype} and len(seen) == chunks
 
 
 def test_the_last_chunk_may_be_smaller_and_labels_all_ignored(where):
