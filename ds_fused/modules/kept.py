@@ -4,11 +4,11 @@
         y = linear(x, w)                     # kept; in the repetition it is taken from there
         z = silu(y)                          # computed again
 
-While a layer runs under its checkpoint, the functions in ``PLACES`` are exchanged, for this thread, for ones that see
-what is computed within them. The products and the attention there are kept by the layer's forward, and handed out in
-the order of the forward by its repetition. That happens below autograd: nodes, what they save and the order in which
-they do are those of a repetition that computes everything, and so are hooks of modules (ZeRO-3's gather the same
-weights at the same places) and random numbers. Gradients are bit for bit the same.
+While a layer runs under its checkpoint, products and attention are exchanged, for this thread, for functions that see
+what is computed within them (``exchange.py``). The products and the attention there are kept by the layer's forward, and
+handed out in the order of the forward by its repetition. That happens below autograd: nodes, what they save and the
+order in which they do are those of a repetition that computes everything, and so are hooks of modules (ZeRO-3's gather
+the same weights at the same places) and random numbers. Gradients are bit for bit the same.
 
 Kept per token: the output of each ``linear`` or grouped product and of the attention, with its log-sum-exp; freed when
 the repetition has passed them. What was changed in place since is computed again, and so is everything in a second
@@ -18,7 +18,7 @@ The layer's last product is special. A checkpoint stops its repetition when the 
 before that product (autograd's own linear) or behind it (DeepSpeed's linear under ZeRO-3, a dropout). How far the first
 repetition of a layer came is remembered: what it did not reach is not kept any more, and a product whose result it did
 not live to use is put off until somebody does, so that it is never computed. A call of many products may be such a one
-too, if it presents itself as one (``postponable``); nothing of it is kept.
+too, if it presents itself as one (``postponable``); nothing of it is kept, and put off, hooks within it do not run.
 
 The dispatcher is watched within the exchanged functions only. Selective checkpointing of PyTorch watches a whole layer,
 which costs a call into Python for each of its operators.

@@ -15,7 +15,7 @@ ROWS = 5
 
 
 class Shapes(TorchDispatchMode):
-    """Of the results of all additions in place: what is left of sums that products do not make."""
+    """Of the results of all additions: what is left of sums that products do not make."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class Shapes(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
-        if op is torch.ops.aten.add_.Tensor:
+        if op.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_):
             self.added.append(tuple(out.shape))
         return out
 

@@ -9,7 +9,7 @@ import products
 import pytest
 from launching import launch
 
-GAS = 2
+GAS, TILES = 2, 5
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,8 @@ def test_under_checkpointing_tiles_run_twice(ranks):
         assert less["losses"] == again["losses"]
         n = GAS * products.FEW_STEPS
         assert again["runs"] == n * [3]
+        # of gate, up and down, by all tiles but the last
+        assert again["sums"] == less["sums"] == n * products.SIZES["num_hidden_layers"] * 3 * (TILES - 1)
         # the first repetition shows what it does not need
         assert less["runs"] == found["2"]["nothing_kept"]["runs"] == [3] + (n - 1) * [2]
 

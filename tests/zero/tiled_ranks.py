@@ -8,9 +8,11 @@ each row ran through a last product. Under gradient checkpointing: with nothing 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import deepspeed
@@ -22,6 +24,7 @@ from deepspeed.utils import set_z3_leaf_modules, z3_leaf_module
 from transformers import LlamaForCausalLM
 
 from ds_fused.engine.config import OP_OPTIONS
+from ds_fused.modules import summed
 from ds_fused.modules.swap import swap
 from ds_fused.modules.tiled_mlp import TiledMLP
 
@@ -76,6 +79,23 @@ def counted(engine: deepspeed.DeepSpeedEngine) -> Counter:
     return counts
 
 
+@contextlib.contextmanager
+def counting_sums() -> Iterator[list[torch.Size]]:
+    """Shapes of the sums that products add to."""
+    shapes: list[torch.Size] = []
+    stock = summed.product
+
+    def product(total: torch.Tensor, *operands: torch.Tensor, add: bool) -> None:
+        shapes.append(total.shape)
+        stock(total, *operands, add=add)
+
+    summed.product = product
+    try:
+        yield shapes
+    finally:
+        summed.product = stock
+
+
 def train(stage: int, tiled: bool, leaf: bool = False, block: dict | None = None, checkpointing: bool = False) -> dict:
     engine = engine_of(stage, tiled, leaf, block, checkpointing)
     mlp = engine.module.model.layers[0].mlp
@@ -111,7 +131,9 @@ def main(out: Path) -> None:
     found = {stage: {"stock": train(stage, False), "tiled": train(stage, True)} for stage in (3, 2)}
     found[3] |= {"leaf": train(3, True, leaf=True), "json": train(3, False, block=BLOCK)}
     for way, block in {"again": BLOCK, "nothing_kept": NOTHING_KEPT}.items():
-        found[3][way] = train(3, False, block=block, checkpointing=True)
+        with counting_sums() as shapes:
+            found[3][way] = train(3, False, block=block, checkpointing=True)
+        found[3][way]["sums"] = len(shapes)
     found[2]["nothing_kept"] = train(2, False, block=NOTHING_KEPT, checkpointing=True)
     (out / f"{dist.get_rank()}.json").write_text(json.dumps(found))
 
