@@ -5,10 +5,10 @@
         z = silu(y)                          # computed again
 
 While a layer runs under its checkpoint, products and attention are exchanged, for this thread, for functions that see
-what is computed within them (``exchange.py``). The products and the attention there are kept by the layer's forward, and
-handed out in the order of the forward by its repetition. That happens below autograd: nodes, what they save and the
-order in which they do are those of a repetition that computes everything, and so are hooks of modules (ZeRO-3's gather
-the same weights at the same places) and random numbers. Gradients are bit for bit the same.
+what is computed within them (``exchange.py``). What they see is kept by the layer's forward, and handed out in the
+order of the forward by its repetition. That happens below autograd: nodes, what they save and the order in which they
+do are those of a repetition that computes everything, and so are hooks of modules (ZeRO-3's gather the same weights at
+the same places) and random numbers. Gradients are bit for bit the same.
 
 Kept per token: the output of each ``linear`` or grouped product and of the attention, with its log-sum-exp; freed when
 the repetition has passed them. What was changed in place since is computed again, and so is everything in a second

@@ -81,6 +81,27 @@ def test_sums_of_16_bits_are_wide():
     assert torch.equal(sums[0], torch.full((4, 6), 1000.0))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1, 8, 8), (1, 37, 136, 72), (3, 64, 4096, 14336)], ids=str)
+def test_sums_of_16_bits_on_a_gpu(dtype, shape):
+    *rows, width, out = shape
+    torch.manual_seed(0)
+    linear = nn.Linear(width, out, bias=False, device="cuda", dtype=dtype)
+    sums: list[Tensor | None] = [None]
+    exact = torch.zeros(out, width, device="cuda", dtype=torch.float64)
+    for _ in range(3):
+        x, dy = (torch.randn(*rows, n, device="cuda", dtype=dtype) for n in (width, out))
+        with SummedLinears([linear.weight], sums):
+            y = linear(x)
+        torch.autograd.grad(y, [linear.weight], dy, allow_unused=True)
+        exact += dy.flatten(0, 1).double().t() @ x.flatten(0, 1).double()
+    assert sums[0].dtype == torch.float32
+    # of products that are exact, added in fp32 in some order
+    bound = 2**-20 * exact.abs().max() * (3 * x.shape[:-1].numel()) ** 0.5
+    assert (sums[0] - exact).abs().max() <= bound
+
+
 def test_what_is_left_to_autograd():
     linear = nn.Linear(6, 4)
     x = torch.randn(2, ROWS, 6)

@@ -547,6 +547,26 @@ def test_on_a_gpu_as_much_is_kept_as_has_room(monkeypatch):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.gpu
+def test_tiled_mlps_run_twice_on_a_gpu(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        model = checkpointed(LLAMA.make(torch.bfloat16, hidden_size=256, intermediate_size=512).cuda())
+        ids = torch.randint(3, 128, (2, 512), device="cuda")
+        given = {"input_ids": ids, "labels": ids}
+        ds_fused.apply(model, tiles=TILES)
+        rows = down_rows(model)
+        stock, _ = step(model, given=given)
+        ds_fused.apply(model, {}, recompute=NOTHING)
+        for again in (3, 2, 2):
+            rows.clear()
+            assert_same(step(model, given=given)[0], stock)
+            assert sum(rows) == again * ids.numel()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_layers_that_are_not_ours_to_change_are_left():
     model = checkpointed(LLAMA.make())
     layer = model.model.layers[0]
