@@ -1,5 +1,7 @@
 """Profiles: named sets of values for other keys of the block. A key, or an option of one, that is given always wins.
 
+True leaves all options of a key to the profile. What is given of ``recompute`` stands as it is.
+
 "auto" and "fit" are "fast" where the model's states, activations and the larger sizes fit (``estimate``), else "small".
 """
 
@@ -7,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ds_fused.engine.config import HEAD, RECOMPUTE
+from ds_fused.engine.config import HEAD, RECOMPUTE, TILED
 
 # the profiles that an estimate decides
 ESTIMATED = ("auto", "fit")
@@ -27,10 +29,13 @@ PROFILES: Mapping[str, Mapping[str, object]] = {
         "leaf_modules": False,
         "zero_sizes": "small",
         "embedding": True,
-        # no logits are kept. No tiled MLP: under checkpointing its products run three times forward, a quarter of all
-        # the time of products, and it saves nothing but with sequences so long that a layer's MLP is the peak
+        # no logits are kept
         HEAD: {"mode": "auto", "keep_mb": 0},
-        RECOMPUTE: "full",
+        # nothing is kept of layers either, but what nobody reads is not computed again: so an MLP in tiles, which its
+        # backward repeats anyway, runs forward no more often than a whole one. In four, what a tile of Llama-3-8B's MLP
+        # holds is less than the rest of its layer, and products of a quarter of the tokens are still large
+        RECOMPUTE: {"level": "fit", "keep_mb": 0},
+        TILED: {"tiles": 4},
     },
 }
 
@@ -43,12 +48,16 @@ def filled(block: Mapping[str, object], profile: str) -> tuple[dict[str, object]
     whole, added = dict(block), {}
     for key, value in PROFILES[profile].items():
         given = block.get(key, {})
-        if not isinstance(value, Mapping):
-            if key not in block:
-                whole[key] = added[key] = value
-        elif given is not False:
-            options = {} if given is True else dict(given)
-            fresh = {name: one for name, one in value.items() if name not in options}
-            whole[key] = {**fresh, **options}
-            added |= {f"{key}.{name}": one for name, one in fresh.items()}
+        has_options = isinstance(value, Mapping)
+        # a level of recompute and its room belong together
+        is_one = key == RECOMPUTE or not has_options
+        if given is False or (is_one and key in block):
+            continue
+        if not has_options:
+            whole[key] = added[key] = value
+            continue
+        options = {} if given is True else dict(given)
+        fresh = {name: one for name, one in value.items() if name not in options}
+        whole[key] = {**fresh, **options}
+        added |= {f"{key}.{name}": one for name, one in fresh.items()}
     return whole, added

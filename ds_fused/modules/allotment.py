@@ -24,7 +24,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ds_fused.modules.kept import ATTENTION, LEVELS, MATMUL, Learnt, Recording, needed_bytes
+from ds_fused.modules.exchange import ATTENTION, MATMUL
+from ds_fused.modules.kept import LEVELS, Learnt, Recording, needed_bytes
 
 # the first pass makes what stays (workspaces, gradients, states of an optimizer); ZeRO-3 fetches ahead from the second
 MEASURED = 3
@@ -39,6 +40,13 @@ class Allotment(Protocol):
         """For a forward of the layer at that place, over x [..., H]."""
 
 
+_SAID = {
+    "full": "nothing kept, and what nobody reads is not computed again",
+    "attention": "attention kept",
+    "matmuls": "attention and products kept",
+}
+
+
 class Fixed:
     """As much for all layers."""
 
@@ -46,7 +54,7 @@ class Fixed:
         self._level = level
 
     def __str__(self) -> str:
-        return {"attention": "attention kept", "matmuls": "attention and products kept"}[self._level]
+        return _SAID[self._level]
 
     def recording(self, place: int, learnt: Learnt, x: Tensor) -> Recording:
         return Recording(learnt, LEVELS[self._level])

@@ -4,11 +4,11 @@
         y = linear(x, w)                     # kept; in the repetition it is taken from there
         z = silu(y)                          # computed again
 
-While a layer runs under its checkpoint, the functions in ``PLACES`` are exchanged, for this thread, for ones that see
-what is computed within them. The products and the attention there are kept by the layer's forward, and handed out in
-the order of the forward by its repetition. That happens below autograd: nodes, what they save and the order in which
-they do are those of a repetition that computes everything, and so are hooks of modules (ZeRO-3's gather the same
-weights at the same places) and random numbers. Gradients are bit for bit the same.
+While a layer runs under its checkpoint, products and attention are exchanged, for this thread, for functions that see
+what is computed within them (``exchange.py``). What they see is kept by the layer's forward, and handed out in the
+order of the forward by its repetition. That happens below autograd: nodes, what they save and the order in which they
+do are those of a repetition that computes everything, and so are hooks of modules (ZeRO-3's gather the same weights at
+the same places) and random numbers. Gradients are bit for bit the same.
 
 Kept per token: the output of each ``linear`` or grouped product and of the attention, with its log-sum-exp; freed when
 the repetition has passed them. What was changed in place since is computed again, and so is everything in a second
@@ -17,7 +17,8 @@ backward over the same graph.
 The layer's last product is special. A checkpoint stops its repetition when the last tensor is saved, which may be
 before that product (autograd's own linear) or behind it (DeepSpeed's linear under ZeRO-3, a dropout). How far the first
 repetition of a layer came is remembered: what it did not reach is not kept any more, and a product whose result it did
-not live to use is put off until somebody does, so that it is never computed.
+not live to use is put off until somebody does, so that it is never computed. A call of many products may be such a one
+too, if it presents itself as one (``postponable``); nothing of it is kept, and put off, hooks within it do not run.
 
 The dispatcher is watched within the exchanged functions only. Selective checkpointing of PyTorch watches a whole layer,
 which costs a call into Python for each of its operators.
@@ -25,10 +26,9 @@ which costs a call into Python for each of its operators.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import sys
-import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -37,20 +37,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ATTENTION, MATMUL = "attention", "matmul"
+from ds_fused.modules.exchange import ATTENTION, MATMUL, Run, current_run
+
+# makes the result of nothing, uninitialised
+Empty = Callable[[], Tensor]
+
 # level -> what is kept; "full" computes everything again
 LEVELS = {"full": frozenset(), "attention": frozenset({ATTENTION}), "matmuls": frozenset({ATTENTION, MATMUL})}
-
-# module, function in it, what it computes; in modules that nobody has imported there is nothing to exchange
-PLACES = (
-    ("torch.nn.functional", "linear", MATMUL),
-    ("torch.nn.functional", "grouped_mm", MATMUL),
-    ("torch", "_grouped_mm", MATMUL),
-    ("torch", "addmm", MATMUL),
-    ("torch.nn.functional", "scaled_dot_product_attention", ATTENTION),
-    ("transformers.modeling_flash_attention_utils", "_flash_fn", ATTENTION),
-    ("transformers.modeling_flash_attention_utils", "_flash_varlen_fn", ATTENTION),
-)
 
 _aten = torch.ops.aten
 _PRODUCTS = frozenset((_aten.mm.default, _aten.addmm.default, _aten.bmm.default))
@@ -163,6 +156,8 @@ class Recording:
     ) -> None:
         self.learnt, self.kinds, self.ended = learnt, kinds, ended
         self.calls: list[Call | None] = []
+        # place among the calls of one that is many -> an empty result of its
+        self.empties: dict[int, Empty] = {}
         # bytes of each call, and its kind
         self.sizes: list[tuple[str, int]] | None = [] if counts else None
 
@@ -180,37 +175,45 @@ def needed_bytes(sizes: list[tuple[str, int]], learnt: Learnt, kind: str) -> int
     return sum(size for found, size in sizes[: len(sizes) - learnt.unread] if found == kind)
 
 
-class _Run:
-    """A stretch in which calls to the exchanged functions come here."""
+def postponable(make: Callable[[Empty | None], Tensor], fill: Callable[[Tensor], None]) -> Tensor:
+    """``make(None)``, as one call of a layer under its checkpoint, however many products are computed within.
 
+    ``make(empty)`` is the same node around the result ``empty()``, into which nothing was computed: a repetition that
+    is expected to end within the call asks for it. ``fill`` writes into the result what should stand there, where the
+    repetition lives to see it.
+    """
+    run = current_run()
+    return run.whole(make, fill) if isinstance(run, _Run) else make(None)
+
+
+class _Run(Run):
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
 
-    def __enter__(self) -> None:
-        self._outer, _local.run = _local.run, self
-        _exchange.enter()
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        _exchange.leave()
-        _local.run = self._outer
-
-    def called(self, kind: str, function: Callable, args: tuple, named: dict) -> Any:
+    def whole(self, make: Callable[[Empty | None], Tensor], fill: Callable[[Tensor], None]) -> Tensor:
+        """See ``postponable``."""
         raise NotImplementedError
 
     def watched(self, handle: Callable, function: Callable, args: tuple, named: dict) -> Any:
-        # a call within the call is part of it
-        _local.run = None
-        try:
-            with _Watch(handle):
-                return function(*args, **named)
-        finally:
-            _local.run = self
+        with _Watch(handle):
+            # a call within the call is part of it
+            return self.unseen(function, *args, **named)
 
 
 class _Forward(_Run):
+    def whole(self, make: Callable[[Empty | None], Tensor], fill: Callable[[Tensor], None]) -> Tensor:
+        recording = self._recording
+        y = self.unseen(make, None)
+        empty = functools.partial(torch.empty, y.shape, dtype=y.dtype, device=y.device)
+        recording.empties[len(recording.calls)] = empty
+        recording.calls.append(None)
+        if recording.sizes is not None:
+            recording.sizes.append((MATMUL, 0))
+        return y
+
     def called(self, kind: str, function: Callable, args: tuple, named: dict) -> Any:
         recording = self._recording
-        # within another function's forward (a layer in tiles) the call is one of many that backward repeats anyway
+        # within another function's forward nothing is known of what its backward repeats
         wanted = torch.is_grad_enabled() and (kind in recording.kinds or recording.sizes is not None)
         if not wanted:
             recording.calls.append(None)
@@ -308,22 +311,41 @@ class _Repetition(_Run):
         if recording.ended is not None:
             recording.ended()
 
-    def called(self, kind: str, function: Callable, args: tuple, named: dict) -> Any:
-        recording, at = self._recording, self._reached
+    @contextlib.contextmanager
+    def _next(self) -> Iterator[int]:
+        """A call; its place among the layer's."""
         self._reached += 1
-        call = None
-        if at < len(recording.calls):
-            call, recording.calls[at] = recording.calls[at], None
         try:
-            if call is not None and call.is_unchanged():
-                return self._handed_out(call.entries, kind, function, args, named)
-            if kind == MATMUL and recording.learnt.ends_within and at == len(recording.calls) - recording.learnt.unread:
-                return self._put_off(function, args, named)
-            return function(*args, **named)
+            yield self._reached - 1
         except BaseException:
             # the checkpoint has all that it needs
             self._ended_within = True
             raise
+
+    def _ends_within(self, at: int) -> bool:
+        """Whether that is expected of the call there."""
+        learnt = self._recording.learnt
+        return learnt.ends_within and at == len(self._recording.calls) - learnt.unread
+
+    def whole(self, make: Callable[[Empty | None], Tensor], fill: Callable[[Tensor], None]) -> Tensor:
+        with self._next() as at:
+            empty = self._recording.empties.get(at) if self._ends_within(at) else None
+            y = self.unseen(make, empty)
+            if empty is not None:
+                self.unseen(fill, y)
+            return y
+
+    def called(self, kind: str, function: Callable, args: tuple, named: dict) -> Any:
+        recording = self._recording
+        with self._next() as at:
+            call = None
+            if at < len(recording.calls):
+                call, recording.calls[at] = recording.calls[at], None
+            if call is not None and call.is_unchanged():
+                return self._handed_out(call.entries, kind, function, args, named)
+            if kind == MATMUL and self._ends_within(at):
+                return self._put_off(function, args, named)
+            return function(*args, **named)
 
     def _handed_out(self, entries: list[Entry], kind: str, function: Callable, args: tuple, named: dict) -> Any:
         entries.reverse()
@@ -381,56 +403,3 @@ def _shape(args: tuple) -> tuple[int, ...]:
     """Of a product's result."""
     a, b = args[-2:]
     return *a.shape[:-1], b.shape[-1]
-
-
-class _Local(threading.local):
-    run: _Run | None = None
-
-
-_local = _Local()
-
-
-class _Exchange:
-    """The exchange of the functions, for as long as any thread has a layer running under its checkpoint."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._depth = 0
-        self._done: list[tuple[Any, str, Callable, Callable]] = []
-
-    def enter(self) -> None:
-        with self._lock:
-            self._depth += 1
-            if self._depth > 1:
-                return
-            for home, name, kind in PLACES:
-                module = sys.modules.get(home)
-                stock = getattr(module, name, None)
-                if stock is not None:
-                    ours = _calling(stock, kind)
-                    setattr(module, name, ours)
-                    self._done.append((module, name, stock, ours))
-
-    def leave(self) -> None:
-        with self._lock:
-            self._depth -= 1
-            if self._depth:
-                return
-            for module, name, stock, ours in self._done:
-                if getattr(module, name) is ours:
-                    setattr(module, name, stock)
-            self._done = []
-
-
-_exchange = _Exchange()
-
-
-@functools.lru_cache(maxsize=64)
-def _calling(stock: Callable, kind: str) -> Callable:
-    def call(*args: Any, **named: Any) -> Any:
-        # a compiled part of a layer is computed again
-        if torch.compiler.is_compiling() or _local.run is None:
-            return stock(*args, **named)
-        return _local.run.called(kind, stock, args, named)
-
-    return functools.update_wrapper(call, stock, updated=())

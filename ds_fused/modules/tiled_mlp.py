@@ -9,7 +9,12 @@ ALST (arXiv 2506.13996), where parameters collect their gradients tile by tile; 
 - what the tiles give is summed in fp32 (4 bytes a parameter while a backward lasts), and rounded once;
 - the sum reaches the parameter inside the last tile's own backward, where whoever waits for gradients (ZeRO's buckets,
   a hook) sees it once for each backward, as of an untiled layer, with the parameter in place (ZeRO-3 has it gathered);
-- all ranks run the same number of tiles, however many tokens they have: a layer whose weights are gathered must.
+- all ranks run the same number of tiles, however many tokens they have: a layer whose weights are gathered must;
+- the gradient of a linear layer's weight is added to its sum by the product that makes it (``summed.py``).
+
+Under gradient checkpointing the repetition of the whole layer would compute the result a second time, and backward the
+tiles a third. Where the result is the last thing that the repetition comes to, ``recompute`` (``kept.py``) has it left
+out: the tiles run twice, and hooks of modules within the function as often.
 
 Under ZeRO-3 a tiled layer should be a leaf module (``deepspeed.utils.set_z3_leaf_modules``): its weights are then
 gathered once each way, as an untiled layer's. Otherwise each tile asks for them, and DeepSpeed keeps them in between
@@ -28,7 +33,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from ds_fused.modules.kept import Empty, postponable
 from ds_fused.modules.mlp import GatedMLP, PackedMLP
+from ds_fused.modules.summed import SummedLinears
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -56,7 +63,16 @@ def tiled(function: Layer, x: Tensor, tiles: int, parameters: Iterable[nn.Parame
         return _forward(function, x, tiles)
     # of trained parameters autograd knows nothing here: something has to lead back even if x needs no gradient
     anchor = x.new_empty(0).requires_grad_(bool(trained))
-    return TiledFunction.apply(x, anchor, function, tiles, trained)
+
+    def make(empty: Empty | None) -> Tensor:
+        return TiledFunction.apply(x, anchor, function, tiles, trained, empty)
+
+    def fill(y: Tensor) -> None:
+        with torch.no_grad(), _Surroundings(x).autocast():
+            # past the version: for autograd this is the value that was there from the start
+            y.data.copy_(_forward(function, x, tiles))
+
+    return postponable(make, fill)
 
 
 def _tiles(x: Tensor, tiles: int) -> list[Tensor]:
@@ -85,10 +101,20 @@ class TiledFunction(torch.autograd.Function):
     """Keeps x; see the file's text."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, anchor: Tensor, function: Layer, tiles: int, trained: list[nn.Parameter]) -> Tensor:
+    def forward(
+        ctx,
+        x: Tensor,
+        anchor: Tensor,
+        function: Layer,
+        tiles: int,
+        trained: list[nn.Parameter],
+        empty: Empty | None,  # makes the result where it is not to be computed
+    ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.function, ctx.tiles, ctx.trained = function, tiles, trained
         ctx.then = _Surroundings(x)
+        if empty is not None:
+            return empty()
         with ctx.then.autocast():
             return _forward(function, x, tiles)
 
@@ -105,25 +131,30 @@ class TiledFunction(torch.autograd.Function):
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wants_dx else None
         dxs = _tiles(dx, ctx.tiles) if wants_dx else None
         sums: list[Tensor | None] = [None] * len(ctx.trained)
+        summed = SummedLinears(ctx.trained, sums)
         with ctx.then.random_numbers():
             for i, tile in enumerate(tiles):
+                is_last = i == ctx.tiles - 1
                 tile = tile.detach().requires_grad_(wants_dx)
-                with torch.enable_grad(), ctx.then.autocast():
+                with torch.enable_grad(), ctx.then.autocast(), contextlib.nullcontext() if is_last else summed:
                     y = ctx.function(tile)
-                if i < ctx.tiles - 1:
+                if not is_last:
                     dtile = _collect(y, dys[i], tile if wants_dx else None, ctx.trained, sums)
                 else:
                     _deliver(y, dys[i], ctx.trained, sums)
                     dtile = tile.grad
                 if wants_dx:
                     dxs[i].copy_(dtile)
-        return dx, None, None, None, None
+        return dx, None, None, None, None, None
 
 
 def _collect(
     y: Tensor, dy: Tensor, tile: Tensor | None, trained: list[nn.Parameter], sums: list[Tensor | None]
 ) -> Tensor | None:
-    """One tile's gradients: those of parameters are added to the sums, the tile's is returned."""
+    """One tile's gradients: those of parameters are added to the sums, the tile's is returned.
+
+    None for a parameter: it has none, or the product that made it has added it to its sum.
+    """
     inputs = trained if tile is None else [tile, *trained]
     gradients = list(torch.autograd.grad(y, inputs, dy, allow_unused=True))
     dtile = None if tile is None else gradients.pop(0)
@@ -145,7 +176,8 @@ def _deliver(y: Tensor, dy: Tensor, trained: list[nn.Parameter], sums: list[Tens
     def adding(i: int) -> Callable[[Tensor], Tensor]:
         def add(gradient: Tensor) -> Tensor:
             total, sums[i] = sums[i], None
-            return total.add_(gradient).to(gradient.dtype)
+            # in one pass: a sum is four bytes a parameter, and that is what adding takes its time for
+            return torch.add(total, gradient, out=torch.empty_like(gradient))
 
         return add
 

@@ -27,7 +27,12 @@ OPTIONS: Mapping[str, Option] = {
         # Trainer and Accelerate take every "auto" in the JSON for a placeholder of their own, and fail
         ("full", "attention", "matmuls", "auto", "fit"),
     ),
-    "keep_mb": Option(int, None, 'MiB that "auto" may keep in a forward; null: what the first steps find room for'),
+    "keep_mb": Option(
+        int,
+        None,
+        'MiB that "auto" may keep in a forward; 0: nothing, but what nobody reads is not computed again; null: what '
+        "the first steps find room for",
+    ),
 }
 # transformers' own, by name: a layer that is checkpointed where that is switched on
 _BASE = "GradientCheckpointingLayer"
@@ -41,6 +46,11 @@ class Recomputing:
 
     level: str = "full"
     keep_mb: int | None = None
+
+    @property
+    def makes_room(self) -> bool:
+        """Whether layers of one stack share the memory that there is."""
+        return self.level == "auto" and self.keep_mb != 0
 
 
 def recomputing(value: object, where: str = "recompute") -> Recomputing:
@@ -123,7 +133,7 @@ def claim_recompute(
             stacks.setdefault(path.rpartition(".")[0], []).append((path, module))
     if not stacks:
         left[KEY, "no layer of those that transformers would checkpoint"] += 1
-    elif wanted.level == "auto":
+    elif wanted.makes_room:
         # the room is one, and what a forward through one stack leaves of it for the next is not known beforehand
         largest = max(stacks, key=lambda stack: len(stacks[stack]))
         for _, module in (layer for stack in stacks.keys() - {largest} for layer in stacks[stack]):
@@ -144,10 +154,10 @@ def _checkpointed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _claims(layers: Sequence[tuple[str, nn.Module]], wanted: Recomputing) -> list[RecomputeClaim]:
     """Of one stack, a claim for each class."""
-    if wanted.level == "auto":
+    if wanted.makes_room:
         allotment = Auto(len(layers), None if wanted.keep_mb is None else wanted.keep_mb * 2**20, _tell)
     else:
-        allotment = Fixed(wanted.level)
+        allotment = Fixed("full" if wanted.level == "auto" else wanted.level)
     places: dict[type, list[int]] = {}
     for place, (_, module) in enumerate(layers):
         places.setdefault(type(module), []).append(place)

@@ -9,32 +9,42 @@ import torch
 from torch import nn
 
 from ds_fused.engine import leaf_modules
-from ds_fused.engine.config import CHOICES, HEAD, parse
+from ds_fused.engine.config import CHOICES, HEAD, RECOMPUTE, TILED, parse
 from ds_fused.engine.estimate import Job, fitting, job_of
 from ds_fused.engine.profiles import ESTIMATED, PROFILES, filled
 from ds_fused.engine.zero_sizes import sizes_of
 
 ON = {"enabled": True}
-SMALL = {"leaf_modules": False, "zero_sizes": "small", "embedding": True, "recompute": "full"}
+SMALL = {"leaf_modules": False, "zero_sizes": "small", "embedding": True}
+NOTHING_KEPT = {"recompute.level": "fit", "recompute.keep_mb": 0}
+IN_TILES = {"tiled_mlp.tiles": 4}
 OF_HEAD = {f"{HEAD}.mode": "auto", f"{HEAD}.keep_mb": 0}
 
 # block, profile, what is added to it
 TABLE = [
     (ON, "stock", {}),
-    (ON, "small", SMALL | OF_HEAD),
+    (ON, "small", SMALL | NOTHING_KEPT | IN_TILES | OF_HEAD),
     (
         ON | {"recompute": "attention", "embedding": False},
         "small",
-        {"leaf_modules": False, "zero_sizes": "small"} | OF_HEAD,
+        {"leaf_modules": False, "zero_sizes": "small"} | IN_TILES | OF_HEAD,
     ),
     (
         ON | {"recompute": {"level": "fit", "keep_mb": 3}, "zero_sizes": "stock"},
         "small",
-        {"leaf_modules": False, "embedding": True} | OF_HEAD,
+        {"leaf_modules": False, "embedding": True} | IN_TILES | OF_HEAD,
     ),
-    (ON | {HEAD: {"mode": "gather"}}, "small", SMALL | {f"{HEAD}.keep_mb": 0}),
-    (ON | {HEAD: True}, "small", SMALL | OF_HEAD),
-    (ON | {HEAD: False}, "small", SMALL),
+    # no options are added: "matmuls" has no keep_mb, and "fit" by itself has room
+    (ON | {"recompute": {"level": "matmuls"}}, "small", SMALL | IN_TILES | OF_HEAD),
+    (ON | {"recompute": {"level": "fit"}}, "small", SMALL | IN_TILES | OF_HEAD),
+    (ON | {"recompute": "full"}, "small", SMALL | IN_TILES | OF_HEAD),
+    (ON | {"recompute": {}}, "small", SMALL | IN_TILES | OF_HEAD),
+    (ON | {"tiled_mlp": False}, "small", SMALL | NOTHING_KEPT | OF_HEAD),
+    (ON | {"tiled_mlp": True}, "small", SMALL | NOTHING_KEPT | IN_TILES | OF_HEAD),
+    (ON | {"tiled_mlp": {"tiles": 7}}, "small", SMALL | NOTHING_KEPT | OF_HEAD),
+    (ON | {HEAD: {"mode": "gather"}}, "small", SMALL | NOTHING_KEPT | IN_TILES | {f"{HEAD}.keep_mb": 0}),
+    (ON | {HEAD: True}, "small", SMALL | NOTHING_KEPT | IN_TILES | OF_HEAD),
+    (ON | {HEAD: False}, "small", SMALL | NOTHING_KEPT | IN_TILES),
     (
         ON,
         "fast",
@@ -60,11 +70,15 @@ def test_a_profile_adds_what_is_not_given(block, profile, added):
     # what was given is what it was
     given = parse(block)
     for key in block:
-        if key == HEAD and isinstance(block[HEAD], dict):
-            assert block[HEAD].items() <= whole[HEAD].items()
-        elif key != HEAD:
+        if isinstance(block[key], dict):
+            assert block[key].items() <= whole[key].items()
+        elif block[key] is not True or key in ON:
             assert whole[key] == block[key]
     assert (HEAD in config.wanted) == (HEAD in given.wanted)
+    if TILED in block:
+        assert (config.tiles is None) == (given.tiles is None)
+    if RECOMPUTE in block:
+        assert config.recompute == given.recompute
 
 
 def test_every_profile_is_a_choice_and_well_formed():

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ds_fused.modules import allotment
 from ds_fused.modules.allotment import MEASURED, SHARE, STEP, Auto, Fixed, allot
-from ds_fused.modules.kept import ATTENTION, MATMUL, Learnt, Recording
+from ds_fused.modules.exchange import ATTENTION, MATMUL
+from ds_fused.modules.kept import Learnt, Recording
 
 F, A, M = "full", "attention", "matmuls"
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ds_fused.modules import kept
-from ds_fused.modules.kept import LEVELS, Learnt, Recording, needed_bytes, tensors_of
+from ds_fused.modules.exchange import ATTENTION, MATMUL
+from ds_fused.modules.kept import LEVELS, Empty, Learnt, Recording, needed_bytes, postponable, tensors_of
 
 N, D = 5, 6
 
@@ -38,7 +38,11 @@ def assert_stock(function, inputs: list[Tensor], level: str = "matmuls") -> Reco
     learnt = Learnt()
     for _ in range(3):
         assert same(gradients(function, inputs, learnt, level), stock)
-    recording = Recording(learnt, LEVELS[level], counts=True)
+    return counted(function, inputs, level, learnt)
+
+
+def counted(function, inputs: list[Tensor], level: str, learnt: Learnt | None = None) -> Recording:
+    recording = Recording(learnt or Learnt(), LEVELS[level], counts=True)
     checkpoint(function, *inputs, use_reentrant=False, context_fn=recording.contexts)
     return recording
 
@@ -49,8 +53,8 @@ def test_what_is_kept_is_counted():
 
     recording = assert_stock(function, leaves((2, N, D), (7, D), (3, 7)))
     assert recording.kept_bytes() == 4 * 2 * N * 7
-    assert needed_bytes(recording.sizes, recording.learnt, kept.MATMUL) == 4 * 2 * N * 7
-    assert needed_bytes(recording.sizes, recording.learnt, kept.ATTENTION) == 0
+    assert needed_bytes(recording.sizes, recording.learnt, MATMUL) == 4 * 2 * N * 7
+    assert needed_bytes(recording.sizes, recording.learnt, ATTENTION) == 0
 
 
 @pytest.mark.parametrize("shape", [(N, D), (2, N, D), (0, D)])
@@ -147,6 +151,70 @@ def test_a_last_product_is_put_off_until_it_is_read(monkeypatch, reads, level):
     # what was learnt is wrong for once
     ends = False
     assert same(gradients(function, inputs, Learnt(1, True), level), gradients(function, inputs))
+
+
+class Many(torch.autograd.Function):
+    """Two products and a dropout, of which backward computes all again: x and w are kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, empty: Empty | None) -> Tensor:
+        ctx.state = torch.get_rng_state()
+        ctx.save_for_backward(x, w)
+        return Many.compute(x, w) if empty is None else empty()
+
+    @staticmethod
+    def compute(x: Tensor, w: Tensor) -> Tensor:
+        RAN.append(0.5)
+        return F.linear(torch.dropout(F.linear(x, w), 0.5, True), w)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.random.fork_rng(), torch.enable_grad():
+            torch.set_rng_state(ctx.state)
+            y = Many.compute(*leaves)
+        return *torch.autograd.grad(y, leaves, dy), None
+
+
+def many(x: Tensor, w: Tensor) -> Tensor:
+    def fill(y: Tensor) -> None:
+        with torch.no_grad():
+            y.data.copy_(Many.compute(x, w))
+
+    return postponable(lambda empty: Many.apply(x, w, empty), fill)
+
+
+# what follows the call -> how often it is computed in a step, once learnt: the repetition ends within it or does not
+@pytest.mark.parametrize(
+    "behind, runs",
+    [(lambda y, w: y + 1, 2), (lambda y, w: y.sin(), 3), (lambda y, w: F.linear(torch.dropout(y, 0.5, True), w), 3)],
+    ids=["sum", "sin", "product"],
+)
+@pytest.mark.parametrize("level", LEVELS)
+def test_many_products_are_one_call_that_is_put_off_until_it_is_read(level, behind, runs):
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        return behind(many(F.linear(x, w).sin(), w), w)
+
+    inputs = leaves((N, D), (D, D))
+    RAN.clear()
+    stock = gradients(function, inputs)
+    assert len(RAN) == 3
+    learnt = Learnt()
+    for _ in range(3):
+        RAN.clear()
+        assert same(gradients(function, inputs, learnt, level), stock)
+    assert len(RAN) == runs
+    # what was learnt is wrong for once: its values are read, or what it is not expected to come to is
+    n_calls = len(counted(function, inputs, level).calls)
+    for unread in range(1, n_calls + 1):
+        for ends_within in (True, False):
+            assert same(gradients(function, inputs, Learnt(unread, ends_within), level), stock)
+
+
+def test_many_products_count_as_one_that_keeps_nothing():
+    recording = counted(lambda x, w: many(F.linear(x, w).sin(), w), leaves((N, D), (D, D)), "matmuls")
+    assert recording.sizes == [(MATMUL, 4 * N * D), (MATMUL, 0)]
+    assert recording.kept_bytes() == 4 * N * D
 
 
 def test_a_repetition_that_computes_something_else_is_an_error():

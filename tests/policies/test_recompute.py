@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ds_fused
-from ds_fused.modules import kept
+from ds_fused.modules import exchange
 from ds_fused.modules.allotment import MEASURED
 from ds_fused.modules.kept import Recording
 from ds_fused.modules.recompute import FUNCTION, Recompute
+from ds_fused.modules.tiled_mlp import TiledMLP
 from ds_fused.policies.recompute import Recomputing, recomputing
 from tests.policies.tiny import LAYERS, LLAMA, NAMED, batch
 
@@ -237,13 +238,101 @@ def test_autocast():
     assert ran.attentions() == 0
 
 
-def test_tiled_mlps_repeat_themselves():
+NOTHING = {"level": "fit", "keep_mb": 0}
+TILES = 3
+
+
+def down_rows(model: nn.Module) -> list[int]:
+    """Filled with how many rows each call of the first layer's last product has."""
+    rows: list[int] = []
+    mlp = next(module for module in model.modules() if isinstance(module, TiledMLP))
+    mlp.down_proj.register_forward_hook(lambda module, args, y: rows.append(y.shape[-2]))
+    return rows
+
+
+@pytest.mark.parametrize("level", ["matmuls", "attention", NOTHING], ids=str)
+def test_tiled_mlps_run_twice(level):
     model = checkpointed(LLAMA.make())
-    ds_fused.apply(model, {"swiglu": True}, tiles=3)
-    stock, _ = step(model)
-    ds_fused.apply(model, {}, recompute="matmuls")
+    ds_fused.apply(model, {"swiglu": True}, tiles=TILES)
+    rows, tokens = down_rows(model), batch()["input_ids"].numel()
+    stock, stock_ran = step(model)
+    assert sum(rows) == 3 * tokens
+    report = ds_fused.apply(model, {}, recompute=level)
+    assert_same(step(model)[0], stock)
     for _ in range(2):
+        rows.clear()
+        found, ran = step(model)
+        assert_same(found, stock)
+        assert sum(rows) == 2 * tokens and len(rows) == 2 * TILES
+    # gate, up and down; of q, k, v and o what is kept
+    spared = LAYERS * (3 * TILES + (4 if level == "matmuls" else 0))
+    assert stock_ran.products() - ran.products() == spared
+    report.restore()
+    assert_same(step(model)[0], stock)
+
+
+def test_a_tiled_mlp_whose_result_is_read_is_computed():
+    # behind it is a norm, which keeps it
+    model = checkpointed(NAMED["Gemma2"].make())
+    ds_fused.apply(model, {"geglu": True}, tiles=TILES)
+    rows, tokens = down_rows(model), batch()["input_ids"].numel()
+    stock, _ = step(model)
+    ds_fused.apply(model, {}, recompute=NOTHING)
+    for _ in range(3):
+        rows.clear()
         assert_same(step(model)[0], stock)
+        assert sum(rows) == 3 * tokens
+
+
+def test_a_tiled_mlp_that_comes_to_be_needed_is_computed():
+    model = checkpointed(LLAMA.make())
+    reads = False
+    for layer in model.model.layers:
+        # what is saved are the values
+        layer.mlp.register_forward_hook(lambda module, args, y: torch.dropout(y.sin(), 0.5, True) if reads else y)
+    ds_fused.apply(model, {"swiglu": True}, tiles=TILES)
+    wanted = {}
+    for reads in (False, True):
+        wanted[reads] = step(model)[0]
+    ds_fused.apply(model, {}, recompute=NOTHING)
+    for reads in (False, False, True, True, False, False):
+        assert_same(step(model)[0], wanted[reads])
+
+
+def test_tiled_mlps_under_autocast():
+    model = checkpointed(LLAMA.make())
+    ds_fused.apply(model, {"swiglu": True}, tiles=TILES)
+    with torch.autocast("cpu", torch.bfloat16):
+        stock, _ = step(model)
+        ds_fused.apply(model, {}, recompute=NOTHING)
+        for _ in range(2):
+            assert_same(step(model)[0], stock)
+
+
+def test_tiled_mlps_with_adapters():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "up_proj", "down_proj"], lora_dropout=0.2)
+    model = peft.get_peft_model(LLAMA.make(), config)
+    model.enable_input_require_grads()
+    model = checkpointed(model)
+    ds_fused.apply(model, {"swiglu": True}, tiles=TILES)
+    rows, tokens = down_rows(model), batch()["input_ids"].numel()
+    stock, _ = step(model)
+    ds_fused.apply(model, {}, recompute=NOTHING)
+    for again in (3, 2, 2):
+        rows.clear()
+        assert_same(step(model)[0], stock)
+        assert sum(rows) == again * tokens
+
+
+def test_with_nothing_to_keep_every_stack_leaves_out_what_nobody_reads():
+    config = transformers.T5Config(
+        vocab_size=64, d_model=16, d_ff=24, d_kv=8, num_layers=2, num_decoder_layers=3, num_heads=2
+    )
+    report = ds_fused.apply(transformers.T5ForConditionalGeneration(config), {}, recompute=NOTHING)
+    assert sorted(len(claim.paths) for claim in report.claims) == [2, 3]
+    assert not [row for row in report.left if "largest stack" in row.reason]
+    assert "nothing kept, and what nobody reads is not computed again" in str(report)
 
 
 def test_lora():
@@ -296,7 +385,7 @@ def test_without_gradients_and_in_eval_nothing_is_kept():
 
 
 def test_functions_of_torch_are_exchanged_while_a_layer_runs_only():
-    before = {(home, name): getattr(__import__(home, fromlist=[name]), name, None) for home, name, _ in kept.PLACES}
+    before = {(home, name): getattr(__import__(home, fromlist=[name]), name, None) for home, name, _ in exchange.PLACES}
     model = checkpointed(LLAMA.make())
     ds_fused.apply(model, {}, recompute="matmuls")
     seen = []
@@ -454,6 +543,26 @@ def test_on_a_gpu_as_much_is_kept_as_has_room(monkeypatch):
             assert stock_ran.products() - ran.products() == (0 if level == "attention" else 4 * PER_LAYER)
             assert level != "auto" or "products of 4 of 4 layers kept" in str(report)
             report.restore()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+def test_tiled_mlps_run_twice_on_a_gpu(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        model = checkpointed(LLAMA.make(torch.bfloat16, hidden_size=256, intermediate_size=512).cuda())
+        ids = torch.randint(3, 128, (2, 512), device="cuda")
+        given = {"input_ids": ids, "labels": ids}
+        ds_fused.apply(model, tiles=TILES)
+        rows = down_rows(model)
+        stock, _ = step(model, given=given)
+        ds_fused.apply(model, {}, recompute=NOTHING)
+        for again in (3, 2, 2):
+            rows.clear()
+            assert_same(step(model, given=given)[0], stock)
+            assert sum(rows) == again * ids.numel()
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -9,7 +9,7 @@ import products
 import pytest
 from launching import launch
 
-GAS = 2
+GAS, TILES = 2, 5
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,10 @@ def ranks(tmp_path_factory) -> list[dict]:
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("stage, way", [("3", "tiled"), ("3", "leaf"), ("3", "json"), ("2", "tiled")])
+@pytest.mark.parametrize(
+    "stage, way",
+    [("3", "tiled"), ("3", "leaf"), ("3", "json"), ("3", "nothing_kept"), ("2", "tiled"), ("2", "nothing_kept")],
+)
 def test_it_trains_as_stock(ranks, stage, way):
     for found in ranks:
         stock, tiled = found[stage]["stock"]["losses"], found[stage][way]["losses"]
@@ -32,8 +35,20 @@ def test_a_gradient_is_reduced_once_a_backward(ranks):
         stock = found["3"]["stock"]["counts"]
         assert sum("mlp" in name for name in stock) == 3 * products.SIZES["num_hidden_layers"]
         assert set(stock.values()) == {GAS * products.FEW_STEPS}
-        for way in ("tiled", "leaf", "json"):
+        for way in ("tiled", "leaf", "json", "nothing_kept"):
             assert found["3"][way]["counts"] == stock
+
+
+def test_under_checkpointing_tiles_run_twice(ranks):
+    for found in ranks:
+        again, less = found["3"]["again"], found["3"]["nothing_kept"]
+        assert less["losses"] == again["losses"]
+        n = GAS * products.FEW_STEPS
+        assert again["runs"] == n * [3]
+        # of gate, up and down, by all tiles but the last
+        assert again["sums"] == less["sums"] == n * products.SIZES["num_hidden_layers"] * 3 * (TILES - 1)
+        # the first repetition shows what it does not need
+        assert less["runs"] == found["2"]["nothing_kept"]["runs"] == [3] + (n - 1) * [2]
 
 
 def test_the_json_key_tiles_mlps_and_has_them_gathered_once(ranks):

@@ -2,14 +2,17 @@
 
     tiled_ranks.py OUT
 
-OUT/RANK.json: by stage, the losses of both and how often a parameter's gradient was handed to the optimizer.
+OUT/RANK.json: by stage, the losses of both, how often a parameter's gradient was handed to the optimizer, and how often
+each row ran through a last product. Under gradient checkpointing: with nothing kept, and with all computed again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import deepspeed
@@ -21,6 +24,7 @@ from deepspeed.utils import set_z3_leaf_modules, z3_leaf_module
 from transformers import LlamaForCausalLM
 
 from ds_fused.engine.config import OP_OPTIONS
+from ds_fused.modules import summed
 from ds_fused.modules.swap import swap
 from ds_fused.modules.tiled_mlp import TiledMLP
 
@@ -30,10 +34,15 @@ GAS = 2
 
 # by the JSON, with nothing else on
 BLOCK = dict.fromkeys(OP_OPTIONS, False) | {"enabled": True, "swiglu": True, "tiled_mlp": {"tiles": TILES}}
+NOTHING_KEPT = BLOCK | {"recompute": {"level": "fit", "keep_mb": 0}}
 
 
-def engine_of(stage: int, tiled: bool, leaf: bool, block: dict | None) -> deepspeed.DeepSpeedEngine:
+def engine_of(
+    stage: int, tiled: bool, leaf: bool, block: dict | None, checkpointing: bool
+) -> deepspeed.DeepSpeedEngine:
     model = LlamaForCausalLM(jobs.config_of(False))
+    if checkpointing:
+        model.gradient_checkpointing_enable()
     weights = jobs.first_weights(False)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -70,8 +79,29 @@ def counted(engine: deepspeed.DeepSpeedEngine) -> Counter:
     return counts
 
 
-def train(stage: int, tiled: bool, leaf: bool = False, block: dict | None = None) -> dict:
-    engine = engine_of(stage, tiled, leaf, block)
+@contextlib.contextmanager
+def counting_sums() -> Iterator[list[torch.Size]]:
+    """Shapes of the sums that products add to."""
+    shapes: list[torch.Size] = []
+    stock = summed.product
+
+    def product(total: torch.Tensor, *operands: torch.Tensor, add: bool) -> None:
+        shapes.append(total.shape)
+        stock(total, *operands, add=add)
+
+    summed.product = product
+    try:
+        yield shapes
+    finally:
+        summed.product = stock
+
+
+def train(stage: int, tiled: bool, leaf: bool = False, block: dict | None = None, checkpointing: bool = False) -> dict:
+    engine = engine_of(stage, tiled, leaf, block, checkpointing)
+    mlp = engine.module.model.layers[0].mlp
+    made: list[int] = []
+    mlp.down_proj.register_forward_hook(lambda module, args, y: made.append(y.shape[:-1].numel()))
+    runs = []
     counts = counted(engine) if stage == 3 else Counter()
     losses = []
     for step in jobs.batches(GAS, products.FEW_STEPS):
@@ -79,13 +109,15 @@ def train(stage: int, tiled: bool, leaf: bool = False, block: dict | None = None
             ids, labels = micro_batch[dist.get_rank()]
             if dist.get_rank() == 1:
                 ids, labels = ids[:, 1:], labels[:, 1:]
+            made.clear()
             loss = engine(input_ids=ids, labels=labels).loss
             engine.backward(loss)
+            runs.append(sum(made) / ids.numel())
             engine.step()
             losses.append(loss.item())
-    mlp = engine.module.model.layers[0].mlp
     found = {
         "losses": losses,
+        "runs": runs,
         "counts": counts,
         "leaf": z3_leaf_module(mlp),
         "tiles": getattr(mlp, "fused_tiles", None),
@@ -98,6 +130,11 @@ def main(out: Path) -> None:
     deepspeed.init_distributed("gloo")
     found = {stage: {"stock": train(stage, False), "tiled": train(stage, True)} for stage in (3, 2)}
     found[3] |= {"leaf": train(3, True, leaf=True), "json": train(3, False, block=BLOCK)}
+    for way, block in {"again": BLOCK, "nothing_kept": NOTHING_KEPT}.items():
+        with counting_sums() as shapes:
+            found[3][way] = train(3, False, block=block, checkpointing=True)
+        found[3][way]["sums"] = len(shapes)
+    found[2]["nothing_kept"] = train(2, False, block=NOTHING_KEPT, checkpointing=True)
     (out / f"{dist.get_rank()}.json").write_text(json.dumps(found))
 
 
