@@ -10,7 +10,8 @@ ALST (arXiv 2506.13996), where parameters collect their gradients tile by tile; 
 - the sum reaches the parameter inside the last tile's own backward, where whoever waits for gradients (ZeRO's buckets,
   a hook) sees it once for each backward, as of an untiled layer, with the parameter in place (ZeRO-3 has it gathered);
 - all ranks run the same number of tiles, however many tokens they have: a layer whose weights are gathered must;
-- the gradient of a linear layer's weight is added to its sum by the product that makes it (``summed.py``).
+- the gradient of a linear layer's weight is added to its sum by the product that makes it (``summed.py``), and where a
+  tile's result is that of a last linear layer, from the second tile on it is not computed: nobody reads it.
 
 Under gradient checkpointing the repetition of the whole layer would compute the result a second time, and backward the
 tiles a third. Where the result is the last thing that the repetition comes to, ``recompute`` (``kept.py``) has it left
@@ -136,8 +137,10 @@ class TiledFunction(torch.autograd.Function):
             for i, tile in enumerate(tiles):
                 is_last = i == ctx.tiles - 1
                 tile = tile.detach().requires_grad_(wants_dx)
-                with torch.enable_grad(), ctx.then.autocast(), contextlib.nullcontext() if is_last else summed:
+                summed.adds = not is_last
+                with torch.enable_grad(), ctx.then.autocast(), summed:
                     y = ctx.function(tile)
+                summed.returned(y)
                 if not is_last:
                     dtile = _collect(y, dys[i], tile if wants_dx else None, ctx.trained, sums)
                 else:

@@ -139,3 +139,54 @@ def test_tiles_make_no_gradient_of_their_own_but_the_last():
         y.sum().backward()
     # what the last tile made, once for each weight
     assert sorted(shapes.added) == [(6, 10), (10, 6)]
+
+
+class Products(TorchDispatchMode):
+    """How many products have so many columns in their result."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.columns, self.count = columns, 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        if op.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.count += out.shape[-1] == self.columns
+        return out
+
+
+@pytest.mark.parametrize(("read", "computed"), [(False, 1), (True, 4)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_tiles_result_that_nobody_reads_is_computed_once(bias, read, computed):
+    up, down = nn.Linear(6, 8, bias=bias).double(), nn.Linear(8, 5, bias=bias).double()
+
+    def layer(x: Tensor) -> Tensor:
+        y = down(up(x).sin())
+        return y.cos() if read else y
+
+    x = torch.randn(1, 4 * ROWS, 6).double().requires_grad_()
+    dy = torch.randn(1, 4 * ROWS, 5).double()
+    y = tiled(layer, x, 4, [*up.parameters(), *down.parameters()])
+    with Products(5) as products:
+        y.backward(dy)
+    ours = [x.grad, *(p.grad for p in (*up.parameters(), *down.parameters()))]
+    assert products.count == computed
+    wanted = torch.autograd.grad(layer(x), [x, *up.parameters(), *down.parameters()], dy)
+    for gradient, whole in zip(ours, wanted, strict=True):
+        assert torch.allclose(gradient, whole)
+
+
+def test_a_result_that_is_read_in_some_tiles_only_is_an_error():
+    down = nn.Linear(6, 5).double()
+    tiles = iter((False, False, True))
+    summed = SummedLinears(list(down.parameters()), [None, None])
+
+    def run() -> None:
+        with summed:
+            y = down(torch.ones(1, 2, 6).double())
+        summed.returned(y.cos() if next(tiles) else y)
+
+    run()
+    run()
+    with pytest.raises(RuntimeError, match="is read in another"):
+        run()
