@@ -94,12 +94,17 @@ def _tiles(part, n_parts, group_channels, n_space, ROWS: tl.constexpr, SPACE: tl
 
 @triton.jit
 def _tile(tile, group_channels, n_space, ROWS: tl.constexpr, SPACE: tl.constexpr):
-    """A tile of a group: its channels [ROWS], offsets in the group and whether they exist [ROWS, SPACE]."""
+    """A tile of a group: where it starts, offsets from there [ROWS, SPACE], its channels [ROWS], and if they exist."""
     n_tiles = tl.cdiv(n_space, SPACE)
-    channel = tile // n_tiles * ROWS + tl.arange(0, ROWS)
-    space = tile % n_tiles * SPACE + tl.arange(0, SPACE)
-    offset = channel.to(tl.int64)[:, None] * n_space + space[None, :]
-    return channel, offset, (channel < group_channels)[:, None] & (space < n_space)[None, :]
+    channel = tile // n_tiles * ROWS
+    space = tile % n_tiles * SPACE
+    rows = tl.arange(0, ROWS)
+    lane = tl.arange(0, SPACE)[None, :]
+    exists = channel + rows < group_channels
+    # 32 bits suffice in a tile, and take half of the registers
+    offset = rows[:, None] * n_space + lane
+    mask = exists[:, None] & (space + lane < n_space)
+    return channel.to(tl.int64) * n_space + space, offset, channel + rows, exists, mask
 
 
 @triton.jit
@@ -128,21 +133,20 @@ def _group_norm_walk_fwd_kernel(
     x_ptr += (group // n_groups) * x_stride + first_channel * n_space
 
     if MEASURES:
-        start = part * part_size
-        n_values = tl.minimum(part_size, group_size - start).to(tl.int32)
-        mean, squares = _moments(x_ptr + start, n_values, ROWS * SPACE, STAGES)
+        before = part * part_size
+        n_values = tl.minimum(part_size, group_size - before).to(tl.int32)
+        mean, squares = _moments(x_ptr + before, n_values, ROWS * SPACE, STAGES)
         if not WRITES:
             tl.store(moments_ptr + number, mean)
             tl.store(moments_ptr + tl.num_programs(0) + number, squares)
     if WRITES:
         if not MEASURES:
-            parts = tl.arange(0, PARTS)
-            exists = parts < n_parts
-            counts = tl.minimum(part_size, group_size - parts.to(tl.int64) * part_size).to(tl.float32)
-            moments_ptr += group * n_parts + parts
-            means = tl.load(moments_ptr, mask=exists, other=0.0)
-            own = tl.load(moments_ptr + tl.num_programs(0), mask=exists, other=0.0)
-            mean, squares = _merged(tl.where(exists, counts, 0.0), means, own, PARTS)
+            lane = tl.arange(0, PARTS)
+            counts = tl.minimum(part_size, group_size - lane.to(tl.int64) * part_size).to(tl.float32)
+            moments_ptr += group * n_parts + lane
+            means = tl.load(moments_ptr, mask=lane < n_parts, other=0.0)
+            own = tl.load(moments_ptr + tl.num_programs(0), mask=lane < n_parts, other=0.0)
+            mean, squares = _merged(tl.where(lane < n_parts, counts, 0.0), means, own, PARTS)
         rstd = tl.rsqrt(squares / group_size + eps)
         tl.store(mean_ptr + group, mean, mask=part == 0)
         tl.store(rstd_ptr + group, rstd, mask=part == 0)
@@ -150,17 +154,15 @@ def _group_norm_walk_fwd_kernel(
         y_ptr += group * group_size
         first, end = _tiles(part, n_parts, group_channels, n_space, ROWS, SPACE)
         for back in tl.range(1, end - first + 1, num_stages=STAGES):
-            channel, offset, mask = _tile(end - back, group_channels, n_space, ROWS, SPACE)
-            x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+            start, offset, channel, exists, mask = _tile(end - back, group_channels, n_space, ROWS, SPACE)
+            x = tl.load(x_ptr + start + offset, mask=mask, other=0.0).to(tl.float32)
             y = (x - mean) * rstd
             if HAS_WEIGHT:
-                weight = tl.load(weight_ptr + first_channel + channel, mask=channel < group_channels, other=0.0)
-                y *= weight.to(tl.float32)[:, None]
+                y *= tl.load(weight_ptr + first_channel + channel, mask=exists, other=0.0).to(tl.float32)[:, None]
             if HAS_BIAS:
-                bias = tl.load(bias_ptr + first_channel + channel, mask=channel < group_channels, other=0.0)
-                y += bias.to(tl.float32)[:, None]
+                y += tl.load(bias_ptr + first_channel + channel, mask=exists, other=0.0).to(tl.float32)[:, None]
             # what is written leaves L2 first: its room is for groups that have yet to be read again
-            tl.store(y_ptr + offset, y, mask=mask, eviction_policy="evict_first")
+            tl.store(y_ptr + start + offset, y, mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -198,10 +200,9 @@ def _group_norm_walk_bwd_kernel(
         tiles_of_channel = tl.cdiv(n_space, SPACE)
         n_rows = tl.num_programs(0).to(tl.int64) // n_parts * group_channels
         for tile in tl.range(first, end, num_stages=STAGES):
-            channel, offset, mask = _tile(tile, group_channels, n_space, ROWS, SPACE)
-            dy = tl.load(dy_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-            x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-            exists = channel < group_channels
+            start, offset, channel, exists, mask = _tile(tile, group_channels, n_space, ROWS, SPACE)
+            dy = tl.load(dy_ptr + start + offset, mask=mask, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + start + offset, mask=mask, other=0.0).to(tl.float32)
             dys = tl.sum(dy, axis=1)
             products = tl.sum(dy * (x - mean), axis=1) * rstd
             if WANTS_SUMS:
@@ -221,22 +222,21 @@ def _group_norm_walk_bwd_kernel(
             tl.store(sums_ptr + tl.num_programs(0) + number, aside)
     if WRITES:
         if not MEASURES:
-            parts = tl.arange(0, PARTS)
-            sums_ptr += group * n_parts + parts
-            along = tl.sum(tl.load(sums_ptr, mask=parts < n_parts, other=0.0))
-            aside = tl.sum(tl.load(sums_ptr + tl.num_programs(0), mask=parts < n_parts, other=0.0))
+            lane = tl.arange(0, PARTS)
+            sums_ptr += group * n_parts + lane
+            along = tl.sum(tl.load(sums_ptr, mask=lane < n_parts, other=0.0))
+            aside = tl.sum(tl.load(sums_ptr + tl.num_programs(0), mask=lane < n_parts, other=0.0))
         along /= group_size
         aside /= group_size
         dx_ptr += group * group_size
         for back in tl.range(1, end - first + 1, num_stages=STAGES):
-            channel, offset, mask = _tile(end - back, group_channels, n_space, ROWS, SPACE)
-            dy = tl.load(dy_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-            x_hat = (tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
+            start, offset, channel, exists, mask = _tile(end - back, group_channels, n_space, ROWS, SPACE)
+            dy = tl.load(dy_ptr + start + offset, mask=mask, other=0.0).to(tl.float32)
+            x_hat = (tl.load(x_ptr + start + offset, mask=mask, other=0.0).to(tl.float32) - mean) * rstd
             if HAS_WEIGHT:
-                weight = tl.load(weight_ptr + first_channel + channel, mask=channel < group_channels, other=0.0)
-                dy *= weight.to(tl.float32)[:, None]
+                dy *= tl.load(weight_ptr + first_channel + channel, mask=exists, other=0.0).to(tl.float32)[:, None]
             dx = rstd * (dy - aside - x_hat * along)
-            tl.store(dx_ptr + offset, dx, mask=mask, eviction_policy="evict_first")
+            tl.store(dx_ptr + start + offset, dx, mask=mask, eviction_policy="evict_first")
 
 
 class Sizes(NamedTuple):
@@ -298,7 +298,8 @@ class Walk(NamedTuple):
 def _sides(sizes: Sizes, tile: int) -> tuple[int, int]:
     """Rows and space of a tile: as wide as a channel, or narrower where fewer tiles cover a group then."""
     space = best = min(power_of_2(sizes.space), tile)
-    while space >= 2 * NARROWEST:
+    # in a longer channel at most one lane in 16 idles, and 32 bits could not count several such channels
+    while sizes.space < 16 * tile and space >= 2 * NARROWEST:
         space //= 2
         if _n_tiles(sizes, tile, space) < _n_tiles(sizes, tile, best):
             best = space
