@@ -6,7 +6,7 @@ A group has no gaps in memory. The second walk goes through it backwards, so tha
   way at a time, so that much of them is still in L2: of 132 groups of 512 KiB 50 of 66 MiB, and backward, where dy is
   read as well, 50 of 132.
 - Few groups, which so few programs could not read at memory's speed: several share a group, in parts, and each walk is
-  a launch. What the first one finds meets in scratch, and every program of the second puts that of its group together.
+  a launch. The first one leaves in scratch what it found, and every program of the second merges that of its group.
 
 Sums of dweight and dbias are those of the tiles' rows: one partial sum for each sample and tile of a channel.
 
@@ -32,8 +32,8 @@ GROUPS_ALONE = 2
 # of such a program: elements of a tile, of a thread (8: 1024 threads, so that few programs share a multiprocessor), and
 # how many tiles are in flight. Not measured yet.
 WALK_TILE, WALK_PER_THREAD, WALK_STAGES = 8192, 8, 3
-# in parts: elements of a tile, its warps, how many tiles a program takes, more where a group would have more than
-# MOST_PARTS parts. Measured of kernels that took every channel by itself (results/h100/tune.csv), of these not yet.
+# in parts: elements of a tile, its warps, and how many tiles a program takes; more where a group would have more than
+# MOST_PARTS parts. Found for kernels that cut channels instead of groups (results/h100/tune.csv), not measured since.
 PART_TILE, PART_WARPS, PART_TURNS, MOST_PARTS = 2048, 8, 8, 1024
 # values side by side of a channel that a tile has at least, where there are so many
 NARROWEST = 256
@@ -275,7 +275,7 @@ class Walk(NamedTuple):
 
     @classmethod
     def of(cls, sizes: Sizes, *inputs: Tensor) -> Walk:
-        """The one place that decides whether a group is a program's alone, or is shared."""
+        """The one place that decides whether a group is one program's, or is shared: one, if the GPU is full then."""
         if sizes.count >= GROUPS_ALONE * multiprocessors(inputs[0]):
             tile, warps = WALK_TILE, warps_for(WALK_TILE, WALK_PER_THREAD)
             stages = stages_for(WALK_STAGES, WALK_TILE * sum(x.element_size() for x in inputs))
