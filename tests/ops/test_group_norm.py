@@ -52,7 +52,7 @@ def way(request, monkeypatch):
     [
         ((1, 1), 1),  # one element
         ((2, 45, 7), 3),  # NCL, all odd: no side of a tile is full
-        ((2, 8, 11, 13), 2),  # NCHW; rows of two parts, the last one short
+        ((2, 8, 11, 13), 2),  # NCHW; several tiles of a channel, the last one short
         ((9, 36), 4),  # NC: several samples in a tile, and more than the persistent grid has
     ],
 )
