@@ -64,8 +64,6 @@ class Search:
 # widths where a tile is one row, and one where it is many
 ROW_SHAPES, NARROW_SHAPES = ((8192, 4096), (16384, 8192)), ((262144, 128),)
 LOSS_SHAPES = ((8192, 128256), (8192, 32000))
-# groups of 512 KiB, and of 80
-GROUP_SHAPES = ((16, 512, 128, 128), (16, 320, 64, 64))
 PAIR_SHAPES = ((4096, 128256), (8192, 32000))
 PAIR_FORWARD = {"FWD_BLOCK": (2048, 4096, 8192), "FWD_STAGES": (1, 2, 3, 4), "FWD_PER_THREAD": (4, 8, 16)}
 
@@ -116,18 +114,8 @@ SEARCHES = (
         },
     ),
     Search(
-        "group_norm", f"{N_GROUPS} groups", "forward", GROUP_SHAPES,
-        {"WALK_TILE": (4096, 8192, 16384), "WALK_PER_THREAD": (4, 8, 16), "WALK_STAGES": (1, 3, 4)}, file="_group_walk",
-    ),
-    Search(
-        "group_norm", f"{N_GROUPS} groups", "backward", GROUP_SHAPES,
-        {"WALK_TILE": (4096, 8192, 16384), "WALK_PER_THREAD": (4, 8, 16), "WALK_STAGES": (1, 3, 4)}, file="_group_walk",
-    ),
-    # the same groups in parts, where a few large ones (the last shape) are always
-    Search(
-        "group_norm", f"{N_GROUPS} groups", "both", (*GROUP_SHAPES, (1, 128, 512, 512)),
-        {"GROUPS_ALONE": (2**20,), "PART_TILE": (2048, 4096), "PART_WARPS": (4, 8), "PART_TURNS": (4, 8, 16)},
-        file="_group_walk",
+        "group_norm", f"{N_GROUPS} groups", "both", ((16, 512, 128, 128), (16, 320, 64, 64)),
+        {"PART_TILE": (2048, 4096, 8192), "PART_WARPS": (4, 8), "PART_TURNS": (2, 4, 8, 16)},
     ),
     Search(
         "glu", "silu", "forward", ((8192, 14336),),

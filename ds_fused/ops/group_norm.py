@@ -3,11 +3,10 @@
 weight and bias, one value per channel, may each be None; std = sqrt(var + eps). Computed in fp32 and rounded once.
 Idea: Wu and He, "Group Normalization" (2018).
 
-A group that fits a tile is read once. Larger ones are walked twice, the second time partly from L2: _group_walk.py.
+A group that fits a tile is read once. Larger ones are read twice, in parts: that is _group_parts.py.
 
 Saved for backward: x, weight, and mean and 1/std in fp32 per group.
-Traffic per element: forward 1 read + 1 write, backward 2 reads + 1 write; walked forward 2 + 1, backward 4 + 1, less
-what L2 gives of the second walk.
+Traffic per element: forward 1 read + 1 write, backward 2 reads + 1 write; in parts forward 2 + 1, backward 4 + 1.
 dweight and dbias are added up from sums per channel in a fixed order (no atomics: same input, same bits).
 
 Sizes: N samples, C channels, G groups, S values of a channel (every dimension behind it, flattened).
@@ -21,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_fused.ops._group_walk import Sizes, sample_stride, walk_bwd, walk_fwd
+from ds_fused.ops._group_parts import Parts, Sizes, bwd_in_parts, fwd_in_parts, sample_stride
 from ds_fused.ops._launch import launch
 from ds_fused.ops._norms import Wanted
 from ds_fused.ops._sums import partials, sum_partials
@@ -35,7 +34,7 @@ from ds_fused.ops._triton import (
     warps_for,
 )
 
-# Not measured yet.
+# Measured alone are those of groups in parts.
 # A tile is whole groups up to these sizes (channels and values each rounded up to a power of two).
 WHOLE_GROUP_FWD = 32768
 WHOLE_GROUP_BWD = 16384
@@ -43,6 +42,10 @@ WHOLE_GROUP_BWD = 16384
 TILE_FWD, PER_THREAD_FWD = 2048, 16
 TILE_BWD, PER_THREAD_BWD = 2048, 8
 WARPS_PER_MULTIPROCESSOR = 32
+# in parts: elements of a tile, the most of one channel, its warps, and how many tiles of a channel a program takes. On
+# an H100, ms of 16x512x128x128 and 16x320x64x64, both ways: 0.779, 0.147; with 4 warps 0.810, 0.152
+# (results/h100/tune.csv)
+PART_TILE, PART_SPACE, PART_WARPS, PART_TURNS = 2048, 2048, 8, 8
 
 
 def group_norm_reference(
@@ -209,6 +212,10 @@ def _whole(sizes: Sizes, elements: int, per_thread: int, widest: int) -> dict[st
     }
 
 
+def _parts(sizes: Sizes) -> Parts:
+    return Parts.of(sizes, PART_TILE, PART_SPACE, PART_WARPS, PART_TURNS)
+
+
 def group_norm_fwd(
     x: Tensor, n_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,12 +223,12 @@ def group_norm_fwd(
     sizes = Sizes.of(x, n_groups)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     mean, rstd = (torch.empty((sizes.samples, n_groups), dtype=torch.float32, device=x.device) for _ in range(2))
-    if x.numel() == 0:
+    if sizes.rows * sizes.space == 0:
         return y, mean, rstd
     has = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
     whole = _whole(sizes, TILE_FWD, PER_THREAD_FWD, WHOLE_GROUP_FWD)
     if whole is None:
-        walk_fwd(x, weight, bias, y, mean, rstd, sizes, eps)
+        fwd_in_parts(x, weight, bias, y, mean, rstd, sizes, _parts(sizes), eps)
         return y, mean, rstd
     grid = (cdiv(sizes.samples, whole["SAMPLES"]), cdiv(n_groups, whole["GROUPS"]))
     launch(
@@ -244,7 +251,7 @@ def group_norm_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dy, x [N, C, S], weight, bias [C], mean, rstd [N, G] -> dx [N, C, S], dweight, dbias [C]; None if not wanted."""
     sizes = Sizes.of(x, n_groups)
-    nothing = x.numel() == 0
+    nothing = sizes.rows * sizes.space == 0
     make = torch.zeros_like if nothing else torch.empty_like
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted.dx else None
     dweight = make(weight) if wanted.dweight else None
@@ -255,7 +262,7 @@ def group_norm_bwd(
     if whole is not None:
         partial, n_partials = _backward_of_whole_groups(dy, x, weight, mean, rstd, dx, sizes, whole, wanted)
     else:
-        partial, n_partials = walk_bwd(dy, x, weight, mean, rstd, dx, sizes, wanted)
+        partial, n_partials = bwd_in_parts(dy, x, weight, mean, rstd, dx, sizes, _parts(sizes))
     if wanted.dweight or wanted.dbias:
         sum_partials(partial, n_partials, sizes.channels, dweight, dbias)
     return dx, dweight, dbias

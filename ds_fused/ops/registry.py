@@ -89,7 +89,7 @@ OPS: tuple[Op, ...] = (
         group_norm,
         group_norm_reference,
         ("group_norm",),
-        "group norm of [N, C, ...]; large groups are walked twice",
+        "group norm of [N, C, ...]; large groups in parts",
     ),
     Op("dyt", dyt, dyt_reference, (), "dynamic tanh: weight * tanh(alpha * x) + bias"),
     Op("rope", rope, rope_reference, ("rope",), "rotary embedding of q and k in one launch; sections, complex angles"),

@@ -1,4 +1,4 @@
-"""group_norm: whole groups, walked ones and groups in parts against fp64, any trailing shape, dweight and dbias."""
+"""group_norm: whole groups and groups in parts against fp64, any trailing shape, the sums of dweight and dbias."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import torch
 from accuracy import as_accurate, randn, same_bits
 
 import ds_fused.ops.registry as registry
-from ds_fused.ops._launch import launch
 from ds_fused.ops.group_norm import group_norm, group_norm_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FILE = registry.op("group_norm").module
-WALK = sys.modules["ds_fused.ops._group_walk"]
+PARTS = sys.modules["ds_fused.ops._group_parts"]
 
 
 def inputs_of(*shape, device):
@@ -31,18 +30,15 @@ def with_groups(n_groups):
     return bound(group_norm), bound(group_norm_reference)
 
 
-@pytest.fixture(params=["whole", "walked", "parts"])
+@pytest.fixture(params=["whole", "parts"])
 def way(request, monkeypatch):
-    """Groups that fit a tile, or that one program walks, or several do; tiles so small that the shapes take several."""
+    """Groups that fit a tile, and groups in parts; tiles and grids so small that the shapes below take several."""
     constants = {
         "whole": {"TILE_FWD": 256, "TILE_BWD": 256, "WARPS_PER_MULTIPROCESSOR": 4},
-        "walked": {"GROUPS_ALONE": 0, "WALK_TILE": 64},
-        "parts": {"GROUPS_ALONE": 10**6, "PART_TILE": 32, "PART_TURNS": 2},
+        "parts": {"WHOLE_GROUP_FWD": 0, "WHOLE_GROUP_BWD": 0, "PART_TILE": 512, "PART_SPACE": 64, "PART_TURNS": 2},
     }
-    if request.param != "whole":
-        constants[request.param] |= {"WHOLE_GROUP_FWD": 0, "WHOLE_GROUP_BWD": 0}
     for name, value in constants[request.param].items():
-        monkeypatch.setattr(FILE if hasattr(FILE, name) else WALK, name, value)
+        monkeypatch.setattr(FILE, name, value)
     return request.param
 
 
@@ -51,8 +47,8 @@ def way(request, monkeypatch):
     "shape, n_groups",
     [
         ((1, 1), 1),  # one element
-        ((2, 45, 7), 3),  # NCL, all odd: no side of a tile is full
-        ((2, 8, 11, 13), 2),  # NCHW; several tiles of a channel, the last one short
+        ((2, 45, 7), 15),  # NCL, all odd: no side of a tile is full
+        ((2, 8, 11, 13), 2),  # NCHW; rows of two parts, the last one short
         ((9, 36), 4),  # NC: several samples in a tile, and more than the persistent grid has
     ],
 )
@@ -69,10 +65,7 @@ def test_group_norm(shape, n_groups, dtype, device):
     "shape, n_groups",
     [
         ((3, 1280, 16, 16), 32),  # a UNet's inner level
-        ((3, 320, 64, 64), 32),  # its outer one: too large for a tile; in parts, where groups are few
-        ((16, 320, 64, 64), 32),  # a program walks each
-        ((9, 480, 96, 96), 32),  # narrow tiles
-        ((9, 320, 61, 67), 32),
+        ((3, 320, 64, 64), 32),  # its outer one: too large for a tile
         ((2, 640, 33, 31), 32),  # sides that divide nothing
         ((1, 128, 512, 512), 32),  # a decoder of images: few, large groups
         ((7, 384, 14, 14), 1),  # PoolFormer
@@ -81,27 +74,6 @@ def test_group_norm(shape, n_groups, dtype, device):
 )
 def test_group_norm_of_real_sizes(shape, n_groups, dtype, device):
     as_accurate(*with_groups(n_groups), inputs_of(*shape, device=device), dtype)
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("whole_gpu")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_groups_of_which_few_fit_l2(dtype, device):
-    as_accurate(*with_groups(32), inputs_of(9, 512, 128, 128, device=device), dtype)
-
-
-@pytest.mark.parametrize(
-    "space, group_channels, sides",
-    [
-        (128 * 128, 16, (1, 8192)),
-        (64 * 64, 10, (2, 4096)),
-        (96 * 96, 16, (8, 1024)),  # a ninth of the second 8192 of a channel would be there
-        (14 * 14, 384, (32, 256)),
-        (1, 2**15, (8192, 1)),
-    ],
-)
-def test_tiles_have_few_idle_lanes(space, group_channels, sides):
-    assert WALK._sides(WALK.Sizes(1, 1, group_channels, space), 8192) == sides
 
 
 @pytest.mark.parametrize("n_groups", [1, 12])
@@ -139,19 +111,12 @@ def test_frozen(trained, device):
 
 def test_frozen_inputs_cost_no_work(device, monkeypatch, way):
     x, weight, bias = (t.float() for t in inputs_of(3, 6, 5, device=device))
-    if way != "whole":
-        walks = []
-
-        def spy(*args, **constants):
-            walks.append((constants["MEASURES"], constants["WRITES"]))
-            return launch(*args, **constants)
-
-        y = group_norm(x, 2, weight.requires_grad_(), bias)
-        monkeypatch.setattr(WALK, "launch", spy)
-        y.sum().backward()
+    if way == "parts":
+        monkeypatch.setattr(PARTS, "_group_norm_dx_kernel", None)
+        group_norm(x, 2, weight.requires_grad_(), bias).sum().backward()
         assert weight.grad is not None
-        assert walks == [(True, False)]
     weight.requires_grad_(False)
+    monkeypatch.undo()
     monkeypatch.setattr(FILE, "sum_partials", None)
     group_norm(x.requires_grad_(), 2, weight, bias).sum().backward()
     assert x.grad is not None
@@ -166,7 +131,7 @@ def test_strided_samples(way, device):
         x.contiguous(memory_format=torch.channels_last),  # copied
         x.transpose(0, 1)[:, :2],
     ]
-    for view in views if way == "whole" else views[:3]:
+    for view in views[:3] if way == "parts" else views:
         as_accurate(*with_groups(2), [view, *inputs_of(*view.shape, device=device)[1:]], torch.bfloat16)
     vectors = [randn(16, device=device, seed=seed)[::2] for seed in (0, 1)]
     as_accurate(*with_groups(2), [x, *vectors], torch.bfloat16)
@@ -201,9 +166,8 @@ def test_under_autocast_a_result_has_the_dtype_of_pytorchs(device):
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("whole_gpu")
-@pytest.mark.parametrize("n_groups, alone", [(1, 0), (1, 2**20), (2**11, 0)], ids=["walked", "parts", "whole"])
-def test_more_elements_than_int32(n_groups, alone, device, monkeypatch):
-    monkeypatch.setattr(WALK, "GROUPS_ALONE", alone)  # the tail has one group
+@pytest.mark.parametrize("n_groups", [1, 2**11])  # in parts; whole
+def test_more_elements_than_int32(n_groups, device):
     n, c, s = 2**10 + 1, 2**11, 2**10  # 2^31 + 2^21 elements, 4 GiB each
     x = torch.randn(n, c, s, dtype=torch.bfloat16, device=device).requires_grad_()
     weight, bias = (t.bfloat16() for t in inputs_of(1, c, 1, device=device)[1:])
@@ -225,13 +189,11 @@ def test_runs_on_the_tensors_own_device():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "shape", [(3, 80, 16, 16), (40, 80, 64, 64), (3, 80, 64, 64)], ids=["whole", "walked", "parts"]
-)
-def test_compiles_to_one_graph(shape, device):
+@pytest.mark.parametrize("sides", [(16, 16), (64, 64)])  # whole; in parts
+def test_compiles_to_one_graph(sides, device):
     torch.compiler.reset()
     compiled = torch.compile(lambda x, weight, bias: group_norm(x, 8, weight, bias) * 2, fullgraph=True)
-    leaves = [t.bfloat16().requires_grad_() for t in inputs_of(*shape, device=device)]
+    leaves = [t.bfloat16().requires_grad_() for t in inputs_of(3, 80, *sides, device=device)]
     got, wanted = compiled(*leaves), group_norm(leaves[0], 8, *leaves[1:]) * 2
     torch.testing.assert_close(got, wanted)
     for a, b in zip(*(torch.autograd.grad(y.sum(), leaves) for y in (got, wanted)), strict=True):

@@ -225,9 +225,6 @@ def group_norm() -> Iterator[Case]:
     # whole groups and groups in parts, one after the other
     for sides in ((16, 64, 128), (64, 16, 24)):
         yield normed, [(leaf(2, 80, side, side), leaf(80), leaf(80)) for side in sides]
-    # in parts, and a program's alone from two groups for each multiprocessor on
-    for samples in ((2, MULTIPROCESSORS // 4, 2), (MULTIPROCESSORS // 4, 2, 40)):
-        yield normed, [(leaf(n, 16, 128, 128), leaf(16), leaf(16)) for n in samples]
     yield normed, [(leaf(n, c), leaf(c), leaf(c)) for n, c in ((3, 64), (4, 64), (5, 128))]
     yield lambda x: ops.group_norm(x, 8), [(leaf(n, 64, 7),) for n in (3, 4, 5)]
 
