@@ -52,7 +52,8 @@ from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd, cro
 from ds_fused.ops.frozen_head import FrozenHeadFunction
 from ds_fused.ops.one_pass import OnePassFunction, tokens_at_a_time
 from ds_fused.ops.slabs import WeightSlabs, WholeWeight
-from ds_fused.ops.stationary import StationaryFunction, VocabShard
+from ds_fused.ops.stationary import StationaryFunction
+from ds_fused.ops.vocab_shard import VocabShard
 
 
 def linear_cross_entropy_reference(
@@ -330,15 +331,8 @@ def token_losses(
     n_vocab = _checked_vocabulary(op, x, weight, bias)
     check_loss(op, options, labels, reduction, x.shape[:-1], n_vocab, x.device)
     check_weight(op, "class_weight", class_weight, n_vocab, x.device)
-    if class_weight is not None and options.label_smoothing and isinstance(weight, VocabShard):
-        raise ValueError(
-            f"{op}: class_weight with label_smoothing={options.label_smoothing} while the rows of the weight stay on "
-            'their ranks; take one of the two, or another mode than "stationary"'
-        )
     check_memory(op, chunk_mb, keep_mb)
     check_accumulate(op, accumulate)
-    if entropy and isinstance(weight, VocabShard):
-        raise ValueError(f"{op}: there is no entropy yet of a weight that stays on its ranks (mode stationary)")
     autocast = autocast_dtype(x)
     slabs = None if isinstance(weight, (Tensor, VocabShard)) else weight
     for name, dtype in (("weight", weight.dtype), ("bias", bias.dtype if bias is not None else x.dtype)):
@@ -367,8 +361,12 @@ def token_losses(
     trains_x_alone = trains and not handle.requires_grad and (bias is None or not bias.requires_grad)
     in_one_go = trains_x_alone and not entropy and in_kernel[0] is None and frozen_head.takes(options)
     if isinstance(weight, VocabShard):
-        guess = reduction if trains and weight.guesses and reduction != "none" and of_token is None else None
-        results = StationaryFunction.apply(rows, handle, bias, flat, weight, options, chunk_bytes, guess, more)
+        # class weights make a mean's divisor another than the count
+        may_guess = trains and weight.guesses and reduction != "none" and of_token is None and not entropy
+        guess = reduction if may_guess else None
+        results = StationaryFunction.apply(
+            rows, handle, bias, flat, weight, options, chunk_bytes, *in_kernel, guess, more, entropy
+        )
     else:
         keeps = trains and not in_one_go
         tiles = tiling(

@@ -29,7 +29,7 @@ import ds_fused.ops as ops
 import ds_fused.ops._triton as shared
 from ds_fused.ops._warmup import Absent
 from ds_fused.ops.registry import OPS
-from ds_fused.ops.stationary import VocabShard
+from ds_fused.ops.vocab_shard import VocabShard
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
