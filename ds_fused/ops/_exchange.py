@@ -86,7 +86,7 @@ class ClassWeights:
         of_all, of_tokens = (flight.land() for flight in flights)
         # a copy: the weights of other rows need not live until the backward
         of_columns = of_all[:, shard.first_id : shard.first_id + shard.n_rows].clone()
-        return cls(of_columns, of_tokens.permute(2, 0, 1))
+        return cls(of_columns, of_tokens.permute(2, 0, 1).contiguous())
 
     def of_block(self, place: slice) -> Tensor | None:
         """[2, W * T]"""
