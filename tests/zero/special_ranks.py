@@ -25,6 +25,7 @@ import jobs
 import products
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,6 +43,8 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 import ds_fused
 from ds_fused.engine import lookup, zero3
+from ds_fused.engine.delivery import Delivery
+from ds_fused.engine.stationary import ZeroShard
 from ds_fused.modules import norm
 from ds_fused.ops import _tiles
 from ds_fused.policies.kinds import norms
@@ -54,8 +57,8 @@ def case(function: Callable[[], dict]) -> Callable[[], dict]:
     return function
 
 
-def model_of(tied: bool = False) -> LlamaForCausalLM:
-    model = LlamaForCausalLM(jobs.config_of(tied))
+def model_of(tied: bool = False, kind: type[LlamaForCausalLM] = LlamaForCausalLM) -> LlamaForCausalLM:
+    model = kind(jobs.config_of(tied))
     weights = jobs.first_weights(tied)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -1030,6 +1033,77 @@ def stationary_both_ways() -> dict:
     with lookups() as seen:
         out = both(partial(model_of, tied=True), 3, block=STATIONARY, run=run, gradient_accumulation_steps=2)
     return out | {"lookups": seen}
+
+
+class OfItsOwn(LlamaForCausalLM):
+    """A forward with a loss that transformers does not know: `loss_of` (hidden states, head, labels), both flat."""
+
+    loss_of: Callable[[torch.Tensor, torch.nn.Linear, torch.Tensor], torch.Tensor]
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> types.SimpleNamespace:
+        # of the sequences that have labels, which may be none
+        hidden = self.model(input_ids).last_hidden_state[: len(labels)]
+        return types.SimpleNamespace(loss=self.loss_of(hidden.flatten(0, 1), self.lm_head, labels.reshape(-1)))
+
+
+def with_own_loss(loss_of: Callable) -> OfItsOwn:
+    model = model_of(kind=OfItsOwn)
+    model.loss_of = loss_of
+    return model
+
+
+def uneven() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Rank 1 has no label in the second step, and no token of the loss in the third."""
+    batches = mine()
+    if dist.get_rank() == 1:
+        batches[1] = batches[1][0], torch.full_like(batches[1][1], jobs.IGNORED)
+        batches[2] = batches[2][0], batches[2][1][:0]
+    return batches
+
+
+IN_BF16 = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}}
+
+
+@case
+def stationary_class_weights() -> dict:
+    """With smoothing; each rank has its own weights."""
+
+    def loss_of(hidden: torch.Tensor, head: torch.nn.Linear, labels: torch.Tensor) -> torch.Tensor:
+        of_class = torch.linspace(0.2, 2.0 + dist.get_rank(), head.out_features)
+        # as a sum, since a mean over no tokens would be NaN
+        logits = head(hidden).float()
+        return F.cross_entropy(logits, labels, of_class, label_smoothing=0.1, reduction="sum") / 20
+
+    build, run = partial(with_own_loss, loss_of), lambda engine: train(engine, uneven())
+    return {name: both(build, 3, block=STATIONARY, run=run, **more) for name, more in IN_BF16.items()}
+
+
+@case
+def stationary_entropies() -> dict:
+    """A policy's loss with a bonus for entropy. The op is called with the shard, so the flag has no part in it."""
+
+    def policy_loss(log_probs: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
+        advantages = torch.linspace(-0.5, 1.0, log_probs.numel())  # of each token another
+        return -(advantages * log_probs + 0.1 * entropies).sum() / 20
+
+    def plain(hidden: torch.Tensor, head: torch.nn.Linear, labels: torch.Tensor) -> torch.Tensor:
+        log_p = head(hidden).float().log_softmax(-1)
+        counts = labels != jobs.IGNORED
+        log_probs = log_p.gather(1, labels.clamp_min(0)[:, None])[:, 0]
+        return policy_loss(log_probs * counts, -(log_p.exp() * log_p).sum(-1) * counts)
+
+    def losses(stays: bool, **more: object) -> list[float]:
+        model = with_own_loss(plain)
+        engine = engine_of(model, 3, None, **more)
+        if stays:
+            shard = ZeroShard(Delivery(model.lm_head.weight, engine))
+            log_probs = partial(ds_fused.linear_log_probs, entropy=True)
+            model.loss_of = lambda hidden, head, labels: policy_loss(*log_probs(hidden, shard, labels))
+        found = train(engine, uneven())
+        engine.destroy()
+        return found
+
+    return {name: {"stock": losses(False, **more), "fused": losses(True, **more)} for name, more in IN_BF16.items()}
 
 
 @case
