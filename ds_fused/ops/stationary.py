@@ -20,6 +20,10 @@ a mean). That is so for any loss that is a mean or a sum, and the backward asks 
 (weights of tokens or of ranks), it makes the gradients again with the right ones, 12 MHV, and from then on in the
 backward alone, 8 MHV; the result is the same. With class weights or entropies the forward makes none.
 
+A rank computes with its own options, so all ranks give the same ones. Of class weights each may have its own, where all
+have some; with smoothing they travel (an all-gather of V numbers and one of 2 a token), and a softmax pass takes the
+tokens of one rank at a time.
+
 Saved for backward: x, labels and lse of all tokens (16 bytes each), dx, and dw in fp32 [n, H]. With entropies 4 bytes a
 token more; with class weights that the softmax passes see 8, and [W, n] of them.
 

@@ -33,7 +33,7 @@ class ShardGradient(Protocol):
 class VocabShard(ABC):
     """A weight [V, H] of which each rank holds neighbouring rows; every rank calls the same methods in the same order.
 
-    The number and order of collectives depend on V, H, W and the largest M alone.
+    The number and order of collectives depend on V, H, W, the largest M and what is asked for, not on labels or values.
     """
 
     shape: tuple[int, int]  # V, H

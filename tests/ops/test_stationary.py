@@ -221,6 +221,10 @@ def test_three_ranks(counts, upstream, where):
     assert all(shard.guesses == (upstream != "rank" or not any(counts)) for shard in shards)
 
 
+# of x [M, H], the weight, labels and the rank
+Job = Callable[[Tensor, "Tensor | Shard", Tensor, int], tuple[Tensor, ...]]
+
+
 def entropies(x: Tensor, weight: Tensor | Shard, labels: Tensor, rank: int) -> tuple[Tensor, ...]:
     return linear_log_probs(x, weight, labels, entropy=True, temperature=1.4, softcap=5.0, chunk_mb=MB)
 
@@ -239,7 +243,6 @@ def class_weights(reduction: str, more: bool = False) -> Job:
     return job
 
 
-Job = Callable[[Tensor, "Tensor | Shard", Tensor, int], tuple[Tensor, ...]]
 OTHER_JOBS: dict[str, Job] = {
     "entropies": entropies,
     **{f"weights, {reduction}": class_weights(reduction) for reduction in ("mean", "sum", "none")},
