@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -10,10 +13,11 @@ from accuracy import as_accurate, judge, randn
 from shards import Round, Shard, on_ranks
 from torch import Tensor
 
+from ds_fused.ops import _labels, _merge
 from ds_fused.ops._loss import LossOptions
 from ds_fused.ops._merge import merge, merge_torch
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from ds_fused.ops.linear_log_probs import linear_log_probs
+from ds_fused.ops.linear_log_probs import linear_log_probs, linear_log_probs_reference
 from ds_fused.ops.stationary import block_tokens
 
 MB = 2**-20
@@ -226,18 +230,21 @@ Job = Callable[[Tensor, "Tensor | Shard", Tensor, int], tuple[Tensor, ...]]
 
 
 def entropies(x: Tensor, weight: Tensor | Shard, labels: Tensor, rank: int) -> tuple[Tensor, ...]:
-    return linear_log_probs(x, weight, labels, entropy=True, temperature=1.4, softcap=5.0, chunk_mb=MB)
+    exact = x.dtype == torch.float64
+    op = linear_log_probs_reference if exact else partial(linear_log_probs, chunk_mb=MB)
+    return op(x, weight, labels, entropy=True, temperature=1.4, softcap=5.0)
 
 
 def class_weights(reduction: str, more: bool = False) -> Job:
     """Each rank has its own."""
+    options = {"reduction": reduction, "label_smoothing": 0.2, "z_loss": 0.1}
+    options |= {"return_z_loss": more, "return_accuracy": more}
 
     def job(x: Tensor, weight: Tensor | Shard, labels: Tensor, rank: int) -> tuple[Tensor, ...]:
-        of_class = randn(29, device="cpu", seed=rank).abs().to(x.dtype)
-        options = {"label_smoothing": 0.2, "z_loss": 0.1, "return_z_loss": more, "return_accuracy": more}
-        found = linear_cross_entropy(
-            x, weight, labels, class_weight=of_class, reduction=reduction, chunk_mb=MB, keep_mb=0, **options
-        )
+        of_class = randn(29, device=x.device, seed=rank).abs().bfloat16().to(x.dtype)  # exact in all
+        exact = x.dtype == torch.float64
+        op = linear_cross_entropy_reference if exact else partial(linear_cross_entropy, chunk_mb=MB, keep_mb=0)
+        found = op(x, weight, labels, class_weight=of_class, **options)
         return found if more else (found,)
 
     return job
@@ -255,7 +262,10 @@ def backward(outputs: tuple[Tensor, ...]) -> None:
     outputs = tuple(y for y in outputs if y.requires_grad)
     torch.autograd.backward(
         outputs,
-        [(1 + i) * torch.linspace(0.5, 2, y.numel(), dtype=y.dtype).view(y.shape) for i, y in enumerate(outputs)],
+        [
+            (1 + i) * torch.linspace(0.5, 2, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)
+            for i, y in enumerate(outputs)
+        ],
     )
 
 
@@ -287,33 +297,53 @@ def whole(job: Job, xs: list[Tensor], weight: Tensor, labels: list[Tensor]) -> l
     return [*(y.detach() for of_rank in outputs for y in of_rank), *(x.grad for x in xs), weight.grad]
 
 
-@only_plain
-@pytest.mark.parametrize("job", OTHER_JOBS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("counts", [(5, 5, 5), (11, 0, 2), (0, 0, 0)])
-def test_entropies_and_class_weights_of_three_ranks(counts, dtype, job, where):
+def as_accurate_as_whole(job: Job, dtype: torch.dtype, counts: tuple[int, ...], device: torch.device) -> list[Shard]:
     """As far from fp64 as where each rank has the whole weight; the last rank's labels are all ignored."""
-    weight = randn(29, 5, device=where).to(dtype)
-    xs = [randn(n, 5, device=where, seed=rank).to(dtype) for rank, n in enumerate(counts)]
-    labels = [torch.arange(n) * 7 % 29 for n in counts]
+    weight = randn(29, 5, device=device).to(dtype)
+    xs = [randn(n, 5, device=device, seed=rank).to(dtype) for rank, n in enumerate(counts)]
+    labels = [torch.arange(n, device=device) * 7 % 29 for n in counts]
     labels[0][1:4] = -100
     labels[2][:] = -100
-    mine, shards = on_shards(OTHER_JOBS[job], xs, weight, labels)
-    theirs = whole(OTHER_JOBS[job], xs, weight, labels)
-    exact = whole(OTHER_JOBS[job], [x.double() for x in xs], weight.double(), labels)
+    mine, shards = on_shards(job, xs, weight, labels)
+    theirs = whole(job, xs, weight, labels)
+    exact = whole(job, [x.double() for x in xs], weight.double(), labels)
     for i, (y, same, true) in enumerate(zip(mine, theirs, exact, strict=True)):
         judge(f"result {i}", y, y, same, true)
     assert not any(counts) or mine[-1].any()
     # of labels and values the collectives know nothing
     nobodys = [torch.full_like(label, -100) for label in labels]
-    _, others = on_shards(OTHER_JOBS[job], [0 * x for x in xs], weight, nobodys)
+    _, others = on_shards(job, [0 * x for x in xs], weight, nobodys)
     assert all(shard.collectives == shards[0].collectives for shard in (*shards, *others))
+    return shards
+
+
+@only_plain
+@pytest.mark.parametrize("job", OTHER_JOBS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", [(5, 5, 5), (11, 0, 2), (0, 0, 0)])
+def test_entropies_and_class_weights_of_three_ranks(counts, dtype, job, where):
+    shards = as_accurate_as_whole(OTHER_JOBS[job], dtype, counts, where)
     assert all(shard.guesses for shard in shards)
     # hidden states of each block, what is found of them, and in the backward the hidden states again; labels; what
     # comes from upstream; class weights, and those of the tokens
     names, blocks = [name for name, _ in shards[0].collectives], -(-max(counts) // max(1, 4 // 3))
     assert names.count("gather") == 3 * blocks + 2 + 2 * ("weights" in job)
     assert names.count("reduce_scatter") == blocks
+
+
+@pytest.mark.parametrize("where", ["kernels"], indirect=True)
+@pytest.mark.parametrize("job", ["entropies", "weights, mean, and more"])
+def test_three_ranks_in_kernels(job, where, monkeypatch):
+    # the interpreter runs one kernel at a time
+    lock = threading.Lock()
+    for module in (_labels, _merge, import_module("ds_fused.ops.cross_entropy")):
+
+        def launch(*args: object, launch: Callable[..., None] = module.launch, **options: object) -> None:
+            with lock:
+                launch(*args, **options)
+
+        monkeypatch.setattr(module, "launch", launch)
+    as_accurate_as_whole(OTHER_JOBS[job], torch.bfloat16, (3, 0, 2), where)
 
 
 def test_blocks(monkeypatch):
