@@ -110,6 +110,11 @@ def logits_of(room: Tensor, x: Tensor, rows: Tensor, bias: Tensor | None) -> Ten
     return z
 
 
+def part_of(whole: Tensor | None, tokens: slice) -> Tensor | None:
+    """Of a number a token, where it is there."""
+    return None if whole is None else whole[tokens]
+
+
 def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False, scale: float = 1.0) -> None:
     """out = scale * a @ b, or out += scale * a @ b: summed in fp32 and rounded once, to out's dtype."""
     if out.dtype != a.dtype and not (a.is_cuda and out.dtype == torch.float32):

@@ -41,6 +41,7 @@ from ds_fused.ops._tiles import (
     check_accumulate,
     check_memory,
     logits_of,
+    part_of,
     product,
     sum_dtype,
     tile,
@@ -142,9 +143,9 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                 last = k == len(source) - 1
                 softmax_fwd(
                     z, slab.labels[chunk], loss[chunk], lse[:, chunk], slab.options,
-                    **slab.place, is_first=k == 0, is_last=last, right=_part(right, chunk),
+                    **slab.place, is_first=k == 0, is_last=last, right=part_of(right, chunk),
                     weight=slab.class_weight, token_weights=_of_chunk(token_weights, chunk),
-                    entropy=_part(entropies, chunk),
+                    entropy=part_of(entropies, chunk),
                 )  # fmt: skip
         ctx.save_for_backward(x, weight, bias, labels, lse, class_weight, token_weights, entropies, *kept)
         ctx.slabs, ctx.tiles, ctx.options, ctx.op, ctx.overwritten = slabs, tiles, options, op, False
@@ -206,7 +207,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                 softmax_bwd(
                     dloss[chunk], z, slab.labels[chunk], lse[:, chunk], dz, slab.options, **slab.place,
                     weight=slab.class_weight, token_weights=_of_chunk(token_weights, chunk),
-                    entropy=_part(entropies, chunk), dentropy=_part(dentropy, chunk),
+                    entropy=part_of(entropies, chunk), dentropy=part_of(dentropy, chunk),
                 )  # fmt: skip
                 if wants_dx:
                     product(dx[chunk], dz, slab.rows, add=not is_first)
@@ -228,10 +229,6 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             None if dbias is None else dbias.to(bias.dtype),
             None, None, None, None, None, None, None, None, None, None,
         )  # fmt: skip
-
-
-def _part(whole: Tensor | None, chunk: slice) -> Tensor | None:
-    return None if whole is None else whole[chunk]
 
 
 def _add_dbias(dbias: Tensor, ids: Tensor | int, dz: Tensor) -> None:

@@ -41,7 +41,7 @@ from torch.autograd.function import once_differentiable
 from ds_fused.ops._exchange import ClassWeights, Found, Labels, Tokens
 from ds_fused.ops._loss import LossOptions, cross_entropy_bwd_torch, cross_entropy_fwd_torch
 from ds_fused.ops._merge import merge, merge_torch
-from ds_fused.ops._tiles import product, side, tile, tile_elements, wide
+from ds_fused.ops._tiles import part_of, product, side, tile, tile_elements, wide
 from ds_fused.ops._triton import runs_kernels
 from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
 from ds_fused.ops.vocab_shard import Flight, VocabShard, padded
@@ -271,7 +271,7 @@ class _Walk:
         for rows, weights in self.classes.passes(place, z.shape[0]):
             softmax(
                 z[rows], labels[rows], part[0, rows], part[1:3, rows], self.options, **self.columns, is_last=False,
-                right=_of(right, rows), entropy=_of(entropy, rows), **weights,
+                right=part_of(right, rows), entropy=part_of(entropy, rows), **weights,
             )  # fmt: skip
         return part
 
@@ -295,18 +295,16 @@ class _Walk:
     def _softmax_bwd(self, place: slice, z: Tensor, labels: Tensor) -> None:
         softmax = cross_entropy_bwd if self.kernels else cross_entropy_bwd_torch
         found = self.found
-        dloss, *dentropy = self.gradients.upstream()[:, :, place].flatten(1)
+        upstream = self.gradients.upstream()[:, :, place].flatten(1)
         lse = found.lse[:, :, place].reshape(2, -1)
-        entropy = None if found.entropy is None else found.entropy[:, place].reshape(-1)
+        entropy = dentropy = None
+        if found.entropy is not None:
+            entropy, dentropy = found.entropy[:, place].reshape(-1), upstream[1]
         for rows, weights in self.classes.passes(place, z.shape[0]):
             softmax(
-                dloss[rows], z[rows], labels[rows], lse[:, rows], z[rows], self.options, **self.columns,
-                entropy=_of(entropy, rows), dentropy=dentropy[0][rows] if dentropy else None, **weights,
+                upstream[0, rows], z[rows], labels[rows], lse[:, rows], z[rows], self.options, **self.columns,
+                entropy=part_of(entropy, rows), dentropy=part_of(dentropy, rows), **weights,
             )  # fmt: skip
-
-
-def _of(whole: Tensor | None, rows: slice) -> Tensor | None:
-    return None if whole is None else whole[rows]
 
 
 def _common_factor(shard: VocabShard, dloss: Tensor, weights: Tensor, counts: Tensor) -> float | None:

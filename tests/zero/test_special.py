@@ -1,6 +1,6 @@
 """Models and uses beside the plain case, fused against stock on two ranks.
 
-test_NAME judges what NAME in special_ranks.py returned. All of them run in one pair of processes.
+test_NAME judges what the case NAME of special_ranks.py returned. All of them run in one pair of processes.
 """
 
 from __future__ import annotations
