@@ -72,6 +72,11 @@ class Labels:
         return self.weights[None, :, None].expand(-1, -1, self.all.shape[1])
 
 
+def of_block(everyones: Tensor, place: slice) -> Tensor:
+    """[..., W, most] -> [..., W * T], contiguous: kernels read it so, and a view of one token a rank would not be."""
+    return everyones[..., place].contiguous().flatten(-2)
+
+
 @dataclass(frozen=True)
 class ClassWeights:
     """What the softmax passes need of class weights. A token has those of its own rank; ranks may have others each."""
@@ -90,18 +95,18 @@ class ClassWeights:
 
     def of_block(self, place: slice) -> Tensor | None:
         """[2, W * T]"""
-        return None if self.of_tokens is None else self.of_tokens[:, :, place].reshape(2, -1)
+        return None if self.of_tokens is None else of_block(self.of_tokens, place)
 
     def passes(self, place: slice, n_tokens: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:
         """How the W * T tokens of a block go through a softmax pass: at once, or, with weights, rank by rank."""
-        of_block = self.of_block(place)
-        if of_block is None:
+        token_weights = self.of_block(place)
+        if token_weights is None:
             yield slice(0, n_tokens), {}
             return
         step = n_tokens // len(self.of_columns)
         for rank, weight in enumerate(self.of_columns):
             tokens = slice(rank * step, (rank + 1) * step)
-            yield tokens, {"weight": weight, "token_weights": of_block[:, tokens]}
+            yield tokens, {"weight": weight, "token_weights": token_weights[:, tokens]}
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_fused.ops._exchange import ClassWeights, Found, Labels, Tokens
+from ds_fused.ops._exchange import ClassWeights, Found, Labels, Tokens, of_block
 from ds_fused.ops._loss import LossOptions, cross_entropy_bwd_torch, cross_entropy_fwd_torch
 from ds_fused.ops._merge import merge, merge_torch
 from ds_fused.ops._tiles import part_of, product, side, tile, tile_elements, wide
@@ -248,7 +248,7 @@ class _Walk:
             self.rows.logits(z, x)
             if gradients is not None:
                 gradients.send()
-            labels = self.labels()[:, place].reshape(-1)
+            labels = of_block(self.labels(), place)
             coming = None if self.found.loss is None else self.shard.gather(self._numbers(place, z, labels))
             # behind those numbers, which are waited for sooner
             tokens.start(i + 1)
@@ -295,11 +295,10 @@ class _Walk:
     def _softmax_bwd(self, place: slice, z: Tensor, labels: Tensor) -> None:
         softmax = cross_entropy_bwd if self.kernels else cross_entropy_bwd_torch
         found = self.found
-        upstream = self.gradients.upstream()[:, :, place].flatten(1)
-        lse = found.lse[:, :, place].reshape(2, -1)
+        upstream, lse = of_block(self.gradients.upstream(), place), of_block(found.lse, place)
         entropy = dentropy = None
         if found.entropy is not None:
-            entropy, dentropy = found.entropy[:, place].reshape(-1), upstream[1]
+            entropy, dentropy = of_block(found.entropy, place), upstream[1]
         for rows, weights in self.classes.passes(place, z.shape[0]):
             softmax(
                 upstream[0, rows], z[rows], labels[rows], lse[:, rows], z[rows], self.options, **self.columns,

@@ -30,6 +30,19 @@ pytestmark = pytest.mark.usefixtures("where")
 only_plain = pytest.mark.parametrize("where", ["plain"], indirect=True)
 
 
+@pytest.fixture
+def kernels_in_turn(monkeypatch) -> None:
+    """For ranks that are threads: the interpreter runs one kernel at a time."""
+    lock = threading.Lock()
+    for module in (_labels, _merge, import_module("ds_fused.ops.cross_entropy")):
+
+        def launch(*args: object, launch: Callable[..., None] = module.launch, **options: object) -> None:
+            with lock:
+                launch(*args, **options)
+
+        monkeypatch.setattr(module, "launch", launch)
+
+
 def ours(x, weight, labels, bias=None, **options):
     return linear_cross_entropy(x, Shard(weight, 0, weight.shape[0]), labels, bias=bias, **options)
 
@@ -144,9 +157,7 @@ def test_class_weights(reduction, label_smoothing, where):
 
 
 @pytest.mark.parametrize("n_ranks", [1, 3])
-def test_what_else_is_returned(n_ranks, where):
-    if n_ranks > 1 and (where.type != "cpu" or _interpreted()):
-        pytest.skip("ranks that are threads run without kernels")
+def test_what_else_is_returned(n_ranks, where, kernels_in_turn):
     # quarters, whose sums no order rounds: equal rows are ties, on one rank and between ranks
     x, weight = ((4 * randn(n, 5, device=where)).round().float() / 4 for n in (7, 29))
     weight[14:28] = weight[:14].clone()
@@ -333,17 +344,8 @@ def test_entropies_and_class_weights_of_three_ranks(counts, dtype, job, where):
 
 @pytest.mark.parametrize("where", ["kernels"], indirect=True)
 @pytest.mark.parametrize("job", ["entropies", "weights, mean, and more"])
-def test_three_ranks_in_kernels(job, where, monkeypatch):
-    # the interpreter runs one kernel at a time
-    lock = threading.Lock()
-    for module in (_labels, _merge, import_module("ds_fused.ops.cross_entropy")):
-
-        def launch(*args: object, launch: Callable[..., None] = module.launch, **options: object) -> None:
-            with lock:
-                launch(*args, **options)
-
-        monkeypatch.setattr(module, "launch", launch)
-    as_accurate_as_whole(OTHER_JOBS[job], torch.bfloat16, (3, 0, 2), where)
+def test_three_ranks_in_kernels(job, where, kernels_in_turn):
+    as_accurate_as_whole(OTHER_JOBS[job], torch.bfloat16, (6, 3, 2), where)
 
 
 def test_blocks(monkeypatch):
