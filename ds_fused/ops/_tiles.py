@@ -110,9 +110,9 @@ def logits_of(room: Tensor, x: Tensor, rows: Tensor, bias: Tensor | None) -> Ten
     return z
 
 
-def part_of(whole: Tensor | None, tokens: slice) -> Tensor | None:
-    """Of a number a token, where it is there."""
-    return None if whole is None else whole[tokens]
+def of_chunk(whole: Tensor | None, chunk: slice) -> Tensor | None:
+    """Of a tensor [..., M] that may not be there, what a chunk of tokens has."""
+    return None if whole is None else whole[..., chunk]
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False, scale: float = 1.0) -> None:

@@ -41,7 +41,7 @@ from ds_fused.ops._tiles import (
     check_accumulate,
     check_memory,
     logits_of,
-    part_of,
+    of_chunk,
     product,
     sum_dtype,
     tile,
@@ -87,10 +87,6 @@ def linear_cross_entropy_reference(
         return_z_loss=return_z_loss,
         return_accuracy=return_accuracy,
     )
-
-
-def _of_chunk(token_weights: Tensor | None, chunk: slice) -> Tensor | None:
-    return None if token_weights is None else token_weights[:, chunk]
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
@@ -143,9 +139,9 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                 last = k == len(source) - 1
                 softmax_fwd(
                     z, slab.labels[chunk], loss[chunk], lse[:, chunk], slab.options,
-                    **slab.place, is_first=k == 0, is_last=last, right=part_of(right, chunk),
-                    weight=slab.class_weight, token_weights=_of_chunk(token_weights, chunk),
-                    entropy=part_of(entropies, chunk),
+                    **slab.place, is_first=k == 0, is_last=last, right=of_chunk(right, chunk),
+                    weight=slab.class_weight, token_weights=of_chunk(token_weights, chunk),
+                    entropy=of_chunk(entropies, chunk),
                 )  # fmt: skip
         ctx.save_for_backward(x, weight, bias, labels, lse, class_weight, token_weights, entropies, *kept)
         ctx.slabs, ctx.tiles, ctx.options, ctx.op, ctx.overwritten = slabs, tiles, options, op, False
@@ -206,8 +202,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                 dz = z  # in place: nobody else has the tile
                 softmax_bwd(
                     dloss[chunk], z, slab.labels[chunk], lse[:, chunk], dz, slab.options, **slab.place,
-                    weight=slab.class_weight, token_weights=_of_chunk(token_weights, chunk),
-                    entropy=part_of(entropies, chunk), dentropy=part_of(dentropy, chunk),
+                    weight=slab.class_weight, token_weights=of_chunk(token_weights, chunk),
+                    entropy=of_chunk(entropies, chunk), dentropy=of_chunk(dentropy, chunk),
                 )  # fmt: skip
                 if wants_dx:
                     product(dx[chunk], dz, slab.rows, add=not is_first)

@@ -41,7 +41,7 @@ from torch.autograd.function import once_differentiable
 from ds_fused.ops._exchange import ClassWeights, Found, Labels, Tokens, of_block
 from ds_fused.ops._loss import LossOptions, cross_entropy_bwd_torch, cross_entropy_fwd_torch
 from ds_fused.ops._merge import merge, merge_torch
-from ds_fused.ops._tiles import part_of, product, side, tile, tile_elements, wide
+from ds_fused.ops._tiles import of_chunk, product, side, tile, tile_elements, wide
 from ds_fused.ops._triton import runs_kernels
 from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
 from ds_fused.ops.vocab_shard import Flight, VocabShard, padded
@@ -271,7 +271,7 @@ class _Walk:
         for rows, weights in self.classes.passes(place, z.shape[0]):
             softmax(
                 z[rows], labels[rows], part[0, rows], part[1:3, rows], self.options, **self.columns, is_last=False,
-                right=part_of(right, rows), entropy=part_of(entropy, rows), **weights,
+                right=of_chunk(right, rows), entropy=of_chunk(entropy, rows), **weights,
             )  # fmt: skip
         return part
 
@@ -302,7 +302,7 @@ class _Walk:
         for rows, weights in self.classes.passes(place, z.shape[0]):
             softmax(
                 upstream[0, rows], z[rows], labels[rows], lse[:, rows], z[rows], self.options, **self.columns,
-                entropy=part_of(entropy, rows), dentropy=part_of(dentropy, rows), **weights,
+                entropy=of_chunk(entropy, rows), dentropy=of_chunk(dentropy, rows), **weights,
             )  # fmt: skip
 
 
