@@ -12,7 +12,7 @@ import jobs
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from special import CASES, STATIONARY, STREAM, both, case, engine_of, mine, model_of, my_steps, train
+from special import CASES, STATIONARY, STREAM, Batch, both, case, engine_of, mine, model_of, my_steps, train
 from transformers import LlamaForCausalLM
 
 import ds_fused
@@ -104,7 +104,7 @@ def with_own_loss(loss_of: Callable) -> OfItsOwn:
     return model
 
 
-def uneven() -> list[tuple[torch.Tensor, torch.Tensor]]:
+def uneven() -> list[Batch]:
     """Rank 1 has no label in the second step, and no token of the loss in the third."""
     batches = mine()
     if dist.get_rank() == 1:
@@ -113,7 +113,7 @@ def uneven() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return batches
 
 
-IN_BF16 = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}}
+DTYPES = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}}
 
 
 @case
@@ -127,7 +127,7 @@ def stationary_class_weights() -> dict:
         return F.cross_entropy(logits, labels, of_class, label_smoothing=0.1, reduction="sum") / 20
 
     build, run = partial(with_own_loss, loss_of), lambda engine: train(engine, uneven())
-    return {name: both(build, 3, block=STATIONARY, run=run, **more) for name, more in IN_BF16.items()}
+    return {name: both(build, 3, block=STATIONARY, run=run, **more) for name, more in DTYPES.items()}
 
 
 @case
@@ -155,7 +155,7 @@ def stationary_entropies() -> dict:
         engine.destroy()
         return found
 
-    return {name: {"stock": losses(False, **more), "fused": losses(True, **more)} for name, more in IN_BF16.items()}
+    return {name: {"stock": losses(False, **more), "fused": losses(True, **more)} for name, more in DTYPES.items()}
 
 
 @case
