@@ -36,7 +36,7 @@ from ds_fused.engine.stand_ins import ways_of
 from ds_fused.modules.scope import HeadWeight
 from ds_fused.ops._warmup import META, Done, Launch, compile_noted, noted, target_here, target_of
 from ds_fused.ops.slabs import WeightSlabs
-from ds_fused.ops.stationary import VocabShard
+from ds_fused.ops.vocab_shard import VocabShard
 from ds_fused.policies import plan
 
 # tokens of a sequence where nothing says more: kernels ask of it only whether 16 divides it

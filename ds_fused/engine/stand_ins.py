@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ds_fused.engine.shards import Shards
 from ds_fused.ops.slabs import WeightSlabs
-from ds_fused.ops.stationary import VocabShard
+from ds_fused.ops.vocab_shard import VocabShard
 
 
 def ways_of(weight: Tensor, ranks: int, mode: str, slab_bytes: int) -> list[WeightSlabs | VocabShard]:

@@ -17,7 +17,7 @@ from ds_fused.engine.delivery import Delivery
 from ds_fused.engine.hosts import Hosts
 from ds_fused.engine.shards import Shards
 from ds_fused.engine.zero_slabs import Flight
-from ds_fused.ops.stationary import VocabShard
+from ds_fused.ops.vocab_shard import VocabShard
 
 
 class ZeroShard(VocabShard):

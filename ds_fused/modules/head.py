@@ -28,7 +28,7 @@ from ds_fused.modules.scope import Scope, say_once
 from ds_fused.modules.steps import Step, replay
 from ds_fused.ops import cross_entropy, linear_cross_entropy
 from ds_fused.ops.slabs import WeightSlabs
-from ds_fused.ops.stationary import VocabShard
+from ds_fused.ops.vocab_shard import VocabShard
 
 
 @dataclasses.dataclass(frozen=True)

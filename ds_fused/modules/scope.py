@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ds_fused.modules.deferred import DeferredLogits
 from ds_fused.modules.on_demand import WholeWeight, with_steps
 from ds_fused.ops.slabs import WeightSlabs
-from ds_fused.ops.stationary import VocabShard
+from ds_fused.ops.vocab_shard import VocabShard
 
 log = logging.getLogger("ds_fused")
 

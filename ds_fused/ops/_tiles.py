@@ -115,6 +115,11 @@ def logits_of(room: Tensor, x: Tensor, rows: Tensor, bias: Tensor | None) -> Ten
     return z
 
 
+def of_chunk(whole: Tensor | None, chunk: slice) -> Tensor | None:
+    """Of a tensor [..., M] that may not be there, what a chunk of tokens has."""
+    return None if whole is None else whole[..., chunk]
+
+
 def product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False, scale: float = 1.0) -> None:
     """out = scale * a @ b, or out += scale * a @ b: summed in fp32 and rounded once, to out's dtype."""
     if out.dtype != a.dtype and not (a.is_cuda and out.dtype == torch.float32):

@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._loss import LossOptions, capped, columns, cross_entropy_bwd_torch, cross_entropy_fwd_torch
 from ds_fused.ops._slab import Slab, room_of
-from ds_fused.ops._tiles import Tiling, logits_of, product, wide
+from ds_fused.ops._tiles import Tiling, logits_of, of_chunk, product, wide
 from ds_fused.ops._triton import runs_kernels
 from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
 from ds_fused.ops.slabs import WeightSlabs
@@ -81,7 +81,7 @@ class FrozenHeadFunction(torch.autograd.Function):
                 before = lse[:, chunk].clone() if k > 0 else None
                 softmax_fwd(
                     z, slab.labels[chunk], loss[chunk], lse[:, chunk], slab.options, **slab.place,
-                    is_first=k == 0, is_last=k == len(source) - 1, right=None if right is None else right[chunk],
+                    is_first=k == 0, is_last=k == len(source) - 1, right=of_chunk(right, chunk),
                 )  # fmt: skip
                 column, here = parts.label(z, chunk, slab)
                 softmax_bwd(ones[chunk], z, _nowhere(slab, chunk), lse[:, chunk], z, bare, **slab.place)

@@ -41,6 +41,7 @@ from ds_fused.ops._tiles import (
     check_accumulate,
     check_memory,
     logits_of,
+    of_chunk,
     product,
     sum_dtype,
     tile,
@@ -52,7 +53,8 @@ from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd, cro
 from ds_fused.ops.frozen_head import FrozenHeadFunction
 from ds_fused.ops.one_pass import OnePassFunction, cut
 from ds_fused.ops.slabs import WeightSlabs, WholeWeight
-from ds_fused.ops.stationary import StationaryFunction, VocabShard
+from ds_fused.ops.stationary import StationaryFunction
+from ds_fused.ops.vocab_shard import VocabShard
 
 
 def linear_cross_entropy_reference(
@@ -85,10 +87,6 @@ def linear_cross_entropy_reference(
         return_z_loss=return_z_loss,
         return_accuracy=return_accuracy,
     )
-
-
-def _of_chunk(token_weights: Tensor | None, chunk: slice) -> Tensor | None:
-    return None if token_weights is None else token_weights[:, chunk]
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
@@ -141,9 +139,9 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                 last = k == len(source) - 1
                 softmax_fwd(
                     z, slab.labels[chunk], loss[chunk], lse[:, chunk], slab.options,
-                    **slab.place, is_first=k == 0, is_last=last, right=_part(right, chunk),
-                    weight=slab.class_weight, token_weights=_of_chunk(token_weights, chunk),
-                    entropy=_part(entropies, chunk),
+                    **slab.place, is_first=k == 0, is_last=last, right=of_chunk(right, chunk),
+                    weight=slab.class_weight, token_weights=of_chunk(token_weights, chunk),
+                    entropy=of_chunk(entropies, chunk),
                 )  # fmt: skip
         ctx.save_for_backward(x, weight, bias, labels, lse, class_weight, token_weights, entropies, *kept)
         ctx.slabs, ctx.tiles, ctx.options, ctx.op, ctx.overwritten = slabs, tiles, options, op, False
@@ -204,8 +202,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                 dz = z  # in place: nobody else has the tile
                 softmax_bwd(
                     dloss[chunk], z, slab.labels[chunk], lse[:, chunk], dz, slab.options, **slab.place,
-                    weight=slab.class_weight, token_weights=_of_chunk(token_weights, chunk),
-                    entropy=_part(entropies, chunk), dentropy=_part(dentropy, chunk),
+                    weight=slab.class_weight, token_weights=of_chunk(token_weights, chunk),
+                    entropy=of_chunk(entropies, chunk), dentropy=of_chunk(dentropy, chunk),
                 )  # fmt: skip
                 if wants_dx:
                     product(dx[chunk], dz, slab.rows, add=not is_first)
@@ -227,10 +225,6 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             None if dbias is None else dbias.to(bias.dtype),
             None, None, None, None, None, None, None, None, None, None,
         )  # fmt: skip
-
-
-def _part(whole: Tensor | None, chunk: slice) -> Tensor | None:
-    return None if whole is None else whole[chunk]
 
 
 def _add_dbias(dbias: Tensor, ids: Tensor | int, dz: Tensor) -> None:
@@ -331,15 +325,8 @@ def token_losses(
     n_vocab = _checked_vocabulary(op, x, weight, bias)
     check_loss(op, options, labels, reduction, x.shape[:-1], n_vocab, x.device)
     check_weight(op, "class_weight", class_weight, n_vocab, x.device)
-    if class_weight is not None and options.label_smoothing and isinstance(weight, VocabShard):
-        raise ValueError(
-            f"{op}: class_weight with label_smoothing={options.label_smoothing} while the rows of the weight stay on "
-            'their ranks; take one of the two, or another mode than "stationary"'
-        )
     check_memory(op, chunk_mb, keep_mb)
     check_accumulate(op, accumulate)
-    if entropy and isinstance(weight, VocabShard):
-        raise ValueError(f"{op}: there is no entropy yet of a weight that stays on its ranks (mode stationary)")
     autocast = autocast_dtype(x)
     slabs = None if isinstance(weight, (Tensor, VocabShard)) else weight
     for name, dtype in (("weight", weight.dtype), ("bias", bias.dtype if bias is not None else x.dtype)):
@@ -370,8 +357,12 @@ def token_losses(
     trains_x_alone = trains and not handle.requires_grad and (bias is None or not bias.requires_grad)
     in_one_go = trains_x_alone and not entropy and in_kernel[0] is None and frozen_head.takes(options)
     if isinstance(weight, VocabShard):
-        guess = reduction if trains and weight.guesses and reduction != "none" and of_token is None else None
-        results = StationaryFunction.apply(rows, handle, bias, flat, weight, options, chunk_bytes, guess, more)
+        # class weights make a mean's divisor another than the count
+        may_guess = trains and weight.guesses and reduction != "none" and of_token is None and not entropy
+        guess = reduction if may_guess else None
+        results = StationaryFunction.apply(
+            rows, handle, bias, flat, weight, options, chunk_bytes, *in_kernel, guess, more, entropy
+        )
     else:
         keeps = trains and not in_one_go
         tiles = tiling(

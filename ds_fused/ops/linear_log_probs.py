@@ -25,7 +25,7 @@ from torch import Tensor
 from ds_fused.ops._loss import LossOptions
 from ds_fused.ops.linear_cross_entropy import token_losses
 from ds_fused.ops.slabs import WeightSlabs
-from ds_fused.ops.stationary import VocabShard
+from ds_fused.ops.vocab_shard import VocabShard
 
 
 def linear_log_probs_reference(

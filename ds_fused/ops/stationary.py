@@ -5,7 +5,7 @@ Each rank multiplies the tokens of all ranks with its own vocabulary rows, block
     x [W * T, H]    from all ranks                           (all-gather)
     z [W * T, n]  = x @ rows.T, its softmax pass over n columns
     lse, loss       from the W parts of each token           (all-gather of 3 numbers a token; merged by every rank;
-                                                              4 where the argmax is asked for)
+                                                              4 where the argmax or the entropy is asked for)
     dz              over z, in place
     dx            = sum over ranks of dz @ rows              (reduce-scatter, in fp32)
     dw           += dz.T @ x                                 fp32, of these rows alone: nothing to reduce
@@ -18,90 +18,36 @@ Logits exist for one block, and each is computed once (6 MHV FLOPs), if gradient
 linear in the upstream gradient, but dw only in one that all tokens share, up to what the forward knows (1 / count for
 a mean). That is so for any loss that is a mean or a sum, and the backward asks all ranks whether it was. Where not
 (weights of tokens or of ranks), it makes the gradients again with the right ones, 12 MHV, and from then on in the
-backward alone, 8 MHV; the result is the same.
+backward alone, 8 MHV; the result is the same. With class weights or entropies the forward makes none.
 
-Saved for backward: x, labels and lse of all tokens (16 bytes each), dx, and dw in fp32 [n, H].
+A rank computes with its own options, so all ranks give the same ones. Of class weights each may have its own, where all
+have some; with smoothing they travel (an all-gather of V numbers and one of 2 a token), and a softmax pass takes the
+tokens of one rank at a time.
+
+Saved for backward: x, labels and lse of all tokens (16 bytes each), dx, and dw in fp32 [n, H]. With entropies 4 bytes a
+token more; with class weights that the softmax passes see 8, and [W, n] of them.
 
 Sizes: M tokens of this rank, W ranks, T tokens of a rank in a block, H hidden, V vocabulary, n rows of this rank.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_fused.ops._exchange import ClassWeights, Found, Labels, Tokens, of_block
 from ds_fused.ops._loss import LossOptions, cross_entropy_bwd_torch, cross_entropy_fwd_torch
 from ds_fused.ops._merge import merge, merge_torch
-from ds_fused.ops._tiles import product, side, tile, tile_elements, wide
+from ds_fused.ops._tiles import of_chunk, product, side, tile, tile_elements, wide
 from ds_fused.ops._triton import runs_kernels
 from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
+from ds_fused.ops.vocab_shard import Flight, VocabShard, padded
 
-# dz lies in [-1, 1]: times this, the small ones of a large vocabulary stay clear of fp16's least number (6e-8)
-FP16_HEADROOM = 256.0
 # ratios of fp32 numbers that stand for the same one
 SAME = 1e-6
-
-
-class Flight(Protocol):
-    """A collective under way."""
-
-    def land(self) -> Tensor:
-        """Its result; what is computed from now on waits for it."""
-        ...
-
-
-class ShardGradient(Protocol):
-    """The gradient of a shard's rows on its way home."""
-
-    rows: Tensor  # [n, H] for the op to write
-
-    def give(self, factor: float) -> None:
-        """``factor * rows``, summed over all tokens of all ranks, is complete."""
-        ...
-
-
-class VocabShard(ABC):
-    """A weight [V, H] of which each rank holds neighbouring rows; every rank calls the same methods in the same order.
-
-    The number and order of collectives depend on V, H, W and the largest M alone.
-    """
-
-    shape: tuple[int, int]  # V, H
-    dtype: torch.dtype
-    device: torch.device
-    requires_grad: bool
-    ranks: int  # W
-    rank: int
-    first_id: int  # this rank has the vocabulary ids [first_id, first_id + n)
-    n_rows: int  # n
-    # whether gradients are made in the forward: until a backward has found that it was for nothing
-    guesses: bool = True
-
-    @abstractmethod
-    def rows(self) -> tuple[Tensor, ...]:
-        """This rank's rows in order, in one piece or more [n_i, H]. May be a collective."""
-
-    @abstractmethod
-    def most(self, n: int) -> int:
-        """The largest n of all ranks. The host waits for the other hosts, no GPU does."""
-
-    @abstractmethod
-    def gather(self, mine: Tensor) -> Flight:
-        """[...] of each rank, alike in shape -> [W, ...]"""
-
-    @abstractmethod
-    def reduce_scatter(self, parts: Tensor) -> Flight:
-        """[W, ...] -> [...]: the sum over ranks of the part that is this one's"""
-
-    @abstractmethod
-    def gradient(self, dtype: torch.dtype = torch.float32) -> ShardGradient:
-        """Room for a gradient."""
 
 
 def block_bytes(n_vocab: int, hidden: int, ranks: int, itemsize: int) -> int:
@@ -112,67 +58,6 @@ def block_bytes(n_vocab: int, hidden: int, ranks: int, itemsize: int) -> int:
 def block_tokens(most: int, n_vocab: int, hidden: int, ranks: int, itemsize: int, chunk_bytes: int) -> int:
     """T: so many that a block takes about `chunk_bytes`."""
     return side(max(most, 1), chunk_bytes // block_bytes(n_vocab, hidden, ranks, itemsize), ranks)
-
-
-class _Tokens:
-    """The tokens of all ranks, block after block; the first is on its way at once."""
-
-    def __init__(self, shard: VocabShard, x: Tensor, most: int, block: int) -> None:
-        self.shard, self.x, self.most, self.block = shard, x, most, block
-        self.places = [slice(start, min(start + block, most)) for start in range(0, most, block)]
-        self._coming: Flight | None = None
-        self.start(0)
-
-    def start(self, i: int) -> None:
-        """Have block i on its way, if there is one."""
-        if i < len(self.places):
-            place = self.places[i]
-            # zeros, since what nobody wrote may be NaN, and 0 * NaN would go into dw
-            self._coming = self.shard.gather(padded(self.x[place], place.stop - place.start, 0.0))
-
-    def land(self) -> Tensor:
-        """x [W * T, H] of the block that was started last."""
-        coming, self._coming = self._coming, None
-        return coming.land().view(-1, self.x.shape[1])
-
-
-class _Labels:
-    """The labels of all ranks [W, most], on their way until they are asked for, and what follows from them."""
-
-    def __init__(
-        self, shard: VocabShard, mine: Tensor, most: int, options: LossOptions, guess: str | None, dtype: torch.dtype
-    ) -> None:
-        self._flight = shard.gather(padded(mine, most, options.ignore_index))
-        self._ignored, self._guess, self._dtype = options.ignore_index, guess, dtype
-
-    @cached_property
-    def all(self) -> Tensor:
-        return self._flight.land()
-
-    @cached_property
-    def counts(self) -> Tensor:
-        """[W]: tokens that count."""
-        return (self.all != self._ignored).sum(1)
-
-    @cached_property
-    def weights(self) -> Tensor:
-        """[W]: what a loss of each rank's tokens weighs, up to one factor for all, and at most `FP16_HEADROOM`."""
-        counts = self.counts.clamp_min(1).to(torch.promote_types(self._dtype, torch.float32))
-        weights = counts.min() / counts if self._guess == "mean" else torch.ones_like(counts)
-        return weights * FP16_HEADROOM if self._dtype == torch.float16 else weights
-
-    def upstream(self) -> Tensor:
-        """[W, most]"""
-        return self.weights[:, None].expand(-1, self.all.shape[1])
-
-
-def padded(mine: Tensor, n: int, value: float) -> Tensor:
-    """[m, ...] to n >= m along the first dimension; itself where it has that."""
-    if mine.shape[0] == n:
-        return mine.contiguous()
-    out = mine.new_full((n, *mine.shape[1:]), value)
-    out[: mine.shape[0]] = mine
-    return out
 
 
 class _Rows:
@@ -201,10 +86,17 @@ class _Rows:
 
 
 class _Gradients:
-    """What the blocks add up to: dx of this rank's tokens; dw and dbias of its rows."""
+    """What the blocks add up to: dx of this rank's tokens; dw and dbias of its rows.
 
-    def __init__(self, shard: VocabShard, rows: _Rows, x: Tensor, bias: Tensor | None, wants: tuple[bool, ...]) -> None:
-        self.shard, self.rows = shard, rows
+    ``upstream``: [1, W, most] of the losses, [2, W, most] where entropies have one too. Asked for when the first logits
+    are under way, which don't need it.
+    """
+
+    def __init__(
+        self, shard: VocabShard, rows: _Rows, x: Tensor, bias: Tensor | None, wants: tuple[bool, ...],
+        upstream: Callable[[], Tensor],
+    ) -> None:  # fmt: skip
+        self.shard, self.rows, self.upstream = shard, rows, upstream
         self.dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wants[0] else None
         self.dw = shard.gradient() if wants[1] else None
         # zeros for the rows of other ranks: the mean over ranks, as of any parameter, puts the parts together
@@ -247,9 +139,10 @@ class _Gradients:
 class StationaryFunction(torch.autograd.Function):
     """x [M, H], this rank's rows of a weight and labels [M] to one loss a token [M], fp32.
 
-    `anchor` is empty and requires grad if the weight does. `guess`: the reduction on top, "mean" or "sum", with which
-    gradients are made in the forward; None makes none there. `more`: lse [2, M] and right [M] as well, which costs a
-    fourth number a token.
+    `anchor` is empty and requires grad if the weight does. `class_weight` [V] and `token_weights` [2, M] are given
+    where there is smoothing too. `guess`: the reduction on top, "mean" or "sum", with which gradients are made in the
+    forward; None makes none there. `more`: lse [2, M] and right [M] as well; `entropy`: the entropy [M] of each token's
+    softmax as well. Either costs a fourth number a token; not both.
     """
 
     @staticmethod
@@ -262,34 +155,47 @@ class StationaryFunction(torch.autograd.Function):
         shard: VocabShard,
         options: LossOptions,
         chunk_bytes: int,
+        class_weight: Tensor | None,
+        token_weights: Tensor | None,
         guess: str | None,
         more: bool,
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        entropy: bool,
+    ) -> Tensor | tuple[Tensor, ...]:
         most = shard.most(x.shape[0])
         block = block_tokens(most, *shard.shape, shard.ranks, x.element_size(), chunk_bytes)
-        tokens = _Tokens(shard, x, most, block)
-        everyones = _Labels(shard, labels, most, options, guess, x.dtype)
+        tokens = Tokens(shard, x, most, block)
+        everyones = Labels(shard, labels, most, options, guess, x.dtype)
+        classes = ClassWeights()
+        if class_weight is not None:
+            classes = ClassWeights.exchanged(shard, class_weight, token_weights, most)
         loss = x.new_empty(x.shape[0], dtype=wide(x))
-        lse = x.new_empty(2, shard.ranks, most, dtype=wide(x))
-        right = torch.empty_like(loss) if more else None
+        lse = loss.new_empty(2, shard.ranks, most)
+        found = Found(
+            lse, torch.empty_like(lse[0]) if entropy else None, loss, torch.empty_like(loss) if more else None
+        )
         rows = _Rows(shard, x, bias)
         made = None
         if guess is not None:
-            made = _Gradients(shard, rows, x, bias, ctx.needs_input_grad[:3])
-        _Walk(tokens, rows, options, lambda: everyones.all, lse, everyones.upstream, made)(loss, right)
-        ctx.save_for_backward(x, bias, everyones.all, lse, everyones.counts, everyones.weights)
+            made = _Gradients(shard, rows, x, bias, ctx.needs_input_grad[:3], everyones.upstream)
+        _Walk(tokens, rows, options, lambda: everyones.all, classes, found, made)()
+        ctx.save_for_backward(
+            x, bias, everyones.all, everyones.counts, everyones.weights, lse, found.entropy, classes.of_columns,
+            classes.of_tokens,
+        )  # fmt: skip
         ctx.shard, ctx.options, ctx.block, ctx.made = shard, options, block, made
+        # copies: whoever keeps them should not keep those of all ranks
+        if entropy:
+            return loss, found.entropy[shard.rank, : x.shape[0]].clone()
         if not more:
             return loss
-        # a copy: whoever keeps it should not keep the lse of all ranks
         mine = lse[:, shard.rank, : x.shape[0]].clone()
-        ctx.mark_non_differentiable(mine, right)
-        return loss, mine, right
+        ctx.mark_non_differentiable(mine, found.right)
+        return loss, mine, found.right
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, bias, labels, lse, counts, weights = ctx.saved_tensors
+    def backward(ctx, dloss: Tensor, *more: Tensor) -> tuple[Tensor | None, ...]:
+        x, bias, labels, counts, weights, lse, entropy, *classes = ctx.saved_tensors
         shard, (made, ctx.made) = ctx.shard, (ctx.made, None)
         factor = None if made is None else _common_factor(shard, dloss, weights, counts)
         if factor is None:
@@ -297,17 +203,19 @@ class StationaryFunction(torch.autograd.Function):
             shard.guesses = made is None and shard.guesses
             made = None  # frees its memory
             rows = _Rows(shard, x, bias)
-            made, factor = _Gradients(shard, rows, x, bias, ctx.needs_input_grad[:3]), 1.0
-            upstream = shard.gather(padded(dloss, labels.shape[1], 0.0)).land()
-            tokens = _Tokens(shard, x, labels.shape[1], ctx.block)
-            _Walk(tokens, rows, ctx.options, lambda: labels, lse, lambda: upstream, made)()
+            mine = torch.stack([dloss] if entropy is None else [dloss, more[0]], 1)
+            upstream = shard.gather(padded(mine, labels.shape[1], 0.0)).land().permute(2, 0, 1)
+            made = _Gradients(shard, rows, x, bias, ctx.needs_input_grad[:3], lambda: upstream)
+            factor = 1.0
+            tokens = Tokens(shard, x, labels.shape[1], ctx.block)
+            _Walk(tokens, rows, ctx.options, lambda: labels, ClassWeights(*classes), Found(lse, entropy), made)()
         if made.dw is not None:
             made.dw.give(factor)
         return (
             None if made.dx is None else made.dx.mul_(factor),
             None,
             None if made.dbias is None else made.dbias.mul_(factor).to(bias.dtype),
-            None, None, None, None, None, None,
+            None, None, None, None, None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -316,27 +224,21 @@ class _Walk:
 
     def __init__(
         self,
-        tokens: _Tokens,
+        tokens: Tokens,
         rows: _Rows,
         options: LossOptions,
-        labels: Callable[[], Tensor],  # [W, most]
-        lse: Tensor,  # [2, W, most], written in a forward, read in a backward
-        upstream: Callable[[], Tensor],  # [W, most]
-        gradients: _Gradients | None,
+        labels: Callable[[], Tensor],  # [W, most]; asked for when the first logits are under way
+        classes: ClassWeights,
+        found: Found,  # written where it has a loss, else read
+        gradients: _Gradients | None,  # where they are wanted
     ) -> None:
-        self.tokens, self.rows, self.options, self.lse = tokens, rows, options, lse
-        # asked for when the first logits are under way, which don't need them
-        self.labels, self.upstream = labels, upstream
-        self.gradients = gradients
+        self.tokens, self.rows, self.options, self.labels = tokens, rows, options, labels
+        self.classes, self.found, self.gradients = classes, found, gradients
         self.shard = tokens.shard
         self.kernels = runs_kernels(tokens.x)
         self.columns = {"n_vocab": self.shard.shape[0], "first_id": self.shard.first_id}
 
-    def __call__(self, loss: Tensor | None = None, right: Tensor | None = None) -> None:
-        """``loss`` [M]: where given, it and lse are written, else lse is read. Gradients if they are wanted.
-
-        ``right`` [M]: written where given.
-        """
+    def __call__(self) -> None:
         tokens, gradients = self.tokens, self.gradients
         most = self.shard.ranks * min(tokens.block, tokens.most)
         room = tokens.x.new_empty(tile_elements(most, self.shard.n_rows))
@@ -346,12 +248,12 @@ class _Walk:
             self.rows.logits(z, x)
             if gradients is not None:
                 gradients.send()
-            labels = self.labels()[:, place].reshape(-1)
-            coming = None if loss is None else self.shard.gather(self._numbers(z, labels, right is not None))
+            labels = of_block(self.labels(), place)
+            coming = None if self.found.loss is None else self.shard.gather(self._numbers(place, z, labels))
             # behind those numbers, which are waited for sooner
             tokens.start(i + 1)
             if coming is not None:
-                self._merge(coming.land(), place, labels, loss, right)
+                self._merge(coming.land(), place, labels)
             if gradients is not None:
                 # dz in place: nobody else has the logits
                 self._softmax_bwd(place, z, labels)
@@ -359,29 +261,49 @@ class _Walk:
         if gradients is not None:
             gradients.finish()
 
-    def _numbers(self, z: Tensor, labels: Tensor, wants_right: bool) -> Tensor:
-        """[3 or 4, W * T]: what this rank's columns say of each token."""
+    def _numbers(self, place: slice, z: Tensor, labels: Tensor) -> Tensor:
+        """[3 to 5, W * T]: what this rank's columns say of each token."""
         softmax = cross_entropy_fwd if self.kernels else cross_entropy_fwd_torch
-        part = self.lse.new_empty(4 if wants_right else 3, z.shape[0])
-        right = part[3] if wants_right else None
-        softmax(z, labels, part[0], part[1:3], self.options, **self.columns, is_first=True, is_last=False, right=right)
+        found = self.found
+        part = found.lse.new_empty(3 + (found.right is not None) + (found.entropy is not None), z.shape[0])
+        right = None if found.right is None else part[3]
+        entropy = None if found.entropy is None else part[-1]
+        for rows, weights in self.classes.passes(place, z.shape[0]):
+            softmax(
+                z[rows], labels[rows], part[0, rows], part[1:3, rows], self.options, **self.columns, is_last=False,
+                right=of_chunk(right, rows), entropy=of_chunk(entropy, rows), **weights,
+            )  # fmt: skip
         return part
 
-    def _merge(self, parts: Tensor, place: slice, labels: Tensor, loss: Tensor, right: Tensor | None) -> None:
-        n = labels.shape[0]
-        block_loss, block_lse = self.lse.new_empty(n), self.lse.new_empty(2, n)
-        block_right = None if right is None else self.lse.new_empty(n)
-        (merge if self.kernels else merge_torch)(parts, labels, block_loss, block_lse, self.options, block_right)
-        for whole, block in ((loss, block_loss), (right, block_right)):
+    def _merge(self, parts: Tensor, place: slice, labels: Tensor) -> None:
+        found, n = self.found, labels.shape[0]
+        loss, lse = found.lse.new_empty(n), found.lse.new_empty(2, n)
+        right = None if found.right is None else torch.empty_like(loss)
+        entropy = None if found.entropy is None else torch.empty_like(loss)
+        (merge if self.kernels else merge_torch)(
+            parts, labels, loss, lse, self.options,
+            right=right, entropy=entropy, token_weights=self.classes.of_block(place),
+        )  # fmt: skip
+        for whole, block in ((found.loss, loss), (found.right, right)):
             if whole is not None:
                 mine = whole[place]
                 mine.copy_(block.view(self.shard.ranks, -1)[self.shard.rank, : mine.shape[0]])
-        self.lse[:, :, place] = block_lse.view(2, self.shard.ranks, -1)
+        found.lse[:, :, place] = lse.view(2, self.shard.ranks, -1)
+        if entropy is not None:
+            found.entropy[:, place] = entropy.view(self.shard.ranks, -1)
 
     def _softmax_bwd(self, place: slice, z: Tensor, labels: Tensor) -> None:
         softmax = cross_entropy_bwd if self.kernels else cross_entropy_bwd_torch
-        upstream, lse = self.upstream()[:, place].reshape(-1), self.lse[:, :, place].reshape(2, -1)
-        softmax(upstream, z, labels, lse, z, self.options, **self.columns)
+        found = self.found
+        upstream, lse = of_block(self.gradients.upstream(), place), of_block(found.lse, place)
+        entropy = dentropy = None
+        if found.entropy is not None:
+            entropy, dentropy = of_block(found.entropy, place), upstream[1]
+        for rows, weights in self.classes.passes(place, z.shape[0]):
+            softmax(
+                upstream[0, rows], z[rows], labels[rows], lse[:, rows], z[rows], self.options, **self.columns,
+                entropy=of_chunk(entropy, rows), dentropy=of_chunk(dentropy, rows), **weights,
+            )  # fmt: skip
 
 
 def _common_factor(shard: VocabShard, dloss: Tensor, weights: Tensor, counts: Tensor) -> float | None:

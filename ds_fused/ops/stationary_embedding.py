@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._ids import flat_ids
 from ds_fused.ops._tiles import side, wide
-from ds_fused.ops.stationary import Flight, VocabShard, padded
+from ds_fused.ops.vocab_shard import Flight, VocabShard, padded
 
 NOBODYS = -1
 

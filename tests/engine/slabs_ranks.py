@@ -36,12 +36,28 @@ class Model(nn.Module):
         self.body = nn.Linear(hidden, hidden)
         self.head = nn.Linear(hidden, n_vocab, bias=False)
         self.slabs: ZeroSlabs | ZeroShard | None = None
+        self.loss_of = loss
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         x = self.body(x)
         if self.slabs is None:
             return F.cross_entropy(self.head(x), labels, reduction="sum")
-        return ds_fused.linear_cross_entropy(x, self.slabs, labels, reduction="sum", chunk_mb=2**-20, keep_mb=0)
+        return self.loss_of(x, self.slabs, labels)
+
+
+def loss(x: torch.Tensor, slabs: ZeroSlabs | ZeroShard, labels: torch.Tensor) -> torch.Tensor:
+    return ds_fused.linear_cross_entropy(x, slabs, labels, reduction="sum", chunk_mb=2**-20, keep_mb=0)
+
+
+def policy_loss(x: torch.Tensor, slabs: ZeroShard, labels: torch.Tensor) -> torch.Tensor:
+    log_probs, entropies = ds_fused.linear_log_probs(x, slabs, labels, entropy=True, chunk_mb=2**-20)
+    return -(log_probs + 0.1 * entropies).sum()
+
+
+def weighted_loss(x: torch.Tensor, slabs: ZeroShard, labels: torch.Tensor) -> torch.Tensor:
+    weight = torch.linspace(0.5, 1.5, slabs.shape[0])
+    options = {"label_smoothing": 0.1, "reduction": "sum", "chunk_mb": 2**-20}
+    return ds_fused.linear_cross_entropy(x, slabs, labels, class_weight=weight, **options)
 
 
 def engine_of(model: Model) -> deepspeed.DeepSpeedEngine:
@@ -130,6 +146,8 @@ def main(out: str) -> None:
             "fused": train(fused, engines[1], n_vocab, hidden),
             "stationary": train(still, engines[2], n_vocab, hidden),
         }
+        for name, still.loss_of in (("entropies", policy_loss), ("class weights", weighted_loss)):
+            result[name] = train(still, engines[2], n_vocab, hidden)
         results.append(result)
         for engine in engines:
             engine.destroy()

@@ -58,9 +58,9 @@ def test_collectives_depend_on_the_weight_alone(ranks):
 
 def test_collectives_of_rows_that_stay_depend_on_the_most_tokens_too(ranks):
     n_ranks = len(ranks)
-    for weights in zip(*ranks, strict=True):
-        assert all(row["stationary"]["collectives"] == weights[0]["stationary"]["collectives"] for row in weights)
-        for step, seen in enumerate(weights[0]["stationary"]["collectives"]):
+    for weights, kind in product(zip(*ranks, strict=True), ("stationary", "entropies", "class weights")):
+        assert all(row[kind]["collectives"] == weights[0][kind]["collectives"] for row in weights)
+        for step, seen in enumerate(weights[0][kind]["collectives"]):
             # tests/engine/slabs_ranks.py's batches; the last rank has none in the last step
             most = 3 + 2 * (n_ranks - 1) + step - (2 if step == 2 and n_ranks > 1 else 0)
             blocks = -(-most // max(1, 4 // n_ranks))
@@ -69,7 +69,14 @@ def test_collectives_of_rows_that_stay_depend_on_the_most_tokens_too(ranks):
             # of a block its tokens and three numbers a token; labels; the upstream gradients; pieces of split rows
             n_vocab, hidden, _ = weights[0]["weight"]
             pieces = 2 * Shards(n_vocab, hidden, n_ranks).splits_rows
-            assert names.count("all_gather_into_tensor") == 2 * blocks + 2 + pieces
+            gathers = 2 * blocks + 2 + pieces
+            if kind != "stationary":
+                # the forward makes no gradients, so the backward wants tokens again, and the pieces
+                gathers += blocks + pieces // 2
+            if kind == "class weights":
+                # and those of the tokens
+                gathers += 2
+            assert names.count("all_gather_into_tensor") == gathers
 
 
 def test_a_shape_is_cut_into_rows_that_are_there_once():

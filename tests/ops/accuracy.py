@@ -76,12 +76,13 @@ def as_accurate(
         for name, y, y_again, y_torch, y_exact in zip(
             names[part], ours[part], again[part], torchs[part], exact[part], strict=True
         ):
-            _judge(name, y, y_again, y_torch, y_exact, floor)
+            judge(name, y, y_again, y_torch, y_exact, floor)
 
 
-def _judge(
-    name: str, y: Tensor | None, again: Tensor | None, torchs: Tensor | None, exact: Tensor | None, floor: float
+def judge(
+    name: str, y: Tensor | None, again: Tensor | None, torchs: Tensor | None, exact: Tensor | None, floor: float = 0.0
 ) -> None:
+    """One result, the same from a second run, PyTorch's, and fp64's."""
     if exact is None or y is None:
         assert y is None and exact is None, f"{name}: {'missing' if y is None else 'not asked for'}"
         return

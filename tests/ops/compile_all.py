@@ -29,7 +29,7 @@ import ds_fused.ops as ops
 import ds_fused.ops._triton as shared
 from ds_fused.ops._warmup import Absent
 from ds_fused.ops.registry import OPS
-from ds_fused.ops.stationary import VocabShard
+from ds_fused.ops.vocab_shard import VocabShard
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -196,6 +196,8 @@ def linear_cross_entropy() -> None:
     ops.linear_cross_entropy(leaf(2, 8), leaf(50257, 8), labels, bias=leaf(50257), **options).backward()
     ops.linear_cross_entropy(leaf(2, 8).detach(), OneOfTwo(), labels)
     ops.linear_cross_entropy(leaf(2, 8).detach(), OneOfTwo(), labels, return_accuracy=True)
+    weights = {"class_weight": leaf(32000).detach(), "label_smoothing": 0.1}
+    ops.linear_cross_entropy(leaf(2, 8).detach(), OneOfTwo(), labels, **weights)
 
 
 def linear_log_probs() -> None:
@@ -203,6 +205,7 @@ def linear_log_probs() -> None:
     for options in ({}, {"softcap": 30.0, "temperature": 0.7}):
         sum(ops.linear_log_probs(leaf(2, 8), leaf(32000, 8), labels, entropy=True, **options)).sum().backward()
     ops.linear_log_probs(leaf(2, 8), leaf(50257, 8), labels).sum().backward()
+    ops.linear_log_probs(leaf(2, 8).detach(), OneOfTwo(), labels, entropy=True)
 
 
 def linear_jsd() -> None:

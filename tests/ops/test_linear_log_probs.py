@@ -125,15 +125,15 @@ def test_slabs_are_called_in_an_order_that_no_token_changes(n_tokens, where):
     assert slabs.grad.isfinite().all()
 
 
-@only_plain
-def test_a_weight_that_stays_on_its_ranks(where):
-    def shard(x, weight, labels):
-        return linear_log_probs(x, Shard(weight, 0, len(weight)), labels)
+def where_it_stays(x, weight, labels, bias=None, **options):
+    return linear_log_probs(x, Shard(weight, 0, len(weight)), labels, bias=bias, **options)
 
-    as_accurate(shard, theirs, some(6, 3, 29, where)[:3], torch.float32)
-    x, weight, labels, _ = some(6, 3, 29, where)
-    with pytest.raises(ValueError, match="linear_log_probs: there is no entropy yet of a weight that stays"):
-        linear_log_probs(x, Shard(weight, 0, 29), labels, entropy=True)
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_stays_on_its_ranks(dtype, entropy, where):
+    inputs = some(6, 3, 29, where, EVERYTHING["ignore_index"])
+    as_accurate(where_it_stays, theirs, inputs, dtype, entropy=entropy, chunk_mb=MB, **EVERYTHING)
 
 
 @only_plain

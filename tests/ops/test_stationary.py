@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
-from accuracy import as_accurate, randn
+from accuracy import as_accurate, judge, randn
 from shards import Round, Shard, on_ranks
 from torch import Tensor
 
+from ds_fused.ops import _labels, _merge
 from ds_fused.ops._loss import LossOptions
 from ds_fused.ops._merge import merge, merge_torch
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from ds_fused.ops.linear_log_probs import linear_log_probs, linear_log_probs_reference
 from ds_fused.ops.stationary import block_tokens
 
 MB = 2**-20
@@ -23,6 +28,19 @@ EVERYTHING = {"label_smoothing": 0.3, "z_loss": 0.02, "softcap": 5.0, "logit_sca
 
 pytestmark = pytest.mark.usefixtures("where")
 only_plain = pytest.mark.parametrize("where", ["plain"], indirect=True)
+
+
+@pytest.fixture
+def kernels_in_turn(monkeypatch) -> None:
+    """For ranks that are threads: the interpreter runs one kernel at a time."""
+    lock = threading.Lock()
+    for module in (_labels, _merge, import_module("ds_fused.ops.cross_entropy")):
+
+        def launch(*args: object, launch: Callable[..., None] = module.launch, **options: object) -> None:
+            with lock:
+                launch(*args, **options)
+
+        monkeypatch.setattr(module, "launch", launch)
 
 
 def ours(x, weight, labels, bias=None, **options):
@@ -74,23 +92,45 @@ def test_a_second_backward_is_right(where):
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
-def test_merge(z_loss, where):
+@pytest.mark.parametrize("more", ["nothing", "entropy", "weights", "right and entropy"])
+def test_merge(more, z_loss, where):
     """Parts of a row: far apart, one of them -inf everywhere, and a token that is ignored."""
     z = 30 * randn(5, 4, 7, device=where).float()
     z[1, 0] = float("-inf")
+    z[0] /= 30  # a token that is not sure
     labels = torch.tensor([0, 1, -100, 3, 0], device=where)
     peak = z.amax(2).clamp_min(-1e38)
-    parts = torch.stack([z[..., 0], peak, (z - peak[..., None]).exp().sum(2).log()], 1)  # token, 3, part
-    parts = parts.permute(2, 1, 0).contiguous()
+    gap = peak[..., None] - z
+    numbers = [z[..., 0], peak, (-gap).exp().sum(2).log()]  # each token, part
     loss, lse = torch.empty(5, device=where), torch.empty(2, 5, device=where)
+    options: dict[str, Tensor] = {}
+    if "right" in more:
+        options["right"] = torch.empty_like(loss)
+        numbers.append(torch.arange(4.0, device=where).expand(5, 4))
+    if "entropy" in more:
+        options["entropy"] = torch.empty_like(loss)
+        numbers.append(((-gap).exp() * gap.clamp_max(1e38)).sum(2))
+    of_label, of_all = 1.0, 1.0
+    if more == "weights":
+        options["token_weights"] = randn(2, 5, device=where).float().abs()
+        of_label, of_all = options["token_weights"].double()
     run = merge_torch if where.type == "cpu" and not _interpreted() else merge
-    run(parts, labels, loss, lse, LossOptions(z_loss=z_loss))
-    true = z.double().flatten(1).logsumexp(1)
-    keeps = labels >= 0
+    parts = torch.stack(numbers, 1).permute(2, 1, 0).contiguous()
+    run(parts, labels, loss, lse, LossOptions(z_loss=z_loss), **options)
+    rows = z.double().flatten(1)
+    true, keeps = rows.logsumexp(1), labels >= 0
     assert torch.allclose(lse.sum(0)[keeps].double(), true[keeps], rtol=1e-6)
-    want = true - z[..., 0].double().sum(1) + z_loss * true**2
+    want = of_all * true - z[..., 0].double().sum(1) + z_loss * of_label * true**2
     assert torch.allclose(loss[keeps].double(), want[keeps], rtol=1e-6)
     assert loss[2] == 0 and (lse[:, 2] == 0).all()
+    if "entropy" in more:
+        p = rows.softmax(1)
+        entropy = -torch.special.xlogy(p, p).sum(1)
+        assert entropy[0] > 1 > entropy[3] and options["entropy"][2] == 0
+        assert torch.allclose(options["entropy"][keeps].double(), entropy[keeps], rtol=1e-5, atol=1e-7)
+    if "right" in more:
+        # the number of the part that has the largest of all
+        assert torch.equal(options["right"][keeps], rows[keeps].argmax(1).div(7, rounding_mode="floor").float())
 
 
 def _interpreted() -> bool:
@@ -106,34 +146,18 @@ def weighted(loss_of):
     return run
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_class_weights(reduction, where):
+def test_class_weights(reduction, label_smoothing, where):
     labels = torch.arange(6, device=where) * 3 % 23
     labels[2] = -100
     inputs = [2 * randn(6, 3, device=where), randn(23, 3, device=where), labels, randn(23, device=where, seed=5).abs()]
-    as_accurate(
-        weighted(ours),
-        weighted(theirs),
-        inputs,
-        torch.bfloat16,
-        frozen=(3,),
-        reduction=reduction,
-        z_loss=0.1,
-        **BLOCKS[0],
-    )
-
-
-@only_plain
-def test_class_weights_with_smoothing_are_an_error(where):
-    x, weight, labels = torch.zeros(2, 3), torch.zeros(7, 3), torch.tensor([0, 1])
-    with pytest.raises(ValueError, match="linear_cross_entropy: class_weight with label_smoothing=0.1 while the rows"):
-        ours(x, weight, labels, class_weight=torch.ones(7), label_smoothing=0.1)
+    options = {"reduction": reduction, "label_smoothing": label_smoothing, "z_loss": 0.1, **BLOCKS[0]}
+    as_accurate(weighted(ours), weighted(theirs), inputs, torch.bfloat16, frozen=(3,), **options)
 
 
 @pytest.mark.parametrize("n_ranks", [1, 3])
-def test_what_else_is_returned(n_ranks, where):
-    if n_ranks > 1 and (where.type != "cpu" or _interpreted()):
-        pytest.skip("ranks that are threads run without kernels")
+def test_what_else_is_returned(n_ranks, where, kernels_in_turn):
     # quarters, whose sums no order rounds: equal rows are ties, on one rank and between ranks
     x, weight = ((4 * randn(n, 5, device=where)).round().float() / 4 for n in (7, 29))
     weight[14:28] = weight[:14].clone()
@@ -210,6 +234,118 @@ def test_three_ranks(counts, upstream, where):
     assert shards[0].collectives == shards[1].collectives == shards[2].collectives
     # what was for nothing once is not done again
     assert all(shard.guesses == (upstream != "rank" or not any(counts)) for shard in shards)
+
+
+# of x [M, H], the weight, labels and the rank
+Job = Callable[[Tensor, "Tensor | Shard", Tensor, int], tuple[Tensor, ...]]
+
+
+def entropies(x: Tensor, weight: Tensor | Shard, labels: Tensor, rank: int) -> tuple[Tensor, ...]:
+    exact = x.dtype == torch.float64
+    op = linear_log_probs_reference if exact else partial(linear_log_probs, chunk_mb=MB)
+    return op(x, weight, labels, entropy=True, temperature=1.4, softcap=5.0)
+
+
+def class_weights(reduction: str, more: bool = False) -> Job:
+    """Each rank has its own."""
+    options = {"reduction": reduction, "label_smoothing": 0.2, "z_loss": 0.1}
+    options |= {"return_z_loss": more, "return_accuracy": more}
+
+    def job(x: Tensor, weight: Tensor | Shard, labels: Tensor, rank: int) -> tuple[Tensor, ...]:
+        of_class = randn(29, device=x.device, seed=rank).abs().bfloat16().to(x.dtype)  # exact in all
+        exact = x.dtype == torch.float64
+        op = linear_cross_entropy_reference if exact else partial(linear_cross_entropy, chunk_mb=MB, keep_mb=0)
+        found = op(x, weight, labels, class_weight=of_class, **options)
+        return found if more else (found,)
+
+    return job
+
+
+OTHER_JOBS: dict[str, Job] = {
+    "entropies": entropies,
+    **{f"weights, {reduction}": class_weights(reduction) for reduction in ("mean", "sum", "none")},
+    "weights, mean, and more": class_weights("mean", more=True),
+}
+
+
+def backward(outputs: tuple[Tensor, ...]) -> None:
+    """A gradient for each output that has one, another for each token."""
+    outputs = tuple(y for y in outputs if y.requires_grad)
+    torch.autograd.backward(
+        outputs,
+        [
+            (1 + i) * torch.linspace(0.5, 2, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)
+            for i, y in enumerate(outputs)
+        ],
+    )
+
+
+def on_shards(job: Job, xs: list[Tensor], weight: Tensor, labels: list[Tensor]) -> tuple[list[Tensor], list[Shard]]:
+    """Of three ranks all outputs, dx of each, and dweight; gradients are made in the backward alone."""
+    all_ranks = Round(3)
+    xs = [x.clone().requires_grad_() for x in xs]
+    weight = weight.clone().requires_grad_()
+    weight.grad = torch.zeros_like(weight)
+    shards = [Shard(weight, *ROWS[rank], rank, all_ranks) for rank in range(3)]
+    outputs: list[tuple[Tensor, ...]] = [()] * 3
+
+    def rank_of(rank: int) -> None:
+        outputs[rank] = job(xs[rank], shards[rank], labels[rank], rank)
+        assert all(name == "gather" for name, _ in shards[rank].collectives)
+        backward(outputs[rank])
+
+    on_ranks(all_ranks, rank_of)
+    return [*(y.detach() for of_rank in outputs for y in of_rank), *(x.grad for x in xs), weight.grad], shards
+
+
+def whole(job: Job, xs: list[Tensor], weight: Tensor, labels: list[Tensor]) -> list[Tensor]:
+    """The same of ranks that each have the weight, summed over them."""
+    xs = [x.clone().requires_grad_() for x in xs]
+    weight = weight.clone().requires_grad_()
+    outputs = [job(x, weight, label, rank) for rank, (x, label) in enumerate(zip(xs, labels, strict=True))]
+    for of_rank in outputs:
+        backward(of_rank)
+    return [*(y.detach() for of_rank in outputs for y in of_rank), *(x.grad for x in xs), weight.grad]
+
+
+def as_accurate_as_whole(job: Job, dtype: torch.dtype, counts: tuple[int, ...], device: torch.device) -> list[Shard]:
+    """As far from fp64 as where each rank has the whole weight; the last rank's labels are all ignored."""
+    weight = randn(29, 5, device=device).to(dtype)
+    xs = [randn(n, 5, device=device, seed=rank).to(dtype) for rank, n in enumerate(counts)]
+    labels = [torch.arange(n, device=device) * 7 % 29 for n in counts]
+    labels[0][1:4] = -100
+    labels[2][:] = -100
+    mine, shards = on_shards(job, xs, weight, labels)
+    theirs = whole(job, xs, weight, labels)
+    exact = whole(job, [x.double() for x in xs], weight.double(), labels)
+    for i, (y, same, true) in enumerate(zip(mine, theirs, exact, strict=True)):
+        judge(f"result {i}", y, y, same, true)
+    assert not any(counts) or mine[-1].any()
+    # of labels and values the collectives know nothing
+    nobodys = [torch.full_like(label, -100) for label in labels]
+    _, others = on_shards(job, [0 * x for x in xs], weight, nobodys)
+    assert all(shard.collectives == shards[0].collectives for shard in (*shards, *others))
+    return shards
+
+
+@only_plain
+@pytest.mark.parametrize("job", OTHER_JOBS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", [(5, 5, 5), (11, 0, 2), (0, 0, 0)])
+def test_entropies_and_class_weights_of_three_ranks(counts, dtype, job, where):
+    shards = as_accurate_as_whole(OTHER_JOBS[job], dtype, counts, where)
+    assert all(shard.guesses for shard in shards)
+    # hidden states of each block, what is found of them, and in the backward the hidden states again; labels; what
+    # comes from upstream; class weights, and those of the tokens
+    names, blocks = [name for name, _ in shards[0].collectives], -(-max(counts) // max(1, 4 // 3))
+    assert names.count("gather") == 3 * blocks + 2 + 2 * ("weights" in job)
+    assert names.count("reduce_scatter") == blocks
+
+
+@pytest.mark.parametrize("where", ["kernels"], indirect=True)
+@pytest.mark.parametrize("job", ["entropies", "weights, mean, and more"])
+def test_three_ranks_in_kernels(job, where, kernels_in_turn):
+    as_accurate_as_whole(OTHER_JOBS[job], torch.bfloat16, (6, 3, 2), where)
 
 
 def test_blocks(monkeypatch):

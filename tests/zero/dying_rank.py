@@ -6,7 +6,7 @@ import os
 from datetime import timedelta
 
 import deepspeed
-import special_ranks
+import special
 import torch.distributed as dist
 
 import ds_fused
@@ -16,8 +16,8 @@ from ds_fused.engine.zero_slabs import ZeroSlabs
 def main() -> None:
     deepspeed.init_distributed("gloo", timeout=timedelta(seconds=15))
     ds_fused.install()
-    engine = special_ranks.engine_of(special_ranks.model_of(), 3, special_ranks.STREAM)
-    special_ranks.train(engine, special_ranks.mine()[:1])
+    engine = special.engine_of(special.model_of(), 3, special.STREAM)
+    special.train(engine, special.mine()[:1])
     gather = ZeroSlabs.gather
 
     def dying(self: ZeroSlabs, k: int):
@@ -26,7 +26,7 @@ def main() -> None:
         return gather(self, k)
 
     ZeroSlabs.gather = dying
-    special_ranks.train(engine, special_ranks.mine()[1:])
+    special.train(engine, special.mine()[1:])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import deepspeed
 import products
 import torch
 import torch.distributed as dist
-from special_ranks import STATIONARY, STREAM, engine_of
+from special import STATIONARY, STREAM, engine_of
 from torch import Tensor
 from transformers import (
     Gemma2Config,

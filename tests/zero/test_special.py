@@ -1,6 +1,6 @@
 """Models and uses beside the plain case, fused against stock on two ranks.
 
-test_NAME judges what NAME in special_ranks.py returned. All of them run in one pair of processes.
+test_NAME judges what the case NAME of special_ranks.py returned. All of them run in one pair of processes.
 """
 
 from __future__ import annotations
@@ -87,6 +87,8 @@ CASES = (
     "stream_muon",
     "stream_is_no_use",
     *(f"stationary_{name}" for name in STATIONARY),
+    "stationary_class_weights",
+    "stationary_entropies",
     "auto",
     "stream_expert_parallel",
     # last: DeepSpeed keeps the mesh of the first engine that splits layers
@@ -312,6 +314,18 @@ def test_stationary(ended, name):
         # for the encoder and for the decoder
         lookups["own_loss"] = [24] * 2 * products.FEW_STEPS
         assert result.get("lookups", []) == lookups.get(name, [])
+
+
+@pytest.mark.parametrize("name", ["class_weights", "entropies"])
+def test_stationary_of_each_kind(ended, name):
+    for result in ended(f"stationary_{name}"):
+        assert result.keys() == {"fp32", "bf16"}
+        for dtype, row in result.items():
+            # half an ulp
+            assert row["fused"] == pytest.approx(row["stock"], rel=4e-3 if dtype == "bf16" else 1e-5), dtype
+            assert row["fused"][0] != row["fused"][3]
+            if name == "class_weights":
+                assert "its rows stay on 2 ranks, to which the tokens travel" in row["report"]
 
 
 def test_stationary_memory(ranks):

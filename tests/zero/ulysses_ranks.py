@@ -19,7 +19,7 @@ import products
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF, UlyssesSPDataLoaderAdapter
-from special_ranks import STATIONARY, STREAM
+from special import STATIONARY, STREAM
 from torch import Tensor
 from transformers import LlamaForCausalLM
 

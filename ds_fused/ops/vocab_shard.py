@@ -1,0 +1,77 @@
+"""A weight [V, H] of which each rank holds some rows: what the ops need to send tokens and results round.
+
+The engine implements it for ZeRO-3. Sizes: W ranks, M tokens of this rank, H hidden, V vocabulary, n rows of this rank.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Flight(Protocol):
+    """A collective under way."""
+
+    def land(self) -> Tensor:
+        """Its result; what is computed from now on waits for it."""
+        ...
+
+
+class ShardGradient(Protocol):
+    """The gradient of a shard's rows on its way home."""
+
+    rows: Tensor  # [n, H] for the op to write
+
+    def give(self, factor: float) -> None:
+        """``factor * rows``, summed over all tokens of all ranks, is complete."""
+        ...
+
+
+class VocabShard(ABC):
+    """A weight [V, H] of which each rank holds neighbouring rows; every rank calls the same methods in the same order.
+
+    The number and order of collectives depend on V, H, W, the largest M and what is asked for, not on labels or values.
+    """
+
+    shape: tuple[int, int]  # V, H
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+    ranks: int  # W
+    rank: int
+    first_id: int  # this rank has the vocabulary ids [first_id, first_id + n)
+    n_rows: int  # n
+    # whether gradients are made in the forward: until a backward has found that it was for nothing
+    guesses: bool = True
+
+    @abstractmethod
+    def rows(self) -> tuple[Tensor, ...]:
+        """This rank's rows in order, in one piece or more [n_i, H]. May be a collective."""
+
+    @abstractmethod
+    def most(self, n: int) -> int:
+        """The largest n of all ranks. The host waits for the other hosts, no GPU does."""
+
+    @abstractmethod
+    def gather(self, mine: Tensor) -> Flight:
+        """[...] of each rank, alike in shape -> [W, ...]"""
+
+    @abstractmethod
+    def reduce_scatter(self, parts: Tensor) -> Flight:
+        """[W, ...] -> [...]: the sum over ranks of the part that is this one's"""
+
+    @abstractmethod
+    def gradient(self, dtype: torch.dtype = torch.float32) -> ShardGradient:
+        """Room for a gradient."""
+
+
+def padded(mine: Tensor, n: int, value: float) -> Tensor:
+    """[m, ...] to n >= m along the first dimension; itself where it has that."""
+    if mine.shape[0] == n:
+        return mine.contiguous()
+    out = mine.new_full((n, *mine.shape[1:]), value)
+    out[: mine.shape[0]] = mine
+    return out

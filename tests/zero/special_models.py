@@ -1,0 +1,171 @@
+"""Models and uses beside the plain case, whatever the way of the head's weight."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+
+import deepspeed
+import products
+import torch
+import torch.distributed as dist
+from special import both, case, engine_of, mine, model_of, read_by_one, reading, train, with_lora
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from ds_fused.modules import norm
+from ds_fused.policies.kinds import norms
+
+
+@case
+def lora() -> dict:
+    return both(lambda: with_lora(["q_proj", "v_proj", "gate_proj", "down_proj"]), stage=2)
+
+
+@case
+def lora_zero3() -> dict:
+    return both(lambda: with_lora(["q_proj", "v_proj", "gate_proj", "down_proj"]), stage=3)
+
+
+@case
+def lora_on_the_head() -> dict:
+    return both(lambda: with_lora(["q_proj", "lm_head"]), stage=3)
+
+
+@case
+def experts() -> dict:
+    """A mixture with each implementation of its products; the auxiliary loss of the router is a part of the loss."""
+
+    def build(implementation: str) -> torch.nn.Module:
+        torch.manual_seed(4)
+        router = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5}
+        model = MixtralForCausalLM(MixtralConfig(**products.SIZES, **router, use_cache=False))
+        model.set_experts_implementation(implementation)
+        return model
+
+    return {name: both(lambda name=name: build(name), stage=3) for name in ("eager", "grouped_mm", "batched_mm")}
+
+
+@case
+def instance_forward() -> dict:
+    def build() -> torch.nn.Module:
+        model = model_of()
+        mlp = model.model.layers[0].mlp
+        mlp.forward = types.MethodType(lambda self, x: 0.5 * type(self).forward(self, x), mlp)
+        return model
+
+    return both(build, stage=1)
+
+
+@case
+def instance_forward_of_the_model() -> dict:
+    def build() -> torch.nn.Module:
+        model = model_of()
+        stock = model.forward
+
+        def forward(self, *args, **kwargs):
+            output = stock(*args, **kwargs)
+            output.loss = 2 * output.loss
+            return output
+
+        model.forward = types.MethodType(forward, model)
+        return model
+
+    return both(build, stage=3)
+
+
+@case
+def grad_in_forward() -> dict:
+    """The head's weight is gathered for the forward, which makes its gradient too; several micro steps."""
+    block = {"fused_linear_cross_entropy": {"mode": "gather", "grad_in_forward": True}}
+    return both(
+        lambda: model_of(tied=True),
+        3,
+        block=block,
+        run=lambda engine: train(engine, mine(accumulation=2)),
+        gradient_accumulation_steps=2,
+    )
+
+
+@case
+def residual() -> dict:
+    """Norms that take the residual stream as a second input, with sharded weights; and computed again in backward."""
+    sums, stock = [], norm.add_rms_norm
+
+    def counting(*args: torch.Tensor, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+        sums.append(args[0].shape)
+        return stock(*args, **options)
+
+    def run(engine: deepspeed.DeepSpeedEngine) -> list[float]:
+        losses = train(engine, mine())
+        engine.module.gradient_checkpointing_enable()
+        return losses + train(engine, mine())
+
+    norm.add_rms_norm = counting
+    try:
+        out = both(model_of, stage=3, run=run, block={"add_rms_norm": True})
+    finally:
+        norm.add_rms_norm = stock
+    # those of the proof have another shape
+    tokens = mine()[0][0].shape
+    return out | {"sums": sum(shape[:2] == tokens for shape in sums)}
+
+
+@case
+def tensor_parallel() -> dict:
+    return both(model_of, stage=1, joined=True, tensor_parallel={"autotp_size": 2})
+
+
+@case
+def logits_read_by_all() -> dict:
+    return reading(lambda rank: True, {})
+
+
+@case
+def logits_kept() -> dict:
+    return reading(lambda rank: rank == 1, {"logits": "keep"})
+
+
+@case
+def logits_read_by_one() -> dict:
+    # a weight that DeepSpeed gathers: from the second step on it is there when the logits are read
+    return read_by_one({"fused_linear_cross_entropy": {"mode": "gather"}})
+
+
+def refused(block: dict) -> dict:
+    """What deepspeed.initialize says to this rank's block, and what it leaves behind."""
+    model = model_of()
+    before = {name: type(module) for name, module in model.named_modules()}
+    try:
+        engine_of(model, 1, block)
+        error = None
+    except Exception as e:
+        error = [type(e).__name__, str(e)]
+    same = before == {name: type(module) for name, module in model.named_modules()}
+    return {"refused": error, "stock_again": same}
+
+
+@case
+def ranks_decide_differently() -> dict:
+    return refused({"rope": dist.get_rank() == 0})
+
+
+@case
+def one_rank_proves_a_difference() -> dict:
+    compare = norms.compare
+
+    def differs(stock: Callable, fused: Callable, tensors: dict, *rest: object, **more: object) -> str | None:
+        # an RMSNorm, by its tensors
+        if dist.get_rank() == 1 and tensors.keys() == {"x", "weight"}:
+            return compare(stock, lambda given: fused(given) + 1, tensors, *rest, **more)
+        return compare(stock, fused, tensors, *rest, **more)
+
+    norms.compare = differs
+    try:
+        return refused({})
+    finally:
+        norms.compare = compare
+
+
+@case
+def one_rank_misspells() -> dict:
+    return refused({"rope": True} if dist.get_rank() == 0 else {"ropes": True})
