@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from ds_fused.ops._launch import launch
 from ds_fused.ops._loss import LossOptions, reduced, weighted
 from ds_fused.ops._scale import scaled
-from ds_fused.ops._softmax_parts import LOG2_E, _capped, _online
+from ds_fused.ops._softmax_parts import _capped, _online
 from ds_fused.ops._triton import cdiv, power_of_2, row_stride, warps_for
 
 # not yet measured: how much of a row is held; how much is walked at a time, no more than that, STAGES of which are in
@@ -40,8 +40,8 @@ PER_THREAD = 16
 def _dlogits(x, wanted, peak, rest, on_lse, of_all, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """Raw logits to their gradient, for an upstream gradient of 1 and wanted probabilities times weights."""
     z, slope = _capped(x, logit_scale, softcap, HAS_SOFTCAP)
-    # in base 2, so that the rest is taken off where the factor is multiplied
-    p = tl.exp2((z - peak) * LOG2_E - rest * LOG2_E)
+    # in base 2 (times log2(e)), so that the rest is taken off where the factor is multiplied
+    p = tl.exp2((z - peak) * 1.4426950408889634 - rest * 1.4426950408889634)
     # the difference first: what is left of it may be small
     return ((p * of_all - wanted) + p * on_lse) * slope
 

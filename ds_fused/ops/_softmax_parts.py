@@ -1,15 +1,16 @@
 """Device code of the losses' softmax passes: the cap on a logit, running sums of exponentials, gradients of a logit.
 
 What the passes compute is said in cross_entropy.py.
+
+Exponentials are in base 2: exp2 flushes numbers below the least normal one to zero, for whose sake exp takes three
+instructions more. log2(e) is written out, since the key under which Triton keeps a kernel depends, where a function
+within it reads a global, on whether another kernel has used that function before.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-# exp2 flushes numbers below the least normal one to zero, for whose sake exp takes three instructions more
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -41,7 +42,7 @@ def _capped(x, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
 def _online(top, total, z):
     """Each lane's running maximum and sum of exponentials, with one exponential an element: either z or top is the new
     maximum, whose exponential is 1."""
-    e = tl.exp2(-LOG2_E * tl.abs(z - top))
+    e = tl.exp2(-1.4426950408889634 * tl.abs(z - top))
     total = tl.where(z > top, total * e + 1.0, total + e)
     return tl.maximum(z, top), total
 
