@@ -64,6 +64,8 @@ def test_the_ds_config_is_deepspeeds_schema_and_the_fused_block():
     assert set(parse(config["ds_fused"]).wanted) == {"cross_entropy", "fused_linear_cross_entropy"}
     assert parse(ds_config(run_of())["ds_fused"]).enabled
     assert not parse(ds_config(run_of("fused=off"))["ds_fused"]).enabled
+    for profile in ("fast", "small"):
+        assert parse(ds_config(run_of(f"fused={profile}"))["ds_fused"]).profile == profile
 
 
 def test_a_typo_is_refused_by_name():
