@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from benchmarks.scale import Prediction
 
-COLORS = {"hf": "#000000", "liger": "#e07b39", "ours-fast-full": "#9db4d8", "ours-fast": "#1f4e9c"}
+COLORS = {"hf": "#000000", "liger": "#e07b39", "ours": "#9db4d8", "ours-fast": "#1f4e9c", "ours-small": "#4f9d69"}
 COLUMNS = 2
 NEEDED = "needs matplotlib: pip install matplotlib"
 

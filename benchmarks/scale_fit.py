@@ -43,17 +43,18 @@ PARAMETERS = (
     Parameter("delay", "GB/s", 1e9, 400, "bytes over NVLink for each second by which transfers delay products"),
     Parameter("collective", "us", 1e-6, 50, "by how much each delays them beside its bytes"),
     Parameter("hook", "us", 1e-6, 1000, "host time of a module's gather and release under ZeRO-3, a pass"),
+    Parameter("wait", "ms", 1e-3, 15, "of a whole step: the host's way to its first product and to the optimizer"),
     Parameter("start", "ms", 1e-3, 3, "host time before the first product of a head that is measured alone"),
 )
 
 
 def setting(values: Sequence[float]) -> Setting:
     """Of values in the units of PARAMETERS."""
-    gemm, attention, h100, h200, delay, call, hook, start = (
+    gemm, attention, h100, h200, delay, call, hook, wait, start = (
         value * parameter.scale for value, parameter in zip(values, PARAMETERS, strict=True)
     )
     machines = {
-        name: Machine(gemm, attention, memory, delay, call, hook, ROOM_GIB[name] * 2**30)
+        name: Machine(gemm, attention, memory, delay, call, hook, wait, ROOM_GIB[name] * 2**30)
         for name, memory in (("H100", h100), ("H200", h200))
     }
     return Setting(machines, start)

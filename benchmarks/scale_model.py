@@ -10,7 +10,11 @@ collectives, hooks and launches of the host (`Work`). A `Machine` turns them int
               max(compute + delays, alone)       on several, where all that the network takes longer is hidden
               compute + max(delays, alone)       on several, where nothing of it is
     host    = hooks of ZeRO-3 * time of one + launches * time of one
-    step    = max(device, host)
+    step    = wait + max(device, host) of the forward + max(device, host) of the rest up to the optimizer + optimizer
+
+Where the host is behind, the device waits, and does not make up for that later: so forward and backward each have
+their slower side. ``wait`` is time in which no kernel can begin: the host's way to the first product of a step, and to
+the optimizer, before which it looks at the gradients' norm.
 
 The head in modes "stream" and "stationary" is `ds_fused.engine.figures`, by which mode "auto" chooses.
 
@@ -19,6 +23,7 @@ Sizes: T tokens of a rank in a micro batch, W ranks. Bytes are of bf16 where not
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields, replace
 
 from ds_fused.engine.figures import Figures, Head, Rates, candidates, chosen
@@ -33,13 +38,17 @@ NVLINK = 450e9
 HOP, NETWORK_HOP = 1.9e-6, 4.0e-6
 # elements: DeepSpeed's stage3_prefetch_bucket_size and stage3_max_reuse_distance
 PREFETCH, REUSE = 5e7, 1e9
-# of an optimizer's step per parameter: master copy and two moments read and written (24 B), the gradient widened, read
-# and its norm taken (12 B), the weight written and laid back (4 B)
-OPTIMIZER_BYTES = 40
+# of an optimizer's step per parameter: the gradient widened, read and its norm taken (12 B), the weight laid back (4 B)
+OPTIMIZER_BYTES = 16
+# and seconds of PyTorch's fused AdamW: 40.2 ms for 2.27e9 on an H100, in all ways of results/h100x2/end_to_end. Its
+# 28 B would take half of that, so it is no matter of the memory's rate
+ADAM = 17.7e-12
 # the defaults of "fused_linear_cross_entropy"
 CHUNK_MB, KEEP_MB, SLAB_MB = 512, 2048, 128
-# of the memory, what layers may fill with what "recompute": "fit" keeps
+# of the memory, what "recompute": "fit" plans with
 KEPT_SHARE = 0.9
+# elements: DeepSpeed's sub_group_size, which the optimizer updates together
+GROUP = 1e9
 # seconds of the host for one launch of a kernel under autograd: assumed, since no measured point is bound by them
 LAUNCH = 20e-6
 
@@ -60,7 +69,14 @@ class Shape:
     @property
     def layer(self) -> int:
         """Elements of a layer's products."""
-        return self.hidden * (2 * self.q + 2 * self.kv + 3 * self.intermediate)
+        return sum(self.weights)
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """Elements of each of them."""
+        inner = self.hidden * self.intermediate
+        q, kv = self.hidden * self.q, self.hidden * self.kv
+        return q, kv, kv, q, inner, inner, inner
 
     @property
     def head(self) -> int:
@@ -102,6 +118,7 @@ class Machine:
     delay: float  # bytes over NVLink for each second by which the products are later
     call: float  # seconds of a collective beside its bytes and hops
     hook: float  # seconds of the host
+    wait: float = 0.0  # seconds of a step in which the device can do nothing
     room: float = 139 * 2**30  # bytes of memory that a job can have
     network: float = 50e9  # bytes a second of each GPU's own network card
 
@@ -235,8 +252,11 @@ class Way:
     fused: bool = True  # norms, rotary embedding and MLPs
     leaf: bool = False  # decoder layers are leaf modules of ZeRO-3: gathered as one, one hook
     sizes: str = "stock"  # of ZeRO-3
-    recompute: str = "full"  # of a checkpointed layer; see the JSON's key
-    keep_mb: int = KEEP_MB
+    # of a checkpointed layer: "full" is stock's; "unread": nothing is kept, but what nobody reads is left out of the
+    # repetition; the others are levels of the JSON's key
+    recompute: str = "full"
+    keep_mb: int = KEEP_MB  # of the head
+    tiles: int = 1  # of an MLP
 
     def bucket(self, shape: Shape) -> float:
         """Elements of gradients that are reduced together."""
@@ -247,6 +267,10 @@ class Way:
         """Elements of weights that may be gathered at a time."""
         by_layer = {"small": 2 * shape.layer + PREFETCH, "large": max(1e9, 2 * shape.layer) + 3 * shape.layer}
         return min({"stock": 1e9, "2e9": 2e9}.get(self.sizes) or by_layer[self.sizes], shape.elements)
+
+    def group(self, shape: Shape) -> float:
+        """Elements of weights after which the optimizer begins a new group."""
+        return GROUP if self.sizes in ("stock", "2e9") else shape.layer
 
 
 WAYS = {
@@ -264,7 +288,8 @@ WAYS = {
         Way("ours-fast", "ours", leaf=True, sizes="large", recompute="fit"),
         Way("ours-fast-attention", "ours", leaf=True, sizes="large", recompute="attention"),
         Way("ours-fast-full", "ours", leaf=True, sizes="large"),
-        Way("ours-small", "ours", sizes="small", keep_mb=0),
+        Way("ours-small", "ours", sizes="small", recompute="unread", keep_mb=0, tiles=4),
+        Way("ours-small-untiled", "ours", sizes="small", keep_mb=0),
     )
 }
 
@@ -278,17 +303,18 @@ class Job:
     length: int = 8192
     stage: int = 3
     checkpoints: bool = True
+    first: int | None = None  # micro batch of the first steps, of which "fit" measures what they need; None: the same
 
     @property
     def tokens(self) -> int:
         return self.micro_batch * self.length
 
 
-def layer_bytes(way: Way, shape: Shape, checkpoints: bool) -> float:
-    """B that the element-wise kernels of a layer move for a token, forward (twice under checkpoints) and backward."""
+def layer_bytes(way: Way, shape: Shape) -> tuple[float, float]:
+    """B that the element-wise kernels of a layer move for a token, forward and backward."""
     d, f, rotated = shape.hidden, shape.intermediate, shape.q + shape.kv
-    # (forward, backward) of sums, two norms, rotary embedding, MLP. Two residual adds; back also where the gradients of
-    # q, k and v meet, and those of gate and up
+    # of sums, two norms, rotary embedding, MLP. Two residual adds; back also where the gradients of q, k and v meet,
+    # and those of gate and up
     sums = (2 * 6 * d, 5 * 6 * d)
     if way.fused:
         # every input and output once
@@ -298,29 +324,52 @@ def layer_bytes(way: Way, shape: Shape, checkpoints: bool) -> float:
         # 24, 32 and two sums (18). rope: two products (8), half negated (2) and joined (4), sum (6); back the same with
         # zeros around each half. MLP: silu (4) and product (6); back 6 and 12
         parts = [sums, (2 * 36 * d, 2 * 92 * d), (20 * rotated, 30 * rotated), (10 * f, 18 * f)]
-    return sum((1 + checkpoints) * forward + backward for forward, backward in parts)
+    if way.tiles > 1:
+        # a tile's result, and back its dx, is copied to where those of all are
+        parts.append((4 * d, 4 * d))
+    return sum(forward for forward, _ in parts), sum(backward for _, backward in parts)
+
+
+def sums_bytes(way: Way, shape: Shape) -> float:
+    """B that are moved for the gradients of a tiled MLP's weights, fp32 sums over tiles.
+
+    The first tile's are written by their products, those between read besides, and the last one's are added to the sum
+    and rounded.
+    """
+    inner = 3 * shape.hidden * shape.intermediate
+    return (4 * (way.tiles - 2) + 8) * inner if way.tiles > 1 else 0.0
 
 
 def layer_held(way: Way, shape: Shape) -> float:
-    """B that a layer's backward holds for a token: what its forward kept, and the gradients that meet it."""
+    """B that a layer's backward holds for a token beside the layer's input: what its forward kept, and gradients."""
     d, f = shape.hidden, shape.intermediate
-    # x, two norms, the projection, the residual and a gradient; q and attention; k and v, and k turned
-    held = 2 * 6 * d + 2 * 2 * shape.q + 2 * 3 * shape.kv
+    # the outputs of two norms, the residual and a gradient; q and the output of attention; k and v
+    held = 2 * 4 * d + 2 * 2 * shape.q + 2 * 2 * shape.kv
     # gate, up, their product and its gradient; fused, the gradients of gate and up are written over them
-    held += 2 * 4 * f
+    mlp = 2 * 4 * f
     if not way.fused:
         # both norms in fp32, before and after they are scaled; silu, and the gradients of gate and up
-        held += 2 * 2 * 4 * d + 2 * 3 * f
-    return held
+        held += 2 * 2 * 4 * d
+        mlp += 2 * 3 * f
+    if way.tiles > 1:
+        # of one tile, with its result and its dx; and dx of all
+        return held + (mlp + 2 * 2 * d) / way.tiles + 2 * d
+    return held + mlp
+
+
+def gradient_bytes(way: Way, shape: Shape) -> float:
+    """Of a layer's largest weight, as its product makes it; of a tiled MLP also the sums in fp32."""
+    inner = shape.hidden * shape.intermediate
+    return 2 * inner + (4 * 3 * inner if way.tiles > 1 else 0)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Which share of checkpointed layers keep the outputs of attention, and of which those of products."""
+    """How many checkpointed layers, from the last on, keep the outputs of attention, and how many those of products."""
 
-    attention: float = 0.0
-    matmuls: float = 0.0
-    last: bool = False  # a layer's last product, whose result a repetition does not need, is not repeated
+    attention: int = 0
+    matmuls: int = 0
+    unread: bool = False  # what a repetition computes and nobody reads is left out: a layer's last product
 
 
 def attention_bytes(shape: Shape) -> float:
@@ -334,18 +383,36 @@ def matmul_bytes(shape: Shape) -> float:
 
 
 def kept(job: Job, machine: Machine) -> Kept:
-    level = job.way.recompute
+    level, layers = job.way.recompute, job.shape.layers
     if not job.checkpoints or level == "full":
         return Kept()
+    if level == "unread":
+        return Kept(unread=True)
     if level != "fit":
-        return Kept(1.0, float(level == "matmuls"), True)
-    room = KEPT_SHARE * machine.room - _peak_bytes(job, machine, Kept())
-    attention, matmuls = (job.shape.layers * job.tokens * of(job.shape) for of in (attention_bytes, matmul_bytes))
-    return Kept(_share(room, attention), _share(room - attention, matmuls), True)
+        return Kept(layers, layers * (level == "matmuls"), True)
+    room = kept_room(job, machine)
+    attention, matmuls = (job.tokens * of(job.shape) for of in (attention_bytes, matmul_bytes))
+    with_attention = _fitting(room, attention, layers)
+    return Kept(with_attention, _fitting(room - with_attention * attention, matmuls, with_attention), True)
 
 
-def _share(room: float, wanted: float) -> float:
-    return min(1.0, max(0.0, room / wanted))
+def _fitting(room: float, one: float, most: int) -> int:
+    return max(0, min(most, int(room // one)))
+
+
+def kept_room(job: Job, machine: Machine) -> float:
+    """Bytes, as ds_fused.modules.allotment has them: a longer batch is taken to need more in proportion."""
+    first = replace(job, micro_batch=job.first or job.micro_batch)
+    rise = _peak_bytes(first, machine, Kept()) - _start_bytes(first)
+    return KEPT_SHARE * machine.room - _start_bytes(job) - rise * max(1.0, job.tokens / first.tokens)
+
+
+def _start_bytes(job: Job) -> float:
+    """What is there when the first layer begins: its input, its weights, and those fetched ahead."""
+    shape, way = job.shape, job.way
+    ahead = 2 * shape.layer if way.sizes == "large" else PREFETCH
+    weights = 2 * (shape.layer + ahead) if job.stage == 3 else 0.0
+    return states_bytes(job) + 2 * way.bucket(shape) + weights + 2 * shape.hidden * job.tokens
 
 
 def loss_of(job: Job, machine: Machine) -> Loss:
@@ -368,61 +435,90 @@ def head_figures(job: Job, machine: Machine) -> Figures:
     return chosen(both, float("inf"), machine.rates(job.ranks))
 
 
-def layers_work(job: Job, machine: Machine) -> Work:
+def layers_work(job: Job, machine: Machine) -> tuple[Work, Work]:
+    """Of the forward, and of the backward with its repetition."""
     shape, way, tokens = job.shape, job.way, job.tokens
-    forwards = 1 + job.checkpoints
-    passes = forwards + 1
-    spared = kept(job, machine)
-    last = shape.hidden * shape.intermediate * spared.last
-    products = (2 * forwards + 4) * shape.layer - 2 * (last + (shape.layer - last) * spared.matmuls)
+    spared, repeated = kept(job, machine), int(job.checkpoints)
+    # of a tiled MLP the repetition runs in the backward's tiles, whose first one does compute its result
+    unread = spared.unread * shape.hidden * shape.intermediate * (1 - (way.tiles > 1) / way.tiles)
+    forward_bytes, backward_bytes = layer_bytes(way, shape)
+    # causal: half of the square; backward is 2.5 forwards
+    attention = 2 * job.length * tokens * shape.q
+    # modules of a layer of Llama's that have hooks of their own; a tiled MLP of five is gathered as one
+    hooks = (1 if way.leaf else 13 - 4 * (way.tiles > 1)) * (job.stage == 3)
+    launches = 20 if way.fused else 45
     one = Work(
-        gemm=products * tokens,
-        # causal: half of the square; backward is 2.5 forwards
-        attention=(forwards + 2.5 - spared.attention) * 2 * job.length * tokens * shape.q,
-        memory=layer_bytes(way, shape, job.checkpoints) * tokens,
-        # 13 modules with hooks of their own in a layer of Llama's
-        hooks=passes * (1 if way.leaf else 13) if job.stage == 3 else 0,
-        launches=passes * (20 if way.fused else 45),
+        gemm=2 * shape.layer * tokens,
+        attention=attention,
+        memory=forward_bytes * tokens,
+        hooks=hooks,
+        launches=launches,
     )
-    return one.times(shape.layers)
+    other = Work(
+        gemm=(4 * shape.layer + 2 * repeated * (shape.layer - unread)) * tokens,
+        attention=(2.5 + repeated) * attention,
+        memory=(backward_bytes + repeated * forward_bytes) * tokens + sums_bytes(way, shape),
+        hooks=(1 + repeated) * hooks,
+        # of an MLP's products and kernels six
+        launches=(1 + repeated) * (launches + 6 * (way.tiles - 1)),
+    )
+    not_repeated = Work(
+        gemm=2 * (shape.layer - shape.hidden * shape.intermediate) * tokens * spared.matmuls,
+        attention=attention * spared.attention,
+    )
+    return one.times(shape.layers), other.times(shape.layers) + not_repeated.times(-1)
 
 
-def states_work(job: Job) -> Work:
-    """What ZeRO sends and the optimizer does. Mode "stream" or "stationary" sends the head's weight by itself."""
+def transfers_work(job: Job) -> tuple[Work, Work]:
+    """What ZeRO sends forward and back. Mode "stream" or "stationary" sends the head's weight by itself."""
     shape, ranks = job.shape, job.ranks
-    update = Work(memory=OPTIMIZER_BYTES * shape.elements / (ranks if job.stage else 1))
     if ranks == 1:
-        return update
+        return Work(), Work()
     buckets = -(-shape.elements // job.way.bucket(shape))
     if job.stage < 3:
         # gradients are reduced and weights gathered, or gradients all-reduced, which is the same
-        return update + sent(shape.elements, ranks, 2, 2 * buckets)
+        return Work(), sent(shape.elements, ranks, 2, 2 * buckets)
     rest = shape.elements - shape.head
     # a module's weights come with its neighbours' while they fit a prefetch bucket: a layer's in so many calls.
     # Of a checkpointed layer, what comes for the repetition stays for the backward
-    alone = 1 if job.way.leaf else min(7, -(-shape.layer // PREFETCH))
-    work = update + sent(rest, ranks, 3, calls=2 * (alone * shape.layers + 1) + buckets)
-    return work if job.way.loss == "ours" else work + whole_head(shape.vocab, shape.hidden, ranks)
+    calls = (1 if job.way.leaf else min(7, -(-shape.layer // PREFETCH))) * shape.layers + 1
+    back = sent(rest, ranks, 2, calls + buckets)
+    if job.way.loss != "ours":
+        back += whole_head(shape.vocab, shape.hidden, ranks)
+    return sent(rest, ranks, 1, calls), back
 
 
-def device_seconds(job: Job, machine: Machine, hidden: bool) -> float:
-    body = layers_work(job, machine) + states_work(job)
+def update_seconds(job: Job, machine: Machine) -> float:
+    """The optimizer's."""
+    elements = job.shape.elements / (job.ranks if job.stage else 1)
+    return ADAM * elements + OPTIMIZER_BYTES * elements / machine.memory
+
+
+def phases(job: Job, machine: Machine, hidden: bool) -> tuple[tuple[float, float], tuple[float, float]]:
+    """(device, host) seconds of the forward through the layers, and of head, loss and backward."""
+    forward, backward = map(Work.__add__, layers_work(job, machine), transfers_work(job))
+    loss = loss_of(job, machine).work
     # the head's transfers are between its products, which wait for them
-    head = machine.device(loss_of(job, machine).work, job.ranks, hidden=False)
-    return machine.device(body, job.ranks, hidden) + head
-
-
-def host_seconds(job: Job, machine: Machine) -> float:
-    return machine.host(layers_work(job, machine) + loss_of(job, machine).work)
+    head = machine.device(loss, job.ranks, hidden=False)
+    return (
+        (machine.device(forward, job.ranks, hidden), machine.host(forward)),
+        (head + machine.device(backward, job.ranks, hidden), machine.host(loss + backward)),
+    )
 
 
 def step_seconds(job: Job, machine: Machine, hidden: bool = False) -> float:
-    return max(device_seconds(job, machine, hidden), host_seconds(job, machine))
+    return machine.wait + sum(map(max, phases(job, machine, hidden))) + update_seconds(job, machine)
+
+
+def host_seconds(job: Job, machine: Machine) -> float:
+    """For which the device waits, as no transfer is hidden."""
+    return sum(max(0.0, host - device) for device, host in phases(job, machine, hidden=False))
 
 
 def kernels_seconds(job: Job, machine: Machine) -> float:
     """Products and attention alone; transfers beside them make them longer."""
-    work = layers_work(job, machine) + Work(gemm=6 * job.tokens * job.shape.head) + states_work(job)
+    parts = (*layers_work(job, machine), *transfers_work(job), Work(gemm=6 * job.tokens * job.shape.head))
+    work = sum(parts, Work())
     return machine.device(replace(work, memory=0.0), job.ranks, hidden=False)
 
 
@@ -432,24 +528,51 @@ def states_bytes(job: Job) -> float:
     return job.shape.elements * (16 - shared + shared / job.ranks)
 
 
+@functools.cache
+def largest_group(shape: Shape, ranks: int, size: float) -> float:
+    """Elements of a rank that the optimizer updates together, at most: weights in the model's order, until they are
+    ``size``. None is cut, and the last may be a head."""
+    ends = [shape.head] * (1 if shape.tied else 2)
+    largest = group = 0.0
+    for weight in (ends[0], *shape.weights * shape.layers, *ends[1:]):
+        group += weight / ranks
+        largest = max(largest, group)
+        group = 0.0 if group >= size else group
+    return largest
+
+
 def peak_bytes(job: Job, machine: Machine) -> float:
     return _peak_bytes(job, machine, kept(job, machine))
 
 
 def _peak_bytes(job: Job, machine: Machine, spared: Kept) -> float:
-    """The larger of what the loss and what the last layer's backward hold, beside what is always there."""
-    shape, way = job.shape, job.way
+    """The largest of what the loss, the last layer's backward and the optimizer hold, beside what is always there."""
+    shape, way, tokens = job.shape, job.way, job.tokens
     always = states_bytes(job) + 2 * way.bucket(shape)
+    update = weights = 0.0
     if job.stage == 3:
-        always += 2 * way.live(shape)
-        if way.leaf and way.loss != "ours":
-            # the next layer comes whole while this one's weight and gradient are there; ours counts it as live, and
-            # sends gradients one by one
-            always += 3 * 2 * shape.layer
-    one = layer_held(way, shape) * job.tokens
-    each = 2 * shape.hidden + attention_bytes(shape) * spared.attention + matmul_bytes(shape) * spared.matmuls
-    waiting = each * shape.layers * job.tokens
-    if not job.checkpoints:
-        waiting, one = one * shape.layers, 0.0
+        # a group's gradients as they came and in fp32; no weight is gathered then
+        update = 6 * largest_group(shape, job.ranks, way.group(shape))
+        weights = 2 * way.live(shape)
+        if way.leaf:
+            # a layer comes in one buffer, of which its weights are copied
+            weights += 2 * shape.layer
+            if way.loss != "ours":
+                # the next layer comes whole while this one's weight and gradient are there; ours counts it as live,
+                # and sends gradients one by one
+                weights += 3 * 2 * shape.layer
+    one = layer_held(way, shape) * tokens
+    attention, matmuls = attention_bytes(shape), matmul_bytes(shape)
+    waiting = (2 * shape.hidden * shape.layers + attention * spared.attention + matmuls * spared.matmuls) * tokens
+    if job.checkpoints:
+        # of a layer that keeps its own, the repetition does not make them a second time
+        one -= (attention * (spared.attention > 0) + matmuls * (spared.matmuls > 0)) * tokens
+    else:
+        waiting, one = waiting + one * shape.layers, 0.0
     loss = loss_of(job, machine).held
-    return always + waiting + max(one, loss + 2 * shape.hidden * job.tokens)
+    if way.loss != "ours" and job.stage == 3:
+        # the head's weight is one of those that are gathered
+        loss -= 2 * shape.head
+    # x and the output of the last norm, and a gradient; not fused, the norm has x in fp32 as well
+    loss += (2 * 3 + 4 * (not way.fused)) * shape.hidden * tokens
+    return always + max(update, weights + waiting + max(one + gradient_bytes(way, shape), loss))

@@ -261,7 +261,9 @@ def ends(results: Path = RESULTS) -> Iterator[Point | Skipped]:
                 yield Skipped(name, case, way, reason)
                 continue
             checkpoints = "no gradient checkpointing" not in header["job"]
-            job = Job(WAYS[way], shape, int(header["ranks"]), batch, length, stage, checkpoints)
+            # a process goes through the sizes, smallest first
+            first = min(size for other, size, _ in rounds if other == way)
+            job = Job(WAYS[way], shape, int(header["ranks"]), batch, length, stage, checkpoints, first)
             ms = statistics.median(max(row["ranks"]["ms"]) for row in rows)
             peaks = [max(row["ranks"]["peak_mib"]) for row in rows if row["peak_mib"] is not None]
             yield from _steps(name, case, job, _device(header["device"]), ms, max(peaks, default=None))

@@ -23,29 +23,37 @@ from benchmarks.scale_model import (
     Job,
     Machine,
     Work,
+    gradient_bytes,
     head_figures,
+    host_seconds,
     kept,
+    largest_group,
+    layer_held,
     layers_work,
     liger_loss,
+    loss_of,
     peak_bytes,
+    phases,
     states_bytes,
     step_seconds,
     stock_loss,
+    update_seconds,
 )
 from benchmarks.scale_points import Point, Skipped, baselines, ends, head_loss, heads, probes
 
 GIB = 2**30
 HEADS = tuple(f"h100x2/zero3_head{name}" for name in ("", "_rivals", "_vocab"))
-FILES = (*HEADS, "probe", "baselines")
+ENDS = ("h100x2/end_to_end", "h100x2/end_to_end_small")
+FILES = (*HEADS, "probe", "baselines", *ENDS)
 # in the units of PARAMETERS
-KNOWN = [650.0, 450.0, 2.8, 3.6, 350.0, 40.0, 900.0, 2.0]
-MACHINE = Machine(gemm=700e12, attention=500e12, memory=3e12, delay=300e9, call=50e-6, hook=1e-3)
+KNOWN = [650.0, 450.0, 2.8, 3.6, 350.0, 40.0, 900.0, 25.0, 2.0]
+MACHINE = Machine(gemm=700e12, attention=500e12, memory=3e12, delay=300e9, call=50e-6, hook=1e-3, wait=20e-3)
 
 
 @pytest.fixture(scope="module")
 def found() -> list[Point]:
     """The points that are always there."""
-    there = [point for point in (*heads(), *probes(), *baselines()) if isinstance(point, Point)]
+    there = [point for point in (*heads(), *probes(), *baselines(), *ends()) if isinstance(point, Point)]
     return [point for point in there if point.file in FILES]
 
 
@@ -76,7 +84,7 @@ def test_what_no_point_knows_is_said(times):
     fitted = fit([point for point in times if point.file == "h100x2/zero3_head_rivals"])
     unknown = {name for name, e in zip(names, fitted.errors, strict=True) if e == np.inf}
     # heads on H100
-    assert unknown == {"attention", "hook", "memory H200"}
+    assert unknown == {"attention", "hook", "wait", "memory H200"}
     # no collective takes less than no time
     impossible = setting([*KNOWN[:5], -30.0, *KNOWN[6:]])
     fitted = fit([replace(point, measured=point.model(impossible)) for point in times[::4] + times[-13:]])
@@ -98,14 +106,16 @@ def test_every_measured_time_is_within_ten_per_cent(times):
 
 def test_memory_as_measured(found):
     some = [point for point in found if point.unit == "MiB" and point.file != "probe"]
-    assert len(some) > 90
+    assert len(some) > 110
     for point in some:
-        assert point.model(setting(KNOWN)) == pytest.approx(point.measured, rel=0.03), point
+        # what "fit" keeps is a number of layers: one of them is 4 % here
+        rel = 0.05 if point.way == "ours-fast" else 0.03
+        assert point.model(setting(KNOWN)) == pytest.approx(point.measured, rel=rel), point
 
 
 def test_too_few_points_are_refused(times):
-    with pytest.raises(ValueError, match="8 points can't fix 8 parameters"):
-        fit(times[:8])
+    with pytest.raises(ValueError, match="9 points can't fix 9 parameters"):
+        fit(times[:9])
 
 
 def test_a_head_is_the_product_s(times):
@@ -169,16 +179,29 @@ def test_a_step():
 
     assert seconds("ours-fast") < seconds("ours") < seconds("hf")
     # at a short sequence the host is what is waited for, and leaf modules are what helps
-    assert seconds("liger", micro_batch=1, length=2048) == seconds("liger", micro_batch=1, length=1024)
+    short = Job(WAYS["liger"], LLAMA_8B, 4, 1, length=1024)
+    assert host_seconds(short, MACHINE) > 0.5 * step_seconds(short, MACHINE)
+    assert seconds("liger", micro_batch=1, length=2048) < 1.01 * step_seconds(short, MACHINE)
     assert seconds("liger+leaf", micro_batch=1, length=2048) < seconds("liger", micro_batch=1, length=2048) / 2
+    assert host_seconds(replace(short, micro_batch=4, length=8192), MACHINE) == 0
     peaks = {way: peak_bytes(Job(WAYS[way], LLAMA_8B, 4, 4), MACHINE) for way in WAYS}
-    assert peaks["ours-small"] < peaks["liger"] < peaks["hf"]
+    assert peaks["ours-small"] < peaks["ours-small-untiled"] < peaks["liger"] < peaks["hf"]
+
+
+def test_forward_and_backward_each_have_their_slower_side():
+    job, machine = Job(WAYS["liger"], LLAMA_8B, 4, 1), replace(MACHINE, hook=0.65e-3)
+    # between a forward that waits for the host and a backward that does not
+    (device, host), (device_back, host_back) = phases(job, machine, hidden=False)
+    assert device < host and host_back < device_back
+    rest = machine.wait + update_seconds(job, machine)
+    assert step_seconds(job, machine) == pytest.approx(host + device_back + rest)
+    assert host_seconds(job, machine) == pytest.approx(host - device)
 
 
 def test_what_is_kept_is_not_computed_again():
     ways = [WAYS[way] for way in ("ours-fast-full", "ours-fast-attention")]
     jobs = [Job(way, LLAMA_8B, 4, 2) for way in (*ways, replace(ways[1], recompute="matmuls"))]
-    works = [layers_work(job, MACHINE) for job in jobs]
+    works = [sum(layers_work(job, MACHINE), Work()) for job in jobs]
     tokens, last = 2 * 8192, 4096 * 14336
     assert works[0].gemm == 8 * 32 * LLAMA_8B.layer * tokens
     assert works[1].gemm == works[0].gemm - 2 * 32 * last * tokens
@@ -186,22 +209,64 @@ def test_what_is_kept_is_not_computed_again():
     # 4.5 forwards of the attention, and 3.5
     assert works[1].attention == works[2].attention == pytest.approx(works[0].attention * 3.5 / 4.5)
     full, attention, matmuls = (peak_bytes(job, MACHINE) for job in jobs)
-    assert attention - full == 32 * tokens * 2 * 4096
-    assert matmuls - attention == 32 * tokens * 2 * (4096 + 2048 + 4096 + 28672)
+    # all layers' outputs of attention, q, k, v, projection, gate and up, of which the last layer's backward makes none
+    # a second time; the loss is what holds the most then
+    assert attention - full == 31 * tokens * 2 * 4096
+    both = 32 * tokens * 2 * (4096 + 4096 + 2048 + 4096 + 28672)
+    loss = loss_of(jobs[2], MACHINE).held + 6 * 4096 * tokens
+    held = layer_held(ways[0], LLAMA_8B) * tokens + gradient_bytes(ways[0], LLAMA_8B)
+    assert matmuls - full == both + max(loss, held - both / 32) - max(loss, held)
+
+
+def test_a_tiled_mlp():
+    tiled = Job(WAYS["ours-small"], LLAMA_8B, 4, 4)
+    whole = replace(tiled, way=WAYS["ours-small-untiled"])
+    tokens, inner = tiled.tokens, 4096 * 14336
+    (forward, back), (forward_whole, back_whole) = (layers_work(job, MACHINE) for job in (tiled, whole))
+    # down runs in the repetition of one tile of four
+    assert back_whole.gemm - back.gemm == 2 * 32 * inner * tokens * 3 / 4
+    assert forward.gemm == forward_whole.gemm and forward.hooks < forward_whole.hooks
+    # results and dx are copied; sums in fp32 are read for two tiles, and for the last one added and rounded
+    assert forward.memory - forward_whole.memory == 32 * 4 * 4096 * tokens
+    assert back.memory - back_whole.memory == 32 * (8 * 4096 * tokens + (2 * 4 + 8) * 3 * inner)
+    # a quarter of gate, up, product and its gradient, of a result and its dx, for dx of all and the sums
+    saved = tokens * (28 * 4096 - 28 * 4096 / 4 - 2 * 4096 - 4 * 4096 / 4) - 12 * inner
+    assert peak_bytes(whole, MACHINE) - peak_bytes(tiled, MACHINE) == saved
+
+
+def test_the_optimizer_s_groups():
+    """Two ranks, half of Llama-3-8B's layers: the second group has nine layers and the head."""
+    half = replace(LLAMA_8B, layers=16)
+    layer, head = LLAMA_8B.layer / 2, LLAMA_8B.head / 2
+    # the first ends with the last matrix of the seventh layer
+    assert largest_group(half, 2, 1e9) == 9 * layer + head
+    assert largest_group(replace(half, layers=7), 2, 1e9) == 7 * layer + head
+    assert largest_group(half, 2, 1) == head
+    # its gradients in bf16 and fp32 are what Liger and ours peak at, as measured: 42778 MiB, 54 of which are no count
+    job = Job(WAYS["ours"], half, 2, 1)
+    assert peak_bytes(job, MACHINE) / 2**20 == pytest.approx(42778, abs=80)
 
 
 def test_as_much_is_kept_as_there_is_room_for():
     job = Job(WAYS["ours-fast"], LLAMA_8B, 4, 2)
     full = peak_bytes(replace(job, way=WAYS["ours-fast-full"]), MACHINE)
-    attention = 32 * job.tokens * 2 * 4096
-    shares = []
-    for more in (-1e9, attention / 2, 2 * attention, 1e12):
+    attention = job.tokens * 2 * 4096
+    matmuls = job.tokens * 2 * (4096 + 2048 + 4096 + 28672)
+    levels = []
+    for more in (-1e9, 16.5 * attention, 32 * attention + 2.5 * matmuls, 1e13):
         machine = replace(MACHINE, room=(full + more) / 0.9)
-        share = kept(job, machine)
-        shares.append((share.attention, share.matmuls))
+        level = kept(job, machine)
+        levels.append((level.attention, level.matmuls))
         assert peak_bytes(job, machine) <= max(full, 0.9 * machine.room * (1 + 1e-9))
-    matmuls = 32 * job.tokens * 2 * (4096 + 2048 + 4096 + 28672)
-    assert shares == [(0, 0), (pytest.approx(0.5), 0), (1, pytest.approx(attention / matmuls)), (1, 1)]
+    assert levels == [(0, 0), (16, 0), (32, 2), (32, 32)]
+
+
+def test_what_the_first_steps_need_is_scaled_to_longer_ones():
+    """Weights that are there whatever the batch are then counted with it, so less is kept."""
+    job = Job(WAYS["ours-fast"], LLAMA_8B, 4, 4)
+    machine = replace(MACHINE, room=100 * GIB)
+    measured, scaled = (kept(replace(job, first=first), machine) for first in (4, 1))
+    assert (measured.attention, scaled.attention) == (32, 32) and 0 < scaled.matmuls < measured.matmuls < 32
 
 
 def end_to_end(job: str, rows: list[dict]) -> dict:
