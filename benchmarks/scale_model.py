@@ -265,7 +265,7 @@ class Way:
 
     def live(self, shape: Shape) -> float:
         """Elements of weights that may be gathered at a time."""
-        by_layer = {"small": 2 * shape.layer + PREFETCH, "large": max(1e9, 2 * shape.layer) + 3 * shape.layer}
+        by_layer = {"small": min(1e9, 2 * shape.layer + PREFETCH), "large": max(1e9, 2 * shape.layer) + 3 * shape.layer}
         return min({"stock": 1e9, "2e9": 2e9}.get(self.sizes) or by_layer[self.sizes], shape.elements)
 
     def group(self, shape: Shape) -> float:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
 # DeepSpeed's own, in elements
-PREFETCH, REUSE, BUCKET = int(5e7), int(1e9), int(5e8)
+PREFETCH, LIVE, REUSE, BUCKET = int(5e7), int(1e9), int(1e9), int(5e8)
 # no smaller groups of the optimizer: each costs a few launches
 LEAST_GROUP = int(1e7)
 
@@ -51,8 +51,9 @@ def sizes_of(choice: str, layer: int, trained: int) -> dict[str, int]:
     prefetch = min(PREFETCH, layer)
     return {
         "stage3_prefetch_bucket_size": prefetch,
-        "stage3_max_reuse_distance": 2 * layer,
-        "stage3_max_live_parameters": 2 * layer + prefetch,
+        # never more than DeepSpeed's, with which layers of half a billion parameters and more are gathered a third time
+        "stage3_max_reuse_distance": min(REUSE, 2 * layer),
+        "stage3_max_live_parameters": min(LIVE, 2 * layer + prefetch),
         # smaller than the matrices of an MLP: a gradient that fills no bucket is sent from where it is
         "reduce_bucket_size": max(1, min(BUCKET, layer // 8, trained)),
         **group,
