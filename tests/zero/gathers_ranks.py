@@ -8,9 +8,7 @@ OUT/CASE.RANK.json: by way ("stock", "leaf", ...), what `trained` returns.
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,6 +18,7 @@ import jobs
 import products
 import torch
 import torch.distributed as dist
+from cases import Cases
 from deepspeed.runtime.zero import partition_parameters
 from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 from deepspeed.utils import z3_leaf_module
@@ -28,7 +27,6 @@ from torch import nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-import ds_fused
 from ds_fused.engine import leaf_modules
 from ds_fused.engine.config import OP_OPTIONS
 
@@ -38,12 +36,7 @@ LEAF = OFF | {"leaf_modules": True}
 SIZES = {"small": OFF | {"zero_sizes": "small"}, "large": OFF | {"zero_sizes": "large"}}
 CHECKPOINTING = {"reentrant": True, "plain": False}
 
-CASES: dict[str, Callable[[], dict]] = {}
-
-
-def case(function: Callable[[], dict]) -> Callable[[], dict]:
-    CASES[function.__name__] = function
-    return function
+CASES = case = Cases()
 
 
 def llama(tied: bool = False, checkpointing: str | None = None) -> LlamaForCausalLM:
@@ -388,19 +381,5 @@ def other_profile_on_one() -> dict:
     return {}
 
 
-def main(out: Path, names: list[str]) -> None:
-    torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo")
-    ds_fused.install()
-    for name in names:
-        try:
-            result = CASES[name]()
-        except Exception:
-            result = {"error": traceback.format_exc()}
-        (out / f"{name}.{dist.get_rank()}.json").write_text(json.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:] or list(CASES))
+    CASES.run(Path(sys.argv[1]), sys.argv[2:] or list(CASES))

@@ -14,6 +14,7 @@ import jobs
 import products
 import torch
 import torch.distributed as dist
+from cases import Cases
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
@@ -21,12 +22,7 @@ from ds_fused.engine import zero3
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # ids and labels, [ROWS, LENGTH]
 
-CASES: dict[str, Callable[[], dict]] = {}
-
-
-def case(function: Callable[[], dict]) -> Callable[[], dict]:
-    CASES[function.__name__] = function
-    return function
+CASES = case = Cases()
 
 
 def model_of(tied: bool = False, kind: type[LlamaForCausalLM] = LlamaForCausalLM) -> LlamaForCausalLM:
