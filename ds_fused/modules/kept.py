@@ -35,19 +35,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_fused.modules.exchange import ATTENTION, MATMUL, Run, current_run
+from ds_fused.modules.operators import ADD, PRODUCTS, Watch, is_dear, writes
 
 # makes the result of nothing, uninitialised
 Empty = Callable[[], Tensor]
 
 # level -> what is kept; "full" computes everything again
 LEVELS = {"full": frozenset(), "attention": frozenset({ATTENTION}), "matmuls": frozenset({ATTENTION, MATMUL})}
-
-_aten = torch.ops.aten
-_PRODUCTS = frozenset((_aten.mm.default, _aten.addmm.default, _aten.bmm.default))
-_ADD = _aten.add_.Tensor
 
 
 class Entry(NamedTuple):
@@ -78,54 +74,6 @@ def _detached(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach()
     return type(value)(map(_detached, value)) if isinstance(value, (tuple, list)) else value
-
-
-@functools.cache
-def _kind_of(op: Any) -> str | None:
-    namespace, _, name = op.name().partition("::")
-    if op in _PRODUCTS or op.name() == "aten::_grouped_mm":
-        return MATMUL
-    is_attention = namespace == "aten" and name.startswith("_scaled_dot_product_")
-    # flash-attention, as a package and as it comes from the hub
-    is_attention |= "flash_attn" in namespace and name.endswith(("fwd", "_forward"))
-    return ATTENTION if is_attention and "backward" not in name else None
-
-
-@functools.cache
-def _dropout_at(op: Any) -> tuple[int, Any] | None:
-    """Where an op has its dropout among its arguments, and what it is where it is not given."""
-    for i, argument in enumerate(op._schema.arguments):
-        if argument.name in ("dropout_p", "p_dropout"):
-            return i, argument
-    return None
-
-
-def _is_kept(op: Any, args: tuple, named: dict, kind: str) -> bool:
-    if _kind_of(op) != kind:
-        return False
-    dropout = _dropout_at(op)
-    if dropout is None:
-        return True
-    # with dropout it draws random numbers, and what comes after it in the repetition would get those
-    at, argument = dropout
-    return not (args[at] if at < len(args) else named.get(argument.name, argument.default_value))
-
-
-class _Watch(TorchDispatchMode):
-    """Hands every operator within a call to a function."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self, handle: Callable[[Any, tuple, dict], Any]) -> None:
-        super().__init__()
-        self._handle = handle
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        return True
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return self._handle(op, args, kwargs or {})
 
 
 @dataclass
@@ -195,7 +143,7 @@ class _Run(Run):
         raise NotImplementedError
 
     def watched(self, handle: Callable, function: Callable, args: tuple, named: dict) -> Any:
-        with _Watch(handle):
+        with Watch(handle):
             # a call within the call is part of it
             return self.unseen(function, *args, **named)
 
@@ -237,11 +185,11 @@ class _Forward(_Run):
         def handle(op: Any, args: tuple, named: dict) -> Any:
             nonlocal is_spoilt
             out = op(*args, **named)
-            if _is_kept(op, args, named, kind):
+            if is_dear(op, args, named, kind):
                 made.append(Entry(op, out))
-            elif made and _writes(op) and _memory(args[0]) in _memories(made):
+            elif made and writes(op) and _memory(args[0]) in _memories(made):
                 # DeepSpeed's linear adds its bias so; anything else would be done twice
-                is_spoilt |= op is not _ADD
+                is_spoilt |= op is not ADD
             return out
 
         y = self.watched(handle, function, args, named)
@@ -269,7 +217,7 @@ def _likeness(function: Callable, args: tuple, named: dict) -> tuple | None:
 
 def _is_plain(made: list[Entry], y: Any) -> bool:
     """Whether y is the only product's result, in another shape at most."""
-    if len(made) != 1 or made[0].op not in _PRODUCTS or not isinstance(y, Tensor):
+    if len(made) != 1 or made[0].op not in PRODUCTS or not isinstance(y, Tensor):
         return False
     out = made[0].value
     is_alike = y.is_contiguous() and out.numel() == y.numel() > 0 and out.dtype == y.dtype
@@ -289,13 +237,6 @@ def _memory(x: Tensor) -> int:
 
 def _memories(made: list[Entry]) -> set[int]:
     return {_memory(x) for entry in made for x in tensors_of(entry.value)}
-
-
-@functools.cache
-def _writes(op: Any) -> bool:
-    """Whether an operator writes into its first argument."""
-    arguments = op._schema.arguments if isinstance(op, torch._ops.OpOverload) else ()
-    return bool(arguments) and arguments[0].alias_info is not None and arguments[0].alias_info.is_write
 
 
 class _Repetition(_Run):
@@ -352,14 +293,14 @@ class _Repetition(_Run):
         handed_out: set[int] = set()
 
         def handle(op: Any, args: tuple, named: dict) -> Any:
-            if op is _ADD and _memory(args[0]) in handed_out:
+            if op is ADD and _memory(args[0]) in handed_out:
                 return args[0]
             if entries and op is entries[-1].op:
                 value = entries.pop().value
                 handed_out.update(map(_memory, tensors_of(value)))
                 # without what autograd knew of it; the node that it belongs to now is made above
-                return value.detach().view(_shape(args)) if op in _PRODUCTS else _detached(value)
-            if _is_kept(op, args, named, kind):
+                return value.detach().view(_shape(args)) if op in PRODUCTS else _detached(value)
+            if is_dear(op, args, named, kind):
                 kept = f"{entries[-1].op} was kept" if entries else "nothing more was kept"
                 raise RuntimeError(f"recompute: the repetition of a layer came to {op} where {kept} by its forward")
             return op(*args, **named)
@@ -374,7 +315,7 @@ class _Repetition(_Run):
             with torch.no_grad():
                 for op, given, others, into in waiting:
                     # past the version: for autograd this is the value that was there from the start
-                    if op is _ADD:
+                    if op is ADD:
                         op(into.data, *given[1:], **others)
                     else:
                         into.data.copy_(op(*given, **others))
@@ -383,14 +324,14 @@ class _Repetition(_Run):
         def handle(op: Any, args: tuple, named: dict) -> Any:
             memories = {_memory(into) for *_, into in waiting}
             read = [any(_memory(x) in memories for x in tensors_of(given)) for given in args]
-            if op in _PRODUCTS and not any(read):
+            if op in PRODUCTS and not any(read):
                 y = args[-1].new_empty(_shape(args))
                 waiting.append((op, args, named, y))
                 return y
-            if op is _ADD and read == [True, False]:
+            if op is ADD and read == [True, False]:
                 waiting.append((op, args, named, args[0]))
                 return args[0]
-            if any(read) and not (op is _aten._unsafe_view.default or getattr(op, "is_view", False)):
+            if any(read) and not (op is torch.ops.aten._unsafe_view.default or getattr(op, "is_view", False)):
                 compute()
             return op(*args, **named)
 
