@@ -358,10 +358,16 @@ def main() -> None:
     except RuntimeError as error:
         if not lost_ranks(error):
             raise
-        sys.exit(
-            f"rank {os.environ.get('RANK', '0')} on {platform.node()} has lost the other ranks: one has failed, or its "
-            f"host or the network is down ({error}); --resume goes on from the newest checkpoint"
+        rank, host = os.environ.get("RANK", "0"), platform.node()
+        print(
+            f"rank {rank} on {host} has lost the other ranks: one has failed, or its host or the network is down "
+            f"({error}); --resume goes on from the newest checkpoint",
+            file=sys.stderr,
         )
+        # without Python's own end: that of gloo's objects waits for the lost ranks, or aborts
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
     dist.destroy_process_group()
 
 

@@ -75,10 +75,12 @@ def _launch_once(command: Sequence[str], ranks: int, timeout: float, cwd: Path, 
         _free_shared_memory(address["MASTER_PORT"])
 
 
-def start(command: Sequence[str | Path], *, timeout: float = 240, cwd: Path = REPO, **env: str) -> Ended:
+def start(
+    command: Sequence[str | Path], *, timeout: float = 240, cwd: Path = REPO, attempts: int = ATTEMPTS, **env: str
+) -> Ended:
     """Run one command to its end, whatever its status; again where a rank aborted as it ended."""
     words = [str(word) for word in command]
-    for _ in range(ATTEMPTS):
+    for _ in range(attempts):
         try:
             ended = _wait([_Started(command, cpu_environment(**env), cwd)], timeout)[0]
         finally:

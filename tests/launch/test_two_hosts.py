@@ -14,8 +14,9 @@ from launching import REPO, Ended, start
 TIMEOUT_S = 15
 
 
-def launch_on(host: Host, *words: str) -> Ended:
-    return start(host.inside([sys.executable, "-m", "launch", *words], REPO), PYTHONPATH=str(REPO))
+def launch_on(host: Host, *words: str, **options: int) -> Ended:
+    command = host.inside([sys.executable, "-m", "launch", *words], REPO)
+    return start(command, PYTHONPATH=str(REPO), **options)
 
 
 def test_a_cut_link_ends_the_job_which_resumes_to_the_same_losses(two_hosts, tmp_path, tiny_model, text, local_run):
@@ -27,7 +28,8 @@ def test_a_cut_link_ends_the_job_which_resumes_to_the_same_losses(two_hosts, tmp
     ]  # fmt: skip
 
     with ThreadPoolExecutor() as pool:
-        job = pool.submit(launch_on, alpha, *words)
+        # a second start would find the link cut
+        job = pool.submit(launch_on, alpha, *words, attempts=1)
         assert runs.comes_to(12, folder, job.done), job.result().output
         beta.run("ip", "link", "set", "cable", "down")
         was_cut = time.monotonic()
