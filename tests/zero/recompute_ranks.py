@@ -17,6 +17,7 @@ import jobs
 import products
 import torch
 import torch.distributed as dist
+from joining import joined
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
@@ -100,7 +101,6 @@ def train(init: bool, recompute: object, block: dict | None = None) -> dict:
 
 
 def main(out: Path) -> None:
-    deepspeed.init_distributed("gloo")
     rank = dist.get_rank()
     # zero.Init puts a linear of its own into torch, for good: those without it come first
     found = {
@@ -113,4 +113,5 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with joined():
+        main(Path(sys.argv[1]))
