@@ -52,7 +52,7 @@ class Slurm:
         self.first.run("slurmctld", "-f", self.config)
         for host in hosts:
             host.run("slurmd", "-f", self.config, "-N", host.name)
-        self.wait(lambda: self.say("sinfo", "-h", "-o", "%T %D") == f"idle {len(hosts)}", 30, "both nodes idle")
+        self.wait(lambda: self.say("sinfo", "-h", "-o", "%T %D") == f"idle {len(hosts)}", 120, "both nodes idle")
 
     def say(self, *command: str | Path) -> str:
         """What one of Slurm's commands answers."""
