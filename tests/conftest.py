@@ -18,11 +18,6 @@ OPS = HERE / "ops"
 # folders and files that take long, the longest first: with two at a time none is then left to run alone at the end
 LONG = ("launch", "zero", "benchmarks", "scripts", "engine", "test_compile_targets.py", "test_trace.py")
 
-# one of pytest-xdist's workers: threads that wait for each other at each small op would take the others' cores
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-
 # Triton decides when it is imported whether kernels are interpreted, the ops ask at every call: so one process holds
 # kernels that run on CPU tensors, and only tests/ops lets them (pytest_runtest_setup).
 if not HAS_GPU:
@@ -32,6 +27,11 @@ if not HAS_GPU:
     import interpreter  # imports triton while the variable is set
 
     interpreter.correct()
+
+    # here and in what is started from here: sizes are tiny, and threads that wait for one another at each op cost 10 s
+    # of processor time where one needs 0.2 (the judge of tests/zero, on a machine that had more to do)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
