@@ -61,7 +61,7 @@ class Spec:
     lora: bool
     offload: bool
     points: Sequence[tuple[int, int]]  # micro batch, sequence length; smallest first
-    warm_up: int
+    warm_up: Sequence[int]  # steps before those that are measured: at the first point, and at each other one
     steps: int
     further_step: bool  # after those that are measured
     profile: bool  # whether that one is taken apart
@@ -120,6 +120,10 @@ class Memory:
     def forget_peaks(self) -> None:
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
+
+    def room(self) -> float | None:
+        """What PyTorch could have: what it has, and what nobody has."""
+        return (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / 2**20 if self.on_gpu else None
 
     def peaks(self) -> tuple[float | None, float | None]:
         """Allocated, reserved."""
@@ -186,11 +190,11 @@ class Job:
             say(STEP, [batch, length, self.steps])
         return found
 
-    def point(self, batch: int, length: int) -> dict[str, object]:
+    def point(self, batch: int, length: int, warm_up: int) -> dict[str, object]:
         """What this rank measured at one size."""
         spec, memory = self.spec, self.memory
         memory.reset()
-        warm = [self.step(batch, length) for _ in range(spec.warm_up)]
+        warm = [self.step(batch, length) for _ in range(warm_up)]
         memory.forget_peaks()
         measured = [self.step(batch, length) for _ in range(spec.steps)]
         allocated, reserved = memory.peaks()
@@ -203,6 +207,7 @@ class Job:
             "peak_mib": allocated,
             "reserved_mib": reserved,
             "states_mib": self.states,
+            "room_mib": memory.room(),
         }
 
     def timeline(self, batch: int, length: int) -> dict[str, float] | str | None:
@@ -227,7 +232,7 @@ class Job:
     def row(self, place: int, batch: int, length: int) -> dict[str, object] | None:
         """On rank 0: what it measured, beside what the others did."""
         with attention(self.way.backend):
-            mine = self.point(batch, length)
+            mine = self.point(batch, length, self.spec.warm_up[min(place, len(self.spec.warm_up) - 1)])
             parts = self.timeline(batch, length) if self.spec.further_step else None
         store = dist.PrefixStore("end_to_end", dist.distributed_c10d._get_default_store())
         told = {key: mine[key] for key in ("ms", "peak_mib", "reserved_mib")}
