@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from benchmarks.head_rows import merged
 from benchmarks.scale_model import (
     CHUNK_MB,
     KEEP_MB,
@@ -92,7 +93,7 @@ def heads(results: Path = RESULTS) -> Iterator[Point | Skipped]:
         measured, name = json.loads(path.read_text()), f"{path.parent.name}/{path.stem}"
         device, ranks = _device(measured["header"]["device"]), int(measured["header"]["ranks"])
         keeps = measured["header"]["date"] < GATHER_KEPT_BEFORE
-        for row in measured["rows"]:
+        for row in merged(measured["rows"]):
             shape, way = row["shape"], row["way"]
             found = head_loss("gather keep" if keeps and way == "gather" else way, shape, ranks, device)
             reason = OUTDATED.get((name, shape, way)) or _no_parameters(measured["header"])
