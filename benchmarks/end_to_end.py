@@ -144,6 +144,7 @@ def spec_of(options: argparse.Namespace, name: str, way: Way, points: Sequence[P
         further_step=options.profile,
         profile=options.profile,
         ceiling=False,
+        room=options.room,
         **paths,
     )
 
@@ -304,6 +305,7 @@ def job_text(options: argparse.Namespace) -> str:
         *(["LoRA of rank 16 on the layers' projections"] if options.lora else []),
         f"{' and '.join(map(str, options.warm_up))} + {options.steps} steps",
         f"text: {options.data.name}" if options.data else "synthetic tokens",
+        *([f"{options.room:g} GiB of each card"] if options.room else []),
     ]
     return ", ".join(words)
 
@@ -328,6 +330,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     add("--profile", action=on_off, default=True, help="one more step in round 1, taken apart")
     add("--rounds", type=_positive, default=2)
     add("--resume", action="store_true", help="keep the rows of NAME.json, measure what is missing")
+    add("--room", type=float, metavar="GIB", help="that PyTorch may have of each card, as if it were a smaller one")
     add("--seconds", type=float, default=float("inf"), help="start no way after that")
     add("--patience", type=float, default=300.0, help="seconds without a step after which a launch is ended")
     add("--ways", metavar="WAY,...", help=f"of {', '.join(WAYS)} and --block's; default {','.join(DEFAULT)}")

@@ -66,6 +66,7 @@ class Spec:
     further_step: bool  # after those that are measured
     profile: bool  # whether that one is taken apart
     ceiling: bool  # whether this card's rate of a matrix product is measured first
+    room: float | None = None  # GiB that PyTorch may have of the card; None: all
     data: str | None = None
     tokenizer: str | None = None
 
@@ -122,8 +123,12 @@ class Memory:
             torch.cuda.reset_peak_memory_stats()
 
     def room(self) -> float | None:
-        """What PyTorch could have: what it has, and what nobody has."""
-        return (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / 2**20 if self.on_gpu else None
+        """What PyTorch could have: what it has and what nobody has, or what it is given."""
+        if not self.on_gpu:
+            return None
+        free, total = torch.cuda.mem_get_info()
+        given = torch.cuda.get_per_process_memory_fraction() * total
+        return min(free + torch.cuda.memory_reserved(), given) / 2**20
 
     def peaks(self) -> tuple[float | None, float | None]:
         """Allocated, reserved."""
@@ -301,6 +306,8 @@ def main(path: str) -> None:
                 say(FAILED, "not run: needs a GPU")
             return
         deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=TIMEOUT, verbose=False)
+        if spec.room is not None and on_gpu:
+            torch.cuda.set_per_process_memory_fraction(spec.room * 2**30 / torch.cuda.mem_get_info()[1])
         ceiling = matmul_rate(device) if spec.ceiling and on_gpu else None
         if rank == 0:
             name = torch.cuda.get_device_name(device) if on_gpu else "CPU (no timing here means anything)"

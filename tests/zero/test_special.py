@@ -18,6 +18,8 @@ LAYERS = products.SIZES["num_hidden_layers"]
 
 # cases of mode "stream" that are run in the other mode, too, and two of its own
 STATIONARY = (
+    "communication_dtype",
+    "accumulation_dtype",
     "frozen_trunk",
     "frozen_head",
     "uneven_ranks",
@@ -60,6 +62,7 @@ CASES = (
     "stream_logits_read",
     "stream_logits_read_by_one",
     "stream_communication_dtype",
+    "stream_accumulation_dtype",
     "stream_autocast",
     "stream_offload",
     "stream_tied_offload",
@@ -79,6 +82,7 @@ CASES = (
     "stream_direct_backward_accumulating",
     "stream_evaluation_in_an_accumulation",
     "stream_no_sync",
+    "stream_predivided",
     "stream_universal_checkpoint",
     "stream_saved_weights",
     "stream_memory",
@@ -127,6 +131,7 @@ def ranks(request: pytest.FixtureRequest, ended) -> list[dict]:
     return ended(request.node.name.removeprefix("test_"))
 
 
+IN_BF16 = ("communication_dtype", "accumulation_dtype", "autocast")
 # cases whose embedding is looked up without being whole
 LOOKED_UP = ("embedding", "gemma", "own_loss", "tied_offload")
 
@@ -263,6 +268,7 @@ def test_one_rank_misspells(ranks):
         "embedding",
         "logits_kept",
         "communication_dtype",
+        pytest.param("accumulation_dtype", marks=pytest.mark.all),
         "autocast",
         "offload",
         pytest.param("tied_offload", marks=pytest.mark.all),
@@ -285,11 +291,8 @@ def test_stream(ended, name):
     for result in ranks:
         assert "its weight in 34 slabs" in result["report"]
         assert ("embedding; its weight in 34 slabs" in result["report"]) == (name in LOOKED_UP)
-        if name in ("communication_dtype", "autocast"):
-            # half an ulp of bf16, in which the products are rounded
-            assert result["fused"] == pytest.approx(result["stock"], rel=4e-3)
-        else:
-            assert result["fused"] == pytest.approx(result["stock"], rel=1e-5)
+        # half an ulp of bf16, in which the products are rounded
+        assert result["fused"] == pytest.approx(result["stock"], rel=4e-3 if name in IN_BF16 else 1e-5)
         # what is compared has learned something
         assert result["fused"][0] != result["fused"][3]
 
@@ -304,8 +307,7 @@ QUICK = ("uneven_ranks", "bias", "gemma", "weighted_ranks", "both_ways")
 def test_stationary(ended, name):
     for result in ended(f"stationary_{name}"):
         assert "its rows stay on 2 ranks, to which the tokens travel" in result["report"]
-        # bf16 for autocast: half an ulp
-        assert result["fused"] == pytest.approx(result["stock"], rel=4e-3 if name == "autocast" else 1e-5)
+        assert result["fused"] == pytest.approx(result["stock"], rel=4e-3 if name in IN_BF16 else 1e-5)
         assert result["fused"][0] != result["fused"][3]
         # 33 * 2 is less than the 67 words
         stays = "embedding; its rows stay on 2 ranks up to 33 tokens a rank, its weight in 34 slabs of at most "
@@ -398,6 +400,14 @@ def test_stream_saved_weights(ranks):
                 assert w == pytest.approx(stock["weights"][name], **off), (kind, name)
 
 
+@pytest.mark.all
+def test_stream_predivided(ranks):
+    """ZeRO-3 has no such factor where it scatters gradients, with and without ds_fused."""
+    for result in ranks:
+        assert "gradient_predivide_factor != 1.0 is not yet supported with ZeRO-3" in result["stock"]
+        assert result["fused"] == result["stock"]
+
+
 def test_stream_gradient_to_logits(ranks):
     for result in ranks:
         assert '"logits": "keep"' in result["raised"]
@@ -428,12 +438,21 @@ def test_stream_memory(ranks):
         assert max(result["fused"]["largest"]) <= -(-result["table"] // 2), result
 
 
-def test_a_rank_that_dies_among_its_slabs_ends_the_job():
-    first, second = launch(HERE / "dying_rank.py", ranks=products.RANKS["cpu"], timeout=120, expect_success=False)
-    assert second.status == 17
-    # the one that is left says what happened, and doesn't wait for ever
-    assert first.status not in (0, -9), first.output
-    assert "RuntimeError" in first.output or "DistBackendError" in first.output, first.output
+@pytest.mark.parametrize(
+    ("mode", "n_ranks"),
+    [
+        ("stream", 2),
+        pytest.param("stream", 4, marks=pytest.mark.all),
+        pytest.param("stationary", 3, marks=pytest.mark.all),
+    ],
+)
+def test_a_rank_that_dies_among_its_slabs_ends_the_job(mode, n_ranks):
+    ended = launch(HERE / "dying_rank.py", mode, ranks=n_ranks, timeout=120, expect_success=False)
+    assert ended.pop(1).status == 17
+    for left in ended:
+        # those that are left say what happened, and don't wait for ever
+        assert left.status not in (0, -9), left.output
+        assert "RuntimeError" in left.output or "DistBackendError" in left.output, left.output
 
 
 GATHERED = 'head lm_head: mode "stream": its weight is gathered whole, since '
@@ -451,6 +470,7 @@ def test_stream_is_no_use(ranks):
         "persistent": "stage3_param_persistence_threshold",
         "stage": "ZeRO stage 2 shards no weights",
         "reduce": "reduce_scatter is off",
+        "predivided": "reduce_scatter is off",
         "leaf": "ZeRO-3 leaf module",
         "deepcompile": "DeepCompile arranges the gathering",
         "quantized gradients": "(zero_quantized_gradients)",
