@@ -127,7 +127,8 @@ class Launcher:
 
 def spec_of(options: argparse.Namespace, name: str, way: Way, points: Sequence[Point]) -> Spec:
     paths = {
-        name: None if (p := getattr(options, name)) is None else str(p.resolve()) for name in ("data", "tokenizer")
+        name: None if (p := getattr(options, name)) is None else str(p.resolve())
+        for name in ("data", "tokenizer", "weights")
     }
     return Spec(
         way=name,
@@ -305,6 +306,7 @@ def job_text(options: argparse.Namespace) -> str:
         *(["LoRA of rank 16 on the layers' projections"] if options.lora else []),
         f"{' and '.join(map(str, options.warm_up))} + {options.steps} steps",
         f"text: {options.data.name}" if options.data else "synthetic tokens",
+        *([f"weights: {options.weights.name}"] if options.weights else []),
         *([f"{options.room:g} GiB of each card"] if options.room else []),
     ]
     return ", ".join(words)
@@ -317,7 +319,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     add("--gpus", type=_positive, default=1, help="ranks; on a machine without a GPU they run on the CPU")
     add("--out", type=Path, default=Path(), help="folder for the results")
     add("--name", default="end_to_end", help="of the files in it")
-    add("--shape", choices=tuple(SHAPES), default="8b-16layers", help="the model; weights are random")
+    add("--shape", choices=tuple(SHAPES), default="8b-16layers", help="the model")
     add("--layers", type=_positive, help="so many instead of the model's own")
     add("--stage", type=int, choices=(0, 1, 2, 3), default=3, help="of ZeRO")
     add("--micro-batches", type=_numbers, default=[1], metavar="N,...", help="sequences of a rank and step")
@@ -337,6 +339,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     add("--block", action="append", default=[], metavar="NAME=JSON", help="a further way: this ds_fused block")
     add("--data", type=Path, help="folder of *.txt to train on; needs --tokenizer")
     add("--tokenizer", type=Path, help="folder of the tokenizer")
+    add("--weights", type=Path, help="folder with a saved model of the shape; default: random weights")
     add("--longest", action="store_true", help="look for the longest sequence that trains, micro batch 1")
     add("--last-length", type=_positive, default=1 << 20, help="--longest tries none beyond it")
     add("--plot", type=Path, metavar="FOLDER", help="draw NAME.png from the NAME.json of a folder, measure nothing")
@@ -346,6 +349,8 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
         options.ways = chosen(options)
     except ValueError as error:
         parser.error(str(error))
+    if options.weights and options.lora:
+        parser.error("--weights has no adapters, so not with --lora")
     if options.resume and options.longest:
         parser.error("--resume is not for --longest")
     if len(options.warm_up) > 2:

@@ -200,8 +200,10 @@ def probes(folder: Path = RESULTS / "h200x4") -> Iterator[Point]:
             # so large that a block has just these tokens
             chunk = row["block"] * block_bytes(vocab, hidden, ranks, 2)
             loss = sharded_loss(of_stationary(Head(shards, vocab, 1), tokens, chunk))
-            # and dx in bf16
-            loss = Loss(loss.work, loss.held + 2 * tokens * hidden)
+            # its own buffers: the gradient of the rank's rows in fp32, a block's logits, x and dx of two blocks in bf16
+            # each (the conditions call it double-buffered), and dx of all tokens
+            blocks = 2 * row["block"] * (vocab + 4 * ranks * hidden)
+            loss = Loss(loss.work, 4 * shards.size + blocks + 2 * tokens * hidden)
         yield Point("probe", row["shape"], way, "ms", row["ms"], _time_of_head(_fixed(loss), device, ranks, False))
         if "peak_mib" in row:
             yield Point("probe", row["shape"], way, "MiB", row["peak_mib"], _memory_of_head(_fixed(loss)))

@@ -35,7 +35,7 @@ from benchmarks.measure import Instruments
 from benchmarks.ranks import exchanged, said, say
 from benchmarks.results import OK
 from benchmarks.step_data import Data, Stream, Text
-from benchmarks.step_shapes import Shape, built, shape_of
+from benchmarks.step_shapes import Shape, built, load, shape_of
 from benchmarks.step_timeline import recorded, split
 from benchmarks.step_ways import WAYS, Way, layer_class, ours
 
@@ -69,6 +69,7 @@ class Spec:
     room: float | None = None  # GiB that PyTorch may have of the card; None: all
     data: str | None = None
     tokenizer: str | None = None
+    weights: str | None = None  # folder of a saved model; None: random ones
 
 
 def ds_config(spec: Spec, way: Way) -> dict[str, object]:
@@ -153,6 +154,8 @@ class Job:
         config = ds_config(spec, way)
         way.patch(self.shape.type)
         model = built(self.shape, config, device, spec.lora)
+        if spec.weights:
+            load(model, Path(spec.weights))
         way.check(model, self.shape.type)
         if spec.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -23,7 +23,7 @@ from benchmarks.page import Results, without_folders
 from benchmarks.ranks import Ended, listen
 from benchmarks.step_data import COPIED, Stream, Text
 from benchmarks.step_page import RATE, longest_page, steps_page
-from benchmarks.step_shapes import SHAPES, STD, built, shape_of
+from benchmarks.step_shapes import SHAPES, STD, built, load, shape_of
 from benchmarks.step_timeline import COMMUNICATION, COPY, IDLE, MARK, OPTIMIZER, PARTS, Event, length, split, union
 
 HERE = Path(__file__).parent
@@ -392,6 +392,24 @@ def test_a_model_is_its_shape(name, monkeypatch):
     assert len(model.model.layers) == 2 and model.dtype == torch.bfloat16 and model.training
 
 
+def test_weights_of_a_saved_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    tiny, stage = SHAPES["tiny"], {"zero_optimization": {"stage": 0}}
+    saved, drawn = (built(tiny, stage, torch.device("cpu"), lora=False) for _ in range(2))
+    with torch.no_grad():
+        for weight in saved.parameters():
+            weight.add_(1.0)
+    saved.save_pretrained(tmp_path)
+    load(drawn, tmp_path)
+    for first, second in zip(saved.parameters(), drawn.parameters(), strict=True):
+        assert torch.equal(first, second)
+    other = built(replace(tiny, intermediate=96), stage, torch.device("cpu"), lora=False)
+    with pytest.raises(ValueError, match=r"gate_proj.weight of the shape is \[96, 64\], but the file's is \[128, 64\]"):
+        load(other, tmp_path)
+    with pytest.raises(ValueError, match="layers.2.* but the file's is not there"):
+        load(built(replace(tiny, layers=3), stage, torch.device("cpu"), lora=False), tmp_path)
+
+
 def test_flops_of_a_step():
     """Against a count by hand: projections, MLP and head, then scores and values."""
     tiny = SHAPES["tiny"]
@@ -465,6 +483,7 @@ def test_no_folder_of_the_machine_is_in_results():
         (["--block", "x={"], "--block is NAME=JSON, got 'x={'"),
         (["--micro-batches", "1,0"], "'0' is not a positive number"),
         (["--data", "texts"], "--data and --tokenizer go together"),
+        (["--weights", "smollm2", "--lora"], "--weights has no adapters, so not with --lora"),
         (["--longest", "--resume"], "--resume is not for --longest"),
         (["--warm-up", "4,2,1"], "--warm-up has one number or two"),
         (["--plot", "nowhere"], "end_to_end.json is not there"),
