@@ -6,6 +6,7 @@ test_NAME judges what the case NAME of special_ranks.py returned. All of them ru
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import products
@@ -33,9 +34,20 @@ STATIONARY = (
     "smoothed",
     "embedding",
     "tied_offload",
+    "direct_backward",
+    "sharded_bias",
+    "thrown_away",
     "weighted_ranks",
     "both_ways",
     "memory",
+)
+# other steps than forward, backward, step, with heads of several kinds
+STEPS = (
+    "coalesced",
+    "callers_accumulation",
+    "direct_backward_accumulating",
+    "evaluation_in_an_accumulation",
+    "universal_checkpoint",
 )
 
 CASES = (
@@ -76,21 +88,17 @@ CASES = (
     "stream_gemma",
     "stream_own_loss",
     "stream_smoothed",
-    "stream_coalesced",
     "stream_thrown_away",
-    "stream_callers_accumulation",
-    "stream_direct_backward_accumulating",
-    "stream_evaluation_in_an_accumulation",
+    *(f"stream_{name}" for name in STEPS),
     "stream_no_sync",
     "stream_predivided",
-    "stream_universal_checkpoint",
     "stream_saved_weights",
     "stream_memory",
     "stream_lora_on_the_head",
     "stream_another_deepspeed",
     "stream_muon",
     "stream_is_no_use",
-    *(f"stationary_{name}" for name in STATIONARY),
+    *(f"stationary_{name}" for name in (*STATIONARY, *STEPS)),
     "stationary_class_weights",
     "stationary_entropies",
     "auto",
@@ -110,8 +118,8 @@ def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """case -> what it returned, on each rank. Only what this session selected is launched."""
     # test_stream[offload] is of the case stream_offload
     items = [item for item in request.session.items if item.module is request.module]
-    chosen_names = (item.name.removeprefix("test_").replace("_of_each_kind", "") for item in items if not skipped(item))
-    wanted = {name.replace("[", "_").rstrip("]") for name in chosen_names}
+    chosen_names = (item.name.removeprefix("test_") for item in items if not skipped(item))
+    wanted = {re.sub("_of_each_kind|_in_each_dtype", "", name).replace("[", "_").rstrip("]") for name in chosen_names}
     chosen = [name for name in CASES if name in wanted]
     out = tmp_path_factory.mktemp("special")
     launch(HERE / "special_ranks.py", str(out), *chosen, ranks=RANKS, timeout=60 + 15 * len(chosen))
@@ -319,7 +327,7 @@ def test_stationary(ended, name):
 
 
 @pytest.mark.parametrize("name", ["class_weights", "entropies"])
-def test_stationary_of_each_kind(ended, name):
+def test_stationary_in_each_dtype(ended, name):
     for result in ended(f"stationary_{name}"):
         assert result.keys() == {"fp32", "bf16"}
         for dtype, row in result.items():
@@ -360,21 +368,23 @@ def test_auto(ranks):
     assert len(chosen) == 1
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("coalesced", marks=pytest.mark.all),
-        pytest.param("callers_accumulation", marks=pytest.mark.all),
-        pytest.param("direct_backward_accumulating", marks=pytest.mark.all),
-        pytest.param("evaluation_in_an_accumulation", marks=pytest.mark.all),
-        pytest.param("universal_checkpoint", marks=pytest.mark.all),
-    ],
-)
+@pytest.mark.all
+@pytest.mark.parametrize("name", STEPS)
 def test_stream_of_each_kind(ended, name):
-    for result in ended(f"stream_{name}"):
+    equal_of_each_kind(ended(f"stream_{name}"), "its weight in 34 slabs")
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("name", STEPS)
+def test_stationary_of_each_kind(ended, name):
+    equal_of_each_kind(ended(f"stationary_{name}"), "its rows stay on 2 ranks, to which the tokens travel")
+
+
+def equal_of_each_kind(ranks: list[dict], way: str) -> None:
+    for result in ranks:
         assert result.keys() >= {"untied", "tied"}
-        for kind, row in result.items():
-            assert "its weight in 34 slabs" in row["report"], kind
+        for kind, row in [pair for pair in result.items() if pair[0] != "lookups"]:
+            assert way in row["report"], kind
             assert row["fused"] == pytest.approx(row["stock"], rel=1e-5), kind
             assert row["fused"][0] != row["fused"][3], kind
 
