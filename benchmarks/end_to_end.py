@@ -157,7 +157,7 @@ def compare(options: argparse.Namespace, ways: dict[str, Way], launcher: Launche
     for round_ in range(1, options.rounds + 1):
         for name in [name for name in ways if points[name]]:
             there = [row for row in results.rows if (row["way"], row["round"]) == (name, round_)]
-            if len(there) == len(points[name]):
+            if len(there) >= len(points[name]):
                 points[name] = points[name][: len(finished(there))]
                 continue
             # a launch that was cut off is done again as a whole: its steps go on from one size to the next
@@ -216,7 +216,7 @@ class Search:
         if aim is None or self.misses > 1:
             return self._halves() if self.high is not None else self._doubles()
         self.unit = self.unit or max(1, _cut(aim // SHARE, ROUND))
-        # fragments and other libraries want some of the room too; a miss has said that more is wrong than that
+        # after a miss a step down: fragments, and what other libraries hold, want some of the room too
         start = min(_cut(aim, self.unit), self.last) if self.high is None else self.high - self.unit
         start = max(start, self.low + self.unit)
         end = self.last + 1 if self.high is None else self.high
@@ -244,8 +244,6 @@ def _cut(number: int, unit: int) -> int:
 
 
 def look_for_longest(options: argparse.Namespace, ways: dict[str, Way], launcher: Launcher, results: Results) -> None:
-    # the first length of a process trains two steps: in its first one ZeRO-3 knows of no gather ahead
-    options.warm_up, options.steps, options.profile = [1, 0], 1, False
     for name, way in ways.items():
         search = Search(options.length, options.last_length)
         row: Row = {"way": name, "longest": 0, "status": "not ended", "tries": []}
@@ -357,6 +355,9 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("--warm-up has one number or two")
     if (options.data is None) != (options.tokenizer is None):
         parser.error("--data and --tokenizer go together")
+    if options.longest:
+        # the first length of a process trains two steps: in its first one ZeRO-3 knows of no gather ahead
+        options.warm_up, options.steps, options.profile = [1, 0], 1, False
     if options.plot and not (options.plot / f"{options.name}.json").exists():
         parser.error(f"{options.plot / options.name}.json is not there")
     return options

@@ -42,8 +42,8 @@ PARAMETERS = (
     Parameter("memory H200", "TB/s", 1e12, 3.0, "the same"),
     Parameter("delay", "GB/s", 1e9, 400, "bytes over NVLink for each second by which transfers delay products"),
     Parameter("collective", "us", 1e-6, 50, "by how much each delays them beside its bytes"),
-    Parameter("hook H100", "us", 1e-6, 1000, "host time of a module's gather and release under ZeRO-3, a pass"),
-    Parameter("hook H200", "us", 1e-6, 1000, "the same on the host of these"),
+    Parameter("hook H100", "us", 1e-6, 2000, "host time of a module's gather and release under ZeRO-3, a pass"),
+    Parameter("hook H200", "us", 1e-6, 2000, "the same on the host of these"),
     Parameter("wait", "ms", 1e-3, 15, "of a whole step: the host's way to its first product and to the optimizer"),
     Parameter("start", "ms", 1e-3, 3, "host time before the first product of a head that is measured alone"),
 )

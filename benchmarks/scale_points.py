@@ -278,7 +278,11 @@ def job_of(text: str) -> tuple[Shape | None, int, str | None]:
     inside, _, more = rest.partition(")")
     sizes = dict(part.rsplit(" ", 1) for part in inside.split(", "))
     stage = int(re.search(r"ZeRO (\d)", more).group(1))
-    for word, reason in (("LoRA", "adapters alone are trained"), ("on the CPU", "the optimizer is on the CPU")):
+    for word, reason in (
+        ("LoRA", "adapters alone are trained"),
+        ("on the CPU", "the optimizer is on the CPU"),
+        ("of each card", "of the card's memory a part"),
+    ):
         if word in more:
             return None, stage, f"not modelled: {reason}"
     if "experts" in sizes:
