@@ -122,8 +122,8 @@ WAYS: Mapping[str, Way] = {
     "ours-fast": Way('ds_fused, "profile": "fast"', block={"enabled": True, "profile": "fast"}),
     "ours-small": Way('ds_fused, "profile": "small"', block={"enabled": True, "profile": "small"}),
     "ours-small-offload": Way(
-        "the same with the inputs of layers on the host",
-        block={"enabled": True, "profile": "small", "recompute": {"level": "fit", "keep_mb": 0, "offload": True}},
+        "the same with the inputs and the attention of layers on the host",
+        block={"enabled": True, "profile": "small", "recompute": {"level": "attention", "offload": True}},
     ),
 }
 # what is run when none are named

@@ -4,21 +4,26 @@
 
 A stream of its own copies x to pinned memory while the layer computes, and brings it back while the layer behind is
 repeated: on the device are two inputs at a time instead of one for each layer. What comes back is x to the last bit.
+What is kept of attention (``kept.py``) waits with it.
 
-T H elements a sequence cross the link to the host once in forward and once in backward, hidden where a layer computes
-for longer than that takes. DeepSpeed (``cpu_checkpointing``, ALST: arXiv 2506.13996) and Unsloth do the same with
-checkpointing of their own.
+T H elements a sequence cross the link to the host once in forward and once in backward, and as many of attention; this
+is hidden where a layer computes for longer than it takes. DeepSpeed (``cpu_checkpointing``, ALST: arXiv 2506.13996) and
+Unsloth do so with a layer's input, under checkpointing of their own.
 """
 
 from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+
+# bytes; to copy less costs more than it frees. Not yet measured
+SMALL = 2**16
 
 
 class Lane:
@@ -48,47 +53,46 @@ class Lane:
 
 
 class Waiting:
-    """An input, and its copy in the host's memory; ``before``: that of the layer which ran before."""
+    """A tensor and its copy in the host's memory.
 
-    def __init__(self, x: Tensor, lane: Lane, before: Waiting | None) -> None:
-        self._lane = lane
-        self._before = None if before is None else weakref.ref(before)
+    ``unchanged``: tensors of the same memory, each with its version, by which it is known that nobody wrote there.
+    """
+
+    def __init__(self, x: Tensor, group: Group, unchanged: Sequence[tuple[Tensor, int]]) -> None:
+        self._group, self._lane = group, group.lane(x.device)
         # while it is on the device: itself, without what autograd knows of it
         self._x: Tensor | None = x.detach()
-        self._version = x._version
+        self._watched, self._is_spoilt = unchanged, False
+        self._was_taken = False
         self._host = _on_host(x)
-        self._moved = lane.copy(self._host, self._x)
+        self._moved = self._lane.copy(self._host, self._x)
+        group.members.append(weakref.ref(self))
+
+    @property
+    def is_spoilt(self) -> bool:
+        """Whether somebody wrote into it before it was let go."""
+        return self._is_spoilt or any(x._version != version for x, version in self._watched)
 
     def let_go(self) -> None:
         """Its memory on the device is free for what is computed from here on."""
         if self._x is not None:
             self._lane.wait(self._moved)
-            self._unchanged()
+            self._is_spoilt, self._watched, self._x = self.is_spoilt, (), None
 
     def fetch(self) -> None:
-        """Have it on the device, or on the way there."""
-        if self._x is None:
+        """Have it on the device, or on the way there, if nobody has had it yet."""
+        if self._x is None and not self._was_taken:
             self._x = torch.empty_like(self._host, device=self._lane.device)
             self._moved = self._lane.copy(self._x, self._host)
-            self._version = self._x._version
 
     def take(self) -> Tensor:
-        """It, for what is computed from here on. The one before, which is asked for next, is sent for."""
-        self.fetch()
+        """It, for what is computed from here on. What else its layer left is sent for, and what the one before did."""
+        # a second time: in another backward over the same graph
+        self._was_taken = False
+        self._group.fetch()
         self._lane.wait(self._moved)
-        before = self._before and self._before()
-        if before is not None:
-            before.fetch()
-        return self._unchanged()
-
-    def _unchanged(self) -> Tensor:
-        """It, handed over."""
-        x, self._x = self._x, None
-        if x._version != self._version:
-            raise RuntimeError(
-                f"recompute.offload: the input {tuple(x.shape)} of a checkpointed layer was changed in place after the "
-                "layer had begun; its repetition needs it as it was"
-            )
+        x = self._x
+        self._is_spoilt, self._watched, self._x, self._was_taken = self.is_spoilt, (), None, True
         return x
 
     def __del__(self) -> None:
@@ -97,38 +101,92 @@ class Waiting:
             self._lane.hold(self._x)
 
 
+class Group:
+    """What one layer left on the host; ``before``: the layer that ran before it, and is repeated after it."""
+
+    def __init__(self, lanes: dict[torch.device, Lane], before: Group | None) -> None:
+        self._lanes = lanes
+        self._before = None if before is None else weakref.ref(before)
+        self.members: list[weakref.ref[Waiting]] = []
+
+    def lane(self, device: torch.device) -> Lane:
+        if device not in self._lanes:
+            self._lanes[device] = Lane(device)
+        return self._lanes[device]
+
+    def saving(self, x: Tensor) -> saved_tensors_hooks:
+        """For the checkpoint of the layer, over x: what it saves of x is on the host."""
+        # autograd may keep the function for as long as what it returned
+        return saved_tensors_hooks(functools.partial(self._send, weakref.ref(x)), _take)
+
+    def _send(self, wanted: weakref.ref[Tensor], x: Tensor) -> Tensor | Waiting:
+        return Waiting(x, self, [(x.detach(), x._version)]) if x is wanted() else x
+
+    def sent(self, value: Any, unchanged: Sequence[tuple[Tensor, int]]) -> Any:
+        """A tensor, or all in a tuple or list, as what ``taken`` makes it of again."""
+        if isinstance(value, Tensor):
+            return Waiting(value, self, unchanged) if value.nbytes >= SMALL else value.detach()
+        if isinstance(value, (tuple, list)):
+            return type(value)(self.sent(x, unchanged) for x in value)
+        return value
+
+    def let_go(self) -> None:
+        self._each(Waiting.let_go)
+
+    def fetch(self) -> None:
+        self._each(Waiting.fetch)
+        before = self._before and self._before()
+        if before is not None:
+            before._each(Waiting.fetch)
+
+    def _each(self, do: Callable[[Waiting], None]) -> None:
+        for ref in self.members:
+            waiting = ref()
+            if waiting is not None:
+                do(waiting)
+
+
 class Offload:
-    """The inputs of one stack of layers. The last layer's is still on the device when backward begins with it."""
+    """Of one stack of layers. What the last one left is still on the device when backward begins with it."""
 
     def __init__(self) -> None:
         self._lanes: dict[torch.device, Lane] = {}
-        self._newest: weakref.ref[Waiting] | None = None
+        self._newest: weakref.ref[Group] | None = None
 
     def __reduce__(self) -> tuple:
         # a copy of a model has streams of its own
         return Offload, ()
 
-    def around(self, x: Tensor) -> saved_tensors_hooks:
-        """For the checkpoint of a layer over x: what it saves of x is on the host."""
+    def begin(self) -> Group:
+        """Of a layer's forward."""
         newest = self._newest and self._newest()
         if newest is not None:
             newest.let_go()
-        # autograd may keep the function for as long as what it returned
-        return saved_tensors_hooks(functools.partial(self._send, weakref.ref(x)), _take)
+        group = Group(self._lanes, newest)
+        self._newest = weakref.ref(group)
+        return group
 
-    def _send(self, wanted: weakref.ref[Tensor], x: Tensor) -> Tensor | Waiting:
-        if x is not wanted():
-            return x
-        lane = self._lanes.get(x.device)
-        if lane is None:
-            lane = self._lanes[x.device] = Lane(x.device)
-        waiting = Waiting(x, lane, self._newest and self._newest())
-        self._newest = weakref.ref(waiting)
-        return waiting
+
+def waiting_in(value: Any) -> Iterable[Waiting]:
+    return [x for x in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(x, Waiting)]
+
+
+def taken(value: Any) -> Any:
+    if isinstance(value, Waiting):
+        return value.take()
+    return type(value)(map(taken, value)) if isinstance(value, (tuple, list)) else value
 
 
 def _take(packed: Tensor | Waiting) -> Tensor:
-    return packed.take() if isinstance(packed, Waiting) else packed
+    if not isinstance(packed, Waiting):
+        return packed
+    x = packed.take()
+    if packed.is_spoilt:
+        raise RuntimeError(
+            f"recompute.offload: the input {tuple(x.shape)} of a checkpointed layer was changed in place after the "
+            "layer had begun; its repetition needs it as it was"
+        )
+    return x
 
 
 def _on_host(x: Tensor) -> Tensor:

@@ -55,15 +55,17 @@ def _checkpointed(layer: Recompute, stock: Callable, function: Callable, *args: 
         return stock(function, *args)
     if not torch.is_grad_enabled():
         return stock(function, *args)
+    host = None if layer.fused_offload is None else layer.fused_offload.begin()
     contexts = {}
     if layer.fused_allotment is not None:
         recording = layer.fused_allotment.recording(layer.fused_place, layer.fused_learnt, x)
+        recording.host = host
         contexts["context_fn"] = recording.contexts
-    if layer.fused_offload is None:
+    if host is None:
         return stock(function, *args, **contexts)
     if not any(arg is x for arg in args):
         function, args = _by_place(function, x), (x, *args)
-    with layer.fused_offload.around(x):
+    with host.saving(x):
         return stock(function, *args, **contexts)
 
 

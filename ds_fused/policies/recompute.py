@@ -35,7 +35,9 @@ OPTIONS: Mapping[str, Option] = {
         'MiB that "auto" may keep in a forward; 0: nothing, but what nobody reads is not computed again; null: what '
         "the first steps find room for",
     ),
-    "offload": Option(bool, False, "inputs of checkpointed layers wait in the host's memory"),
+    "offload": Option(
+        bool, False, "inputs of checkpointed layers, and what is kept of attention, wait in the host's memory"
+    ),
 }
 # transformers' own, by name: a layer that is checkpointed where that is switched on
 _BASE = "GradientCheckpointingLayer"
@@ -103,7 +105,7 @@ class RecomputeClaim:
     def replacement(self) -> str:
         said = [] if self.allotment is None else [str(self.allotment)]
         if self.offload is not None:
-            said.append("inputs wait in the host's memory")
+            said.append("inputs, and what is kept of attention, wait in the host's memory")
         return f"under gradient checkpointing: {'; '.join(said)}"
 
     def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -172,7 +174,8 @@ def _checkpointed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _claims(layers: Sequence[tuple[str, nn.Module]], wanted: Recomputing) -> list[RecomputeClaim]:
     """Of one stack, a claim for each class."""
     if wanted.makes_room:
-        allotment = Auto(len(layers), None if wanted.keep_mb is None else wanted.keep_mb * 2**20, _tell)
+        room = None if wanted.keep_mb is None else wanted.keep_mb * 2**20
+        allotment = Auto(len(layers), room, _tell, attention_waits=wanted.offload)
     elif wanted.level == "full":
         allotment = None
     else:

@@ -13,12 +13,26 @@ import transformers
 from torch import Tensor, nn
 
 import ds_fused
+from ds_fused.modules import offload
 from ds_fused.modules.offload import Waiting
-from tests.policies.test_recompute import MODELS, assert_same, checkpointed, step, uncheckpointed
+from tests.policies.test_recompute import (
+    MODELS,
+    PER_LAYER,
+    assert_same,
+    checkpointed,
+    recordings,
+    step,
+    uncheckpointed,
+)  # fmt: skip
 from tests.policies.tiny import LAYERS, LLAMA, batch
 
 OFFLOAD = {"offload": True}
-LEVELS = [OFFLOAD, {"level": "matmuls", **OFFLOAD}, {"level": "fit", "keep_mb": 0, **OFFLOAD}]
+LEVELS = [OFFLOAD, *({**given, **OFFLOAD} for given in ({"level": "attention"}, {"level": "matmuls"}, {"keep_mb": 0}))]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_too_small(monkeypatch):
+    monkeypatch.setattr(offload, "SMALL", 1)
 
 
 def waiting() -> list[Waiting]:
@@ -46,7 +60,8 @@ def test_a_step_is_stock_to_the_last_bit(name, level):
 def test_inputs_leave_the_device():
     model = checkpointed(LLAMA.make())
     report = ds_fused.apply(model, {}, recompute=OFFLOAD)
-    assert "under gradient checkpointing: inputs wait in the host's memory" in str(report)
+    said = "under gradient checkpointing: inputs, and what is kept of attention, wait in the host's memory"
+    assert said in str(report)
     inputs: list[weakref.ref[Tensor]] = []
     for layer in model.model.layers:
         layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0])))
@@ -61,10 +76,66 @@ def test_inputs_leave_the_device():
     assert waiting() == []
 
 
-def test_a_second_backward():
+def test_attention_waits_with_them_and_is_not_computed_again():
+    model = checkpointed(LLAMA.make())
+    stock, stock_ran = step(model)
+    ds_fused.apply(model, {}, recompute={"level": "attention", **OFFLOAD})
+    for _ in range(2):
+        found, ran = step(model)
+        assert_same(found, stock)
+        assert (ran.attentions(), ran.products()) == (0, stock_ran.products())
+    loss = model(**batch()).loss
+    # an input, and of attention its output and the sums
+    assert len(waiting()) == 3 * LAYERS and sum(on_the_device(waiting())) == 3
+    assert [recording.kept_bytes() for recording in recordings()] == [0] * LAYERS
+    loss.backward()
+    assert waiting() == []
+
+
+def test_attention_takes_no_room():
+    model = checkpointed(LLAMA.make())
+    stock, stock_ran = step(model)
+    given = batch()
+    rows, config = given["input_ids"].numel(), model.config
+    kv = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+    products = 4 * rows * (2 * config.hidden_size + 2 * kv + 2 * config.intermediate_size)
+    report = ds_fused.apply(model, {}, recompute={"keep_mb": 1, **OFFLOAD})
+    claim = report.claims[0]
+    claim.allotment._keep_bytes = products  # room for one layer's
+    step(model)
+    for _ in range(2):
+        found, ran = step(model)
+        assert_same(found, stock)
+    assert (ran.attentions(), ran.products()) == (0, stock_ran.products() - PER_LAYER)
+    assert f"attention of {LAYERS} and products of 1 of {LAYERS} layers kept" in str(report)
+
+
+def test_attention_written_over_in_place_is_computed_again():
+    model = checkpointed(LLAMA.make())
+
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            with torch.no_grad():
+                x.mul_(2)
+            return y
+
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.__class__ = Scaled
+        layer.self_attn.o_proj.weight.requires_grad_(False)
+    stock, _ = step(model)
+    ds_fused.apply(model, {}, recompute={"level": "attention", **OFFLOAD})
+    for _ in range(2):
+        found, ran = step(model)
+        assert_same(found, stock)
+        assert ran.attentions() == LAYERS
+
+
+@pytest.mark.parametrize("level", LEVELS[:2], ids=str)
+def test_a_second_backward(level):
     model = checkpointed(LLAMA.make())
     stock, _ = step(model, retain=True)
-    ds_fused.apply(model, {}, recompute=OFFLOAD)
+    ds_fused.apply(model, {}, recompute=level)
     assert_same(step(model, retain=True)[0], stock)
 
 
@@ -164,12 +235,13 @@ def test_an_input_that_is_changed_in_place_is_an_error():
     torch.manual_seed(0)
     model = Named().train()
     ds_fused.apply(model, {}, recompute=OFFLOAD)
-    model.layers[1].spoils = True
-    with pytest.raises(RuntimeError, match=r"recompute\.offload: the input \(5, 4\) .* was changed in place"):
-        model(torch.randn(5, 4, requires_grad=True))
-    model.layers[1].spoils, model.layers[2].spoils = False, True
-    with pytest.raises(RuntimeError, match=r"recompute\.offload: the input \(5, 4\) .* was changed in place"):
-        model(torch.randn(5, 4, requires_grad=True)).sum().backward()
+    # the last layer's, and one that has left the device since
+    for i in (2, 1):
+        model.layers[i].spoils = True
+        y = model(torch.randn(5, 4, requires_grad=True))
+        with pytest.raises(RuntimeError, match=r"recompute\.offload: the input \(5, 4\) .* was changed in place"):
+            y.sum().backward()
+        model.layers[i].spoils = False
 
 
 def test_a_copy_offloads_too():
