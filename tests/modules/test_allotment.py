@@ -130,7 +130,7 @@ def test_what_a_length_needs_is_measured_and_not_only_in_proportion(monkeypatch)
     training = Training(Device(60_000, 10_000, 30, least=12_000), monkeypatch)
     for _ in range(MEASURED):
         training.step(100)
-    # 54000 - 10000 - 1.19 * 12000 = 29720, a layer's attention 1190 and products 11900: a little longer is in proportion
+    # a little longer is in proportion: 54000 - 10000 - 1.19 * 12000 = 29720 for 1190 and 11900 a layer
     assert training.step(119) == [A, M, M]
     assert training.step(400) == [F, F, F]
     # 54000 - 10000 - 12000 = 32000 for 4000 and 40000 a layer
