@@ -27,6 +27,7 @@ from ds_fused.modules.on_demand import on_demand, sealed
 from ds_fused.modules.scope import Scope, say_once
 from ds_fused.modules.steps import Step, replay
 from ds_fused.ops import cross_entropy, linear_cross_entropy
+from ds_fused.ops._triton import is_transformed
 from ds_fused.ops.slabs import WeightSlabs
 from ds_fused.ops.vocab_shard import VocabShard
 
@@ -159,7 +160,7 @@ def linear_loss(logits: DeferredLogits, labels: Tensor, **arguments: Any) -> Ten
     """
     head, scope, shape = logits.head, logits.head._ds_fused_scope, logits.scale_and_softcap()
     # logits that the model computed meanwhile may have been written to, and cost their memory already
-    if scope.linear is None or scope.stock() or shape is None or logits.is_real():
+    if scope.linear is None or scope.stock() or shape is None or logits.is_real() or is_transformed():
         return None
     scale, softcap = shape
     loss = LossArguments(
