@@ -6,7 +6,9 @@ import json
 
 import pytest
 import torch
+import transformers
 from torch import nn
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import ds_fused
@@ -221,6 +223,27 @@ def test_another_model_in_the_process_stays_stock() -> None:
     after = step(other)
     assert torch.equal(before[0], after[0])
     assert classes(other) == classes(LLAMA.make())
+
+
+def test_nothing_that_others_use_is_exchanged() -> None:
+    """Neither functions of PyTorch and transformers nor their classes, whether a step runs fused or not."""
+    homes = (torch, torch.nn, torch.nn.functional, modeling_llama, transformers.loss.loss_utils)
+    classes_of_others = (nn.Linear, nn.Module, nn.LayerNorm, transformers.LlamaForCausalLM, modeling_llama.LlamaRMSNorm)
+
+    def everything() -> list[dict]:
+        # what is no function or class may be a cache of Python's
+        found = [{name: it for name, it in vars(each).items() if callable(it)} for each in (*homes, *classes_of_others)]
+        return [*found, dict(dict.items(transformers.activations.ACT2FN))]
+
+    model = LLAMA.make()
+    step(model)  # transformers leaves something of its own
+    before = everything()
+    report = ds_fused.apply(model)
+    assert everything() == before
+    step(model)
+    assert everything() == before
+    report.restore()
+    assert everything() == before
 
 
 def test_report_is_a_table() -> None:
