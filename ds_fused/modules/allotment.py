@@ -60,10 +60,16 @@ class Fixed:
         return Recording(learnt, LEVELS[self._level])
 
 
-def allot(room: float, attention: Sequence[float], matmuls: Sequence[float]) -> list[str]:
-    """The level of each layer: what fits into that many bytes, given the bytes of each layer; 0: nothing is known."""
+def allot(
+    room: float, attention: Sequence[float], matmuls: Sequence[float], *, attention_waits: bool = False
+) -> list[str]:
+    """The level of each layer: what fits into that many bytes, given the bytes of each layer; 0: nothing is known.
+
+    ``attention_waits``: elsewhere, so it takes no room.
+    """
     levels = ["full"] * len(attention)
-    for level, sizes, before in (("attention", attention, "full"), ("matmuls", matmuls, "attention")):
+    taking = [0.0] * len(attention) if attention_waits else attention
+    for level, sizes, before in (("attention", taking, "full"), ("matmuls", matmuls, "attention")):
         for i in reversed(range(len(levels))):
             # a layer without attention has the level all the same
             if levels[i] == before and sizes[i] <= room and attention[i] + matmuls[i] > 0:
@@ -106,10 +112,13 @@ class Auto:
     """By what memory allows: ``keep_bytes`` if given, else as the text above says.
 
     ``tell``: is given a line when it is decided what is kept, and when that changes for a reason.
+    ``attention_waits``: on the host.
     """
 
-    def __init__(self, layers: int, keep_bytes: int | None, tell: Callable[[str], None]) -> None:
-        self._keep_bytes, self._tell = keep_bytes, tell
+    def __init__(
+        self, layers: int, keep_bytes: int | None, tell: Callable[[str], None], *, attention_waits: bool = False
+    ) -> None:
+        self._keep_bytes, self._tell, self._attention_waits = keep_bytes, tell, attention_waits
         self._line = "kept as memory allows, which the first steps measure"
         self._is_off = False
         self._to_measure = MEASURED if keep_bytes is None else 1
@@ -165,7 +174,7 @@ class Auto:
             return
         room = self._room()
         attention, matmuls = ([size * tokens for size in sizes] for sizes in (self._attention, self._matmuls))
-        self._levels = allot(room, attention, matmuls)
+        self._levels = allot(room, attention, matmuls, attention_waits=self._attention_waits)
         line = self._said(room, attention, matmuls)
         if self._line != line:
             is_first, self._line = not self._line.startswith("at "), line
@@ -204,7 +213,7 @@ class Auto:
         of_attention = [size for size, level in zip(attention, self._levels, strict=True) if level != "full"]
         of_matmuls = [size for size, level in zip(matmuls, self._levels, strict=True) if level == "matmuls"]
         counts = f"attention of {_nonzero(of_attention)} and products of {_nonzero(of_matmuls)}"
-        kept = sum(of_attention) + sum(of_matmuls)
+        kept = sum(of_matmuls) + (0 if self._attention_waits else sum(of_attention))
         return (
             f"at {self._tokens} tokens {counts} of {len(self._levels)} layers kept, "
             f"{kept / 2**20:.4g} MiB where {max(0, room) / 2**20:.4g} have room"
