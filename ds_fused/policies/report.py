@@ -15,6 +15,7 @@ from torch import nn
 from ds_fused.modules.head import CausalLMLoss
 from ds_fused.modules.scope import Scope
 from ds_fused.modules.swap import unswap
+from ds_fused.policies.arguments import check_model
 
 log = logging.getLogger("ds_fused")
 
@@ -78,6 +79,7 @@ def restore(model: nn.Module) -> None:
     What no report knows is undone too: copies of single layers, as PEFT makes them of those that are to be saved, and
     models that were loaded from a pickle.
     """
+    check_model(model, "restore")
     for module in model.modules():
         for report in reversed(vars(module).get(REPORTS, [])):
             report.restore()

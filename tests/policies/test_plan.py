@@ -47,7 +47,14 @@ def test_switches_and_wanted() -> None:
         ({"fused_linear_cross_entropy": {"chunk_mb": True}}, ["chunk_mb", "True", "int"]),
         ({"fused_linear_cross_entropy": {"accumulate": "bf16"}}, ["accumulate", "'bf16'", "'native'", "'fp32'"]),
         ({"logits": "drop"}, ["logits", "'drop'", "'defer'", "'keep'"]),
+        ({"fused_linear_cross_entropy": {"keep_mb": -1}}, ["keep_mb", "-1", "negative"]),
         ({"eval": True}, ["eval", "True", "'defer'", "'stock'"]),
+        ({"wanted": ["rope"]}, ["wanted", "['rope']", "list", "None", "{'rope': True}"]),
+        ({"strict": "no"}, ["strict", "'no'", "True or False"]),
+        ({"dtype": "bf16"}, ["dtype", "'bf16'", "torch.bfloat16"]),
+        ({"dtype": torch.int8}, ["dtype", "torch.int8", "floating"]),
+        ({"device": "gpu"}, ["device", "'gpu'", "'cpu'"]),
+        ({"device": "cuda:99"}, ["device", "cuda", "99", "that is here"]),
     ],
 )
 def test_wrong_wishes_are_errors_that_name_the_known(wrong: dict, words: list[str]) -> None:
@@ -56,6 +63,28 @@ def test_wrong_wishes_are_errors_that_name_the_known(wrong: dict, words: list[st
         ds_fused.apply(model, **wrong)
     assert all(word in str(error.value) for word in words), str(error.value)
     assert classes(model) == classes(LLAMA.make())
+
+
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [
+        (None, "got None"),
+        ("meta-llama/Llama-3-8B", "got 'meta-llama/Llama-3-8B' .str."),
+        (transformers.LlamaForCausalLM, "got the class LlamaForCausalLM"),
+        (transformers.LlamaConfig(), "got LlamaConfig .*LlamaConfig"),
+    ],
+)
+def test_what_is_no_model(model: object, what: str) -> None:
+    for where, function in (("apply", ds_fused.apply), ("restore", ds_fused.restore)):
+        with pytest.raises(ValueError, match=f"(?s){where}: the model must be a torch.nn.Module that is built, {what}"):
+            function(model)
+
+
+def test_compiled_parts_are_named() -> None:
+    model = nn.ModuleDict({"scripted": torch.jit.script(nn.LayerNorm(32)), "norm": nn.LayerNorm(32)})
+    report = ds_fused.apply(model)
+    assert counts(report) == {"layer_norm": 1}
+    assert [(row.what, row.count) for row in report.left] == [("LayerNorm", 1)] and "ScriptModule" in str(report)
 
 
 @pytest.mark.parametrize("family", [NAMED[name] for name in ("Llama", "Phi3", "Gemma")])
