@@ -16,28 +16,28 @@ from torch import nn
 
 from ds_fused.policies import apply
 
-Fused = Mapping[str, Any] | bool | None
+Fused = Mapping[str, Any] | bool
 
 
 class _Fused:
     """Mix-in: what the auto class gives is fused."""
 
     @classmethod
-    def from_pretrained(cls, *args: Any, fused: Fused = None, **named: Any) -> Any:
+    def from_pretrained(cls, *args: Any, fused: Fused = True, **named: Any) -> Any:
         _check(cls, fused)
         found = super().from_pretrained(*args, **named)
         # with output_loading_info, a model and what was loaded
         return (_apply(found[0], fused), *found[1:]) if isinstance(found, tuple) else _apply(found, fused)
 
     @classmethod
-    def from_config(cls, *args: Any, fused: Fused = None, **named: Any) -> nn.Module:
+    def from_config(cls, *args: Any, fused: Fused = True, **named: Any) -> nn.Module:
         _check(cls, fused)
         return _apply(super().from_config(*args, **named), fused)
 
 
 def _check(cls: type, fused: Fused) -> None:
     """Before a model is loaded, which may take long."""
-    if fused is not None and not isinstance(fused, (bool, Mapping)):
+    if not isinstance(fused, (bool, Mapping)):
         raise ValueError(
             f"{cls.__name__}: fused is {fused!r}; it can be True, False or an object of arguments of ds_fused.apply"
         )

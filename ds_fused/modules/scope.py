@@ -34,7 +34,7 @@ def _no_slabs(head: nn.Module, n_tokens: int) -> None:
     return None
 
 
-def _is_here(head: nn.Module) -> bool:
+def _is_not_sharded(head: nn.Module) -> bool:
     return False
 
 
@@ -55,7 +55,7 @@ class HeadWeight:
     # loss is to be computed in the head's own call
     slabs: Callable[[nn.Module, int], WeightSlabs | VocabShard | None] = _no_slabs
     # whether there are those
-    is_sharded: Callable[[nn.Module], bool] = _is_here
+    is_sharded: Callable[[nn.Module], bool] = _is_not_sharded
     # the bias beside them
     bias: Callable[[nn.Module], Tensor | None] = _own_bias
 
