@@ -2,13 +2,14 @@
 
 The room for what is kept, in a forward over T tokens:
 
-    room = share * (memory this process can have) - held at its start - rise * max(1, T / T0)
+    room = share * (memory this process can have) - held at its start - rise(T)
 
-``rise`` is how far memory rose above what was held at the start, while a forward over T0 tokens and its backward kept
-nothing, up to the repetition of the first layer: the last moment at which something kept could be in the way. So a
-longer batch keeps less, and where nothing has room everything is computed again, as without this. The first forwards
-are those that are measured; each has the device forget its peak of memory. What a layer would keep is counted in them,
-byte by byte.
+``rise`` is how far memory rose above what was held at the start, while a forward over T tokens and its backward kept
+nothing, up to the repetition of the first layer: the last moment at which something kept could be in the way. The first
+forwards are measured so, and later one that is much longer than those; each has the device forget its peak of memory.
+Between two lengths the rise lies on the line between theirs or below it, as it is the largest of some that grow evenly;
+beyond the longest it is taken to be in proportion. So a longer batch keeps less, and where nothing has room everything
+is computed again, as without this. What a layer would keep is counted in what is measured, byte by byte.
 
 Attention comes first, then products, each from the last layer to the first: backward frees the last layer's first,
 while gradients add up.
@@ -29,6 +30,8 @@ from ds_fused.modules.kept import LEVELS, Learnt, Recording, needed_bytes
 
 # the first pass makes what stays (workspaces, gradients, states of an optimizer); ZeRO-3 fetches ahead from the second
 MEASURED = 3
+# a forward that is so many times as long as all that were measured is measured itself
+LONGER = 1.2
 # of the memory: the rest is for what lies between the allocator's blocks; not yet measured
 SHARE = 0.9
 # less of it each time that the allocator ran out of memory, or had to give back what it had in store
@@ -124,7 +127,8 @@ class Auto:
         self._to_measure = MEASURED if keep_bytes is None else 1
         self._memory: Memory | None = None
         self._share, self._troubles = SHARE, 0
-        self._rise = self._rise_tokens = 0
+        # tokens -> bytes
+        self._rises: dict[int, int] = {}
         # bytes for each token, by layer
         self._attention, self._matmuls = [0.0] * layers, [0.0] * layers
         self._levels = ["full"] * layers
@@ -167,6 +171,8 @@ class Auto:
                 self._switch_off(f"nothing is known of the memory of {device.type}; say recompute.keep_mb")
                 return
             self._held = self._memory.held()
+            if not self._to_measure and tokens > LONGER * max(self._rises):
+                self._to_measure, self._levels = 1, ["full"] * len(self._levels)
         if self._to_measure:
             if self._memory is not None:
                 self._memory.forget_peak()
@@ -195,8 +201,7 @@ class Auto:
         # what the first forward makes and keeps is no rise of the others
         if self._memory is not None and self._to_measure < MEASURED - 1:
             rise = self._memory.peak() - self._held
-            if rise >= self._rise:
-                self._rise, self._rise_tokens = rise, self._tokens
+            self._rises[self._tokens] = max(rise, self._rises.get(self._tokens, 0))
 
     def _room(self) -> float:
         if self._keep_bytes is not None:
@@ -206,8 +211,17 @@ class Auto:
             self._troubles = troubles
             self._share = max(0.0, self._share - STEP)
             self._tell(f"the device ran short of memory; {self._share:.2f} of it is planned with from here on")
-        rise = self._rise * max(1.0, self._tokens / self._rise_tokens)
-        return self._share * self._memory.available() - self._held - rise
+        return self._share * self._memory.available() - self._held - self._rise(self._tokens)
+
+    def _rise(self, tokens: int) -> float:
+        longer = min((known for known in self._rises if known >= tokens), default=None)
+        shorter = max((known for known in self._rises if known < tokens), default=None)
+        if longer is None:
+            return self._rises[shorter] * tokens / shorter
+        if shorter is None:
+            return self._rises[longer]
+        share = (tokens - shorter) / (longer - shorter)
+        return self._rises[shorter] + share * (self._rises[longer] - self._rises[shorter])
 
     def _said(self, room: float, attention: Sequence[float], matmuls: Sequence[float]) -> str:
         of_attention = [size for size, level in zip(attention, self._levels, strict=True) if level != "full"]
