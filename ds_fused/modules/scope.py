@@ -30,6 +30,17 @@ def say_once(line: str) -> None:
         log.warning(line)
 
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+# whose hooks act on any layer's call alike, to gather weights
+_GATHERING = ("deepspeed", "torch")
+
+
+def is_observed(head: nn.Module) -> bool:
+    """Whether hooks of anybody else hang on the head: they expect its logits, and one that gives a loss is no head."""
+    hooks = (hook for name in _HOOKS for hook in vars(head)[name].values())
+    return any(home_of(hook).partition(".")[0] not in _GATHERING for hook in hooks)
+
+
 def _no_slabs(head: nn.Module, n_tokens: int) -> None:
     return None
 
@@ -166,6 +177,8 @@ class Scope:
         around = owner.get_submodule(paths[0].rpartition(".")[0])
         if type(around).__module__.startswith("peft."):
             return f"PEFT has wrapped its head since ({type(around).__name__}), and the logits are computed"
+        if is_observed(owner.get_submodule(paths[0])):
+            return "Its head was given hooks since, which expect the logits"
         loss = vars(owner).get("_loss_function")
         if loss is not None and getattr(loss, "scope", None) is not self:
             return f"Its loss_function was exchanged since, and is now {getattr(loss, '__qualname__', loss)}"
