@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from ds_fused.modules.deferred import DeferredLogits, HeadCall, materialised
 from ds_fused.modules.on_demand import on_demand, sealed
-from ds_fused.modules.scope import Scope, say_once
+from ds_fused.modules.scope import Scope, is_observed, say_once
 from ds_fused.modules.steps import Step, replay
 from ds_fused.ops import cross_entropy, linear_cross_entropy
+from ds_fused.ops._triton import is_transformed
 from ds_fused.ops.slabs import WeightSlabs
 from ds_fused.ops.vocab_shard import VocabShard
 
@@ -56,7 +57,8 @@ class Head:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # a postponed call must fire no hook; the call that computes is nn.Module's own
-        if self._ds_fused_scope.armed() and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+        is_plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        if self._ds_fused_scope.armed() and is_plain and (torch.compiler.is_compiling() or not is_observed(self)):
             return DeferredLogits(HeadCall(self, args[0]))
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             self._say_gathered()
@@ -159,7 +161,7 @@ def linear_loss(logits: DeferredLogits, labels: Tensor, **arguments: Any) -> Ten
     """
     head, scope, shape = logits.head, logits.head._ds_fused_scope, logits.scale_and_softcap()
     # logits that the model computed meanwhile may have been written to, and cost their memory already
-    if scope.linear is None or scope.stock() or shape is None or logits.is_real():
+    if scope.linear is None or scope.stock() or shape is None or logits.is_real() or is_transformed():
         return None
     scale, softcap = shape
     loss = LossArguments(

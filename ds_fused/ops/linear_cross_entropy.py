@@ -48,7 +48,7 @@ from ds_fused.ops._tiles import (
     tiling,
     wide,
 )
-from ds_fused.ops._triton import autocast_dtype, check_dtypes, rows_of, runs_kernels
+from ds_fused.ops._triton import autocast_dtype, check_dtypes, refuse_transforms, rows_of, runs_kernels
 from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd, cross_entropy_reference
 from ds_fused.ops.frozen_head import FrozenHeadFunction
 from ds_fused.ops.one_pass import OnePassFunction, cut
@@ -322,6 +322,7 @@ def token_losses(
     accumulate: str = "auto",
 ) -> TokenLosses:
     """What each token loses, and what else is asked for."""
+    refuse_transforms(op)
     n_vocab = _checked_vocabulary(op, x, weight, bias)
     check_loss(op, options, labels, reduction, x.shape[:-1], n_vocab, x.device)
     check_weight(op, "class_weight", class_weight, n_vocab, x.device)

@@ -15,6 +15,7 @@ from ds_fused.modules import OPS
 from ds_fused.modules.scope import HeadWeight
 from ds_fused.modules.swap import fused_class, is_fused, owner_of, swap, unswap, why_not
 from ds_fused.modules.tiled_mlp import TILED
+from ds_fused.policies.arguments import check_choice, check_flags, check_model, check_wanted, place
 from ds_fused.policies.kinds import ACTIVATION, Kind, Way, choose, find, unproven
 from ds_fused.policies.loss import claim_loss
 from ds_fused.policies.recompute import Recomputing, claim_recompute, recomputing
@@ -70,10 +71,13 @@ def apply(
     ``agree``: called with the decisions (a JSON-able dict) before anything changes; raises where ranks differ.
     """
     started = time.perf_counter()
+    check_model(model)
+    check_wanted(wanted)
+    check_flags(verify=verify, strict=strict)
+    check_choice("logits", logits, ("defer", "keep"))
+    check_choice("eval", eval, ("defer", "stock"))
+    device, dtype = place(model, device, dtype)
     keys = _keys(wanted, switches)
-    for name, value, known in (("logits", logits, ("defer", "keep")), ("eval", eval, ("defer", "stock"))):
-        if value not in known:
-            raise ValueError(f"apply: {name} is {value!r}; it can be {' or '.join(map(repr, known))}")
     if tiles is not None and (type(tiles) is not int or tiles < 1):
         raise ValueError(f"apply: tiles is {tiles!r}; it must be a whole number, at least 1")
     if not isinstance(recompute, Recomputing):
@@ -82,7 +86,6 @@ def apply(
     yields = not recompute.is_stock and keys.pop("add_rms_norm", None) is not None
     planned = plan(model, keys, logits=logits, eval=eval, weight=weight, tiles=tiles)
 
-    device, dtype = _place(model, device, dtype)
     outcomes = [_outcome(claim, device, dtype, verify) for claim in planned.claims]
     # what a layer turned out to be may be what nobody asked for
     claims = [c for c, differs in zip(planned.claims, outcomes, strict=True) if differs is None and c.key in keys]
@@ -124,6 +127,10 @@ def plan(
     inside: set[int] = set()  # activations that a claimed layer no longer calls
     for path, module in model.named_modules():
         kind = find(module)
+        if isinstance(module, torch.jit.ScriptModule):
+            if _EXPECTED.search(module.original_name):
+                left[module.original_name, why_not(module)] += 1
+            continue
         if not path or id(module) in inside:
             continue  # the root keeps its class: its name goes into saved configs and sharding plans
         ways = _ways(kind, module, wanted)
@@ -261,22 +268,12 @@ def _keys(wanted: Mapping[str, object] | None, switches: Mapping[str, object]) -
             kind = options[key][name].type
             if type(given) is not kind:
                 raise ValueError(f"apply: {key}.{name} is {given!r}; it takes {kind.__name__}")
+            if kind is int and given < 0:
+                raise ValueError(f"apply: {key}.{name} is {given!r}; it must not be negative")
             choices = options[key][name].choices
             if choices and given not in choices:
                 raise ValueError(f"apply: {key}.{name} is {given!r}; it can be {', '.join(map(repr, choices))}")
     return on
-
-
-def _place(
-    model: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None
-) -> tuple[torch.device, torch.dtype]:
-    """Where and in what to prove: as asked, else as the first floating parameter."""
-    first = next((p for p in model.parameters() if p.is_floating_point()), None)
-    if device is None:
-        device = "cpu" if first is None or first.device.type == "meta" else first.device
-    if dtype is None:
-        dtype = torch.float32 if first is None or first.dtype.itemsize == 1 else first.dtype
-    return torch.device(device), dtype
 
 
 def _outcome(claim: Claim, device: torch.device, dtype: torch.dtype, verify: bool) -> str | None:

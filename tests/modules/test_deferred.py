@@ -8,6 +8,7 @@ import io
 import logging
 import pickle
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -380,17 +381,37 @@ def test_a_forward_within_a_forward() -> None:
     torch.testing.assert_close(out["loss"], stock(x, labels)["loss"])
 
 
-def test_hooks_of_the_head_fire_once_and_around_the_loss() -> None:
-    _, fused = pair()
+def hook_of(library: str, act: Callable) -> Callable:
+    """As if a library had written it."""
+    names = {"__name__": f"{library}.hooks", "act": act}
+    exec("def hook(*args):\n    return act(*args)", names)
+    return names["hook"]
+
+
+def test_hooks_that_gather_weights_fire_once_and_around_the_loss() -> None:
+    for library in ("deepspeed", "torch"):
+        _, fused = pair()
+        x, labels = batch()
+        seen = []
+        fused.head.register_forward_pre_hook(hook_of(library, lambda module, args, to=seen: to.append("before")))
+        fused.head.register_forward_hook(hook_of(library, lambda module, args, out, to=seen: to.append(type(out))))
+        fused(x, labels)
+        assert seen == ["before", tuple]
+        seen.clear()
+        fused(x)
+        assert seen == ["before", Tensor]
+
+
+def test_other_hooks_of_the_head_get_its_logits(caplog: pytest.LogCaptureFixture) -> None:
+    say_once.cache_clear()
+    stock, fused = pair()
     x, labels = batch()
-    seen = []
-    fused.head.register_forward_pre_hook(lambda module, args: seen.append("before"))
-    fused.head.register_forward_hook(lambda module, args, out: seen.append(type(out)))
-    fused(x, labels)
-    assert seen == ["before", tuple]
-    seen.clear()
-    fused(x)
-    assert seen == ["before", Tensor]
+    for model in (stock, fused):
+        model.head.register_forward_hook(lambda module, args, out: out * 0.5)
+        model.head.register_full_backward_hook(lambda module, given, came: (given[0] * 2,))
+    same_gradients(stock, fused, lambda out: out["loss"])
+    assert type(fused(x, labels)["logits"]) is Tensor
+    assert "Its head was given hooks since, which expect the logits" in caplog.text
 
 
 def test_other_hooks_of_the_model_see_tensors() -> None:
