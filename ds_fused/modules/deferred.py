@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds_fused.modules.reading import say_if_changed, say_who_reads
 from ds_fused.modules.steps import ROW_STEPS, Step, indexed, replay, row_index
 from ds_fused.ops._triton import autocast_dtype
 
@@ -38,7 +39,7 @@ from ds_fused.ops._triton import autocast_dtype
 class HeadCall:
     """One postponed call of the head, shared by every ``DeferredLogits`` that derives from it."""
 
-    __slots__ = ("_base", "_base_version", "autocast", "dtype", "head", "hidden", "on_demand")
+    __slots__ = ("_base", "_base_version", "autocast", "dtype", "head", "hidden", "on_demand", "sample")
 
     def __init__(self, head: nn.Module, hidden: Tensor) -> None:
         self.head = head
@@ -48,6 +49,8 @@ class HeadCall:
         self.dtype = hidden.dtype if self.autocast is None or hidden.dtype == torch.float64 else self.autocast
         # set once a loss was computed: what the head returned beside it, for whoever reads the logits later
         self.on_demand: Tensor | None = None
+        # the same of a loss in a compiled graph: of the weight that it saw
+        self.sample: Tensor | None = None
         self._base: Tensor | None = None
         self._base_version = 0
 
@@ -59,9 +62,17 @@ class HeadCall:
         """What the head returns, [..., V]: its real call, with every hook it has (ZeRO-3 gathers the weight there)."""
         # written to since (an in-place step on it): what derives from it needs the head's output once more
         if self._base is None or _version(self._base) != self._base_version:
-            self._base = nn.Module.__call__(self.head, self.hidden)
+            left_graph = self.sample is not None and not torch.compiler.is_compiling()
+            self._base = self._read() if left_graph else nn.Module.__call__(self.head, self.hidden)
             self._base_version = _version(self._base)
         return self._base
+
+    def _read(self) -> Tensor:
+        """The same for whoever reads behind the compiled graph, under the forward's autocast."""
+        say_who_reads()
+        say_if_changed(self.head.weight, self.sample)
+        with torch.autocast(self.hidden.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            return nn.Module.__call__(self.head, self.hidden)
 
 
 def _version(x: Tensor) -> int:

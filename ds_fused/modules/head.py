@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from ds_fused.modules.deferred import DeferredLogits, HeadCall, materialised
 from ds_fused.modules.on_demand import on_demand, sealed
-from ds_fused.modules.scope import Scope, say_once
+from ds_fused.modules.reading import sample
+from ds_fused.modules.scope import Scope, has_hooks, say_once
 from ds_fused.modules.steps import Step, replay
 from ds_fused.ops import cross_entropy, linear_cross_entropy
 from ds_fused.ops.slabs import WeightSlabs
@@ -79,18 +80,22 @@ class Head:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """With ``loss``: its value, and the logits on demand; with ``later`` those alone.
 
-        ``slabs``: the weight, where it is not here whole.
+        ``slabs``: the weight, where it is not here whole. In a compiled graph there are no logits on demand, and what
+        comes beside the loss is a sample of the weight.
         """
         scope = self._ds_fused_scope
         if later:
             return (sealed if scope.weight.is_sharded(self) else on_demand)(HeadCall(self, input), scope.weight.whole)
         if loss is None:
             return super().forward(input)
-        # beside the loss, so that hooks which act on a layer's outputs (ZeRO-3's) see a gradient to the logits too
-        logits = (on_demand if slabs is None else sealed)(HeadCall(self, input), scope.weight.whole)
+        if torch.compiler.is_compiling():
+            logits = sample(self.weight)
+        else:
+            # beside the loss, so that hooks which act on a layer's outputs (ZeRO-3's) see a gradient to the logits too
+            logits = (on_demand if slabs is None else sealed)(HeadCall(self, input), scope.weight.whole)
         hidden, labels = replay(input, loss.rows).reshape(-1, input.shape[-1]), loss.labels
-        # sharded, how many tokens a rank has is agreed on already
-        if scope.masked and slabs is None and loss.reduction != "none":
+        # sharded, how many tokens a rank has is agreed on already; a compiled graph has room for a fixed number of them
+        if scope.masked and slabs is None and loss.reduction != "none" and not torch.compiler.is_compiling():
             hidden, labels = _labelled(hidden, labels, loss.ignore_index)
         bias = self.bias if slabs is None else scope.weight.bias(self)
         if loss.bias is not None:
@@ -110,7 +115,6 @@ class Head:
         )
         return value, logits
 
-    @torch.compiler.disable
     def cross_entropy(
         self,
         logits: DeferredLogits,
@@ -171,15 +175,25 @@ def linear_loss(logits: DeferredLogits, labels: Tensor, **arguments: Any) -> Ten
         bias=logits.bias,
         **arguments,
     )
+    scope.fused = True
     call = logits.call
-    slabs = scope.weight.slabs(head, labels.numel())
+    if not torch.compiler.is_compiling() or has_hooks(head):
+        return _computed(call, loss)
+    value, call.sample = nn.Module.__call__(head, call.hidden, loss=loss)
+    return value
+
+
+# behind a compiled graph: hooks gather weights
+@torch.compiler.disable
+def _computed(call: HeadCall, loss: LossArguments) -> Tensor:
+    head = call.head
+    slabs = head._ds_fused_scope.weight.slabs(head, loss.labels.numel())
     if slabs is None:
         # the head's own call, past the one that postpones
         value, call.on_demand = nn.Module.__call__(head, call.hidden, loss=loss)
     else:
         # past the hooks, too: ZeRO-3's would gather the weight
         value, call.on_demand = head.forward(call.hidden, loss, slabs)
-    scope.fused = True
     return value
 
 
@@ -196,8 +210,6 @@ class CausalLMLoss:
         self.scope = scope
         self.real = False
 
-    # one break in a compiled graph, instead of several within the ops (checks of labels, choice of kernels)
-    @torch.compiler.disable
     def __call__(
         self,
         logits: Any,

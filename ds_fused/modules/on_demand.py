@@ -20,9 +20,6 @@ Memory: hidden states [..., H] instead of logits [..., V], and both after a read
 from __future__ import annotations
 
 import contextlib
-import functools
-import logging
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -32,21 +29,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ds_fused.modules.deferred import HeadCall
+from ds_fused.modules.reading import sample, say_if_changed, say_who_reads
 from ds_fused.modules.steps import Step, replay
 
-log = logging.getLogger("ds_fused")
-
 WholeWeight = Callable[[nn.Module], contextlib.AbstractContextManager]
-
-# spread over the weight, these tell whether it is the one that the loss saw: a step of an optimizer changes nearly all
-SAMPLED_ELEMENTS = 256
-
-
-def sample(weight: Tensor) -> Tensor:
-    """A copy of a few elements, without waiting for the device."""
-    flat = weight.detach().reshape(-1)
-    # odd: no power of two between samples, or they would all lie in one column
-    return flat[:: (flat.numel() // SAMPLED_ELEMENTS) | 1].clone()
 
 
 class Source:
@@ -90,15 +76,12 @@ class _Read:
         self.whole_weight = whole_weight
 
     def __call__(self) -> Tensor:
-        _say_who_reads(_caller())
+        say_who_reads()
         # not the head's own call: outside the model's forward its hooks have no place in ZeRO-3's order of gathering
         with torch.inference_mode(self.hidden.is_inference()), torch.no_grad(), self.whole_weight(self.head):
             weight = self.head.weight
-            if self.sample is not None and not torch.equal(sample(weight).to(self.sample), self.sample):
-                log.warning(
-                    "ds_fused: these logits are read after the head's weight changed, so they are those of the new "
-                    'weight; read them before the optimizer steps, or set "logits": "keep" in the ds_fused block'
-                )
+            if self.sample is not None:
+                say_if_changed(weight, self.sample)
             return self.logits(self.hidden, weight, self.head.bias)
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -291,23 +274,3 @@ def with_steps(
 ) -> LogitsOnDemand:
     """On-demand logits with what the model did to them, and what they look like after it."""
     return _Steps.apply(logits, steps, shape, dtype) if steps else logits
-
-
-def _caller() -> str:
-    """file:line of whoever reads, the first frame that is neither ours nor torch's."""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("ds_fused", "torch"):
-        frame = frame.f_back
-    return "C++" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-@functools.cache
-def _say_who_reads(caller: str) -> None:
-    """One line for each place that reads, from the first rank."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
-        return
-    log.warning(
-        "ds_fused: %s reads the logits of a forward whose loss was fused; they are computed now. "
-        'Where that is too late (sharded weights), set "logits": "keep" in the ds_fused block',
-        caller,
-    )

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_fused.modules.deferred import DeferredLogits
+from ds_fused.modules.deferred import DeferredLogits, HeadCall
 from ds_fused.modules.on_demand import WholeWeight, with_steps
+from ds_fused.modules.reading import sample
 from ds_fused.ops.slabs import WeightSlabs
 from ds_fused.ops.vocab_shard import VocabShard
 
@@ -131,9 +132,13 @@ class Scope:
         if isinstance(value, DeferredLogits):
             if self.loss_outside and self._can_leave(value):
                 self.left = value
-                value.call.on_demand = value.head.forward(value.call.hidden, later=True)
-            if value.call.on_demand is not None and not value.is_real() and self.logits == "defer":
-                return _steps_on_demand(value)
+                _leave_without_loss(value)
+            if not value.is_real() and self.logits == "defer":
+                if value.call.on_demand is not None:
+                    return _steps_on_demand(value)
+                # a tensor without storage is nothing for a compiled graph, but what it was traced through is
+                if value.call.sample is not None:
+                    return value
             return value.materialise()
         if isinstance(value, tuple):
             items = [self._settle(item) for item in value]
@@ -156,7 +161,25 @@ class Scope:
         return value
 
 
-# a tensor subclass without storage is nothing for a compiled graph: what leaves is made outside of it
+def has_hooks(head: nn.Module) -> bool:
+    """Whether something acts on the head's calls (ZeRO-3, FSDP), which a compiled graph is to leave to it."""
+    return bool(head._forward_pre_hooks or head._forward_hooks)
+
+
+def _leave_without_loss(logits: DeferredLogits) -> None:
+    call, head = logits.call, logits.head
+    if torch.compiler.is_compiling() and not has_hooks(head):
+        call.sample = sample(head.weight)
+    else:
+        call.on_demand = _later(call)
+
+
+# tensors without storage are made outside of a compiled graph
+@torch.compiler.disable
+def _later(call: HeadCall) -> Tensor:
+    return call.head.forward(call.hidden, later=True)
+
+
 @torch.compiler.disable
 def _steps_on_demand(logits: DeferredLogits) -> Tensor:
     return with_steps(logits.call.on_demand, logits.steps, logits.shape, logits.dtype)
