@@ -20,6 +20,9 @@ Memory: hidden states [..., H] instead of logits [..., V], and both after a read
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -28,11 +31,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ds_fused.modules.deferred import HeadCall
-from ds_fused.modules.reading import sample, say_if_changed, say_who_reads
+from ds_fused.modules.deferred import DeferredLogits, HeadCall
 from ds_fused.modules.steps import Step, replay
 
+log = logging.getLogger("ds_fused")
+
 WholeWeight = Callable[[nn.Module], contextlib.AbstractContextManager]
+
+# spread over the weight, these tell whether it is the one that the loss saw: a step of an optimizer changes nearly all
+SAMPLED_ELEMENTS = 256
+
+
+def sample(weight: Tensor) -> Tensor:
+    """A copy of a few elements, without waiting for the device."""
+    flat = weight.detach().reshape(-1)
+    # odd: no power of two between samples, or they would all lie in one column
+    return flat[:: (flat.numel() // SAMPLED_ELEMENTS) | 1].clone()
+
+
+def say_if_changed(weight: Tensor, sampled: Tensor) -> None:
+    """Warn where it is no longer the weight that ``sampled`` was taken of."""
+    if not torch.equal(sample(weight).to(sampled), sampled):
+        log.warning(
+            "ds_fused: these logits are read after the head's weight changed, so they are those of the new "
+            'weight; read them before the optimizer steps, or set "logits": "keep" in the ds_fused block'
+        )
 
 
 class Source:
@@ -76,7 +99,7 @@ class _Read:
         self.whole_weight = whole_weight
 
     def __call__(self) -> Tensor:
-        say_who_reads()
+        _say_who_reads(_caller())
         # not the head's own call: outside the model's forward its hooks have no place in ZeRO-3's order of gathering
         with torch.inference_mode(self.hidden.is_inference()), torch.no_grad(), self.whole_weight(self.head):
             weight = self.head.weight
@@ -194,7 +217,7 @@ class LogitsOnDemand(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in _FACTS:
+        if func in FACTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func in _DETACH:
@@ -248,10 +271,10 @@ _METHODS = """
     is_complex is_signed is_inference register_hook retain_grad __len__ __hash__
 """
 # not every version of PyTorch has them all
-_FACTS = {getattr(torch.Tensor, name).__get__ for name in _ATTRIBUTES.split() if hasattr(torch.Tensor, name)}
-_FACTS |= {getattr(torch.Tensor, name) for name in _METHODS.split() if hasattr(torch.Tensor, name)}
-_FACTS |= {torch.numel, torch.is_floating_point, torch.is_complex, torch.is_inference}
-_FACTS |= {torch.Tensor.grad.__set__, torch.Tensor._backward_hooks.__set__}
+FACTS = {getattr(torch.Tensor, name).__get__ for name in _ATTRIBUTES.split() if hasattr(torch.Tensor, name)}
+FACTS |= {getattr(torch.Tensor, name) for name in _METHODS.split() if hasattr(torch.Tensor, name)}
+FACTS |= {torch.numel, torch.is_floating_point, torch.is_complex, torch.is_inference}
+FACTS |= {torch.Tensor.grad.__set__, torch.Tensor._backward_hooks.__set__}
 
 
 def on_demand(call: HeadCall, whole_weight: WholeWeight) -> LogitsOnDemand:
@@ -269,8 +292,38 @@ def sealed(call: HeadCall, whole_weight: WholeWeight) -> LogitsOnDemand:
     return _Sealed.apply(source, call.hidden)
 
 
+def leaving(logits: DeferredLogits) -> LogitsOnDemand:
+    """Deferred logits as they leave the forward."""
+    call = logits.call
+    if call.on_demand is None:
+        # the head made none: the loss is outside of the forward, or in a compiled graph
+        with torch.autocast(logits.device.type, dtype=call.autocast, enabled=call.autocast is not None):
+            call.on_demand = logits.head.forward(call.hidden, later=True)
+    return with_steps(call.on_demand, logits.steps, logits.shape, logits.dtype)
+
+
 def with_steps(
     logits: LogitsOnDemand, steps: tuple[Step, ...], shape: torch.Size, dtype: torch.dtype
 ) -> LogitsOnDemand:
     """On-demand logits with what the model did to them, and what they look like after it."""
     return _Steps.apply(logits, steps, shape, dtype) if steps else logits
+
+
+def _caller() -> str:
+    """file:line of whoever reads, the first frame that is neither ours nor torch's."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("ds_fused", "torch"):
+        frame = frame.f_back
+    return "C++" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+@functools.cache
+def _say_who_reads(caller: str) -> None:
+    """One line for each place that reads, from the first rank."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
+    log.warning(
+        "ds_fused: %s reads the logits of a forward whose loss was fused; they are computed now. "
+        'Where that is too late (sharded weights), set "logits": "keep" in the ds_fused block',
+        caller,
+    )

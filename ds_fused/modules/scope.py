@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_fused.modules.deferred import DeferredLogits, HeadCall
-from ds_fused.modules.on_demand import WholeWeight, with_steps
-from ds_fused.modules.reading import sample
+from ds_fused.modules.deferred import DeferredLogits
+from ds_fused.modules.on_demand import WholeWeight, leaving
+from ds_fused.modules.out_of_graph import out_of_graph
 from ds_fused.ops.slabs import WeightSlabs
 from ds_fused.ops.vocab_shard import VocabShard
 
@@ -80,9 +80,11 @@ class Scope:
 
     def attach(self, owner: nn.Module) -> None:
         self._handles = [
-            owner.register_forward_pre_hook(self.enter, with_kwargs=True),
+            owner.register_forward_pre_hook(functools.partial(_enter, self), with_kwargs=True),
             # always_call: a forward that raises must disarm the head as well. prepend: other hooks see tensors only
-            owner.register_forward_hook(self.leave, with_kwargs=True, always_call=True, prepend=True),
+            owner.register_forward_hook(
+                functools.partial(_leave, self), with_kwargs=True, always_call=True, prepend=True
+            ),
         ]
 
     def detach(self) -> None:
@@ -130,15 +132,11 @@ class Scope:
     def _settle(self, value: Any) -> Any:
         """The output with each ``DeferredLogits`` in it replaced by a tensor, at its place."""
         if isinstance(value, DeferredLogits):
-            if self.loss_outside and self._can_leave(value):
+            leaves = self.loss_outside and self._can_leave(value)
+            if leaves:
                 self.left = value
-                _leave_without_loss(value)
-            if not value.is_real() and self.logits == "defer":
-                if value.call.on_demand is not None:
-                    return _steps_on_demand(value)
-                # a tensor without storage is nothing for a compiled graph, but what it was traced through is
-                if value.call.sample is not None:
-                    return value
+            if (leaves or value.call.fused) and not value.is_real() and self.logits == "defer":
+                return out_of_graph(value) if torch.compiler.is_compiling() else leaving(value)
             return value.materialise()
         if isinstance(value, tuple):
             items = [self._settle(item) for item in value]
@@ -166,20 +164,23 @@ def has_hooks(head: nn.Module) -> bool:
     return bool(head._forward_pre_hooks or head._forward_hooks)
 
 
-def _leave_without_loss(logits: DeferredLogits) -> None:
-    call, head = logits.call, logits.head
-    if torch.compiler.is_compiling() and not has_hooks(head):
-        call.sample = sample(head.weight)
-    else:
-        call.on_demand = _later(call)
-
-
-# tensors without storage are made outside of a compiled graph
+# torch.compile(model) calls the hooks of the model itself outside of the graph; where more than this model is compiled,
+# they are part of it
 @torch.compiler.disable
-def _later(call: HeadCall) -> Tensor:
-    return call.head.forward(call.hidden, later=True)
+def _enter(scope: Scope, owner: nn.Module, args: tuple, kwargs: dict) -> None:
+    scope.enter(owner, args, kwargs)
+
+
+@torch.compiler.substitute_in_graph(_enter)
+def _enter_in_graph(scope: Scope, owner: nn.Module, args: tuple, kwargs: dict) -> None:
+    scope.enter(owner, args, kwargs)
 
 
 @torch.compiler.disable
-def _steps_on_demand(logits: DeferredLogits) -> Tensor:
-    return with_steps(logits.call.on_demand, logits.steps, logits.shape, logits.dtype)
+def _leave(scope: Scope, owner: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    return scope.leave(owner, args, kwargs, output)
+
+
+@torch.compiler.substitute_in_graph(_leave)
+def _leave_in_graph(scope: Scope, owner: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    return scope.leave(owner, args, kwargs, output)
