@@ -42,12 +42,22 @@ def test_what_a_trainer_passes() -> None:
             same(stock, fused, whole, scale * x, labels.flip(0), **more)
         assert graphs.frame_count == n
     same(stock, fused, whole, x, labels.masked_fill(labels < 0, 0), ignore_index=0)
+
+
+def test_an_evaluation_and_batches_of_other_lengths() -> None:
+    stock, fused = pair(RECORDED["gemma2"])
+    whole, graphs = compiled(fused)
+    x, labels = batch()
+    for length in (5, 4, 3):
+        same(stock, fused, whole, x[:, :length], labels[:, :length])
+    # one for a length, one for all others
+    assert graphs.frame_count == 2
     with torch.no_grad():
         torch.testing.assert_close(whole(x, labels)["loss"], stock(x, labels)["loss"])
-    assert torch.equal(whole(x)["logits"], stock(x)["logits"])
+        assert torch.equal(whole(x)["logits"], stock(x)["logits"])
 
 
-@pytest.mark.parametrize("name", ["shifted, softcapped", "weighted classes", "log_softmax"])
+@pytest.mark.parametrize("name", ["shifted, softcapped", "weighted classes", "each its own", "log_softmax"])
 def test_a_loss_of_the_models_own(name: str) -> None:
     stock, fused = OwnLoss(OWN_LOSSES[name]), OwnLoss(OWN_LOSSES[name]).fuse()
     # of a masked model all tokens are looked at: how many have a label is nothing that a graph can depend on
