@@ -16,7 +16,7 @@ the real logits, by the head's own call, and goes on with those, so the result i
 
 It is a plain object and no tensor, because torch.compile traces through it, which it does not through a tensor subclass
 without values. What leaves the forward after a fused loss has the opposite needs and is a tensor (``on_demand.py``, and
-``out_of_graph.py`` where the forward is a compiled graph).
+``out_of_graph.py`` where the forward is a part of a compiled graph).
 
 Memory: it holds ``hidden``; once read, the logits as well. It refers to nothing that refers to it.
 """
