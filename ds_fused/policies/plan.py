@@ -66,7 +66,7 @@ def apply(
     ``weight``: how the weight of a head is reached where it is sharded.
     ``tiles``: in how many tiles of tokens replaced MLPs run, computed again in backward; whole where not given.
     ``recompute``: what layers keep under gradient checkpointing: "full", "attention", "matmuls", "auto", or an object,
-    ``{"level": "auto", "keep_mb": 4096}``.
+    ``{"level": "auto", "keep_mb": 4096, "offload": True}``, the last for their inputs to wait in the host's memory.
     ``agree``: called with the decisions (a JSON-able dict) before anything changes; raises where ranks differ.
     """
     started = time.perf_counter()
@@ -79,7 +79,7 @@ def apply(
     if not isinstance(recompute, Recomputing):
         recompute = recomputing(recompute, "apply: recompute")
     # a layer has one class, and what is not computed again is worth more than a pass over its sum
-    yields = recompute.level != "full" and keys.pop("add_rms_norm", None) is not None
+    yields = not recompute.is_stock and keys.pop("add_rms_norm", None) is not None
     planned = plan(model, keys, logits=logits, eval=eval, weight=weight, tiles=tiles)
 
     device, dtype = _place(model, device, dtype)
