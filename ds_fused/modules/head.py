@@ -194,7 +194,7 @@ def _computed(call: HeadCall, loss: LossArguments) -> tuple[Tensor, Tensor | Non
 
 
 _computed_between = torch.compiler.disable(
-    _computed, reason="the lm head has hooks (ZeRO-3's, FSDP's), so its loss is computed between two graphs"
+    _computed, reason="the lm head has hooks, which act on its calls, so its loss is computed between two graphs"
 )
 
 

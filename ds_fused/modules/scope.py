@@ -160,7 +160,7 @@ class Scope:
 
 
 def has_hooks(head: nn.Module) -> bool:
-    """Whether something acts on the head's calls (ZeRO-3, FSDP), which a compiled graph is to leave to it."""
+    """Whether something acts on the head's calls, as ZeRO-3 does, which a compiled graph has to leave to it."""
     return bool(head._forward_pre_hooks or head._forward_hooks)
 
 
