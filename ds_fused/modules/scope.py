@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ds_fused.modules.deferred import DeferredLogits
-from ds_fused.modules.on_demand import WholeWeight, with_steps
+from ds_fused.modules.on_demand import WholeWeight, leaving
+from ds_fused.modules.out_of_graph import out_of_graph
 from ds_fused.modules.swap import home_of
 from ds_fused.ops._triton import is_transformed
 from ds_fused.ops.slabs import WeightSlabs
@@ -123,9 +124,11 @@ class Scope:
 
     def attach(self, owner: nn.Module) -> None:
         self._handles = [
-            owner.register_forward_pre_hook(self.enter, with_kwargs=True),
+            owner.register_forward_pre_hook(functools.partial(_enter, self), with_kwargs=True),
             # always_call: a forward that raises must disarm the head as well. prepend: other hooks see tensors only
-            owner.register_forward_hook(self.leave, with_kwargs=True, always_call=True, prepend=True),
+            owner.register_forward_hook(
+                functools.partial(_leave, self), with_kwargs=True, always_call=True, prepend=True
+            ),
         ]
 
     def detach(self) -> None:
@@ -194,11 +197,11 @@ class Scope:
     def _settle(self, value: Any) -> Any:
         """The output with each ``DeferredLogits`` in it replaced by a tensor, at its place."""
         if isinstance(value, DeferredLogits):
-            if self.loss_outside and self._can_leave(value):
+            leaves = self.loss_outside and self._can_leave(value)
+            if leaves:
                 self.left = value
-                value.call.on_demand = value.head.forward(value.call.hidden, later=True)
-            if value.call.on_demand is not None and not value.is_real() and self.logits == "defer":
-                return _steps_on_demand(value)
+            if (leaves or value.call.fused) and not value.is_real() and self.logits == "defer":
+                return out_of_graph(value) if torch.compiler.is_compiling() else leaving(value)
             return value.materialise()
         if isinstance(value, tuple):
             items = [self._settle(item) for item in value]
@@ -221,7 +224,28 @@ class Scope:
         return value
 
 
-# a tensor subclass without storage is nothing for a compiled graph: what leaves is made outside of it
+def has_hooks(head: nn.Module) -> bool:
+    """Whether something acts on the head's calls, as ZeRO-3 does, which a compiled graph has to leave to it."""
+    return bool(head._forward_pre_hooks or head._forward_hooks)
+
+
+# torch.compile(model) calls the hooks of the model itself outside of the graph; where more than this model is compiled,
+# they are part of it
 @torch.compiler.disable
-def _steps_on_demand(logits: DeferredLogits) -> Tensor:
-    return with_steps(logits.call.on_demand, logits.steps, logits.shape, logits.dtype)
+def _enter(scope: Scope, owner: nn.Module, args: tuple, kwargs: dict) -> None:
+    scope.enter(owner, args, kwargs)
+
+
+@torch.compiler.substitute_in_graph(_enter)
+def _enter_in_graph(scope: Scope, owner: nn.Module, args: tuple, kwargs: dict) -> None:
+    scope.enter(owner, args, kwargs)
+
+
+@torch.compiler.disable
+def _leave(scope: Scope, owner: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    return scope.leave(owner, args, kwargs, output)
+
+
+@torch.compiler.substitute_in_graph(_leave)
+def _leave_in_graph(scope: Scope, owner: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    return scope.leave(owner, args, kwargs, output)

@@ -660,30 +660,6 @@ def test_the_output_frees_what_it_holds() -> None:
         gc.enable()
 
 
-def test_compiled_as_well() -> None:
-    stock, fused = pair(RECORDED["gemma2"])
-    x, labels = batch()
-    whole = torch.compile(fused, backend="eager")
-    wanted, got = stock(x, labels), whole(x, labels)
-    assert isinstance(got["logits"], LogitsOnDemand)
-    torch.testing.assert_close(got["loss"], wanted["loss"], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(got["logits"].clone(), wanted["logits"])
-    assert torch.equal(whole(x)["logits"], stock(x)["logits"])
-    for name, gradient in gradients(stock, wanted["loss"]).items():
-        torch.testing.assert_close(gradients(fused, whole(x, labels)["loss"])[name], gradient, rtol=1e-5, atol=1e-6)
-
-
-def test_a_loss_of_the_models_own_compiled_as_well() -> None:
-    stock, fused = _own(OWN_LOSSES["shifted, softcapped"])
-    x, labels = batch()
-    wanted, got = stock(x, labels), torch.compile(fused, backend="eager")(x, labels)
-    assert isinstance(got["logits"], LogitsOnDemand)
-    torch.testing.assert_close(got["loss"], wanted["loss"], rtol=1e-6, atol=1e-6)
-    ours = gradients(fused, got["loss"])
-    for name, gradient in gradients(stock, wanted["loss"]).items():
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-5, atol=1e-6)
-
-
 def test_a_deep_copy_is_fused_on_its_own() -> None:
     stock, fused = pair()
     twin = copy.deepcopy(fused)
