@@ -98,8 +98,9 @@ OPS: tuple[Op, ...] = (
         "rms_norm_rope",
         rms_norm_rope,
         rms_norm_rope_reference,
-        (),
+        ("qk_norm_rope",),
         "root-mean-square norm and rotary embedding of the heads of q and k in one pass",
+        on=False,  # not measured yet
     ),
     Op(
         "glu",
