@@ -16,7 +16,8 @@ from ds_fused.modules.scope import HeadWeight
 from ds_fused.modules.swap import fused_class, is_fused, owner_of, swap, unswap, why_not
 from ds_fused.modules.tiled_mlp import TILED
 from ds_fused.policies.arguments import check_choice, check_flags, check_model, check_wanted, place
-from ds_fused.policies.kinds import ACTIVATION, Kind, Way, choose, find, unproven
+from ds_fused.policies.kinds import ACTIVATION, NORM, ROPE, Kind, Way, choose, find, qk_norms, unproven
+from ds_fused.policies.kinds.norms import rms_norms
 from ds_fused.policies.loss import claim_loss
 from ds_fused.policies.recompute import Recomputing, claim_recompute, recomputing
 from ds_fused.policies.report import Claim, Left, Report
@@ -26,6 +27,7 @@ _EXPECTED = re.compile(r"(RMSNorm|LayerNorm|MLP|Experts)$")
 # ops that are alternatives: `strict` is content with one of each group
 _GROUPS = {
     **dict.fromkeys(("rms_norm", "add_rms_norm", "layer_norm", "group_norm", "gated_rms_norm"), "norm"),
+    **dict.fromkeys(("rope", "rms_norm_rope"), "rope"),
     **dict.fromkeys(("glu", "relu2"), "mlp"),
     **dict.fromkeys(("cross_entropy", "linear_cross_entropy"), "loss"),
 }
@@ -94,6 +96,7 @@ def apply(
         if differs is not None:
             left.append(Left(_short(claim.original), len(claim.paths), differs))
 
+    left += _left_apart(planned.claims)
     if yields:
         left.append(Left("add_rms_norm", 1, "recompute has the layers"))
     if tiles is not None and not any(isinstance(claim, SwapClaim) and claim.tiles for claim in claims):
@@ -125,6 +128,11 @@ def plan(
     alike: dict[tuple, SwapClaim] = {}
     left: Counter[tuple[str, str]] = Counter()
     inside: set[int] = set()  # activations that a claimed layer no longer calls
+    heads: set[int] = set()  # norms that a claimed layer may have wait
+    off = [key for key in qk_norms.NEEDS if key not in wanted]
+    with_norms = qk_norms.KEY in wanted and not off
+    if qk_norms.KEY in wanted and off:
+        left[qk_norms.KEY, f"it needs {' and '.join(qk_norms.NEEDS)}, and {' and '.join(off)} is off"] += 1
     for path, module in model.named_modules():
         kind = find(module)
         if isinstance(module, torch.jit.ScriptModule):
@@ -140,9 +148,15 @@ def plan(
             inside.update(
                 id(child) for child in module._modules.values() if child is not None and find(child) is ACTIVATION
             )
-            what = (type(module), tuple(ways), kind.alike(module))
+            claim, alike_in = SwapClaim, kind.alike
+            if with_norms and kind is ROPE:
+                claim, alike_in = AttentionClaim, qk_norms.alike
+                heads.update(id(child) for child in rms_norms(module).values())
+            elif kind is NORM and id(module) in heads:
+                ways = qk_norms.waiting(ways)
+            what = (type(module), tuple(ways), alike_in(module))
             if what not in alike:
-                alike[what] = SwapClaim(kind, ways, model, tiles)
+                alike[what] = claim(kind, ways, model, tiles)
             alike[what].add(path, module)
 
     loss, loss_left = claim_loss(model, wanted, logits=logits, eval=eval, weight=weight)
@@ -245,6 +259,36 @@ class SwapClaim:
 
     def watched(self) -> tuple[type, ...]:
         return (fused_class(self._mixin, self._cls, self.way.how),)
+
+
+class AttentionClaim(SwapClaim):
+    """Attention layers, whose norms of q and k are fused with their rotary functions where that is proven, too."""
+
+    certain = False
+    apart: str | None = None  # why they are not
+
+    def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        differs = super().prove(device, dtype)
+        if differs is not None:
+            return differs
+        try:
+            found = qk_norms.with_norms(self._modules[0], self.way, device, dtype)
+        except Exception as error:
+            found = unproven(error)
+        if isinstance(found, str):
+            self.apart = found
+        else:
+            self._ways = (found,)
+        return None
+
+
+def _left_apart(claims: Sequence[Claim]) -> list[Left]:
+    """Attention layers whose norms are not fused with their rotary functions, one row for each reason."""
+    rows: Counter[tuple[str, str]] = Counter()
+    for claim in claims:
+        if isinstance(claim, AttentionClaim) and claim.apart is not None:
+            rows[_short(claim.original), f"{qk_norms.KEY}: {claim.apart}"] += len(claim.paths)
+    return [Left(what, count, reason) for (what, reason), count in rows.items()]
 
 
 def _keys(wanted: Mapping[str, object] | None, switches: Mapping[str, object]) -> dict[str, dict[str, object]]:
