@@ -123,6 +123,28 @@ WRONG = [
     (["+deepspeed.tensor_parallel.autotp_size=3"], "autotp_size is 3, which doesn't divide the 4 ranks"),
     (["+deepspeed.train_batch_sizes=8"], "train_batch_sizes is no key that DeepSpeed reads; did you mean train_batch"),
     (["+deepspeed.zero_optimization.stagee=1"], "deepspeed.zero_optimization.stagee is 1: Extra inputs"),
+    (["+deepspeed.aio.block_sizee=1"], "deepspeed.aio.block_sizee is no key .* did you mean block_size"),
+    (["+deepspeed.optimizer.prams.lr=1"], "deepspeed.optimizer.prams is no key .* did you mean params"),
+    (["+deepspeed.optimizer.params.lrr=1"], "deepspeed.optimizer.params.lrr is no option of AdamW; did you mean lr"),
+    # an option of DeepSpeed's AdamW, while torch_adam takes PyTorch's
+    (["+deepspeed.optimizer.params.bias_correction=true"], "bias_correction is no option of AdamW"),
+    (["deepspeed.optimizer.type=AdamWW"], "deepspeed.optimizer.type is 'AdamWW', but .* did you mean adamw"),
+    (["~deepspeed.optimizer"], "deepspeed.optimizer.type must be given"),
+    (["+deepspeed.scheduler.type=WarmupRL"], "deepspeed.scheduler.type is 'WarmupRL', but .* did you mean WarmupLR"),
+    (
+        ["+deepspeed.scheduler.type=WarmupLR", "+deepspeed.scheduler.params.warmup_steps=3"],
+        "deepspeed.scheduler.params.warmup_steps is no option of WarmupLR; did you mean warmup_",
+    ),
+    (["deepspeed.gradient_clipping=strong"], "deepspeed.gradient_clipping is 'strong', but must be a number"),
+    (["deepspeed.gradient_clipping=true"], "deepspeed.gradient_clipping is True, but must be a number"),
+    (["+deepspeed.prescale_gradients=1"], "deepspeed.prescale_gradients is 1, but must be true or false"),
+    (["+deepspeed.sequence_parallel_size=two"], "deepspeed.sequence_parallel_size is 'two'"),
+    (["+deepspeed.ds_fused.enabled=false"], "deepspeed.ds_fused is the group fused"),
+    (["data.block=1"], "data.block is 1, but must be at least 2"),
+    (["train.log_every=0"], "train.log_every is 0, but must be at least 1"),
+    (["data.held_out=1.5"], "data.held_out is 1.5, but must be a share between 0 and 1"),
+    (["data=text", "data.text=[]"], "data.text is empty"),
+    (["cluster=slurm", "cluster.notice=0"], "cluster.notice is 0, but must be at least 1"),
     (["+deepspeed.fp16.enabled=true"], "deepspeed: bfloat16 and fp16 modes"),
     (["+fused.rms_nrom=true"], "fused: .*rms_nrom.*did you mean 'rms_norm'"),
     (["+deepspeed.comet.api_key=x"], "deepspeed.comet.api_key looks like a secret"),
@@ -150,6 +172,31 @@ def test_what_cannot_run_is_an_error_that_names_the_key(overrides, names):
         prepare()
 
 
+# what the errors above must not hit
+RIGHT = [
+    ["deepspeed.optimizer.params.torch_adam=false", "+deepspeed.optimizer.params.bias_correction=false"],
+    ["deepspeed.optimizer.type=Lion"],
+    ["deepspeed.optimizer.type=NAdam", "~deepspeed.optimizer.params.torch_adam"],
+    [
+        "deepspeed.gradient_clipping=1",
+        "+deepspeed.wall_clock_breakdown=true",
+        "+deepspeed.communication_data_type=bf16",
+    ],
+    ["+deepspeed.scheduler={type: WarmupLR, params: {warmup_num_steps: 3}}"],
+    ["+deepspeed.scheduler={type: CosineAnnealingLR, params: {T_max: 3}}"],
+    ["+deepspeed.torch_autocast={enabled: false, dtype: bfloat16}"],
+    ["+deepspeed.flops_profiler={enabled: false, profile_step: 1, output_file: null}"],
+    ["+deepspeed.activation_checkpointing={partition_activations: true, profile: false}"],
+    ["+deepspeed.checkpoint={tag_validation: Warn, parallel_write: {pipeline_stage: false}}"],
+    ["+deepspeed.zero_optimization.offload_optimizer={device: cpu, pin_memory: true}"],
+]
+
+
+@pytest.mark.parametrize("overrides", RIGHT, ids=[overrides[0] for overrides in RIGHT])
+def test_what_deepspeed_knows_is_accepted(overrides):
+    check(run_of(*overrides), 4)
+
+
 def test_a_batch_that_multiplies_is_accepted():
     batch = ["+deepspeed.train_batch_size=48", "deepspeed.gradient_accumulation_steps=3"]
     run = run_of(*batch)
@@ -160,10 +207,14 @@ def test_a_batch_that_multiplies_is_accepted():
     check(run_of(batch[0], batch[1], "+deepspeed.tensor_parallel.autotp_size=2"), 8)
 
 
-def test_paths_that_are_not_there_are_named():
+def test_paths_that_are_not_there_are_named(tmp_path):
     run = run_of("model=hub", "model.path=/no/model", "data=text", "data.text=[/no/text]", "resume=true")
     model, text, resume = missing_paths(run)
     assert "model.path is /no/model" in model and "data.text names /no/text" in text and "resume is true" in resume
+    (tmp_path / "empty").mkdir()
+    run = run_of("model=hub", f"model.path={tmp_path}", "data=text", f"data.text=[{tmp_path}/empty]")
+    model, text = missing_paths(run)
+    assert model.endswith(": no config.json in it") and text.endswith("empty: no *.txt in it")
     # a hub's name, and what is fetched at the start
     assert not [*missing_paths(run_of("model=hub", "model.path=owner/name", "resume=auto"))]
 
