@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -16,6 +17,8 @@ from launch.clusters import KINDS, hostfile
 from launch.environment import is_secret
 from launch.schema import Run
 
+# what is given a value
+NAMES = re.compile(r"([\w-]+)\s*[=:]")
 # key -> the least that makes sense
 LEAST = {
     "data.block": 2,  # the first token of a block has no loss
@@ -44,7 +47,8 @@ def typed(composed: DictConfig) -> Run:
         run: Run = OmegaConf.to_object(OmegaConf.merge(schema, composed))
     except OmegaConfBaseException as error:
         # the lines behind the first name omegaconf's own objects
-        raise ValueError(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}") from None
+        where = error.full_key or unmergeable(schema, composed) or "configuration"
+        raise ValueError(f"{where}: {str(error).splitlines()[0]}") from None
     if run.resume not in (True, False, "auto"):
         raise ValueError(f"resume is {run.resume!r}, but must be auto, true or false")
     if kind == "hostfile":
@@ -52,22 +56,38 @@ def typed(composed: DictConfig) -> Run:
     return run
 
 
+def unmergeable(schema: DictConfig, composed: DictConfig) -> str | None:
+    """The first key whose value is a list where the schema has a mapping, or the reverse: omegaconf doesn't name it."""
+    for group in ("model", "data", "train", "cluster"):
+        for key in composed[group]:
+            try:
+                OmegaConf.merge(schema[group], {key: composed[group][key]})
+            except OmegaConfBaseException:
+                return f"{group}.{key}"
+    return None
+
+
 def refuse_secrets(composed: Mapping, where: str = "") -> None:
     """The run's folder holds the whole configuration, so no secret may come in by it."""
     for key, value in composed.items():
         if isinstance(value, Mapping):
             refuse_secrets(value, f"{where}{key}.")
-        elif value is not None and is_secret(str(key), value):
+        elif value is not None and (is_secret(str(key), value) or sets_a_secret(key, value)):
             raise ValueError(
                 f"{where}{key} looks like a secret, and would be written to the run's folder: export it instead, or "
                 "put it into ~/.deepspeed_env, which DeepSpeed takes to the nodes of a hostfile"
             )
 
 
+def sets_a_secret(key: object, value: object) -> bool:
+    """Whether it is text for a shell that sets a variable which looks like one: `export HF_TOKEN=...`."""
+    return key in ("setup", "options", "launcher_args") and any(map(is_secret, NAMES.findall(str(value))))
+
+
 def refuse_secrets_typed(words: Sequence[str]) -> None:
     """The same of a command line: Hydra writes that of a sweep down before any point of it is composed."""
     for word in words:
-        for name in re.findall(r"([\w-]+)\s*[=:]", word):
+        for name in NAMES.findall(word):
             refuse_secrets({name: word})
 
 
@@ -113,6 +133,8 @@ def missing_paths(run: Run) -> Iterator[str]:
                 yield f"data.text names {place}: no such file or folder"
             elif os.path.isdir(place) and not any(Path(place).rglob("*.txt")):
                 yield f"data.text names {place}: no *.txt in it"
+    if run.cluster.kind == "hostfile" and run.cluster.launcher != "pdsh" and not find_spec("mpi4py"):
+        yield f"cluster.launcher is {run.cluster.launcher}, whose ranks need the package mpi4py: it is not installed"
     if run.resume is True and not os.path.isfile(os.path.join(run.folder, "checkpoints", "latest")):
         yield f"resume is true, but {run.folder}/checkpoints holds no checkpoint; resume=auto starts anew then"
 

@@ -34,7 +34,7 @@ OPTIMIZERS = {
     "lamb": ("deepspeed.ops.lamb.FusedLamb",),
     "lion": ("deepspeed.ops.lion.FusedLion", "deepspeed.ops.lion.DeepSpeedCPULion"),
 }
-# taken out of optimizer.params by DeepSpeed itself
+# what DeepSpeed itself takes out of the params of adam and adamw
 TAKEN_OUT = {"torch_adam", "adam_w_mode", "fp32_optimizer_states"}
 
 
@@ -169,8 +169,10 @@ def check_optimizer(deepspeed: Mapping) -> None:
         raise ValueError("deepspeed.optimizer.type must be given")
     if kind.lower() in OPTIMIZERS:
         classes = [pkgutil.resolve_name(name) for name in OPTIMIZERS[kind.lower()]]
+        is_adam = kind.lower().startswith("adam")
         # with torch_adam it is PyTorch's, whatever else there is
-        known = arguments(*classes[: 1 if params.get("torch_adam") else None]) | TAKEN_OUT
+        known = arguments(*classes[: 1 if is_adam and params.get("torch_adam") else None])
+        known |= TAKEN_OUT if is_adam else set()
     elif kind.lower() in DEEPSPEED_OPTIMIZERS:
         # of packages that may be missing here, or of several classes at once
         return
