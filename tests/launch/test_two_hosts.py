@@ -96,3 +96,28 @@ def test_an_mpi_runner_starts_the_same_training(two_hosts, tmp_path, tiny_model,
     assert captured.keys() == {"alpha", "beta", "launching"}
     assert captured["beta"]["settings"]["MASTER_PORT"] == "29511"
     assert runs.losses(folder) == pytest.approx(runs.losses(local_run), rel=1e-6)
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_torchrun_on_two_hosts_by_the_lines_that_are_printed(
+    rendezvous, two_hosts, tmp_path, tiny_model, text, local_run
+):
+    alpha, _ = two_hosts
+    folder = tmp_path / "run"
+    words = [
+        *runs.overrides(tiny_model, text, folder), "cluster=torchrun", "cluster.nodes=2", "cluster.ranks=1",
+        "cluster.address=alpha", f"cluster.rendezvous={rendezvous}",
+    ]  # fmt: skip
+    # a dry run tells the lines, and both are then typed
+    planned = launch_on(alpha, *words, "dry_run=true")
+    assert planned.status == 0, planned.output
+    lines = [line.partition(": ")[2] for line in (folder / "nodes.txt").read_text().splitlines()]
+
+    def typed(host: Host, line: str) -> Ended:
+        return start(host.inside(["bash", "-c", line]), PYTHONPATH=str(REPO))
+
+    with ThreadPoolExecutor() as pool:
+        ends = list(pool.map(typed, two_hosts, lines))
+    assert [ended.status for ended in ends] == [0, 0], "\n".join(ended.output for ended in ends)
+    assert runs.losses(folder) == pytest.approx(runs.losses(local_run), rel=1e-6)
