@@ -198,11 +198,12 @@ def save_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
     """
     # its writers of checkpoints in the background know themselves when all is written
     in_background = engine.checkpoint_engine.is_decoupled()
+    tag = f"global_step{engine.global_steps}"
     # comes back when every rank is done
-    engine.save_checkpoint(str(folder), save_latest=in_background)
+    engine.save_checkpoint(str(folder), tag=tag, save_latest=in_background)
     if dist.get_rank() == 0 and not in_background:
         aside = folder / ".latest"
-        aside.write_text(f"global_step{engine.global_steps}")
+        aside.write_text(tag)
         aside.replace(folder / "latest")
 
 
