@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from benchmarks.head_rows import merged
 from benchmarks.scale_model import (
     CHUNK_MB,
     KEEP_MB,
@@ -94,7 +95,7 @@ def heads(results: Path = RESULTS) -> Iterator[Point | Skipped]:
         measured, name = json.loads(path.read_text()), f"{path.parent.name}/{path.stem}"
         device, ranks = _device(measured["header"]["device"]), int(measured["header"]["ranks"])
         keeps = measured["header"]["date"] < GATHER_KEPT_BEFORE
-        for row in measured["rows"]:
+        for row in merged(measured["rows"]):
             shape, way = row["shape"], row["way"]
             found = head_loss("gather keep" if keeps and way == "gather" else way, shape, ranks, device)
             reason = OUTDATED.get((name, shape, way)) or _no_parameters(measured["header"])
@@ -201,8 +202,10 @@ def probes(folder: Path = RESULTS / "h200x4") -> Iterator[Point]:
             # so large that a block has just these tokens
             chunk = row["block"] * block_bytes(vocab, hidden, ranks, 2)
             loss = sharded_loss(of_stationary(Head(shards, vocab, 1), tokens, chunk))
-            # and dx in bf16
-            loss = Loss(loss.work, loss.held + 2 * tokens * hidden)
+            # its own buffers: the gradient of the rank's rows in fp32, a block's logits, x and dx of two blocks in bf16
+            # each (the conditions call it double-buffered), and dx of all tokens
+            blocks = 2 * row["block"] * (vocab + 4 * ranks * hidden)
+            loss = Loss(loss.work, 4 * shards.size + blocks + 2 * tokens * hidden)
         yield Point("probe", row["shape"], way, "ms", row["ms"], _time_of_head(_fixed(loss), device, ranks, False))
         if "peak_mib" in row:
             yield Point("probe", row["shape"], way, "MiB", row["peak_mib"], _memory_of_head(_fixed(loss)))
@@ -277,7 +280,11 @@ def job_of(text: str) -> tuple[Shape | None, int, str | None]:
     inside, _, more = rest.partition(")")
     sizes = dict(part.rsplit(" ", 1) for part in inside.split(", "))
     stage = int(re.search(r"ZeRO (\d)", more).group(1))
-    for word, reason in (("LoRA", "adapters alone are trained"), ("on the CPU", "the optimizer is on the CPU")):
+    for word, reason in (
+        ("LoRA", "adapters alone are trained"),
+        ("on the CPU", "the optimizer is on the CPU"),
+        ("of each card", "of the card's memory a part"),
+    ):
         if word in more:
             return None, stage, f"not modelled: {reason}"
     if "experts" in sizes:
