@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_fused.ops._labels import label_facts
+from ds_fused.ops._labels import flat_labels, label_facts
 from ds_fused.ops._launch import launch
 from ds_fused.ops._loss import reduced
 from ds_fused.ops._softmax_parts import _online
@@ -403,7 +403,7 @@ def divergence(
 ) -> Tensor:
     """The kernels' way, behind `check_pair`."""
     check_dtypes(op, p=p, q=q)
-    flat = None if labels is None else labels.reshape(-1)
+    flat = None if labels is None else flat_labels(labels)
     loss = DivergenceFunction.apply(rows_of(p), rows_of(q), flat, what)
     # no label has to be in the vocabulary here
     count = loss.shape[0] if flat is None else label_facts(flat, p.shape[-1], what.ignore_index)[0]

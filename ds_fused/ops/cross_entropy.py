@@ -41,7 +41,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_fused.ops._labels import counting_tokens
+from ds_fused.ops._labels import counting_tokens, flat_labels
 from ds_fused.ops._launch import launch
 from ds_fused.ops._lent_logits import LentLogitsFunction
 from ds_fused.ops._loss import (
@@ -447,7 +447,7 @@ def cross_entropy(
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
     check_loss("cross_entropy", options, labels, reduction, logits.shape[:-1], logits.shape[-1], logits.device)
     check_weight("cross_entropy", "weight", weight, logits.shape[-1], logits.device)
-    flat = labels.reshape(-1)
+    flat = flat_labels(labels)
     count = counting_tokens("cross_entropy", flat, logits.shape[-1], ignore_index)
     if not runs_kernels(logits):
         return cross_entropy_reference(

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_fused.ops import frozen_head
-from ds_fused.ops._labels import counting_tokens
+from ds_fused.ops._labels import counting_tokens, flat_labels
 from ds_fused.ops._loss import (
     LossOptions,
     check_loss,
@@ -343,7 +343,7 @@ def token_losses(
     handle = weight if isinstance(weight, Tensor) else x.new_empty(0, requires_grad=weight.requires_grad)
     training = torch.is_grad_enabled()
     trains = training and any(t is not None and t.requires_grad for t in (x, handle, bias))
-    flat = labels.reshape(-1)
+    flat = flat_labels(labels)
     count = counting_tokens(op, flat, n_vocab, options.ignore_index)
     of_token, in_kernel = weights_of_tokens(class_weight, flat, options, wide(rows))
     chunk_bytes = int(chunk_mb * 2**20)
