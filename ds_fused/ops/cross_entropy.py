@@ -57,6 +57,7 @@ from ds_fused.ops._softmax_parts import _capped, _dz, _dz_of_entropy, _online, _
 from ds_fused.ops._triton import (
     cdiv,
     check_dtypes,
+    lie_apart,
     power_of_2,
     row_stride,
     rows_of,
@@ -433,7 +434,8 @@ def cross_entropy(
     a gradient, and the host waits for neither.
 
     ``overwrite_logits``: the backward may write the gradient over the logits. Only for logits whose producer keeps
-    nothing of them (a matrix product's output); a second backward through them then raises.
+    nothing of them (a matrix product's output); a second backward through them then raises. Rows that share memory, as
+    those of an expanded tensor do, are left as they are.
 
     ``grad_in_forward``: the forward itself may, which saves a read of them; whoever reads them after it finds the
     gradient. Not for reduction "none", for fp16 and under torch.compile, where the backward overwrites them.
@@ -459,12 +461,13 @@ def cross_entropy(
     rows = rows_of(logits)
     of_token, in_kernel = weights_of_tokens(weight, flat, options, torch.float32)
     more = return_z_loss or return_accuracy
-    if grad_in_forward and reduction != "none" and _may_be_lent(logits):
+    if grad_in_forward and reduction != "none" and _may_be_lent(rows):
         total = total_weight(of_token, count)
         results = LentLogitsFunction.apply(rows, flat, options, reduction, upstream, total, of_token, in_kernel, more)
         loss, lse, right = results if more else (results, None, None)
     else:
-        overwrite = overwrite_logits or grad_in_forward
+        may_overwrite = torch.compiler.is_compiling() or lie_apart(rows)
+        overwrite = (overwrite_logits or grad_in_forward) and may_overwrite
         results = CrossEntropyFunction.apply(rows, flat, options, overwrite, *in_kernel, more)
         loss, lse, right = results if more else (results, None, None)
         loss = weighted(loss, of_token, in_kernel)
@@ -473,8 +476,9 @@ def cross_entropy(
 
 
 def _may_be_lent(logits: Tensor) -> bool:
-    """Whether a gradient is wanted, and may stand there before its upstream gradient is known."""
+    """Whether a gradient of logits [N, V] is wanted, and may stand there before its upstream gradient is known."""
     # what a loss scale would keep above fp16's least number is rounded away before the scale is known; a trace would
     # write the gradient elsewhere and copy it
     is_eager = not torch.compiler.is_compiling()
-    return torch.is_grad_enabled() and logits.requires_grad and logits.dtype != torch.float16 and is_eager
+    trains = torch.is_grad_enabled() and logits.requires_grad
+    return is_eager and trains and logits.dtype != torch.float16 and lie_apart(logits)

@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from ds_fused.ops._launch import launch
 from ds_fused.ops._rows import place, walk
 from ds_fused.ops._sigmoid import sigmoid_and_slope
-from ds_fused.ops._triton import check_dtypes, rows_of, runs_kernels
+from ds_fused.ops._triton import check_dtypes, lie_apart, rows_of, runs_kernels
 
 ACTS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
 
@@ -278,7 +278,7 @@ def _room(x: Tensor, overwrite: bool) -> Tensor:
     """Where the gradient of x goes: over x itself, if that is allowed and x is memory of its own, seen as rows."""
     if overwrite:
         rows = rows_of(x)
-        if rows.data_ptr() == x.data_ptr() and rows.stride(0) >= rows.shape[1]:
+        if rows.data_ptr() == x.data_ptr() and lie_apart(rows):
             return x.detach()
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 

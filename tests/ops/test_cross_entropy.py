@@ -254,6 +254,17 @@ def test_overwriting_what_the_producer_kept_is_an_error(device):
         loss.backward()
 
 
+@pytest.mark.parametrize("permission", ["overwrite_logits", "grad_in_forward"])
+def test_rows_that_share_memory_are_not_overwritten(permission, device):
+    row = randn(1, 71, device=device).float().requires_grad_()
+    labels = torch.arange(4, device=device)
+    wanted, got = (
+        torch.autograd.grad(cross_entropy((2 * row).expand(4, 71), labels, **{permission: allowed}), row)[0]
+        for allowed in (False, True)
+    )
+    assert torch.equal(got, wanted)
+
+
 def test_second_backward_without_overwriting(device):
     logits = randn(3, 7, device=device).float().requires_grad_()
     loss = cross_entropy(logits, torch.tensor([0, 1, 2], device=device))
