@@ -6,8 +6,8 @@ With ``p = softmax(student / temperature)``, ``q = softmax(teacher / temperature
     beta = 0       D = KL(q || p)                                  dz = p - q
     beta = 1       D = KL(p || q)                                  dz = p (log p - log q - D)
 
-where dz is the gradient of D by ``student / temperature``. The kernels are _divergence.py's; here are the roles that
-student and teacher have there, and the passes without kernels.
+where dz is the gradient of D by ``student / temperature``. The kernels are _divergence_kernels.py's; here are the roles
+that student and teacher have there, and the passes without kernels.
 
 Sizes: N tokens, V vocabulary. The backward may see some columns of the rows alone.
 """
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_fused.ops import _divergence
-from ds_fused.ops._divergence import Divergence
+from ds_fused.ops import _divergence_kernels
+from ds_fused.ops._divergence_kernels import Divergence
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def divergence_fwd(
     options: DivergenceOptions,
 ) -> None:
     p, q = _roles(student, teacher, options)
-    _divergence.divergence_fwd(p, q, labels, loss, stats, _what(options), wants_p=p is student)
+    _divergence_kernels.divergence_fwd(p, q, labels, loss, stats, _what(options), wants_p=p is student)
 
 
 def divergence_bwd(
@@ -91,11 +91,11 @@ def divergence_bwd(
 ) -> None:
     p, q = _roles(student, teacher, options)
     dp, dq = (dstudent if logits is student else None for logits in (p, q))
-    _divergence.divergence_bwd(dloss, p, q, labels, stats, dp, dq, _what(options))
+    _divergence_kernels.divergence_bwd(dloss, p, q, labels, stats, dp, dq, _what(options))
 
 
 def _roles(student: Tensor, teacher: Tensor, options: DivergenceOptions) -> tuple[Tensor, Tensor]:
-    """p and q of _divergence.py."""
+    """p and q of _divergence_kernels.py."""
     return (student, teacher) if options.kind == "reverse" else (teacher, student)
 
 

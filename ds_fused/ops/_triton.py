@@ -51,7 +51,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def lie_apart(rows: Tensor) -> bool:
-    """Whether no two of the rows [N, D] share memory, as those of an expanded tensor do: only then may kernels write."""
+    """Whether no two of the rows [N, D] share memory, as those of an expanded tensor do: else no kernel may write."""
     return rows.shape[0] < 2 or rows.stride(0) >= rows.shape[1]
 
 

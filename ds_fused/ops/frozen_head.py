@@ -28,11 +28,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_fused.ops._loss import LossOptions, capped, columns, cross_entropy_bwd_torch, cross_entropy_fwd_torch
+from ds_fused.ops._cross_entropy_kernels import softmax_passes
+from ds_fused.ops._loss import LossOptions, capped, columns
 from ds_fused.ops._slab import Slab, room_of
 from ds_fused.ops._tiles import Tiling, logits_of, of_chunk, product, wide
-from ds_fused.ops._triton import runs_kernels
-from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
 from ds_fused.ops.slabs import WeightSlabs
 
 
@@ -56,11 +55,7 @@ class FrozenHeadFunction(torch.autograd.Function):
         more: bool,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         n_tokens = x.shape[0]
-        softmax_fwd, softmax_bwd = (
-            (cross_entropy_fwd, cross_entropy_bwd)
-            if runs_kernels(x)
-            else (cross_entropy_fwd_torch, cross_entropy_bwd_torch)
-        )
+        softmax_fwd, softmax_bwd = softmax_passes(x)
         loss, lse = (x.new_empty(size, dtype=wide(x)) for size in (n_tokens, (2, n_tokens)))
         right = torch.empty_like(loss) if more else None
         parts = _Parts(x, source, options)

@@ -7,7 +7,7 @@
 
 The loss of on-policy distillation (Agarwal et al., "On-Policy Distillation of Language Models", 2023), from hidden
 states. _linear_divergence.py says how it is computed, what is saved for backward and what it costs;
-_divergence.py has the kernels.
+_divergence_kernels.py has the kernels.
 
 Sizes: M tokens (every leading dimension, flattened), H hidden (each model its own), V vocabulary.
 """

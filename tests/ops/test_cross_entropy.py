@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import as_accurate, nan_filled, randn
 
+from ds_fused.ops import _cross_entropy_kernels
 from ds_fused.ops.cross_entropy import cross_entropy, cross_entropy_reference
 
-op_file = importlib.import_module("ds_fused.ops.cross_entropy")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # each alone, then all at once: they meet in one formula
 OPTIONS = [
@@ -26,8 +24,8 @@ OPTIONS = [
 @pytest.fixture
 def blocks(monkeypatch):
     """Blocks so small that a row of 71 has whole ones and a rest."""
-    monkeypatch.setattr(op_file, "FWD_BLOCK", 32)
-    monkeypatch.setattr(op_file, "BWD_BLOCK", 32)
+    monkeypatch.setattr(_cross_entropy_kernels, "FWD_BLOCK", 32)
+    monkeypatch.setattr(_cross_entropy_kernels, "BWD_BLOCK", 32)
 
 
 def some_labels(*shape, n_vocab, device, ignore_index=-100):
