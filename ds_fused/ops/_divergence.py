@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._divergence_kernels import N_STATS, Divergence, divergence_bwd, divergence_fwd
 from ds_fused.ops._labels import flat_labels, label_facts
-from ds_fused.ops._loss import reduced
+from ds_fused.ops._loss import LossOptions, check_loss, reduced
 from ds_fused.ops._triton import check_dtypes, rows_of
 
 
@@ -66,22 +66,11 @@ def check_pair(
             f"{op}: student_logits {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)} must have one "
             "shape, [..., vocabulary]"
         )
-    if not 0 < student.shape[-1] < 2**31:
-        raise ValueError(f"{op}: a vocabulary of {student.shape[-1]}; 1 to {2**31 - 1} columns fit")
     if not temperature > 0.0:
         raise ValueError(f"{op}: temperature is {temperature}; it must be positive")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{op}: reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
     if teacher.device != student.device:
         raise ValueError(f"{op}: teacher_logits are on {teacher.device}, student_logits on {student.device}")
-    if labels is not None:
-        if labels.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"{op}: labels are {labels.dtype}; they must be int64 or int32")
-        if labels.shape != student.shape[:-1]:
-            shape = tuple(student.shape[:-1])
-            raise ValueError(f"{op}: labels {tuple(labels.shape)} must have the shape of the tokens, {shape}")
-        if labels.device != student.device:
-            raise ValueError(f"{op}: labels are on {labels.device}, the logits on {student.device}")
+    check_loss(op, LossOptions(), labels, reduction, student.shape[:-1], student.shape[-1], student.device)
 
 
 def counting_pair(

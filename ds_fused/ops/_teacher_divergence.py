@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ds_fused.ops import _divergence_kernels
 from ds_fused.ops._divergence_kernels import Divergence
+from ds_fused.ops._loss import row_blocks
 
 
 @dataclass(frozen=True)
@@ -42,30 +43,6 @@ def check_divergence(op: str, options: DivergenceOptions) -> None:
         raise ValueError(f"{op}: beta is {options.beta}; it must lie in [0, 1]")
     if not options.temperature > 0.0:
         raise ValueError(f"{op}: temperature is {options.temperature}; it must be positive")
-
-
-def divergence_reference(student: Tensor, teacher: Tensor, labels: Tensor | None, options: DivergenceOptions) -> Tensor:
-    """[..., V], [..., V] -> [...], in PyTorch and differentiable."""
-    a, b = (z.to(torch.promote_types(z.dtype, torch.float32)) / options.temperature for z in (student, teacher))
-    if labels is not None:
-        ignored = (labels == options.ignore_index)[..., None]
-        a, b = a.masked_fill(ignored, 0.0), b.masked_fill(ignored, 0.0)
-    a, b = torch.log_softmax(a, -1), torch.log_softmax(b, -1)
-    beta = options.beta
-    if beta == 0.0:
-        return _kl(b, a)
-    if beta == 1.0:
-        return _kl(a, b)
-    # both masked: logaddexp of two -inf has a NaN for a gradient
-    nowhere = (a == float("-inf")) & (b == float("-inf"))
-    log_beta, log_rest = torch.tensor([beta, 1.0 - beta], dtype=torch.float64).log().tolist()
-    m = torch.logaddexp(b.masked_fill(nowhere, 0.0) + log_beta, a.masked_fill(nowhere, 0.0) + log_rest)
-    return beta * _kl(b, m) + (1.0 - beta) * _kl(a, m)
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    p = log_p.exp()
-    return (p * torch.where(p == 0.0, 0.0, log_p - log_q)).sum(-1)
 
 
 def divergence_fwd(
@@ -109,7 +86,7 @@ def divergence_fwd_torch(
 ) -> None:
     """divergence_fwd without kernels."""
     beta = options.beta
-    for rows in _row_blocks(student):
+    for rows in row_blocks(student):
         parts = []
         for i, logits in ((0, student), (2, teacher)):
             z = logits[rows].to(loss.dtype) * (1.0 / options.temperature)
@@ -143,7 +120,7 @@ def divergence_bwd_torch(
 ) -> None:
     """divergence_bwd without kernels."""
     scale = 1.0 / options.temperature
-    for rows in _row_blocks(student):
+    for rows in row_blocks(student):
         a, b = (
             (logits[rows].to(stats.dtype) * scale).sub_(stats[i, rows, None]).sub_(stats[i + 1, rows, None])
             for i, logits in ((0, student), (2, teacher))
@@ -171,8 +148,3 @@ def _from_mixture_torch(a: Tensor, b: Tensor, beta: float) -> tuple[Tensor, Tens
 
 def _sum(p: Tensor, gap: Tensor) -> Tensor:
     return (p * gap.masked_fill_(p == 0.0, 0.0)).sum(1)
-
-
-def _row_blocks(logits: Tensor) -> list[slice]:
-    step = max(1, 2**20 // logits.shape[1])
-    return [slice(start, start + step) for start in range(0, logits.shape[0], step)]
