@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ds_fused.ops._launch import launch
 from ds_fused.ops._loss import LossOptions, cross_entropy_bwd_torch, cross_entropy_fwd_torch
-from ds_fused.ops._softmax_parts import _capped, _dz, _dz_of_entropy, _online, _online_entropy
+from ds_fused.ops._softmax_parts import capped, dz_of_entropy, dz_of_loss, online, online_entropy
 from ds_fused.ops._triton import cdiv, power_of_2, row_stride, runs_kernels, warps_for
 
 # forward: one program walks one row, STAGES blocks of it are in flight; backward: one program a block. On H100 at
@@ -74,13 +74,13 @@ def _cross_entropy_fwd_kernel(
         # whole blocks carry no mask: one on an odd n_cols would cut every load down to single elements
         n_whole = (n_cols // BLOCK) * BLOCK
         for start in tl.range(0, n_whole, BLOCK, num_stages=STAGES):
-            z, _ = _capped(tl.load(row_ptr + start + cols).to(tl.float32), logit_scale, softcap, HAS_SOFTCAP)
+            z, _ = capped(tl.load(row_ptr + start + cols).to(tl.float32), logit_scale, softcap, HAS_SOFTCAP)
             if HAS_ACCURACY:
                 first = tl.where(z > top, start, first)
             if HAS_ENTROPY:
-                top, total, below = _online_entropy(top, total, below, z)
+                top, total, below = online_entropy(top, total, below, z)
             else:
-                top, total = _online(top, total, z)
+                top, total = online(top, total, z)
             if HAS_WEIGHT:
                 each += z * tl.load(weight_ptr + start + cols)
             elif HAS_SMOOTHING:
@@ -88,15 +88,15 @@ def _cross_entropy_fwd_kernel(
         if n_whole < n_cols:
             mask = n_whole + cols < n_cols
             x = tl.load(row_ptr + n_whole + cols, mask=mask, other=0.0).to(tl.float32)
-            z, _ = _capped(x, logit_scale, softcap, HAS_SOFTCAP)
+            z, _ = capped(x, logit_scale, softcap, HAS_SOFTCAP)
             # after the cap, which would make a small finite number of -inf
             if HAS_ACCURACY:
                 first = tl.where(mask & (z > top), n_whole, first)
             masked = tl.where(mask, z, float("-inf"))
             if HAS_ENTROPY:
-                top, total, below = _online_entropy(top, total, below, masked)
+                top, total, below = online_entropy(top, total, below, masked)
             else:
-                top, total = _online(top, total, masked)
+                top, total = online(top, total, masked)
             if HAS_WEIGHT:
                 each += tl.where(mask, z, 0.0) * tl.load(weight_ptr + n_whole + cols, mask=mask, other=0.0)
             elif HAS_SMOOTHING:
@@ -110,7 +110,7 @@ def _cross_entropy_fwd_kernel(
         col = label.to(tl.int64) - first_id
         here = (col >= 0) & (col < n_cols)
         x = tl.load(row_ptr + col, mask=here, other=0.0).to(tl.float32)
-        z, _ = _capped(x, logit_scale, softcap, HAS_SOFTCAP)
+        z, _ = capped(x, logit_scale, softcap, HAS_SOFTCAP)
         if HAS_WEIGHT:
             of_label, of_all = tl.load(token_weights_ptr + row), tl.load(token_weights_ptr + token_weights_stride + row)
             on_label *= of_label
@@ -192,23 +192,23 @@ def _cross_entropy_bwd_kernel(
             of_label, of_all = tl.load(token_weights_ptr + row), tl.load(token_weights_ptr + token_weights_stride + row)
             w = tl.load(weight_ptr + cols, mask=mask, other=0.0)
             x = tl.load(in_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-            z, slope = _capped(x, logit_scale, softcap, HAS_SOFTCAP)
+            z, slope = capped(x, logit_scale, softcap, HAS_SOFTCAP)
             p = tl.exp((z - peak) - rest)
             wanted = w * tl.where(cols == col, wanted_label, wanted_other)
             dz = (p * of_all - wanted) + p * (on_lse * of_label)
             tl.store(out_ptr + cols, dloss * dz * slope, mask=mask)
         elif whole:  # without a mask: see the forward
-            z, slope = _capped(tl.load(in_ptr + cols).to(tl.float32), logit_scale, softcap, HAS_SOFTCAP)
-            dz = dloss * _dz(z, peak, rest, cols == col, wanted_label, wanted_other, on_lse)
+            z, slope = capped(tl.load(in_ptr + cols).to(tl.float32), logit_scale, softcap, HAS_SOFTCAP)
+            dz = dloss * dz_of_loss(z, peak, rest, cols == col, wanted_label, wanted_other, on_lse)
             if HAS_ENTROPY:
-                dz += dentropy * _dz_of_entropy(z, peak, rest, entropy)
+                dz += dentropy * dz_of_entropy(z, peak, rest, entropy)
             tl.store(out_ptr + cols, dz * slope)
         else:
             x = tl.load(in_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-            z, slope = _capped(x, logit_scale, softcap, HAS_SOFTCAP)
-            dz = dloss * _dz(z, peak, rest, cols == col, wanted_label, wanted_other, on_lse)
+            z, slope = capped(x, logit_scale, softcap, HAS_SOFTCAP)
+            dz = dloss * dz_of_loss(z, peak, rest, cols == col, wanted_label, wanted_other, on_lse)
             if HAS_ENTROPY:
-                dz += dentropy * _dz_of_entropy(z, peak, rest, entropy)
+                dz += dentropy * dz_of_entropy(z, peak, rest, entropy)
             tl.store(out_ptr + cols, dz * slope, mask=mask)
 
 

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fused.ops._launch import launch
-from ds_fused.ops._softmax_parts import _online
+from ds_fused.ops._softmax_parts import online
 from ds_fused.ops._triton import cdiv, power_of_2, row_stride, warps_for
 
 # not yet measured. the second pass of a row wants the first one's columns in L2, so few and large programs: of 16 warps
@@ -130,13 +130,13 @@ def _divergence_fwd_kernel(
         for start in tl.range(0, n_whole, BLOCK, num_stages=STAGES):
             p = tl.load(p_row + start + cols).to(tl.float32) * scale
             q = tl.load(q_row + start + cols).to(tl.float32) * scale
-            top_p, total_p = _online(top_p, total_p, p)
-            top_q, total_q = _online(top_q, total_q, q)
+            top_p, total_p = online(top_p, total_p, p)
+            top_q, total_q = online(top_q, total_q, q)
         if n_whole < n_cols:
             p = tl.load(p_row + n_whole + cols, mask=mask, other=float("-inf")).to(tl.float32) * scale
             q = tl.load(q_row + n_whole + cols, mask=mask, other=float("-inf")).to(tl.float32) * scale
-            top_p, total_p = _online(top_p, total_p, p)
-            top_q, total_q = _online(top_q, total_q, q)
+            top_p, total_p = online(top_p, total_p, p)
+            top_q, total_q = online(top_q, total_q, q)
         peak_p, peak_q = tl.max(top_p, 0), tl.max(top_q, 0)
         rest_p = tl.log(tl.sum(total_p * tl.exp(top_p - peak_p), 0))
         rest_q = tl.log(tl.sum(total_q * tl.exp(top_q - peak_q), 0))
@@ -171,7 +171,7 @@ def _divergence_fwd_kernel(
 
 @triton.jit
 def _online_kl(top_p, total_p, top_q, total_q, above, lost, p, q):
-    """The lanes' softmax sums as in `_online`; above: the sum of exp(p - top_p) * ((p - top_p) - (q - top_q)).
+    """The lanes' softmax sums as in `online`; above: the sum of exp(p - top_p) * ((p - top_p) - (q - top_q)).
 
     lost: the largest p where q has nothing at all; such columns are left out of `above`.
     """
@@ -179,7 +179,7 @@ def _online_kl(top_p, total_p, top_q, total_q, above, lost, p, q):
     p_wins = p > top_p
     keep, weight = tl.where(p_wins, e, 1.0), tl.where(p_wins, 1.0, e)
     new_p = tl.maximum(p, top_p)
-    new_q, total_q = _online(top_q, total_q, q)
+    new_q, total_q = online(top_q, total_q, q)
     q_has_none = q == float("-inf")
     gap = tl.where(q_has_none | (weight == 0.0), 0.0, (p - new_p) - (q - new_q))
     # what was summed so far was relative to the old maxima; before the first q there is none to be relative to

@@ -141,7 +141,7 @@ def cross_entropy_fwd_torch(
     """cross_entropy_fwd without kernels: the same arguments, [N, n_cols] and [N]."""
     smoothing = options.label_smoothing
     for rows in row_blocks(logits):
-        z, _ = capped(logits[rows].to(loss.dtype), options)
+        z, _ = capped_torch(logits[rows].to(loss.dtype), options)
         col, here = columns(labels[rows], first_id, z.shape[1])
         of_label, of_all = (1.0, 1.0) if token_weights is None else token_weights[:, rows]
         picked = torch.where(here, (1.0 - smoothing) * of_label * z.gather(1, col[:, None])[:, 0], 0.0)
@@ -196,7 +196,7 @@ def cross_entropy_bwd_torch(
     """cross_entropy_bwd without kernels."""
     smoothing = options.label_smoothing
     for rows in row_blocks(logits):
-        z, slope = capped(logits[rows].to(lse.dtype), options)
+        z, slope = capped_torch(logits[rows].to(lse.dtype), options)
         col, here = columns(labels[rows], first_id, z.shape[1])
         peak, rest = lse[:, rows, None]
         log_p = (z - peak).sub_(rest)
@@ -225,7 +225,7 @@ def row_blocks(logits: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, logits.shape[0], step)]
 
 
-def capped(x: Tensor, options: LossOptions) -> tuple[Tensor, Tensor | float]:
+def capped_torch(x: Tensor, options: LossOptions) -> tuple[Tensor, Tensor | float]:
     z = x * options.logit_scale
     if options.softcap is None:
         return z, options.logit_scale

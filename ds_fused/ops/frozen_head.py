@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._cross_entropy_kernels import softmax_passes
-from ds_fused.ops._loss import LossOptions, capped, columns
+from ds_fused.ops._loss import LossOptions, capped_torch, columns
 from ds_fused.ops._slab import Slab, room_of
 from ds_fused.ops._tiles import Tiling, logits_of, of_chunk, product, wide
 from ds_fused.ops.slabs import WeightSlabs
@@ -136,7 +136,7 @@ class _Parts:
     def whole(self, labels: Tensor, lse: Tensor) -> Tensor:
         options, dx = self.options, self.dx
         peak, rest = lse
-        z, slope = capped(self.label_z, options)
+        z, slope = capped_torch(self.label_z, options)
         of_softmax = 1.0 + 2.0 * options.z_loss * (peak + rest) if options.z_loss else 1.0
         of_label = ((z - peak - rest).exp() * of_softmax - (1.0 - options.label_smoothing)) * slope
         ignored = labels == options.ignore_index
