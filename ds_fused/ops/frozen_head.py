@@ -14,8 +14,9 @@ the last slab dx is the softmax's part of the gradient but for the label's colum
 so a small difference of p[y] to 1 is taken in fp32. Each slab is looked at once, each logit is computed once and none
 is kept. The upstream gradient of each token, whatever it is, multiplies its row of dx in the backward.
 
-Saved for backward: dx, in x's dtype (fp16: fp32, for the loss scale comes later). Work: 4 MHV FLOPs, all in the
-forward. Traffic: of the softmax passes 2 reads and 1 write of z; of dx 2 reads and 2 writes in fp32 for each slab.
+Saved for backward: dx, in x's dtype (fp16: fp32, for the loss scale comes later), and which tokens are ignored.
+Work: 4 MHV FLOPs, all in the forward. Traffic: of the softmax passes 2 reads and 1 write of z; of dx 2 reads and 2
+writes in fp32 for each slab.
 
 Sizes: M tokens, T of them in a chunk, H hidden, V vocabulary, n rows of a slab.
 """
@@ -82,7 +83,7 @@ class FrozenHeadFunction(torch.autograd.Function):
                 softmax_bwd(ones[chunk], z, _nowhere(slab, chunk), lse[:, chunk], z, bare, **slab.place)
                 z.scatter_(1, column, z.gather(1, column).masked_fill_(here, 0.0))
                 parts.add(z, chunk, before, lse[:, chunk], slab)
-        ctx.save_for_backward(parts.whole(labels, lse))
+        ctx.save_for_backward(parts.whole(labels, lse), labels == options.ignore_index)
         ctx.dtype = x.dtype
         if not more:
             return loss
@@ -92,7 +93,9 @@ class FrozenHeadFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        (dx,) = ctx.saved_tensors
+        dx, ignored = ctx.saved_tensors
+        # with all tokens ignored the mean's upstream gradient is infinite
+        dloss = dloss.masked_fill(ignored, 0.0)
         return (dx * dloss[:, None]).to(ctx.dtype), None, None, None, None, None, None
 
 
