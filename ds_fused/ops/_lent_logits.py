@@ -52,7 +52,7 @@ def _lent_logits_kernel(
     labels_ptr, loss_ptr, dloss_ptr,  # [N]
     lse_ptr,  # [2, N]: peak and rest
     right_ptr,  # [N]
-    weight_ptr, token_weights_ptr,  # [V], [2, N]: see cross_entropy.py
+    weight_ptr, token_weights_ptr,  # [V], [2, N]: see _cross_entropy_kernels.py
     logits_stride, dloss_stride, lse_stride, token_weights_stride,
     n_cols, n_walked,  # whole blocks; the columns after them are held
     ignore_index,
