@@ -52,7 +52,7 @@ from ds_fused.ops._tiles import (
     whole_rows,
     wide,
 )
-from ds_fused.ops._triton import autocast_dtype, check_dtypes, rows_of, runs_kernels
+from ds_fused.ops._triton import autocast_dtype, check_dtypes, refuse_transforms, rows_of, runs_kernels
 
 # what a kept gradient, which lies about in [-1, 1], is multiplied by in fp16: the small ones of a large vocabulary stay
 # clear of its least number (6e-8), and a reverse KL's, which has no bound, far from its largest
@@ -275,6 +275,7 @@ def linear_divergence(
     keep_mb: float,
 ) -> Tensor:
     """linear_jsd and linear_kl_div."""
+    refuse_transforms(op)
     shape = student_x.shape[:-1]
     autocast = autocast_dtype(student_x)
     _check_head(op, "student", student_x, student_weight, student_bias, student_x.device, autocast)

@@ -48,10 +48,11 @@ from ds_fused.ops._tiles import (
     tiling,
     wide,
 )
-from ds_fused.ops._triton import autocast_dtype, check_dtypes, rows_of, runs_kernels
+from ds_fused.ops._triton import autocast_dtype, check_dtypes, refuse_transforms, rows_of, runs_kernels
 from ds_fused.ops.cross_entropy import cross_entropy_reference
 from ds_fused.ops.frozen_head import FrozenHeadFunction
 from ds_fused.ops.one_pass import OnePassFunction, cut
+from ds_fused.ops.one_pass_node import one_pass_node
 from ds_fused.ops.slabs import WeightSlabs, WholeWeight
 from ds_fused.ops.stationary import StationaryFunction
 from ds_fused.ops.vocab_shard import VocabShard
@@ -269,7 +270,7 @@ def linear_cross_entropy(
 
     ``grad_in_forward``: where the weight is whole, the loss alone a mean or a sum, without class weights, and x not in
     fp16, gradients are made in the forward, chunk after chunk: each logit is computed once and none is kept, whatever
-    ``keep_mb`` says. The result is the same (one_pass.py).
+    ``keep_mb`` says. The result is the same (one_pass.py). In a graph of torch.compile all of this is one node.
 
     ``accumulate``: what dweight is added up in where the tokens are cut into n chunks. ``"fp32"``: fp32, rounded once.
     ``"native"``: its own dtype, which spares the fp32 copy (of a slab, where the weight comes in slabs) and is about
@@ -322,6 +323,7 @@ def token_losses(
     accumulate: str = "auto",
 ) -> TokenLosses:
     """What each token loses, and what else is asked for."""
+    refuse_transforms(op)
     n_vocab = _checked_vocabulary(op, x, weight, bias)
     check_loss(op, options, labels, reduction, x.shape[:-1], n_vocab, x.device)
     check_weight(op, "class_weight", class_weight, n_vocab, x.device)
@@ -348,12 +350,15 @@ def token_losses(
     of_token, in_kernel = weights_of_tokens(class_weight, flat, options, wide(rows))
     chunk_bytes = int(chunk_mb * 2**20)
     is_whole = slabs is None and not isinstance(weight, VocabShard)
-    if in_forward and trains and is_whole and rows.dtype != torch.float16:
-        how = cut(
-            *rows.shape[:1], *weight.shape, rows.element_size(), chunk_bytes, accumulate, trains=handle.requires_grad
-        )
-        loss = OnePassFunction.apply(rows, weight, bias, flat, count, options, reduction, *how)
-        return TokenLosses(loss, count)
+    if in_forward and is_whole and not (trains and rows.dtype == torch.float16):
+        if torch.compiler.is_compiling():
+            loss = one_pass_node(rows, weight, bias, flat, count, options, reduction, chunk_bytes, accumulate)
+            return TokenLosses(loss, count)
+        if trains:
+            sizes = (*rows.shape[:1], *weight.shape, rows.element_size())
+            how = cut(*sizes, chunk_bytes, accumulate, trains=handle.requires_grad)
+            loss = OnePassFunction.apply(rows, weight, bias, flat, count, options, reduction, *how)
+            return TokenLosses(loss, count)
     trains_x_alone = trains and not handle.requires_grad and (bias is None or not bias.requires_grad)
     in_one_go = trains_x_alone and not entropy and in_kernel[0] is None and frozen_head.takes(options)
     if isinstance(weight, VocabShard):

@@ -144,6 +144,24 @@ def rope() -> None:
     ops.rope(q.detach(), k.detach(), cos[0], cos[0], unsqueeze_dim=2, inplace=True)
 
 
+def rms_norm_rope() -> None:
+    half, full = torch.bfloat16, torch.float32
+    for (q_heads, k_heads, d, r), dtype, weight_dtype, options in (
+        ((32, 8, 128, 128), half, half, {}),  # Qwen3-8B
+        ((8, 4, 256, 256), half, half, {"cast": "after_weight", "offset": 1.0}),  # Gemma 3
+        ((16, 2, 256, 64), half, full, {"keep_dtype": True}),  # Qwen3-Next
+        ((96, 8, 128, 64), half, half, {}),  # GLM-4.5
+        ((3, 3, 96, 80), full, full, {"cast": "after_weight"}),
+        ((1, 1, 4096, 4096), half, half, {}),  # heads wider than a tile
+    ):
+        q, k = (leaf(1, 3, heads, d, dtype=dtype).transpose(1, 2) for heads in (q_heads, k_heads))
+        weights, cos = [leaf(d, dtype=weight_dtype) for _ in range(2)], torch.ones(1, 3, r, dtype=dtype)
+        torch.autograd.backward([y.sum() for y in ops.rms_norm_rope(q, k, *weights, cos, cos, **options)])
+    # under LoRA
+    weights = [weight.detach() for weight in weights]
+    torch.autograd.backward([y.sum() for y in ops.rms_norm_rope(q, k, *weights, cos, cos)])
+
+
 def relu2() -> None:
     ops.relu2(leaf(2, 4096)).sum().backward()
     ops.relu2(leaf(2, 8192)[:, :4096]).sum().backward()

@@ -115,6 +115,22 @@ def rope() -> Iterator[Case]:
     )
 
 
+def rms_norm_rope() -> Iterator[Case]:
+    def inputs(tokens: int, heads: int, width: int, r: int) -> tuple[Tensor, ...]:
+        q, k = (leaf(1, tokens, h, width).transpose(1, 2) for h in (heads, 2))
+        return q, k, leaf(width), leaf(width), torch.ones(1, tokens, r), torch.ones(1, tokens, r)
+
+    yield ops.rms_norm_rope, [inputs(n, 4, 64, 64) for n in (3, 4, 5)]
+    yield ops.rms_norm_rope, [inputs(5, 4, d, 32) for d in (64, 128)]
+    yield ops.rms_norm_rope, [inputs(5, h, 64, 64) for h in (4, 8)]
+    as_gemma = partial(ops.rms_norm_rope, cast="after_weight", offset=1.0, keep_dtype=True)
+    yield lambda q, k, *rest: as_gemma(q, k.detach(), *rest), [inputs(n, 4, 64, 64) for n in (3, 4, 5)]
+    yield (
+        lambda q, k, *rest: ops.rms_norm_rope(q.transpose(1, 2), k.transpose(1, 2), *rest, unsqueeze_dim=2),
+        [inputs(n, 4, 64, 32) for n in (3, 4, 5)],
+    )
+
+
 def relu2() -> Iterator[Case]:
     yield ops.relu2, [(leaf(5, d),) for d in (64, 128, 100)]
     yield ops.relu2, [(leaf(2, n, 64),) for n in (3, 4, 5)]

@@ -45,6 +45,7 @@ CASES = (
     "instance_forward_of_the_model",
     "grad_in_forward",
     "residual",
+    "qk_norm",
     "logits_read_by_all",
     "logits_kept",
     "ranks_decide_differently",
@@ -188,6 +189,13 @@ def test_residual(ranks):
         assert result["replaced"]["add_rms_norm"] == LAYERS
         # once in each step, and twice where the layer is computed again
         assert result["sums"] == 3 * LAYERS * products.FEW_STEPS
+
+
+def test_qk_norm(ranks):
+    equal_losses(ranks)
+    for result in ranks:
+        assert result["replaced"]["qk_norm_rope"] == LAYERS
+        assert result["calls"] == 3 * LAYERS * products.FEW_STEPS
 
 
 def test_tensor_parallel(ranks):
