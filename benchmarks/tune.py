@@ -141,6 +141,7 @@ SEARCHES = (
     Search(
         "cross_entropy", "", "forward", LOSS_SHAPES,
         {"FWD_BLOCK": (2048, 4096, 8192), "FWD_STAGES": (1, 2, 3, 4), "FWD_PER_THREAD": (8, 16, 32)},
+        file="_cross_entropy_kernels",
     ),
     Search(
         "cross_entropy", "", "both", LOSS_SHAPES,
@@ -155,11 +156,11 @@ SEARCHES = (
         {}, options={"chunk_mb": (256, 512, 1024), "keep_mb": (0, 1024, 2048)},
     ),
     Search("kl_div", "", "both", PAIR_SHAPES, {"BLOCK": (1024, 2048, 4096, 8192), "NUM_WARPS": (4, 8, 16)}),
-    Search("jsd", "beta=0.5", "forward", PAIR_SHAPES, PAIR_FORWARD, file="_divergence"),
-    Search("jsd", "beta=0", "forward", PAIR_SHAPES, PAIR_FORWARD, file="_divergence"),
+    Search("jsd", "beta=0.5", "forward", PAIR_SHAPES, PAIR_FORWARD, file="_divergence_kernels"),
+    Search("jsd", "beta=0", "forward", PAIR_SHAPES, PAIR_FORWARD, file="_divergence_kernels"),
     Search(
         "jsd", "beta=0.5", "backward", PAIR_SHAPES,
-        {"BWD_BLOCK": (1024, 2048, 4096, 8192), "BWD_PER_THREAD": (8, 16, 32)}, file="_divergence",
+        {"BWD_BLOCK": (1024, 2048, 4096, 8192), "BWD_PER_THREAD": (8, 16, 32)}, file="_divergence_kernels",
     ),
 )  # fmt: skip
 

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_fused.ops._divergence import N_STATS
-from ds_fused.ops._labels import counting_tokens
+from ds_fused.ops._divergence_kernels import N_STATS
+from ds_fused.ops._labels import counting_tokens, flat_labels
 from ds_fused.ops._loss import LossOptions, check_loss, reduced
 from ds_fused.ops._teacher_divergence import (
     DivergenceOptions,
@@ -299,7 +299,7 @@ def linear_divergence(
     if labels is None:
         flat, count = None, x.shape[0]
     else:
-        flat = labels.reshape(-1)
+        flat = flat_labels(labels)
         count = counting_tokens(op, flat, n_vocab, options.ignore_index)
     wants = [training and y is not None and y.requires_grad for y in (student_x, student_weight, student_bias)]
     plan = _plan(x.shape[0], n_vocab, x, chunk_mb, keep_mb if any(wants) else 0, dx=wants[0], dweight=wants[1])

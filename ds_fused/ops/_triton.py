@@ -65,6 +65,11 @@ def rows_of(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
+def lie_apart(rows: Tensor) -> bool:
+    """Whether no two of the rows [N, D] share memory, as those of an expanded tensor do: else no kernel may write."""
+    return rows.shape[0] < 2 or rows.stride(0) >= rows.shape[1]
+
+
 def row_stride(x: Tensor) -> int:
     """Elements from one row of x [N, D] to the next."""
     # where a guard has fixed the value of a symbol, dynamo says the shape of a tensor as numbers, but of its strides it

@@ -1,8 +1,9 @@
 """Head and loss in one: ``cross_entropy(logit_scale * F.linear(x, weight, bias), labels)`` without the whole logits.
 
 The logits exist as tiles: a *chunk* of tokens times a *slab* of vocabulary rows. Per tile the forward runs one matrix
-product and one softmax pass (cross_entropy.py), which leaves loss and lse of each token; the backward makes the tile
-again, or takes it from those that were kept, turns it into dlogits in place and multiplies it into dx and dweight.
+product and one softmax pass (_cross_entropy_kernels.py), which leaves loss and lse of each token; the backward makes
+the tile again, or takes it from those that were kept, turns it into dlogits in place and multiplies it into dx and
+dweight.
 
 What is summed over tiles is summed in fp32, and only then rounded: dx over slabs [M, H], dweight over chunks [n, H],
 unless ``accumulate="native"``. So a whole weight is cut along its vocabulary while M < V, which needs no fp32 copy of
@@ -24,13 +25,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_fused.ops import frozen_head
-from ds_fused.ops._labels import counting_tokens
+from ds_fused.ops._cross_entropy_kernels import softmax_passes
+from ds_fused.ops._labels import counting_tokens, flat_labels
 from ds_fused.ops._loss import (
     LossOptions,
     check_loss,
     check_weight,
-    cross_entropy_bwd_torch,
-    cross_entropy_fwd_torch,
     outputs,
     weighted,
     weights_of_tokens,
@@ -49,7 +49,7 @@ from ds_fused.ops._tiles import (
     wide,
 )
 from ds_fused.ops._triton import autocast_dtype, check_dtypes, refuse_transforms, rows_of, runs_kernels
-from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd, cross_entropy_reference
+from ds_fused.ops.cross_entropy import cross_entropy_reference
 from ds_fused.ops.frozen_head import FrozenHeadFunction
 from ds_fused.ops.one_pass import OnePassFunction, cut
 from ds_fused.ops.one_pass_node import one_pass_node
@@ -118,7 +118,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         native: bool,
     ) -> Tensor | tuple[Tensor, ...]:
         n_tokens = x.shape[0]
-        softmax_fwd = cross_entropy_fwd if runs_kernels(x) else cross_entropy_fwd_torch
+        softmax_fwd, _ = softmax_passes(x)
         source = WholeWeight(weight, tiles.rows) if slabs is None else slabs
         loss, lse = (x.new_empty(size, dtype=wide(x)) for size in (n_tokens, (2, n_tokens)))
         right = torch.empty_like(loss) if more else None
@@ -169,7 +169,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         # a trace writes nothing, and dynamo may need two
         ctx.overwritten = len(kept) > 0 and not torch.compiler.is_compiling()
         tiles, n_tokens = ctx.tiles, x.shape[0]
-        softmax_bwd = cross_entropy_bwd if runs_kernels(x) else cross_entropy_bwd_torch
+        _, softmax_bwd = softmax_passes(x)
         source = WholeWeight(weight, tiles.rows) if ctx.slabs is None else ctx.slabs
         rows, ctx.last_rows = ctx.last_rows, None
         if rows is None:
@@ -345,7 +345,7 @@ def token_losses(
     handle = weight if isinstance(weight, Tensor) else x.new_empty(0, requires_grad=weight.requires_grad)
     training = torch.is_grad_enabled()
     trains = training and any(t is not None and t.requires_grad for t in (x, handle, bias))
-    flat = labels.reshape(-1)
+    flat = flat_labels(labels)
     count = counting_tokens(op, flat, n_vocab, options.ignore_index)
     of_token, in_kernel = weights_of_tokens(class_weight, flat, options, wide(rows))
     chunk_bytes = int(chunk_mb * 2**20)

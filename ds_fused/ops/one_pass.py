@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_fused.ops._cross_entropy_kernels import softmax_passes
 from ds_fused.ops._lent_logits import lent_logits
 from ds_fused.ops._loss import LossOptions, cross_entropy_bwd_torch, cross_entropy_fwd_torch
 from ds_fused.ops._scale import scaled
 from ds_fused.ops._tiles import MOST_ROUNDINGS, logits_of, part, product, side, sum_dtype, tile_elements, wide
 from ds_fused.ops._triton import cdiv, runs_kernels
-from ds_fused.ops.cross_entropy import cross_entropy_fwd
 
 # not yet measured. each chunk reads and writes dw, so fewer tokens than these are not worth their memory
 LEAST_TOKENS = 1024
@@ -70,7 +70,7 @@ def _lent_logits_torch(
 
 def _loss_alone(z: Tensor, labels: Tensor, loss: Tensor, lse: Tensor, dloss: Tensor, options: LossOptions) -> None:
     """`lent_logits` where nobody wants the gradient."""
-    softmax = cross_entropy_fwd if runs_kernels(z) else cross_entropy_fwd_torch
+    softmax, _ = softmax_passes(z)
     softmax(z, labels, loss, lse, options, n_vocab=z.shape[1])
 
 

@@ -281,9 +281,10 @@ def rope_fwd(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor | None, form: RopeForm, keep_dtype: bool
 ) -> tuple[Tensor, Tensor]:
     """[B, Hq, T, D], [B, Hk, T, D], [(3,) B, T, R] x 2 -> q', k' in the layout of q and k."""
+    angle_dtype = cos.dtype if sin is None else torch.promote_types(cos.dtype, sin.dtype)
     # preserve_format: strides in the order of q's, without its gaps
     yq, yk = (
-        torch.empty_like(x, dtype=x.dtype if keep_dtype else torch.promote_types(x.dtype, cos.dtype)) for x in (q, k)
+        torch.empty_like(x, dtype=x.dtype if keep_dtype else torch.promote_types(x.dtype, angle_dtype)) for x in (q, k)
     )
     _rope(q, k, cos, sin, yq, yk, form)
     return yq, yk
@@ -370,7 +371,7 @@ def rope(
     ``sections``: angles have a dimension of 3 in front, for time, height and width, and that many pairs turn by each of
     them: the first ones by time, the next by height, the last by width (Qwen2-VL), or ``alternating`` (Qwen3-VL).
     Any strides of q and k are read in place if the columns of a head lie side by side. The results have the promoted
-    dtype of q (k) and cos; with ``keep_dtype`` that of q (k).
+    dtype of q (k) and the angles; with ``keep_dtype`` that of q (k).
     ``inplace``: the results, in the dtype of q (k), take the memory of q and k, whose values are lost. Only for tensors
     whose producer keeps nothing of them (a matrix product's output); autograd raises where it does. Backward is not in
     place. A compiled graph, which sees to its own memory, may ignore it.

@@ -14,7 +14,7 @@ import pkgutil
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 
@@ -306,8 +306,15 @@ def dyt() -> None:
         ).sum().backward()
 
 
-# the function of each op's name
-EXAMPLES: tuple[Callable[[], None], ...] = tuple(globals()[op.name] for op in OPS)
+def of_every_op(functions: Mapping[str, object]) -> tuple[Callable[[], object], ...]:
+    """Of a file's functions those that are named as the ops are, one for each."""
+    missing = [op.name for op in OPS if op.name not in functions]
+    if missing:
+        sys.exit(f"{functions['__file__']} has no example of {', '.join(missing)}: a function of that name")
+    return tuple(functions[op.name] for op in OPS)
+
+
+EXAMPLES = of_every_op(globals())
 
 
 def kernels() -> set[str]:
@@ -359,7 +366,6 @@ def compile_all(target: GPUTarget, index: int) -> dict[str, object]:
         JITFunction.run = stock_run
     rows = sorted(compiled.values(), key=lambda row: (row["kernel"], str(row["constants"])))
     return {
-        "examples": [example.__name__ for example in EXAMPLES],
         "compiled": rows,
         "unreached": sorted(kernels() - {row["kernel"] for row in rows}),
     }

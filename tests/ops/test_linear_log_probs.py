@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,10 +11,9 @@ from heads import as_accurate_under_autocast
 from shards import Shard
 from three_slabs import ThreeSlabs
 
-from ds_fused.ops import _tiles
+from ds_fused.ops import _cross_entropy_kernels, _tiles
 from ds_fused.ops.linear_log_probs import linear_log_probs, linear_log_probs_reference
 
-softmax_file = importlib.import_module("ds_fused.ops.cross_entropy")
 MB = 2**-20  # chunk_mb and keep_mb in bytes
 # one tile; slabs of 4 rows made again; slabs of which some are kept; every logit kept
 CUTS = [
@@ -94,8 +91,8 @@ def test_options_in_kernels(where):
 
 @only_kernels
 def test_rows_of_several_blocks(where, monkeypatch):
-    monkeypatch.setattr(softmax_file, "FWD_BLOCK", 8)
-    monkeypatch.setattr(softmax_file, "BWD_BLOCK", 8)
+    monkeypatch.setattr(_cross_entropy_kernels, "FWD_BLOCK", 8)
+    monkeypatch.setattr(_cross_entropy_kernels, "BWD_BLOCK", 8)
     x, weight, labels, bias = some(4, 3, 23, where)
     bias[8:16] = float("-inf")  # a whole block of it
     bias[3], bias[20] = 20.0, 30.0  # maxima that come late

@@ -18,13 +18,12 @@ from functools import partial
 import torch
 import torch.utils._triton
 import triton
-from compile_all import leaf
+from compile_all import leaf, of_every_op
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 import ds_fused.ops as ops
 from ds_fused.ops._warmup import Absent
-from ds_fused.ops.registry import OPS
 
 MULTIPROCESSORS = 132
 
@@ -251,8 +250,7 @@ def dyt() -> Iterator[Case]:
     yield ops.dyt, [(leaf(2, 3, d), leaf(1), leaf(d)) for d in (64, 128)]
 
 
-# the function of each op's name
-EXAMPLES: tuple[Callable[[], Iterator[Case]], ...] = tuple(globals()[op.name] for op in OPS)
+EXAMPLES = of_every_op(globals())
 
 
 class Traced(Exception):
@@ -304,7 +302,7 @@ def main() -> None:
         found = [p for case in example() if (p := problem(*case)) is not None]
         if found:
             problems[example.__name__] = found
-    print(json.dumps({"examples": [example.__name__ for example in EXAMPLES], "problems": problems}))
+    print(json.dumps({"problems": problems}))
 
 
 if __name__ == "__main__":

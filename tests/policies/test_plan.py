@@ -17,8 +17,6 @@ from ds_fused.policies.kinds import Way
 from ds_fused.policies.plan import SwapClaim, plan
 from tests.policies.tiny import LAYER_KEYS, LLAMA, NAMED, batch, classes, counts, step
 
-GEMMA = NAMED["Gemma"]
-
 
 def test_everything_is_on_by_default() -> None:
     report = ds_fused.apply(LLAMA.make())
