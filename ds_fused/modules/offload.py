@@ -24,6 +24,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 # bytes; to copy less costs more than it frees. Not yet measured
 SMALL = 2**16
+# bytes: PyTorch rounds pinned memory up to a power of two, so what is copied whole could take twice what it is
+PIECE = 2**26
 
 
 class Lane:
@@ -35,11 +37,12 @@ class Lane:
         # a CPU has but one stream, which is none
         self._stream = self._module.Stream() if device.type == "cpu" else self._module.Stream(device)
 
-    def copy(self, into: Tensor, source: Tensor) -> Any:
-        """Copy, behind all that was asked of the device so far; the event that stands for the copy's end."""
+    def copy(self, into: Sequence[Tensor], sources: Sequence[Tensor]) -> Any:
+        """Copy, behind all that was asked of the device so far; the event that stands for the copies' end."""
         self._stream.wait_stream(self._module.current_stream(self.device))
         with self._module.stream(self._stream):
-            into.copy_(source, non_blocking=True)
+            for target, source in zip(into, sources, strict=True):
+                target.copy_(source, non_blocking=True)
             return self._stream.record_event()
 
     def wait(self, event: Any) -> None:
@@ -61,11 +64,12 @@ class Waiting:
     def __init__(self, x: Tensor, group: Group, unchanged: Sequence[tuple[Tensor, int]]) -> None:
         self._group, self._lane = group, group.lane(x.device)
         # while it is on the device: itself, without what autograd knows of it
-        self._x: Tensor | None = x.detach()
+        self._x: Tensor | None = _dense(x.detach())
         self._watched, self._is_spoilt = unchanged, False
         self._was_taken = False
-        self._host = _on_host(x)
-        self._moved = self._lane.copy(self._host, self._x)
+        self._shape, self._strides = self._x.shape, self._x.stride()
+        self._host = _on_host(self._x)
+        self._moved = self._lane.copy(self._host, _pieces(self._x))
         group.members.append(weakref.ref(self))
 
     @property
@@ -82,8 +86,9 @@ class Waiting:
     def fetch(self) -> None:
         """Have it on the device, or on the way there, if nobody has had it yet."""
         if self._x is None and not self._was_taken:
-            self._x = torch.empty_like(self._host, device=self._lane.device)
-            self._moved = self._lane.copy(self._x, self._host)
+            dtype = self._host[0].dtype
+            self._x = torch.empty_strided(self._shape, self._strides, dtype=dtype, device=self._lane.device)
+            self._moved = self._lane.copy(_pieces(self._x), self._host)
 
     def take(self) -> Tensor:
         """It, for what is computed from here on. What else its layer left is sent for, and what the one before did."""
@@ -189,13 +194,24 @@ def _take(packed: Tensor | Waiting) -> Tensor:
     return x
 
 
-def _on_host(x: Tensor) -> Tensor:
-    """Memory for it, which its device reads and writes without the host's help."""
+def _dense(x: Tensor) -> Tensor:
+    """x, or a copy of it where its memory has gaps or overlaps; its strides stay where they can."""
+    return x if torch.empty_like(x, device="meta").stride() == x.stride() else x.contiguous()
+
+
+def _pieces(x: Tensor) -> Sequence[Tensor]:
+    """The memory of a dense x, piece by piece."""
+    return x.as_strided((x.numel(),), (1,)).split(max(1, PIECE // x.element_size()))
+
+
+def _on_host(x: Tensor) -> list[Tensor]:
+    """Memory for the pieces of x, which its device reads and writes without the host's help."""
     try:
         # PyTorch keeps pinned memory for the next who asks, and waits for copies that still use it
-        return torch.empty_like(x, device="cpu", pin_memory=x.device.type != "cpu")
+        is_pinned = x.device.type != "cpu"
+        return [torch.empty(len(piece), dtype=x.dtype, pin_memory=is_pinned) for piece in _pieces(x)]
     except RuntimeError as error:
         raise RuntimeError(
-            f"recompute.offload: no {x.nbytes / 2**20:.4g} MiB more of the host's memory for the input "
-            f"{tuple(x.shape)} of a checkpointed layer: {error}"
+            f"recompute.offload: no {x.nbytes / 2**20:.4g} MiB more of the host's memory for {tuple(x.shape)} of a "
+            f"checkpointed layer: {error}"
         ) from error
