@@ -152,6 +152,12 @@ def rope_inputs(generator: torch.Generator, b: int, t: int, n_q: int, n_k: int, 
     return Inputs(tensors, ("dq", "dk"))
 
 
+def norm_rope_inputs(generator: torch.Generator, b: int, t: int, n_q: int, n_k: int, d: int) -> Inputs:
+    turned = rope_inputs(generator, b, t, n_q, n_k, d)
+    weights = {name: nn.Parameter(_randn(generator, d)) for name in ("q_weight", "k_weight")}
+    return Inputs(turned.tensors | weights, turned.upstream)
+
+
 def sections_inputs(generator: torch.Generator, b: int, t: int, n_q: int, n_k: int, d: int) -> Inputs:
     # a quarter of the pairs turn by time, as Qwen2-VL's; positions as of an image 64 patches wide
     t_ = torch.arange(t, device=generator.device)
@@ -307,6 +313,12 @@ def _rope_bytes(b: int, t: int, n_q: int, n_k: int, d: int) -> tuple[int, int]:
     return once, 2 * once
 
 
+def _norm_rope_bytes(b: int, t: int, n_q: int, n_k: int, d: int) -> tuple[int, int]:
+    # q, k -> q', k'; q, k, dq', dk' -> dq, dk; cos, sin and the weights once each way, the weights' gradients
+    n = b * t * (n_q + n_k) * d
+    return SIZE * (2 * n + 2 * t * d + 2 * d), SIZE * (5 * n + 4 * t * d + 6 * d)
+
+
 def _loss_bytes(n: int, n_vocab: int) -> tuple[int, int]:
     # logits once, dlogits once; labels and losses are nothing beside them
     return SIZE * n * n_vocab, SIZE * 2 * n * n_vocab
@@ -438,6 +450,12 @@ CASES = (
     Case(
         "rope", "complex", complex_inputs, rivals.ROPE_COMPLEX,
         sweep=((4, 4096, 40, 8, 128),), launch_bound=(1, 16, 8, 2, 128), tiny=(2, 6, 4, 2, 16), bytes=_complex_bytes,
+    ),
+    # Qwen3-8B, Qwen3-0.6B
+    Case(
+        "rms_norm_rope", "", norm_rope_inputs, rivals.NORM_ROPE,
+        sweep=((1, 8192, 32, 8, 128), (1, 8192, 16, 8, 128)),
+        launch_bound=(1, 16, 8, 2, 128), tiny=(2, 6, 4, 2, 16), bytes=_norm_rope_bytes,
     ),
     # Nemotron-4-15B
     Case(

@@ -5,9 +5,10 @@
     python benchmarks/end_to_end.py --gpus 2 --out DIR --shape 8b --longest
     python benchmarks/end_to_end.py --plot DIR
 
-The first two write NAME.md, .json, .csv and (with matplotlib) .png, NAME being end_to_end unless --name says otherwise;
-the third looks for the longest sequence that trains and writes NAME_longest.md and .json; the last draws the picture of
-a NAME.json that was measured elsewhere.
+The first two write NAME.md, .json, .csv and (with matplotlib) .png, NAME being end_to_end unless --name says otherwise,
+anew after each size of each way; with --resume the rows that are there stay, and what is missing of --rounds is
+measured. The third looks for the longest sequence that trains and writes NAME_longest.md and .json; the last draws the
+picture of a NAME.json that was measured elsewhere.
 
 Each way has processes of its own, started by the ``deepspeed`` launcher: all ways once, then all once more, as often as
 --rounds says. A process builds its engine once and goes through the micro batches, smallest first; where one runs out
@@ -27,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 # run as a script: find this folder's modules
@@ -37,12 +39,15 @@ from benchmarks.plot_step import draw
 from benchmarks.ranks import Ended, free_port, listen
 from benchmarks.results import OK
 from benchmarks.step_job import BEGUN, FAILED, MEMORY_ERRORS, OUT_OF_MEMORY, RESULT, Spec
-from benchmarks.step_page import RATE, Point, longest_page, steps_page, write_csv
+from benchmarks.step_page import RATE, Point, finished, longest_page, steps_page, write_csv
 from benchmarks.step_shapes import SHAPES, shape_of
 from benchmarks.step_ways import DEFAULT, LONGEST, WAYS, Way, ours
 
 JOB = Path(__file__).parent / "step_job.py"
 LEFT_OUT = "left out"
+# of a length where memory is taken to end: so much apart are those that are tried there, in whole multiples of ROUND
+# tokens, and so many of them in one process
+SHARE, ROUND, AHEAD = 16, 1024, 4
 
 
 class StepResults(Results):
@@ -93,7 +98,10 @@ class Launcher:
             if line.startswith(BEGUN):
                 self._began = True
                 told = json.loads(line.removeprefix(BEGUN))
-                self.head["device"] = f"{options.gpus} x {told['device']}"
+                device = f"{options.gpus} x {told['device']}"
+                if self.head["device"] not in ("", device):
+                    raise SystemExit(f"end_to_end: the rows that are there are of {self.head['device']}, not {device}")
+                self.head["device"] = device
                 if told[RATE] is not None:
                     self.head[RATE] = f"{told[RATE]:.1f}"
             elif line.startswith(RESULT):
@@ -119,7 +127,8 @@ class Launcher:
 
 def spec_of(options: argparse.Namespace, name: str, way: Way, points: Sequence[Point]) -> Spec:
     paths = {
-        name: None if (p := getattr(options, name)) is None else str(p.resolve()) for name in ("data", "tokenizer")
+        name: None if (p := getattr(options, name)) is None else str(p.resolve())
+        for name in ("data", "tokenizer", "weights")
     }
     return Spec(
         way=name,
@@ -136,6 +145,7 @@ def spec_of(options: argparse.Namespace, name: str, way: Way, points: Sequence[P
         further_step=options.profile,
         profile=options.profile,
         ceiling=False,
+        room=options.room,
         **paths,
     )
 
@@ -146,6 +156,12 @@ def compare(options: argparse.Namespace, ways: dict[str, Way], launcher: Launche
     left = []
     for round_ in range(1, options.rounds + 1):
         for name in [name for name in ways if points[name]]:
+            there = [row for row in results.rows if (row["way"], row["round"]) == (name, round_)]
+            if len(there) >= len(points[name]):
+                points[name] = points[name][: len(finished(there))]
+                continue
+            # a launch that was cut off is done again as a whole: its steps go on from one size to the next
+            results.rows = [row for row in results.rows if row not in there]
             if launcher.late():
                 left.append(f"{name}, round {round_}")
                 continue
@@ -173,14 +189,45 @@ class Search:
     low: int = 0
     high: int | None = None
     unit: int = 0  # how far apart low and high may stay
+    misses: int = 0
+    peaks: dict[int, float] = field(default_factory=dict)  # MiB at lengths that trained; none on a CPU
+    room: float = 0.0  # MiB
+
+    def trained(self, length: int, peak: float | None, room: float | None) -> None:
+        self.low = max(self.low, length)
+        if peak is not None:
+            self.peaks[length], self.room = peak, room
+
+    def missed(self, length: int) -> None:
+        self.high = length
+        self.misses += 1
+
+    def aim(self) -> int | None:
+        """Where memory ends if it grows as between the last two lengths; None where nothing says how it grows."""
+        if len(self.peaks) < 2:
+            return None
+        shorter, longer = sorted(self.peaks)[-2:]
+        slope = (self.peaks[longer] - self.peaks[shorter]) / (longer - shorter)
+        return longer + int((self.room - self.peaks[longer]) / slope) if slope > 0 else None
 
     def path(self) -> list[int]:
         """What is tried one after the other for as long as it trains; empty: found."""
-        if self.high is None:
-            lengths = [self.low * 2 if self.low else self.first]
-            while lengths[-1] * 2 <= self.last:
-                lengths.append(lengths[-1] * 2)
-            return [length for length in lengths if length <= self.last]
+        aim = self.aim()
+        if aim is None or self.misses > 1:
+            return self._halves() if self.high is not None else self._doubles()
+        self.unit = self.unit or max(1, _cut(aim // SHARE, ROUND))
+        # after a miss a step down: fragments, and what other libraries hold, want some of the room too
+        start = min(_cut(aim, self.unit), self.last) if self.high is None else self.high - self.unit
+        start = max(start, self.low + self.unit)
+        end = self.last + 1 if self.high is None else self.high
+        return list(range(start, min(end, start + AHEAD * self.unit), self.unit))
+
+    def _doubles(self) -> list[int]:
+        """Two: they may tell where memory ends."""
+        lengths = [2 * self.low, 4 * self.low] if self.low else [self.first, 2 * self.first]
+        return [length for length in lengths if length <= self.last]
+
+    def _halves(self) -> list[int]:
         if not self.low:
             return [self.high // 2] if self.high > 1 else []
         self.unit = self.unit or max(1, self.low // 8)
@@ -191,34 +238,49 @@ class Search:
         return lengths
 
 
+def _cut(number: int, unit: int) -> int:
+    """To a multiple, where it is as large as one."""
+    return number // unit * unit if number >= unit else number
+
+
 def look_for_longest(options: argparse.Namespace, ways: dict[str, Way], launcher: Launcher, results: Results) -> None:
-    options.warm_up, options.steps, options.profile = 1, 1, False
     for name, way in ways.items():
         search = Search(options.length, options.last_length)
-        tries: list[Row] = []
+        row: Row = {"way": name, "longest": 0, "status": "not ended", "tries": []}
+        results.rows.append(row)
         end = "found"
         while path := search.path():
             if launcher.late():
                 end = f"left out after {options.seconds:g} s"
                 break
-            launch, status = launcher.run(spec_of(options, name, way, [(1, n) for n in path]), print_try(name))
-            tries += launch.rows
-            if launch.rows:
-                search.low = launch.rows[-1]["length"]
+            # what has trained trains again, so that a process never begins with the length that is in doubt
+            known = [search.first] if search.low >= search.first and search.peaks else []
+            lengths = [*known, *path]
+            spec = spec_of(options, name, way, [(1, length) for length in lengths])
+            launch, status = launcher.run(spec, partial(_note_try, results, row, search))
             if status == OK:
                 continue
-            search.high = path[len(launch.rows)]
-            tries.append({"micro_batch": 1, "length": search.high, "status": status})
-            if status != OUT_OF_MEMORY:
+            missed = lengths[len(launch.rows)]
+            row["tries"].append({"micro_batch": 1, "length": missed, "status": status})
+            if status != OUT_OF_MEMORY or missed in known:
                 end = status
                 break
+            search.missed(missed)
         if end == "found":
             end = f"{search.high}: {OUT_OF_MEMORY}" if search.high else "no longer one was tried"
-        results.add({"way": name, "longest": search.low, "status": end, "tries": tries})
+        row["status"] = end
+        print(name, row["longest"], end, flush=True)
+        results.write()
 
 
-def print_try(name: str) -> Callable[[Row], None]:
-    return lambda row: print(name, row["length"], "tokens", f"{row['ms']:.0f} ms", flush=True)
+def _note_try(results: Results, row: Row, search: Search, tried: Row) -> None:
+    """Written at once: a search that is cut off leaves what has trained."""
+    print(row["way"], tried["length"], "tokens", f"{tried['ms']:.0f} ms", flush=True)
+    row["tries"].append(tried)
+    peaks = [peak for peak in tried["ranks"]["peak_mib"] if peak is not None]
+    search.trained(tried["length"], max(peaks, default=None), tried["room_mib"])
+    row["longest"] = search.low
+    results.write()
 
 
 def shown(row: Row) -> str:
@@ -240,8 +302,10 @@ def job_text(options: argparse.Namespace) -> str:
         "AdamW" + (" on the CPU" if options.offload else ""),
         "gradient checkpointing" if options.checkpointing else "no gradient checkpointing",
         *(["LoRA of rank 16 on the layers' projections"] if options.lora else []),
-        f"{options.warm_up} + {options.steps} steps",
+        f"{' and '.join(map(str, options.warm_up))} + {options.steps} steps",
         f"text: {options.data.name}" if options.data else "synthetic tokens",
+        *([f"weights: {options.weights.name}"] if options.weights else []),
+        *([f"{options.room:g} GiB of each card"] if options.room else []),
     ]
     return ", ".join(words)
 
@@ -253,7 +317,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     add("--gpus", type=_positive, default=1, help="ranks; on a machine without a GPU they run on the CPU")
     add("--out", type=Path, default=Path(), help="folder for the results")
     add("--name", default="end_to_end", help="of the files in it")
-    add("--shape", choices=tuple(SHAPES), default="8b-16layers", help="the model; weights are random")
+    add("--shape", choices=tuple(SHAPES), default="8b-16layers", help="the model")
     add("--layers", type=_positive, help="so many instead of the model's own")
     add("--stage", type=int, choices=(0, 1, 2, 3), default=3, help="of ZeRO")
     add("--micro-batches", type=_numbers, default=[1], metavar="N,...", help="sequences of a rank and step")
@@ -262,15 +326,18 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     add("--lora", action=on_off, default=False, help="train adapters only; needs peft")
     add("--offload", action=on_off, default=False, help="optimizer on the CPU")
     add("--steps", type=_positive, default=8, help="that are measured")
-    add("--warm-up", type=_positive, default=3, help="steps before them")
+    add("--warm-up", type=_numbers, default=[3], metavar="N[,M]", help="steps before them; M: where a size came before")
     add("--profile", action=on_off, default=True, help="one more step in round 1, taken apart")
     add("--rounds", type=_positive, default=2)
+    add("--resume", action="store_true", help="keep the rows of NAME.json, measure what is missing")
+    add("--room", type=float, metavar="GIB", help="that PyTorch may have of each card, as if it were a smaller one")
     add("--seconds", type=float, default=float("inf"), help="start no way after that")
     add("--patience", type=float, default=300.0, help="seconds without a step after which a launch is ended")
     add("--ways", metavar="WAY,...", help=f"of {', '.join(WAYS)} and --block's; default {','.join(DEFAULT)}")
     add("--block", action="append", default=[], metavar="NAME=JSON", help="a further way: this ds_fused block")
     add("--data", type=Path, help="folder of *.txt to train on; needs --tokenizer")
     add("--tokenizer", type=Path, help="folder of the tokenizer")
+    add("--weights", type=Path, help="folder with a saved model of the shape; default: random weights")
     add("--longest", action="store_true", help="look for the longest sequence that trains, micro batch 1")
     add("--last-length", type=_positive, default=1 << 20, help="--longest tries none beyond it")
     add("--plot", type=Path, metavar="FOLDER", help="draw NAME.png from the NAME.json of a folder, measure nothing")
@@ -280,8 +347,17 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
         options.ways = chosen(options)
     except ValueError as error:
         parser.error(str(error))
+    if options.weights and options.lora:
+        parser.error("--weights has no adapters, so not with --lora")
+    if options.resume and options.longest:
+        parser.error("--resume is not for --longest")
+    if len(options.warm_up) > 2:
+        parser.error("--warm-up has one number or two")
     if (options.data is None) != (options.tokenizer is None):
         parser.error("--data and --tokenizer go together")
+    if options.longest:
+        # the first length of a process trains two steps: in its first one ZeRO-3 knows of no gather ahead
+        options.warm_up, options.steps, options.profile = [1, 0], 1, False
     if options.plot and not (options.plot / f"{options.name}.json").exists():
         parser.error(f"{options.plot / options.name}.json is not there")
     return options
@@ -330,14 +406,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     options.out.mkdir(parents=True, exist_ok=True)
     if options.longest:
-        results = Results(
-            options.out / f"{options.name}_longest", longest_page, lambda row: f"{row['way']} {row['longest']}"
-        )
+        results = Results(options.out / f"{options.name}_longest", longest_page)
     else:
         results = StepResults(options.out / options.name, steps_page, shown)
     packages = (*PACKAGES, "peft") if options.lora else PACKAGES
-    results.header = header("end_to_end.py", options.gpus, [without_folders(a) for a in arguments], packages)
-    results.header["job"] = job_text(options)
+    head = header("end_to_end.py", options.gpus, [without_folders(a) for a in arguments], packages)
+    head["job"] = job_text(options)
+    if options.resume:
+        try:
+            results.take_up(head)
+        except ValueError as error:
+            raise SystemExit(f"end_to_end: {error}") from None
+        results.header.pop(LEFT_OUT, None)
+    else:
+        results.header = head
     launcher = Launcher(options, results.header)
     if options.longest:
         look_for_longest(options, options.ways, launcher, results)

@@ -28,10 +28,14 @@ class HeadForCausalLM(PreTrainedModel):
 
     config_class = PretrainedConfig
 
-    def __init__(self, config: PretrainedConfig, loss: Loss | None) -> None:
+    def __init__(self, config: PretrainedConfig, loss: Loss | None, frozen: bool) -> None:
         super().__init__(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._loss = loss
+        if frozen:
+            self.lm_head.weight.requires_grad_(False)
+            # something that trains, which DeepSpeed asks for; it takes no part
+            self.other = nn.Parameter(torch.zeros(1))
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
@@ -47,18 +51,18 @@ class HeadForCausalLM(PreTrainedModel):
 class EngineRun:
     """See ``head_ways.Run``. The optimizer's step is taken between two calls, at a learning rate of 0."""
 
-    def __init__(self, case: Case, loss: Loss | None, fused: Mapping[str, object] | None) -> None:
-        self._case = case
+    def __init__(self, case: Case, loss: Loss | None, fused: Mapping[str, object] | None, frozen: bool) -> None:
+        self._case, self._frozen = case, frozen
         block = {"enabled": fused is not None, "report": False, "fused_linear_cross_entropy": fused or False}
         config = {**CONFIG, "ds_fused": block}
         sizes = PretrainedConfig(hidden_size=case.shape.hidden, vocab_size=case.shape.vocab)
         with deepspeed.zero.Init(config_dict_or_path=config):
-            model = HeadForCausalLM(sizes, loss)
-        (self._head,) = model.parameters()
+            model = HeadForCausalLM(sizes, loss, frozen)
+        self._head = model.lm_head.weight
         with deepspeed.zero.GatheredParameters(self._head, modifier_rank=0), torch.no_grad():
             if case.rank == 0:
                 self._head.copy_(case.weight())
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.0)
         self._engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         if fused is not None:
             _check_mode(self._engine)
@@ -68,8 +72,8 @@ class EngineRun:
         self._engine.backward(loss)
         return loss.detach()
 
-    def gradient(self) -> Tensor:
-        return safe_get_local_grad(self._head)
+    def gradient(self) -> Tensor | None:
+        return None if self._frozen else safe_get_local_grad(self._head)
 
     def settle(self) -> None:
         self._engine.step()

@@ -90,8 +90,8 @@ class Run(Protocol):
         """Forward and backward. The loss; the gradient of x is in ``case.x.grad``. None where there is no loss."""
         ...
 
-    def gradient(self) -> Tensor:
-        """After a call: this rank's part of the weight's gradient, the mean over ranks, flat."""
+    def gradient(self) -> Tensor | None:
+        """After a call: this rank's part of the weight's gradient, the mean over ranks, flat; None: it is frozen."""
         ...
 
     def settle(self) -> None:
@@ -124,6 +124,7 @@ class Sharded:
     loss: Callable[[], Loss] | None = None
     fused: Mapping[str, object] | None = None
     needs_gpu: bool = False
+    frozen: bool = False  # the weight is not trained
 
     def load(self) -> None:
         import deepspeed  # noqa: F401
@@ -135,7 +136,7 @@ class Sharded:
     def start(self, case: Case) -> Run:
         from benchmarks.head_engine import EngineRun
 
-        return EngineRun(case, None if self.loss is None else self.loss(), self.fused)
+        return EngineRun(case, None if self.loss is None else self.loss(), self.fused, self.frozen)
 
 
 @dataclass(frozen=True)
@@ -294,6 +295,8 @@ WAYS: Mapping[str, Way] = {
     "stream": Sharded("8 MHV, slab_mb=128", fused=_fused("stream", slab_mb=128, keep_mb=0)),
     "stream slab_mb=64": Sharded("8 MHV", fused=_fused("stream", slab_mb=64, keep_mb=0)),
     "stream keep all": Sharded("6 MHV: all logits kept, in bf16", fused=_fused("stream", slab_mb=128, keep_mb=ALL)),
+    "stream frozen": Sharded("4 MHV: the weight is not trained", fused=_fused("stream", slab_mb=128), frozen=True),
+    "stock frozen": Sharded("all logits, in fp32; the weight is not trained", frozen=True),
     "stationary": Sharded("6 MHV, chunk_mb=512", fused=_fused("stationary")),
     "stationary chunk_mb=256": Sharded("6 MHV", fused=_fused("stationary", chunk_mb=256)),
     "auto": Sharded("the choice of the two that ds_fused makes", fused=_fused("auto")),

@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+RESUMED = "resumed"
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "liger-kernel")
 
 Row = dict[str, object]
@@ -61,6 +62,21 @@ class Results:
         self.rows.append(row)
         print(self._shown(row), flush=True)
         self.write()
+
+    def take_up(self, header: Header) -> None:
+        """Goes on with the rows that are there, if they are of the same job: of what comes, ``header`` tells."""
+        path = self.path.with_suffix(".json")
+        if not path.exists():
+            self.header = header
+            return
+        there = json.loads(path.read_text())
+        for key in ("ranks", "versions", "job"):
+            was, now = there["header"].get(key), header.get(key)
+            if was != now:
+                raise ValueError(f"{path.name} can't be gone on with: its {key} was {was}, and is {now} now")
+        self.header, self.rows = there["header"], there["rows"]
+        more = f"{header['date']}: {header['command']}"
+        self.header[RESUMED] = "; ".join(filter(None, [self.header.get(RESUMED), more]))
 
     def write(self) -> None:
         self.path.with_suffix(".md").write_text(self.text())

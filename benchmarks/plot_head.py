@@ -14,6 +14,7 @@ from pathlib import Path
 # run as a script: find this folder's modules
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.head_rows import merged
 from benchmarks.head_ways import BARE
 
 # by the first word of a way
@@ -34,7 +35,7 @@ def draw(folder: Path) -> str | None:
     """None, or why there is no picture."""
     measured = json.loads((folder / "zero3_head.json").read_text())
     header = measured["header"]
-    rows = [row for row in measured["rows"] if "ms" in row]
+    rows = [row for row in merged(measured["rows"]) if "ms" in row]
     points = [row for row in rows if row.get("extra_mib") is not None]
     if not points:
         return "no way has both a time and its memory"

@@ -551,6 +551,55 @@ ROPE = {
 }
 
 
+# --- rms_norm_rope: as rope, and q_weight, k_weight [D] ---
+
+
+def _norm_then_rope(norm: Callable[[Tensor, Tensor], Tensor], rope: Callable, t: Tensors):
+    """Norms over [B, T, H, D], as models call them: of transposed heads some would make a copy first."""
+
+    def norm_rope(q, k, cos, sin):
+        q, k = (norm(x.transpose(1, 2), t[name]).transpose(1, 2) for x, name in ((q, "q_weight"), (k, "k_weight")))
+        return rope(q, k, cos, sin)
+
+    return norm_rope, (t["q"], t["k"], t["cos"], t["sin"])
+
+
+def _hf_norm_rope(t: Tensors):
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
+
+    norms = {}
+    for weight in (t["q_weight"], t["k_weight"]):
+        norms[id(weight)] = norm = Qwen3RMSNorm(weight.numel(), eps=EPS)
+        norm.weight = weight
+    return _norm_then_rope(lambda x, weight: norms[id(weight)](x), apply_rotary_pos_emb, t)
+
+
+def _liger_norm_rope(t: Tensors) -> Call:
+    norm, rope = _liger().liger_rms_norm, _liger().liger_rope
+    call, tensors = _norm_then_rope(lambda x, weight: norm(x, weight, EPS, in_place=False), rope, t)
+    return lambda: call(*tensors)
+
+
+def _our_norm_then_rope(t: Tensors) -> Call:
+    norm, rope = _ops().rms_norm, _ops().rope
+    call, tensors = _norm_then_rope(lambda x, weight: norm(x, weight, eps=EPS), rope, t)
+    return lambda: call(*tensors)
+
+
+def _our_norm_rope(t: Tensors) -> Call:
+    norm_rope = _ops().rms_norm_rope
+    return lambda: norm_rope(t["q"], t["k"], t["q_weight"], t["k_weight"], t["cos"], t["sin"], eps=EPS)
+
+
+NORM_ROPE = {
+    "ds_fused": Provider(_our_norm_rope),
+    "ds_fused apart": Provider(_our_norm_then_rope, note="rms_norm twice, then rope"),
+    "hf_eager": Provider(_eager(_hf_norm_rope)),
+    "compile": Provider(_compiled(_hf_norm_rope)),
+    "liger": Provider(_liger_norm_rope, ("dq", "dk"), "norms not in place; rope in place, dq and dk restored untimed"),
+}
+
+
 # --- rope by sections: cos and sin [3, B, T, D]; with complex angles: q, k [B, T, H, D], freqs [B, T, D/2] ---
 
 

@@ -177,9 +177,10 @@ def parameters(found: Sequence[Point], fitted: Fit) -> list[str]:
         f"{GPUS_OF_NODE} GPUs a node, {NVLINK / 1e9:.0f} GB/s of NVLink; a hop of a ring takes {1e6 * HOP:.1f} us "
         f"within a node and {1e6 * NETWORK_HOP:.1f} us between two (NCCL's own model, protocol LL128); a launch takes "
         f"the host {1e6 * LAUNCH:.0f} us; PyTorch's fused AdamW takes {1e12 * ADAM:.3g} ps a parameter, as in the "
-        "timelines of h100x2/end_to_end. No measured point has a second node. H100 and H200 had other hosts: one hook "
-        "for both is a simplification. Of wait, those timelines show 13 to 22 ms in which nothing runs, at micro "
-        "batch 4, beside 9 to 15 ms of transfers alone; what the rest of it is, is not known.",
+        "timelines of h100x2/end_to_end. No measured point has a second node. H100 and H200 had other hosts, so a hook "
+        "is a parameter of each; where one is not determined, no step waits for it, and it is that or less. Of wait, "
+        "those timelines show 13 to 22 ms in which nothing runs, at micro batch 4, beside 9 to 15 ms of transfers "
+        "alone; what the rest of it is, is not known.",
         "",
     ]
 

@@ -42,7 +42,8 @@ PARAMETERS = (
     Parameter("memory H200", "TB/s", 1e12, 3.0, "the same"),
     Parameter("delay", "GB/s", 1e9, 400, "bytes over NVLink for each second by which transfers delay products"),
     Parameter("collective", "us", 1e-6, 50, "by how much each delays them beside its bytes"),
-    Parameter("hook", "us", 1e-6, 1000, "host time of a module's gather and release under ZeRO-3, a pass"),
+    Parameter("hook H100", "us", 1e-6, 2000, "host time of a module's gather and release under ZeRO-3, a pass"),
+    Parameter("hook H200", "us", 1e-6, 2000, "the same on the host of these"),
     Parameter("wait", "ms", 1e-3, 15, "of a whole step: the host's way to its first product and to the optimizer"),
     Parameter("start", "ms", 1e-3, 3, "host time before the first product of a head that is measured alone"),
 )
@@ -50,12 +51,12 @@ PARAMETERS = (
 
 def setting(values: Sequence[float]) -> Setting:
     """Of values in the units of PARAMETERS."""
-    gemm, attention, h100, h200, delay, call, hook, wait, start = (
+    gemm, attention, h100, h200, delay, call, hook_h100, hook_h200, wait, start = (
         value * parameter.scale for value, parameter in zip(values, PARAMETERS, strict=True)
     )
     machines = {
         name: Machine(gemm, attention, memory, delay, call, hook, wait, ROOM_GIB[name] * 2**30)
-        for name, memory in (("H100", h100), ("H200", h200))
+        for name, memory, hook in (("H100", h100, hook_h100), ("H200", h200, hook_h200))
     }
     return Setting(machines, start)
 

@@ -257,6 +257,7 @@ class Way:
     recompute: str = "full"
     keep_mb: int = KEEP_MB  # of the head
     tiles: int = 1  # of an MLP
+    offload: bool = False  # inputs of checkpointed layers wait on the host, and what is kept of attention
 
     def bucket(self, shape: Shape) -> float:
         """Elements of gradients that are reduced together."""
@@ -290,6 +291,7 @@ WAYS = {
         Way("ours-fast-full", "ours", leaf=True, sizes="large"),
         Way("ours-small", "ours", sizes="small", recompute="unread", keep_mb=0, tiles=4),
         Way("ours-small-untiled", "ours", sizes="small", keep_mb=0),
+        Way("ours-small-offload", "ours", sizes="small", recompute="attention", keep_mb=0, tiles=4, offload=True),
     )
 }
 
@@ -563,7 +565,11 @@ def _peak_bytes(job: Job, machine: Machine, spared: Kept) -> float:
                 weights += 3 * 2 * shape.layer
     one = layer_held(way, shape) * tokens
     attention, matmuls = attention_bytes(shape), matmul_bytes(shape)
-    waiting = (2 * shape.hidden * shape.layers + attention * spared.attention + matmuls * spared.matmuls) * tokens
+    inputs, attentions = shape.layers, spared.attention
+    if way.offload:
+        # of the layer that is repeated, and the next one's on their way from the host
+        inputs, attentions = min(2, inputs), min(2, attentions)
+    waiting = (2 * shape.hidden * inputs + attention * attentions + matmuls * spared.matmuls) * tokens
     if job.checkpoints:
         # of a layer that keeps its own, the repetition does not make them a second time
         one -= (attention * (spared.attention > 0) + matmuls * (spared.matmuls > 0)) * tokens

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from benchmarks.head_rows import merged
 from benchmarks.scale_model import (
     CHUNK_MB,
     KEEP_MB,
@@ -51,6 +52,8 @@ OUTDATED = {
     ("h100x2/zero3_head_rivals", "8192x5376x262144", way): "its slabs of 11916 rows are cut in whole tiles since"
     for way in ("stream", "stream slab_mb=64", "stream keep all")
 }
+# measured when "fit" knew of longer batches what they need in proportion to its first steps
+BY_FIRST_STEPS = ("h100x2/end_to_end",)
 NO_MODEL = "a way that is in no prediction"
 
 
@@ -92,7 +95,7 @@ def heads(results: Path = RESULTS) -> Iterator[Point | Skipped]:
         measured, name = json.loads(path.read_text()), f"{path.parent.name}/{path.stem}"
         device, ranks = _device(measured["header"]["device"]), int(measured["header"]["ranks"])
         keeps = measured["header"]["date"] < GATHER_KEPT_BEFORE
-        for row in measured["rows"]:
+        for row in merged(measured["rows"]):
             shape, way = row["shape"], row["way"]
             found = head_loss("gather keep" if keeps and way == "gather" else way, shape, ranks, device)
             reason = OUTDATED.get((name, shape, way)) or _no_parameters(measured["header"])
@@ -199,8 +202,10 @@ def probes(folder: Path = RESULTS / "h200x4") -> Iterator[Point]:
             # so large that a block has just these tokens
             chunk = row["block"] * block_bytes(vocab, hidden, ranks, 2)
             loss = sharded_loss(of_stationary(Head(shards, vocab, 1), tokens, chunk))
-            # and dx in bf16
-            loss = Loss(loss.work, loss.held + 2 * tokens * hidden)
+            # its own buffers: the gradient of the rank's rows in fp32, a block's logits, x and dx of two blocks in bf16
+            # each (the conditions call it double-buffered), and dx of all tokens
+            blocks = 2 * row["block"] * (vocab + 4 * ranks * hidden)
+            loss = Loss(loss.work, 4 * shards.size + blocks + 2 * tokens * hidden)
         yield Point("probe", row["shape"], way, "ms", row["ms"], _time_of_head(_fixed(loss), device, ranks, False))
         if "peak_mib" in row:
             yield Point("probe", row["shape"], way, "MiB", row["peak_mib"], _memory_of_head(_fixed(loss)))
@@ -262,7 +267,7 @@ def ends(results: Path = RESULTS) -> Iterator[Point | Skipped]:
                 continue
             checkpoints = "no gradient checkpointing" not in header["job"]
             # a process goes through the sizes, smallest first
-            first = min(size for other, size, _ in rounds if other == way)
+            first = min(size for other, size, _ in rounds if other == way) if name in BY_FIRST_STEPS else None
             job = Job(WAYS[way], shape, int(header["ranks"]), batch, length, stage, checkpoints, first)
             ms = statistics.median(max(row["ranks"]["ms"]) for row in rows)
             peaks = [max(row["ranks"]["peak_mib"]) for row in rows if row["peak_mib"] is not None]
@@ -275,7 +280,11 @@ def job_of(text: str) -> tuple[Shape | None, int, str | None]:
     inside, _, more = rest.partition(")")
     sizes = dict(part.rsplit(" ", 1) for part in inside.split(", "))
     stage = int(re.search(r"ZeRO (\d)", more).group(1))
-    for word, reason in (("LoRA", "adapters alone are trained"), ("on the CPU", "the optimizer is on the CPU")):
+    for word, reason in (
+        ("LoRA", "adapters alone are trained"),
+        ("on the CPU", "the optimizer is on the CPU"),
+        ("of each card", "of the card's memory a part"),
+    ):
         if word in more:
             return None, stage, f"not modelled: {reason}"
     if "experts" in sizes:

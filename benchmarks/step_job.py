@@ -35,7 +35,7 @@ from benchmarks.measure import Instruments
 from benchmarks.ranks import exchanged, said, say
 from benchmarks.results import OK
 from benchmarks.step_data import Data, Stream, Text
-from benchmarks.step_shapes import Shape, built, shape_of
+from benchmarks.step_shapes import Shape, built, load, shape_of
 from benchmarks.step_timeline import recorded, split
 from benchmarks.step_ways import WAYS, Way, layer_class, ours
 
@@ -61,13 +61,15 @@ class Spec:
     lora: bool
     offload: bool
     points: Sequence[tuple[int, int]]  # micro batch, sequence length; smallest first
-    warm_up: int
+    warm_up: Sequence[int]  # steps before those that are measured: at the first point, and at each other one
     steps: int
     further_step: bool  # after those that are measured
     profile: bool  # whether that one is taken apart
     ceiling: bool  # whether this card's rate of a matrix product is measured first
+    room: float | None = None  # GiB that PyTorch may have of the card; None: all
     data: str | None = None
     tokenizer: str | None = None
+    weights: str | None = None  # folder of a saved model; None: random ones
 
 
 def ds_config(spec: Spec, way: Way) -> dict[str, object]:
@@ -121,6 +123,14 @@ class Memory:
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
 
+    def room(self) -> float | None:
+        """What PyTorch could have: what it has and what nobody has, or what it is given."""
+        if not self.on_gpu:
+            return None
+        free, total = torch.cuda.mem_get_info()
+        given = torch.cuda.get_per_process_memory_fraction() * total
+        return min(free + torch.cuda.memory_reserved(), given) / 2**20
+
     def peaks(self) -> tuple[float | None, float | None]:
         """Allocated, reserved."""
         if not self.on_gpu:
@@ -144,6 +154,8 @@ class Job:
         config = ds_config(spec, way)
         way.patch(self.shape.type)
         model = built(self.shape, config, device, spec.lora)
+        if spec.weights:
+            load(model, Path(spec.weights))
         way.check(model, self.shape.type)
         if spec.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -186,11 +198,11 @@ class Job:
             say(STEP, [batch, length, self.steps])
         return found
 
-    def point(self, batch: int, length: int) -> dict[str, object]:
+    def point(self, batch: int, length: int, warm_up: int) -> dict[str, object]:
         """What this rank measured at one size."""
         spec, memory = self.spec, self.memory
         memory.reset()
-        warm = [self.step(batch, length) for _ in range(spec.warm_up)]
+        warm = [self.step(batch, length) for _ in range(warm_up)]
         memory.forget_peaks()
         measured = [self.step(batch, length) for _ in range(spec.steps)]
         allocated, reserved = memory.peaks()
@@ -203,6 +215,7 @@ class Job:
             "peak_mib": allocated,
             "reserved_mib": reserved,
             "states_mib": self.states,
+            "room_mib": memory.room(),
         }
 
     def timeline(self, batch: int, length: int) -> dict[str, float] | str | None:
@@ -227,7 +240,7 @@ class Job:
     def row(self, place: int, batch: int, length: int) -> dict[str, object] | None:
         """On rank 0: what it measured, beside what the others did."""
         with attention(self.way.backend):
-            mine = self.point(batch, length)
+            mine = self.point(batch, length, self.spec.warm_up[min(place, len(self.spec.warm_up) - 1)])
             parts = self.timeline(batch, length) if self.spec.further_step else None
         store = dist.PrefixStore("end_to_end", dist.distributed_c10d._get_default_store())
         told = {key: mine[key] for key in ("ms", "peak_mib", "reserved_mib")}
@@ -296,6 +309,8 @@ def main(path: str) -> None:
                 say(FAILED, "not run: needs a GPU")
             return
         deepspeed.init_distributed("nccl" if on_gpu else "gloo", timeout=TIMEOUT, verbose=False)
+        if spec.room is not None and on_gpu:
+            torch.cuda.set_per_process_memory_fraction(spec.room * 2**30 / torch.cuda.mem_get_info()[1])
         ceiling = matmul_rate(device) if spec.ceiling and on_gpu else None
         if rank == 0:
             name = torch.cuda.get_device_name(device) if on_gpu else "CPU (no timing here means anything)"

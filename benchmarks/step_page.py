@@ -132,7 +132,12 @@ def _parts(ways: Sequence[Sequence[Row]]) -> list[str]:
 
 def longest_page(head: Header, rows: Sequence[Row]) -> str:
     lines = ["# Longest sequences that train", "", *(f"- {key}: {value}" for key, value in head.items()), ""]
-    lines += ["Micro batch 1, two steps each; found by doubling, then by bisection to an eighth.", ""]
+    lines += [
+        "Micro batch 1. A process trains two steps of a length that fits, then one of each that is tried, for as long "
+        "as they train: around where the peaks of the two before say that memory ends, a sixteenth apart; where they "
+        "don't say, lengths are doubled, then bisected to an eighth.",
+        "",
+    ]
     stock = next((row["longest"] for row in rows if row["way"] == STOCK), 0)
     cells = []
     for row in rows:

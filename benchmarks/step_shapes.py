@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -72,6 +73,7 @@ class Shape:
 
 
 _LLAMA3 = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+_SMOLLM2 = {"rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}, "rms_norm_eps": 1e-5}
 SHAPES: Mapping[str, Shape] = {
     # Llama-3-8B, and the same with half its layers
     "8b": Shape("llama", 4096, 14336, 32, 32, 8, 128, 128256, more=_LLAMA3),
@@ -83,7 +85,7 @@ SHAPES: Mapping[str, Shape] = {
     # Mixtral's form in a size of its own
     "moe": Shape("mixtral", 2048, 3584, 16, 32, 8, 64, 32000, experts=8),
     # SmolLM2-135M
-    "smollm2": Shape("llama", 576, 1536, 30, 9, 3, 64, 49152, tied=True),
+    "smollm2": Shape("llama", 576, 1536, 30, 9, 3, 64, 49152, tied=True, more=_SMOLLM2),
     # shows that everything runs
     "tiny": Shape("llama", 64, 128, 2, 4, 2, 16, 259),
 }
@@ -131,3 +133,22 @@ def draw(model: nn.Module) -> None:
         # by peft's name or the model's own: the same numbers
         seed = zlib.crc32(name.encode()) + SEED + (0 if shard is None else rank)
         part.normal_(0.0, STD, generator=torch.Generator(part.device).manual_seed(seed))
+
+
+@torch.no_grad()
+def load(model: nn.Module, folder: Path) -> None:
+    """The weights of a saved model in place of those that were drawn, each gathered by itself."""
+    import deepspeed
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        there = set(file.keys())
+        for name, weight in model.named_parameters():
+            sharded = hasattr(weight, "ds_tensor")
+            shape = list(weight.ds_shape if sharded else weight.shape)
+            found = file.get_slice(name).get_shape() if name in there else "not there"
+            if found != shape:
+                raise ValueError(f"--weights {folder.name}: {name} of the shape is {shape}, but the file's is {found}")
+            with deepspeed.zero.GatheredParameters(weight, modifier_rank=0) if sharded else nullcontext():
+                if not sharded or torch.distributed.get_rank() == 0:
+                    weight.copy_(file.get_tensor(name))

@@ -121,11 +121,15 @@ WAYS: Mapping[str, Way] = {
     "ours": Way("ds_fused by its defaults", block={"enabled": True}),
     "ours-fast": Way('ds_fused, "profile": "fast"', block={"enabled": True, "profile": "fast"}),
     "ours-small": Way('ds_fused, "profile": "small"', block={"enabled": True, "profile": "small"}),
+    "ours-small-offload": Way(
+        "the same with the inputs and the attention of layers on the host",
+        block={"enabled": True, "profile": "small", "recompute": {"level": "attention", "offload": True}},
+    ),
 }
 # what is run when none are named
 DEFAULT = ("hf", "liger", "alst", "ours", "ours-fast", "ours-small")
 # whose longest sequence is looked for
-LONGEST = ("hf", "liger", "ours", "ours-small")
+LONGEST = ("hf", "liger", "ours", "ours-small", "ours-small-offload")
 
 
 def ours(block: Mapping[str, object]) -> Way:

@@ -64,6 +64,8 @@ class Search:
 # widths where a tile is one row, and one where it is many
 ROW_SHAPES, NARROW_SHAPES = ((8192, 4096), (16384, 8192)), ((262144, 128),)
 LOSS_SHAPES = ((8192, 128256), (8192, 32000))
+# Qwen3-8B, Qwen3-0.6B
+NORM_ROPE_SHAPES = ((1, 8192, 32, 8, 128), (1, 8192, 16, 8, 128))
 PAIR_SHAPES = ((4096, 128256), (8192, 32000))
 PAIR_FORWARD = {"FWD_BLOCK": (2048, 4096, 8192), "FWD_STAGES": (1, 2, 3, 4), "FWD_PER_THREAD": (4, 8, 16)}
 
@@ -126,8 +128,20 @@ SEARCHES = (
         {"TILE_PAIRS": (512, 1024, 2048, 4096), "NUM_WARPS": (1, 2, 4, 8)},
     ),
     Search(
+        "rms_norm_rope", "", "forward", NORM_ROPE_SHAPES,
+        {"TILE_FWD": (2048, 4096, 8192), "NUM_WARPS_FWD": (2, 4, 8)},
+    ),
+    Search(
+        "rms_norm_rope", "", "backward", NORM_ROPE_SHAPES,
+        {
+            "TILE_BWD": (1024, 2048, 4096), "NUM_WARPS_BWD": (4, 8), "WARPS_PER_MULTIPROCESSOR": (16, 32),
+            "STAGES_BWD": (1, 2, 3),
+        },
+    ),
+    Search(
         "cross_entropy", "", "forward", LOSS_SHAPES,
         {"FWD_BLOCK": (2048, 4096, 8192), "FWD_STAGES": (1, 2, 3, 4), "FWD_PER_THREAD": (8, 16, 32)},
+        file="_cross_entropy_kernels",
     ),
     Search(
         "cross_entropy", "", "both", LOSS_SHAPES,
@@ -142,11 +156,11 @@ SEARCHES = (
         {}, options={"chunk_mb": (256, 512, 1024), "keep_mb": (0, 1024, 2048)},
     ),
     Search("kl_div", "", "both", PAIR_SHAPES, {"BLOCK": (1024, 2048, 4096, 8192), "NUM_WARPS": (4, 8, 16)}),
-    Search("jsd", "beta=0.5", "forward", PAIR_SHAPES, PAIR_FORWARD, file="_divergence"),
-    Search("jsd", "beta=0", "forward", PAIR_SHAPES, PAIR_FORWARD, file="_divergence"),
+    Search("jsd", "beta=0.5", "forward", PAIR_SHAPES, PAIR_FORWARD, file="_divergence_kernels"),
+    Search("jsd", "beta=0", "forward", PAIR_SHAPES, PAIR_FORWARD, file="_divergence_kernels"),
     Search(
         "jsd", "beta=0.5", "backward", PAIR_SHAPES,
-        {"BWD_BLOCK": (1024, 2048, 4096, 8192), "BWD_PER_THREAD": (8, 16, 32)}, file="_divergence",
+        {"BWD_BLOCK": (1024, 2048, 4096, 8192), "BWD_PER_THREAD": (8, 16, 32)}, file="_divergence_kernels",
     ),
 )  # fmt: skip
 

@@ -5,19 +5,22 @@
 
 The first writes zero3_head.md, .json and (with matplotlib) .png: all ways at the shapes of real heads, of which
 ``--shapes`` and ``--ways`` choose some, with commas between them. The second writes zero3_head_vocab.md and .json:
-extra memory as the vocabulary grows, nothing kept of the logits. Both start their ranks themselves, by torchrun; on a
-machine without a GPU they run on the CPU, where a tiny ``--shapes 24x16x67`` shows that everything works.
+extra memory as the vocabulary grows, nothing kept of the logits. All ways of a shape once, then all once more, as often
+as --rounds says. Files are written anew after each row. Both start their ranks themselves, by torchrun; on a machine
+without a GPU they run on the CPU, where a tiny ``--shapes 24x16x67`` shows that everything works.
 
 Of each rank M tokens, bf16 weight, activations and gradients; of the labels 10 % are ignored on the first rank, 20 on
 the second, and so on.
 
-- fwd+bwd ms: the median of 10 iterations after 3, of the slowest rank each; from a barrier to the end of all that the
-  device has to do, gathers and DeepSpeed's reduction of the gradient among it. The optimizer's step is left out.
+- fwd+bwd ms: the median of 10 iterations after 3, of the slowest rank each, and of that over rounds; beside it the
+  least and the largest of them all. From a barrier to the end of all that the device has to do, gathers and DeepSpeed's
+  reduction of the gradient among it. The optimizer's step is left out.
 - extra MiB: the most memory allocated during forward and backward beyond what was allocated before, less the 2 MH
   bytes of dx, which every way has to hand back. Before are: x and labels, the shard of the weight with its fp32 master
   copy, DeepSpeed's buckets, and the part of the gradient that it keeps. Largest of all ranks and iterations.
 - errors: relative, against fp32 on the same inputs: of the loss, of dx, and of the rank's part of the weight's gradient
-  averaged over ranks, in the L2 norm; largest of all ranks. A way whose answer is wrong gets no time.
+  averaged over ranks, in the L2 norm; largest of all ranks. A way whose answer is wrong gets no time. A frozen head has
+  no gradient of its weight.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +38,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.head_job import BEGUN, FAILED, OK, RESULT
+from benchmarks.head_rows import merged
 from benchmarks.head_ways import BARE, DEFAULT, SWEEP, WAYS, Shape
 from benchmarks.page import Results, Row, header, number, table
 from benchmarks.plot_head import draw
@@ -98,7 +103,9 @@ def measure(cases: Sequence[Place], launch: Callable[[Sequence[Place]], Job], re
 def ways_table(head: dict[str, str], rows: Sequence[Row]) -> str:
     """One table a shape, fastest first; those without a time last, with their reason."""
     lines = ["# Head and loss under ZeRO-3", "", *(f"- {key}: {value}" for key, value in head.items())]
-    names = ("way", "fwd+bwd ms", "over bare GEMMs", "extra MiB", "loss error", "dx error", "dW error", "note")
+    names = ("way", "fwd+bwd ms", "all iterations", "over bare GEMMs", "extra MiB")
+    names += ("loss error", "dx error", "dW error", "note")
+    rows = merged(rows)
     for shape in dict.fromkeys(row["shape"] for row in rows):
         mine = [row for row in rows if row["shape"] == shape]
         floor = next((row["ms"] for row in mine if row["way"] == BARE and "ms" in row), None)
@@ -107,8 +114,11 @@ def ways_table(head: dict[str, str], rows: Sequence[Row]) -> str:
             ms, errors = row.get("ms"), row.get("errors") or {}
             over = None if ms is None or floor is None else ms / floor
             note = WAYS[row["way"]].note if row["status"] == OK else f"**{row['status']}**"
+            if "other_round" in row:
+                note += f"; in another round **{row['other_round']}**"
+            spread = "-" if ms is None else f"{row['least_ms']:.1f} to {row['most_ms']:.1f}"
             cells.append(
-                [row["way"], number(ms, ".1f"), number(over, ".2f"), number(row.get("extra_mib"), ".0f")]
+                [row["way"], number(ms, ".1f"), spread, number(over, ".2f"), number(row.get("extra_mib"), ".0f")]
                 + [number(errors.get(what), ".1e") for what in ("loss", "dx", "dw")]
                 + [note]
             )
@@ -121,7 +131,7 @@ def sweep_table(head: dict[str, str], rows: Sequence[Row]) -> str:
     ways = list(dict.fromkeys(row["way"] for row in rows))
     lines = ["# Extra memory of head and loss as the vocabulary grows", ""]
     lines += [f"- {key}: {value}" for key, value in head.items()]
-    cells = []
+    rows, cells = merged(rows), []
     for shape in dict.fromkeys(row["shape"] for row in rows):
         sizes = Shape.parse(shape)
         whole = 2 * sizes.vocab * sizes.hidden / 2**20
@@ -163,13 +173,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(), help="folder for the results")
     parser.add_argument("--shapes", type=_listed(None), metavar="MxHxV,...", help=f"default {','.join(SHAPES)}")
     parser.add_argument("--ways", type=_listed(tuple(WAYS)), metavar="WAY,...", help=f"default {','.join(DEFAULT)}")
+    parser.add_argument("--rounds", type=int, default=1, help="of all ways at each shape")
     parser.add_argument("--vocab-sweep", action="store_true", help="extra memory as the vocabulary grows")
     parser.add_argument("--master_port", type=int, default=29500, help="where the ranks meet")
     options = parser.parse_args(arguments)
 
     shapes = options.shapes or (SWEEP_SHAPES if options.vocab_sweep else SHAPES)
     ways = options.ways or (SWEEP if options.vocab_sweep else DEFAULT)
-    cases = [(shape, way) for shape in shapes for way in ways]
+    # the inputs of a shape are made once, so its rounds follow one another
+    cases = [(shape, way) for shape in shapes for _ in range(options.rounds) for way in ways]
+    # ended from outside, it ends its ranks as well
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     options.out.mkdir(parents=True, exist_ok=True)
     if options.vocab_sweep:
         results = Results(options.out / "zero3_head_vocab", sweep_table)

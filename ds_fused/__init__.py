@@ -20,6 +20,7 @@ _HOME = {
     "dyt": "ds_fused.ops",
     "glu": "ds_fused.ops",
     "rope": "ds_fused.ops",
+    "rms_norm_rope": "ds_fused.ops",
     "relu2": "ds_fused.ops",
     "cross_entropy": "ds_fused.ops",
     "linear_cross_entropy": "ds_fused.ops",

@@ -171,7 +171,10 @@ def _function(family: str) -> Callable[..., Report | Patch]:
     signature = inspect.Signature(parameters)
 
     def function(*args: Any, **named: Any) -> Report | Patch:
-        bound = signature.bind(*args, **named)
+        try:
+            bound = signature.bind(*args, **named)
+        except TypeError as error:
+            raise TypeError(f"{function.__name__}: {error}; it takes {', '.join(switches)}") from None
         bound.apply_defaults()
         given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         model = given.pop("model")
@@ -193,3 +196,7 @@ def _known() -> frozenset[str]:
 _FUNCTIONS = {f"apply_liger_kernel_to_{family}": _function(family) for family in FAMILIES}
 globals().update(_FUNCTIONS)
 __all__ = ["FAMILIES", "Patch", *_FUNCTIONS]
+
+
+def __getattr__(name: str) -> object:
+    raise AttributeError(f"module 'ds_fused.compat' has no attribute {name!r}; its families are {', '.join(FAMILIES)}")

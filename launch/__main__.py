@@ -6,13 +6,18 @@ started or submitted. The ranks get one resolved ``ds_config.json``. ``dry_run=t
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -55,12 +60,37 @@ def prepare(composed: DictConfig) -> tuple[Run, Rendered]:
     run = typed(composed)
     rendered = KINDS[run.cluster.kind].render(run, this_host())
     check(run, rendered.ranks)
-    for missing in missing_paths(run):
+    for missing in [*missing_paths(run), *missing_commands(run, rendered)]:
         if not run.dry_run:
             raise ValueError(missing)
         # a laptop has not what the cluster has
         print(f"launch: note: {missing} on this machine")
     return run, rendered
+
+
+def missing_commands(run: Run, rendered: Rendered) -> Iterator[str]:
+    """What this machine can't start: `sbatch` on a machine that is none of the cluster's, say."""
+    for name in (rendered.command[0], *rendered.needs):
+        if not shutil.which(name, path=rendered.env.get("PATH")):
+            yield f"cluster.kind is {run.cluster.kind}, which needs the command {name}: there is none"
+
+
+@contextmanager
+def held(run: Run) -> Iterator[IO[str]]:
+    """The run's folder is there, and no other launch writes into it while the file is open, here or in a command."""
+    folder = Path(run.folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # the system lets go of it when the processes that have it open end, however they do
+        file = (folder / "run.yaml").open("a")
+    except OSError as error:
+        raise ValueError(f"folder is {folder}, which can't be written: {error.strerror}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"folder is {folder}, in which another launch is running") from None
+        yield file
 
 
 def shown(rendered: Rendered) -> str:
@@ -72,7 +102,6 @@ def shown(rendered: Rendered) -> str:
 def write(run: Run, rendered: Rendered) -> None:
     """The run's folder: the one configuration of all ranks, the record of the run, and all that is started."""
     folder = Path(run.folder)
-    folder.mkdir(parents=True, exist_ok=True)
     files = {
         **record(run),
         "command.sh": shown(rendered) + "\n",
@@ -84,16 +113,17 @@ def write(run: Run, rendered: Rendered) -> None:
     environment.write(folder, "launching")
 
 
-def start(run: Run, rendered: Rendered) -> int:
+def start(run: Run, rendered: Rendered, lock: IO[str]) -> int:
     for group in (run.model, run.data):
         if group.fetch:
             FETCH[group.fetch]()
-    env = {**os.environ, **rendered.env}
+    # a command that outlives this process keeps the folder
+    options = {"env": {**os.environ, **rendered.env}, "pass_fds": [lock.fileno()]}
     for command in rendered.preflight:
-        if status := subprocess.run(command, env=env).returncode:
+        if status := subprocess.run(command, **options).returncode:
             print("launch: the preflight failed, so nothing was started", file=sys.stderr)
             return status
-    return subprocess.run(rendered.command, env=env).returncode
+    return subprocess.run(rendered.command, **options).returncode
 
 
 def show(run: Run, rendered: Rendered) -> None:
@@ -107,7 +137,7 @@ def show(run: Run, rendered: Rendered) -> None:
     print(f"\nnothing was started; all of it is in {run.folder}", flush=True)
 
 
-# points of this sweep that could not be started, or failed
+# folders of the points of this sweep that could not be started, or failed
 failed: list[str] = []
 
 
@@ -117,16 +147,16 @@ def main(composed: DictConfig) -> None:
     composed.folder = HydraConfig.get().runtime.output_dir
     try:
         run, rendered = prepare(composed)
+        with held(run) as lock:
+            write(run, rendered)
+            print(shown(rendered), flush=True)
+            if run.dry_run:
+                show(run, rendered)
+            elif start(run, rendered, lock):
+                failed.append(run.folder)
     except ValueError as error:
         print(f"launch: {error}", file=sys.stderr)
         failed.append(composed.folder)
-        return
-    write(run, rendered)
-    print(shown(rendered), flush=True)
-    if run.dry_run:
-        show(run, rendered)
-    elif start(run, rendered):
-        failed.append(run.folder)
 
 
 if __name__ == "__main__":
@@ -136,4 +166,6 @@ if __name__ == "__main__":
         sys.exit(f"launch: {error}")
     main()
     # only now: one point that fails doesn't keep the others of its sweep from running
+    if failed and {"-m", "--multirun"} & set(sys.argv):
+        print(f"launch: failed: {', '.join(failed)}", file=sys.stderr)
     sys.exit(1 if failed else 0)

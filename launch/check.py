@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-import copy
-import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ValidationError
 
 import ds_fused
+from launch.check_deepspeed import check_batch, check_deepspeed
 from launch.clusters import KINDS, hostfile
 from launch.environment import is_secret
-from launch.render import ds_config
 from launch.schema import Run
 
-# read by parts of DeepSpeed other than its DeepSpeedConfig
-ELSEWHERE = {"ds_fused", "sequence_parallel_size"}
+# what is given a value
+NAMES = re.compile(r"([\w-]+)\s*[=:]")
+# key -> the least that makes sense
+LEAST = {
+    "data.block": 2,  # the first token of a block has no loss
+    "data.eval_blocks": 1,
+    "train.steps": 1,
+    "train.seed": 0,
+    "train.log_every": 1,
+    "train.eval_every": 0,
+    "train.save_every": 0,
+    "train.timeout_s": 1,
+    "cluster.ssh_port": 1,
+    "cluster.cpus": 1,
+    "cluster.notice": 1,
+    "cluster.restarts": 0,
+}
 
 
 def typed(composed: DictConfig) -> Run:
@@ -33,7 +47,8 @@ def typed(composed: DictConfig) -> Run:
         run: Run = OmegaConf.to_object(OmegaConf.merge(schema, composed))
     except OmegaConfBaseException as error:
         # the lines behind the first name omegaconf's own objects
-        raise ValueError(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}") from None
+        where = error.full_key or unmergeable(schema, composed) or "configuration"
+        raise ValueError(f"{where}: {str(error).splitlines()[0]}") from None
     if run.resume not in (True, False, "auto"):
         raise ValueError(f"resume is {run.resume!r}, but must be auto, true or false")
     if kind == "hostfile":
@@ -41,27 +56,44 @@ def typed(composed: DictConfig) -> Run:
     return run
 
 
+def unmergeable(schema: DictConfig, composed: DictConfig) -> str | None:
+    """The first key whose value is a list where the schema has a mapping, or the reverse: omegaconf doesn't name it."""
+    for group in ("model", "data", "train", "cluster"):
+        for key in composed[group]:
+            try:
+                OmegaConf.merge(schema[group], {key: composed[group][key]})
+            except OmegaConfBaseException:
+                return f"{group}.{key}"
+    return None
+
+
 def refuse_secrets(composed: Mapping, where: str = "") -> None:
     """The run's folder holds the whole configuration, so no secret may come in by it."""
     for key, value in composed.items():
         if isinstance(value, Mapping):
             refuse_secrets(value, f"{where}{key}.")
-        elif value is not None and is_secret(str(key), value):
+        elif value is not None and (is_secret(str(key), value) or sets_a_secret(key, value)):
             raise ValueError(
                 f"{where}{key} looks like a secret, and would be written to the run's folder: export it instead, or "
                 "put it into ~/.deepspeed_env, which DeepSpeed takes to the nodes of a hostfile"
             )
 
 
+def sets_a_secret(key: object, value: object) -> bool:
+    """Whether it is text for a shell that sets a variable which looks like one: `export HF_TOKEN=...`."""
+    return key in ("setup", "options", "launcher_args") and any(map(is_secret, NAMES.findall(str(value))))
+
+
 def refuse_secrets_typed(words: Sequence[str]) -> None:
     """The same of a command line: Hydra writes that of a sweep down before any point of it is composed."""
     for word in words:
-        for name in re.findall(r"([\w-]+)\s*[=:]", word):
+        for name in NAMES.findall(word):
             refuse_secrets({name: word})
 
 
 def check(run: Run, ranks: int) -> None:
-    """What DeepSpeed and ds_fused would refuse on the ranks."""
+    """What train.py, DeepSpeed and ds_fused would refuse on the ranks."""
+    check_numbers(run)
     check_batch(run.deepspeed, ranks)
     check_deepspeed(run, ranks)
     try:
@@ -70,100 +102,17 @@ def check(run: Run, ranks: int) -> None:
         raise ValueError(f"fused: {error}") from None
 
 
-def data_parallel(deepspeed: Mapping, ranks: int) -> int:
-    """How many ranks see different data."""
-    for key in ("tensor_parallel.autotp_size", "sequence_parallel_size"):
-        size = OmegaConf.select(OmegaConf.create(dict(deepspeed)), key) or 1
-        if ranks % size:
-            raise ValueError(f"deepspeed.{key} is {size}, which doesn't divide the {ranks} ranks of the cluster")
-        ranks //= size
-    return ranks
-
-
-def check_batch(deepspeed: Mapping, ranks: int) -> None:
-    """train_batch_size = train_micro_batch_size_per_gpu x gradient_accumulation_steps x ranks."""
-    ranks = data_parallel(deepspeed, ranks)
-    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    whole, micro, accumulate = (deepspeed.get(key) for key in keys)
-    for key in keys:
-        if deepspeed.get(key) is not None and not (isinstance(deepspeed[key], int) and deepspeed[key] > 0):
-            raise ValueError(f"deepspeed.{key} is {deepspeed[key]!r}, but must be a positive number")
-    if whole is None:
-        if micro is None:
-            raise ValueError(f"deepspeed.{keys[1]} must be given, or deepspeed.{keys[0]}")
-        return
-    product = (micro or 1) * (accumulate or 1) * ranks
-    exact = micro is not None and accumulate is not None
-    if whole != product if exact else whole % product:
-        factors = [f"deepspeed.{key} ({deepspeed[key]})" for key in keys[1:] if deepspeed.get(key) is not None]
-        raise ValueError(
-            f"deepspeed.{keys[0]} is {whole}, but {' x '.join([*factors, f'{ranks} ranks'])} is {product}"
-            + ("" if exact else ", which doesn't divide it")
-        )
-
-
-class _Read(dict):
-    """A dict that remembers which keys were asked for."""
-
-    def __init__(self, *args: object):
-        super().__init__(*args)
-        self.asked: set[str] = set()
-
-    def __copy__(self) -> _Read:
-        # DeepSpeed reads a copy
-        return self
-
-    def __getitem__(self, key):
-        self.asked.add(key)
-        return super().__getitem__(key)
-
-    def __contains__(self, key):
-        self.asked.add(key)
-        return super().__contains__(key)
-
-    def get(self, key, default=None):
-        self.asked.add(key)
-        return super().get(key, default)
-
-    def keys(self):
-        # `key in config.keys()` is a question too
-        return self
-
-
-def check_deepspeed(run: Run, ranks: int) -> None:
-    """DeepSpeed's own reading of its configuration; a key that it doesn't ask for is a typo."""
-    from deepspeed.runtime.config import DeepSpeedConfig
-
-    # its own copy: DeepSpeed renames what is out of date in place
-    config = _Read(copy.deepcopy(ds_config(run)))
-    if config.get("train_batch_size"):
-        # where no rank runs DeepSpeed counts one; check_batch has seen to all of them
-        config["train_batch_size"] //= data_parallel(config, ranks)
-    try:
-        DeepSpeedConfig(config)
-    except ValidationError as error:
-        # a block's own error knows the path inside of the block only
-        wrong = error.errors()[0]
-        inside = ".".join(map(str, wrong["loc"]))
-        key = next((path for path in paths(run.deepspeed) if f".{path}".endswith(f".{inside}")), inside)
-        raise ValueError(f"deepspeed.{key} is {wrong['input']!r}: {wrong['msg']}") from None
-    except Exception as error:
-        # DeepSpeed's words, whatever their type: assertions and errors of its own
-        raise ValueError(f"deepspeed: {error}") from None
-    for key in run.deepspeed:
-        if key not in config.asked | ELSEWHERE:
-            near = difflib.get_close_matches(key, config.asked, n=1)
-            raise ValueError(
-                f"deepspeed.{key} is no key that DeepSpeed reads" + (f"; did you mean {near[0]}?" if near else "")
-            )
-
-
-def paths(config: Mapping) -> Iterator[str]:
-    """Every key of a nested configuration, with dots."""
-    for key, value in config.items():
-        yield str(key)
-        if isinstance(value, Mapping):
-            yield from (f"{key}.{path}" for path in paths(value))
+def check_numbers(run: Run) -> None:
+    for key, least in LEAST.items():
+        group, name = key.split(".")
+        # each kind of cluster has keys of its own, some of which may stay open
+        value = getattr(getattr(run, group), name, None)
+        if value is not None and value < least:
+            raise ValueError(f"{key} is {value}, but must be at least {least}")
+    if not 0 < run.data.held_out < 1:
+        raise ValueError(f"data.held_out is {run.data.held_out}, but must be a share between 0 and 1")
+    if not run.data.text:
+        raise ValueError("data.text is empty, but must name a file or a folder")
 
 
 def missing_paths(run: Run) -> Iterator[str]:
@@ -171,14 +120,21 @@ def missing_paths(run: Run) -> Iterator[str]:
     if run.cluster.kind == "kubernetes":
         # its paths are of the image and of the volumes
         return
-    if run.model.fetch is None and looks_like_a_folder(run.model.path) and not os.path.isdir(run.model.path):
-        yield f"model.path is {run.model.path}: no such folder"
-    if run.model.tokenizer and looks_like_a_folder(run.model.tokenizer) and not os.path.isdir(run.model.tokenizer):
-        yield f"model.tokenizer is {run.model.tokenizer}: no such folder"
+    if run.model.fetch is None:
+        for key in ("path", "tokenizer"):
+            folder = getattr(run.model, key)
+            if folder and looks_like_a_folder(folder) and not os.path.isdir(folder):
+                yield f"model.{key} is {folder}: no such folder"
+        if os.path.isdir(run.model.path) and not os.path.isfile(os.path.join(run.model.path, "config.json")):
+            yield f"model.path is {run.model.path}: no config.json in it"
     if run.data.fetch is None:
         for place in run.data.text:
             if not os.path.exists(place):
                 yield f"data.text names {place}: no such file or folder"
+            elif os.path.isdir(place) and not any(Path(place).rglob("*.txt")):
+                yield f"data.text names {place}: no *.txt in it"
+    if run.cluster.kind == "hostfile" and run.cluster.launcher != "pdsh" and not find_spec("mpi4py"):
+        yield f"cluster.launcher is {run.cluster.launcher}, whose ranks need the package mpi4py: it is not installed"
     if run.resume is True and not os.path.isfile(os.path.join(run.folder, "checkpoints", "latest")):
         yield f"resume is true, but {run.folder}/checkpoints holds no checkpoint; resume=auto starts anew then"
 

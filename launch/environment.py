@@ -25,12 +25,15 @@ SECRET = re.compile(
     r"|password|secret|credential",
     re.IGNORECASE,
 )
-# user:password@ in an address
-LOGIN = re.compile(r"//[^/@:\s]+:[^/@\s]+@")
+# user:password@ in an address, and how the tokens of HuggingFace, AWS, GitHub, OpenAI and Slack look
+SECRET_VALUE = re.compile(
+    r"//[^/@:\s]*:[^/@\s]+@|\bhf_[A-Za-z0-9]{30,}|\b(AKIA|ASIA)[0-9A-Z]{16}\b|\bgh[pousr]_\w{36}|\bgithub_pat_\w{22}"
+    r"|\bsk-[\w-]{20,}|\bxox[abprs]-[\w-]{10,}"
+)
 
 
 def is_secret(name: str, value: object = None) -> bool:
-    return bool(SECRET.search(name) or LOGIN.search(str(value)))
+    return bool(SECRET.search(name) or SECRET_VALUE.search(str(value)))
 
 
 def settings(env: Mapping[str, str], prefixes: Sequence[str] = SETTINGS) -> dict[str, str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -47,6 +48,8 @@ class Rendered:
     ranks: int
     # name -> text, for the run's folder
     files: dict[str, str] = field(default_factory=dict)
+    # further commands that the launching machine must have
+    needs: tuple[str, ...] = ()
     # run to their ends before the command does; none where no preflight is asked for, or where a file has it
     preflight: list[list[str]] = field(default_factory=list)
 
@@ -113,6 +116,9 @@ def rank_env(cluster: Cluster, on_cpu: bool, threads: int) -> dict[str, str]:
         env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, threads))}
         # huge pages: without, SmolLM2 took 900,000 page faults a step and spent 40 % of its CPU time in the kernel
         env["THP_MEM_ALLOC_ENABLE"] = "1"
+    for name in cluster.env or {}:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError(f"cluster.env names {name!r}, which is no name that a variable can have")
     return {**env, **(cluster.env or {})}
 
 

@@ -29,7 +29,7 @@ import report
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.constants import default_pg_timeout
+from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT, default_pg_timeout
 from toolchain import missing_build_tools
 from torch import Tensor
 from torch.distributed import distributed_c10d
@@ -77,7 +77,9 @@ def join_ranks(timeout_s: int) -> None:
     limit = timedelta(seconds=timeout_s)
     # DeepSpeed hands the time-out to its first group; the groups that ZeRO adds to it take PyTorch's defaults
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
-    deepspeed.init_distributed(timeout=limit)
+    # where MPI starts the ranks, DeepSpeed finds the address out but not the port
+    port = int(os.environ.get("MASTER_PORT", TORCH_DISTRIBUTED_DEFAULT_PORT))
+    deepspeed.init_distributed(timeout=limit, distributed_port=port)
 
 
 def expect_progress(timeout_s: int) -> None:
@@ -187,6 +189,22 @@ def mean_over_ranks(values: Tensor) -> list[float]:
     values = values.clone()
     dist.all_reduce(values)
     return (values / dist.get_world_size()).tolist()
+
+
+def save_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
+    """A checkpoint that is whole once `latest` names it.
+
+    DeepSpeed's first rank names it when its own part is written: killed right then, the others' parts would be missing.
+    """
+    # its writers of checkpoints in the background know themselves when all is written
+    in_background = engine.checkpoint_engine.is_decoupled()
+    tag = f"global_step{engine.global_steps}"
+    # comes back when every rank is done
+    engine.save_checkpoint(str(folder), tag=tag, save_latest=in_background)
+    if dist.get_rank() == 0 and not in_background:
+        aside = folder / ".latest"
+        aside.write_text(tag)
+        aside.replace(folder / "latest")
 
 
 class StopSignal:
@@ -327,7 +345,7 @@ def train(args: argparse.Namespace) -> None:
             last, logged = now, done
         if stopping or args.save_every and (done % args.save_every == 0 or done == args.steps):
             expect_progress(args.timeout_s)
-            engine.save_checkpoint(str(checkpoints))
+            save_checkpoint(engine, checkpoints)
             expect_progress(args.timeout_s)
         if stopping:
             stop.leave()
@@ -355,10 +373,12 @@ def main() -> None:
     try:
         join_ranks(args.timeout_s)
         train(args)
-    except RuntimeError as error:
+    except Exception as error:
+        rank, host = os.environ.get("RANK", "0"), platform.node()
+        if rank == "0" and args.out.is_dir():
+            report.write(args.out, "failed")
         if not lost_ranks(error):
             raise
-        rank, host = os.environ.get("RANK", "0"), platform.node()
         print(
             f"rank {rank} on {host} has lost the other ranks: one has failed, or its host or the network is down "
             f"({error}); --resume goes on from the newest checkpoint",

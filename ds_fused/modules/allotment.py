@@ -2,13 +2,14 @@
 
 The room for what is kept, in a forward over T tokens:
 
-    room = share * (memory this process can have) - held at its start - rise * max(1, T / T0)
+    room = share * (memory this process can have) - held at its start - rise(T)
 
-``rise`` is how far memory rose above what was held at the start, while a forward over T0 tokens and its backward kept
-nothing, up to the repetition of the first layer: the last moment at which something kept could be in the way. So a
-longer batch keeps less, and where nothing has room everything is computed again, as without this. The first forwards
-are those that are measured; each has the device forget its peak of memory. What a layer would keep is counted in them,
-byte by byte.
+``rise`` is how far memory rose above what was held at the start, while a forward over T tokens and its backward kept
+nothing, up to the repetition of the first layer: the last moment at which something kept could be in the way. The first
+forwards are measured so, and later one that is much longer than those; each has the device forget its peak of memory.
+Between two lengths the rise lies on the line between theirs or below it, as it is the largest of some that grow evenly;
+beyond the longest it is taken to be in proportion. So a longer batch keeps less, and where nothing has room everything
+is computed again, as without this. What a layer would keep is counted in what is measured, byte by byte.
 
 Attention comes first, then products, each from the last layer to the first: backward frees the last layer's first,
 while gradients add up.
@@ -29,6 +30,8 @@ from ds_fused.modules.kept import LEVELS, Learnt, Recording, needed_bytes
 
 # the first pass makes what stays (workspaces, gradients, states of an optimizer); ZeRO-3 fetches ahead from the second
 MEASURED = 3
+# a forward that is so many times as long as all that were measured is measured itself
+LONGER = 1.2
 # of the memory: the rest is for what lies between the allocator's blocks; not yet measured
 SHARE = 0.9
 # less of it each time that the allocator ran out of memory, or had to give back what it had in store
@@ -60,10 +63,16 @@ class Fixed:
         return Recording(learnt, LEVELS[self._level])
 
 
-def allot(room: float, attention: Sequence[float], matmuls: Sequence[float]) -> list[str]:
-    """The level of each layer: what fits into that many bytes, given the bytes of each layer; 0: nothing is known."""
+def allot(
+    room: float, attention: Sequence[float], matmuls: Sequence[float], *, attention_waits: bool = False
+) -> list[str]:
+    """The level of each layer: what fits into that many bytes, given the bytes of each layer; 0: nothing is known.
+
+    ``attention_waits``: elsewhere, so it takes no room.
+    """
     levels = ["full"] * len(attention)
-    for level, sizes, before in (("attention", attention, "full"), ("matmuls", matmuls, "attention")):
+    taking = [0.0] * len(attention) if attention_waits else attention
+    for level, sizes, before in (("attention", taking, "full"), ("matmuls", matmuls, "attention")):
         for i in reversed(range(len(levels))):
             # a layer without attention has the level all the same
             if levels[i] == before and sizes[i] <= room and attention[i] + matmuls[i] > 0:
@@ -106,16 +115,20 @@ class Auto:
     """By what memory allows: ``keep_bytes`` if given, else as the text above says.
 
     ``tell``: is given a line when it is decided what is kept, and when that changes for a reason.
+    ``attention_waits``: on the host.
     """
 
-    def __init__(self, layers: int, keep_bytes: int | None, tell: Callable[[str], None]) -> None:
-        self._keep_bytes, self._tell = keep_bytes, tell
+    def __init__(
+        self, layers: int, keep_bytes: int | None, tell: Callable[[str], None], *, attention_waits: bool = False
+    ) -> None:
+        self._keep_bytes, self._tell, self._attention_waits = keep_bytes, tell, attention_waits
         self._line = "kept as memory allows, which the first steps measure"
         self._is_off = False
         self._to_measure = MEASURED if keep_bytes is None else 1
         self._memory: Memory | None = None
         self._share, self._troubles = SHARE, 0
-        self._rise = self._rise_tokens = 0
+        # tokens -> bytes
+        self._rises: dict[int, int] = {}
         # bytes for each token, by layer
         self._attention, self._matmuls = [0.0] * layers, [0.0] * layers
         self._levels = ["full"] * layers
@@ -158,6 +171,8 @@ class Auto:
                 self._switch_off(f"nothing is known of the memory of {device.type}; say recompute.keep_mb")
                 return
             self._held = self._memory.held()
+            if not self._to_measure and tokens > LONGER * max(self._rises):
+                self._to_measure, self._levels = 1, ["full"] * len(self._levels)
         if self._to_measure:
             if self._memory is not None:
                 self._memory.forget_peak()
@@ -165,7 +180,7 @@ class Auto:
             return
         room = self._room()
         attention, matmuls = ([size * tokens for size in sizes] for sizes in (self._attention, self._matmuls))
-        self._levels = allot(room, attention, matmuls)
+        self._levels = allot(room, attention, matmuls, attention_waits=self._attention_waits)
         line = self._said(room, attention, matmuls)
         if self._line != line:
             is_first, self._line = not self._line.startswith("at "), line
@@ -186,8 +201,7 @@ class Auto:
         # what the first forward makes and keeps is no rise of the others
         if self._memory is not None and self._to_measure < MEASURED - 1:
             rise = self._memory.peak() - self._held
-            if rise >= self._rise:
-                self._rise, self._rise_tokens = rise, self._tokens
+            self._rises[self._tokens] = max(rise, self._rises.get(self._tokens, 0))
 
     def _room(self) -> float:
         if self._keep_bytes is not None:
@@ -197,14 +211,23 @@ class Auto:
             self._troubles = troubles
             self._share = max(0.0, self._share - STEP)
             self._tell(f"the device ran short of memory; {self._share:.2f} of it is planned with from here on")
-        rise = self._rise * max(1.0, self._tokens / self._rise_tokens)
-        return self._share * self._memory.available() - self._held - rise
+        return self._share * self._memory.available() - self._held - self._rise(self._tokens)
+
+    def _rise(self, tokens: int) -> float:
+        longer = min((known for known in self._rises if known >= tokens), default=None)
+        shorter = max((known for known in self._rises if known < tokens), default=None)
+        if longer is None:
+            return self._rises[shorter] * tokens / shorter
+        if shorter is None:
+            return self._rises[longer]
+        share = (tokens - shorter) / (longer - shorter)
+        return self._rises[shorter] + share * (self._rises[longer] - self._rises[shorter])
 
     def _said(self, room: float, attention: Sequence[float], matmuls: Sequence[float]) -> str:
         of_attention = [size for size, level in zip(attention, self._levels, strict=True) if level != "full"]
         of_matmuls = [size for size, level in zip(matmuls, self._levels, strict=True) if level == "matmuls"]
         counts = f"attention of {_nonzero(of_attention)} and products of {_nonzero(of_matmuls)}"
-        kept = sum(of_attention) + sum(of_matmuls)
+        kept = sum(of_matmuls) + (0 if self._attention_waits else sum(of_attention))
         return (
             f"at {self._tokens} tokens {counts} of {len(self._levels)} layers kept, "
             f"{kept / 2**20:.4g} MiB where {max(0, room) / 2**20:.4g} have room"

@@ -6,11 +6,12 @@ per instance, so that a stock model in the same process stays stock. The copy is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import CellType, FunctionType
 
 from torch import nn
 
+from ds_fused.modules.qk_norm import with_waiting_norms
 from ds_fused.modules.rotary import Turn, fused_rotary
 
 WORD = "apply_rotary"  # in the names of all such functions
@@ -22,9 +23,23 @@ class Rope:
     @staticmethod
     def _ds_fused_members(cls: type[nn.Module], *turns: tuple[str, Turn]) -> dict[str, object]:
         """``forward`` made from the original's code; ``turns``: name of a function, how it turns."""
-        stock = rotary_functions(cls)
-        new = {name: fused_rotary(stock[name], turn) for name, turn in turns}
-        return {"forward": exchanged(cls.forward, new)}
+        return {"forward": exchanged(cls.forward, fused_functions(cls, turns))}
+
+
+class NormedRope:
+    """The original forward with fused rotary functions, which norms of q and k wait for."""
+
+    @staticmethod
+    def _ds_fused_members(cls: type[nn.Module], norms: tuple[str, ...], *turns: tuple[str, Turn]) -> dict[str, object]:
+        """``norms``: names of the children that wait."""
+        fused = exchanged(cls.forward, fused_functions(cls, turns))
+        return {"forward": with_waiting_norms(fused, cls.forward, norms)}
+
+
+def fused_functions(cls: type[nn.Module], turns: Iterable[tuple[str, Turn]]) -> dict[str, Callable]:
+    """Name -> what stands where the rotary function of that name stood."""
+    stock = rotary_functions(cls)
+    return {name: fused_rotary(stock[name], turn) for name, turn in turns}
 
 
 def rotary_functions(cls: type[nn.Module]) -> dict[str, Callable]:

@@ -15,7 +15,8 @@ of the tokens, or the logarithm of their softmax, of which the cross entropy is 
 the real logits, by the head's own call, and goes on with those, so the result is always right.
 
 It is a plain object and no tensor, because torch.compile traces through it, which it does not through a tensor subclass
-without values. What leaves the forward after a fused loss has the opposite needs and is a tensor (``on_demand.py``).
+without values. What leaves the forward after a fused loss has the opposite needs and is a tensor (``on_demand.py``, and
+``out_of_graph.py`` where the forward is a part of a compiled graph).
 
 Memory: it holds ``hidden``; once read, the logits as well. It refers to nothing that refers to it.
 """
@@ -38,7 +39,7 @@ from ds_fused.ops._triton import autocast_dtype
 class HeadCall:
     """One postponed call of the head, shared by every ``DeferredLogits`` that derives from it."""
 
-    __slots__ = ("_base", "_base_version", "autocast", "dtype", "head", "hidden", "on_demand")
+    __slots__ = ("_base", "_base_version", "autocast", "dtype", "fused", "head", "hidden", "on_demand")
 
     def __init__(self, head: nn.Module, hidden: Tensor) -> None:
         self.head = head
@@ -46,10 +47,12 @@ class HeadCall:
         self.autocast = autocast_dtype(hidden)
         # autocast leaves fp64 alone
         self.dtype = hidden.dtype if self.autocast is None or hidden.dtype == torch.float64 else self.autocast
-        # set once a loss was computed: what the head returned beside it, for whoever reads the logits later
+        # whether a loss was computed, and what the head returned beside it, for whoever reads the logits later; None
+        # where that was in a compiled graph
+        self.fused = False
         self.on_demand: Tensor | None = None
         self._base: Tensor | None = None
-        self._base_version = 0
+        self._base_version = 0.0
 
     @property
     def shape(self) -> torch.Size:
@@ -64,14 +67,20 @@ class HeadCall:
         return self._base
 
 
-def _version(x: Tensor) -> int:
+def _version(x: Tensor) -> float:
+    # a graph counts none, so that each may have been written to: what is computed twice for it, its compiler finds
+    if torch.compiler.is_compiling():
+        return math.nan
     # tensors made in inference mode count no versions, and nothing can be differentiated through them
     return 0 if x.is_inference() else x._version
 
 
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    # a graph keeps no account of memory
-    return torch.compiler.is_compiling() or a.untyped_storage()._cdata == b.untyped_storage()._cdata
+def _same_memory(derived: Tensor, whole: Tensor, step: str) -> bool:
+    """Whether a step that chooses or arranges tokens left them where they were."""
+    # a graph keeps no account of memory, but knows strides
+    if torch.compiler.is_compiling():
+        return step in ("index", "transpose") or whole.is_contiguous()
+    return derived.untyped_storage()._cdata == whole.untyped_storage()._cdata
 
 
 def _is_number(x: object) -> bool:
@@ -102,7 +111,7 @@ class DeferredLogits:
         self.log_probs = False
         self._real: Tensor | None = None
         # the version of its memory before anybody wrote to it
-        self._unwritten = 0
+        self._unwritten = 0.0
         # the logits that these choose from or arrange. In the same memory, what is written to one is seen in the other
         self._viewed: DeferredLogits | None = None
 
@@ -136,7 +145,7 @@ class DeferredLogits:
         if self._viewed is not None:
             whole = self._viewed.materialise()
             real, unwritten = replay(whole, self.steps[-1:]), self._viewed._unwritten
-            if _same_memory(real, whole):
+            if _same_memory(real, whole, self.steps[-1][0]):
                 self._real, self._unwritten = real, unwritten
                 return real
         # what lies elsewhere is a copy, made when nobody had written

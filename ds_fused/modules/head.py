@@ -10,6 +10,8 @@ The loss runs inside the head's own call, so whatever acts on layers through hoo
 ZeRO-3 gathers the head's weight there and releases it after. Where the weight comes in slabs of its own instead, or its
 rows stay on their ranks, there is nothing for hooks to do and the loss is computed past them. Outside such a forward
 the head is an ordinary Linear.
+
+torch.compile traces all of this, and the loss is part of its graph, unless the head has hooks: those act between two.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ from torch import Tensor, nn
 
 from ds_fused.modules.deferred import DeferredLogits, HeadCall, materialised
 from ds_fused.modules.on_demand import on_demand, sealed
-from ds_fused.modules.scope import Scope, say_once
+from ds_fused.modules.scope import Scope, has_hooks, is_observed, say_once
 from ds_fused.modules.steps import Step, replay
 from ds_fused.ops import cross_entropy, linear_cross_entropy
+from ds_fused.ops._triton import is_transformed
 from ds_fused.ops.slabs import WeightSlabs
 from ds_fused.ops.vocab_shard import VocabShard
 
@@ -56,7 +59,8 @@ class Head:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # a postponed call must fire no hook; the call that computes is nn.Module's own
-        if self._ds_fused_scope.armed() and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+        is_plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        if self._ds_fused_scope.armed() and is_plain and (torch.compiler.is_compiling() or not is_observed(self)):
             return DeferredLogits(HeadCall(self, args[0]))
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             self._say_gathered()
@@ -76,8 +80,8 @@ class Head:
         loss: LossArguments | None = None,
         slabs: WeightSlabs | VocabShard | None = None,
         later: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """With ``loss``: its value, and the logits on demand; with ``later`` those alone.
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """With ``loss``: its value, and the logits on demand (None in a compiled graph); with ``later`` those alone.
 
         ``slabs``: the weight, where it is not here whole.
         """
@@ -86,15 +90,19 @@ class Head:
             return (sealed if scope.weight.is_sharded(self) else on_demand)(HeadCall(self, input), scope.weight.whole)
         if loss is None:
             return super().forward(input)
-        # beside the loss, so that hooks which act on a layer's outputs (ZeRO-3's) see a gradient to the logits too
-        logits = (on_demand if slabs is None else sealed)(HeadCall(self, input), scope.weight.whole)
+        logits = None
+        if not torch.compiler.is_compiling():
+            # beside the loss, so that hooks which act on a layer's outputs (ZeRO-3's) see a gradient to the logits too
+            logits = (on_demand if slabs is None else sealed)(HeadCall(self, input), scope.weight.whole)
         hidden, labels = replay(input, loss.rows).reshape(-1, input.shape[-1]), loss.labels
-        # sharded, how many tokens a rank has is agreed on already
-        if scope.masked and slabs is None and loss.reduction != "none":
+        # sharded, how many tokens a rank has is agreed on already; a compiled graph has room for a fixed number of them
+        if scope.masked and slabs is None and loss.reduction != "none" and not torch.compiler.is_compiling():
             hidden, labels = _labelled(hidden, labels, loss.ignore_index)
         bias = self.bias if slabs is None else scope.weight.bias(self)
         if loss.bias is not None:
             bias = loss.bias if bias is None else bias + loss.bias
+        # what is kept for backward would be the compiler's choice
+        options = {**loss.options, "grad_in_forward": True} if torch.compiler.is_compiling() else loss.options
         value = linear_cross_entropy(
             hidden,
             self.weight if slabs is None else slabs,
@@ -106,11 +114,10 @@ class Head:
             label_smoothing=loss.label_smoothing,
             softcap=loss.softcap,
             logit_scale=loss.logit_scale,
-            **loss.options,
+            **options,
         )
         return value, logits
 
-    @torch.compiler.disable
     def cross_entropy(
         self,
         logits: DeferredLogits,
@@ -159,7 +166,7 @@ def linear_loss(logits: DeferredLogits, labels: Tensor, **arguments: Any) -> Ten
     """
     head, scope, shape = logits.head, logits.head._ds_fused_scope, logits.scale_and_softcap()
     # logits that the model computed meanwhile may have been written to, and cost their memory already
-    if scope.linear is None or scope.stock() or shape is None or logits.is_real():
+    if scope.linear is None or scope.stock() or shape is None or logits.is_real() or is_transformed():
         return None
     scale, softcap = shape
     loss = LossArguments(
@@ -172,15 +179,25 @@ def linear_loss(logits: DeferredLogits, labels: Tensor, **arguments: Any) -> Ten
         **arguments,
     )
     call = logits.call
-    slabs = scope.weight.slabs(head, labels.numel())
+    compute = _computed_between if torch.compiler.is_compiling() and has_hooks(head) else _computed
+    value, call.on_demand = compute(call, loss)
+    call.fused = scope.fused = True
+    return value
+
+
+def _computed(call: HeadCall, loss: LossArguments) -> tuple[Tensor, Tensor | None]:
+    head = call.head
+    slabs = head._ds_fused_scope.weight.slabs(head, loss.labels.numel())
     if slabs is None:
         # the head's own call, past the one that postpones
-        value, call.on_demand = nn.Module.__call__(head, call.hidden, loss=loss)
-    else:
-        # past the hooks, too: ZeRO-3's would gather the weight
-        value, call.on_demand = head.forward(call.hidden, loss, slabs)
-    scope.fused = True
-    return value
+        return nn.Module.__call__(head, call.hidden, loss=loss)
+    # past the hooks, too: ZeRO-3's would gather the weight
+    return head.forward(call.hidden, loss, slabs)
+
+
+_computed_between = torch.compiler.disable(
+    _computed, reason="the lm head has hooks, which act on its calls, so its loss is computed between two graphs"
+)
 
 
 class CausalLMLoss:
@@ -196,8 +213,6 @@ class CausalLMLoss:
         self.scope = scope
         self.real = False
 
-    # one break in a compiled graph, instead of several within the ops (checks of labels, choice of kernels)
-    @torch.compiler.disable
     def __call__(
         self,
         logits: Any,

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from ds_fused.modules.exchange import ATTENTION, MATMUL, Run, current_run
+from ds_fused.modules.offload import Group, taken, waiting_in
 from ds_fused.modules.operators import ADD, PRODUCTS, Watch, is_dear, writes
 
 # makes the result of nothing, uninitialised
@@ -61,7 +62,10 @@ class Call(NamedTuple):
     returned: list[tuple[Tensor, int]]
 
     def is_unchanged(self) -> bool:
-        return all(tensor._version == version for tensor, version in self.returned)
+        on_host = (waiting for entry in self.entries for waiting in waiting_in(entry.value))
+        return all(tensor._version == version for tensor, version in self.returned) and not any(
+            waiting.is_spoilt for waiting in on_host
+        )
 
 
 def tensors_of(value: Any) -> Iterable[Tensor]:
@@ -103,6 +107,8 @@ class Recording:
         ended: Callable[[], None] | None = None,
     ) -> None:
         self.learnt, self.kinds, self.ended = learnt, kinds, ended
+        # where attention waits; None: on the device
+        self.host: Group | None = None
         self.calls: list[Call | None] = []
         # place among the calls of one that is many -> an empty result of its
         self.empties: dict[int, Empty] = {}
@@ -114,6 +120,7 @@ class Recording:
         return _Forward(self), _Repetition(self)
 
     def kept_bytes(self) -> int:
+        """On the device."""
         entries = [entry for call in self.calls if call is not None for entry in call.entries]
         return sum(x.nbytes for entry in entries for x in tensors_of(entry.value))
 
@@ -196,7 +203,8 @@ class _Forward(_Run):
         if likeness is not None and not is_spoilt and _is_plain(made, y):
             recording.learnt.plain[likeness] = made[0].op
         is_kept = kind in recording.kinds and made and not is_spoilt
-        recording.calls.append(_kept(made, y) if is_kept else None)
+        host = recording.host if kind == ATTENTION else None
+        recording.calls.append(_kept(made, y, host) if is_kept else None)
         if recording.sizes is not None:
             recording.sizes.append((kind, sum(x.nbytes for entry in made for x in tensors_of(entry.value))))
         return y
@@ -224,10 +232,12 @@ def _is_plain(made: list[Entry], y: Any) -> bool:
     return is_alike and out.data_ptr() == y.data_ptr()
 
 
-def _kept(made: list[Entry], y: Any) -> Call:
+def _kept(made: list[Entry], y: Any, host: Group | None) -> Call:
     # detached here and not within the watch: autograd's own detach has one version with what it detaches
     memories = _memories(made)
     returned = [(x.detach(), x._version) for x in tensors_of(y) if _memory(x) in memories]
+    if host is not None:
+        return Call([Entry(op, host.sent(value, returned)) for op, value in made], [])
     return Call([Entry(op, _detached(value)) for op, value in made], returned)
 
 
@@ -296,7 +306,7 @@ class _Repetition(_Run):
             if op is ADD and _memory(args[0]) in handed_out:
                 return args[0]
             if entries and op is entries[-1].op:
-                value = entries.pop().value
+                value = taken(entries.pop().value)
                 handed_out.update(map(_memory, tensors_of(value)))
                 # without what autograd knew of it; the node that it belongs to now is made above
                 return value.detach().view(_shape(args)) if op in PRODUCTS else _detached(value)

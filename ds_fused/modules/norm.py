@@ -18,7 +18,7 @@ EPS_NAMES = ("variance_epsilon", "eps", "norm_eps", "epsilon", "layer_norm_eps")
 class RMSNorm:
     """``(offset + weight) * x / rms(x)``, rounded before the weight (Llama) or once behind it (Gemma, OLMo 2).
 
-    With a residual (see ``takes_residual``) it returns two: the norm of the sum, and the sum.
+    With a residual (see ``takes_more``) it returns two: the norm of the sum, and the sum.
     """
 
     fused_eps: str
@@ -124,8 +124,8 @@ class GroupNorm:
         return group_norm(x, self.num_groups, self.weight, self.bias, eps=self.eps)
 
 
-def takes_residual(module: nn.Module) -> bool:
-    """Whether a layer is a norm that may be called with a residual beside its input.
+def takes_more(module: nn.Module) -> bool:
+    """Whether a layer is a norm that may be called with more than its input.
 
     Not one with hooks of others than DeepSpeed, which expect one tensor in and one out.
     """
@@ -138,7 +138,7 @@ def takes_residual(module: nn.Module) -> bool:
             source = getattr(hook, "__module__", None) or type(hook).__module__
             if not source.startswith("deepspeed."):
                 if not torch.compiler.is_compiling():
-                    say_once(f"ds_fused: a {type(module).__name__} has a hook of {source}, so no residual goes into it")
+                    say_once(f"ds_fused: a {type(module).__name__} has a hook of {source}, so it is fused with nothing")
                 return False
     return True
 

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ds_fused.modules.deferred import HeadCall
+from ds_fused.modules.deferred import DeferredLogits, HeadCall
 from ds_fused.modules.steps import Step, replay
 
 log = logging.getLogger("ds_fused")
@@ -47,6 +47,15 @@ def sample(weight: Tensor) -> Tensor:
     flat = weight.detach().reshape(-1)
     # odd: no power of two between samples, or they would all lie in one column
     return flat[:: (flat.numel() // SAMPLED_ELEMENTS) | 1].clone()
+
+
+def say_if_changed(weight: Tensor, sampled: Tensor) -> None:
+    """Warn where it is no longer the weight that ``sampled`` was taken of."""
+    if not torch.equal(sample(weight).to(sampled), sampled):
+        log.warning(
+            "ds_fused: these logits are read after the head's weight changed, so they are those of the new "
+            'weight; read them before the optimizer steps, or set "logits": "keep" in the ds_fused block'
+        )
 
 
 class Source:
@@ -94,11 +103,8 @@ class _Read:
         # not the head's own call: outside the model's forward its hooks have no place in ZeRO-3's order of gathering
         with torch.inference_mode(self.hidden.is_inference()), torch.no_grad(), self.whole_weight(self.head):
             weight = self.head.weight
-            if self.sample is not None and not torch.equal(sample(weight).to(self.sample), self.sample):
-                log.warning(
-                    "ds_fused: these logits are read after the head's weight changed, so they are those of the new "
-                    'weight; read them before the optimizer steps, or set "logits": "keep" in the ds_fused block'
-                )
+            if self.sample is not None:
+                say_if_changed(weight, self.sample)
             return self.logits(self.hidden, weight, self.head.bias)
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -211,7 +217,7 @@ class LogitsOnDemand(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in _FACTS:
+        if func in FACTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func in _DETACH:
@@ -265,10 +271,10 @@ _METHODS = """
     is_complex is_signed is_inference register_hook retain_grad __len__ __hash__
 """
 # not every version of PyTorch has them all
-_FACTS = {getattr(torch.Tensor, name).__get__ for name in _ATTRIBUTES.split() if hasattr(torch.Tensor, name)}
-_FACTS |= {getattr(torch.Tensor, name) for name in _METHODS.split() if hasattr(torch.Tensor, name)}
-_FACTS |= {torch.numel, torch.is_floating_point, torch.is_complex, torch.is_inference}
-_FACTS |= {torch.Tensor.grad.__set__, torch.Tensor._backward_hooks.__set__}
+FACTS = {getattr(torch.Tensor, name).__get__ for name in _ATTRIBUTES.split() if hasattr(torch.Tensor, name)}
+FACTS |= {getattr(torch.Tensor, name) for name in _METHODS.split() if hasattr(torch.Tensor, name)}
+FACTS |= {torch.numel, torch.is_floating_point, torch.is_complex, torch.is_inference}
+FACTS |= {torch.Tensor.grad.__set__, torch.Tensor._backward_hooks.__set__}
 
 
 def on_demand(call: HeadCall, whole_weight: WholeWeight) -> LogitsOnDemand:
@@ -284,6 +290,16 @@ def sealed(call: HeadCall, whole_weight: WholeWeight) -> LogitsOnDemand:
     # not even looked at: within the model's forward ZeRO-3 would gather it, and hold it until the forward ends
     source = Source(_Read(call, whole_weight, weight=None), call.shape, call.dtype, call.hidden.device)
     return _Sealed.apply(source, call.hidden)
+
+
+def leaving(logits: DeferredLogits) -> LogitsOnDemand:
+    """Deferred logits as they leave the forward."""
+    call = logits.call
+    if call.on_demand is None:
+        # the head made none: the loss is outside of the forward, or in a compiled graph
+        with torch.autocast(logits.device.type, dtype=call.autocast, enabled=call.autocast is not None):
+            call.on_demand = logits.head.forward(call.hidden, later=True)
+    return with_steps(call.on_demand, logits.steps, logits.shape, logits.dtype)
 
 
 def with_steps(

@@ -1,4 +1,5 @@
-"""A layer under gradient checkpointing, of whose forward a part is kept (``kept.py`` says how).
+"""A layer under gradient checkpointing, of whose forward a part is kept (``kept.py`` says how), or whose input waits
+in the host's memory (``offload.py``).
 
 The class that the layer gets has one thing more, its checkpointing function, which is transformers' or whatever else
 stands there with the contexts that keep. Whether a layer is checkpointed at all, and when that is switched on, stays
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ds_fused.modules.allotment import Allotment
 from ds_fused.modules.kept import Learnt
+from ds_fused.modules.offload import Offload
 from ds_fused.modules.scope import say_once
 
 FUNCTION = "_gradient_checkpointing_func"
@@ -27,7 +29,8 @@ class Recompute:
 
     fused_place: int  # among the layers of its stack
     fused_learnt: Learnt
-    fused_allotment: Allotment
+    fused_allotment: Allotment | None  # None: all is computed again, as without this
+    fused_offload: Offload | None  # None: the input stays on the device
 
     @property
     def _gradient_checkpointing_func(self) -> Callable:
@@ -52,8 +55,30 @@ def _checkpointed(layer: Recompute, stock: Callable, function: Callable, *args: 
         return stock(function, *args)
     if not torch.is_grad_enabled():
         return stock(function, *args)
-    recording = layer.fused_allotment.recording(layer.fused_place, layer.fused_learnt, x)
-    return stock(function, *args, context_fn=recording.contexts)
+    host = None if layer.fused_offload is None else layer.fused_offload.begin()
+    contexts = {}
+    if layer.fused_allotment is not None:
+        recording = layer.fused_allotment.recording(layer.fused_place, layer.fused_learnt, x)
+        recording.host = host
+        contexts["context_fn"] = recording.contexts
+    if host is None:
+        return stock(function, *args, **contexts)
+    if not any(arg is x for arg in args):
+        function, args = _by_place(function, x), (x, *args)
+    with host.saving(x):
+        return stock(function, *args, **contexts)
+
+
+def _by_place(function: functools.partial, x: Tensor) -> Callable:
+    """The function, given x first: what is given by name the checkpoint does not save, but holds."""
+    inner, before, named = function.func, function.args, dict(function.keywords)
+    name = next(name for name, value in named.items() if value is x)
+    del named[name]
+
+    def call(x: Tensor, *args: Any) -> Any:
+        return inner(*before, *args, **named, **{name: x})
+
+    return call
 
 
 def takes_contexts(function: object) -> bool:

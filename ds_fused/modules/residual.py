@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ds_fused.modules.attention import exchanged
-from ds_fused.modules.norm import takes_residual
+from ds_fused.modules.norm import takes_more
 from ds_fused.modules.postponed import Postponed, computed
 
 
@@ -84,7 +84,7 @@ class Child:
     def __call__(self, *args: Any, **named: Any) -> Any:
         module = self._ds_fused_module
         x = args[0] if len(args) == 1 and not named else None
-        if isinstance(x, Sum) and x.summands is not None and takes_residual(module):
+        if isinstance(x, Sum) and x.summands is not None and takes_more(module):
             return x.normalised(module)
         made = module(*(computed(arg) for arg in args), **{name: computed(arg) for name, arg in named.items()})
         if isinstance(made, Tensor):

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ds_fused.modules.postponed import computed
+from ds_fused.modules.qk_norm import Normed, turned_together
 from ds_fused.ops import rope
 
 # what the parameters of the functions are called -> what they are
@@ -88,7 +90,7 @@ def fused_rotary(stock: Callable, turn: Turn) -> Callable:
             where = 1  # Pixtral's: angles of tokens alone, which all heads of all samples share
         # with positions, cos and sin are tables; and a call that was not proven is the original's
         if given.get("position_ids") is not None or not takes(q, k, cos, where):
-            return stock(*args, **named)
+            return stock(*map(computed, args), **{name: computed(value) for name, value in named.items()})
         return _turned(q, k, cos, sin, where, turn)
 
     return apply_rotary
@@ -112,6 +114,11 @@ def _turned(
     cos, sin = (None if a is None else _by_pair(a, turn) for a in (cos, sin))
     if turn.opposite:
         sin = -sin
+    if isinstance(q, Normed) and isinstance(k, Normed) and turns_with_norms(turn):
+        y = turned_together(q, k, cos, sin, heads_dim, turn.keep_dtype)
+        if y is not None:
+            return y
+    q, k = computed(q), computed(k)
     single = k is None
     if single:
         # rope turns two; of the second there are no heads
@@ -127,6 +134,11 @@ def _turned(
     if rest is not None:
         y = tuple(torch.cat(pieces, -1) for pieces in zip(rest, y, strict=True))
     return y[0] if single else y
+
+
+def turns_with_norms(turn: Turn) -> bool:
+    """Whether ``rms_norm_rope`` turns so."""
+    return not turn.neighbours and not turn.last
 
 
 def _by_pair(angles: Tensor, turn: Turn) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -13,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ds_fused.modules.deferred import DeferredLogits
-from ds_fused.modules.on_demand import WholeWeight, with_steps
+from ds_fused.modules.on_demand import WholeWeight, leaving
+from ds_fused.modules.out_of_graph import out_of_graph
+from ds_fused.modules.swap import home_of
+from ds_fused.ops._triton import is_transformed
 from ds_fused.ops.slabs import WeightSlabs
 from ds_fused.ops.vocab_shard import VocabShard
 
@@ -27,19 +31,51 @@ def say_once(line: str) -> None:
         log.warning(line)
 
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+# whose hooks act on any layer's call alike, to gather weights
+_GATHERING = ("deepspeed", "torch")
+
+
+def is_observed(head: nn.Module) -> bool:
+    """Whether hooks of anybody else hang on the head: they expect its logits, and one that gives a loss is no head."""
+    hooks = (hook for name in _HOOKS for hook in vars(head)[name].values())
+    return any(home_of(hook).partition(".")[0] not in _GATHERING for hook in hooks)
+
+
+def _no_slabs(head: nn.Module, n_tokens: int) -> None:
+    return None
+
+
+def _is_not_sharded(head: nn.Module) -> bool:
+    return False
+
+
+def _own_bias(head: nn.Module) -> Tensor | None:
+    return head.bias
+
+
 @dataclasses.dataclass(frozen=True)
 class HeadWeight:
-    """How the weight of a head is reached where ZeRO-3 has sharded it; as it stands here, where nothing has."""
+    """How the weight of a head is reached where ZeRO-3 has sharded it; as it stands here, where nothing has.
+
+    What it refers to is an engine's: copies of a model share it, and a pickle holds none of it.
+    """
 
     # the context of a read after the forward, in which the weight is whole
     whole: WholeWeight = nullcontext
     # for the loss over so many tokens, the weight in slabs of its own or the rows of it that stay here; None where the
     # loss is to be computed in the head's own call
-    slabs: Callable[[nn.Module, int], WeightSlabs | VocabShard | None] = lambda head, n_tokens: None
+    slabs: Callable[[nn.Module, int], WeightSlabs | VocabShard | None] = _no_slabs
     # whether there are those
-    is_sharded: Callable[[nn.Module], bool] = lambda head: False
+    is_sharded: Callable[[nn.Module], bool] = _is_not_sharded
     # the bias beside them
-    bias: Callable[[nn.Module], Tensor | None] = lambda head: head.bias
+    bias: Callable[[nn.Module], Tensor | None] = _own_bias
+
+    def __deepcopy__(self, memo: dict) -> HeadWeight:
+        return self
+
+    def __reduce__(self) -> tuple:
+        return HeadWeight, ()
 
 
 class Scope:
@@ -76,12 +112,23 @@ class Scope:
         # one for each forward that is running, innermost last: a forward may be called within another
         self._modes: list[str] = []
         self._handles: list[Any] = []
+        self._said_unfused = False
+
+    def __deepcopy__(self, memo: dict) -> Scope:
+        memo[id(self)] = twin = copy.copy(self)
+        twin._modes = list(self._modes)
+        # with the head alone, as PEFT copies it, none of what else hangs on the model's hooks
+        with_model = any(id(handle.hooks_dict_ref()) in memo for handle in self._handles)
+        twin._handles = copy.deepcopy(self._handles, memo) if with_model else []
+        return twin
 
     def attach(self, owner: nn.Module) -> None:
         self._handles = [
-            owner.register_forward_pre_hook(self.enter, with_kwargs=True),
+            owner.register_forward_pre_hook(functools.partial(_enter, self), with_kwargs=True),
             # always_call: a forward that raises must disarm the head as well. prepend: other hooks see tensors only
-            owner.register_forward_hook(self.leave, with_kwargs=True, always_call=True, prepend=True),
+            owner.register_forward_hook(
+                functools.partial(_leave, self), with_kwargs=True, always_call=True, prepend=True
+            ),
         ]
 
     def detach(self) -> None:
@@ -115,11 +162,32 @@ class Scope:
         return self._settle(output)
 
     def _say_unfused(self, owner: nn.Module) -> None:
-        if self.linear is not None and not self.fused and not self.loss_outside:
+        if self.linear is not None and not self.fused and not self.loss_outside and not self._said_unfused:
+            self._said_unfused = True
             say_once(
                 f"ds_fused: {type(owner).__name__} was given labels, but no cross entropy of logits that it had not "
-                "computed; its loss is as without ds_fused. python -m ds_fused.doctor says what computes them"
+                f"computed; its loss is as without ds_fused. {self._why_unfused(owner)}"
             )
+
+    def _why_unfused(self, owner: nn.Module) -> str:
+        """What stands in the way, most often something that was done to the model since."""
+        if is_transformed():
+            return "It ran under a transform of torch.func, which can't pass the fused loss"
+        paths = [path for path, module in owner.named_modules() if vars(module).get("_ds_fused_scope") is self]
+        if not paths:
+            again = "ds_fused.restore(model) and then ds_fused.apply(model) fuse the new one"
+            return f"Its head was exchanged since, as resize_token_embeddings does; {again}"
+        around = owner.get_submodule(paths[0].rpartition(".")[0])
+        if type(around).__module__.startswith("peft."):
+            return f"PEFT has wrapped its head since ({type(around).__name__}), and the logits are computed"
+        if is_observed(owner.get_submodule(paths[0])):
+            return "Its head was given hooks since, which expect the logits"
+        loss = vars(owner).get("_loss_function")
+        if loss is not None and getattr(loss, "scope", None) is not self:
+            return f"Its loss_function was exchanged since, and is now {getattr(loss, '__qualname__', loss)}"
+        if "forward" in vars(owner):
+            return f"Its instance has a forward of its own, from {home_of(vars(owner)['forward'])}"
+        return "python -m ds_fused.doctor says what computes them"
 
     def _can_leave(self, logits: DeferredLogits) -> bool:
         """Whether their loss can be computed behind the forward: not where only its hooks would gather the weight."""
@@ -129,11 +197,11 @@ class Scope:
     def _settle(self, value: Any) -> Any:
         """The output with each ``DeferredLogits`` in it replaced by a tensor, at its place."""
         if isinstance(value, DeferredLogits):
-            if self.loss_outside and self._can_leave(value):
+            leaves = self.loss_outside and self._can_leave(value)
+            if leaves:
                 self.left = value
-                value.call.on_demand = value.head.forward(value.call.hidden, later=True)
-            if value.call.on_demand is not None and not value.is_real() and self.logits == "defer":
-                return _steps_on_demand(value)
+            if (leaves or value.call.fused) and not value.is_real() and self.logits == "defer":
+                return out_of_graph(value) if torch.compiler.is_compiling() else leaving(value)
             return value.materialise()
         if isinstance(value, tuple):
             items = [self._settle(item) for item in value]
@@ -156,7 +224,28 @@ class Scope:
         return value
 
 
-# a tensor subclass without storage is nothing for a compiled graph: what leaves is made outside of it
+def has_hooks(head: nn.Module) -> bool:
+    """Whether something acts on the head's calls, as ZeRO-3 does, which a compiled graph has to leave to it."""
+    return bool(head._forward_pre_hooks or head._forward_hooks)
+
+
+# torch.compile(model) calls the hooks of the model itself outside of the graph; where more than this model is compiled,
+# they are part of it
 @torch.compiler.disable
-def _steps_on_demand(logits: DeferredLogits) -> Tensor:
-    return with_steps(logits.call.on_demand, logits.steps, logits.shape, logits.dtype)
+def _enter(scope: Scope, owner: nn.Module, args: tuple, kwargs: dict) -> None:
+    scope.enter(owner, args, kwargs)
+
+
+@torch.compiler.substitute_in_graph(_enter)
+def _enter_in_graph(scope: Scope, owner: nn.Module, args: tuple, kwargs: dict) -> None:
+    scope.enter(owner, args, kwargs)
+
+
+@torch.compiler.disable
+def _leave(scope: Scope, owner: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    return scope.leave(owner, args, kwargs, output)
+
+
+@torch.compiler.substitute_in_graph(_leave)
+def _leave_in_graph(scope: Scope, owner: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    return scope.leave(owner, args, kwargs, output)

@@ -74,7 +74,9 @@ def fuse_label_smoother(trainer: Any) -> Callable[[], None]:
 
     The model may be fused before or, by DeepSpeed, after this call. Where it isn't, everything is as before.
     """
-    original = getattr(trainer, "label_smoother", None)
+    if not (hasattr(trainer, "label_smoother") and hasattr(trainer, "compute_loss")):
+        raise ValueError(f"fuse_label_smoother: it takes a Trainer of transformers, got a {type(trainer).__name__}")
+    original = trainer.label_smoother
     if original is None:
         raise ValueError("fuse_label_smoother: the trainer smooths no labels; its label_smoothing_factor is 0")
     if isinstance(original, Smoother):

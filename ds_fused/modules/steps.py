@@ -70,7 +70,8 @@ def indexed(shape: torch.Size, index: tuple) -> torch.Size:
     chosen = []
     for dim, (item, size) in enumerate(zip(index, shape, strict=False)):
         if isinstance(item, slice):
-            chosen.append(len(range(*item.indices(size))))
+            # torch.compile knows no slice.indices before 2.13
+            chosen.append(len(range(size)[item]))
         elif not -size <= item < size:
             raise IndexError(f"index {item} is out of bounds for dimension {dim} with size {size}")
     return torch.Size((*chosen, *shape[len(index) :]))

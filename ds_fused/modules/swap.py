@@ -94,7 +94,7 @@ def why_not(module: nn.Module) -> str | None:
     if owner is not None:
         return f"{owner} has patched its forward"
     if "forward" in vars(module):
-        return f"its instance has a forward of its own, from {_home(vars(module)['forward'])}"
+        return f"its instance has a forward of its own, from {home_of(vars(module)['forward'])}"
     return None
 
 
@@ -109,10 +109,10 @@ def patched_by(module: nn.Module) -> str | None:
 
 def owner_of(thing: object) -> str | None:
     """Liger or DeepSpeed where a function or class is theirs."""
-    return _OTHERS.get(_home(thing).partition(".")[0])
+    return _OTHERS.get(home_of(thing).partition(".")[0])
 
 
-def _home(thing: object) -> str:
+def home_of(thing: object) -> str:
     """The module that a function or class was written in; functools.wraps gives a wrapper the wrapped one's name."""
     thing = getattr(thing, "__func__", thing)  # a bound method
     thing = thing.func if isinstance(thing, functools.partial) else thing

@@ -17,6 +17,7 @@ from ds_fused.ops.linear_kl_div import linear_kl_div
 from ds_fused.ops.linear_log_probs import linear_log_probs
 from ds_fused.ops.relu2 import relu2
 from ds_fused.ops.rms_norm import rms_norm
+from ds_fused.ops.rms_norm_rope import rms_norm_rope
 from ds_fused.ops.rope import rope
 from ds_fused.ops.softmax import softmax
 from ds_fused.ops.sparsemax import sparsemax
@@ -40,6 +41,7 @@ __all__ = [
     "linear_log_probs",
     "relu2",
     "rms_norm",
+    "rms_norm_rope",
     "rope",
     "softmax",
     "sparsemax",

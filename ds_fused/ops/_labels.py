@@ -40,6 +40,11 @@ def _labels_kernel(
     tl.store(facts_ptr + 1, tl.max(n_illegal, 0) == 0)
 
 
+def flat_labels(labels: Tensor) -> Tensor:
+    """[...] -> [N] side by side, as the kernels read them: reshaped alone, a column of a table stays where it is."""
+    return labels.reshape(-1).contiguous()
+
+
 def label_facts(labels: Tensor, n_vocab: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Labels [N] -> how many count (int64), and whether all are legal."""
     if not runs_kernels(labels):

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from ds_fused.ops._launch import launch
 from ds_fused.ops._loss import LossOptions, reduced, weighted
 from ds_fused.ops._scale import scaled
-from ds_fused.ops._softmax_parts import _capped, _online
+from ds_fused.ops._softmax_parts import capped, online
 from ds_fused.ops._triton import cdiv, power_of_2, row_stride, warps_for
 
 # not yet measured: how much of a row is held; how much is walked at a time, no more than that, STAGES of which are in
@@ -39,7 +39,7 @@ PER_THREAD = 16
 @triton.jit
 def _dlogits(x, wanted, peak, rest, on_lse, of_all, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """Raw logits to their gradient, for an upstream gradient of 1 and wanted probabilities times weights."""
-    z, slope = _capped(x, logit_scale, softcap, HAS_SOFTCAP)
+    z, slope = capped(x, logit_scale, softcap, HAS_SOFTCAP)
     # in base 2 (times log2(e)), so that the rest is taken off where the factor is multiplied
     p = tl.exp2((z - peak) * 1.4426950408889634 - rest * 1.4426950408889634)
     # the difference first: what is left of it may be small
@@ -52,7 +52,7 @@ def _lent_logits_kernel(
     labels_ptr, loss_ptr, dloss_ptr,  # [N]
     lse_ptr,  # [2, N]: peak and rest
     right_ptr,  # [N]
-    weight_ptr, token_weights_ptr,  # [V], [2, N]: see cross_entropy.py
+    weight_ptr, token_weights_ptr,  # [V], [2, N]: see _cross_entropy_kernels.py
     logits_stride, dloss_stride, lse_stride, token_weights_stride,
     n_cols, n_walked,  # whole blocks; the columns after them are held
     ignore_index,
@@ -93,21 +93,21 @@ def _lent_logits_kernel(
         first = tl.zeros([BLOCK], tl.int32)  # the block in which a lane saw its top first
         for start in tl.range(0, n_walked, BLOCK, num_stages=STAGES):
             x = tl.load(row_ptr + start + cols).to(tl.float32)
-            z, _ = _capped(x, logit_scale, softcap, HAS_SOFTCAP)
+            z, _ = capped(x, logit_scale, softcap, HAS_SOFTCAP)
             if HAS_ACCURACY:
                 first = tl.where(z > top, start, first)
-            top, total = _online(top, total, z)
+            top, total = online(top, total, z)
             if HAS_WEIGHT:
                 each += z * tl.load(weight_ptr + start + cols)
             elif HAS_SMOOTHING:
                 each += z
         # all threads have the label's logit before any of them overwrites it
         tl.debug_barrier()
-        z_label, _ = _capped(x_label, logit_scale, softcap, HAS_SOFTCAP)
+        z_label, _ = capped(x_label, logit_scale, softcap, HAS_SOFTCAP)
         picked = on_label * of_label * z_label
 
         x_held = held.to(tl.float32)
-        z_held, _ = _capped(x_held, logit_scale, softcap, HAS_SOFTCAP)
+        z_held, _ = capped(x_held, logit_scale, softcap, HAS_SOFTCAP)
         w_held = x_held  # of no meaning where there are no weights
         if HAS_WEIGHT:
             w_held = tl.load(weight_ptr + held_cols, mask=mask, other=0.0)

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_fused.ops._divergence import N_STATS
-from ds_fused.ops._labels import counting_tokens
+from ds_fused.ops._divergence_kernels import N_STATS
+from ds_fused.ops._labels import counting_tokens, flat_labels
 from ds_fused.ops._loss import LossOptions, check_loss, reduced
 from ds_fused.ops._teacher_divergence import (
     DivergenceOptions,
@@ -52,7 +52,7 @@ from ds_fused.ops._tiles import (
     whole_rows,
     wide,
 )
-from ds_fused.ops._triton import autocast_dtype, check_dtypes, rows_of, runs_kernels
+from ds_fused.ops._triton import autocast_dtype, check_dtypes, refuse_transforms, rows_of, runs_kernels
 
 # what a kept gradient, which lies about in [-1, 1], is multiplied by in fp16: the small ones of a large vocabulary stay
 # clear of its least number (6e-8), and a reverse KL's, which has no bound, far from its largest
@@ -275,6 +275,7 @@ def linear_divergence(
     keep_mb: float,
 ) -> Tensor:
     """linear_jsd and linear_kl_div."""
+    refuse_transforms(op)
     shape = student_x.shape[:-1]
     autocast = autocast_dtype(student_x)
     _check_head(op, "student", student_x, student_weight, student_bias, student_x.device, autocast)
@@ -298,7 +299,7 @@ def linear_divergence(
     if labels is None:
         flat, count = None, x.shape[0]
     else:
-        flat = labels.reshape(-1)
+        flat = flat_labels(labels)
         count = counting_tokens(op, flat, n_vocab, options.ignore_index)
     wants = [training and y is not None and y.requires_grad for y in (student_x, student_weight, student_bias)]
     plan = _plan(x.shape[0], n_vocab, x, chunk_mb, keep_mb if any(wants) else 0, dx=wants[0], dweight=wants[1])

@@ -140,8 +140,8 @@ def cross_entropy_fwd_torch(
 ) -> None:
     """cross_entropy_fwd without kernels: the same arguments, [N, n_cols] and [N]."""
     smoothing = options.label_smoothing
-    for rows in _row_blocks(logits):
-        z, _ = capped(logits[rows].to(loss.dtype), options)
+    for rows in row_blocks(logits):
+        z, _ = capped_torch(logits[rows].to(loss.dtype), options)
         col, here = columns(labels[rows], first_id, z.shape[1])
         of_label, of_all = (1.0, 1.0) if token_weights is None else token_weights[:, rows]
         picked = torch.where(here, (1.0 - smoothing) * of_label * z.gather(1, col[:, None])[:, 0], 0.0)
@@ -195,8 +195,8 @@ def cross_entropy_bwd_torch(
 ) -> None:
     """cross_entropy_bwd without kernels."""
     smoothing = options.label_smoothing
-    for rows in _row_blocks(logits):
-        z, slope = capped(logits[rows].to(lse.dtype), options)
+    for rows in row_blocks(logits):
+        z, slope = capped_torch(logits[rows].to(lse.dtype), options)
         col, here = columns(labels[rows], first_id, z.shape[1])
         peak, rest = lse[:, rows, None]
         log_p = (z - peak).sub_(rest)
@@ -219,13 +219,13 @@ def cross_entropy_bwd_torch(
         dlogits[rows] = dz.masked_fill_((labels[rows] == options.ignore_index)[:, None], 0.0).to(dlogits.dtype)
 
 
-def _row_blocks(logits: Tensor) -> list[slice]:
+def row_blocks(logits: Tensor) -> list[slice]:
     """Rows in parts of about a million logits: the wide copies of one part stay in the caches of a CPU."""
     step = max(1, 2**20 // logits.shape[1])
     return [slice(start, start + step) for start in range(0, logits.shape[0], step)]
 
 
-def capped(x: Tensor, options: LossOptions) -> tuple[Tensor, Tensor | float]:
+def capped_torch(x: Tensor, options: LossOptions) -> tuple[Tensor, Tensor | float]:
     z = x * options.logit_scale
     if options.softcap is None:
         return z, options.logit_scale

@@ -17,16 +17,18 @@ class RopeForm(NamedTuple):
     complex: bool = False  # cos and sin of a pair side by side in one tensor
 
 
-def check_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor | None, unsqueeze_dim: int, form: RopeForm) -> None:
-    """Raises where the arguments of ``rope`` do not fit each other."""
+def check_rope(
+    op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor | None, unsqueeze_dim: int, form: RopeForm
+) -> None:
+    """Raises where the arguments of ``rope``, or of an op that turns as it does, do not fit each other."""
     if unsqueeze_dim not in (1, 2):
-        raise ValueError(f"rope: unsqueeze_dim is {unsqueeze_dim}; 1 is for [B, H, T, D], 2 for [B, T, H, D]")
+        raise ValueError(f"{op}: unsqueeze_dim is {unsqueeze_dim}; 1 is for [B, H, T, D], 2 for [B, T, H, D]")
     if sin is None and not form.complex:
-        raise ValueError(f"rope: sin is missing, and cos is {cos.dtype}; only complex angles come as one tensor")
+        raise ValueError(f"{op}: sin is missing, and cos is {cos.dtype}; only complex angles come as one tensor")
     if sin is not None and form.complex:
-        raise ValueError(f"rope: cos is {cos.dtype}, which holds the sine too; pass sin=None")
+        raise ValueError(f"{op}: cos is {cos.dtype}, which holds the sine too; pass sin=None")
     if form.alternating and form.sections is None:
-        raise ValueError("rope: alternating is how sections mix; pass sections as well")
+        raise ValueError(f"{op}: alternating is how sections mix; pass sections as well")
 
     axes = 0 if form.sections is None else 1
     batched = cos.ndim == axes + 3
@@ -38,29 +40,29 @@ def check_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor | None, unsqueeze_
         or (sin is not None and cos.shape != sin.shape)
     ):
         raise ValueError(
-            f"rope: q and k must have 4 dimensions (3 without a batch), {_angles(form)}; got {_shapes(q, k, cos, sin)}"
+            f"{op}: q and k must have 4 dimensions (3 without a batch), {_angles(form)}; got {_shapes(q, k, cos, sin)}"
         )
     heads_dim = unsqueeze_dim + q.ndim - 4
     n_tokens, d = q.shape[q.ndim - 1 - unsqueeze_dim], q.shape[-1]
     if any(q.shape[i] != k.shape[i] for i in range(q.ndim) if i != heads_dim):
         raise ValueError(
-            f"rope: q and k may differ in their heads only (dimension {heads_dim}); got {_shapes(q, k, cos, sin)}"
+            f"{op}: q and k may differ in their heads only (dimension {heads_dim}); got {_shapes(q, k, cos, sin)}"
         )
     if cos.shape[-2] != n_tokens or (batched and cos.shape[-3] not in (1, q.shape[0])):
         batch = f"{q.shape[0]} or 1" if q.ndim == 4 else None
-        raise ValueError(f"rope: {_angles(form, batch, n_tokens)}; got {_shapes(q, k, cos, sin)}")
+        raise ValueError(f"{op}: {_angles(form, batch, n_tokens)}; got {_shapes(q, k, cos, sin)}")
     r = cos.shape[-1] * (2 if form.complex else 1)
     if not 0 < r <= d or r % 2:
         wide = f"{d // 2} (half a head)" if form.complex else f"{d} (a head)"
         even = "" if form.complex else "an even number of columns wide, "
-        raise ValueError(f"rope: cos must be {even}at least 1 and at most {wide}; got {_shapes(q, k, cos, sin)}")
+        raise ValueError(f"{op}: cos must be {even}at least 1 and at most {wide}; got {_shapes(q, k, cos, sin)}")
     if axes and (len(form.sections) != 3 or min(form.sections) < 0 or sum(form.sections) != r // 2):
         raise ValueError(
-            f"rope: sections is {form.sections}; it must be the pairs that turn by time, height and width, "
+            f"{op}: sections is {form.sections}; it must be the pairs that turn by time, height and width, "
             f"{r // 2} together"
         )
     if torch.is_grad_enabled() and (cos.requires_grad or (sin is not None and sin.requires_grad)):
-        raise ValueError("rope: cos and sin get no gradient, and one of them requires it; detach them")
+        raise ValueError(f"{op}: cos and sin get no gradient, and one of them requires it; detach them")
 
 
 def _angles(form: RopeForm, batch: str | None = "B or 1", n_tokens: int | str = "T") -> str:

@@ -39,10 +39,11 @@ class Walk(NamedTuple):
 def walk(shape: torch.Size, block: int, *tensors: Tensor) -> Walk:
     """Over elements of that shape [..., D], which each of the tensors has (or that many pairs of columns)."""
     n_elements = shape.numel()
-    if all(tensor.is_contiguous() for tensor in tensors):
-        # no views, of which each costs as much time as it takes to look at all tensors
-        return Walk(True, n_elements, cdiv(n_elements, block), tensors, (0,) * len(tensors))
-    d = shape[-1]
-    rows = tuple(rows_of(tensor) for tensor in tensors)
-    programs = n_elements // d * cdiv(d, block) if d else 0
-    return Walk(False, d, programs, rows, tuple(row_stride(x) for x in rows))
+    # contiguous ones as they are: of views each costs as much time as it takes to look at all tensors
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        tensors = tuple(rows_of(tensor) for tensor in tensors)
+        if not all(tensor.is_contiguous() for tensor in tensors):
+            d = shape[-1]
+            programs = n_elements // d * cdiv(d, block) if d else 0
+            return Walk(False, d, programs, tensors, tuple(row_stride(x) for x in tensors))
+    return Walk(True, n_elements, cdiv(n_elements, block), tensors, (0,) * len(tensors))

@@ -43,13 +43,18 @@ def _scale_kernel(
             tl.store(x_ptr + row * x_stride + cols, x * factor, mask=mask)
 
 
+def scaled_torch(x: Tensor, upstream: Tensor, assumed: float = 1.0) -> Tensor:
+    """`scaled` without a kernel, to a new tensor."""
+    return (x.to(wide(x)) * (upstream / assumed)).to(x.dtype)
+
+
 def scaled(x: Tensor, upstream: Tensor, assumed: float = 1.0) -> Tensor:
     """``upstream / assumed * x``, rounded once, ``upstream`` [] a wide number beside x.
 
     Where a kernel runs, over x, which is [N, D] with neighbouring columns or contiguous; else a new tensor.
     """
     if torch.compiler.is_compiling() or not runs_kernels(x):
-        return (x.to(wide(x)) * (upstream / assumed)).to(x.dtype)
+        return scaled_torch(x, upstream, assumed)
     # without gaps it is all one row
     n, d, stride = (1, x.numel(), 0) if x.is_contiguous() else (*x.shape, row_stride(x))
     n_blocks = cdiv(d, BLOCK)

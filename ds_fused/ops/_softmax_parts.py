@@ -27,7 +27,7 @@ def _tanh_and_slope(x):
 
 
 @triton.jit
-def _capped(x, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
+def capped(x, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """Raw logits to (z, dz/dx), both fp32."""
     z = x * logit_scale
     slope = logit_scale
@@ -39,7 +39,7 @@ def _capped(x, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _online(top, total, z):
+def online(top, total, z):
     """Each lane's running maximum and sum of exponentials, with one exponential an element: either z or top is the new
     maximum, whose exponential is 1."""
     e = tl.exp2(-1.4426950408889634 * tl.abs(z - top))
@@ -48,8 +48,8 @@ def _online(top, total, z):
 
 
 @triton.jit
-def _online_entropy(top, total, below, z):
-    """_online, and each lane's sum of exponentials times their distance from the maximum."""
+def online_entropy(top, total, below, z):
+    """online, and each lane's sum of exponentials times their distance from the maximum."""
     gap = tl.minimum(tl.abs(z - top), 1e38, propagate_nan=tl.PropagateNan.ALL)  # finite: e is 0 there
     e = tl.exp(-gap)
     # a new maximum is that much farther from all that was before
@@ -59,14 +59,14 @@ def _online_entropy(top, total, below, z):
 
 
 @triton.jit
-def _dz(z, peak, rest, is_label, wanted_label, wanted_other, on_lse):
+def dz_of_loss(z, peak, rest, is_label, wanted_label, wanted_other, on_lse):
     p = tl.exp((z - peak) - rest)
     # the difference first: what is left of it may be small
     return (p - tl.where(is_label, wanted_label, wanted_other)) + p * on_lse
 
 
 @triton.jit
-def _dz_of_entropy(z, peak, rest, entropy):
+def dz_of_entropy(z, peak, rest, entropy):
     log_p = (z - peak) - rest
     # finite where p is 0
     return tl.exp(log_p) * -(tl.maximum(log_p, -1e38, propagate_nan=tl.PropagateNan.ALL) + entropy)

@@ -6,8 +6,8 @@ With ``p = softmax(student / temperature)``, ``q = softmax(teacher / temperature
     beta = 0       D = KL(q || p)                                  dz = p - q
     beta = 1       D = KL(p || q)                                  dz = p (log p - log q - D)
 
-where dz is the gradient of D by ``student / temperature``. The kernels are _divergence.py's; here are the roles that
-student and teacher have there, and the passes without kernels.
+where dz is the gradient of D by ``student / temperature``. The kernels are _divergence_kernels.py's; here are the roles
+that student and teacher have there, and the passes without kernels.
 
 Sizes: N tokens, V vocabulary. The backward may see some columns of the rows alone.
 """
@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_fused.ops import _divergence
-from ds_fused.ops._divergence import Divergence
+from ds_fused.ops import _divergence_kernels
+from ds_fused.ops._divergence_kernels import Divergence
+from ds_fused.ops._loss import row_blocks
 
 
 @dataclass(frozen=True)
@@ -44,30 +45,6 @@ def check_divergence(op: str, options: DivergenceOptions) -> None:
         raise ValueError(f"{op}: temperature is {options.temperature}; it must be positive")
 
 
-def divergence_reference(student: Tensor, teacher: Tensor, labels: Tensor | None, options: DivergenceOptions) -> Tensor:
-    """[..., V], [..., V] -> [...], in PyTorch and differentiable."""
-    a, b = (z.to(torch.promote_types(z.dtype, torch.float32)) / options.temperature for z in (student, teacher))
-    if labels is not None:
-        ignored = (labels == options.ignore_index)[..., None]
-        a, b = a.masked_fill(ignored, 0.0), b.masked_fill(ignored, 0.0)
-    a, b = torch.log_softmax(a, -1), torch.log_softmax(b, -1)
-    beta = options.beta
-    if beta == 0.0:
-        return _kl(b, a)
-    if beta == 1.0:
-        return _kl(a, b)
-    # both masked: logaddexp of two -inf has a NaN for a gradient
-    nowhere = (a == float("-inf")) & (b == float("-inf"))
-    log_beta, log_rest = torch.tensor([beta, 1.0 - beta], dtype=torch.float64).log().tolist()
-    m = torch.logaddexp(b.masked_fill(nowhere, 0.0) + log_beta, a.masked_fill(nowhere, 0.0) + log_rest)
-    return beta * _kl(b, m) + (1.0 - beta) * _kl(a, m)
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    p = log_p.exp()
-    return (p * torch.where(p == 0.0, 0.0, log_p - log_q)).sum(-1)
-
-
 def divergence_fwd(
     student: Tensor,  # [N, V]
     teacher: Tensor,  # [N, V]
@@ -77,7 +54,7 @@ def divergence_fwd(
     options: DivergenceOptions,
 ) -> None:
     p, q = _roles(student, teacher, options)
-    _divergence.divergence_fwd(p, q, labels, loss, stats, _what(options), wants_p=p is student)
+    _divergence_kernels.divergence_fwd(p, q, labels, loss, stats, _what(options), wants_p=p is student)
 
 
 def divergence_bwd(
@@ -91,11 +68,11 @@ def divergence_bwd(
 ) -> None:
     p, q = _roles(student, teacher, options)
     dp, dq = (dstudent if logits is student else None for logits in (p, q))
-    _divergence.divergence_bwd(dloss, p, q, labels, stats, dp, dq, _what(options))
+    _divergence_kernels.divergence_bwd(dloss, p, q, labels, stats, dp, dq, _what(options))
 
 
 def _roles(student: Tensor, teacher: Tensor, options: DivergenceOptions) -> tuple[Tensor, Tensor]:
-    """p and q of _divergence.py."""
+    """p and q of _divergence_kernels.py."""
     return (student, teacher) if options.kind == "reverse" else (teacher, student)
 
 
@@ -109,7 +86,7 @@ def divergence_fwd_torch(
 ) -> None:
     """divergence_fwd without kernels."""
     beta = options.beta
-    for rows in _row_blocks(student):
+    for rows in row_blocks(student):
         parts = []
         for i, logits in ((0, student), (2, teacher)):
             z = logits[rows].to(loss.dtype) * (1.0 / options.temperature)
@@ -143,7 +120,7 @@ def divergence_bwd_torch(
 ) -> None:
     """divergence_bwd without kernels."""
     scale = 1.0 / options.temperature
-    for rows in _row_blocks(student):
+    for rows in row_blocks(student):
         a, b = (
             (logits[rows].to(stats.dtype) * scale).sub_(stats[i, rows, None]).sub_(stats[i + 1, rows, None])
             for i, logits in ((0, student), (2, teacher))
@@ -171,8 +148,3 @@ def _from_mixture_torch(a: Tensor, b: Tensor, beta: float) -> tuple[Tensor, Tens
 
 def _sum(p: Tensor, gap: Tensor) -> Tensor:
     return (p * gap.masked_fill_(p == 0.0, 0.0)).sum(1)
-
-
-def _row_blocks(logits: Tensor) -> list[slice]:
-    step = max(1, 2**20 // logits.shape[1])
-    return [slice(start, start + step) for start in range(0, logits.shape[0], step)]

@@ -29,9 +29,24 @@ def runs_kernels(*tensors: Tensor | None) -> bool:
             return False  # the reference then fails as any PyTorch code does, naming both devices
     # is_cuda: the type of a device is a string, made anew
     if tensors[0].is_cuda or device.type in KERNEL_DEVICES:
-        return True
+        return not is_transformed()
     # a graph can't hold the interpreter, nor trace the reading of its variable
-    return device.type == "cpu" and not torch.compiler.is_compiling() and triton.knobs.runtime.interpret
+    is_here = device.type == "cpu" and not torch.compiler.is_compiling()
+    return is_here and triton.knobs.runtime.interpret and not is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp) is at work, which knows PyTorch's own operations only."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def refuse_transforms(op: str) -> None:
+    """For ops whose whole sense is what the transforms of torch.func would undo."""
+    if is_transformed():
+        raise RuntimeError(
+            f"{op}: torch.func's transforms (grad, vmap, jvp) can't pass it; transform {op}_reference of "
+            f"ds_fused.ops.{op}, which has all logits at once"
+        )
 
 
 def check_dtypes(op: str, **tensors: Tensor | None) -> None:
@@ -48,6 +63,11 @@ def rows_of(x: Tensor) -> Tensor:
     else:
         rows = x if x.ndim == 2 else x.reshape(1, -1)
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def lie_apart(rows: Tensor) -> bool:
+    """Whether no two of the rows [N, D] share memory, as those of an expanded tensor do: else no kernel may write."""
+    return rows.shape[0] < 2 or rows.stride(0) >= rows.shape[1]
 
 
 def row_stride(x: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Cross entropy of materialised logits, and the softmax pass that linear_cross_entropy shares.
+"""Cross entropy of materialised logits.
 
 Per token, with ``z = softcap * tanh(logit_scale * logits / softcap)`` (or ``logit_scale * logits``):
 
@@ -15,19 +15,13 @@ weights only where both are given.
 
 Ignored tokens: loss and gradient are exactly zero and their logits are never read.
 
-On demand the softmax pass also takes the entropy H of softmax(z), for linear_log_probs. With u = max(z) - z no term of
-it is negative, so nothing cancels; it costs a third accumulator, hence a switch of the kernel:
-
-    H  = (lse - max(z)) + sum(softmax(z) * u)
-    dz = -dH * softmax(z) * (log(softmax(z)) + H)
-
-Saved for backward: the logits (no copy of them) and lse, 8 bytes a token: it is held as two numbers, the maximum and
-the rest, since one fp32 would round exp(z - lse) by 1e-5 where the logits are some hundreds.
+Saved for backward: the logits (no copy of them) and lse, 8 bytes a token.
 Traffic per logit: forward 1 read; backward 1 read + 1 write, over the logits themselves with ``overwrite_logits``.
 With ``grad_in_forward`` all of it is the forward's, 1 read + 1 write (_lent_logits.py).
 
-Sizes: N tokens (every leading dimension, flattened), V vocabulary. A *slab* is part of the vocabulary: the pass may see
-the columns of a row in several slabs, one after the other; loss and lse carry the running state in between.
+The kernels are in _cross_entropy_kernels.py: linear_cross_entropy.py and its like have them too.
+
+Sizes: N tokens (every leading dimension, flattened), V vocabulary.
 """
 
 from __future__ import annotations
@@ -36,13 +30,11 @@ import math
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_fused.ops._labels import counting_tokens
-from ds_fused.ops._launch import launch
+from ds_fused.ops._cross_entropy_kernels import cross_entropy_bwd, cross_entropy_fwd
+from ds_fused.ops._labels import counting_tokens, flat_labels
 from ds_fused.ops._lent_logits import LentLogitsFunction
 from ds_fused.ops._loss import (
     LossOptions,
@@ -53,22 +45,7 @@ from ds_fused.ops._loss import (
     weighted,
     weights_of_tokens,
 )
-from ds_fused.ops._softmax_parts import _capped, _dz, _dz_of_entropy, _online, _online_entropy
-from ds_fused.ops._triton import (
-    cdiv,
-    check_dtypes,
-    power_of_2,
-    row_stride,
-    rows_of,
-    runs_kernels,
-    warps_for,
-)
-
-# forward: one program walks one row, STAGES blocks of it are in flight; backward: one program a block. On H100 at
-# vocabularies of 128256 and 32000: forward 0.4 % and 1.9 % from best (16 elements a thread: best and 3.7 %), backward
-# 0.4 % and best (benchmarks/results/h100/tune.csv)
-FWD_BLOCK, FWD_STAGES, FWD_PER_THREAD = 4096, 4, 32
-BWD_BLOCK, BWD_PER_THREAD = 4096, 16
+from ds_fused.ops._triton import check_dtypes, lie_apart, rows_of, runs_kernels
 
 
 def cross_entropy_reference(
@@ -105,258 +82,6 @@ def cross_entropy_reference(
         loss = loss + (z_losses if of_token is None else of_token * z_losses)
     right = (counts & (z.argmax(-1) == flat)).to(z.dtype) if return_accuracy else None
     return outputs(loss, z_losses if return_z_loss else None, right, of_token, counts.sum(), labels.shape, reduction)
-
-
-@triton.jit
-def _cross_entropy_fwd_kernel(
-    logits_ptr,  # [N, n_cols]
-    labels_ptr, loss_ptr, entropy_ptr,  # [N]
-    lse_ptr,  # [2, N]: peak and rest
-    right_ptr,  # [N]: 1 where no column's z is above the label's, nor equal and before it
-    weight_ptr,  # [n_cols]: of the classes
-    token_weights_ptr,  # [2, N]: of the label; of all that a token wants
-    logits_stride, lse_stride, token_weights_stride,
-    n_cols, first_id,  # the columns are the vocabulary ids first_id, first_id + 1, ...
-    ignore_index,
-    logit_scale, softcap, z_loss, on_label, on_each,  # weights of z[label] and of every z
-    HAS_SOFTCAP: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_ACCURACY: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    IS_FIRST: tl.constexpr, IS_LAST: tl.constexpr,  # slab of the row
-    BLOCK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    label = tl.load(labels_ptr + row)
-    if label == ignore_index:
-        tl.store(loss_ptr + row, 0.0)
-        tl.store(lse_ptr + row, 0.0)
-        tl.store(lse_ptr + lse_stride + row, 0.0)
-        if HAS_ACCURACY:
-            tl.store(right_ptr + row, 0.0)
-        if HAS_ENTROPY:
-            tl.store(entropy_ptr + row, 0.0)
-    else:
-        row_ptr = logits_ptr + row * logits_stride
-        cols = tl.arange(0, BLOCK)
-        # finite, since -inf - -inf is not a number; no logit lies below it
-        top = tl.full([BLOCK], -1e38, tl.float32)
-        total = tl.zeros([BLOCK], tl.float32)
-        each = tl.zeros([BLOCK], tl.float32)
-        first = tl.zeros([BLOCK], tl.int32)  # the block in which a lane saw its top first
-        below = tl.zeros([BLOCK], tl.float32)
-        # whole blocks carry no mask: one on an odd n_cols would cut every load down to single elements
-        n_whole = (n_cols // BLOCK) * BLOCK
-        for start in tl.range(0, n_whole, BLOCK, num_stages=STAGES):
-            z, _ = _capped(tl.load(row_ptr + start + cols).to(tl.float32), logit_scale, softcap, HAS_SOFTCAP)
-            if HAS_ACCURACY:
-                first = tl.where(z > top, start, first)
-            if HAS_ENTROPY:
-                top, total, below = _online_entropy(top, total, below, z)
-            else:
-                top, total = _online(top, total, z)
-            if HAS_WEIGHT:
-                each += z * tl.load(weight_ptr + start + cols)
-            elif HAS_SMOOTHING:
-                each += z
-        if n_whole < n_cols:
-            mask = n_whole + cols < n_cols
-            x = tl.load(row_ptr + n_whole + cols, mask=mask, other=0.0).to(tl.float32)
-            z, _ = _capped(x, logit_scale, softcap, HAS_SOFTCAP)
-            # after the cap, which would make a small finite number of -inf
-            if HAS_ACCURACY:
-                first = tl.where(mask & (z > top), n_whole, first)
-            masked = tl.where(mask, z, float("-inf"))
-            if HAS_ENTROPY:
-                top, total, below = _online_entropy(top, total, below, masked)
-            else:
-                top, total = _online(top, total, masked)
-            if HAS_WEIGHT:
-                each += tl.where(mask, z, 0.0) * tl.load(weight_ptr + n_whole + cols, mask=mask, other=0.0)
-            elif HAS_SMOOTHING:
-                each += tl.where(mask, z, 0.0)
-
-        peak = tl.max(top, 0)
-        shrunk = tl.exp(top - peak)
-        total_sum = tl.sum(total * shrunk, 0)
-        if HAS_ENTROPY:
-            below_sum = tl.sum((below + total * (peak - top)) * shrunk, 0)
-        col = label.to(tl.int64) - first_id
-        here = (col >= 0) & (col < n_cols)
-        x = tl.load(row_ptr + col, mask=here, other=0.0).to(tl.float32)
-        z, _ = _capped(x, logit_scale, softcap, HAS_SOFTCAP)
-        if HAS_WEIGHT:
-            of_label, of_all = tl.load(token_weights_ptr + row), tl.load(token_weights_ptr + token_weights_stride + row)
-            on_label *= of_label
-        picked = tl.where(here, on_label * z, 0.0)
-        if HAS_ACCURACY:
-            right = (here & (tl.min(tl.where(top == peak, first + cols, n_cols), 0) == col)).to(tl.float32)
-            if not IS_FIRST:
-                right = tl.where(peak > tl.load(lse_ptr + row), right, tl.load(right_ptr + row))
-            tl.store(right_ptr + row, right)
-        if HAS_SMOOTHING:
-            picked += on_each * tl.sum(each, 0)
-
-        # between slabs `loss` holds what is picked so far, peak and rest are those of the columns so far; so is the sum
-        # in `entropy`
-        if not IS_FIRST:
-            picked += tl.load(loss_ptr + row)
-            before, rest_before = tl.load(lse_ptr + row), tl.load(lse_ptr + lse_stride + row)
-            most = tl.maximum(before, peak)
-            total_before = tl.exp(rest_before)
-            if HAS_ENTROPY:
-                below_before = tl.load(entropy_ptr + row) + total_before * (most - before)
-                below_sum = (below_sum + total_sum * (most - peak)) * tl.exp(peak - most)
-                below_sum += below_before * tl.exp(before - most)
-            total_sum = total_sum * tl.exp(peak - most) + total_before * tl.exp(before - most)
-            peak = most
-        rest = tl.log(total_sum)
-        tl.store(lse_ptr + row, peak)
-        tl.store(lse_ptr + lse_stride + row, rest)
-        if IS_LAST:
-            lse = peak + rest
-            if HAS_WEIGHT:
-                tl.store(loss_ptr + row, (of_all * peak - picked) + of_all * rest + z_loss * of_label * lse * lse)
-            else:
-                # this order keeps the bits of a small loss under large logits
-                tl.store(loss_ptr + row, (peak - picked) + rest + z_loss * lse * lse)
-        else:
-            tl.store(loss_ptr + row, picked)
-        if HAS_ENTROPY:
-            if IS_LAST:
-                tl.store(entropy_ptr + row, rest + below_sum / total_sum)
-            else:
-                tl.store(entropy_ptr + row, below_sum)
-
-
-@triton.jit
-def _cross_entropy_bwd_kernel(
-    dloss_ptr, labels_ptr, entropy_ptr, dentropy_ptr,  # [N]
-    lse_ptr,  # [2, N]: peak and rest
-    logits_ptr, dlogits_ptr,  # [N, n_cols], may be one and the same
-    weight_ptr, token_weights_ptr,  # [n_cols], [2, N]: see the forward
-    dloss_stride, dentropy_stride, lse_stride, logits_stride, dlogits_stride, token_weights_stride,
-    n_cols, n_blocks, first_id,
-    ignore_index,
-    logit_scale, softcap, z_loss, wanted_label, wanted_other,  # probabilities: without z_loss, dz is p - wanted
-    HAS_SOFTCAP: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    row = pid // n_blocks
-    start = (pid % n_blocks).to(tl.int32) * BLOCK
-    cols = start + tl.arange(0, BLOCK)
-    mask = cols < n_cols
-    whole = start + BLOCK <= n_cols
-    in_ptr = logits_ptr + row * logits_stride
-    out_ptr = dlogits_ptr + row * dlogits_stride
-
-    label = tl.load(labels_ptr + row)
-    if label == ignore_index:
-        # zeros, whatever the upstream gradient is: with all tokens ignored the mean's is infinite
-        tl.store(out_ptr + cols, tl.zeros([BLOCK], tl.float32), mask=mask)
-    else:
-        dloss = tl.load(dloss_ptr + row * dloss_stride).to(tl.float32)
-        peak, rest = tl.load(lse_ptr + row), tl.load(lse_ptr + lse_stride + row)
-        col = (label.to(tl.int64) - first_id).to(tl.int32)  # compared with every column: at half the cost of int64
-        on_lse = 2.0 * z_loss * (peak + rest)
-        if HAS_ENTROPY:
-            entropy = tl.load(entropy_ptr + row)
-            dentropy = tl.load(dentropy_ptr + row * dentropy_stride).to(tl.float32)
-        if HAS_WEIGHT:
-            of_label, of_all = tl.load(token_weights_ptr + row), tl.load(token_weights_ptr + token_weights_stride + row)
-            w = tl.load(weight_ptr + cols, mask=mask, other=0.0)
-            x = tl.load(in_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-            z, slope = _capped(x, logit_scale, softcap, HAS_SOFTCAP)
-            p = tl.exp((z - peak) - rest)
-            wanted = w * tl.where(cols == col, wanted_label, wanted_other)
-            dz = (p * of_all - wanted) + p * (on_lse * of_label)
-            tl.store(out_ptr + cols, dloss * dz * slope, mask=mask)
-        elif whole:  # without a mask: see the forward
-            z, slope = _capped(tl.load(in_ptr + cols).to(tl.float32), logit_scale, softcap, HAS_SOFTCAP)
-            dz = dloss * _dz(z, peak, rest, cols == col, wanted_label, wanted_other, on_lse)
-            if HAS_ENTROPY:
-                dz += dentropy * _dz_of_entropy(z, peak, rest, entropy)
-            tl.store(out_ptr + cols, dz * slope)
-        else:
-            x = tl.load(in_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-            z, slope = _capped(x, logit_scale, softcap, HAS_SOFTCAP)
-            dz = dloss * _dz(z, peak, rest, cols == col, wanted_label, wanted_other, on_lse)
-            if HAS_ENTROPY:
-                dz += dentropy * _dz_of_entropy(z, peak, rest, entropy)
-            tl.store(out_ptr + cols, dz * slope, mask=mask)
-
-
-def cross_entropy_fwd(
-    logits: Tensor,  # [N, n_cols]: one slab of the vocabulary, or all of it
-    labels: Tensor,  # [N]
-    loss: Tensor,  # [N] fp32, written; between slabs the state
-    lse: Tensor,  # [2, N] fp32, likewise
-    options: LossOptions,
-    *,
-    n_vocab: int,
-    first_id: int = 0,
-    is_first: bool = True,
-    is_last: bool = True,
-    right: Tensor | None = None,  # [N] fp32, written; between slabs the state
-    weight: Tensor | None = None,  # [n_cols] fp32: the slab's classes
-    token_weights: Tensor | None = None,  # [2, N] fp32, see weights_of_tokens
-    entropy: Tensor | None = None,  # [N] fp32, written; between slabs the state
-) -> None:
-    n, n_cols = logits.shape
-    if n == 0:
-        return
-    block = min(FWD_BLOCK, power_of_2(n_cols))
-    smoothing = options.label_smoothing
-    launch(
-        _cross_entropy_fwd_kernel, (n,),
-        logits, labels, loss, entropy, lse,
-        # a tensor that stands for one that is not there is never touched
-        loss if right is None else right, loss if weight is None else weight,
-        lse if token_weights is None else token_weights,
-        row_stride(logits), row_stride(lse), row_stride(lse if token_weights is None else token_weights),
-        n_cols, first_id, options.ignore_index,
-        float(options.logit_scale), float(options.softcap or 1.0), float(options.z_loss),
-        1.0 - smoothing, smoothing / n_vocab,
-        HAS_SOFTCAP=options.softcap is not None, HAS_SMOOTHING=smoothing > 0.0,
-        HAS_WEIGHT=weight is not None, HAS_ACCURACY=right is not None, HAS_ENTROPY=entropy is not None,
-        IS_FIRST=is_first, IS_LAST=is_last,
-        BLOCK=block, STAGES=FWD_STAGES, num_warps=warps_for(block, FWD_PER_THREAD),
-    )  # fmt: skip
-
-
-def cross_entropy_bwd(
-    dloss: Tensor,  # [N], any stride: an expanded scalar is not copied
-    logits: Tensor,  # [N, n_cols]
-    labels: Tensor,
-    lse: Tensor,  # [2, N], over all slabs
-    dlogits: Tensor,  # [N, n_cols], written; may be logits itself
-    options: LossOptions,
-    *,
-    n_vocab: int,
-    first_id: int = 0,
-    weight: Tensor | None = None,  # [n_cols] fp32
-    token_weights: Tensor | None = None,  # [2, N] fp32
-    entropy: Tensor | None = None,  # [N] fp32, over all slabs
-    dentropy: Tensor | None = None,  # [N], any stride
-) -> None:
-    n, n_cols = logits.shape
-    if n == 0:
-        return
-    block = min(BWD_BLOCK, power_of_2(n_cols))
-    n_blocks = cdiv(n_cols, block)
-    smoothing = options.label_smoothing
-    launch(
-        _cross_entropy_bwd_kernel, (n * n_blocks,),
-        dloss, labels, entropy, dentropy, lse, logits, dlogits,
-        lse if weight is None else weight, lse if token_weights is None else token_weights,
-        dloss.stride(0), 0 if dentropy is None else dentropy.stride(0),
-        row_stride(lse), row_stride(logits), row_stride(dlogits),
-        row_stride(lse if token_weights is None else token_weights),
-        n_cols, n_blocks, first_id, options.ignore_index,
-        float(options.logit_scale), float(options.softcap or 1.0), float(options.z_loss),
-        1.0 - smoothing + smoothing / n_vocab, smoothing / n_vocab,
-        HAS_SOFTCAP=options.softcap is not None, HAS_WEIGHT=weight is not None,
-        HAS_ENTROPY=dentropy is not None,
-        BLOCK=block, num_warps=warps_for(block, BWD_PER_THREAD),
-    )  # fmt: skip
 
 
 class CrossEntropyFunction(torch.autograd.Function):
@@ -433,7 +158,8 @@ def cross_entropy(
     a gradient, and the host waits for neither.
 
     ``overwrite_logits``: the backward may write the gradient over the logits. Only for logits whose producer keeps
-    nothing of them (a matrix product's output); a second backward through them then raises.
+    nothing of them (a matrix product's output); a second backward through them then raises. Rows that share memory, as
+    those of an expanded tensor do, are left as they are.
 
     ``grad_in_forward``: the forward itself may, which saves a read of them; whoever reads them after it finds the
     gradient. Not for reduction "none", for fp16 and under torch.compile, where the backward overwrites them.
@@ -447,7 +173,7 @@ def cross_entropy(
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
     check_loss("cross_entropy", options, labels, reduction, logits.shape[:-1], logits.shape[-1], logits.device)
     check_weight("cross_entropy", "weight", weight, logits.shape[-1], logits.device)
-    flat = labels.reshape(-1)
+    flat = flat_labels(labels)
     count = counting_tokens("cross_entropy", flat, logits.shape[-1], ignore_index)
     if not runs_kernels(logits):
         return cross_entropy_reference(
@@ -459,12 +185,13 @@ def cross_entropy(
     rows = rows_of(logits)
     of_token, in_kernel = weights_of_tokens(weight, flat, options, torch.float32)
     more = return_z_loss or return_accuracy
-    if grad_in_forward and reduction != "none" and _may_be_lent(logits):
+    if grad_in_forward and reduction != "none" and _may_be_lent(rows):
         total = total_weight(of_token, count)
         results = LentLogitsFunction.apply(rows, flat, options, reduction, upstream, total, of_token, in_kernel, more)
         loss, lse, right = results if more else (results, None, None)
     else:
-        overwrite = overwrite_logits or grad_in_forward
+        may_overwrite = torch.compiler.is_compiling() or lie_apart(rows)
+        overwrite = (overwrite_logits or grad_in_forward) and may_overwrite
         results = CrossEntropyFunction.apply(rows, flat, options, overwrite, *in_kernel, more)
         loss, lse, right = results if more else (results, None, None)
         loss = weighted(loss, of_token, in_kernel)
@@ -473,8 +200,9 @@ def cross_entropy(
 
 
 def _may_be_lent(logits: Tensor) -> bool:
-    """Whether a gradient is wanted, and may stand there before its upstream gradient is known."""
+    """Whether a gradient of logits [N, V] is wanted, and may stand there before its upstream gradient is known."""
     # what a loss scale would keep above fp16's least number is rounded away before the scale is known; a trace would
     # write the gradient elsewhere and copy it
     is_eager = not torch.compiler.is_compiling()
-    return torch.is_grad_enabled() and logits.requires_grad and logits.dtype != torch.float16 and is_eager
+    trains = torch.is_grad_enabled() and logits.requires_grad
+    return is_eager and trains and logits.dtype != torch.float16 and lie_apart(logits)

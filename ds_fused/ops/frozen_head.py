@@ -14,8 +14,9 @@ the last slab dx is the softmax's part of the gradient but for the label's colum
 so a small difference of p[y] to 1 is taken in fp32. Each slab is looked at once, each logit is computed once and none
 is kept. The upstream gradient of each token, whatever it is, multiplies its row of dx in the backward.
 
-Saved for backward: dx, in x's dtype (fp16: fp32, for the loss scale comes later). Work: 4 MHV FLOPs, all in the
-forward. Traffic: of the softmax passes 2 reads and 1 write of z; of dx 2 reads and 2 writes in fp32 for each slab.
+Saved for backward: dx, in x's dtype (fp16: fp32, for the loss scale comes later), and which tokens are ignored.
+Work: 4 MHV FLOPs, all in the forward. Traffic: of the softmax passes 2 reads and 1 write of z; of dx 2 reads and 2
+writes in fp32 for each slab.
 
 Sizes: M tokens, T of them in a chunk, H hidden, V vocabulary, n rows of a slab.
 """
@@ -28,11 +29,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_fused.ops._loss import LossOptions, capped, columns, cross_entropy_bwd_torch, cross_entropy_fwd_torch
+from ds_fused.ops._cross_entropy_kernels import softmax_passes
+from ds_fused.ops._loss import LossOptions, capped_torch, columns
 from ds_fused.ops._slab import Slab, room_of
 from ds_fused.ops._tiles import Tiling, logits_of, of_chunk, product, wide
-from ds_fused.ops._triton import runs_kernels
-from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
 from ds_fused.ops.slabs import WeightSlabs
 
 
@@ -56,11 +56,7 @@ class FrozenHeadFunction(torch.autograd.Function):
         more: bool,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         n_tokens = x.shape[0]
-        softmax_fwd, softmax_bwd = (
-            (cross_entropy_fwd, cross_entropy_bwd)
-            if runs_kernels(x)
-            else (cross_entropy_fwd_torch, cross_entropy_bwd_torch)
-        )
+        softmax_fwd, softmax_bwd = softmax_passes(x)
         loss, lse = (x.new_empty(size, dtype=wide(x)) for size in (n_tokens, (2, n_tokens)))
         right = torch.empty_like(loss) if more else None
         parts = _Parts(x, source, options)
@@ -87,7 +83,7 @@ class FrozenHeadFunction(torch.autograd.Function):
                 softmax_bwd(ones[chunk], z, _nowhere(slab, chunk), lse[:, chunk], z, bare, **slab.place)
                 z.scatter_(1, column, z.gather(1, column).masked_fill_(here, 0.0))
                 parts.add(z, chunk, before, lse[:, chunk], slab)
-        ctx.save_for_backward(parts.whole(labels, lse))
+        ctx.save_for_backward(parts.whole(labels, lse), labels == options.ignore_index)
         ctx.dtype = x.dtype
         if not more:
             return loss
@@ -97,7 +93,9 @@ class FrozenHeadFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        (dx,) = ctx.saved_tensors
+        dx, ignored = ctx.saved_tensors
+        # with all tokens ignored the mean's upstream gradient is infinite
+        dloss = dloss.masked_fill(ignored, 0.0)
         return (dx * dloss[:, None]).to(ctx.dtype), None, None, None, None, None, None
 
 
@@ -141,7 +139,7 @@ class _Parts:
     def whole(self, labels: Tensor, lse: Tensor) -> Tensor:
         options, dx = self.options, self.dx
         peak, rest = lse
-        z, slope = capped(self.label_z, options)
+        z, slope = capped_torch(self.label_z, options)
         of_softmax = 1.0 + 2.0 * options.z_loss * (peak + rest) if options.z_loss else 1.0
         of_label = ((z - peak - rest).exp() * of_softmax - (1.0 - options.label_smoothing)) * slope
         ignored = labels == options.ignore_index

@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from ds_fused.ops._launch import launch
 from ds_fused.ops._rows import place, walk
 from ds_fused.ops._sigmoid import sigmoid_and_slope
-from ds_fused.ops._triton import check_dtypes, rows_of, runs_kernels
+from ds_fused.ops._triton import check_dtypes, lie_apart, rows_of, runs_kernels
 
 ACTS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
 
@@ -157,7 +157,7 @@ def _glu_bwd_kernel(
     dup_stride,
     n_cols,
     ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
-    WANT_DGATE: tl.constexpr, WANT_DUP: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
+    WANTS_DGATE: tl.constexpr, WANTS_DUP: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, first = place(n_cols, FLAT, BLOCK)
     gate_ptr += row * gate_stride
@@ -188,9 +188,9 @@ def _glu_bwd_kernel(
         both = tl.reshape(tl.join(dgate, dup), (2 * BLOCK,))
         tl.store(dgate_ptr + 2 * first + both_cols, both, mask=both_cols < 2 * (n_cols - first))
     else:
-        if WANT_DGATE:
+        if WANTS_DGATE:
             tl.store(dgate_ptr + cols, dgate, mask=mask)
-        if WANT_DUP:
+        if WANTS_DUP:
             tl.store(dup_ptr + cols, dup, mask=mask)
 
 
@@ -217,7 +217,7 @@ def glu_bwd(
 ) -> None:
     """dy [..., D]; writes dgate and dup, as gate and up. None: not wanted, or of up that gate holds both."""
     both = up is None
-    want_dgate, want_dup = dgate is not None, dup is not None
+    wants_dgate, wants_dup = dgate is not None, dup is not None
     # what is not wanted is not written, and lends a pointer only. New tensors and halves of them are rows in place
     dgate = dup if dgate is None else dgate
     dup = dgate if dup is None else dup
@@ -227,7 +227,7 @@ def glu_bwd(
             _glu_bwd_kernel, (way.programs,),
             *way.tensors, *way.strides, way.n_cols,
             ACT=form.act, ALPHA=form.alpha, LIMIT=form.limit, OFFSET=form.offset, INTERLEAVED=both,
-            WANT_DGATE=want_dgate, WANT_DUP=want_dup, FLAT=way.flat, BLOCK=BLOCK, num_warps=NUM_WARPS,
+            WANTS_DGATE=wants_dgate, WANTS_DUP=wants_dup, FLAT=way.flat, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
 
 
@@ -278,7 +278,7 @@ def _room(x: Tensor, overwrite: bool) -> Tensor:
     """Where the gradient of x goes: over x itself, if that is allowed and x is memory of its own, seen as rows."""
     if overwrite:
         rows = rows_of(x)
-        if rows.data_ptr() == x.data_ptr() and rows.stride(0) >= rows.shape[1]:
+        if rows.data_ptr() == x.data_ptr() and lie_apart(rows):
             return x.detach()
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 

@@ -10,7 +10,7 @@ Per token, with P = softmax(teacher_logits / temperature), Q = softmax(student_l
 as in "On-Policy Distillation of Language Models" (Agarwal et al. 2023); the two KLs are the limits of loss / beta and
 of loss / (1 - beta). TRL and Liger mean the same by beta. Nothing is multiplied by temperature**2.
 
-Traffic per logit, what is saved for backward and the gradients: see _divergence.py.
+Traffic per logit and the gradients: see _divergence_kernels.py; what is saved for backward: see _divergence.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_fused.ops._divergence import Divergence, check_pair, counting_pair, divergence, reduced_pair
+from ds_fused.ops._divergence import check_pair, counting_pair, divergence, reduced_pair
+from ds_fused.ops._divergence_kernels import Divergence
 from ds_fused.ops._triton import runs_kernels
 
 

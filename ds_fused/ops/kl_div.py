@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._launch import launch
-from ds_fused.ops._rows import place
-from ds_fused.ops._triton import cdiv, check_dtypes, row_stride, rows_of, runs_kernels
+from ds_fused.ops._rows import place, walk
+from ds_fused.ops._triton import check_dtypes, runs_kernels
 
 # not yet measured. elements of a program and its warps
 BLOCK = 4096
@@ -127,33 +127,25 @@ def _kl_div_bwd_kernel(
         tl.store(dt_ptr + row * n_cols + cols, dloss * dt, mask=mask)
 
 
-def _layout(*tensors: Tensor) -> tuple[bool, int, int]:
-    """(whether rows have no gaps, so that all of it is one row; columns of a row; programs)."""
-    n, d = tensors[0].shape
-    if all(tensor.is_contiguous() for tensor in tensors):
-        return True, n * d, cdiv(n * d, BLOCK)
-    return False, d, n * cdiv(d, BLOCK)
-
-
 def kl_div_fwd(x: Tensor, t: Tensor, log_target: bool, is_sum: bool) -> Tensor:
-    """[N, D], [N, D] -> [N, D] in x's dtype, or one fp32 number: their sum."""
-    flat, n_cols, programs = _layout(x, t)
+    """[..., D], [..., D] -> [..., D] in x's dtype, or one fp32 number: their sum."""
+    way = walk(x.shape, BLOCK, x, t)
     if is_sum:
         # summed in two steps, always in the same order
-        loss = torch.empty(programs, dtype=torch.float32, device=x.device)
+        loss = torch.empty(way.programs, dtype=torch.float32, device=x.device)
     else:
         loss = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if programs:
+    if way.programs:
         launch(
-            _kl_div_fwd_kernel, (programs,),
-            x, t, loss, row_stride(x), row_stride(t), n_cols,
-            LOG_TARGET=log_target, IS_SUM=is_sum, FLAT=flat, BLOCK=BLOCK, num_warps=NUM_WARPS,
+            _kl_div_fwd_kernel, (way.programs,),
+            *way.tensors, loss, *way.strides, way.n_cols,
+            LOG_TARGET=log_target, IS_SUM=is_sum, FLAT=way.flat, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
     return loss.sum() if is_sum else loss
 
 
 def kl_div_bwd(
-    dloss: Tensor,  # [N, D], or one number
+    dloss: Tensor,  # [..., D], or one number
     x: Tensor | None,  # None where the target wants no gradient
     t: Tensor,
     x_dtype: torch.dtype,
@@ -161,26 +153,24 @@ def kl_div_bwd(
     is_sum: bool,
     wants: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients [N, D] that are wanted."""
+    """The gradients [..., D] that are wanted."""
     dx = torch.empty(t.shape, dtype=x_dtype, device=t.device) if wants[0] else None
     dt = torch.empty(t.shape, dtype=t.dtype, device=t.device) if wants[1] else None
-    read = [t, *([] if is_sum else [dloss]), *([] if x is None else [x])]
-    flat, n_cols, programs = _layout(*read)
     # a tensor that stands for one that is not there is never touched
-    x = t if x is None else x
-    if programs:
+    way = walk(t.shape, BLOCK, t if is_sum else dloss, t if x is None else x, t)
+    rows = (dloss, *way.tensors[1:]) if is_sum else way.tensors
+    if way.programs:
         launch(
-            _kl_div_bwd_kernel, (programs,),
-            dloss, x, t, t if dx is None else dx, t if dt is None else dt,
-            0 if is_sum else row_stride(dloss), row_stride(x), row_stride(t), n_cols,
+            _kl_div_bwd_kernel, (way.programs,),
+            *rows, t if dx is None else dx, t if dt is None else dt, *way.strides, way.n_cols,
             LOG_TARGET=log_target, IS_SUM=is_sum, WANTS_DX=wants[0], WANTS_DT=wants[1],
-            FLAT=flat, BLOCK=BLOCK, num_warps=NUM_WARPS,
+            FLAT=way.flat, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
     return dx, dt
 
 
 class KLDivFunction(torch.autograd.Function):
-    """Autograd around the two launchers; sees only [N, D]."""
+    """Autograd around the two launchers, which flatten (see RMSNormFunction)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, t: Tensor, log_target: bool, is_sum: bool) -> Tensor:
@@ -192,7 +182,6 @@ class KLDivFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, t = ctx.saved_tensors
-        dloss = dloss if ctx.is_sum else rows_of(dloss)
         dx, dt = kl_div_bwd(dloss, x, t, ctx.x_dtype, ctx.log_target, ctx.is_sum, ctx.needs_input_grad[:2])
         return dx, dt, None, None
 
@@ -218,7 +207,5 @@ def kl_div(
     if not runs_kernels(input, target):
         return kl_div_reference(input, target, log_target=log_target, reduction=reduction)
     check_dtypes("kl_div", input=input, target=target)
-    loss = KLDivFunction.apply(rows_of(input), rows_of(target), log_target, reduction != "none")
-    if reduction == "none":
-        return loss.view(input.shape)
-    return loss if reduction == "sum" else loss / _count(input.shape, reduction)
+    loss = KLDivFunction.apply(input, target, log_target, reduction != "none")
+    return loss if reduction in ("sum", "none") else loss / _count(input.shape, reduction)

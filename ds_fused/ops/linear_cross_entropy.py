@@ -1,8 +1,9 @@
 """Head and loss in one: ``cross_entropy(logit_scale * F.linear(x, weight, bias), labels)`` without the whole logits.
 
 The logits exist as tiles: a *chunk* of tokens times a *slab* of vocabulary rows. Per tile the forward runs one matrix
-product and one softmax pass (cross_entropy.py), which leaves loss and lse of each token; the backward makes the tile
-again, or takes it from those that were kept, turns it into dlogits in place and multiplies it into dx and dweight.
+product and one softmax pass (_cross_entropy_kernels.py), which leaves loss and lse of each token; the backward makes
+the tile again, or takes it from those that were kept, turns it into dlogits in place and multiplies it into dx and
+dweight.
 
 What is summed over tiles is summed in fp32, and only then rounded: dx over slabs [M, H], dweight over chunks [n, H],
 unless ``accumulate="native"``. So a whole weight is cut along its vocabulary while M < V, which needs no fp32 copy of
@@ -24,13 +25,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_fused.ops import frozen_head
-from ds_fused.ops._labels import counting_tokens
+from ds_fused.ops._cross_entropy_kernels import softmax_passes
+from ds_fused.ops._labels import counting_tokens, flat_labels
 from ds_fused.ops._loss import (
     LossOptions,
     check_loss,
     check_weight,
-    cross_entropy_bwd_torch,
-    cross_entropy_fwd_torch,
     outputs,
     weighted,
     weights_of_tokens,
@@ -48,10 +48,11 @@ from ds_fused.ops._tiles import (
     tiling,
     wide,
 )
-from ds_fused.ops._triton import autocast_dtype, check_dtypes, rows_of, runs_kernels
-from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd, cross_entropy_reference
+from ds_fused.ops._triton import autocast_dtype, check_dtypes, refuse_transforms, rows_of, runs_kernels
+from ds_fused.ops.cross_entropy import cross_entropy_reference
 from ds_fused.ops.frozen_head import FrozenHeadFunction
 from ds_fused.ops.one_pass import OnePassFunction, cut
+from ds_fused.ops.one_pass_node import one_pass_node
 from ds_fused.ops.slabs import WeightSlabs, WholeWeight
 from ds_fused.ops.stationary import StationaryFunction
 from ds_fused.ops.vocab_shard import VocabShard
@@ -117,7 +118,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         native: bool,
     ) -> Tensor | tuple[Tensor, ...]:
         n_tokens = x.shape[0]
-        softmax_fwd = cross_entropy_fwd if runs_kernels(x) else cross_entropy_fwd_torch
+        softmax_fwd, _ = softmax_passes(x)
         source = WholeWeight(weight, tiles.rows) if slabs is None else slabs
         loss, lse = (x.new_empty(size, dtype=wide(x)) for size in (n_tokens, (2, n_tokens)))
         right = torch.empty_like(loss) if more else None
@@ -168,7 +169,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         # a trace writes nothing, and dynamo may need two
         ctx.overwritten = len(kept) > 0 and not torch.compiler.is_compiling()
         tiles, n_tokens = ctx.tiles, x.shape[0]
-        softmax_bwd = cross_entropy_bwd if runs_kernels(x) else cross_entropy_bwd_torch
+        _, softmax_bwd = softmax_passes(x)
         source = WholeWeight(weight, tiles.rows) if ctx.slabs is None else ctx.slabs
         rows, ctx.last_rows = ctx.last_rows, None
         if rows is None:
@@ -269,7 +270,7 @@ def linear_cross_entropy(
 
     ``grad_in_forward``: where the weight is whole, the loss alone a mean or a sum, without class weights, and x not in
     fp16, gradients are made in the forward, chunk after chunk: each logit is computed once and none is kept, whatever
-    ``keep_mb`` says. The result is the same (one_pass.py).
+    ``keep_mb`` says. The result is the same (one_pass.py). In a graph of torch.compile all of this is one node.
 
     ``accumulate``: what dweight is added up in where the tokens are cut into n chunks. ``"fp32"``: fp32, rounded once.
     ``"native"``: its own dtype, which spares the fp32 copy (of a slab, where the weight comes in slabs) and is about
@@ -322,6 +323,7 @@ def token_losses(
     accumulate: str = "auto",
 ) -> TokenLosses:
     """What each token loses, and what else is asked for."""
+    refuse_transforms(op)
     n_vocab = _checked_vocabulary(op, x, weight, bias)
     check_loss(op, options, labels, reduction, x.shape[:-1], n_vocab, x.device)
     check_weight(op, "class_weight", class_weight, n_vocab, x.device)
@@ -343,17 +345,20 @@ def token_losses(
     handle = weight if isinstance(weight, Tensor) else x.new_empty(0, requires_grad=weight.requires_grad)
     training = torch.is_grad_enabled()
     trains = training and any(t is not None and t.requires_grad for t in (x, handle, bias))
-    flat = labels.reshape(-1)
+    flat = flat_labels(labels)
     count = counting_tokens(op, flat, n_vocab, options.ignore_index)
     of_token, in_kernel = weights_of_tokens(class_weight, flat, options, wide(rows))
     chunk_bytes = int(chunk_mb * 2**20)
     is_whole = slabs is None and not isinstance(weight, VocabShard)
-    if in_forward and trains and is_whole and rows.dtype != torch.float16:
-        how = cut(
-            *rows.shape[:1], *weight.shape, rows.element_size(), chunk_bytes, accumulate, trains=handle.requires_grad
-        )
-        loss = OnePassFunction.apply(rows, weight, bias, flat, count, options, reduction, *how)
-        return TokenLosses(loss, count)
+    if in_forward and is_whole and not (trains and rows.dtype == torch.float16):
+        if torch.compiler.is_compiling():
+            loss = one_pass_node(rows, weight, bias, flat, count, options, reduction, chunk_bytes, accumulate)
+            return TokenLosses(loss, count)
+        if trains:
+            sizes = (*rows.shape[:1], *weight.shape, rows.element_size())
+            how = cut(*sizes, chunk_bytes, accumulate, trains=handle.requires_grad)
+            loss = OnePassFunction.apply(rows, weight, bias, flat, count, options, reduction, *how)
+            return TokenLosses(loss, count)
     trains_x_alone = trains and not handle.requires_grad and (bias is None or not bias.requires_grad)
     in_one_go = trains_x_alone and not entropy and in_kernel[0] is None and frozen_head.takes(options)
     if isinstance(weight, VocabShard):

@@ -7,7 +7,7 @@
 
 The loss of on-policy distillation (Agarwal et al., "On-Policy Distillation of Language Models", 2023), from hidden
 states. _linear_divergence.py says how it is computed, what is saved for backward and what it costs;
-_divergence.py has the kernels.
+_divergence_kernels.py has the kernels.
 
 Sizes: M tokens (every leading dimension, flattened), H hidden (each model its own), V vocabulary.
 """
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_fused.ops._linear_divergence import linear_divergence
-from ds_fused.ops._loss import reduced
-from ds_fused.ops._teacher_divergence import DivergenceOptions, divergence_reference
+from ds_fused.ops._teacher_divergence import DivergenceOptions
+from ds_fused.ops.jsd import jsd_reference
 
 
 def linear_jsd_reference(
@@ -39,9 +39,9 @@ def linear_jsd_reference(
     """What this file computes, in PyTorch and with all logits at once: the specification and the tests' yardstick."""
     student = F.linear(student_x, student_weight, student_bias)
     teacher = F.linear(teacher_x, teacher_weight, teacher_bias).detach()
-    loss = divergence_reference(student, teacher, labels, DivergenceOptions(beta, temperature, ignore_index))
-    count = loss.numel() if labels is None else (labels != ignore_index).sum()
-    return reduced(loss, loss.shape, count, reduction)
+    return jsd_reference(
+        student, teacher, labels, beta=beta, temperature=temperature, ignore_index=ignore_index, reduction=reduction
+    )
 
 
 def linear_jsd(

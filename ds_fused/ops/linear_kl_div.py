@@ -7,7 +7,7 @@ temperature)``:
     loss = sum(p * (log p - log q))       dz = p * (log p - log q - loss)       reverse: it seeks the teacher's modes
 
 These are the ends of linear_jsd, beta = 0 and beta = 1. _linear_divergence.py says how they are computed, what is saved
-for backward and what it costs; _divergence.py has the kernels.
+for backward and what it costs; _divergence_kernels.py has the kernels.
 
 Sizes: M tokens (every leading dimension, flattened), H hidden (each model its own), V vocabulary.
 """

@@ -22,12 +22,14 @@ Sizes: M tokens, T of them in a chunk, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_fused.ops._cross_entropy_kernels import softmax_passes
 from ds_fused.ops._lent_logits import lent_logits
 from ds_fused.ops._loss import LossOptions, cross_entropy_bwd_torch, cross_entropy_fwd_torch
 from ds_fused.ops._scale import scaled
@@ -66,6 +68,66 @@ def _lent_logits_torch(
     cross_entropy_bwd_torch(dloss, z, labels, lse, z, options, n_vocab=z.shape[1])
 
 
+def _loss_alone(z: Tensor, labels: Tensor, loss: Tensor, lse: Tensor, dloss: Tensor, options: LossOptions) -> None:
+    """`lent_logits` where nobody wants the gradient."""
+    softmax, _ = softmax_passes(z)
+    softmax(z, labels, loss, lse, options, n_vocab=z.shape[1])
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def one_pass(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    count: Tensor,  # of the labels that count
+    options: LossOptions,
+    reduction: str,
+    tokens: int,  # T
+    native: bool,  # dw is added up in its own dtype
+    wants: Sequence[bool],  # dx, dw, dbias
+) -> tuple[Tensor, Gradients]:
+    """The mean or the sum of the losses, fp32 [], and the gradients for an upstream gradient of 1."""
+    n_tokens, n_vocab = x.shape[0], weight.shape[0]
+    if any(wants):
+        softmax = lent_logits if runs_kernels(x) else _lent_logits_torch
+    else:
+        softmax = _loss_alone
+    # under autocast the weight has its own dtype: a copy that lives as long as this forward
+    rows, offsets = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    wants_dx, wants_dw, wants_dbias = wants
+    n_chunks = cdiv(n_tokens, tokens)
+
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wants_dx else None
+    sums = sum_dtype(weight.dtype, x, n_chunks, native=native)
+    dw = torch.empty_like(weight, dtype=sums, memory_format=torch.contiguous_format) if wants_dw else None
+    dbias = torch.zeros_like(bias, dtype=wide(x)) if wants_dbias else None
+    loss, lse = (x.new_empty(size, dtype=wide(x)) for size in (n_tokens, (2, n_tokens)))
+    one = torch.ones((), dtype=wide(x), device=x.device)
+    upstream = (one / count if reduction == "mean" else one).expand(n_tokens)
+    room = x.new_empty(tile_elements(min(tokens, n_tokens), n_vocab))
+    for start in range(0, n_tokens, tokens):
+        chunk = slice(start, start + tokens)
+        part, label = x[chunk], labels[chunk]
+        z = logits_of(room, part, rows, offsets)
+        softmax(z, label, loss[chunk], lse[:, chunk], upstream[chunk], options)
+        if wants_dx:
+            product(dx[chunk], z, rows)
+        if wants_dw:
+            product(dw, z.t(), part, add=start > 0)
+        if wants_dbias:
+            dbias += z.sum(0, dtype=dbias.dtype)
+    if wants_dw and n_tokens == 0:
+        dw.zero_()
+    total = loss.sum()
+    return (
+        total / count if reduction == "mean" else total,
+        (dx, None if dw is None else dw.to(weight.dtype), None if dbias is None else dbias.to(bias.dtype)),
+    )
+
+
 class OnePassFunction(torch.autograd.Function):
     """x [M, H], weight [V, H], bias [V] or None and labels [M] to the mean or the sum of the losses, fp32 []."""
 
@@ -76,46 +138,17 @@ class OnePassFunction(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        count: Tensor,  # of the labels that count
+        count: Tensor,
         options: LossOptions,
         reduction: str,
-        tokens: int,  # T
-        native: bool,  # dw is added up in its own dtype
+        tokens: int,
+        native: bool,
     ) -> Tensor:
-        n_tokens, n_vocab = x.shape[0], weight.shape[0]
-        softmax = lent_logits if runs_kernels(x) else _lent_logits_torch
-        # under autocast the weight has its own dtype: a copy that lives as long as this forward
-        rows, offsets = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        wants_dx, wants_dw, wants_dbias = ctx.needs_input_grad[:3]
-        n_chunks = cdiv(n_tokens, tokens)
-
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wants_dx else None
-        sums = sum_dtype(weight.dtype, x, n_chunks, native=native)
-        dw = torch.empty_like(weight, dtype=sums, memory_format=torch.contiguous_format) if wants_dw else None
-        dbias = torch.zeros_like(bias, dtype=wide(x)) if wants_dbias else None
-        loss, lse = (x.new_empty(size, dtype=wide(x)) for size in (n_tokens, (2, n_tokens)))
-        one = torch.ones((), dtype=wide(x), device=x.device)
-        upstream = (one / count if reduction == "mean" else one).expand(n_tokens)
-        room = x.new_empty(tile_elements(min(tokens, n_tokens), n_vocab))
-        for start in range(0, n_tokens, tokens):
-            chunk = slice(start, start + tokens)
-            part, label = x[chunk], labels[chunk]
-            z = logits_of(room, part, rows, offsets)
-            softmax(z, label, loss[chunk], lse[:, chunk], upstream[chunk], options)
-            if wants_dx:
-                product(dx[chunk], z, rows)
-            if wants_dw:
-                product(dw, z.t(), part, add=start > 0)
-            if wants_dbias:
-                dbias += z.sum(0, dtype=dbias.dtype)
-        if wants_dw and n_tokens == 0:
-            dw.zero_()
-        ctx.save_for_backward(
-            dx, None if dw is None else dw.to(weight.dtype), None if dbias is None else dbias.to(bias.dtype)
-        )
+        wants = ctx.needs_input_grad[:3]
+        loss, grads = one_pass(x, weight, bias, labels, count, options, reduction, tokens, native, wants)
+        ctx.save_for_backward(*grads)
         ctx.spent = False
-        total = loss.sum()
-        return total / count if reduction == "mean" else total
+        return loss
 
     @staticmethod
     @once_differentiable
@@ -125,7 +158,6 @@ class OnePassFunction(torch.autograd.Function):
                 "linear_cross_entropy: a second backward, but the first handed out the gradients that the forward had "
                 "made; pass grad_in_forward=False to compute them each time"
             )
-        # a trace hands out nothing, and dynamo may need two
-        ctx.spent = not torch.compiler.is_compiling()
+        ctx.spent = True
         made = (None if t is None else scaled(t, dloss) for t in ctx.saved_tensors)
         return *made, None, None, None, None, None, None

@@ -1,4 +1,9 @@
-"""The table of ops. JSON keys, op builders, tests, benchmarks and the README's table are derived from it."""
+"""The table of ops. JSON keys, op builders and the README's table are derived from it.
+
+A new op is its file, a row here, its test (tests/ops/test_<op>.py) and a case in benchmarks/cases.py; and its name in
+ops/__init__.py, ds_fused/__init__.py, the README's table and, with an example to compile and to trace each, in
+tests/ops/compile_all.py and trace_all.py. Of all but its own test, what is missing fails a test that says so.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +31,7 @@ from ds_fused.ops.linear_kl_div import linear_kl_div, linear_kl_div_reference
 from ds_fused.ops.linear_log_probs import linear_log_probs, linear_log_probs_reference
 from ds_fused.ops.relu2 import relu2, relu2_reference
 from ds_fused.ops.rms_norm import rms_norm, rms_norm_reference
+from ds_fused.ops.rms_norm_rope import rms_norm_rope, rms_norm_rope_reference
 from ds_fused.ops.rope import rope, rope_reference
 from ds_fused.ops.softmax import softmax, softmax_reference
 from ds_fused.ops.sparsemax import sparsemax, sparsemax_reference
@@ -93,6 +99,14 @@ OPS: tuple[Op, ...] = (
     ),
     Op("dyt", dyt, dyt_reference, (), "dynamic tanh: weight * tanh(alpha * x) + bias"),
     Op("rope", rope, rope_reference, ("rope",), "rotary embedding of q and k in one launch; sections, complex angles"),
+    Op(
+        "rms_norm_rope",
+        rms_norm_rope,
+        rms_norm_rope_reference,
+        ("qk_norm_rope",),
+        "root-mean-square norm and rotary embedding of the heads of q and k in one pass",
+        on=False,  # not measured yet
+    ),
     Op(
         "glu",
         glu,

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_fused.ops._heads import angle_strides, as_called, as_kernels_read, by_token, neighbours, room, strides
 from ds_fused.ops._launch import launch
 from ds_fused.ops._rope import RopeForm, check_inplace, check_rope
 from ds_fused.ops._triton import check_dtypes, power_of_2, runs_kernels
@@ -148,6 +149,18 @@ def _axis_of(pairs, TIME: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexp
     return axis
 
 
+@triton.jit
+def angles_of(cos_ptr, sin_ptr, pairs, R: tl.constexpr):
+    """cos and sin of a token [R], in fp32, for the first and for the second columns of pairs [1, R/2]."""
+    PAIRS: tl.constexpr = R // 2
+    mask = pairs < PAIRS
+    cos_1 = tl.load(cos_ptr + pairs, mask=mask, other=0.0).to(tl.float32)
+    cos_2 = tl.load(cos_ptr + PAIRS + pairs, mask=mask, other=0.0).to(tl.float32)
+    sin_1 = tl.load(sin_ptr + pairs, mask=mask, other=0.0).to(tl.float32)
+    sin_2 = tl.load(sin_ptr + PAIRS + pairs, mask=mask, other=0.0).to(tl.float32)
+    return cos_1, cos_2, sin_1, sin_2
+
+
 # not specialized: a token count that is no multiple of 16 would compile everything again
 @triton.jit(do_not_specialize=["n_tokens"])
 def _rope_kernel(
@@ -182,10 +195,7 @@ def _rope_kernel(
         sin_1 = tl.load(cos_ptr + angle + 2 * pairs + 1, mask=mask, other=0.0).to(tl.float32)
         cos_2, sin_2 = cos_1, sin_1
     else:
-        cos_1 = tl.load(cos_ptr + angle + pairs, mask=mask, other=0.0).to(tl.float32)
-        cos_2 = tl.load(cos_ptr + angle + PAIRS + pairs, mask=mask, other=0.0).to(tl.float32)
-        sin_1 = tl.load(sin_ptr + angle + pairs, mask=mask, other=0.0).to(tl.float32)
-        sin_2 = tl.load(sin_ptr + angle + PAIRS + pairs, mask=mask, other=0.0).to(tl.float32)
+        cos_1, cos_2, sin_1, sin_2 = angles_of(cos_ptr + angle, sin_ptr + angle, pairs, R)
     # [[cos_1, -sin_1], [sin_2, cos_2]] forward, its transpose backward
     if BACKWARD:
         from_first, from_second = -sin_1, sin_2
@@ -230,29 +240,6 @@ def _rope_kernel(
     )
 
 
-def _strides(x: Tensor, shape: torch.Size) -> tuple[int, ...]:
-    """Of x [B, heads, T, D] those of batch, head and token; from the shape where dynamo can't say them (row_stride).
-
-    The shape is that of an input: dynamo 2.11 can't hold the sizes of what was made of one.
-    """
-    if torch.compiler.is_compiling():
-        _, heads, n_tokens, d = shape
-        if x.is_contiguous():
-            return heads * n_tokens * d, n_tokens * d, d
-        if x.transpose(1, 2).is_contiguous():
-            return heads * n_tokens * d, d, heads * d
-    return x.stride()[:3]
-
-
-def _angle_strides(cos: Tensor) -> tuple[int, ...]:
-    """Of cos [B, T, R] or [3, B, T, R] those of axis, batch and token."""
-    if torch.compiler.is_compiling() and cos.is_contiguous():
-        batch, n_tokens, r = cos.shape[-3:]
-        return batch * n_tokens * r, n_tokens * r, r
-    axis = cos.stride(0) if cos.ndim == 4 else 0
-    return axis, cos.stride(-3), cos.stride(-2)
-
-
 def _rope(
     q: Tensor | None,
     k: Tensor | None,
@@ -280,8 +267,8 @@ def _rope(
     launch(
         _rope_kernel, (batch * n_tokens,),
         q, k, cos, cos if sin is None else sin, yq, yk,
-        *_strides(q, q.shape), *_strides(k, k.shape), *_strides(yq, q.shape), *_strides(yk, k.shape),
-        *_angle_strides(cos), n_tokens,
+        *strides(q, q.shape), *strides(k, k.shape), *strides(yq, q.shape), *strides(yk, k.shape),
+        *angle_strides(cos), n_tokens,
         Q_HEADS=q_heads, K_HEADS=k_heads, D=d, R=r, INTERLEAVED=form.interleaved, COMPLEX=form.complex,
         SECTIONS=form.sections is not None, TIME=time, HEIGHT=height, WIDTH=width, ALTERNATING=form.alternating,
         BACKWARD=backward, INPLACE=inplace, BLOCK_Q_HEADS=min(power_of_2(q_heads), most_heads),
@@ -294,9 +281,10 @@ def rope_fwd(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor | None, form: RopeForm, keep_dtype: bool
 ) -> tuple[Tensor, Tensor]:
     """[B, Hq, T, D], [B, Hk, T, D], [(3,) B, T, R] x 2 -> q', k' in the layout of q and k."""
+    angle_dtype = cos.dtype if sin is None else torch.promote_types(cos.dtype, sin.dtype)
     # preserve_format: strides in the order of q's, without its gaps
     yq, yk = (
-        torch.empty_like(x, dtype=x.dtype if keep_dtype else torch.promote_types(x.dtype, cos.dtype)) for x in (q, k)
+        torch.empty_like(x, dtype=x.dtype if keep_dtype else torch.promote_types(x.dtype, angle_dtype)) for x in (q, k)
     )
     _rope(q, k, cos, sin, yq, yk, form)
     return yq, yk
@@ -343,7 +331,7 @@ class RopeFunction(torch.autograd.Function):
         if wanted_q != wanted_k:
             ctx.mark_non_differentiable(yk if wanted_q else yq)
         ctx.form = form
-        ctx.by_token, ctx.dtypes = tuple(map(_by_token, (yq, yk))), (q.dtype, k.dtype)
+        ctx.by_token, ctx.dtypes = tuple(map(by_token, (yq, yk))), (q.dtype, k.dtype)
         return yq, yk
 
     @staticmethod
@@ -353,28 +341,11 @@ class RopeFunction(torch.autograd.Function):
         dys, dxs = [], []
         for i, dy in enumerate((dyq, dyk)):
             wanted = ctx.needs_input_grad[i]
-            dys.append(_neighbours(dy) if wanted else None)
+            dys.append(neighbours(dy) if wanted else None)
             # in the layout that q and k had, whatever attention handed back: the projections want it
-            dxs.append(_room(dy, ctx.by_token[i], ctx.dtypes[i]) if wanted else None)
+            dxs.append(room(dy, ctx.by_token[i], ctx.dtypes[i]) if wanted else None)
         rope_bwd(*dys, cos, sin, *dxs, ctx.form)
         return *dxs, None, None, None, None, None
-
-
-def _by_token(x: Tensor) -> bool:
-    """Whether x [B, heads, T, D] lies in memory as [B, T, heads, D]; a flag, since dynamo can't keep all strides."""
-    return x.transpose(1, 2).is_contiguous()
-
-
-def _room(like: Tensor, by_token: bool, dtype: torch.dtype) -> Tensor:
-    batch, heads, n_tokens, d = like.shape
-    if by_token:
-        return like.new_empty(batch, n_tokens, heads, d, dtype=dtype).transpose(1, 2)
-    return like.new_empty(batch, heads, n_tokens, d, dtype=dtype)
-
-
-def _neighbours(x: Tensor) -> Tensor:
-    """x with the columns of a head side by side: itself in nearly every case."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def rope(
@@ -400,13 +371,13 @@ def rope(
     ``sections``: angles have a dimension of 3 in front, for time, height and width, and that many pairs turn by each of
     them: the first ones by time, the next by height, the last by width (Qwen2-VL), or ``alternating`` (Qwen3-VL).
     Any strides of q and k are read in place if the columns of a head lie side by side. The results have the promoted
-    dtype of q (k) and cos; with ``keep_dtype`` that of q (k).
+    dtype of q (k) and the angles; with ``keep_dtype`` that of q (k).
     ``inplace``: the results, in the dtype of q (k), take the memory of q and k, whose values are lost. Only for tensors
     whose producer keeps nothing of them (a matrix product's output); autograd raises where it does. Backward is not in
     place. A compiled graph, which sees to its own memory, may ignore it.
     """
     form = RopeForm(interleaved, None if sections is None else tuple(sections), alternating, cos.is_complex())
-    check_rope(q, k, cos, sin, unsqueeze_dim, form)
+    check_rope("rope", q, k, cos, sin, unsqueeze_dim, form)
     compiling = torch.compiler.is_compiling()
     if inplace and not compiling:
         check_inplace(q, k)
@@ -418,38 +389,7 @@ def rope(
     if form.complex:
         cos = torch.view_as_real(cos.resolve_conj()).flatten(-2)
     check_dtypes("rope", q=q, k=k, cos=cos, sin=sin)
-    if q.ndim == 3:
-        yq, yk = _call(
-            q[None], k[None], cos, sin, unsqueeze_dim, form, keep_dtype or inplace, inplace and not compiling
-        )
-        return yq[0], yk[0]
-    return _call(q, k, cos, sin, unsqueeze_dim, form, keep_dtype or inplace, inplace and not compiling)
-
-
-def _call(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor | None,
-    unsqueeze_dim: int,
-    form: RopeForm,
-    keep_dtype: bool,
-    inplace: bool,
-) -> tuple[Tensor, Tensor]:
-    """With a batch dimension on q and k: the layouts that the Function sees, and back."""
-    if unsqueeze_dim == 2:
-        q, k = q.transpose(1, 2), k.transpose(1, 2)
-    cos, sin = (None if x is None else _neighbours(_whole(x, q.shape[0], form)) for x in (cos, sin))
-    if sin is not None and cos.stride() != sin.stride():
-        cos, sin = cos.contiguous(), sin.contiguous()
-    yq, yk = RopeFunction.apply(_neighbours(q), _neighbours(k), cos, sin, form, keep_dtype, inplace)
-    if unsqueeze_dim == 2:
-        yq, yk = yq.transpose(1, 2), yk.transpose(1, 2)
-    return yq, yk
-
-
-def _whole(angles: Tensor, batch: int, form: RopeForm) -> Tensor:
-    """[(3,) B, T, R], whether the batch dimension was there, 1 or missing."""
-    if angles.ndim == (2 if form.sections is None else 3):
-        angles = angles.unsqueeze(-3)
-    return angles.expand(*angles.shape[:-3], batch, -1, -1)
+    n_dims = q.ndim
+    q, k, cos, sin = as_kernels_read(q, k, cos, sin, unsqueeze_dim, form)
+    ys = RopeFunction.apply(q, k, cos, sin, form, keep_dtype or inplace, inplace and not compiling)
+    return as_called(ys, n_dims, unsqueeze_dim)

@@ -38,12 +38,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_fused.ops._cross_entropy_kernels import softmax_passes
 from ds_fused.ops._exchange import ClassWeights, Found, Labels, Tokens, of_block
-from ds_fused.ops._loss import LossOptions, cross_entropy_bwd_torch, cross_entropy_fwd_torch
+from ds_fused.ops._loss import LossOptions
 from ds_fused.ops._merge import merge, merge_torch
 from ds_fused.ops._tiles import of_chunk, product, side, tile, tile_elements, wide
 from ds_fused.ops._triton import runs_kernels
-from ds_fused.ops.cross_entropy import cross_entropy_bwd, cross_entropy_fwd
 from ds_fused.ops.vocab_shard import Flight, VocabShard, padded
 
 # ratios of fp32 numbers that stand for the same one
@@ -235,7 +235,8 @@ class _Walk:
         self.tokens, self.rows, self.options, self.labels = tokens, rows, options, labels
         self.classes, self.found, self.gradients = classes, found, gradients
         self.shard = tokens.shard
-        self.kernels = runs_kernels(tokens.x)
+        self.forward_pass, self.backward_pass = softmax_passes(tokens.x)
+        self.merge = merge if runs_kernels(tokens.x) else merge_torch
         self.columns = {"n_vocab": self.shard.shape[0], "first_id": self.shard.first_id}
 
     def __call__(self) -> None:
@@ -263,13 +264,12 @@ class _Walk:
 
     def _numbers(self, place: slice, z: Tensor, labels: Tensor) -> Tensor:
         """[3 to 5, W * T]: what this rank's columns say of each token."""
-        softmax = cross_entropy_fwd if self.kernels else cross_entropy_fwd_torch
         found = self.found
         part = found.lse.new_empty(3 + (found.right is not None) + (found.entropy is not None), z.shape[0])
         right = None if found.right is None else part[3]
         entropy = None if found.entropy is None else part[-1]
         for rows, weights in self.classes.passes(place, z.shape[0]):
-            softmax(
+            self.forward_pass(
                 z[rows], labels[rows], part[0, rows], part[1:3, rows], self.options, **self.columns, is_last=False,
                 right=of_chunk(right, rows), entropy=of_chunk(entropy, rows), **weights,
             )  # fmt: skip
@@ -280,7 +280,7 @@ class _Walk:
         loss, lse = found.lse.new_empty(n), found.lse.new_empty(2, n)
         right = None if found.right is None else torch.empty_like(loss)
         entropy = None if found.entropy is None else torch.empty_like(loss)
-        (merge if self.kernels else merge_torch)(
+        self.merge(
             parts, labels, loss, lse, self.options,
             right=right, entropy=entropy, token_weights=self.classes.of_block(place),
         )  # fmt: skip
@@ -293,14 +293,13 @@ class _Walk:
             found.entropy[:, place] = entropy.view(self.shard.ranks, -1)
 
     def _softmax_bwd(self, place: slice, z: Tensor, labels: Tensor) -> None:
-        softmax = cross_entropy_bwd if self.kernels else cross_entropy_bwd_torch
         found = self.found
         upstream, lse = of_block(self.gradients.upstream(), place), of_block(found.lse, place)
         entropy = dentropy = None
         if found.entropy is not None:
             entropy, dentropy = of_block(found.entropy, place), upstream[1]
         for rows, weights in self.classes.passes(place, z.shape[0]):
-            softmax(
+            self.backward_pass(
                 upstream[0, rows], z[rows], labels[rows], lse[:, rows], z[rows], self.options, **self.columns,
                 entropy=of_chunk(entropy, rows), dentropy=of_chunk(dentropy, rows), **weights,
             )  # fmt: skip

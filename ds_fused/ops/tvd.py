@@ -4,8 +4,8 @@ Per token, with P = softmax(teacher_logits / temperature), Q = softmax(student_l
 
     loss = sum(abs(P - Q)) / 2
 
-where P = Q in a column, that column's slope is 0. Traffic per logit, what is saved for backward and the gradients: see
-_divergence.py.
+where P = Q in a column, that column's slope is 0. Traffic per logit and the gradients: see _divergence_kernels.py; what
+is saved for backward: see _divergence.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_fused.ops._divergence import Divergence, check_pair, counting_pair, divergence, reduced_pair
+from ds_fused.ops._divergence import check_pair, counting_pair, divergence, reduced_pair
+from ds_fused.ops._divergence_kernels import Divergence
 from ds_fused.ops._triton import runs_kernels
 
 

@@ -62,6 +62,8 @@ class Site:
             return
         self.scope.detach()
         for model, had_own, own in self.before:
+            if vars(model).get("_loss_function") is not self.losses[model]:
+                continue  # somebody has exchanged it since
             if had_own:
                 model.loss_function = own
             else:
@@ -104,7 +106,8 @@ class LinearClaim:
     def restore(self) -> None:
         self.site.leave()
         self.site.scope.linear = None
-        unswap(self.site.head)
+        if is_fused(self.site.head):
+            unswap(self.site.head)
 
     def in_place(self) -> bool:
         return isinstance(self.site.head, Head) and _is_live(self.site.head) and self.site.in_place()
@@ -245,7 +248,7 @@ def _why_not_loss(model: nn.Module) -> str | None:
         return None if computes else "its forward computes the loss itself, and not by torch's cross_entropy"
     loss = model.loss_function
     if isinstance(loss, CausalLMLoss):
-        return "ds_fused has exchanged its loss already"
+        return "ds_fused has exchanged its loss already; ds_fused.restore(model) comes before another apply"
     name = getattr(loss, "__name__", None)
     if loss.__module__ != "transformers.loss.loss_utils" or name not in ("ForCausalLMLoss", "ForMaskedLMLoss"):
         name = getattr(loss, "__qualname__", type(loss).__qualname__)

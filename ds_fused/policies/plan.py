@@ -15,7 +15,9 @@ from ds_fused.modules import OPS
 from ds_fused.modules.scope import HeadWeight
 from ds_fused.modules.swap import fused_class, is_fused, owner_of, swap, unswap, why_not
 from ds_fused.modules.tiled_mlp import TILED
-from ds_fused.policies.kinds import ACTIVATION, Kind, Way, choose, find, unproven
+from ds_fused.policies.arguments import check_choice, check_flags, check_model, check_wanted, place
+from ds_fused.policies.kinds import ACTIVATION, NORM, ROPE, Kind, Way, choose, find, qk_norms, unproven
+from ds_fused.policies.kinds.norms import rms_norms
 from ds_fused.policies.loss import claim_loss
 from ds_fused.policies.recompute import Recomputing, claim_recompute, recomputing
 from ds_fused.policies.report import Claim, Left, Report
@@ -25,6 +27,7 @@ _EXPECTED = re.compile(r"(RMSNorm|LayerNorm|MLP|Experts)$")
 # ops that are alternatives: `strict` is content with one of each group
 _GROUPS = {
     **dict.fromkeys(("rms_norm", "add_rms_norm", "layer_norm", "group_norm", "gated_rms_norm"), "norm"),
+    **dict.fromkeys(("rope", "rms_norm_rope"), "rope"),
     **dict.fromkeys(("glu", "relu2"), "mlp"),
     **dict.fromkeys(("cross_entropy", "linear_cross_entropy"), "loss"),
 }
@@ -66,23 +69,25 @@ def apply(
     ``weight``: how the weight of a head is reached where it is sharded.
     ``tiles``: in how many tiles of tokens replaced MLPs run, computed again in backward; whole where not given.
     ``recompute``: what layers keep under gradient checkpointing: "full", "attention", "matmuls", "auto", or an object,
-    ``{"level": "auto", "keep_mb": 4096}``.
+    ``{"level": "auto", "keep_mb": 4096, "offload": True}``, the last for their inputs to wait in the host's memory.
     ``agree``: called with the decisions (a JSON-able dict) before anything changes; raises where ranks differ.
     """
     started = time.perf_counter()
+    check_model(model)
+    check_wanted(wanted)
+    check_flags(verify=verify, strict=strict)
+    check_choice("logits", logits, ("defer", "keep"))
+    check_choice("eval", eval, ("defer", "stock"))
+    device, dtype = place(model, device, dtype)
     keys = _keys(wanted, switches)
-    for name, value, known in (("logits", logits, ("defer", "keep")), ("eval", eval, ("defer", "stock"))):
-        if value not in known:
-            raise ValueError(f"apply: {name} is {value!r}; it can be {' or '.join(map(repr, known))}")
     if tiles is not None and (type(tiles) is not int or tiles < 1):
         raise ValueError(f"apply: tiles is {tiles!r}; it must be a whole number, at least 1")
     if not isinstance(recompute, Recomputing):
         recompute = recomputing(recompute, "apply: recompute")
     # a layer has one class, and what is not computed again is worth more than a pass over its sum
-    yields = recompute.level != "full" and keys.pop("add_rms_norm", None) is not None
+    yields = not recompute.is_stock and keys.pop("add_rms_norm", None) is not None
     planned = plan(model, keys, logits=logits, eval=eval, weight=weight, tiles=tiles)
 
-    device, dtype = _place(model, device, dtype)
     outcomes = [_outcome(claim, device, dtype, verify) for claim in planned.claims]
     # what a layer turned out to be may be what nobody asked for
     claims = [c for c, differs in zip(planned.claims, outcomes, strict=True) if differs is None and c.key in keys]
@@ -91,6 +96,7 @@ def apply(
         if differs is not None:
             left.append(Left(_short(claim.original), len(claim.paths), differs))
 
+    left += _left_apart(planned.claims)
     if yields:
         left.append(Left("add_rms_norm", 1, "recompute has the layers"))
     if tiles is not None and not any(isinstance(claim, SwapClaim) and claim.tiles for claim in claims):
@@ -122,8 +128,17 @@ def plan(
     alike: dict[tuple, SwapClaim] = {}
     left: Counter[tuple[str, str]] = Counter()
     inside: set[int] = set()  # activations that a claimed layer no longer calls
+    heads: set[int] = set()  # norms that a claimed layer may have wait
+    off = [key for key in qk_norms.NEEDS if key not in wanted]
+    with_norms = qk_norms.KEY in wanted and not off
+    if qk_norms.KEY in wanted and off:
+        left[qk_norms.KEY, f"it needs {' and '.join(qk_norms.NEEDS)}, and {' and '.join(off)} is off"] += 1
     for path, module in model.named_modules():
         kind = find(module)
+        if isinstance(module, torch.jit.ScriptModule):
+            if _EXPECTED.search(module.original_name):
+                left[module.original_name, why_not(module)] += 1
+            continue
         if not path or id(module) in inside:
             continue  # the root keeps its class: its name goes into saved configs and sharding plans
         ways = _ways(kind, module, wanted)
@@ -133,9 +148,15 @@ def plan(
             inside.update(
                 id(child) for child in module._modules.values() if child is not None and find(child) is ACTIVATION
             )
-            what = (type(module), tuple(ways), kind.alike(module))
+            claim, alike_in = SwapClaim, kind.alike
+            if with_norms and kind is ROPE:
+                claim, alike_in = AttentionClaim, qk_norms.alike
+                heads.update(id(child) for child in rms_norms(module).values())
+            elif kind is NORM and id(module) in heads:
+                ways = qk_norms.waiting(ways)
+            what = (type(module), tuple(ways), alike_in(module))
             if what not in alike:
-                alike[what] = SwapClaim(kind, ways, model, tiles)
+                alike[what] = claim(kind, ways, model, tiles)
             alike[what].add(path, module)
 
     loss, loss_left = claim_loss(model, wanted, logits=logits, eval=eval, weight=weight)
@@ -240,6 +261,36 @@ class SwapClaim:
         return (fused_class(self._mixin, self._cls, self.way.how),)
 
 
+class AttentionClaim(SwapClaim):
+    """Attention layers, whose norms of q and k are fused with their rotary functions where that is proven, too."""
+
+    certain = False
+    apart: str | None = None  # why they are not
+
+    def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        differs = super().prove(device, dtype)
+        if differs is not None:
+            return differs
+        try:
+            found = qk_norms.with_norms(self._modules[0], self.way, device, dtype)
+        except Exception as error:
+            found = unproven(error)
+        if isinstance(found, str):
+            self.apart = found
+        else:
+            self._ways = (found,)
+        return None
+
+
+def _left_apart(claims: Sequence[Claim]) -> list[Left]:
+    """Attention layers whose norms are not fused with their rotary functions, one row for each reason."""
+    rows: Counter[tuple[str, str]] = Counter()
+    for claim in claims:
+        if isinstance(claim, AttentionClaim) and claim.apart is not None:
+            rows[_short(claim.original), f"{qk_norms.KEY}: {claim.apart}"] += len(claim.paths)
+    return [Left(what, count, reason) for (what, reason), count in rows.items()]
+
+
 def _keys(wanted: Mapping[str, object] | None, switches: Mapping[str, object]) -> dict[str, dict[str, object]]:
     """The JSON keys that are on, with their options; anything unknown is a ValueError that names the known."""
     options = {key: op.options for op in OPS for key in op.keys}
@@ -261,22 +312,12 @@ def _keys(wanted: Mapping[str, object] | None, switches: Mapping[str, object]) -
             kind = options[key][name].type
             if type(given) is not kind:
                 raise ValueError(f"apply: {key}.{name} is {given!r}; it takes {kind.__name__}")
+            if kind is int and given < 0:
+                raise ValueError(f"apply: {key}.{name} is {given!r}; it must not be negative")
             choices = options[key][name].choices
             if choices and given not in choices:
                 raise ValueError(f"apply: {key}.{name} is {given!r}; it can be {', '.join(map(repr, choices))}")
     return on
-
-
-def _place(
-    model: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None
-) -> tuple[torch.device, torch.dtype]:
-    """Where and in what to prove: as asked, else as the first floating parameter."""
-    first = next((p for p in model.parameters() if p.is_floating_point()), None)
-    if device is None:
-        device = "cpu" if first is None or first.device.type == "meta" else first.device
-    if dtype is None:
-        dtype = torch.float32 if first is None or first.dtype.itemsize == 1 else first.dtype
-    return torch.device(device), dtype
 
 
 def _outcome(claim: Claim, device: torch.device, dtype: torch.dtype, verify: bool) -> str | None:

@@ -1,4 +1,5 @@
-"""Which layers keep a part of their forward under gradient checkpointing: those that transformers would checkpoint."""
+"""Which layers keep a part of their forward under gradient checkpointing, or have their inputs wait on the host: those
+that transformers would checkpoint."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from torch import nn
 from ds_fused.modules import Option
 from ds_fused.modules.allotment import Allotment, Auto, Fixed
 from ds_fused.modules.kept import Learnt
+from ds_fused.modules.offload import Offload
 from ds_fused.modules.recompute import Recompute
 from ds_fused.modules.swap import is_fused, swap, unswap, why_not
 from ds_fused.policies.report import Left
@@ -33,6 +35,9 @@ OPTIONS: Mapping[str, Option] = {
         'MiB that "auto" may keep in a forward; 0: nothing, but what nobody reads is not computed again; null: what '
         "the first steps find room for",
     ),
+    "offload": Option(
+        bool, False, "inputs of checkpointed layers, and what is kept of attention, wait in the host's memory"
+    ),
 }
 # transformers' own, by name: a layer that is checkpointed where that is switched on
 _BASE = "GradientCheckpointingLayer"
@@ -46,6 +51,11 @@ class Recomputing:
 
     level: str = "full"
     keep_mb: int | None = None
+    offload: bool = False
+
+    @property
+    def is_stock(self) -> bool:
+        return self.level == "full" and not self.offload
 
     @property
     def makes_room(self) -> bool:
@@ -62,7 +72,7 @@ def recomputing(value: object, where: str = "recompute") -> Recomputing:
     for name in given:
         if name not in OPTIONS:
             raise ValueError(f"{where}: unknown key {name!r}; known keys: {', '.join(OPTIONS)}")
-    keep_mb = given.get("keep_mb")
+    keep_mb, offload = given.get("keep_mb"), given.get("offload", False)
     level = given.get("level", "full" if keep_mb is None else "auto")
     if level not in OPTIONS["level"].choices:
         raise ValueError(f"{where} must be {levels}, got {level!r}")
@@ -70,7 +80,9 @@ def recomputing(value: object, where: str = "recompute") -> Recomputing:
         raise ValueError(f"{where}.keep_mb must be an integer, at least 0, got {keep_mb!r}")
     if keep_mb is not None and level not in ("auto", "fit"):
         raise ValueError(f'{where}.keep_mb is for the level "auto", got it with {level!r}')
-    return Recomputing("auto" if level == "fit" else level, keep_mb)
+    if type(offload) is not bool:
+        raise ValueError(f"{where}.offload must be true or false, got {offload!r}")
+    return Recomputing("auto" if level == "fit" else level, keep_mb, offload)
 
 
 @dataclass(eq=False)
@@ -80,7 +92,8 @@ class RecomputeClaim:
     paths: tuple[str, ...]
     modules: tuple[nn.Module, ...]
     places: tuple[int, ...]  # of each among the layers of its stack
-    allotment: Allotment
+    allotment: Allotment | None
+    offload: Offload | None
     key: str = KEY
 
     @property
@@ -90,7 +103,10 @@ class RecomputeClaim:
 
     @property
     def replacement(self) -> str:
-        return f"under gradient checkpointing: {self.allotment}"
+        said = [] if self.allotment is None else [str(self.allotment)]
+        if self.offload is not None:
+            said.append("inputs, and what is kept of attention, wait in the host's memory")
+        return f"under gradient checkpointing: {'; '.join(said)}"
 
     def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
         # nothing is computed otherwise
@@ -99,7 +115,10 @@ class RecomputeClaim:
     def commit(self) -> None:
         try:
             for module, place in zip(self.modules, self.places, strict=True):
-                swap(module, Recompute, fused_place=place, fused_learnt=Learnt(), fused_allotment=self.allotment)
+                swap(
+                    module, Recompute, fused_place=place, fused_learnt=Learnt(),
+                    fused_allotment=self.allotment, fused_offload=self.offload,
+                )  # fmt: skip
         except BaseException:
             self.restore()
             raise
@@ -121,7 +140,7 @@ def claim_recompute(
     model: nn.Module, wanted: Recomputing, taken: Collection[str]
 ) -> tuple[list[RecomputeClaim], list[Left]]:
     """What the layers of ``model`` become; ``taken`` are the paths of layers that something else replaces."""
-    if wanted.level == "full":
+    if wanted.is_stock:
         return [], []
     stacks: dict[str, list[tuple[str, nn.Module]]] = {}
     left: Counter[tuple[str, str]] = Counter()
@@ -155,9 +174,13 @@ def _checkpointed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _claims(layers: Sequence[tuple[str, nn.Module]], wanted: Recomputing) -> list[RecomputeClaim]:
     """Of one stack, a claim for each class."""
     if wanted.makes_room:
-        allotment = Auto(len(layers), None if wanted.keep_mb is None else wanted.keep_mb * 2**20, _tell)
+        room = None if wanted.keep_mb is None else wanted.keep_mb * 2**20
+        allotment = Auto(len(layers), room, _tell, attention_waits=wanted.offload)
+    elif wanted.level == "full":
+        allotment = None
     else:
         allotment = Fixed("full" if wanted.level == "auto" else wanted.level)
+    offload = Offload() if wanted.offload else None
     places: dict[type, list[int]] = {}
     for place, (_, module) in enumerate(layers):
         places.setdefault(type(module), []).append(place)
@@ -167,6 +190,7 @@ def _claims(layers: Sequence[tuple[str, nn.Module]], wanted: Recomputing) -> lis
             modules=tuple(layers[place][1] for place in alike),
             places=tuple(alike),
             allotment=allotment,
+            offload=offload,
         )
         for alike in places.values()
     ]

@@ -12,6 +12,11 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from ds_fused.modules.head import CausalLMLoss
+from ds_fused.modules.scope import Scope
+from ds_fused.modules.swap import unswap
+from ds_fused.policies.arguments import check_model
+
 log = logging.getLogger("ds_fused")
 
 
@@ -69,10 +74,23 @@ class _Reports(list):
 
 
 def restore(model: nn.Module) -> None:
-    """Undo every ``apply`` to ``model`` and to models within it, last first; nothing happens where there was none."""
+    """Undo every ``apply`` to ``model`` and to models within it, last first; nothing happens where there was none.
+
+    What no report knows is undone too: copies of single layers, as PEFT makes them of those that are to be saved, and
+    models that were loaded from a pickle.
+    """
+    check_model(model, "restore")
     for module in model.modules():
         for report in reversed(vars(module).get(REPORTS, [])):
             report.restore()
+    for module in list(model.modules()):
+        loss, scope = vars(module).get("_loss_function"), vars(module).get("_ds_fused_scope")
+        if isinstance(loss, CausalLMLoss):
+            module.loss_function = loss.original
+        if isinstance(scope, Scope):
+            scope.detach()
+        if "_ds_fused_original" in vars(type(module)):
+            unswap(module)
 
 
 @dataclass(eq=False)
@@ -152,9 +170,18 @@ class Watch:
         self._hooks = []
         if self._claims:
             self._hooks = [
-                model.register_forward_pre_hook(lambda model, _: self._start(model)),
-                model.register_forward_hook(lambda _, __, output: self._end(output), always_call=True),
+                model.register_forward_pre_hook(self._start),
+                model.register_forward_hook(self._end, always_call=True),
             ]
+
+    def __deepcopy__(self, memo: dict) -> Watch:
+        memo[id(self)] = twin = Watch.__new__(Watch)
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
+    def __reduce__(self) -> tuple:
+        # it is about the first forward in this process
+        return _no_watch, ()
 
     def stop(self) -> None:
         """Take hooks and counters out, verdict or not."""
@@ -171,7 +198,7 @@ class Watch:
                 cls.forward = own
         self._counted = []
 
-    def _start(self, model: nn.Module) -> None:
+    def _start(self, model: nn.Module, args: tuple) -> None:
         if torch.compiler.is_compiling() or _compiled(model):
             return  # counters would be traced into the graph, and taking them out would compile it again
         for cls in {cls for claim in self._claims for cls in claim.watched()}:
@@ -179,7 +206,7 @@ class Watch:
             self._counted.append((cls, own))
             cls.forward = _counting(cls, own or cls.forward, self._called)
 
-    def _end(self, output: object) -> None:
+    def _end(self, model: nn.Module, args: tuple, output: object) -> None:
         if torch.compiler.is_compiling() or not self._counted:
             return
         self._uncount()
@@ -192,6 +219,10 @@ class Watch:
             log.warning(
                 "ds_fused: replaced, but not called in the first forward: %s; they ran unfused or not at all", kinds
             )
+
+
+def _no_watch() -> Watch:
+    return Watch(nn.Module(), ())
 
 
 def _counting(cls: type, forward: object, called: set[type]) -> object:

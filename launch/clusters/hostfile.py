@@ -3,13 +3,18 @@
     cluster=hostfile cluster.hostfile=FILE        lines `host slots=8`, as DeepSpeed and MPI read them
     cluster=hostfile 'cluster.hosts={a: 8, b: 8}'
 
+With an MPI runner mpirun starts the ranks, and on every machine they need the package mpi4py, by which they find each
+other; cluster.launcher_args are mpirun's own: '--mca btl_tcp_if_include IFNAME' for Open MPI, say.
+
 The run's folder, the Python environment and the data have the same path on every machine.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Optional
 
@@ -70,6 +75,9 @@ def slots_of(cluster: Options) -> dict[str, list[int]]:
     """The machines that take part, in the order of their ranks, each with the slots that do: DeepSpeed's own rules."""
     from deepspeed.launcher.runner import parse_inclusion_exclusion
 
+    for name, there in cluster.hosts.items():
+        if there < 1:
+            raise ValueError(f"cluster.hosts gives {name} {there} slots, but must give at least 1")
     try:
         slots = dict(parse_inclusion_exclusion(cluster.hosts, cluster.include, cluster.exclude))
     except ValueError as error:
@@ -121,7 +129,10 @@ def render(run: Run, host: Host) -> Rendered:
         env["PDSH_SSH_ARGS_APPEND"] = f"{host.ssh_args} -o BatchMode=yes -o ConnectTimeout=10 {alive}".lstrip()
     else:
         # the MPI runners have no such option: they read this file instead of ~/.deepspeed_env
-        files["deepspeed_env"] = "".join(f"{key}={value}\n" for key, value in ranks_find.items())
+        # the port too, since DeepSpeed doesn't hand its own option on to all of them
+        mpi_finds = {"PATH": env["PATH"], **ranks_find, "MASTER_PORT": str(port)}
+        check_mpi(cluster, mpi_finds)
+        files["deepspeed_env"] = "".join(f"{key}={value}\n" for key, value in mpi_finds.items())
         deepspeed += ["--launcher", cluster.launcher]
         env["DS_ENV_FILE"] = at(run, "deepspeed_env")
     if cluster.launcher_args:
@@ -135,8 +146,29 @@ def render(run: Run, host: Host) -> Rendered:
         nodes=node_lines(run, slots, port, host),
         ranks=sum(map(len, slots.values())),
         files=files,
+        needs=("ssh", "pdsh") if cluster.launcher == "pdsh" else ("mpirun",),
         preflight=preflight(run, deepspeed, host) if cluster.preflight else [],
     )
+
+
+def check_mpi(cluster: Options, env: Mapping[str, str]) -> None:
+    """What DeepSpeed's MPI runners refuse, leave out, or change."""
+    for key in ("include", "exclude"):
+        if getattr(cluster, key):
+            raise ValueError(f"cluster.{key} can't be combined with cluster.launcher={cluster.launcher}")
+    if cluster.ranks != "auto":
+        raise ValueError(f"cluster.ranks can't be combined with cluster.launcher={cluster.launcher}: give fewer slots")
+    if cluster.address != "auto":
+        raise ValueError(
+            f"cluster.address can't be combined with cluster.launcher={cluster.launcher}: MPI finds rank 0"
+        )
+    for name, value in env.items():
+        # DeepSpeed would put it in quotes, which no shell takes off again
+        if not re.fullmatch(r"[\w@%+=:,./-]*", value, re.ASCII):
+            raise ValueError(
+                f"{name} is {value!r}, of which cluster.launcher={cluster.launcher} would make another value: "
+                "only letters, digits and @%+=:,./-_ get through"
+            )
 
 
 def preflight(run: Run, deepspeed: list[str], host: Host) -> list[list[str]]:

@@ -21,6 +21,9 @@ from launch.schema import Cluster, Run
 
 # ruff: noqa: UP045 (omegaconf knows Optional by this name)
 
+NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
+SIZE = re.compile(r"[0-9]+(\.[0-9]+)?([KMGTPE]i?|k|m)?")
+
 
 class _Readable(yaml.SafeDumper):
     """Texts of several lines as such; nothing as a reference to an earlier part."""
@@ -59,6 +62,7 @@ def render(run: Run, host: Host) -> Rendered:
         if getattr(run, key).fetch:
             raise ValueError(f"{key}.fetch is made on this machine, where no pod sees it: take model=hub and data=text")
     nodes, ranks = count("nodes", cluster.nodes), count("ranks", cluster.ranks)
+    check_names(cluster)
     name = job_name(run.folder)
     choice("form", cluster.form, "pytorchjob", "job")
     documents = pytorch_job(run, name, nodes) if cluster.form == "pytorchjob" else indexed_job(run, name, nodes)
@@ -75,6 +79,22 @@ def render(run: Run, host: Host) -> Rendered:
         ranks=nodes * ranks,
         files={"job.yaml": text},
     )
+
+
+def check_names(cluster: Options) -> None:
+    """What Kubernetes would refuse by the form of its words."""
+    names = [(f"cluster.{key}", getattr(cluster, key)) for key in ("namespace", "claim", "env_from", "service_account")]
+    names += [("cluster.mounts", claim) for claim in cluster.mounts or {}]
+    for key, name in names:
+        if name is not None and not NAME.fullmatch(name):
+            raise ValueError(f"{key} names {name!r}, but a name has small letters, digits, - and . only")
+    for claim, path in (cluster.mounts or {}).items():
+        if not path.startswith("/"):
+            raise ValueError(f"cluster.mounts.{claim} is {path!r}, but must be a whole path")
+    for key in ("memory", "shared_memory"):
+        size = getattr(cluster, key)
+        if size is not None and not SIZE.fullmatch(size):
+            raise ValueError(f"cluster.{key} is {size!r}, but must be a size as 64Gi")
 
 
 def job_name(folder: str) -> str:
@@ -123,9 +143,10 @@ def pod(run: Run, name: str) -> dict:
     mounts = [{"name": "runs", "mountPath": run.folder, "subPath": name}]
     mounts += [{"name": "config", "mountPath": at(run, file), "subPath": file} for file in record(run)]
     mounts += [{"name": "shared-memory", "mountPath": "/dev/shm"}]
-    for claim, path in (cluster.mounts or {}).items():
-        volumes[claim] = {"persistentVolumeClaim": {"claimName": claim}}
-        mounts.append({"name": claim, "mountPath": path})
+    for i, (claim, path) in enumerate((cluster.mounts or {}).items()):
+        # a claim's name may be one of the volumes above, or have dots, which a volume's may not
+        volumes[f"mount-{i}"] = {"persistentVolumeClaim": {"claimName": claim}}
+        mounts.append({"name": f"mount-{i}", "mountPath": path})
     limits = {
         "nvidia.com/gpu": None if on_cpu else cluster.ranks, "cpu": cluster.cpus, "memory": cluster.memory
     }  # fmt: skip

@@ -18,6 +18,7 @@ from benchmarks import cases, run
 from benchmarks.measure import Instruments, relative_error, worst_error
 from benchmarks.results import OK, Row, compare, markdown, read_csv, write_csv
 from benchmarks.rivals import Provider
+from ds_fused.ops.registry import OPS
 
 ROOT = Path(__file__).parents[2]
 GLU = next(case for case in cases.CASES if case.name == "glu silu")
@@ -55,6 +56,10 @@ def tiny_run(tmp_path, monkeypatch):
         return {row.provider: row for row in rows if not row.launch_bound}
 
     return tiny_run
+
+
+def test_every_op_has_a_case():
+    assert {case.op for case in cases.CASES} == {op.name for op in OPS}
 
 
 def test_every_case_runs(tmp_path):

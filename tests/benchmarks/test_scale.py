@@ -46,7 +46,7 @@ HEADS = tuple(f"h100x2/zero3_head{name}" for name in ("", "_rivals", "_vocab"))
 ENDS = ("h100x2/end_to_end", "h100x2/end_to_end_small")
 FILES = (*HEADS, "probe", "baselines", *ENDS)
 # in the units of PARAMETERS
-KNOWN = [650.0, 450.0, 2.8, 3.6, 350.0, 40.0, 900.0, 25.0, 2.0]
+KNOWN = [650.0, 450.0, 2.8, 3.6, 350.0, 40.0, 1500.0, 1400.0, 25.0, 2.0]
 MACHINE = Machine(gemm=700e12, attention=500e12, memory=3e12, delay=300e9, call=50e-6, hook=1e-3, wait=20e-3)
 
 
@@ -84,10 +84,10 @@ def test_what_no_point_knows_is_said(times):
     fitted = fit([point for point in times if point.file == "h100x2/zero3_head_rivals"])
     unknown = {name for name, e in zip(names, fitted.errors, strict=True) if e == np.inf}
     # heads on H100
-    assert unknown == {"attention", "hook", "wait", "memory H200"}
+    assert unknown == {"attention", "hook H100", "hook H200", "wait", "memory H200"}
     # no collective takes less than no time
     impossible = setting([*KNOWN[:5], -30.0, *KNOWN[6:]])
-    fitted = fit([replace(point, measured=point.model(impossible)) for point in times[::4] + times[-13:]])
+    fitted = fit([replace(point, measured=point.model(impossible)) for point in times[::3] + times[-13:]])
     collective = names.index("collective")
     assert at_bounds(np.log(fitted.values))[collective] and fitted.errors[collective] == np.inf
     assert np.isfinite(fitted.values).all() and np.isfinite(np.delete(fitted.errors, collective)).all()
@@ -105,8 +105,8 @@ def test_every_measured_time_is_within_ten_per_cent(times):
 
 
 def test_memory_as_measured(found):
-    some = [point for point in found if point.unit == "MiB" and point.file != "probe"]
-    assert len(some) > 110
+    some = [point for point in found if point.unit == "MiB"]
+    assert len(some) > 125
     for point in some:
         # what "fit" keeps is a number of layers: one of them is 4 % here
         rel = 0.05 if point.way == "ours-fast" else 0.03
@@ -114,8 +114,8 @@ def test_memory_as_measured(found):
 
 
 def test_too_few_points_are_refused(times):
-    with pytest.raises(ValueError, match="9 points can't fix 9 parameters"):
-        fit(times[:9])
+    with pytest.raises(ValueError, match="10 points can't fix 10 parameters"):
+        fit(times[:10])
 
 
 def test_a_head_is_the_product_s(times):

@@ -9,6 +9,7 @@ import torch
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -63,8 +64,11 @@ def disabled(said):
     said["ours"] = sorted(name for name in sys.modules if name.startswith("ds_fused."))
 
 
-def train(stage, block, said):
+def train(stage, block, said, compiled=False):
     engine, *_ = deepspeed.initialize(model=llama(), config=config(stage, block))
+    graphs = CompileCounterWithBackend("eager")
+    if compiled:
+        engine.compile(backend=graphs)
     said["losses"], said["logits"] = [], []
     for i in range(3):
         out = engine(input_ids=batch(i), labels=batch(i))
@@ -72,6 +76,7 @@ def train(stage, block, said):
         engine.backward(out.loss)
         engine.step()
         said["losses"].append(out.loss.item())
+    said["graphs"] = graphs.frame_count
     if block:
         said["replaced"] = {row.key: row.count for row in engine.ds_fused_report.replaced}
         said["undone"] = len(engine.ds_fused_report.recheck())
@@ -162,6 +167,7 @@ case("disabled", disabled)
 for stage in (0, 3):
     case(f"stock {stage}", lambda said, stage=stage: train(stage, None, said) and None)
     case(f"fused {stage}", lambda said, stage=stage: train(stage, ON, said) and None)
+case("compiled", lambda said: train(2, ON | {"report": False}, said, compiled=True) and None)
 case("keep 3", lambda said: train(3, ON | {"logits": "keep", "report": False}, said) and None)
 for act in (read_alone, in_flight, by_position, malformed_here, malformed_on_one, other_ops_on_one):
     case(act.__name__, act)

@@ -41,6 +41,14 @@ def test_fused_trains_as_stock(cases, stage):
         assert fused["undone"] == fused["silent"] == 0
 
 
+def test_engine_compile_makes_one_graph(cases):
+    for rank in cases:
+        stock, compiled = rank["stock 0"], rank["compiled"]
+        assert compiled["losses"] == pytest.approx(stock["losses"], rel=1e-5)
+        assert compiled["logits"] == pytest.approx(stock["logits"], rel=1e-4)
+        assert compiled["graphs"] == 1 and stock["graphs"] == 0
+
+
 def test_logits_kept(cases):
     for rank in cases:
         assert rank["keep 3"]["logits"] == pytest.approx(rank["stock 3"]["logits"], rel=1e-4)

@@ -109,7 +109,10 @@ def test_an_mpi_runner_finds_its_variables_in_a_file():
     result = rendered("cluster=hostfile", hosts(2), "cluster.launcher=openmpi", "cluster.accelerator=cpu")
     assert " --launcher openmpi " in " ".join(result.command) and "--venv_script" not in result.command
     assert result.env["DS_ENV_FILE"] == "/runs/a/deepspeed_env"
-    assert result.files["deepspeed_env"].splitlines()[:2] == ["NCCL_IB_HCA=mlx5", "DS_ACCELERATOR=cpu"]
+    variables = result.files["deepspeed_env"].splitlines()
+    assert variables[:3] == ["PATH=/env/bin:/usr/bin", "NCCL_IB_HCA=mlx5", "DS_ACCELERATOR=cpu"]
+    # DeepSpeed tells Open MPI's ranks no port
+    assert variables[-1] == "MASTER_PORT=29500"
 
 
 def test_a_slurm_job_of_cpu_ranks_that_is_not_put_back():
@@ -128,7 +131,7 @@ def test_c10d_nodes_run_one_line():
 
 
 def test_a_pods_manifest_is_yaml_with_names_that_kubernetes_allows():
-    mounts = "cluster.mounts={datasets: /datasets}"
+    mounts = "cluster.mounts={runs: /datasets}"
     result = rendered(*TYPED["pytorchjob"](3), "folder=/home/Me/runs/2026-11-25/A_run.1", mounts)
     config, job = yaml.safe_load_all(result.files["job.yaml"])
     assert json.loads(config["data"]["ds_config.json"])["ds_fused"] == {"enabled": True}
@@ -136,7 +139,11 @@ def test_a_pods_manifest_is_yaml_with_names_that_kubernetes_allows():
     master, worker = job["spec"]["pytorchReplicaSpecs"].values()
     assert (master["replicas"], worker["replicas"]) == (1, 2)
     container = worker["template"]["spec"]["containers"][0]
-    assert {"name": "datasets", "mountPath": "/datasets"} in container["volumeMounts"]
+    # its name is one that another volume has
+    assert {"name": "mount-0", "mountPath": "/datasets"} in container["volumeMounts"]
+    volumes = {volume["name"]: volume for volume in worker["template"]["spec"]["volumes"]}
+    assert volumes["mount-0"]["persistentVolumeClaim"] == {"claimName": "runs"}
+    assert volumes["runs"]["persistentVolumeClaim"] == {"claimName": "c"}
     with pytest.raises(ValueError, match="model.fetch is made on this machine"):
         rendered(*TYPED["pytorchjob"](1), "model=smollm2")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -102,6 +103,8 @@ def test_the_command_of_gpu_ranks():
 
 
 HOSTS = ["cluster=hostfile", "cluster.hosts={a: 4, b: 2}"]
+PODS = ["cluster=kubernetes", *OPEN["kubernetes"]]
+MPI = [*HOSTS, "cluster.launcher=openmpi"]
 # 4 ranks
 WRONG = [
     (["cluster.ranks=5"], "cluster.ranks is 5, but this machine has 4 GPUs"),
@@ -123,17 +126,56 @@ WRONG = [
     (["+deepspeed.tensor_parallel.autotp_size=3"], "autotp_size is 3, which doesn't divide the 4 ranks"),
     (["+deepspeed.train_batch_sizes=8"], "train_batch_sizes is no key that DeepSpeed reads; did you mean train_batch"),
     (["+deepspeed.zero_optimization.stagee=1"], "deepspeed.zero_optimization.stagee is 1: Extra inputs"),
+    (["+deepspeed.aio.block_sizee=1"], "deepspeed.aio.block_sizee is no key .* did you mean block_size"),
+    (["+deepspeed.optimizer.prams.lr=1"], "deepspeed.optimizer.prams is no key .* did you mean params"),
+    (["+deepspeed.optimizer.params.lrr=1"], "deepspeed.optimizer.params.lrr is no option of AdamW; did you mean lr"),
+    # an option of DeepSpeed's AdamW, while torch_adam takes PyTorch's
+    (["+deepspeed.optimizer.params.bias_correction=true"], "bias_correction is no option of AdamW"),
+    (["deepspeed.optimizer.type=AdamWW"], "deepspeed.optimizer.type is 'AdamWW', but .* did you mean adamw"),
+    (["deepspeed.optimizer.type=Lion"], "deepspeed.optimizer.params.torch_adam is no option of Lion"),
+    (["~deepspeed.optimizer"], "deepspeed.optimizer.type must be given"),
+    (["+deepspeed.scheduler.type=WarmupRL"], "deepspeed.scheduler.type is 'WarmupRL', but .* did you mean WarmupLR"),
+    (
+        ["+deepspeed.scheduler.type=WarmupLR", "+deepspeed.scheduler.params.warmup_steps=3"],
+        "deepspeed.scheduler.params.warmup_steps is no option of WarmupLR; did you mean warmup_",
+    ),
+    (["deepspeed.gradient_clipping=strong"], "deepspeed.gradient_clipping is 'strong', but must be a number"),
+    (["deepspeed.gradient_clipping=true"], "deepspeed.gradient_clipping is True, but must be a number"),
+    (["+deepspeed.prescale_gradients=1"], "deepspeed.prescale_gradients is 1, but must be true or false"),
+    (["+deepspeed.sequence_parallel_size=two"], "deepspeed.sequence_parallel_size is 'two'"),
+    (["+deepspeed.ds_fused.enabled=false"], "deepspeed.ds_fused is the group fused"),
+    (["data.block=1"], "data.block is 1, but must be at least 2"),
+    (["train.log_every=0"], "train.log_every is 0, but must be at least 1"),
+    (["data.held_out=1.5"], "data.held_out is 1.5, but must be a share between 0 and 1"),
+    (["data=text", "data.text=[]"], "data.text is empty"),
+    (["cluster=slurm", "cluster.notice=0"], "cluster.notice is 0, but must be at least 1"),
     (["+deepspeed.fp16.enabled=true"], "deepspeed: bfloat16 and fp16 modes"),
     (["+fused.rms_nrom=true"], "fused: .*rms_nrom.*did you mean 'rms_norm'"),
     (["+deepspeed.comet.api_key=x"], "deepspeed.comet.api_key looks like a secret"),
     (["cluster.env={HF_TOKEN: x}"], "cluster.env.HF_TOKEN looks like a secret"),
     (["cluster.env={http_proxy: 'http://me:word@proxy'}"], "cluster.env.http_proxy looks like a secret"),
+    (["cluster=slurm", "cluster.setup=['export HF_TOKEN=x']"], "cluster.setup looks like a secret"),
+    ([f"cluster.env={{NOTE: hf_{'x' * 34}}}"], "cluster.env.NOTE looks like a secret"),
     (["cluster=hostfile"], "cluster.hostfile must be given"),
     (["cluster=hostfile", "cluster.hostfile=/no/such"], "cluster.hostfile is /no/such: no such file"),
     ([*HOSTS, "cluster.ranks=3"], "cluster.ranks is 3, but b has 2 slots"),
     ([*HOSTS, "cluster.include=c"], "cluster.include .*'c' not found"),
     ([*HOSTS, "folder=a run"], "folder is 'a run'"),
     ([*HOSTS, "cluster.launcher=rsh"], "cluster.launcher is 'rsh'"),
+    (["cluster=hostfile", "cluster.hosts={a: 4, b: 0}"], "cluster.hosts gives b 0 slots, but must give at least 1"),
+    (["cluster=hostfile", "cluster.hosts=[a, b]"], "cluster.hosts: Cannot merge"),
+    (["cluster.env={NCCL-DEBUG: INFO}"], "cluster.env names 'NCCL-DEBUG', which is no name that a variable can have"),
+    ([*MPI, "cluster.include=a"], "cluster.include can't be combined with cluster.launcher=openmpi"),
+    ([*MPI, "cluster.ranks=1"], "cluster.ranks can't be combined with cluster.launcher=openmpi"),
+    ([*MPI, "cluster.address=10.0.0.1"], "cluster.address can't be combined with cluster.launcher=openmpi"),
+    # two lines, or what a shell would read
+    ([*MPI, 'cluster.env={NOTE: "a\nb"}'], "NOTE is 'a.*nb', of which cluster.launcher=openmpi would make another"),
+    ([*MPI, "cluster.env={GLOO_SOCKET_IFNAME: '^lo'}"], "GLOO_SOCKET_IFNAME is '.lo', of which"),
+    ([*PODS, "cluster.claim=My_Claim"], "cluster.claim names 'My_Claim'"),
+    ([*PODS, "cluster.mounts={a_b: /data}"], "cluster.mounts names 'a_b'"),
+    ([*PODS, "cluster.mounts={a: data}"], "cluster.mounts.a is 'data', but must be a whole path"),
+    ([*PODS, "cluster.memory=lots"], "cluster.memory is 'lots', but must be a size"),
+    ([*PODS, "cluster.restarts=-1"], "cluster.restarts is -1, but must be at least 0"),
     ([*HOSTS, "cluster.hostfile=/runs/hosts"], "cluster.hostfile and cluster.hosts"),
 ]
 
@@ -150,6 +192,31 @@ def test_what_cannot_run_is_an_error_that_names_the_key(overrides, names):
         prepare()
 
 
+# what the errors above must not hit
+RIGHT = [
+    ["deepspeed.optimizer.params.torch_adam=false", "+deepspeed.optimizer.params.bias_correction=false"],
+    ["deepspeed.optimizer.type=Lion", "~deepspeed.optimizer.params.torch_adam"],
+    ["deepspeed.optimizer.type=NAdam", "~deepspeed.optimizer.params.torch_adam"],
+    [
+        "deepspeed.gradient_clipping=1",
+        "+deepspeed.wall_clock_breakdown=true",
+        "+deepspeed.communication_data_type=bf16",
+    ],
+    ["+deepspeed.scheduler={type: WarmupLR, params: {warmup_num_steps: 3}}"],
+    ["+deepspeed.scheduler={type: CosineAnnealingLR, params: {T_max: 3}}"],
+    ["+deepspeed.torch_autocast={enabled: false, dtype: bfloat16}"],
+    ["+deepspeed.flops_profiler={enabled: false, profile_step: 1, output_file: null}"],
+    ["+deepspeed.activation_checkpointing={partition_activations: true, profile: false}"],
+    ["+deepspeed.checkpoint={tag_validation: Warn, parallel_write: {pipeline_stage: false}}"],
+    ["+deepspeed.zero_optimization.offload_optimizer={device: cpu, pin_memory: true}"],
+]
+
+
+@pytest.mark.parametrize("overrides", RIGHT, ids=[overrides[0] for overrides in RIGHT])
+def test_what_deepspeed_knows_is_accepted(overrides):
+    check(run_of(*overrides), 4)
+
+
 def test_a_batch_that_multiplies_is_accepted():
     batch = ["+deepspeed.train_batch_size=48", "deepspeed.gradient_accumulation_steps=3"]
     run = run_of(*batch)
@@ -160,10 +227,14 @@ def test_a_batch_that_multiplies_is_accepted():
     check(run_of(batch[0], batch[1], "+deepspeed.tensor_parallel.autotp_size=2"), 8)
 
 
-def test_paths_that_are_not_there_are_named():
+def test_paths_that_are_not_there_are_named(tmp_path):
     run = run_of("model=hub", "model.path=/no/model", "data=text", "data.text=[/no/text]", "resume=true")
     model, text, resume = missing_paths(run)
     assert "model.path is /no/model" in model and "data.text names /no/text" in text and "resume is true" in resume
+    (tmp_path / "empty").mkdir()
+    run = run_of("model=hub", f"model.path={tmp_path}", "data=text", f"data.text=[{tmp_path}/empty]")
+    model, text = missing_paths(run)
+    assert model.endswith(": no config.json in it") and text.endswith("empty: no *.txt in it")
     # a hub's name, and what is fetched at the start
     assert not [*missing_paths(run_of("model=hub", "model.path=owner/name", "resume=auto"))]
 
@@ -191,6 +262,7 @@ def test_a_sweep_has_a_folder_for_every_point_and_one_table(tmp_path):
     ended = start([sys.executable, "-m", "launch", *points, "+deepspeed.train_batch_size=8,9"])
     assert ended.status == 1, ended.output
     assert ended.output.count("launch: deepspeed.train_batch_size is 9") == 2
+    assert f"launch: failed: {tmp_path}/1, {tmp_path}/3" in ended.output
     assert [OmegaConf.load(tmp_path / str(i) / "run.yaml").train.seed for i in (0, 2)] == [5, 6]
     assert f"--out {tmp_path / '2'}" in ended.output
     header, *rows = (tmp_path / "sweep.csv").read_text().splitlines()
@@ -202,6 +274,43 @@ def test_a_secret_on_the_command_line_is_refused_before_anything_is_written(tmp_
     ended = start([sys.executable, "-m", "launch", *options])
     assert ended.status == 1 and "HF_TOKEN looks like a secret" in ended.output, ended.output
     assert not [*tmp_path.iterdir()]
+
+
+HERE = ["model=hub", "model.path=gpt", "data=text", f"data.text=[{REPO}/README.md]"]
+SLURM = ["cluster=slurm", "cluster.accelerator=cpu", *HERE]
+
+
+def test_a_point_of_a_sweep_that_fails_as_it_starts_is_named_and_keeps_no_other_from_its_turn(tmp_path):
+    (tmp_path / "sbatch").write_text('#!/bin/bash\necho "SUBMITTED $1"\n[[ $1 != */0/* ]]\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    words = ["-m", *SLURM, f"folder={tmp_path}/sweep", "train.seed=1,2"]
+    ended = start(
+        [sys.executable, "-m", "launch", *words], PATH=f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin"
+    )
+    assert ended.status == 1 and f"SUBMITTED {tmp_path}/sweep/1/job.sh" in ended.output, ended.output
+    assert f"launch: failed: {tmp_path}/sweep/0\n" in ended.output
+    assert len((tmp_path / "sweep" / "sweep.csv").read_text().splitlines()) == 3
+
+
+def test_two_launches_do_not_share_a_folder_and_one_that_cannot_be_written_is_named(tmp_path):
+    run = run_of(f"folder={tmp_path}/run")
+    taken = pytest.raises(ValueError, match=f"folder is {tmp_path}/run, in which another launch is running")
+    with entry.held(run), taken, entry.held(run):
+        pass
+    # the next one may
+    with entry.held(run):
+        pass
+    (tmp_path / "file").touch()
+    unwritable = pytest.raises(ValueError, match="file/run, which can't be written: Not a directory")
+    with unwritable, entry.held(run_of(f"folder={tmp_path}/file/run")):
+        pass
+
+
+def test_a_command_that_this_machine_has_not_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for words, command in [(SLURM, "sbatch"), (["cluster=hostfile", "cluster.hosts={a: 1}", *HERE], "ssh")]:
+        with pytest.raises(ValueError, match=f"cluster.kind is .*, which needs the command {command}: there is none"):
+            entry.prepare(composed(*words))
 
 
 def test_cached_paths_are_where_the_data_is_put():

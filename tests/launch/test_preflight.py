@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
+import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from launching import REPO, free_port, launch, start
+from launching import REPO, Ended, free_port, launch, start
 
 PREFLIGHT = REPO / "launch" / "preflight.py"
 
@@ -59,6 +62,24 @@ def test_two_ranks_report_and_reduce():
     first, second = launch(PREFLIGHT, ranks=2)
     assert "preflight: all-reduce over 2 ranks, " in first.output and ": ranks 0 to 1; " in first.output
     assert "preflight" not in second.output
+
+
+# the second of two has another peft, as its package's own record says
+def test_a_node_with_another_version_ends_all_of_them(tmp_path):
+    record = tmp_path / "peft-9.9.dist-info" / "METADATA"
+    record.parent.mkdir()
+    record.write_text("Metadata-Version: 2.1\nName: peft\nVersion: 9.9\n")
+    (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
+    address = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+    def run(rank: int) -> Ended:
+        path = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])} if rank else {}
+        return start([sys.executable, PREFLIGHT, "--hostfile", tmp_path / "hosts"], RANK=str(rank), **address, **path)
+
+    with ThreadPoolExecutor() as pool:
+        first, second = pool.map(run, range(2))
+    assert first.status == second.status == 1, first.output + second.output
+    assert re.search("preflight: peft is not the same everywhere: .* on a; 9.9 on b", first.output), first.output
 
 
 # rank 0 of two, the other never comes

@@ -113,18 +113,30 @@ def test_it_is_made_of_what_the_folder_holds(tmp_path):
     assert not (folder / ".report.html").exists()
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+@pytest.mark.skipif(not BROWSER, reason=f"needs a browser: one of {', '.join(BROWSERS)}")
 def test_a_browser_draws_it(tmp_path):
     folder = written_run(tmp_path / "run", 3, ROWS)
+    (folder / "layers.txt").write_text("2 x rms_norm")
     report.write(folder, state="ended")
-    # measured by the browser: each line's extent, in its own units
-    measure = "<script>document.title = [...document.querySelectorAll('polyline')].map(p => p.getBBox().width)</script>"
+    # measured by the browser: each line's extent, in its own units; what can be read while parts are folded up
+    measure = """<script>
+    document.title = [...document.querySelectorAll('polyline')].map(p => p.getBBox().width)
+    document.body.append(Object.assign(document.createElement('output'), {textContent: document.body.innerText}))
+    </script>"""
     page = folder / "measured.html"
     page.write_text((folder / "report.html").read_text().replace("</body>", f"{measure}</body>"))
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
     drawn = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=60)
     widths = re.search("<title>([0-9.,]+)</title>", drawn.stdout)
     assert widths and all(float(width) > 400 for width in widths[1].split(",")), drawn.stdout[-2000:]
+    seen = drawn.stdout.partition("<output>")[2]
+    for words in ("5.5000 → 1.6000", "rank 1", "Tokens per second", "2 x rms_norm", "run.yaml"):
+        assert words in seen, seen
+    assert "seed: 3" not in seen
 
 
 def test_a_sweeps_table_has_the_keys_that_differ_and_how_each_point_ended(tmp_path):

@@ -24,6 +24,7 @@ def cluster(two_hosts, tmp_path: Path) -> slurm.Slurm:
 def test_a_signalled_job_saves_and_goes_on_to_the_same_losses(cluster, tmp_path, tiny_model, text, local_run):
     folder = tmp_path / "run"
     words = [*runs.overrides(tiny_model, text, folder), "cluster=slurm", "cluster.nodes=2", "cluster.ranks=1"]
+    words += ["cluster.preflight=true"]
     command = cluster.first.inside([sys.executable, "-m", "launch", *words], REPO)
     submitted = start(command, SLURM_CONF=str(cluster.config), PYTHONPATH=str(REPO))
     assert submitted.status == 0, submitted.output
@@ -43,6 +44,8 @@ def test_a_signalled_job_saves_and_goes_on_to_the_same_losses(cluster, tmp_path,
     # a job whose rank aborts once all is done and said has failed to Slurm
     assert cluster.state(job)["JobState"] == "COMPLETED" or TEARDOWN in output(), output()
     assert cluster.state(job)["Restarts"] == "1"
+    # both times
+    assert output().count("preflight: all-reduce over 2 ranks, ") == 2 and "preflight: beta: rank 1; " in output()
     stopped = int(re.search(r"stopped by SIGUSR1 after step (\d+)", output())[1])
     assert f"resumed from {folder}/checkpoints/global_step{stopped}" in output()
     assert runs.losses(folder) == pytest.approx(runs.losses(local_run), rel=1e-6)

@@ -46,10 +46,10 @@ ATTENTION_BYTES, MATMUL_BYTES = 10, 100
 
 
 class Device:
-    """Memory in which a forward holds what it keeps and needs ``rise`` bytes a token beside it."""
+    """Memory in which a forward holds what it keeps and needs ``rise`` bytes a token beside it, but ``least``."""
 
-    def __init__(self, total: int, held: int, rise: int) -> None:
-        self.total, self.now, self.rise = total, held, rise
+    def __init__(self, total: int, held: int, rise: int, least: int = 0) -> None:
+        self.total, self.now, self.rise, self.least = total, held, rise, least
         self.top = 10**9  # from loading the model, before anything trains
         self.short = 0
 
@@ -84,7 +84,8 @@ class Training:
                 recording.sizes += [(ATTENTION, ATTENTION_BYTES * tokens), (MATMUL, MATMUL_BYTES * tokens)]
                 recording.sizes.append((MATMUL, 10**6))
         if self.device is not None:
-            self.device.top = max(self.device.top, self.device.now + self.device.rise * tokens)
+            rise = max(self.device.least, self.device.rise * tokens)
+            self.device.top = max(self.device.top, self.device.now + rise)
         return made
 
     def backward(self, made: list[Recording]) -> None:
@@ -110,16 +111,45 @@ def test_first_steps_measure_and_then_as_much_is_kept_as_has_room(monkeypatch):
     (line,) = training.told
     assert "at 100 tokens attention of 3 and products of 2 of 3 layers kept" in line
     assert str(training.auto) == line
-    # longer, and the rise of what isn't kept as well: 54000 - 20000 - 15000 = 19000 for 3000 and 30000 a layer
+    # much longer is measured too: 54000 - 20000 - 15000 = 19000 for 3000 and 30000 a layer
+    assert training.step(300) == [F, F, F]
     assert training.step(300) == [A, A, A]
     # shorter: what was measured is as much as it needs
     assert training.step(10) == [M, M, M]
     # more than the device has
     assert training.step(1000) == [F, F, F]
+    assert training.step(1000) == [F, F, F]
     # more is held by somebody else
     training.device.now += 20_000
     assert training.step(100) == [A, A, A]
     assert len(training.told) == 1
+
+
+def test_what_a_length_needs_is_measured_and_not_only_in_proportion(monkeypatch):
+    # what a short forward needs says little of a long one: at 100 tokens 12000 for weights, at 400 tokens no more
+    training = Training(Device(60_000, 10_000, 30, least=12_000), monkeypatch)
+    for _ in range(MEASURED):
+        training.step(100)
+    # a little longer is in proportion: 54000 - 10000 - 1.19 * 12000 = 29720 for 1190 and 11900 a layer
+    assert training.step(119) == [A, M, M]
+    assert training.step(400) == [F, F, F]
+    # 54000 - 10000 - 12000 = 32000 for 4000 and 40000 a layer
+    assert training.step(400) == [A, A, A]
+    # and between: as little; 2000 and 20000 a layer
+    assert training.step(200) == [A, A, M]
+    assert training.step(119) == [A, M, M]
+    # 480 / 400 * 12000 are taken to be needed, without a measurement
+    assert training.step(480) == [A, A, A]
+
+
+def test_between_two_lengths_the_rise_is_on_their_line(monkeypatch):
+    training = Training(Device(60_000, 10_000, 50, least=5_000), monkeypatch)
+    for tokens in (100, 100, 100, 500):
+        training.step(tokens)
+    # 5000 and 25000: 15000 at 300; 54000 - 10000 - 15000 = 29000 for 3000 and 30000 a layer
+    assert training.auto._rise(300) == 15_000
+    assert training.step(300) == [A, A, A]
+    assert [training.auto._rise(tokens) for tokens in (1, 100, 500, 1000)] == [5_000, 5_000, 25_000, 50_000]
 
 
 def test_what_the_first_step_makes_is_no_rise_of_the_others(monkeypatch):

@@ -14,7 +14,7 @@ import pkgutil
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 
@@ -142,6 +142,24 @@ def rope() -> None:
         options = {"sections": sections, "alternating": alternating, "unsqueeze_dim": 2}
         torch.autograd.backward([y.sum() for y in ops.rope(q, k, cos, cos, **options)])
     ops.rope(q.detach(), k.detach(), cos[0], cos[0], unsqueeze_dim=2, inplace=True)
+
+
+def rms_norm_rope() -> None:
+    half, full = torch.bfloat16, torch.float32
+    for (q_heads, k_heads, d, r), dtype, weight_dtype, options in (
+        ((32, 8, 128, 128), half, half, {}),  # Qwen3-8B
+        ((8, 4, 256, 256), half, half, {"cast": "after_weight", "offset": 1.0}),  # Gemma 3
+        ((16, 2, 256, 64), half, full, {"keep_dtype": True}),  # Qwen3-Next
+        ((96, 8, 128, 64), half, half, {}),  # GLM-4.5
+        ((3, 3, 96, 80), full, full, {"cast": "after_weight"}),
+        ((1, 1, 4096, 4096), half, half, {}),  # heads wider than a tile
+    ):
+        q, k = (leaf(1, 3, heads, d, dtype=dtype).transpose(1, 2) for heads in (q_heads, k_heads))
+        weights, cos = [leaf(d, dtype=weight_dtype) for _ in range(2)], torch.ones(1, 3, r, dtype=dtype)
+        torch.autograd.backward([y.sum() for y in ops.rms_norm_rope(q, k, *weights, cos, cos, **options)])
+    # under LoRA
+    weights = [weight.detach() for weight in weights]
+    torch.autograd.backward([y.sum() for y in ops.rms_norm_rope(q, k, *weights, cos, cos)])
 
 
 def relu2() -> None:
@@ -288,8 +306,15 @@ def dyt() -> None:
         ).sum().backward()
 
 
-# the function of each op's name
-EXAMPLES: tuple[Callable[[], None], ...] = tuple(globals()[op.name] for op in OPS)
+def of_every_op(functions: Mapping[str, object]) -> tuple[Callable[[], object], ...]:
+    """Of a file's functions those that are named as the ops are, one for each."""
+    missing = [op.name for op in OPS if op.name not in functions]
+    if missing:
+        sys.exit(f"{functions['__file__']} has no example of {', '.join(missing)}: a function of that name")
+    return tuple(functions[op.name] for op in OPS)
+
+
+EXAMPLES = of_every_op(globals())
 
 
 def kernels() -> set[str]:
@@ -341,7 +366,6 @@ def compile_all(target: GPUTarget, index: int) -> dict[str, object]:
         JITFunction.run = stock_run
     rows = sorted(compiled.values(), key=lambda row: (row["kernel"], str(row["constants"])))
     return {
-        "examples": [example.__name__ for example in EXAMPLES],
         "compiled": rows,
         "unreached": sorted(kernels() - {row["kernel"] for row in rows}),
     }

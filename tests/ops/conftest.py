@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ds_fused.ops.registry as registry
-from ds_fused.ops import _along_rows, _divergence, _tiles, one_pass
+from ds_fused.ops import _along_rows, _divergence_kernels, _tiles, one_pass
 
 # what a worker may keep of a GPU that it shares, between two tests
 MOST_KEPT = 2**30
@@ -38,7 +38,7 @@ def where(request, monkeypatch, device) -> torch.device:
 def pair_blocks(monkeypatch) -> None:
     """Blocks so small that a row of 71 has whole ones and a rest."""
     for name in ("FWD_BLOCK", "BWD_BLOCK"):
-        monkeypatch.setattr(_divergence, name, 32)
+        monkeypatch.setattr(_divergence_kernels, name, 32)
 
 
 @pytest.fixture

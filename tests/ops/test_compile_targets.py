@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from ds_fused.ops.registry import OPS
-
 TARGETS = ("cuda:80:32", "cuda:90:32", "hip:gfx942:64")
 # rms_norm's backward on fp32 rows of 16384 columns, the widest whole ones, spills 116
 MOST_SPILLED = 128  # bytes per thread
@@ -32,10 +30,6 @@ def test_every_kernel_compiles(results, target):
     compiled = results[target]["compiled"]
     assert compiled and all(row["bytes"] > 0 for row in compiled)
     assert not results[target]["unreached"], "kernels that no example in compile_all.py launches"
-
-
-def test_every_op_has_an_example(results):
-    assert set(results[TARGETS[0]]["examples"]) == {op.name for op in OPS}
 
 
 def test_registers_do_not_spill_on_sm90(results):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import as_accurate, nan_filled, randn
 
+from ds_fused.ops import _cross_entropy_kernels
 from ds_fused.ops.cross_entropy import cross_entropy, cross_entropy_reference
 
-op_file = importlib.import_module("ds_fused.ops.cross_entropy")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # each alone, then all at once: they meet in one formula
 OPTIONS = [
@@ -26,8 +24,8 @@ OPTIONS = [
 @pytest.fixture
 def blocks(monkeypatch):
     """Blocks so small that a row of 71 has whole ones and a rest."""
-    monkeypatch.setattr(op_file, "FWD_BLOCK", 32)
-    monkeypatch.setattr(op_file, "BWD_BLOCK", 32)
+    monkeypatch.setattr(_cross_entropy_kernels, "FWD_BLOCK", 32)
+    monkeypatch.setattr(_cross_entropy_kernels, "BWD_BLOCK", 32)
 
 
 def some_labels(*shape, n_vocab, device, ignore_index=-100):
@@ -252,6 +250,17 @@ def test_overwriting_what_the_producer_kept_is_an_error(device):
     loss = cross_entropy(torch.tanh(x), torch.tensor([0, 1, 2], device=device), overwrite_logits=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("permission", ["overwrite_logits", "grad_in_forward"])
+def test_rows_that_share_memory_are_not_overwritten(permission, device):
+    row = randn(1, 71, device=device).float().requires_grad_()
+    labels = torch.arange(4, device=device)
+    wanted, got = (
+        torch.autograd.grad(cross_entropy((2 * row).expand(4, 71), labels, **{permission: allowed}), row)[0]
+        for allowed in (False, True)
+    )
+    assert torch.equal(got, wanted)
 
 
 def test_second_backward_without_overwriting(device):

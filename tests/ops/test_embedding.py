@@ -64,6 +64,7 @@ def test_ids(dtype, device):
     judge(ids_of(2, 3, 4, n_vocab=11, device=device, dtype=dtype), weight, torch.float32)
     judge(ids_of(6, 4, n_vocab=11, device=device, dtype=dtype).t(), weight, torch.float32)
     judge(ids_of(6, 4, n_vocab=11, device=device, dtype=dtype)[::2, 1:], weight, torch.float32)
+    judge(ids_of(6, 4, n_vocab=11, device=device, dtype=dtype)[:, 1:2], weight, torch.float32)
     judge(torch.tensor(7, device=device, dtype=dtype), weight, torch.float32)
 
 

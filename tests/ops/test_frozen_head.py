@@ -64,6 +64,14 @@ def test_gradient_of_x(way, dtype, options, cut, where, used):
     assert used
 
 
+@pytest.mark.parametrize("way", [ours, in_slabs])
+def test_a_mean_over_no_token(way, where):
+    x, weight, labels = some(6, 3, 29, where)
+    x, weight = x.float().requires_grad_(), weight.float()
+    loss = way(x, weight, torch.full_like(labels, -100))
+    assert loss.isnan() and not torch.autograd.grad(loss, x)[0].any()
+
+
 def test_fp16(where):
     as_accurate(in_slabs, theirs, some(M, 3, 29, where), torch.float16, frozen=(1,), reduction="none", chunk_mb=MB)
 

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 import torch
+from accuracy import randn, same_bits
 
+import ds_fused.ops as ops
 from ds_fused.ops import _labels
 from ds_fused.ops._labels import counting_tokens, label_facts
 
@@ -31,6 +33,28 @@ def test_facts(n, dtype, device, monkeypatch):
 def test_an_illegal_label_is_named_on_a_cpu():
     with pytest.raises(ValueError, match=r"op: label 7 lies outside \[0, 7\) and is not ignore_index -100"):
         counting_tokens("op", torch.tensor([0, -100, 7, 8]), 7, -100)
+
+
+@pytest.mark.parametrize("at", [(slice(None), 1), (slice(None), slice(1, 2))])  # every third number, as [5] and [5, 1]
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_labels_in_a_column_of_a_table(at, dtype, device):
+    table = torch.arange(15, device=device, dtype=dtype).view(5, 3) % 7
+    table[2] = -100
+    labels = table[at]
+    logits = randn(5, 7, device=device).float()
+    x, weight = randn(*labels.shape, 4, device=device).float(), randn(7, 4, device=device).float()
+    logits, teacher = logits.view(*labels.shape, 7), (logits.roll(1) * 2).view(*labels.shape, 7)
+    calls = (
+        lambda labels: ops.cross_entropy(logits, labels, reduction="none"),
+        lambda labels: ops.linear_cross_entropy(x, weight, labels, reduction="none"),
+        lambda labels: ops.linear_log_probs(x, weight, labels),
+        lambda labels: ops.jsd(logits, teacher, labels, reduction="none"),
+        lambda labels: ops.tvd(logits, teacher, labels, reduction="none"),
+        lambda labels: ops.linear_jsd(x, weight, x * 2, weight, labels, reduction="none"),
+    )
+    assert not labels.is_contiguous()
+    for call in calls:
+        assert same_bits(call(labels), call(labels.clone(memory_format=torch.contiguous_format)))
 
 
 @pytest.mark.gpu

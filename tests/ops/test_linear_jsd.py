@@ -9,7 +9,7 @@ from allocations import Allocations
 from heads import as_accurate_under_autocast, gathered_anew
 from three_slabs import ThreeSlabs
 
-from ds_fused.ops import _divergence, _tiles
+from ds_fused.ops import _divergence_kernels, _tiles
 from ds_fused.ops._linear_divergence import _plan
 from ds_fused.ops._tiles import Tiling
 from ds_fused.ops.linear_jsd import linear_jsd, linear_jsd_reference
@@ -33,8 +33,8 @@ only_kernels = pytest.mark.parametrize("where", ["kernels"], indirect=True)
 @pytest.fixture
 def blocks(monkeypatch):
     """Blocks so small that a row of 11 or 23 has whole ones and a rest."""
-    monkeypatch.setattr(_divergence, "FWD_BLOCK", 8)
-    monkeypatch.setattr(_divergence, "BWD_BLOCK", 8)
+    monkeypatch.setattr(_divergence_kernels, "FWD_BLOCK", 8)
+    monkeypatch.setattr(_divergence_kernels, "BWD_BLOCK", 8)
 
 
 def ours(x, weight, bias, tx, tweight, tbias, labels=None, **options):

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
+import torch.nn.functional as F
 from accuracy import as_accurate, nan_filled, randn
 from allocations import Allocations
 from heads import as_accurate_under_autocast
 from shards import Shard
 from three_slabs import ThreeSlabs
 
-from ds_fused.ops import _tiles
+from ds_fused.ops import _cross_entropy_kernels, _tiles
 from ds_fused.ops.linear_log_probs import linear_log_probs, linear_log_probs_reference
 
-softmax_file = importlib.import_module("ds_fused.ops.cross_entropy")
 MB = 2**-20  # chunk_mb and keep_mb in bytes
 # one tile; slabs of 4 rows made again; slabs of which some are kept; every logit kept
 CUTS = [
@@ -93,8 +91,8 @@ def test_options_in_kernels(where):
 
 @only_kernels
 def test_rows_of_several_blocks(where, monkeypatch):
-    monkeypatch.setattr(softmax_file, "FWD_BLOCK", 8)
-    monkeypatch.setattr(softmax_file, "BWD_BLOCK", 8)
+    monkeypatch.setattr(_cross_entropy_kernels, "FWD_BLOCK", 8)
+    monkeypatch.setattr(_cross_entropy_kernels, "BWD_BLOCK", 8)
     x, weight, labels, bias = some(4, 3, 23, where)
     bias[8:16] = float("-inf")  # a whole block of it
     bias[3], bias[20] = 20.0, 30.0  # maxima that come late
@@ -265,3 +263,55 @@ def test_real_size(keep_mb, where, monkeypatch):
     monkeypatch.undo()  # the sides of real life
     x, weight, labels, _ = some(2048, 4096, 128256, where)
     as_accurate(ours, theirs, [x, 0.02 * weight, labels], torch.bfloat16, entropy=True, chunk_mb=128, keep_mb=keep_mb)
+
+
+def _sequences(log_probs):
+    """Of [4, 6]: two chosen answers, and two rejected ones to the same prompts."""
+    return log_probs.sum(-1).split(2)
+
+
+def dpo(log_probs, reference):
+    (chosen, rejected), (was_chosen, was_rejected) = _sequences(log_probs), _sequences(reference)
+    return -F.logsigmoid(0.3 * (chosen - rejected - was_chosen + was_rejected)).mean()
+
+
+def ipo(log_probs, reference):
+    # of mean log-probabilities
+    (chosen, rejected), (was_chosen, was_rejected) = _sequences(log_probs / 6), _sequences(reference / 6)
+    return (chosen - rejected - was_chosen + was_rejected - 1 / 0.6).square().mean()
+
+
+def kto(log_probs, reference):
+    chosen, rejected = _sequences(log_probs - reference)
+    kl = (log_probs - reference).sum(-1).mean().detach().clamp_min(0)
+    return 2 - torch.sigmoid(0.3 * (chosen - kl)).mean() - torch.sigmoid(0.3 * (kl - rejected)).mean()
+
+
+def orpo(log_probs, reference):
+    chosen, rejected = _sequences(log_probs / 6)
+    odds = chosen - rejected - torch.log1p(-chosen.exp()) + torch.log1p(-rejected.exp())
+    return -chosen.mean() - 0.1 * F.logsigmoid(odds).mean()
+
+
+def grpo(log_probs, reference):
+    advantages = torch.tensor([[1.0], [-0.5], [0.3], [-1.2]], dtype=log_probs.dtype, device=log_probs.device)
+    ratio = (log_probs - log_probs.detach() + 0.3).exp()
+    gain = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    apart = reference - log_probs
+    return (0.04 * (apart.exp() - apart - 1) - gain).mean()
+
+
+@only_plain
+@pytest.mark.parametrize("loss", [dpo, ipo, kto, orpo, grpo], ids=lambda loss: loss.__name__)
+def test_every_loss_of_log_probs(loss, where):
+    """What trainers of preferences and rewards make of them: the gradients are those through all logits."""
+    x, weight, labels, bias = some(24, 5, 29, where)
+    reference = -3 - randn(4, 6, device=where).abs()
+    found = []
+    for log_probs_of in (linear_log_probs, linear_log_probs_reference):
+        inputs = [tensor.double().requires_grad_() for tensor in (x.view(4, 6, 5), weight, bias)]
+        log_probs = log_probs_of(inputs[0], inputs[1], labels.view(4, 6), bias=inputs[2])
+        value = loss(log_probs, reference.to(log_probs))
+        found.append([value.detach(), *torch.autograd.grad(value, inputs)])
+    for ours_, theirs_ in zip(*found, strict=True):
+        torch.testing.assert_close(ours_, theirs_, rtol=1e-6, atol=1e-8)

@@ -179,6 +179,11 @@ def test_angles_in_fp32_may_leave_the_dtype_alone(device):
         judge([q, k, *(x.float() for x in angles(1, 3, 8, device))], dtype, keep_dtype=True)
 
 
+def test_sines_wider_than_cosines(device):
+    *most, sin = inputs_of(1, 2, 1, 3, 8, 8, device, torch.bfloat16)
+    judge([*most, sin.float()], torch.bfloat16)
+
+
 def test_without_a_batch(device):
     q, k, cos, sin = inputs_of(1, 2, 1, 3, 8, 6, device, torch.bfloat16)
     judge([q, k, cos[0], sin[0]], torch.bfloat16)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from accuracy import as_accurate, judge, randn
 from shards import Round, Shard, on_ranks
 from torch import Tensor
 
-from ds_fused.ops import _labels, _merge
+from ds_fused.ops import _cross_entropy_kernels, _labels, _merge
 from ds_fused.ops._loss import LossOptions
 from ds_fused.ops._merge import merge, merge_torch
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
@@ -34,7 +33,7 @@ only_plain = pytest.mark.parametrize("where", ["plain"], indirect=True)
 def kernels_in_turn(monkeypatch) -> None:
     """For ranks that are threads: the interpreter runs one kernel at a time."""
     lock = threading.Lock()
-    for module in (_labels, _merge, import_module("ds_fused.ops.cross_entropy")):
+    for module in (_cross_entropy_kernels, _labels, _merge):
 
         def launch(*args: object, launch: Callable[..., None] = module.launch, **options: object) -> None:
             with lock:

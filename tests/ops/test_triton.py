@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 import ds_fused.ops._triton as shared
+from ds_fused.ops._rows import walk
 
 
 @triton.jit
@@ -53,6 +54,24 @@ def test_rows_of(make, copies, device):
     assert torch.equal(rows.reshape(x.shape), x)
     if x.numel():
         assert (rows.data_ptr() != x.data_ptr()) == copies
+
+
+def test_walks(device):
+    whole, gaps = torch.ones(5, 7, device=device), torch.ones(5, 9, device=device)[:, :7]
+    number = torch.ones((), device=device).expand(5, 7)  # an upstream gradient without memory of its own
+    for others in ((), (whole,), (number,)):
+        way = walk(whole.shape, 4, whole, *others)
+        assert (way.flat, way.n_cols, way.programs, {*way.strides}) == (True, 35, 9, {0})
+        assert all(torch.equal(tensor, torch.ones_like(tensor)) and tensor.is_contiguous() for tensor in way.tensors)
+    way = walk(whole.shape, 4, whole, gaps)
+    assert (way.flat, way.n_cols, way.programs, way.strides) == (False, 7, 10, (7, 9))
+    assert way.tensors[1].data_ptr() == gaps.data_ptr()
+
+
+def test_rows_that_share_memory():
+    rows = torch.ones(4, 6)
+    assert all(map(shared.lie_apart, (rows, rows[:, :3], rows[:1].expand(1, 6), rows[:0])))
+    assert not any(map(shared.lie_apart, (rows[:1].expand(3, 6), rows.view(-1).as_strided((3, 6), (5, 1)))))
 
 
 def test_sizes():

@@ -18,13 +18,12 @@ from functools import partial
 import torch
 import torch.utils._triton
 import triton
-from compile_all import leaf
+from compile_all import leaf, of_every_op
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 import ds_fused.ops as ops
 from ds_fused.ops._warmup import Absent
-from ds_fused.ops.registry import OPS
 
 MULTIPROCESSORS = 132
 
@@ -113,6 +112,22 @@ def rope() -> Iterator[Case]:
     yield (
         lambda q, k, cos, sin: by_pairs(q * 1, k * 1, torch.complex(cos, sin)),
         [(*inputs(n, 4, 64)[:2], *inputs(n, 4, 32)[2:]) for n in (3, 4, 5)],
+    )
+
+
+def rms_norm_rope() -> Iterator[Case]:
+    def inputs(tokens: int, heads: int, width: int, r: int) -> tuple[Tensor, ...]:
+        q, k = (leaf(1, tokens, h, width).transpose(1, 2) for h in (heads, 2))
+        return q, k, leaf(width), leaf(width), torch.ones(1, tokens, r), torch.ones(1, tokens, r)
+
+    yield ops.rms_norm_rope, [inputs(n, 4, 64, 64) for n in (3, 4, 5)]
+    yield ops.rms_norm_rope, [inputs(5, 4, d, 32) for d in (64, 128)]
+    yield ops.rms_norm_rope, [inputs(5, h, 64, 64) for h in (4, 8)]
+    as_gemma = partial(ops.rms_norm_rope, cast="after_weight", offset=1.0, keep_dtype=True)
+    yield lambda q, k, *rest: as_gemma(q, k.detach(), *rest), [inputs(n, 4, 64, 64) for n in (3, 4, 5)]
+    yield (
+        lambda q, k, *rest: ops.rms_norm_rope(q.transpose(1, 2), k.transpose(1, 2), *rest, unsqueeze_dim=2),
+        [inputs(n, 4, 64, 32) for n in (3, 4, 5)],
     )
 
 
@@ -235,8 +250,7 @@ def dyt() -> Iterator[Case]:
     yield ops.dyt, [(leaf(2, 3, d), leaf(1), leaf(d)) for d in (64, 128)]
 
 
-# the function of each op's name
-EXAMPLES: tuple[Callable[[], Iterator[Case]], ...] = tuple(globals()[op.name] for op in OPS)
+EXAMPLES = of_every_op(globals())
 
 
 class Traced(Exception):
@@ -288,7 +302,7 @@ def main() -> None:
         found = [p for case in example() if (p := problem(*case)) is not None]
         if found:
             problems[example.__name__] = found
-    print(json.dumps({"examples": [example.__name__ for example in EXAMPLES], "problems": problems}))
+    print(json.dumps({"problems": problems}))
 
 
 if __name__ == "__main__":

@@ -468,6 +468,23 @@ def test_a_forward_with_another_librarys_loss() -> None:
     assert isinstance(model(**batch()).logits, LogitsOnDemand)
 
 
+class Sharded(Tensor):
+    """As FSDP2's DTensors and torchao's quantised weights are: a tensor of another class."""
+
+
+@pytest.mark.parametrize(
+    ("weight", "reason"),
+    [
+        (torch.zeros(VOCAB, 16, dtype=torch.int8), "its weight is a Tensor of torch.int8"),
+        (torch.zeros(VOCAB, 16).as_subclass(Sharded), "its weight is a Sharded of torch.float32"),
+    ],
+)
+def test_a_weight_of_another_kind(weight: Tensor, reason: str) -> None:
+    model = build(tie_word_embeddings=False)
+    model.lm_head.weight = nn.Parameter(weight, requires_grad=False)
+    left_alone(model, reason)
+
+
 def test_a_parametrized_head() -> None:
     model = build(tie_word_embeddings=False)
     torch.nn.utils.parametrizations.weight_norm(model.lm_head)

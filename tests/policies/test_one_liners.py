@@ -68,6 +68,10 @@ def test_auto_classes(tmp_path: Path) -> None:
     assert n_fused(model) == 10 and not info["missing_keys"]
     assert n_fused(ds_fused.AutoModelForCausalLM.from_config(stock.config)) == 10
     assert n_fused(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)) == 0
+    assert n_fused(ds_fused.AutoModelForCausalLM.from_config(stock.config, fused=False)) == 0
+    assert n_fused(ds_fused.AutoModelForCausalLM.from_pretrained(tmp_path, fused=True)) == 10
+    with pytest.raises(ValueError, match="AutoModelForCausalLM: fused is 'all'; it can be True, False or an object"):
+        ds_fused.AutoModelForCausalLM.from_pretrained(tmp_path, fused="all")
     with pytest.raises(ValueError, match="there is no 'ropes'"):
         ds_fused.AutoModelForCausalLM.from_config(stock.config, fused={"ropes": True})
 
@@ -111,6 +115,17 @@ def test_compat_on_models_built_later(tmp_path: Path, caplog: pytest.LogCaptureF
     assert n_fused(built[0]) == 10
     ds_fused.restore(built[0])
     assert n_fused(built[0]) == 0
+
+
+def test_what_compat_has_not_is_said() -> None:
+    with pytest.raises(
+        TypeError, match="apply_liger_kernel_to_llama: .*'rop'; it takes rope, cross_entropy, .*, model"
+    ):
+        compat.apply_liger_kernel_to_llama(rop=False)
+    with pytest.raises(ValueError, match="the model must be a torch.nn.Module"):
+        compat.apply_liger_kernel_to_llama(model="llama")
+    with pytest.raises(AttributeError, match="'apply_liger_kernel_to_lama'; its families are deepseek_v2, .*llama"):
+        _ = compat.apply_liger_kernel_to_lama
 
 
 def test_a_text_family_within_another_module() -> None:

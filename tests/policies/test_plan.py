@@ -6,7 +6,9 @@ import json
 
 import pytest
 import torch
+import transformers
 from torch import nn
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import ds_fused
@@ -14,8 +16,6 @@ from ds_fused.policies import plan as plan_file
 from ds_fused.policies.kinds import Way
 from ds_fused.policies.plan import SwapClaim, plan
 from tests.policies.tiny import LAYER_KEYS, LLAMA, NAMED, batch, classes, counts, step
-
-GEMMA = NAMED["Gemma"]
 
 
 def test_everything_is_on_by_default() -> None:
@@ -45,7 +45,14 @@ def test_switches_and_wanted() -> None:
         ({"fused_linear_cross_entropy": {"chunk_mb": True}}, ["chunk_mb", "True", "int"]),
         ({"fused_linear_cross_entropy": {"accumulate": "bf16"}}, ["accumulate", "'bf16'", "'native'", "'fp32'"]),
         ({"logits": "drop"}, ["logits", "'drop'", "'defer'", "'keep'"]),
+        ({"fused_linear_cross_entropy": {"keep_mb": -1}}, ["keep_mb", "-1", "negative"]),
         ({"eval": True}, ["eval", "True", "'defer'", "'stock'"]),
+        ({"wanted": ["rope"]}, ["wanted", "['rope']", "list", "None", "{'rope': True}"]),
+        ({"strict": "no"}, ["strict", "'no'", "True or False"]),
+        ({"dtype": "bf16"}, ["dtype", "'bf16'", "torch.bfloat16"]),
+        ({"dtype": torch.int8}, ["dtype", "torch.int8", "floating"]),
+        ({"device": "gpu"}, ["device", "'gpu'", "'cpu'"]),
+        ({"device": "cuda:99"}, ["device", "cuda", "99", "that is here"]),
     ],
 )
 def test_wrong_wishes_are_errors_that_name_the_known(wrong: dict, words: list[str]) -> None:
@@ -54,6 +61,28 @@ def test_wrong_wishes_are_errors_that_name_the_known(wrong: dict, words: list[st
         ds_fused.apply(model, **wrong)
     assert all(word in str(error.value) for word in words), str(error.value)
     assert classes(model) == classes(LLAMA.make())
+
+
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [
+        (None, "got None"),
+        ("meta-llama/Llama-3-8B", "got 'meta-llama/Llama-3-8B' .str."),
+        (transformers.LlamaForCausalLM, "got the class LlamaForCausalLM"),
+        (transformers.LlamaConfig(), "got LlamaConfig .*LlamaConfig"),
+    ],
+)
+def test_what_is_no_model(model: object, what: str) -> None:
+    for where, function in (("apply", ds_fused.apply), ("restore", ds_fused.restore)):
+        with pytest.raises(ValueError, match=f"(?s){where}: the model must be a torch.nn.Module that is built, {what}"):
+            function(model)
+
+
+def test_compiled_parts_are_named() -> None:
+    model = nn.ModuleDict({"scripted": torch.jit.script(nn.LayerNorm(32)), "norm": nn.LayerNorm(32)})
+    report = ds_fused.apply(model)
+    assert counts(report) == {"layer_norm": 1}
+    assert [(row.what, row.count) for row in report.left] == [("LayerNorm", 1)] and "ScriptModule" in str(report)
 
 
 @pytest.mark.parametrize("family", [NAMED[name] for name in ("Llama", "Phi3", "Gemma")])
@@ -221,6 +250,27 @@ def test_another_model_in_the_process_stays_stock() -> None:
     after = step(other)
     assert torch.equal(before[0], after[0])
     assert classes(other) == classes(LLAMA.make())
+
+
+def test_nothing_that_others_use_is_exchanged() -> None:
+    """Neither functions of PyTorch and transformers nor their classes, whether a step runs fused or not."""
+    homes = (torch, torch.nn, torch.nn.functional, modeling_llama, transformers.loss.loss_utils)
+    classes_of_others = (nn.Linear, nn.Module, nn.LayerNorm, transformers.LlamaForCausalLM, modeling_llama.LlamaRMSNorm)
+
+    def everything() -> list[dict]:
+        # what is no function or class may be a cache of Python's
+        found = [{name: it for name, it in vars(each).items() if callable(it)} for each in (*homes, *classes_of_others)]
+        return [*found, dict(dict.items(transformers.activations.ACT2FN))]
+
+    model = LLAMA.make()
+    step(model)  # transformers leaves something of its own
+    before = everything()
+    report = ds_fused.apply(model)
+    assert everything() == before
+    step(model)
+    assert everything() == before
+    report.restore()
+    assert everything() == before
 
 
 def test_report_is_a_table() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import time
 from collections.abc import Callable
 
@@ -429,6 +430,24 @@ def test_touches_nothing(name: str) -> None:
     assert {name: tensor._version for name, tensor in model.state_dict(keep_vars=True).items()} == versions
     assert all(p.grad is None for p in model.parameters())
     assert hooks == []
+
+
+def test_ranks_need_not_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No collective: what one rank finds out, it finds out alone. Their agreement comes after it."""
+    distributed = torch.distributed
+    collectives = [
+        name for name in dir(distributed) if re.search("gather|reduce|broadcast|scatter|barrier|to_all", name)
+    ]
+    assert {"all_reduce", "all_gather_into_tensor", "broadcast_object_list", "barrier"} <= set(collectives)
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("a collective in a proof")
+
+    for name in collectives:
+        monkeypatch.setattr(distributed, name, refused)
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    for claim in claims_of(NAMED["Qwen3Next"].make()):
+        assert claim.prove(CPU, torch.bfloat16) is None
 
 
 def claims_of(model: nn.Module) -> tuple[Claim, ...]:

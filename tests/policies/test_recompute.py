@@ -500,6 +500,8 @@ def test_only_the_largest_stack_makes_room():
         ({"level": "fit", "keep_mb": 5}, Recomputing("auto", 5)),
         ({"keep_mb": 5}, Recomputing("auto", 5)),
         ({"level": "matmuls"}, Recomputing("matmuls")),
+        ({"offload": True}, Recomputing("full", None, True)),
+        ({"keep_mb": 0, "offload": True}, Recomputing("auto", 0, True)),
     ],
 )
 def test_values(given, wanted):
@@ -509,11 +511,12 @@ def test_values(given, wanted):
 @pytest.mark.parametrize(
     "given, says",
     [
-        (True, 'must be .*"fit" or an object of level, keep_mb, got True'),
+        (True, 'must be .*"fit" or an object of level, keep_mb, offload, got True'),
         ("some", "must be \"full\" or .*got 'some'"),
-        ({"kept": 1}, "unknown key 'kept'; known keys: level, keep_mb"),
+        ({"kept": 1}, "unknown key 'kept'; known keys: level, keep_mb, offload"),
         ({"keep_mb": -1}, "recompute.keep_mb must be an integer, at least 0, got -1"),
         ({"keep_mb": 1.5}, "got 1.5"),
+        ({"offload": 1}, "recompute.offload must be true or false, got 1"),
         ({"level": "full", "keep_mb": 1}, "is for the level \"auto\", got it with 'full'"),
     ],
 )

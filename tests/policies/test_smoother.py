@@ -141,3 +141,5 @@ def test_elsewhere_forwards_without_labels_are_stock(tmp_path: Path, fused_losse
 def test_no_smoothing_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="label_smoothing_factor is 0"):
         ds_fused.fuse_label_smoother(trainer_of(build(), tmp_path, smoothing=0.0))
+    with pytest.raises(ValueError, match="it takes a Trainer of transformers, got a LlamaForCausalLM"):
+        ds_fused.fuse_label_smoother(build())

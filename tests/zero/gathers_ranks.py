@@ -378,7 +378,6 @@ def other_profile_on_one() -> dict:
     except RuntimeError as error:
         return {"error here": str(error)}
     return {"error here": ""}
-    return {}
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 
+import torch
+
 STEPS = 10
 FEW_STEPS = 4  # where two runs are compared with each other, not with a judge
-RANKS = {"cpu": 2, "cpu3": 3, "cpu4": 4, "gpu": 1, "gpus": 2}
+# of GPUs as many as there are, up to four; CUDA_VISIBLE_DEVICES=0,1 for two of them
+RANKS = {"cpu": 2, "cpu3": 3, "cpu4": 4, "gpu": 1, "gpus": min(4, max(2, torch.cuda.device_count()))}
 ROWS, LENGTH = 2, 12  # of one micro batch on one rank
 CLIP = 0.5  # below every gradient norm of these jobs, so clipping always acts
 LEARNING_RATE = {"sgd": 0.1, "momentum": 3e-2, "adamw": 1e-2}

@@ -1,4 +1,5 @@
-"""One rank of test_recompute.py: ranks that keep different parts of their layers, under ZeRO-3 with checkpointing.
+"""One rank of test_recompute.py: ranks that keep different parts of their layers, or the inputs of these on the host,
+under ZeRO-3 with checkpointing.
 
     recompute_ranks.py OUT
 
@@ -31,6 +32,7 @@ LEVELS = {
     "same": ("matmuls", "matmuls"),
     "different": ("matmuls", "full"),
     "less": ("attention", {"keep_mb": 1}),
+    "offload": ({"offload": True}, {"level": "attention", "offload": True}),
 }
 BLOCK = dict.fromkeys(OP_OPTIONS, False) | {"enabled": True, "recompute": {"keep_mb": 1}}
 

@@ -31,12 +31,25 @@ def stream_is_no_use() -> dict:
         "persistent": reason_of(zero={"stage3_param_persistence_threshold": 10**6}),
         "stage": reason_of(stage=2),
         "reduce": reason_of(zero={"reduce_scatter": False}),
+        "predivided": reason_of(zero={"reduce_scatter": False}, gradient_predivide_factor=2.0),
         "leaf": reason_of(of_leaves),
         "deepcompile": reason_of(compile={"deepcompile": True}),
         "quantized gradients": reason_of(zero={"zero_quantized_gradients": True}),
         # last: DeepSpeed keeps the groups of the first engine that has a second partition
         "hpz": reason_of(zero={"zero_hpz_partition_size": 2}),
     }
+
+
+@case
+def stream_predivided() -> dict:
+    """What ZeRO-3 itself says to it."""
+    said = {}
+    for name, block in (("stock", None), ("fused", STREAM)):
+        try:
+            engine_of(model_of(), 3, block, gradient_predivide_factor=2.0)
+        except AssertionError as error:
+            said[name] = str(error)
+    return said
 
 
 def stock_and_streamed(engine_with: Callable[[dict | None], deepspeed.DeepSpeedEngine]) -> dict:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import deepspeed
 import products
 import torch
 import torch.distributed as dist
 from special import both, case, engine_of, mine, model_of, read_by_one, reading, train, with_lora
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from ds_fused.modules import norm
+from ds_fused.modules import qk_norm as norms_of_q_and_k
 from ds_fused.policies.kinds import norms
 
 
@@ -89,25 +91,52 @@ def grad_in_forward() -> dict:
 @case
 def residual() -> dict:
     """Norms that take the residual stream as a second input, with sharded weights; and computed again in backward."""
-    sums, stock = [], norm.add_rms_norm
-
-    def counting(*args: torch.Tensor, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
-        sums.append(args[0].shape)
-        return stock(*args, **options)
-
-    def run(engine: deepspeed.DeepSpeedEngine) -> list[float]:
-        losses = train(engine, mine())
-        engine.module.gradient_checkpointing_enable()
-        return losses + train(engine, mine())
-
-    norm.add_rms_norm = counting
-    try:
-        out = both(model_of, stage=3, run=run, block={"add_rms_norm": True})
-    finally:
-        norm.add_rms_norm = stock
+    with counted(norm, "add_rms_norm") as shapes:
+        out = both(model_of, stage=3, run=with_and_without_checkpointing, block={"add_rms_norm": True})
     # those of the proof have another shape
     tokens = mine()[0][0].shape
-    return out | {"sums": sum(shape[:2] == tokens for shape in sums)}
+    return out | {"sums": sum(shape[:2] == tokens for shape in shapes)}
+
+
+@case
+def qk_norm() -> dict:
+    """Norms of q and k, with sharded weights, in one op with the rotation; and computed again in backward."""
+
+    def build() -> torch.nn.Module:
+        torch.manual_seed(5)
+        model = Qwen3ForCausalLM(Qwen3Config(**products.SIZES, head_dim=8, use_cache=False))
+        for name, weight in model.named_parameters():
+            if name.endswith(("q_norm.weight", "k_norm.weight")):
+                torch.nn.init.normal_(weight, mean=1.0, std=0.2)
+        return model
+
+    with counted(norms_of_q_and_k, "rms_norm_rope") as shapes:
+        out = both(build, stage=3, run=with_and_without_checkpointing, block={"qk_norm_rope": True})
+    rows, tokens = mine()[0][0].shape
+    heads = products.SIZES["num_attention_heads"]
+    return out | {"calls": sum(shape == (rows, heads, tokens, 8) for shape in shapes)}
+
+
+@contextlib.contextmanager
+def counted(module: types.ModuleType, name: str) -> Iterator[list[torch.Size]]:
+    """The shapes of the first argument in the calls of a function, by that name in a module."""
+    shapes, stock = [], getattr(module, name)
+
+    def counting(*args: torch.Tensor, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+        shapes.append(args[0].shape)
+        return stock(*args, **options)
+
+    setattr(module, name, counting)
+    try:
+        yield shapes
+    finally:
+        setattr(module, name, stock)
+
+
+def with_and_without_checkpointing(engine: deepspeed.DeepSpeedEngine) -> list[float]:
+    losses = train(engine, mine())
+    engine.module.gradient_checkpointing_enable()
+    return losses + train(engine, mine())
 
 
 @case

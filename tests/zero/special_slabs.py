@@ -105,6 +105,19 @@ def stream_communication_dtype() -> dict:
 
 
 @case
+def stream_accumulation_dtype() -> dict:
+    """Micro steps of a model in bf16 are added up in fp32."""
+
+    def run(engine: deepspeed.DeepSpeedEngine) -> list[float]:
+        assert engine.optimizer.gradient_accumulation_dtype == torch.float32
+        # from the fourth step on runs in bf16 part
+        return train(engine, mine(accumulation=2)[:6])
+
+    more = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "gradient_accumulation_steps": 2}
+    return streamed(run=run, **more)
+
+
+@case
 def stream_autocast() -> dict:
     return streamed(torch_autocast={"enabled": True, "dtype": "bfloat16"})
 

@@ -25,7 +25,7 @@ def test_steps_are_stock_to_the_last_bit(ranks, way):
     for found in ranks:
         stock = found[f"{way} stock"]
         assert len(set(stock["losses"])) == len(stock["losses"]) and min(stock["norms"]) > 0
-        for name in ("same", "different", "less"):
+        for name in ("same", "different", "less", "offload"):
             assert [found[f"{way} {name}"][what] for what in ("losses", "norms")] == [stock["losses"], stock["norms"]]
 
 
@@ -36,7 +36,7 @@ def test_collectives_are_those_of_stock_in_their_order(ranks, way):
         # every layer's weights are gathered in forward and in backward, and gradients leave
         assert sum("allgather" in line for line in stock) >= 2 * LAYERS
         assert any("reduce_scatter" in line for line in stock)
-        for name in ("same", "different", "less"):
+        for name in ("same", "different", "less", "offload"):
             assert found[f"{way} {name}"]["collectives"] == stock
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import products
 import pytest
 from launching import launch
 
@@ -21,8 +22,9 @@ pytestmark = [pytest.mark.gpus, pytest.mark.all]
 def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     """mode -> what each rank found."""
     out = tmp_path_factory.mktemp("soak")
-    launch(HERE / "soak_ranks.py", str(out), *SIGNS, ranks=2, timeout=900, env={"DS_ACCELERATOR": "cuda"})
-    return {mode: [json.loads((out / f"{mode}.{rank}.json").read_text()) for rank in range(2)] for mode in SIGNS}
+    ranks = products.RANKS["gpus"]
+    launch(HERE / "soak_ranks.py", str(out), *SIGNS, ranks=ranks, timeout=420, env={"DS_ACCELERATOR": "cuda"})
+    return {mode: [json.loads((out / f"{mode}.{rank}.json").read_text()) for rank in range(ranks)] for mode in SIGNS}
 
 
 @pytest.mark.parametrize("mode", SIGNS)

@@ -6,6 +6,7 @@ test_NAME judges what the case NAME of special_ranks.py returned. All of them ru
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import products
@@ -18,6 +19,8 @@ LAYERS = products.SIZES["num_hidden_layers"]
 
 # cases of mode "stream" that are run in the other mode, too, and two of its own
 STATIONARY = (
+    "communication_dtype",
+    "accumulation_dtype",
     "frozen_trunk",
     "frozen_head",
     "uneven_ranks",
@@ -31,9 +34,20 @@ STATIONARY = (
     "smoothed",
     "embedding",
     "tied_offload",
+    "direct_backward",
+    "sharded_bias",
+    "thrown_away",
     "weighted_ranks",
     "both_ways",
     "memory",
+)
+# other steps than forward, backward, step, with heads of several kinds
+STEPS = (
+    "coalesced",
+    "callers_accumulation",
+    "direct_backward_accumulating",
+    "evaluation_in_an_accumulation",
+    "universal_checkpoint",
 )
 
 CASES = (
@@ -45,6 +59,7 @@ CASES = (
     "instance_forward_of_the_model",
     "grad_in_forward",
     "residual",
+    "qk_norm",
     "logits_read_by_all",
     "logits_kept",
     "ranks_decide_differently",
@@ -60,6 +75,7 @@ CASES = (
     "stream_logits_read",
     "stream_logits_read_by_one",
     "stream_communication_dtype",
+    "stream_accumulation_dtype",
     "stream_autocast",
     "stream_offload",
     "stream_tied_offload",
@@ -73,20 +89,17 @@ CASES = (
     "stream_gemma",
     "stream_own_loss",
     "stream_smoothed",
-    "stream_coalesced",
     "stream_thrown_away",
-    "stream_callers_accumulation",
-    "stream_direct_backward_accumulating",
-    "stream_evaluation_in_an_accumulation",
+    *(f"stream_{name}" for name in STEPS),
     "stream_no_sync",
-    "stream_universal_checkpoint",
+    "stream_predivided",
     "stream_saved_weights",
     "stream_memory",
     "stream_lora_on_the_head",
     "stream_another_deepspeed",
     "stream_muon",
     "stream_is_no_use",
-    *(f"stationary_{name}" for name in STATIONARY),
+    *(f"stationary_{name}" for name in (*STATIONARY, *STEPS)),
     "stationary_class_weights",
     "stationary_entropies",
     "auto",
@@ -106,8 +119,8 @@ def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """case -> what it returned, on each rank. Only what this session selected is launched."""
     # test_stream[offload] is of the case stream_offload
     items = [item for item in request.session.items if item.module is request.module]
-    chosen_names = (item.name.removeprefix("test_").replace("_of_each_kind", "") for item in items if not skipped(item))
-    wanted = {name.replace("[", "_").rstrip("]") for name in chosen_names}
+    chosen_names = (item.name.removeprefix("test_") for item in items if not skipped(item))
+    wanted = {re.sub("_of_each_kind|_in_each_dtype", "", name).replace("[", "_").rstrip("]") for name in chosen_names}
     chosen = [name for name in CASES if name in wanted]
     out = tmp_path_factory.mktemp("special")
     launch(HERE / "special_ranks.py", str(out), *chosen, ranks=RANKS, timeout=PATIENCE + 15 * len(chosen))
@@ -127,6 +140,7 @@ def ranks(request: pytest.FixtureRequest, ended) -> list[dict]:
     return ended(request.node.name.removeprefix("test_"))
 
 
+IN_BF16 = ("communication_dtype", "accumulation_dtype", "autocast")
 # cases whose embedding is looked up without being whole
 LOOKED_UP = ("embedding", "gemma", "own_loss", "tied_offload")
 
@@ -188,6 +202,13 @@ def test_residual(ranks):
         assert result["replaced"]["add_rms_norm"] == LAYERS
         # once in each step, and twice where the layer is computed again
         assert result["sums"] == 3 * LAYERS * products.FEW_STEPS
+
+
+def test_qk_norm(ranks):
+    equal_losses(ranks)
+    for result in ranks:
+        assert result["replaced"]["qk_norm_rope"] == LAYERS
+        assert result["calls"] == 3 * LAYERS * products.FEW_STEPS
 
 
 def test_tensor_parallel(ranks):
@@ -264,6 +285,7 @@ def test_one_rank_misspells(ranks):
         "embedding",
         "logits_kept",
         "communication_dtype",
+        pytest.param("accumulation_dtype", marks=pytest.mark.all),
         "autocast",
         "offload",
         pytest.param("tied_offload", marks=pytest.mark.all),
@@ -286,11 +308,8 @@ def test_stream(ended, name):
     for result in ranks:
         assert "its weight in 34 slabs" in result["report"]
         assert ("embedding; its weight in 34 slabs" in result["report"]) == (name in LOOKED_UP)
-        if name in ("communication_dtype", "autocast"):
-            # half an ulp of bf16, in which the products are rounded
-            assert result["fused"] == pytest.approx(result["stock"], rel=4e-3)
-        else:
-            assert result["fused"] == pytest.approx(result["stock"], rel=1e-5)
+        # half an ulp of bf16, in which the products are rounded
+        assert result["fused"] == pytest.approx(result["stock"], rel=4e-3 if name in IN_BF16 else 1e-5)
         # what is compared has learned something
         assert result["fused"][0] != result["fused"][3]
 
@@ -305,8 +324,7 @@ QUICK = ("uneven_ranks", "bias", "gemma", "weighted_ranks", "both_ways")
 def test_stationary(ended, name):
     for result in ended(f"stationary_{name}"):
         assert "its rows stay on 2 ranks, to which the tokens travel" in result["report"]
-        # bf16 for autocast: half an ulp
-        assert result["fused"] == pytest.approx(result["stock"], rel=4e-3 if name == "autocast" else 1e-5)
+        assert result["fused"] == pytest.approx(result["stock"], rel=4e-3 if name in IN_BF16 else 1e-5)
         assert result["fused"][0] != result["fused"][3]
         # 33 * 2 is less than the 67 words
         stays = "embedding; its rows stay on 2 ranks up to 33 tokens a rank, its weight in 34 slabs of at most "
@@ -318,7 +336,7 @@ def test_stationary(ended, name):
 
 
 @pytest.mark.parametrize("name", ["class_weights", "entropies"])
-def test_stationary_of_each_kind(ended, name):
+def test_stationary_in_each_dtype(ended, name):
     for result in ended(f"stationary_{name}"):
         assert result.keys() == {"fp32", "bf16"}
         for dtype, row in result.items():
@@ -359,21 +377,23 @@ def test_auto(ranks):
     assert len(chosen) == 1
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("coalesced", marks=pytest.mark.all),
-        pytest.param("callers_accumulation", marks=pytest.mark.all),
-        pytest.param("direct_backward_accumulating", marks=pytest.mark.all),
-        pytest.param("evaluation_in_an_accumulation", marks=pytest.mark.all),
-        pytest.param("universal_checkpoint", marks=pytest.mark.all),
-    ],
-)
+@pytest.mark.all
+@pytest.mark.parametrize("name", STEPS)
 def test_stream_of_each_kind(ended, name):
-    for result in ended(f"stream_{name}"):
+    equal_of_each_kind(ended(f"stream_{name}"), "its weight in 34 slabs")
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("name", STEPS)
+def test_stationary_of_each_kind(ended, name):
+    equal_of_each_kind(ended(f"stationary_{name}"), "its rows stay on 2 ranks, to which the tokens travel")
+
+
+def equal_of_each_kind(ranks: list[dict], way: str) -> None:
+    for result in ranks:
         assert result.keys() >= {"untied", "tied"}
-        for kind, row in result.items():
-            assert "its weight in 34 slabs" in row["report"], kind
+        for kind, row in [pair for pair in result.items() if pair[0] != "lookups"]:
+            assert way in row["report"], kind
             assert row["fused"] == pytest.approx(row["stock"], rel=1e-5), kind
             assert row["fused"][0] != row["fused"][3], kind
 
@@ -397,6 +417,14 @@ def test_stream_saved_weights(ranks):
                 # fp32, summed in another order; half an ulp of bf16, in which gradients of at most CLIP are rounded
                 off = {"rel": 2**-8, "abs": 2**-8 * products.CLIP} if kind == "bf16" else {"rel": 1e-5, "abs": 1e-6}
                 assert w == pytest.approx(stock["weights"][name], **off), (kind, name)
+
+
+@pytest.mark.all
+def test_stream_predivided(ranks):
+    """ZeRO-3 has no such factor where it scatters gradients, with and without ds_fused."""
+    for result in ranks:
+        assert "gradient_predivide_factor != 1.0 is not yet supported with ZeRO-3" in result["stock"]
+        assert result["fused"] == result["stock"]
 
 
 def test_stream_gradient_to_logits(ranks):
@@ -429,12 +457,21 @@ def test_stream_memory(ranks):
         assert max(result["fused"]["largest"]) <= -(-result["table"] // 2), result
 
 
-def test_a_rank_that_dies_among_its_slabs_ends_the_job():
-    first, second = launch(HERE / "dying_rank.py", ranks=products.RANKS["cpu"], timeout=120, expect_success=False)
-    assert second.status == 17
-    # the one that is left says what happened, and doesn't wait for ever
-    assert first.status not in (0, -9), first.output
-    assert "RuntimeError" in first.output or "DistBackendError" in first.output, first.output
+@pytest.mark.parametrize(
+    ("mode", "n_ranks"),
+    [
+        ("stream", 2),
+        pytest.param("stream", 4, marks=pytest.mark.all),
+        pytest.param("stationary", 3, marks=pytest.mark.all),
+    ],
+)
+def test_a_rank_that_dies_among_its_slabs_ends_the_job(mode, n_ranks):
+    ended = launch(HERE / "dying_rank.py", mode, ranks=n_ranks, timeout=120, expect_success=False)
+    assert ended.pop(1).status == 17
+    for left in ended:
+        # those that are left say what happened, and don't wait for ever
+        assert left.status not in (0, -9), left.output
+        assert "RuntimeError" in left.output or "DistBackendError" in left.output, left.output
 
 
 GATHERED = 'head lm_head: mode "stream": its weight is gathered whole, since '
@@ -452,6 +489,7 @@ def test_stream_is_no_use(ranks):
         "persistent": "stage3_param_persistence_threshold",
         "stage": "ZeRO stage 2 shards no weights",
         "reduce": "reduce_scatter is off",
+        "predivided": "reduce_scatter is off",
         "leaf": "ZeRO-3 leaf module",
         "deepcompile": "DeepCompile arranges the gathering",
         "quantized gradients": "(zero_quantized_gradients)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from ds_fused.policies.kinds.activations import ACTIVATION
@@ -12,7 +13,7 @@ from ds_fused.policies.kinds.mlps import MLP
 from ds_fused.policies.kinds.norms import NORM
 from ds_fused.policies.kinds.ropes import ROPE
 
-__all__ = ["ACTIVATION", "KINDS", "Kind", "Way", "choose", "find", "unproven"]
+__all__ = ["ACTIVATION", "KINDS", "NORM", "ROPE", "Kind", "Way", "choose", "find", "unproven"]
 
 # the first that recognises a layer has it
 KINDS = (NORM, EXPERTS, MLP, ROPE, ACTIVATION, LAYER)
@@ -20,4 +21,6 @@ KINDS = (NORM, EXPERTS, MLP, ROPE, ACTIVATION, LAYER)
 
 def find(module: nn.Module) -> Kind | None:
     """The kind of a layer; None where it is none of ours."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return None  # compiled whole
     return next((kind for kind in KINDS if kind.recognises(module)), None)

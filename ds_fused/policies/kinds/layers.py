@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ds_fused.modules import norm
 from ds_fused.modules.residual import Residual, names_in
 from ds_fused.modules.swap import fused_class, why_not
-from ds_fused.policies.kinds.kind import Kind, Way, choose, mixed, shape_of
-from ds_fused.policies.kinds.norms import NORM
+from ds_fused.policies.kinds.kind import Kind, Way, mixed, shape_of
+from ds_fused.policies.kinds.norms import form_of, rms_norms
 from ds_fused.policies.proof import Run, compare, facts, randn, replica, undisturbed
 
 # of the proof: so many that no code takes a tensor for a tuple
@@ -34,26 +34,14 @@ LISTS = (nn.ModuleList, nn.ModuleDict)
 CPU = torch.device("cpu")
 
 
-def _norms(layer: nn.Module) -> dict[str, nn.Module]:
-    """The children that may be RMS norms."""
-    return {name: child for name, child in layer._modules.items() if child is not None and _may_be_rms(child)}
-
-
-def _may_be_rms(module: nn.Module) -> bool:
-    if isinstance(module, (nn.LayerNorm, nn.GroupNorm)) or not NORM.recognises(module):
-        return False
-    parameters = [(name, p) for name, p in module._parameters.items() if p is not None]
-    return [name for name, _ in parameters] == ["weight"] and len(shape_of(parameters[0][1])) == 1
-
-
 def _others(layer: nn.Module) -> dict[str, nn.Module]:
-    norms = _norms(layer)
+    norms = rms_norms(layer)
     return {name: child for name, child in layer._modules.items() if child is not None and name not in norms}
 
 
 def _recognises(module: nn.Module) -> bool:
     """Two norms and two children with children: an attention or what stands for it, and an MLP or experts."""
-    if len(_norms(module)) < 2 or not isinstance(inspect.unwrap(type(module).forward), FunctionType):
+    if len(rms_norms(module)) < 2 or not isinstance(inspect.unwrap(type(module).forward), FunctionType):
         return False
     return sum(bool(child._modules) and not isinstance(child, LISTS) for child in _others(module).values()) >= 2
 
@@ -62,7 +50,7 @@ def _ways(module: nn.Module) -> Sequence[Way] | str:
     code = inspect.unwrap(type(module).forward).__code__
     if any(step.opname == "STORE_ATTR" for step in dis.get_instructions(code)):
         return "its forward keeps something"
-    for name, child in _norms(module).items():
+    for name, child in rms_norms(module).items():
         reason = why_not(child)
         if reason is not None:
             return f"its {name} stays as it is: {reason}"
@@ -76,7 +64,7 @@ def _alike(module: nn.Module) -> Hashable:
     """A layer's number among its like is no difference, if its forward does not read it."""
     read = names_in(type(module).forward)
     own = tuple((name, value) for name, value in facts(module) if name != "layer_idx" or name in read)
-    norms = _norms(module)
+    norms = rms_norms(module)
     children = tuple(
         (name, type(child), facts(child) if name in norms else None) for name, child in module._modules.items()
     )
@@ -135,7 +123,7 @@ class Body:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.norms = _norms(module)
+        self.norms = rms_norms(module)
         self.others = _others(module)
         width = shape_of(next(iter(self.norms.values())).weight)[0]
         own = {name: shape_of(p) for name, p in module._parameters.items() if p is not None}
@@ -171,12 +159,6 @@ class Body:
         raise ValueError("; ".join(why))
 
 
-def _form(child: nn.Module, dtype: torch.dtype) -> Way | str:
-    """What a norm will become, or why it stays."""
-    ways = NORM.ways(child)
-    return ways if isinstance(ways, str) else choose(NORM, child, ways, CPU, dtype)
-
-
 def _prove(module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype) -> str | None:
     built = fused_class(way.mixin, type(module), way.how)
     with undisturbed(CPU), torch.no_grad():
@@ -186,7 +168,7 @@ def _prove(module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype
     summed = [name for name, counter in counters.items() if counter.sums]
     if not summed:
         return "no sum of its own goes into one of its norms"
-    forms = {name: _form(child, dtype) for name, child in body.norms.items()}
+    forms = {name: form_of(child, dtype) for name, child in body.norms.items()}
     for name in summed:
         if isinstance(forms[name], str) or forms[name].mixin is not norm.RMSNorm:
             return f"its {name} is no norm that add_rms_norm computes"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ds_fused.modules import norm
-from ds_fused.policies.kinds.kind import Kind, Way, both, mixed, one_argument, parameter_names, shape_of
+from ds_fused.policies.kinds.kind import Kind, Way, both, choose, mixed, one_argument, parameter_names, shape_of
 from ds_fused.policies.proof import compare, randn
 
 # (where the normalised row is rounded, offset of the weight), in the order of how many classes have it
@@ -108,3 +108,21 @@ def _prove(module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype
 
 
 NORM = Kind(_recognises, _ways, _prove)
+
+
+def rms_norms(layer: nn.Module) -> dict[str, nn.Module]:
+    """The children that may be RMS norms."""
+    return {name: child for name, child in layer._modules.items() if child is not None and _may_be_rms(child)}
+
+
+def _may_be_rms(module: nn.Module) -> bool:
+    if isinstance(module, (nn.LayerNorm, nn.GroupNorm)) or not NORM.recognises(module):
+        return False
+    parameters = [(name, p) for name, p in module._parameters.items() if p is not None]
+    return [name for name, _ in parameters] == ["weight"] and len(shape_of(parameters[0][1])) == 1
+
+
+def form_of(child: nn.Module, dtype: torch.dtype) -> Way | str:
+    """What a norm will become, or why it stays."""
+    ways = NORM.ways(child)
+    return ways if isinstance(ways, str) else choose(NORM, child, ways, torch.device("cpu"), dtype)

@@ -1,0 +1,50 @@
+"""The transforms of torch.func: an op computes its reference under them, or says that it can't be passed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import ds_fused
+from ds_fused import ops
+
+
+def rows(*shape: int, device: torch.device) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "glu", "relu2", "softmax", "cross_entropy"])
+def test_they_pass(name, device):
+    op, x, weight = getattr(ds_fused, name), rows(3, 5, 8, device=device), rows(8, device=device)
+    labels = torch.arange(5, device=device)
+    arguments = {"rms_norm": (weight,), "layer_norm": (weight,), "glu": (rows(3, 5, 8, device=device).neg(),)}
+
+    def run(x: Tensor, *more: Tensor) -> Tensor:
+        return op(x, labels) if name == "cross_entropy" else op(x, *more).square().sum()
+
+    given = (x, *arguments.get(name, ()))
+    if name == "cross_entropy":
+        given = (x[0],)
+    else:
+        # of each row by itself
+        dims = tuple(0 if a.ndim == 3 else None for a in given)
+        together = torch.func.vmap(lambda *a: op(*a), in_dims=dims)(*given)
+        torch.testing.assert_close(together, op(*given))
+    gradient = torch.func.grad(run)(*given)
+    leaf = given[0].clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(run(leaf, *given[1:]), leaf)
+    torch.testing.assert_close(gradient, wanted)
+
+
+def test_heads_say_that_they_do_not(device):
+    x, weight, labels = rows(4, 8, device=device), rows(11, 8, device=device), torch.arange(4, device=device)
+    for name, run in (
+        ("linear_cross_entropy", lambda x: ops.linear_cross_entropy(x, weight, labels)),
+        ("linear_log_probs", lambda x: ops.linear_log_probs(x, weight, labels).sum()),
+        ("linear_jsd", lambda x: ops.linear_jsd(x, weight, x.detach(), weight)),
+        ("linear_kl_div", lambda x: ops.linear_kl_div(x, weight, x.detach(), weight)),
+    ):
+        with pytest.raises(RuntimeError, match=f"{name}: torch.func's transforms .* transform {name}_reference"):
+            torch.func.grad(run)(x)
+        run(x.requires_grad_()).backward()

@@ -1,0 +1,332 @@
+"""What people do to a model behind apply: it trains as stock still, and restore finds its way back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import ds_fused
+from ds_fused.modules import scope as scope_module
+from ds_fused.modules.on_demand import LogitsOnDemand
+from ds_fused.modules.swap import is_fused
+from tests.policies.tiny import LLAMA, VOCAB, assert_same_step, batch, classes, counts, step, twins
+
+
+@pytest.fixture(autouse=True)
+def say_again() -> None:
+    scope_module.say_once.cache_clear()
+
+
+def pair(**config: object) -> tuple[nn.Module, nn.Module]:
+    model, stock = twins(LLAMA, **config)
+    assert counts(ds_fused.apply(model))["fused_linear_cross_entropy"] == 1
+    return model, stock
+
+
+def n_hooks(model: nn.Module) -> int:
+    return len(model._forward_hooks) + len(model._forward_pre_hooks)
+
+
+# the model's whole life in one file, as torch.save(model) writes it
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_pickle_of_the_model(steps: int, caplog: pytest.LogCaptureFixture) -> None:
+    model, stock = pair()
+    for _ in range(steps):
+        step(model)
+    loaded = pickle.loads(pickle.dumps(model))
+    assert sum(map(is_fused, loaded.modules())) == sum(map(is_fused, model.modules())) == 10
+    assert_same_step(loaded, stock, tolerance=1e-5)
+    assert isinstance(loaded(**batch()).logits, LogitsOnDemand)
+    ds_fused.restore(loaded)
+    assert classes(loaded) == classes(stock) and loaded.loss_function is stock.loss_function
+    assert_same_step(loaded, stock, tolerance=0.0)
+    assert type(loaded(**batch()).logits) is torch.Tensor
+    # nothing of it was the original's
+    assert_same_step(model, stock, tolerance=1e-5)
+    assert not caplog.messages
+
+
+def test_a_copy_of_the_head_alone_copies_nothing_else() -> None:
+    model, stock = pair()
+
+    class Owner:
+        lock = None
+
+        def __init__(self) -> None:
+            self.lock = threading.Lock()  # can't be copied
+
+        def hook(self, *_: object) -> None: ...
+
+    model.register_forward_hook(Owner().hook)
+    head = copy.deepcopy(model.lm_head)
+    x = torch.randn(3, 32)
+    assert torch.equal(head(x), stock.lm_head(x)) and head._ds_fused_scope is not model.lm_head._ds_fused_scope
+    assert_same_step(model, stock, tolerance=1e-5)
+
+
+def test_a_copy_watches_its_own_first_step() -> None:
+    model, stock = pair()
+    twin = copy.deepcopy(model)
+    step(twin)
+    # the scope's two are left, and the first step of the other is still to come
+    assert (n_hooks(twin), n_hooks(model)) == (2, 4)
+    step(model)
+    assert n_hooks(model) == 2
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    assert_same_step(averaged.module, stock, tolerance=1e-5)
+
+
+# another dtype, other weights, another head
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.bfloat16, 3e-2)])
+def test_another_dtype(dtype: torch.dtype, tolerance: float) -> None:
+    # ForCausalLMLoss is of fp32 also where the model is of more
+    model, stock = (each.to(dtype) for each in pair())
+    assert_same_step(model, stock, tolerance)
+
+
+def test_weights_tied_and_untied() -> None:
+    model, stock = pair(tie_word_embeddings=False)
+    for each in (model, stock):
+        each.config.tie_word_embeddings = True
+        each.tie_weights()
+        assert each.lm_head.weight is each.model.embed_tokens.weight
+    assert_same_step(model, stock, tolerance=1e-5)
+    for each in (model, stock):
+        each.lm_head.weight = nn.Parameter(each.lm_head.weight.detach().clone())
+    assert_same_step(model, stock, tolerance=1e-5)
+
+
+def test_weights_that_come_later() -> None:
+    model, stock = pair()
+    model.to("meta").to_empty(device="cpu").load_state_dict(stock.state_dict())
+    model.model.rotary_emb = copy.deepcopy(stock.model.rotary_emb)  # its buffers are in no state dict
+    assert_same_step(model, stock, tolerance=1e-5)
+
+
+def test_a_vocabulary_resized(caplog: pytest.LogCaptureFixture) -> None:
+    model, stock = pair()
+    for each in (model, stock):
+        each.resize_token_embeddings(VOCAB + 12, mean_resizing=False)
+    stock.load_state_dict(model.state_dict())
+    assert_same_step(model, stock, tolerance=1e-5)
+    assert "Its head was exchanged since" in caplog.text
+    assert type(model(**batch()).logits) is torch.Tensor
+    # a second apply can't know of the first head; it says what to do, and then all is fused
+    assert "ds_fused.restore(model) comes before another apply" in str(ds_fused.apply(model))
+    ds_fused.restore(model)
+    assert classes(model) == classes(stock)
+    assert counts(ds_fused.apply(model, strict=False))["fused_linear_cross_entropy"] == 1
+    assert_same_step(model, stock, tolerance=1e-5)
+    assert model(**batch()).logits.shape[-1] == VOCAB + 12
+
+
+def own_loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_: object) -> torch.Tensor:
+    return logits.float().square().mean()
+
+
+def test_a_loss_of_the_users_own_that_comes_later(caplog: pytest.LogCaptureFixture) -> None:
+    model, stock = pair()
+    for each in (model, stock):
+        each.loss_function = own_loss
+    assert_same_step(model, stock, tolerance=1e-5)
+    assert "Its loss_function was exchanged since, and is now own_loss" in caplog.text
+    ds_fused.restore(model)
+    assert model.loss_function is own_loss
+    assert_same_step(model, stock, tolerance=0.0)
+
+
+# adapters that come later
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}])
+def test_adapters_on_the_head(options: dict, caplog: pytest.LogCaptureFixture) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, init_lora_weights=False, **{"target_modules": ["q_proj"], **options})
+
+    def adapted(model: nn.Module) -> nn.Module:
+        torch.manual_seed(3)
+        return peft.get_peft_model(model, config)
+
+    model, stock = map(adapted, pair())
+    assert_same_step(model, stock, tolerance=1e-5)
+    assert "PEFT has wrapped its head since" in caplog.text
+    # the copies as well, which PEFT has made of what was fused
+    ds_fused.restore(model)
+    assert classes(model) == classes(stock)
+    assert_same_step(model, stock, tolerance=1e-6)
+
+
+def test_adapters_merged_and_unloaded() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "gate_proj"], modules_to_save=["input_layernorm"], init_lora_weights=False
+    )
+    models = []
+    for model in pair():
+        torch.manual_seed(3)
+        models.append(peft.get_peft_model(model, config).merge_and_unload().requires_grad_())
+    assert_same_step(*models, tolerance=1e-5)
+    ds_fused.restore(models[0])
+    assert classes(models[0]) == classes(models[1])
+
+
+def test_generation_between_steps() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    models, optimizers = [], []
+    for model in pair():
+        torch.manual_seed(3)
+        models.append(peft.get_peft_model(model, config))
+        optimizers.append(torch.optim.SGD(models[-1].parameters(), lr=0.1))
+    for _ in range(2):
+        said = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            model.train()(**batch()).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            said.append(model.eval().generate(**prompt(), max_new_tokens=4, do_sample=False))
+            with model.disable_adapter(), torch.no_grad():
+                said.append(model(**batch()).loss)
+        assert torch.equal(said[0], said[2])
+        torch.testing.assert_close(said[1], said[3])
+
+
+def prompt() -> dict[str, torch.Tensor]:
+    return {name: x for name, x in batch().items() if name != "labels"}
+
+
+# losses of the user's own, of real logits: log-probabilities of DPO and GRPO, distillation, penalties
+
+
+def log_probs(model: nn.Module) -> torch.Tensor:
+    logits = model(**prompt()).logits
+    return logits.log_softmax(-1).gather(-1, batch()["input_ids"][..., None]).mean()
+
+
+def distilled(model: nn.Module) -> torch.Tensor:
+    teacher = LLAMA.make(hidden_size=16)
+    ds_fused.apply(teacher, verify=False)
+    with torch.no_grad():
+        wanted = teacher(**batch()).logits
+    out = model(**batch())
+    return out.loss + nn.functional.kl_div(out.logits.log_softmax(-1), wanted.softmax(-1), reduction="batchmean")
+
+
+def penalised(model: nn.Module) -> torch.Tensor:
+    out = model(**batch())
+    entropy = torch.distributions.Categorical(logits=out.logits).entropy().mean()
+    return out.loss + 1e-2 * out.logits.logsumexp(-1).square().mean() - 1e-2 * entropy
+
+
+def weighted(model: nn.Module) -> torch.Tensor:
+    # as most overrides of Trainer.compute_loss read: labels go in, and the model's own loss is not looked at
+    logits, labels = model(**batch()).logits, batch()["labels"]
+    losses = nn.CrossEntropyLoss(reduction="none")(logits[:, :-1].reshape(-1, VOCAB), labels[:, 1:].reshape(-1))
+    return (losses * torch.linspace(0, 1, len(losses))).mean()
+
+
+@pytest.mark.parametrize("loss_of", [log_probs, distilled, penalised, weighted], ids=lambda f: f.__name__)
+def test_losses_of_logits(loss_of: Callable[[nn.Module], torch.Tensor]) -> None:
+    results = []
+    for model in pair():
+        loss = loss_of(model)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for ours, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6)
+
+
+# other wrappers
+
+
+def test_under_transforms_of_torch_func(caplog: pytest.LogCaptureFixture) -> None:
+    model, stock = pair()
+    gradients, outputs = [], []
+    for each in (model, stock):
+        parameters = {name: p.detach() for name, p in each.named_parameters()}
+
+        def loss(parameters: dict, each: nn.Module = each) -> torch.Tensor:
+            return torch.func.functional_call(each, parameters, (), batch()).loss
+
+        def logits(ids: torch.Tensor, each: nn.Module = each) -> torch.Tensor:
+            return each(input_ids=ids[None], use_cache=False).logits
+
+        gradients.append(torch.func.grad(loss)(parameters))
+        outputs.append(torch.func.vmap(logits)(batch()["input_ids"]))
+    for name, wanted in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*outputs)
+    assert "a transform of torch.func" in caplog.text
+
+
+def test_a_wrapped_model_is_fused_within() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.inside = model
+
+        def forward(self, **inputs: object) -> object:
+            return self.inside(**inputs)
+
+    for wrap in (Wrapped, nn.DataParallel):
+        model, stock = twins(LLAMA)
+        wrapped = wrap(model)
+        assert sum(counts(ds_fused.apply(wrapped)).values()) == 11
+        assert_same_step(wrapped, wrap(stock), tolerance=1e-5)
+        # either is restored alone; the other then finds nothing
+        ds_fused.restore(model)
+        assert classes(model) == classes(stock)
+        ds_fused.restore(wrapped)
+        assert_same_step(wrapped, wrap(stock), tolerance=0.0)
+
+
+def test_trls_head_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """TRL 1.16 gives every model that it trains a forward of its own, which computes past the head."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    if not hasattr(utils, "add_fused_lm_head"):
+        pytest.skip("this TRL has no fused head")
+    results = []
+    for model in pair():
+        utils.add_fused_lm_head(model)
+        out = model(**batch(), fused_lm_head=True)
+        out.loss.backward()
+        results.append([out.loss.detach(), out.log_probs.detach(), *(p.grad for p in model.parameters())])
+        # and without its switch the model's own, whose loss is fused
+        found = model(**batch())
+        assert isinstance(found.logits, LogitsOnDemand) == (len(results) == 1)
+    for ours, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6)
+    assert "Its instance has a forward of its own, from trl.trainer.utils" in caplog.text
+
+
+def test_metrics_of_preprocessed_logits(tmp_path: Path) -> None:
+    rows = [{name: x[0] for name, x in batch(seed).items()} for seed in range(4)]
+    found = []
+    for model in pair():
+        trainer = transformers.Trainer(
+            model,
+            transformers.TrainingArguments(tmp_path, report_to=[], use_cpu=True, disable_tqdm=True),
+            eval_dataset=rows,
+            preprocess_logits_for_metrics=lambda logits, labels: _first(logits).argmax(-1),
+            compute_metrics=lambda p: {"sum": int(p.predictions.sum()), "shape": p.predictions.shape},
+        )
+        metrics = trainer.evaluate()
+        found.append([metrics["eval_sum"], metrics["eval_shape"], pytest.approx(metrics["eval_loss"], rel=1e-5)])
+    assert found[0] == found[1] and found[0][1] == (4, 11)
+
+
+def _first(logits: object) -> torch.Tensor:
+    return logits[0] if isinstance(logits, tuple) else logits

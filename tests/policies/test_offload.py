@@ -1,0 +1,326 @@
+"""Inputs of checkpointed layers that wait in the host's memory: the same losses and gradients to the last bit, and no
+layer's input but the last one's on the device in between."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import ds_fused
+from ds_fused.modules import offload
+from ds_fused.modules.offload import Waiting
+from tests.policies.test_recompute import (
+    MODELS,
+    PER_LAYER,
+    assert_same,
+    checkpointed,
+    recordings,
+    step,
+    uncheckpointed,
+)  # fmt: skip
+from tests.policies.tiny import LAYERS, LLAMA, batch
+
+OFFLOAD = {"offload": True}
+LEVELS = [OFFLOAD, *({**given, **OFFLOAD} for given in ({"level": "attention"}, {"level": "matmuls"}, {"keep_mb": 0}))]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_too_small(monkeypatch):
+    monkeypatch.setattr(offload, "SMALL", 1)
+
+
+def waiting() -> list[Waiting]:
+    gc.collect()
+    return [x for x in gc.get_objects() if type(x) is Waiting]
+
+
+def on_the_device(found: list[Waiting]) -> list[bool]:
+    return [x._x is not None for x in found]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("level", LEVELS, ids=str)
+def test_a_step_is_stock_to_the_last_bit(name, level):
+    model = checkpointed(MODELS[name]())
+    stock, _ = step(model)
+    report = ds_fused.apply(model, {}, recompute=level)
+    for _ in range(2):
+        assert_same(step(model)[0], stock)
+    assert waiting() == []
+    report.restore()
+    assert_same(step(model)[0], stock)
+
+
+def test_inputs_leave_the_device():
+    model = checkpointed(LLAMA.make())
+    report = ds_fused.apply(model, {}, recompute=OFFLOAD)
+    said = "under gradient checkpointing: inputs, and what is kept of attention, wait in the host's memory"
+    assert said in str(report)
+    inputs: list[weakref.ref[Tensor]] = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0])))
+    loss = model(**batch()).loss
+    assert len(inputs) == LAYERS >= 2
+    assert [x() is not None for x in inputs] == [False] * LAYERS
+    # what the last layer was given is held without its history
+    assert sorted(on_the_device(waiting())) == [False] * (LAYERS - 1) + [True]
+    size = batch()["input_ids"].numel() * model.config.hidden_size * 4
+    assert [sum(piece.nbytes for piece in x._host) for x in waiting()] == [size] * LAYERS
+    loss.backward()
+    assert waiting() == []
+
+
+def test_attention_waits_with_them_and_is_not_computed_again():
+    model = checkpointed(LLAMA.make())
+    stock, stock_ran = step(model)
+    ds_fused.apply(model, {}, recompute={"level": "attention", **OFFLOAD})
+    for _ in range(2):
+        found, ran = step(model)
+        assert_same(found, stock)
+        assert (ran.attentions(), ran.products()) == (0, stock_ran.products())
+    loss = model(**batch()).loss
+    # an input, and of attention its output and the sums
+    assert len(waiting()) == 3 * LAYERS and sum(on_the_device(waiting())) == 3
+    assert [recording.kept_bytes() for recording in recordings()] == [0] * LAYERS
+    loss.backward()
+    assert waiting() == []
+
+
+def test_attention_takes_no_room():
+    model = checkpointed(LLAMA.make())
+    stock, stock_ran = step(model)
+    given = batch()
+    rows, config = given["input_ids"].numel(), model.config
+    kv = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+    products = 4 * rows * (2 * config.hidden_size + 2 * kv + 2 * config.intermediate_size)
+    report = ds_fused.apply(model, {}, recompute={"keep_mb": 1, **OFFLOAD})
+    claim = report.claims[0]
+    claim.allotment._keep_bytes = products  # room for one layer's
+    step(model)
+    for _ in range(2):
+        found, ran = step(model)
+        assert_same(found, stock)
+    assert (ran.attentions(), ran.products()) == (0, stock_ran.products() - PER_LAYER)
+    assert f"attention of {LAYERS} and products of 1 of {LAYERS} layers kept" in str(report)
+
+
+def test_attention_written_over_in_place_is_computed_again():
+    model = checkpointed(LLAMA.make())
+
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            with torch.no_grad():
+                x.mul_(2)
+            return y
+
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.__class__ = Scaled
+        layer.self_attn.o_proj.weight.requires_grad_(False)
+    stock, _ = step(model)
+    ds_fused.apply(model, {}, recompute={"level": "attention", **OFFLOAD})
+    for _ in range(2):
+        found, ran = step(model)
+        assert_same(found, stock)
+        assert ran.attentions() == LAYERS
+
+
+@pytest.mark.parametrize("level", LEVELS[:2], ids=str)
+def test_a_second_backward(level):
+    model = checkpointed(LLAMA.make())
+    stock, _ = step(model, retain=True)
+    ds_fused.apply(model, {}, recompute=level)
+    assert_same(step(model, retain=True)[0], stock)
+
+
+def test_two_forwards_before_their_backwards():
+    model = checkpointed(LLAMA.make())
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        losses = [model(**batch()).loss, 2 * model(**batch()).loss]
+        for loss in losses:
+            loss.backward()
+        # one that is never gone back through
+        _ = model(**batch()).loss
+        return [p.grad.clone() for p in model.parameters()]
+
+    stock = gradients()
+    ds_fused.apply(model, {}, recompute=OFFLOAD)
+    for _ in range(2):
+        assert_same(gradients(), stock)
+    assert waiting() == []
+
+
+def test_lora_and_frozen_embeddings():
+    peft = pytest.importorskip("peft")
+    model = checkpointed(peft.get_peft_model(LLAMA.make(), peft.LoraConfig(target_modules=["q_proj", "down_proj"])))
+    stock, _ = step(model)
+    ds_fused.apply(model, {}, recompute=OFFLOAD)
+    assert_same(step(model)[0], stock)
+
+
+def test_layers_of_two_stacks_that_return_tuples():
+    config = transformers.T5Config(
+        vocab_size=64, d_model=16, d_ff=24, d_kv=8, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
+    torch.manual_seed(0)
+    model = checkpointed(transformers.T5ForConditionalGeneration(config))
+    ids = torch.randint(2, 64, (2, 9))
+    given = {"input_ids": ids, "labels": ids}
+    stock, _ = step(model, given=given)
+    report = ds_fused.apply(model, {}, recompute=OFFLOAD)
+    assert sorted(len(claim.paths) for claim in report.claims) == [2, 2]
+    assert_same(step(model, given=given)[0], stock)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.randn(7, 10),
+        lambda: torch.randn(7, 10).t(),
+        lambda: torch.randn(2, 3, 5, 4).transpose(1, 2),
+        lambda: torch.randn(7, 20)[:, ::2],
+        lambda: torch.randn(7, 1).expand(7, 10),
+        lambda: torch.randn(8, 10)[1:],
+        lambda: torch.randn(0, 10),
+        lambda: torch.randn(()),
+    ],
+)
+def test_what_comes_back_is_what_left(make, monkeypatch):
+    monkeypatch.setattr(offload, "PIECE", 36)  # nine numbers
+    stack, x = offload.Offload(), make()
+    group = stack.begin()
+    sent = group.sent((x, 3), [])
+    next_one = stack.begin()  # lets the first go
+    if isinstance(sent[0], Waiting):
+        assert sent[0]._x is None
+        assert all(piece.numel() <= 9 for piece in sent[0]._host)
+    for _ in range(2):
+        back, three = offload.taken(sent)
+        assert three == 3 and torch.equal(back, x) and back.dtype == x.dtype
+        assert back.is_contiguous() or back.stride() == x.stride()
+    del next_one
+
+
+class Named(nn.Module):
+    """A model that gives its layers all they need by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(hidden_states=x, scale=2.0)
+        return x
+
+
+class Layer(transformers.modeling_layers.GradientCheckpointingLayer):
+    gradient_checkpointing = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self._gradient_checkpointing_func = _checkpoint()
+        self.spoils = False
+
+    def forward(self, hidden_states: Tensor, scale: float) -> Tensor:
+        y = scale * self.linear(hidden_states).relu()
+        if self.spoils:
+            with torch.no_grad():
+                hidden_states.add_(1)
+        return y
+
+
+def _checkpoint():
+    import functools
+
+    return functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+
+
+def test_what_is_given_by_name():
+    torch.manual_seed(0)
+    model = Named().train()
+    x = torch.randn(5, 4, requires_grad=True)
+
+    def gradients() -> list[Tensor]:
+        y = model(x)
+        assert len(waiting()) == (3 if isinstance(model.layers[0], ds_fused.modules.recompute.Recompute) else 0)
+        return list(torch.autograd.grad(y.square().sum(), [x, *model.parameters()]))
+
+    stock = gradients()
+    ds_fused.apply(model, {}, recompute=OFFLOAD)
+    assert_same(gradients(), stock)
+
+
+def test_an_input_that_is_changed_in_place_is_an_error():
+    torch.manual_seed(0)
+    model = Named().train()
+    ds_fused.apply(model, {}, recompute=OFFLOAD)
+    # the last layer's, and one that has left the device since
+    for i in (2, 1):
+        model.layers[i].spoils = True
+        y = model(torch.randn(5, 4, requires_grad=True))
+        with pytest.raises(RuntimeError, match=r"recompute\.offload: the input \(5, 4\) .* was changed in place"):
+            y.sum().backward()
+        model.layers[i].spoils = False
+
+
+def test_a_copy_offloads_too():
+    model = checkpointed(LLAMA.make())
+    stock, _ = step(model)
+    ds_fused.apply(model, {}, recompute=OFFLOAD)
+    assert_same(step(model)[0], stock)
+    copied = copy.deepcopy(model)
+    for each in (copied, model):
+        assert_same(step(each)[0], stock)
+        given = batch()
+        loss = each(**given).loss
+        assert len(waiting()) == LAYERS
+        del loss
+    assert copied.model.layers[0].fused_offload is not model.model.layers[0].fused_offload
+
+
+def test_without_gradients_nothing_leaves():
+    model = checkpointed(LLAMA.make())
+    given = batch()
+    ds_fused.apply(model, {}, recompute=OFFLOAD)
+    with torch.no_grad():
+        kept = model(**given).loss
+    assert waiting() == [] and kept.isfinite()
+    assert_same(step(uncheckpointed(model))[0], step(model)[0])
+
+
+@pytest.mark.gpu
+def test_memory_and_bits_on_a_gpu():
+    """Layers' inputs are most of what a forward leaves; two of them at most are on the device."""
+    layers, rows = 8, 4096
+    make = lambda: LLAMA.make(num_hidden_layers=layers, hidden_size=256, intermediate_size=512)  # noqa: E731
+    model = checkpointed(make()).to("cuda", torch.bfloat16)
+    ids = torch.randint(0, model.config.vocab_size, (1, rows), device="cuda")
+    size = rows * 256 * 2
+
+    def run() -> tuple[list[Tensor], int]:
+        model.zero_grad()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        loss = model.model(ids).last_hidden_state.float().square().mean()
+        held = torch.cuda.memory_allocated() - before
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.model.parameters())], held
+
+    run()
+    stock, held = run()
+    ds_fused.apply(model, {}, recompute=OFFLOAD)
+    for _ in range(5):
+        found, now = run()
+        assert_same(found, stock)
+    # the last layer's input is what else there is of theirs
+    assert held - now >= (layers - 1.5) * size
