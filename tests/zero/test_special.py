@@ -466,7 +466,7 @@ def test_stream_memory(ranks):
     ],
 )
 def test_a_rank_that_dies_among_its_slabs_ends_the_job(mode, n_ranks):
-    ended = launch(HERE / "dying_rank.py", mode, ranks=n_ranks, timeout=120, expect_success=False)
+    ended = launch(HERE / "dying_rank.py", mode, ranks=n_ranks, expect_success=False)
     assert ended.pop(1).status == 17
     for left in ended:
         # those that are left say what happened, and don't wait for ever
