@@ -47,6 +47,8 @@ DISK_GB = {"gpu": 14, "cpu": 4}
 # each is a pytest process of its own: without a GPU the kernels run through Triton's interpreter, which stays with a
 # process once it is imported; and a kernel that ends its process must not take the other tests with it
 TEST_RUNS: tuple[tuple[str, ...], ...] = (("tests/ops",), ("tests", "--ignore=tests/ops"))
+# on a CPU: most tests are of one core, or wait. What a file's tests share is made once; in tests/conftest.py's order
+TWO_AT_A_TIME = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
 
 
 class Stop(Exception):
@@ -224,12 +226,14 @@ def run_pytest(arguments: Sequence[str]) -> tuple[int, str]:
     return process.returncode, "".join(lines)
 
 
-def test(more: Sequence[str]) -> int:
+def test(gpus: int, more: Sequence[str]) -> int:
     need_build_tools("the tests compile C++ code")
     total = {"passed": 0, "failed": 0, "skipped": 0}
     broken = False
+    # a GPU is one for all, and some tests take its time or its memory
+    workers = () if gpus else TWO_AT_A_TIME
     for arguments in TEST_RUNS:
-        status, output = run_pytest([*arguments, *more])
+        status, output = run_pytest([*arguments, *workers, *more])
         counts = count_outcomes(output)
         # a run that collected nothing, or that ended without a closing line, has not passed
         broken |= status != 0
@@ -256,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
             )
         install(gpus)
-        return test(["--all"] if options.all else []) if options.what == "test" else train(gpus)
+        return test(gpus, ["--all"] if options.all else []) if options.what == "test" else train(gpus)
     except Stop as stop:
         print(f"quickstart: {stop}", file=sys.stderr)
         return 1

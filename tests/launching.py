@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -25,6 +26,10 @@ REPO = Path(__file__).resolve().parents[1]
 TEARDOWN = "terminate called without an active exception"
 # so often is a launch tried that ends so; once the second one did, too
 ATTEMPTS = 3
+# seconds, on a machine that has much else to do: of what takes half a minute on two free cores
+PATIENCE = 600.0
+# what ranks that wait for a failed one may still say, and how they end by themselves
+AFTER_A_FAILURE = 90.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ def launch(
     script: str | Path,
     *args: str,
     ranks: int = 2,
-    timeout: float = 240,
+    timeout: float = PATIENCE,
     cwd: Path = REPO,
     env: Mapping[str, str] | None = None,
     expect_success: bool = True,
@@ -76,7 +81,7 @@ def _launch_once(command: Sequence[str], ranks: int, timeout: float, cwd: Path, 
 
 
 def start(
-    command: Sequence[str | Path], *, timeout: float = 240, cwd: Path = REPO, attempts: int = ATTEMPTS, **env: str
+    command: Sequence[str | Path], *, timeout: float = PATIENCE, cwd: Path = REPO, attempts: int = ATTEMPTS, **env: str
 ) -> Ended:
     """Run one command to its end, whatever its status; again where a rank aborted as it ended."""
     words = [str(word) for word in command]
@@ -115,9 +120,14 @@ def _free_shared_memory(port: str) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """Of those that Linux gives no connection by itself: until the ranks are there, nothing else comes by it."""
+    # the system's: tests seed the other one, and two at a time would draw the same numbers
+    draw = random.SystemRandom()
+    while True:
+        port = draw.randrange(15000, 32768)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 class _Started:
@@ -167,7 +177,7 @@ def _watch(started: Sequence[_Started], deadline: float) -> bool:
         if first_failure is None and any(s.process.returncode for s in started):
             first_failure = now
         # ranks that wait for one that failed would wait for ever; what they say in the meantime is worth having
-        if first_failure is not None and now > first_failure + 20:
+        if first_failure is not None and now > first_failure + AFTER_A_FAILURE:
             return False
         if now > deadline:
             return True

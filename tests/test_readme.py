@@ -154,7 +154,7 @@ def test_the_quickstart_commands_are_understood(monkeypatch):
     monkeypatch.setattr(quickstart, "install", lambda gpus: None)
     monkeypatch.setattr(quickstart, "count_gpus", lambda: 0)
     monkeypatch.setattr(quickstart, "train", lambda gpus: done.append("train") or 0)
-    monkeypatch.setattr(quickstart, "test", lambda more: done.append(["test", *more]) or 0)
+    monkeypatch.setattr(quickstart, "test", lambda gpus, more: done.append(["test", *more]) or 0)
     for command in commands():
         if command[:2] == ["python", "launch/quickstart.py"]:
             assert quickstart.main(command[2:]) == 0

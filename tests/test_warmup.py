@@ -29,7 +29,7 @@ else:
 def run(*command: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     kept |= {"TRITON_CACHE_DIR": str(cache), **environment}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=kept, timeout=300)
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=kept, timeout=600)
 
 
 def warm_up(*arguments: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -52,7 +52,7 @@ def lone() -> Loss:
 
 WAYS.update({"half": Sharded(loss=half), "pair": Sharded(loss=pair), "lone": Sharded(loss=lone)})
 zero3_head.JOB = Path(__file__)
-head_job.PATIENCE = timedelta(seconds=5)
+head_job.PATIENCE = timedelta(seconds=20)
 # no time of a CPU means anything
 head_job.WARM_UP, head_job.ITERATIONS = 1, 2
 

@@ -68,7 +68,7 @@ def test_every_case_runs(tmp_path):
     command += ["--providers", "ds_fused", "hf_eager", "torch", "bare"]
     # thousands of tiny calls: where other processes have the cores, threads wait for one another at each
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr
     header, rows = read_csv(tmp_path / "ops.csv")
     assert {row.case[:2] for row in rows} == {(case.op, case.variant) for case in cases.CASES}
@@ -127,7 +127,7 @@ def test_a_dead_device_costs_one_row(tmp_path):
     arguments += ["--out", str(tmp_path), "--seconds", "500"]
     program = "import sys; from benchmarks import measure, run; measure.Instruments.alive = lambda on: False; "
     program += "run.main(sys.argv[1:])"
-    done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr
     rows = read_csv(tmp_path / "ops.csv")[1]
     ran = {"ds_fused", "ds_fused chunked", "hf_eager"}

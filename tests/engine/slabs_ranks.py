@@ -7,6 +7,7 @@ OUT.RANK.json holds a row for each weight.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from datetime import timedelta
@@ -126,7 +127,9 @@ def rows_of(slabs: ZeroSlabs) -> tuple[list[int], torch.Tensor]:
 def main(out: str) -> None:
     torch.set_num_threads(1)
     _tiles.LEAST_SIDE, _tiles.SIDE_STEP = 4, 2  # blocks of few tokens
-    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=60))
+    deepspeed.init_distributed("gloo", timeout=timedelta(minutes=5))
+    # ZeRO-3 collects garbage for each engine, and of all that was imported there is none
+    gc.freeze()
     results = []
     for n_vocab, hidden, slab_bytes in WEIGHTS:
         stock, fused, still = (Model(n_vocab, hidden) for _ in range(3))

@@ -94,7 +94,7 @@ class Host:
 
     def run(self, *command: str | Path, **env: str) -> str:
         """Run it to its end as the administrator, and return what it said."""
-        done = subprocess.run(self.inside(command), stdout=subprocess.PIPE, text=True, env=_env(**env), timeout=60)
+        done = subprocess.run(self.inside(command), stdout=subprocess.PIPE, text=True, env=_env(**env), timeout=300)
         assert done.returncode == 0, f"{command} ended with status {done.returncode}"
         return done.stdout
 

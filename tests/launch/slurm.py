@@ -10,6 +10,7 @@ from pathlib import Path
 from hosts import ADDRESSES, Host, lacking
 
 # no cgroups and no accounts: a container has neither; cred_expire is also how long a requeued job waits
+# slurmd's sockets lie in its spool folder, and a socket's path may have 108 letters: pytest's folders are longer
 CONFIG = """
 ClusterName=two
 SlurmctldHost={controller}
@@ -17,7 +18,7 @@ SlurmUser=root
 AuthInfo=cred_expire=5
 SchedulerParameters=bf_interval=1
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool-%n
+SlurmdSpoolDir=/run/spool-%n
 SlurmctldPidFile=/run/slurmctld.pid
 SlurmdPidFile=/run/slurmd.pid
 SlurmctldLogFile={folder}/slurmctld.log
@@ -52,7 +53,7 @@ class Slurm:
         self.first.run("slurmctld", "-f", self.config)
         for host in hosts:
             host.run("slurmd", "-f", self.config, "-N", host.name)
-        self.wait(lambda: self.say("sinfo", "-h", "-o", "%T %D") == f"idle {len(hosts)}", 30, "both nodes idle")
+        self.wait(lambda: self.say("sinfo", "-h", "-o", "%T %D") == f"idle {len(hosts)}", 120, "both nodes idle")
 
     def say(self, *command: str | Path) -> str:
         """What one of Slurm's commands answers."""

@@ -66,8 +66,17 @@ def test_the_last_line_and_the_exit_status(quickstart, monkeypatch, capsys, runs
     waiting = iter(runs)
     monkeypatch.setattr(quickstart, "missing_build_tools", list)
     monkeypatch.setattr(quickstart, "run_pytest", lambda arguments: next(waiting))
-    assert quickstart.test([]) == status
+    assert quickstart.test(0, []) == status
     assert capsys.readouterr().out.splitlines()[-1] == last_line
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_two_at_a_time_only_where_there_is_no_gpu(quickstart, monkeypatch, gpus):
+    asked = []
+    monkeypatch.setattr(quickstart, "missing_build_tools", list)
+    monkeypatch.setattr(quickstart, "run_pytest", lambda arguments: asked.append(arguments) or (0, "1 passed in 1s"))
+    assert quickstart.test(gpus, ["--all"]) == 0
+    assert [("-n" in arguments, arguments[-1]) for arguments in asked] == [(not gpus, "--all")] * 2
 
 
 def test_every_test_runs_in_one_of_its_processes(quickstart):

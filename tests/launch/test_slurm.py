@@ -40,7 +40,7 @@ def test_a_signalled_job_saves_and_goes_on_to_the_same_losses(cluster, tmp_path,
     assert runs.comes_to(7, folder, has_ended), output()
     # to the job's steps, as Slurm does it some time before the end
     cluster.say("scancel", "--signal=USR1", str(job))
-    cluster.wait(has_ended, 200, "at its end", output)
+    cluster.wait(has_ended, 600, "at its end", output)
     # a job whose rank aborts once all is done and said has failed to Slurm
     assert cluster.state(job)["JobState"] == "COMPLETED" or TEARDOWN in output(), output()
     assert cluster.state(job)["Restarts"] == "1"

@@ -7,11 +7,8 @@ import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import deepspeed
-import torch
 import torch.distributed as dist
-
-import ds_fused
+from joining import joined
 
 Case = Callable[[], dict]
 
@@ -23,16 +20,12 @@ class Cases(dict[str, Case]):
         self[function.__name__] = function
         return function
 
-    def run(self, out: Path, names: Iterable[str], **group: object) -> None:
-        """OUT/CASE.RANK.json: what the case returned on that rank, or {"error"}. ``group``: of init_distributed."""
-        torch.set_num_threads(1)
-        deepspeed.init_distributed("gloo", **group)
-        ds_fused.install()
-        for name in names:
-            try:
-                result = self[name]()
-            except Exception:
-                result = {"error": traceback.format_exc()}
-            (out / f"{name}.{dist.get_rank()}.json").write_text(json.dumps(result))
-        dist.barrier()
-        dist.destroy_process_group()
+    def run(self, out: Path, names: Iterable[str]) -> None:
+        """OUT/CASE.RANK.json: what the case returned on that rank, or {"error"}."""
+        with joined():
+            for name in names:
+                try:
+                    result = self[name]()
+                except Exception:
+                    result = {"error": traceback.format_exc()}
+                (out / f"{name}.{dist.get_rank()}.json").write_text(json.dumps(result))

@@ -20,7 +20,7 @@ from ds_fused.ops import stationary
 
 
 def main(mode: str) -> None:
-    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=15))
+    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=60))
     ds_fused.install()
     block = {"fused_linear_cross_entropy": {"mode": mode, "slab_mb": 0}}
     # of a rank; otherwise all would be one block

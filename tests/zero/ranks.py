@@ -11,7 +11,6 @@ import sys
 import traceback
 from collections import Counter
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 
 import deepspeed
@@ -19,10 +18,8 @@ import jobs
 import products
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
+from joining import joined
 from transformers import LlamaForCausalLM
-
-import ds_fused
 
 
 def json_of(case: products.Case, fused: bool) -> dict:
@@ -143,17 +140,13 @@ def attempt(case: products.Case, fused: bool) -> dict:
 
 
 def main(out: Path, names: list[str]) -> None:
-    torch.set_num_threads(1)
-    deepspeed.init_distributed(get_accelerator().communication_backend_name(), timeout=timedelta(seconds=60))
-    ds_fused.install()
     by_name = {case.name: case for case in products.ALL}
     for name in names:
         runs = {"stock": attempt(by_name[name], fused=False), "fused": attempt(by_name[name], fused=True)}
         if dist.get_rank() == 0:
             torch.save(runs, out / f"{name}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    with joined():
+        main(Path(sys.argv[1]), sys.argv[2:])

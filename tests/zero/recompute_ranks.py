@@ -18,6 +18,7 @@ import jobs
 import products
 import torch
 import torch.distributed as dist
+from joining import joined
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
@@ -102,7 +103,6 @@ def train(init: bool, recompute: object, block: dict | None = None) -> dict:
 
 
 def main(out: Path) -> None:
-    deepspeed.init_distributed("gloo")
     rank = dist.get_rank()
     # zero.Init puts a linear of its own into torch, for good: those without it come first
     found = {
@@ -115,4 +115,5 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with joined():
+        main(Path(sys.argv[1]))

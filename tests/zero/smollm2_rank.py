@@ -8,7 +8,6 @@ OUT (JSON) holds {"stock": losses, "fused": losses, "judge": the first loss in f
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -59,8 +58,6 @@ def first_loss_in_fp64(folder: str, ids: torch.Tensor) -> float:
 
 
 def main(folder: str, texts: str, out: str) -> None:
-    # the one test process that may have every core: what it computes is of a real size
-    torch.set_num_threads(os.cpu_count() or 1)
     ds_fused.install()
     batches = batches_of(folder, texts)
     runs = {

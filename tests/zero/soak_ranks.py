@@ -10,18 +10,16 @@ from __future__ import annotations
 import json
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from joining import joined
 from ranks import head
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
-
-import ds_fused
 
 STEPS, EARLY = 1000, 100
 # odd: rows are split between ranks
@@ -87,13 +85,10 @@ def train(mode: str) -> dict:
 
 
 def main(out: Path, modes: list[str]) -> None:
-    deepspeed.init_distributed(get_accelerator().communication_backend_name(), timeout=timedelta(seconds=60))
-    ds_fused.install()
     for mode in modes:
         (out / f"{mode}.{dist.get_rank()}.json").write_text(json.dumps(train(mode)))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    with joined():
+        main(Path(sys.argv[1]), sys.argv[2:])

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import deepspeed
 import products
 import torch
 import torch.distributed as dist
+from joining import joined
 from special import STATIONARY, STREAM, engine_of
 from torch import Tensor
 from transformers import (
@@ -28,7 +28,6 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-import ds_fused
 from ds_fused.engine import zero_slabs
 
 SIZES = {**products.SIZES, "num_hidden_layers": 1, "initializer_range": 0.3, "use_cache": False}
@@ -101,9 +100,6 @@ def train(engine: deepspeed.DeepSpeedEngine) -> dict:
 
 
 def main(out: Path) -> None:
-    torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=60))
-    ds_fused.install()
     rows = {}
     for name, build in MODELS.items():
         row = rows[name] = {}
@@ -113,9 +109,8 @@ def main(out: Path) -> None:
             row[which] = train(engine) | {"report": str(getattr(engine, "ds_fused_report", None))}
             engine.destroy()
     (out / f"{dist.get_rank()}.json").write_text(json.dumps(rows))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with joined():
+        main(Path(sys.argv[1]))

@@ -17,7 +17,7 @@ RANKS = range(2)
 def cases(tmp_path_factory) -> dict[str, list[dict]]:
     """Case -> what each rank found."""
     out = tmp_path_factory.mktemp("gathers")
-    launch(Path(__file__).with_name("gathers_ranks.py"), str(out), timeout=600)
+    launch(Path(__file__).with_name("gathers_ranks.py"), str(out))
     names = [path.name.removesuffix(".0.json") for path in out.glob("*.0.json")]
     return {name: [json.loads((out / f"{name}.{rank}.json").read_text()) for rank in RANKS] for name in names}
 

@@ -16,7 +16,7 @@ WAYS = ["plain", "init"]
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     out = tmp_path_factory.mktemp("recompute")
-    launch(Path(__file__).with_name("recompute_ranks.py"), str(out), timeout=200)
+    launch(Path(__file__).with_name("recompute_ranks.py"), str(out))
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -17,11 +17,11 @@ APART = 5e-5
 
 
 def test_ten_steps_of_smollm2(tmp_path: Path):
-    fetched = start([sys.executable, REPO / "launch" / "real_data.py"], timeout=180)
+    fetched = start([sys.executable, REPO / "launch" / "real_data.py"])
     assert fetched.status == 0, f"SmolLM2 and Shakespeare are not here:\n{fetched.output}"
     model, texts = fetched.output.splitlines()[-2:]
     out = tmp_path / "losses.json"
-    launch(HERE / "smollm2_rank.py", model, texts, str(out), ranks=1, timeout=600)
+    launch(HERE / "smollm2_rank.py", model, texts, str(out), ranks=1)
     runs = json.loads(out.read_text())
 
     stock, fused, true = runs["stock"], runs["fused"], runs["judge"]

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.all
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """[rank] -> what it found."""
     out = tmp_path_factory.mktemp("sweep")
-    launch(HERE / "sweep_ranks.py", str(out), ranks=request.param, timeout=300)
+    launch(HERE / "sweep_ranks.py", str(out), ranks=request.param)
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(request.param)]
 
 

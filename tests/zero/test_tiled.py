@@ -15,7 +15,7 @@ GAS, TILES = 2, 5
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     out = tmp_path_factory.mktemp("tiled")
-    launch(Path(__file__).with_name("tiled_ranks.py"), str(out), timeout=200)
+    launch(Path(__file__).with_name("tiled_ranks.py"), str(out))
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
 
 

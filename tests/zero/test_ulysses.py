@@ -18,7 +18,7 @@ pytestmark = pytest.mark.all  # a minute
 def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], str]:
     """What each rank found, and what rank 0 said."""
     out = tmp_path_factory.mktemp("ulysses")
-    said = launch(HERE / "ulysses_ranks.py", str(out), ranks=RANKS, timeout=240)
+    said = launch(HERE / "ulysses_ranks.py", str(out), ranks=RANKS)
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(RANKS)], said[0].output
 
 

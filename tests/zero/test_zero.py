@@ -14,7 +14,7 @@ import jobs
 import products
 import pytest
 import torch
-from launching import launch
+from launching import PATIENCE, launch
 from torch import Tensor
 
 from ds_fused.engine.shards import Shards
@@ -57,7 +57,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         """Trains all cases of a device, once, however it ends."""
         names = [case.name for case in chosen if case.device == device]
         env = {"DS_ACCELERATOR": "cuda" if device in ("gpu", "gpus") else "cpu"}
-        ranks, timeout = products.RANKS[device], 60 + 12 * len(names)
+        ranks, timeout = products.RANKS[device], PATIENCE + 12 * len(names)
         try:
             launch(HERE / "ranks.py", str(out), *names, ranks=ranks, timeout=timeout, env=env)
         except AssertionError as error:

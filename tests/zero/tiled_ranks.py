@@ -21,6 +21,7 @@ import products
 import torch
 import torch.distributed as dist
 from deepspeed.utils import set_z3_leaf_modules, z3_leaf_module
+from joining import joined
 from transformers import LlamaForCausalLM
 
 from ds_fused.engine.config import OP_OPTIONS
@@ -127,7 +128,6 @@ def train(stage: int, tiled: bool, leaf: bool = False, block: dict | None = None
 
 
 def main(out: Path) -> None:
-    deepspeed.init_distributed("gloo")
     found = {stage: {"stock": train(stage, False), "tiled": train(stage, True)} for stage in (3, 2)}
     found[3] |= {"leaf": train(3, True, leaf=True), "json": train(3, False, block=BLOCK)}
     for way, block in {"again": BLOCK, "nothing_kept": NOTHING_KEPT}.items():
@@ -139,4 +139,5 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with joined():
+        main(Path(sys.argv[1]))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 
@@ -19,11 +18,10 @@ import products
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF, UlyssesSPDataLoaderAdapter
+from joining import joined
 from special import STATIONARY, STREAM
 from torch import Tensor
 from transformers import LlamaForCausalLM
-
-import ds_fused
 
 SPLIT = 2  # ranks that share a sequence
 ATTENTION = "sdpa"
@@ -128,9 +126,6 @@ def train(tied: bool, block: dict | None, inside: bool, mpu: ModuleType) -> dict
 
 
 def main(out: Path) -> None:
-    torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=60))
-    ds_fused.install()
     mpu = UlyssesSPAttentionHF.register_with_transformers(
         model_name_or_path=model_of(False),
         core_attn_implementation=ATTENTION,
@@ -142,9 +137,8 @@ def main(out: Path) -> None:
     for name, tied, inside in (("untied", False, True), ("tied", True, True), ("outside", False, False)):
         rows[name] = {which: train(tied, block, inside, mpu) for which, block in BLOCKS.items()}
     (out / f"{dist.get_rank()}.json").write_text(json.dumps(rows))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with joined():
+        main(Path(sys.argv[1]))
