@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from ds_fused.modules.exchange import ATTENTION, MATMUL, Run, current_run
-from ds_fused.modules.offload import Group, taken, waiting_in
+from ds_fused.modules.offload import Group, taken, those_on_host
 from ds_fused.modules.operators import ADD, PRODUCTS, Watch, is_dear, writes
 
 # makes the result of nothing, uninitialised
@@ -62,10 +62,9 @@ class Call(NamedTuple):
     returned: list[tuple[Tensor, int]]
 
     def is_unchanged(self) -> bool:
-        on_host = (waiting for entry in self.entries for waiting in waiting_in(entry.value))
-        return all(tensor._version == version for tensor, version in self.returned) and not any(
-            waiting.is_spoilt for waiting in on_host
-        )
+        on_host = (x for entry in self.entries for x in those_on_host(entry.value))
+        is_here_unchanged = all(tensor._version == version for tensor, version in self.returned)
+        return is_here_unchanged and not any(x.is_spoilt for x in on_host)
 
 
 def tensors_of(value: Any) -> Iterable[Tensor]:

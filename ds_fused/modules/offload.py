@@ -55,7 +55,7 @@ class Lane:
             x.record_stream(self._stream)
 
 
-class Waiting:
+class OnHost:
     """A tensor and its copy in the host's memory.
 
     ``unchanged``: tensors of the same memory, each with its version, by which it is known that nobody wrote there.
@@ -112,7 +112,7 @@ class Group:
     def __init__(self, lanes: dict[torch.device, Lane], before: Group | None) -> None:
         self._lanes = lanes
         self._before = None if before is None else weakref.ref(before)
-        self.members: list[weakref.ref[Waiting]] = []
+        self.members: list[weakref.ref[OnHost]] = []
 
     def lane(self, device: torch.device) -> Lane:
         if device not in self._lanes:
@@ -124,31 +124,31 @@ class Group:
         # autograd may keep the function for as long as what it returned
         return saved_tensors_hooks(functools.partial(self._send, weakref.ref(x)), _take)
 
-    def _send(self, wanted: weakref.ref[Tensor], x: Tensor) -> Tensor | Waiting:
-        return Waiting(x, self, [(x.detach(), x._version)]) if x is wanted() else x
+    def _send(self, wanted: weakref.ref[Tensor], x: Tensor) -> Tensor | OnHost:
+        return OnHost(x, self, [(x.detach(), x._version)]) if x is wanted() else x
 
     def sent(self, value: Any, unchanged: Sequence[tuple[Tensor, int]]) -> Any:
         """A tensor, or all in a tuple or list, as what ``taken`` makes it of again."""
         if isinstance(value, Tensor):
-            return Waiting(value, self, unchanged) if value.nbytes >= SMALL else value.detach()
+            return OnHost(value, self, unchanged) if value.nbytes >= SMALL else value.detach()
         if isinstance(value, (tuple, list)):
             return type(value)(self.sent(x, unchanged) for x in value)
         return value
 
     def let_go(self) -> None:
-        self._each(Waiting.let_go)
+        self._each(OnHost.let_go)
 
     def fetch(self) -> None:
-        self._each(Waiting.fetch)
+        self._each(OnHost.fetch)
         before = self._before and self._before()
         if before is not None:
-            before._each(Waiting.fetch)
+            before._each(OnHost.fetch)
 
-    def _each(self, do: Callable[[Waiting], None]) -> None:
+    def _each(self, do: Callable[[OnHost], None]) -> None:
         for ref in self.members:
-            waiting = ref()
-            if waiting is not None:
-                do(waiting)
+            member = ref()
+            if member is not None:
+                do(member)
 
 
 class Offload:
@@ -172,18 +172,18 @@ class Offload:
         return group
 
 
-def waiting_in(value: Any) -> Iterable[Waiting]:
-    return [x for x in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(x, Waiting)]
+def those_on_host(value: Any) -> Iterable[OnHost]:
+    return [x for x in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(x, OnHost)]
 
 
 def taken(value: Any) -> Any:
-    if isinstance(value, Waiting):
+    if isinstance(value, OnHost):
         return value.take()
     return type(value)(map(taken, value)) if isinstance(value, (tuple, list)) else value
 
 
-def _take(packed: Tensor | Waiting) -> Tensor:
-    if not isinstance(packed, Waiting):
+def _take(packed: Tensor | OnHost) -> Tensor:
+    if not isinstance(packed, OnHost):
         return packed
     x = packed.take()
     if packed.is_spoilt:

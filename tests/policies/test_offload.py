@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import ds_fused
 from ds_fused.modules import offload
-from ds_fused.modules.offload import Waiting
+from ds_fused.modules.offload import OnHost
 from tests.policies.test_recompute import (
     MODELS,
     PER_LAYER,
@@ -35,12 +35,12 @@ def nothing_is_too_small(monkeypatch):
     monkeypatch.setattr(offload, "SMALL", 1)
 
 
-def waiting() -> list[Waiting]:
+def waiting() -> list[OnHost]:
     gc.collect()
-    return [x for x in gc.get_objects() if type(x) is Waiting]
+    return [x for x in gc.get_objects() if type(x) is OnHost]
 
 
-def on_the_device(found: list[Waiting]) -> list[bool]:
+def on_the_device(found: list[OnHost]) -> list[bool]:
     return [x._x is not None for x in found]
 
 
@@ -199,7 +199,7 @@ def test_what_comes_back_is_what_left(make, monkeypatch):
     group = stack.begin()
     sent = group.sent((x, 3), [])
     next_one = stack.begin()  # lets the first go
-    if isinstance(sent[0], Waiting):
+    if isinstance(sent[0], OnHost):
         assert sent[0]._x is None
         assert all(piece.numel() <= 9 for piece in sent[0]._host)
     for _ in range(2):
