@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_fused.doctor.tiny import batches, build
 from ds_fused.modules import head as head_module
-from ds_fused.modules.deferred import HeadCall
+from ds_fused.modules.head_call import HeadCall
 from ds_fused.policies import apply
 from ds_fused.policies.loss import LINEAR
 from ds_fused.policies.report import Claim

@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_fused.modules.deferred import DeferredLogits, HeadCall, materialised
+from ds_fused.modules.deferred import DeferredLogits, materialised
+from ds_fused.modules.head_call import HeadCall
 from ds_fused.modules.on_demand import on_demand, sealed
 from ds_fused.modules.scope import Scope, has_hooks, is_observed, say_once
 from ds_fused.modules.steps import Step, replay

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 # bytes; to copy less costs more than it frees. Not yet measured
 SMALL = 2**16
@@ -129,11 +130,11 @@ class Group:
 
     def sent(self, value: Any, unchanged: Sequence[tuple[Tensor, int]]) -> Any:
         """A tensor, or all in a tuple or list, as what ``taken`` makes it of again."""
-        if isinstance(value, Tensor):
-            return OnHost(value, self, unchanged) if value.nbytes >= SMALL else value.detach()
-        if isinstance(value, (tuple, list)):
-            return type(value)(self.sent(x, unchanged) for x in value)
-        return value
+
+        def send(x: Tensor) -> Tensor | OnHost:
+            return OnHost(x, self, unchanged) if x.nbytes >= SMALL else x.detach()
+
+        return tree_map_only(Tensor, send, value)
 
     def let_go(self) -> None:
         self._each(OnHost.let_go)
@@ -173,13 +174,11 @@ class Offload:
 
 
 def those_on_host(value: Any) -> Iterable[OnHost]:
-    return [x for x in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(x, OnHost)]
+    return (x for x in tree_leaves(value) if isinstance(x, OnHost))
 
 
 def taken(value: Any) -> Any:
-    if isinstance(value, OnHost):
-        return value.take()
-    return type(value)(map(taken, value)) if isinstance(value, (tuple, list)) else value
+    return tree_map_only(OnHost, OnHost.take, value)
 
 
 def _take(packed: Tensor | OnHost) -> Tensor:

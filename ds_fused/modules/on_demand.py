@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ds_fused.modules.deferred import DeferredLogits, HeadCall
+from ds_fused.modules.deferred import DeferredLogits
+from ds_fused.modules.head_call import HeadCall
 from ds_fused.modules.steps import Step, replay
 
 log = logging.getLogger("ds_fused")

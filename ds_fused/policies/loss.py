@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_fused.modules.deferred import DeferredLogits, HeadCall
+from ds_fused.modules.deferred import DeferredLogits
 from ds_fused.modules.head import CausalLMLoss, Head
+from ds_fused.modules.head_call import HeadCall
 from ds_fused.modules.scope import HeadWeight, Scope
 from ds_fused.modules.swap import fused_class, is_fused, swap, unswap, why_not
 from ds_fused.policies.kinds.kind import compared, unproven

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_fused.modules import head as head_module
-from ds_fused.modules.deferred import DeferredLogits, HeadCall
+from ds_fused.modules.deferred import DeferredLogits
 from ds_fused.modules.head import CausalLMLoss, Head
+from ds_fused.modules.head_call import HeadCall
 from ds_fused.modules.on_demand import LogitsOnDemand
 from ds_fused.modules.scope import HeadWeight, Scope, say_once
 from ds_fused.modules.swap import swap, unswap

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 
 import peft
 import pytest
@@ -21,14 +22,15 @@ from ds_fused.modules.scope import say_once
 from tests.policies.tiny import (
     LAYERS,
     NAMED,
-    Tiny,
     assert_as_accurate,
     assert_same_state,
     assert_same_step,
     batch,
     classes,
     counts,
+    shapes_of_calls,
     twins,
+    twins_fused_by,
 )
 
 KEYS = {"rms_norm": True, "rope": True, "qk_norm_rope": True}
@@ -36,24 +38,12 @@ QWEN3 = NAMED["Qwen3"]
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of q in the calls of the op."""
-    found, stock = [], qk_norm.rms_norm_rope
-
-    def counting(q: Tensor, *others: Tensor, **form: object) -> tuple[Tensor, Tensor]:
-        found.append(tuple(q.shape))
-        return stock(q, *others, **form)
-
-    monkeypatch.setattr(qk_norm, "rms_norm_rope", counting)
-    yield found
+    return shapes_of_calls(monkeypatch, qk_norm, "rms_norm_rope")
 
 
-def fused_twins(family: Tiny, calls: list, **config: object) -> tuple[nn.Module, nn.Module]:
-    """Fused in every layer, and stock."""
-    model, stock = twins(family, **config)
-    assert counts(ds_fused.apply(model, KEYS))["qk_norm_rope"] == LAYERS
-    calls.clear()  # of the proof
-    return model, stock
+fused_twins = functools.partial(twins_fused_by, KEYS, "qk_norm_rope")
 
 
 FUSED = (

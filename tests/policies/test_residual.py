@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import functools
 
 import peft
 import pytest
@@ -20,38 +20,27 @@ from tests.policies.tiny import (
     LAYERS,
     LLAMA,
     NAMED,
-    Tiny,
     assert_as_accurate,
     assert_same_state,
     assert_same_step,
     batch,
     classes,
     counts,
+    shapes_of_calls,
     twins,
+    twins_fused_by,
 )
 
 KEYS = {"rms_norm": True, "add_rms_norm": True}
 
 
 @pytest.fixture
-def sums(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+def sums(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of the sums that norms have computed."""
-    found, stock = [], norm.add_rms_norm
-
-    def counting(x: Tensor, *others: Tensor, **form: object) -> tuple[Tensor, Tensor]:
-        found.append(tuple(x.shape))
-        return stock(x, *others, **form)
-
-    monkeypatch.setattr(norm, "add_rms_norm", counting)
-    yield found
+    return shapes_of_calls(monkeypatch, norm, "add_rms_norm")
 
 
-def fused_twins(family: Tiny, sums: list, **config: object) -> tuple[nn.Module, nn.Module]:
-    """Fused in every layer, and stock."""
-    model, stock = twins(family, **config)
-    assert counts(ds_fused.apply(model, KEYS))["add_rms_norm"] == LAYERS
-    sums.clear()  # of the proof
-    return model, stock
+fused_twins = functools.partial(twins_fused_by, KEYS, "add_rms_norm")
 
 
 FUSED = (

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -145,6 +147,28 @@ def twins(family: Tiny, dtype: torch.dtype = torch.float32, **config: object) ->
     """A model and its copy."""
     model = family.make(dtype, **config)
     return model, copy.deepcopy(model)
+
+
+def twins_fused_by(
+    keys: dict[str, bool], key: str, family: Tiny, calls: list, **config: object
+) -> tuple[nn.Module, nn.Module]:
+    """A model fused by ``keys``, by ``key`` in every layer, and its stock copy; ``calls`` are those since."""
+    model, stock = twins(family, **config)
+    assert counts(ds_fused.apply(model, keys))[key] == LAYERS
+    calls.clear()  # of the proof
+    return model, stock
+
+
+def shapes_of_calls(monkeypatch: pytest.MonkeyPatch, home: ModuleType, op: str) -> list[tuple[int, ...]]:
+    """The shapes of the first argument in the calls of an op, as a module has it."""
+    found, stock = [], getattr(home, op)
+
+    def counting(x: Tensor, *others: Any, **form: Any) -> Any:
+        found.append(tuple(x.shape))
+        return stock(x, *others, **form)
+
+    monkeypatch.setattr(home, op, counting)
+    return found
 
 
 def assert_as_accurate(family: Tiny, dtype: torch.dtype, device: str, keys: dict[str, bool] = LAYER_KEYS) -> Report:
