@@ -4,7 +4,8 @@
 
 Needs no GPU. Writes scale.md (parameters, the check of every measured point, predictions, and from which number of
 tokens on the head's mode "stream" is faster than "stationary"), scale.csv and (with matplotlib) scale.png and
-scale_crossover.png. New results of end_to_end.py under benchmarks/results are found and fitted by themselves.
+scale_crossover.png. New results of end_to_end.py under benchmarks/results, on as many cards of a kind as there
+are parameters for, are found and fitted by themselves.
 
 The model is in scale_model.py, the measured points in scale_points.py, the fit in scale_fit.py.
 """

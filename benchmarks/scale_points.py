@@ -1,7 +1,8 @@
 """The measured points that scale.py fits and checks: each with the model's quantities for the same case.
 
-Results of zero3_head.py (two ranks) and of earlier runs on four H200 (results/h200x4/baselines.json), and of
-end_to_end.py wherever such results lie. A row that is not modelled is kept with its reason.
+Results of zero3_head.py (two and four ranks) and of earlier runs on four H200 (results/h200x4/baselines.json), and of
+end_to_end.py wherever such results lie: a step, its peak, and its attention by the timeline. A row that is not
+modelled is kept with its reason.
 """
 
 from __future__ import annotations
