@@ -165,6 +165,7 @@ def test_profiles(cases):
         for way in ("auto", "fit"):
             assert f'profile "{way}": "fast", ' in found[way]["report"]
         assert 'profile "small"; it sets leaf_modules = false, zero_sizes = "small", ' in found["small"]["report"]
+        assert "inputs, and what is kept of attention, wait in the host's memory" in found["small"]["report"]
         assert found["small"]["sizes"]["reduce_bucket_size"] == 7744 // 8
         assert found["explicit"]["sizes"]["reduce_bucket_size"] == 500_000_000
         assert "its weight in 2 slabs" not in found["explicit"]["report"]
