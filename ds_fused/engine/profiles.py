@@ -32,7 +32,7 @@ PROFILES: Mapping[str, Mapping[str, object]] = {
         # no logits are kept
         HEAD: {"mode": "auto", "keep_mb": 0},
         # of layers nothing is kept on the device, not even their inputs: 0.44 to 0.63 of the memory beside the states,
-        # in 0.97 to 0.99 of the time (4 x H100, benchmarks/results/h100x4/end_to_end.md)
+        # in 0.97 of the time, or the same where the host is waited for (4 x H100, benchmarks/results/h100x4)
         RECOMPUTE: {"level": "attention", "offload": True},
         # what nobody reads is not computed again: so an MLP in tiles, which its backward repeats anyway, runs forward
         # no more often than a whole one. In four, what a tile of Llama-3-8B's MLP holds is less than the rest of its
