@@ -2,7 +2,8 @@
 
 States are counted as mixed-precision Adam's. Activations are those of a batch of the longest sequences that the model
 knows, but of no more than LENGTH tokens: how long the user's are is not known here, models know far longer ones than
-they are trained on, and what "fast" keeps of a layer's forward it measures itself (recompute).
+they are trained on, and what "fast" keeps of a layer's forward it measures itself (recompute). While it does, inputs of
+layers are on the device, so they are counted, though they may wait on the host from there on.
 
 Sizes: W ranks, N parameters of which N' are trained, L layers, T tokens of a rank, H width.
 """

@@ -48,14 +48,15 @@ TABLE = [
     (
         ON,
         "fast",
-        {"leaf_modules": True, "zero_sizes": "large", "recompute": "fit"}
+        {"leaf_modules": True, "zero_sizes": "large", "recompute.level": "fit", "recompute.offload": "fit"}
         | {f"{HEAD}.mode": "auto", f"{HEAD}.grad_in_forward": False},
     ),
     (
         ON | {"leaf_modules": False, HEAD: {"mode": "stream", "grad_in_forward": True}},
         "fast",
-        {"zero_sizes": "large", "recompute": "fit"},
+        {"zero_sizes": "large", "recompute.level": "fit", "recompute.offload": "fit"},
     ),
+    (ON | {"leaf_modules": False, "zero_sizes": "small", "recompute": "fit", HEAD: False}, "fast", {}),
 ]
 
 
