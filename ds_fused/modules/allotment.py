@@ -56,6 +56,7 @@ _SAID = {
     "attention": "attention kept",
     "matmuls": "attention and products kept",
 }
+_ON_HOST = "; inputs and attention on the host"
 
 
 class Fixed:
@@ -124,7 +125,8 @@ def memory_of(device: torch.device) -> Memory | None:
 class Auto:
     """By what memory allows: ``keep_bytes`` if given, else as the text above says.
 
-    ``tell``: is given a line when it is decided what is kept, and when that changes for a reason.
+    ``tell``: is given a line when it is first decided what is kept, with inputs here or on the host, and when that
+    changes for a reason.
     ``on_host``: whether inputs and attention wait on the host; None: where not everything has room on the device.
     """
 
@@ -133,9 +135,11 @@ class Auto:
     ) -> None:
         self._keep_bytes, self._tell = keep_bytes, tell
         self.on_host, self._chooses = bool(on_host), on_host is None
-        self._line = "kept as memory allows, which the first steps measure"
+        self._line = f"kept as memory allows, which the first steps measure{self._where()}"
         if self._chooses:
-            self._line += "; inputs and attention on the host where not all has room"
+            self._line += f"{_ON_HOST} where not all has room"
+        # of which side something was told
+        self._told: set[bool] = set()
         self._is_off = False
         self._to_measure = MEASURED if keep_bytes is None else 1
         self._memory: Memory | None = None
@@ -157,7 +161,7 @@ class Auto:
         self._pending: weakref.WeakSet[Recording] = weakref.WeakSet()
 
     def __str__(self) -> str:
-        return f"{self._line}; inputs and attention on the host" if self.on_host else self._line
+        return self._line
 
     def recording(self, place: int, learnt: Learnt, x: Tensor) -> Recording:
         if place <= self._last:
@@ -176,17 +180,20 @@ class Auto:
         self._counted.clear()
         if self._is_off:
             return
+        if self._memory is None and self._keep_bytes is None:
+            self._memory = memory_of(x.device)
         if self._pending:
             # one forward more leaves its inputs, for which nobody looked for room
             self.on_host |= self._chooses
             self._switch_off("a forward began before the backward of another, and room was measured for one")
-            return
-        if self._keep_bytes is None:
-            if self._memory is None:
-                self._memory = memory_of(x.device)
-            if self._memory is None:
-                self._switch_off(f"nothing is known of the memory of {x.device.type}; say recompute.keep_mb")
-                return
+        elif self._memory is None and self._keep_bytes is None:
+            self._switch_off(f"nothing is known of the memory of {x.device.type}; say recompute.keep_mb")
+        else:
+            self._plan()
+
+    def _plan(self) -> None:
+        """The side and the levels of the forward that begins, and whether it is measured."""
+        if self._memory is not None:
             self._held = self._memory.held()
             self._look_for_troubles()
         attention, matmuls = ([size * self._tokens for size in sizes] for sizes in (self._attention, self._matmuls))
@@ -205,9 +212,10 @@ class Auto:
         self._since += 1
         room = max(0.0, self._room(self.on_host))
         self._levels = allot(room, attention, matmuls, attention_waits=self.on_host)
-        is_first, self._line = not self._line.startswith("at "), self._said(room, attention, matmuls)
-        if is_first:
-            self._tell(str(self))
+        self._line = self._said(room, attention, matmuls)
+        if self.on_host not in self._told:
+            self._told.add(self.on_host)
+            self._tell(self._line)
 
     def _ended(self, place: int) -> None:
         """A repetition of that layer; the last one of a backward is the first layer's."""
@@ -249,14 +257,17 @@ class Auto:
         kept = sum(of_matmuls) + (0 if self.on_host else sum(of_attention))
         return (
             f"at {self._tokens} tokens {counts} of {len(self._levels)} layers kept, "
-            f"{kept / 2**20:.4g} MiB where {room / 2**20:.4g} have room"
+            f"{kept / 2**20:.4g} MiB where {room / 2**20:.4g} have room{self._where()}"
         )
+
+    def _where(self) -> str:
+        return _ON_HOST if self.on_host else ""
 
     def _switch_off(self, reason: str) -> None:
         self._is_off, self._measures = True, False
         self._levels = ["full"] * len(self._levels)
-        self._line = f"nothing kept: {reason}"
-        self._tell(str(self))
+        self._line = f"nothing kept: {reason}{self._where()}"
+        self._tell(self._line)
 
 
 def _nonzero(sizes: Sequence[float]) -> int:

@@ -260,12 +260,12 @@ def test_where_not_everything_has_room_inputs_and_attention_go_to_the_host(monke
     )
     # 700 + 7000 a layer, where 54000 - 21000 - 3500 = 29500 have room
     assert side(training, 70) == (HERE, [M, M, M])
-    assert "on the host" not in str(training.auto)
+    assert training.told[1:] == [str(training.auto)] and "on the host" not in str(training.auto)
     assert side(training, 100) == (HOST, [M, M, M])
     # less is held
     training.device.now = 10_000
     assert side(training, 100) == (HERE, [M, M, M])
-    assert len(training.told) == 1
+    assert len(training.told) == 2
 
 
 def test_a_batch_too_long_for_the_device_is_not_tried_there(monkeypatch):

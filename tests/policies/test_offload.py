@@ -236,7 +236,8 @@ def test_as_memory_allows_it_is_stock_to_the_last_bit(name, card, copies, monkey
     card.room = 0.75 * long["input_ids"].numel() * sum(allotted._attention + allotted._matmuls)
     # inputs, and of attention its output and the sums; with dropout nothing is kept of this
     of_long = LAYERS * (1 if "dropout" in name else 3)
-    for given in (long, long, short, long, short, short, long):
+    assert sent(long) == of_long  # measured
+    for given in (long, short, long, short, short, long):
         assert sent(given) == (of_long if given is long else 0)
         assert ("inputs and attention on the host" in str(report)) == (given is long)
         with torch.no_grad():
