@@ -5,10 +5,10 @@ The room for what is kept, in a forward over T tokens:
     room = share * (memory this process can have) - held at its start - rise(T)
 
 ``rise`` is how far memory rose above what was held at the start, while a forward over T tokens and its backward kept
-nothing there, up to the repetition of the first layer: the last moment at which something kept could be in the way. The
-first forwards are measured so, and later one that is much longer than those (``rise.py``); each has the device forget
-its peak of memory. So a longer batch keeps less, and where nothing has room everything is computed again, as without
-this. What a layer would keep is counted in what is measured, byte by byte.
+nothing on the device, up to the repetition of the first layer: the last moment at which something kept could be in the
+way. The first forwards are measured so, and later one that is much longer than those (``rise.py``); each has the device
+forget its peak of memory. So a longer batch keeps less, and where nothing has room everything is computed again, as
+without this. What a layer would keep is counted in what is measured, byte by byte.
 
 Attention comes first, then products, each from the last layer to the first: backward frees the last layer's first,
 while gradients add up.
