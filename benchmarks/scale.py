@@ -56,8 +56,8 @@ MICRO_BATCHES = (1, 2, 4)
 PREDICTED = ("hf", "liger", "ours", "ours-fast", "ours-small")
 # of a step: it is called bound by the host where the device waits for it longer
 HOST_SHARE = 0.05
-# the card whose steps were measured at this size
-CARD = "H200"
+# of the predictions: cards whose steps were measured at this size
+CARD, MEASURED_ON = "H200", "4 x H200"
 # bytes a second of each GPU's network card: 100, 200, 400 and 800 Gbit/s
 NETWORKS = (12.5e9, 25e9, 50e9, 100e9)
 # V, H: Llama-3-8B, Llama-3-70B, Gemma-3-27B
@@ -142,7 +142,7 @@ def table(names: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def page(found: Sequence[Point], skipped: Sequence[Skipped], fitted: Fit) -> str:
-    machine = fitted.setting.machines[CARD]
+    machine = fitted.setting.machines[MEASURED_ON]
     lines = [
         "# Training steps on paper",
         "",
@@ -177,10 +177,12 @@ def parameters(found: Sequence[Point], fitted: Fit) -> list[str]:
         f"{GPUS_OF_NODE} GPUs a node, {NVLINK / 1e9:.0f} GB/s of NVLink; a hop of a ring takes {1e6 * HOP:.1f} us "
         f"within a node and {1e6 * NETWORK_HOP:.1f} us between two (NCCL's own model, protocol LL128); a launch takes "
         f"the host {1e6 * LAUNCH:.0f} us; PyTorch's fused AdamW takes {1e12 * ADAM:.3g} ps a parameter, as in the "
-        "timelines of h100x2/end_to_end. No measured point has a second node. H100 and H200 had other hosts, so a hook "
-        "is a parameter of each; where one is not determined, no step waits for it, and it is that or less. Of wait, "
-        "those timelines show 13 to 22 ms in which nothing runs, at micro batch 4, beside 9 to 15 ms of transfers "
-        "alone; what the rest of it is, is not known.",
+        "timelines of h100x2/end_to_end. No measured point has a second node. The three machines had hosts of their "
+        "own, so a hook is a parameter of each; where one is not determined, no step waits for it, and it is that or "
+        "less. So are products: they are slower in a step than in a head alone, and not on all cards alike, as the "
+        "timelines show too. From these is the time of attention (rows so named); a step alone would not tell it from "
+        "products. Of wait, they show 13 to 22 ms in which nothing runs, at micro batch 4, beside 9 to 15 ms of "
+        "transfers alone (h100x2); what the rest of it is, is not known.",
         "",
     ]
 
@@ -268,7 +270,8 @@ def predicted(machine: Machine) -> list[str]:
         "behind products, and where nothing of it is; one number where they are equal. In brackets the peak in GiB. "
         "*host*: for more than a twentieth of the step the device waits for it. -: more than "
         f"{ROOM_GIB[CARD]} GiB. For ours the mode of the head. ours: the flag alone; -fast and -small: that profile, "
-        "of which -fast keeps what fits of each layer's forward and -small cuts MLPs into tiles.",
+        "of which -fast keeps what fits of each layer's forward and -small cuts MLPs into tiles and has layers' inputs "
+        "and attention on the host, whose memory and link are no matter here.",
         "",
     ]
     found = list(predictions(machine))
@@ -341,7 +344,7 @@ def _turn(turn: Turn) -> str:
 
 
 def rows_of_csv(found: Sequence[Point], fitted: Fit) -> Iterator[dict[str, object]]:
-    machine = fitted.setting.machines[CARD]
+    machine = fitted.setting.machines[MEASURED_ON]
     for point in found:
         model = point.model(fitted.setting)
         same = {"table": "check", "file": point.file, "case": point.case, "way": point.way, "unit": point.unit}
@@ -371,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows_of_csv(found, fitted))
-    machine = fitted.setting.machines[CARD]
+    machine = fitted.setting.machines[MEASURED_ON]
     curves = list(predictions(machine))
     maps = {
         (head, network): ratios(machine, *head, network) for head in (HEADS[0], HEADS[2]) for network in NETWORKS[::2]

@@ -15,15 +15,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.scale_model import Machine
-from benchmarks.scale_points import Point, Setting
+from benchmarks.scale_points import STEPS_ON, Point, Setting
 
 ROUNDS = 30
 # of a logarithm, for numeric derivatives
 STEP = 1e-4
 # GiB that a job can have of each card
 ROOM_GIB = {"H100": 79, "H200": 139}
-# a step of Gauss-Newton changes no parameter by more than this factor's logarithm, and all of them no more than that
-LARGEST, FARTHEST = 0.7, np.log(30)
+# a step of Gauss-Newton changes no parameter by more than this factor's logarithm, and all of them no more than that;
+# where nothing changes by more than the third, it ends
+LARGEST, FARTHEST, SMALLEST = 0.7, np.log(30), 1e-6
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,17 @@ class Parameter:
 
 
 PARAMETERS = (
-    Parameter("products", "TFLOP/s", 1e12, 700, "rate of matrix products, on either card"),
+    Parameter("products", "TFLOP/s", 1e12, 700, "rate of matrix products in a head that is measured alone, on H100"),
+    *(Parameter(f"products {name}", "TFLOP/s", 1e12, 700, "in steps; of H200 in heads as well") for name in STEPS_ON),
     Parameter("attention", "TFLOP/s", 1e12, 400, "rate of causal attention, forward and backward, half of the square"),
     Parameter("memory H100", "TB/s", 1e12, 3.0, "bytes that element-wise kernels read and write"),
     Parameter("memory H200", "TB/s", 1e12, 3.0, "the same"),
     Parameter("delay", "GB/s", 1e9, 400, "bytes over NVLink for each second by which transfers delay products"),
     Parameter("collective", "us", 1e-6, 50, "by how much each delays them beside its bytes"),
-    Parameter("hook H100", "us", 1e-6, 2000, "host time of a module's gather and release under ZeRO-3, a pass"),
-    Parameter("hook H200", "us", 1e-6, 2000, "the same on the host of these"),
+    *(
+        Parameter(f"hook {name}", "us", 1e-6, 2000, "host time of a module's gather and release under ZeRO-3, a pass")
+        for name in STEPS_ON
+    ),
     Parameter("wait", "ms", 1e-3, 15, "of a whole step: the host's way to its first product and to the optimizer"),
     Parameter("start", "ms", 1e-3, 3, "host time before the first product of a head that is measured alone"),
 )
@@ -51,14 +55,16 @@ PARAMETERS = (
 
 def setting(values: Sequence[float]) -> Setting:
     """Of values in the units of PARAMETERS."""
-    gemm, attention, h100, h200, delay, call, hook_h100, hook_h200, wait, start = (
-        value * parameter.scale for value, parameter in zip(values, PARAMETERS, strict=True)
-    )
-    machines = {
-        name: Machine(gemm, attention, memory, delay, call, hook, wait, ROOM_GIB[name] * 2**30)
-        for name, memory, hook in (("H100", h100, hook_h100), ("H200", h200, hook_h200))
-    }
-    return Setting(machines, start)
+    of = {parameter.name: value * parameter.scale for value, parameter in zip(values, PARAMETERS, strict=True)}
+
+    def machine(card: str, gemm: str, host: str) -> Machine:
+        names = (gemm, "attention", f"memory {card}", "delay", "collective", f"hook {host}", "wait")
+        return Machine(*(of[name] for name in names), ROOM_GIB[card] * 2**30)
+
+    machines = {name: machine(name.split()[-1], f"products {name}", name) for name in STEPS_ON}
+    # a head alone waits for no hook
+    machines |= {"H100": machine("H100", "products", "2 x H100"), "H200": machines["4 x H200"]}
+    return Setting(machines, of["start"])
 
 
 @dataclass(frozen=True)
@@ -99,16 +105,26 @@ def at_bounds(logs: np.ndarray) -> np.ndarray:
 
 def solve(points: Sequence[Point], logs: np.ndarray | None = None) -> np.ndarray:
     logs = _starts() if logs is None else logs
+    errors = residuals(logs, points)
     for _ in range(ROUNDS):
-        slopes, errors = _slopes(logs, points), residuals(logs, points)
+        slopes = _slopes(logs, points)
         step = np.linalg.lstsq(slopes, -errors, rcond=None)[0]
         # those at their bounds that would go on stay, and the others are solved for without them
         held = at_bounds(logs) & (step * (logs - _starts()) > 0)
         step = np.zeros_like(logs)
         step[~held] = np.linalg.lstsq(slopes[:, ~held], -errors, rcond=None)[0]
-        before, logs = logs, logs + np.clip(step, -LARGEST, LARGEST)
-        logs = np.clip(logs, _starts() - FARTHEST, _starts() + FARTHEST)
-        if np.abs(logs - before).max() < 1e-6:
+        step = np.clip(step, -LARGEST, LARGEST)
+        # where a step begins to wait for the host slopes change: one that goes beyond that may lead away
+        while True:
+            tried = np.clip(logs + step, _starts() - FARTHEST, _starts() + FARTHEST)
+            tried_errors = residuals(tried, points)
+            if tried_errors @ tried_errors < errors @ errors:
+                break
+            step /= 2
+            if np.abs(step).max() < SMALLEST:
+                return logs
+        before, logs, errors = logs, tried, tried_errors
+        if np.abs(logs - before).max() < SMALLEST:
             break
     return logs
 

@@ -24,7 +24,8 @@ Sizes: T tokens of a rank in a micro batch, W ranks. Bytes are of bf16 where not
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, fields, replace
+import operator
+from dataclasses import dataclass, replace
 
 from ds_fused.engine.figures import Figures, Head, Rates, candidates, chosen
 from ds_fused.engine.shards import Shards
@@ -102,10 +103,10 @@ class Work:
     launches: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Work)))
+        return Work(*map(operator.add, vars(self).values(), vars(other).values()))
 
     def times(self, n: float) -> Work:
-        return Work(*(n * getattr(self, field.name) for field in fields(Work)))
+        return Work(*(n * value for value in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -292,9 +293,10 @@ WAYS = {
         Way("ours-fast-device", "ours", leaf=True, sizes="large", recompute="fit"),
         Way("ours-fast-attention", "ours", leaf=True, sizes="large", recompute="attention"),
         Way("ours-fast-full", "ours", leaf=True, sizes="large"),
-        Way("ours-small", "ours", sizes="small", recompute="unread", keep_mb=0, tiles=4),
+        Way("ours-small", "ours", sizes="small", recompute="attention", keep_mb=0, tiles=4, offload=True),
+        # before that: nothing is kept, and inputs stay on the device
+        Way("ours-small-device", "ours", sizes="small", recompute="unread", keep_mb=0, tiles=4),
         Way("ours-small-untiled", "ours", sizes="small", keep_mb=0),
-        Way("ours-small-offload", "ours", sizes="small", recompute="attention", keep_mb=0, tiles=4, offload=True),
     )
 }
 
@@ -450,8 +452,13 @@ def head_figures(job: Job, machine: Machine) -> Figures:
 
 def layers_work(job: Job, machine: Machine) -> tuple[Work, Work]:
     """Of the forward, and of the backward with its repetition."""
-    shape, way, tokens = job.shape, job.way, job.tokens
-    spared, repeated = kept(job, machine), int(job.checkpoints)
+    return _layers_work(job, kept(job, machine))
+
+
+# a fit asks for the same ones thousands of times
+@functools.cache
+def _layers_work(job: Job, spared: Kept) -> tuple[Work, Work]:
+    shape, way, tokens, repeated = job.shape, job.way, job.tokens, int(job.checkpoints)
     # of a tiled MLP the repetition runs in the backward's tiles, whose first one does compute its result
     unread = spared.unread * shape.hidden * shape.intermediate * (1 - (way.tiles > 1) / way.tiles)
     forward_bytes, backward_bytes = layer_bytes(way, shape)
@@ -460,20 +467,23 @@ def layers_work(job: Job, machine: Machine) -> tuple[Work, Work]:
     # modules of a layer of Llama's that have hooks of their own; a tiled MLP of five is gathered as one
     hooks = (1 if way.leaf else 13 - 4 * (way.tiles > 1)) * (job.stage == 3)
     launches = 20 if way.fused else 45
+    # of an MLP's products and kernels six
+    in_tiles = 6 * (way.tiles - 1)
+    # of a layer's input, its attention and the log-sum-exp of that: memory, what to wait for, a copy and an event
+    moved = 3 * 4 * spared.on_host
     one = Work(
         gemm=2 * shape.layer * tokens,
         attention=attention,
         memory=forward_bytes * tokens,
         hooks=hooks,
-        launches=launches,
+        launches=launches + in_tiles + moved,
     )
     other = Work(
         gemm=(4 * shape.layer + 2 * repeated * (shape.layer - unread)) * tokens,
         attention=(2.5 + repeated) * attention,
         memory=(backward_bytes + repeated * forward_bytes) * tokens + sums_bytes(way, shape),
         hooks=(1 + repeated) * hooks,
-        # of an MLP's products and kernels six
-        launches=(1 + repeated) * (launches + 6 * (way.tiles - 1)),
+        launches=(1 + repeated) * (launches + in_tiles) + moved,
     )
     not_repeated = Work(
         gemm=2 * (shape.layer - shape.hidden * shape.intermediate) * tokens * spared.matmuls,
@@ -482,6 +492,7 @@ def layers_work(job: Job, machine: Machine) -> tuple[Work, Work]:
     return one.times(shape.layers), other.times(shape.layers) + not_repeated.times(-1)
 
 
+@functools.cache
 def transfers_work(job: Job) -> tuple[Work, Work]:
     """What ZeRO sends forward and back. Mode "stream" or "stationary" sends the head's weight by itself."""
     shape, ranks = job.shape, job.ranks
@@ -533,6 +544,10 @@ def kernels_seconds(job: Job, machine: Machine) -> float:
     parts = (*layers_work(job, machine), *transfers_work(job), Work(gemm=6 * job.tokens * job.shape.head))
     work = sum(parts, Work())
     return machine.device(replace(work, memory=0.0), job.ranks, hidden=False)
+
+
+def attention_seconds(job: Job, machine: Machine) -> float:
+    return sum(work.attention for work in layers_work(job, machine)) / machine.attention
 
 
 def states_bytes(job: Job) -> float:

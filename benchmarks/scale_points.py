@@ -27,6 +27,7 @@ from benchmarks.scale_model import (
     Machine,
     Shape,
     Work,
+    attention_seconds,
     kernels_seconds,
     liger_loss,
     peak_bytes,
@@ -52,8 +53,16 @@ OUTDATED = {
     ("h100x2/zero3_head_rivals", "8192x5376x262144", way): "its slabs of 11916 rows are cut in whole tiles since"
     for way in ("stream", "stream slab_mb=64", "stream keep all")
 }
+# whose steps have been measured: machines with hosts of their own, and cards that ran at rates of their own
+STEPS_ON = ("2 x H100", "4 x H100", "4 x H200")
 # (file, way): as what it is modelled, since its name means something else now
-THEN = {("h100x2/end_to_end", "ours-fast"): "ours-fast-device"}
+THEN = {
+    ("h100x2/end_to_end", "ours-fast"): "ours-fast-device",
+    ("h100x4/end_to_end", "ours-fast"): "ours-fast-device",
+    ("h100x2/end_to_end_small", "ours-small"): "ours-small-device",
+    ("h100x4/end_to_end", "ours-small"): "ours-small-device",
+    ("h100x4/end_to_end", "ours-small-offload"): "ours-small",
+}
 # measured when "fit" knew of longer batches what they need in proportion to its first steps
 BY_FIRST_STEPS = ("h100x2/end_to_end",)
 NO_MODEL = "a way that is in no prediction"
@@ -63,7 +72,7 @@ NO_MODEL = "a way that is in no prediction"
 class Setting:
     """What is fitted: a machine of each device, and what stands around a head that is measured alone in an engine."""
 
-    machines: dict[str, Machine]  # by "H100" and "H200"
+    machines: dict[str, Machine]  # by names as in STEPS_ON; by "H100" and "H200" for heads that are measured alone
     start: float  # seconds
 
 
@@ -95,12 +104,12 @@ def heads(results: Path = RESULTS) -> Iterator[Point | Skipped]:
     """Rows of zero3_head.py, wherever they lie."""
     for path in sorted(results.glob("*/zero3_head*.json")):
         measured, name = json.loads(path.read_text()), f"{path.parent.name}/{path.stem}"
-        device, ranks = _device(measured["header"]["device"]), int(measured["header"]["ranks"])
+        device, ranks = _card(measured["header"]), int(measured["header"]["ranks"])
         keeps = measured["header"]["date"] < GATHER_KEPT_BEFORE
         for row in merged(measured["rows"]):
             shape, way = row["shape"], row["way"]
             found = head_loss("gather keep" if keeps and way == "gather" else way, shape, ranks, device)
-            reason = OUTDATED.get((name, shape, way)) or _no_parameters(measured["header"])
+            reason = OUTDATED.get((name, shape, way)) or _no_parameters(measured["header"], device)
             reason = reason or (NO_MODEL if found is None else None)
             if row["status"] != "ok" or reason:
                 yield Skipped(name, shape, way, reason or row["status"])
@@ -161,14 +170,20 @@ def _sizes(shape: str) -> tuple[int, int, int]:
     return tokens, hidden, vocab
 
 
-def _device(text: str) -> str | None:
+def _card(header: dict[str, str]) -> str | None:
     """The name of its parameters; None where there are none."""
-    found = re.search(r"H[12]00", text)
+    found = re.search(r"H[12]00", header["device"])
     return found and found.group()
 
 
-def _no_parameters(header: dict[str, str]) -> str | None:
-    return None if _device(header["device"]) else f"no parameters for {header['device']}"
+def _cards(header: dict[str, str]) -> str | None:
+    """Of steps."""
+    name = f"{header['ranks']} x {_card(header)}"
+    return name if name in STEPS_ON else None
+
+
+def _no_parameters(header: dict[str, str], device: str | None) -> str | None:
+    return None if device else f"no parameters for {header['device']}"
 
 
 def _time_of_head(loss: LossOf, device: str, ranks: int, in_engine: bool) -> Callable[[Setting], float]:
@@ -186,7 +201,7 @@ def _memory_of_head(loss: LossOf) -> Callable[[Setting], float]:
 def probes(folder: Path = RESULTS / "h200x4") -> Iterator[Point]:
     """A program of its own: the modes' sequence of products and collectives, in slabs and blocks of given sizes."""
     measured = json.loads((folder / "baselines.json").read_text())
-    device, ranks = _device(measured["header"]["device"]), int(measured["header"]["ranks"])
+    device, ranks = _card(measured["header"]), int(measured["header"]["ranks"])
     for row in measured["heads"]["rows"]:
         tokens, hidden, vocab = _sizes(row["shape"])
         shards = Shards(vocab, hidden, ranks)
@@ -215,7 +230,7 @@ def probes(folder: Path = RESULTS / "h200x4") -> Iterator[Point]:
 
 def baselines(folder: Path = RESULTS / "h200x4") -> Iterator[Point]:
     measured = json.loads((folder / "baselines.json").read_text())
-    device, ranks = _device(measured["header"]["device"]), int(measured["header"]["ranks"])
+    device, ranks = _cards(measured["header"]), int(measured["header"]["ranks"])
     for row in measured["steps"]:
         case = f"{LLAMA_8B.name}, {row['micro_batch']} x 8192"
         if row["way"] == "kernels":
@@ -252,13 +267,14 @@ def ends(results: Path = RESULTS) -> Iterator[Point | Skipped]:
             continue
         measured = json.loads(path.read_text())
         header, name = measured["header"], f"{path.parent.name}/{path.stem}"
+        device = _cards(header)
         rounds: dict[tuple[str, int, int], list[dict]] = {}
         for row in measured["rows"]:
             rounds.setdefault((row["way"], row["micro_batch"], row["length"]), []).append(row)
         for (way, batch, length), rows in rounds.items():
             modelled = THEN.get((name, way), way)
             shape, stage, reason = job_of(header["job"])
-            reason = reason or _no_parameters(header)
+            reason = reason or _no_parameters(header, device)
             case = f"{header['job'].partition(' ')[0]}, {batch} x {length}"
             rows = [row for row in rows if row["status"] == "ok"]
             if not rows:
@@ -274,7 +290,13 @@ def ends(results: Path = RESULTS) -> Iterator[Point | Skipped]:
             job = Job(WAYS[modelled], shape, int(header["ranks"]), batch, length, stage, checkpoints, first)
             ms = statistics.median(max(row["ranks"]["ms"]) for row in rows)
             peaks = [max(row["ranks"]["peak_mib"]) for row in rows if row["peak_mib"] is not None]
-            yield from _steps(name, case, job, _device(header["device"]), ms, max(peaks, default=None))
+            yield from _steps(name, case, job, device, ms, max(peaks, default=None))
+            timelines = [row["parts_ms"]["attention"] for row in rows if row.get("parts_ms")]
+            if timelines:
+                # a step alone does not tell its attention from its products
+                seconds = partial(attention_seconds, job)
+                ms = statistics.median(timelines)
+                yield Point(name, case, f"{job.way.name}: attention", "ms", ms, _time_of(seconds, device))
 
 
 def job_of(text: str) -> tuple[Shape | None, int, str | None]:

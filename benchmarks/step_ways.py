@@ -121,15 +121,15 @@ WAYS: Mapping[str, Way] = {
     "ours": Way("ds_fused by its defaults", block={"enabled": True}),
     "ours-fast": Way('ds_fused, "profile": "fast"', block={"enabled": True, "profile": "fast"}),
     "ours-small": Way('ds_fused, "profile": "small"', block={"enabled": True, "profile": "small"}),
-    "ours-small-offload": Way(
-        "the same with the inputs and the attention of layers on the host",
-        block={"enabled": True, "profile": "small", "recompute": {"level": "attention", "offload": True}},
+    "ours-small-device": Way(
+        "the same with nothing on the host, so that no attention is kept",
+        block={"enabled": True, "profile": "small", "recompute": {"level": "fit", "keep_mb": 0}},
     ),
 }
 # what is run when none are named
 DEFAULT = ("hf", "liger", "alst", "ours", "ours-fast", "ours-small")
 # whose longest sequence is looked for
-LONGEST = ("hf", "liger", "ours", "ours-small", "ours-small-offload")
+LONGEST = ("hf", "liger", "ours", "ours-small")
 
 
 def ours(block: Mapping[str, object]) -> Way:

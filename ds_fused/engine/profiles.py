@@ -32,10 +32,12 @@ PROFILES: Mapping[str, Mapping[str, object]] = {
         "embedding": True,
         # no logits are kept
         HEAD: {"mode": "auto", "keep_mb": 0},
-        # nothing is kept of layers either, but what nobody reads is not computed again: so an MLP in tiles, which its
-        # backward repeats anyway, runs forward no more often than a whole one. In four, what a tile of Llama-3-8B's MLP
-        # holds is less than the rest of its layer, and products of a quarter of the tokens are still large
-        RECOMPUTE: {"level": "fit", "keep_mb": 0},
+        # of layers nothing is kept on the device, not even their inputs: 0.44 to 0.63 of the memory beside the states,
+        # in 0.97 to 0.99 of the time (4 x H100, benchmarks/results/h100x4/end_to_end.md)
+        RECOMPUTE: {"level": "attention", "offload": True},
+        # what nobody reads is not computed again: so an MLP in tiles, which its backward repeats anyway, runs forward
+        # no more often than a whole one. In four, what a tile of Llama-3-8B's MLP holds is less than the rest of its
+        # layer, and products of a quarter of the tokens are still large
         TILED: {"tiles": 4},
     },
 }

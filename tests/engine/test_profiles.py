@@ -16,14 +16,14 @@ from ds_fused.engine.zero_sizes import sizes_of
 
 ON = {"enabled": True}
 SMALL = {"leaf_modules": False, "zero_sizes": "small", "embedding": True}
-NOTHING_KEPT = {"recompute.level": "fit", "recompute.keep_mb": 0}
+ON_HOST = {"recompute.level": "attention", "recompute.offload": True}
 IN_TILES = {"tiled_mlp.tiles": 4}
 OF_HEAD = {f"{HEAD}.mode": "auto", f"{HEAD}.keep_mb": 0}
 
 # block, profile, what is added to it
 TABLE = [
     (ON, "stock", {}),
-    (ON, "small", SMALL | NOTHING_KEPT | IN_TILES | OF_HEAD),
+    (ON, "small", SMALL | ON_HOST | IN_TILES | OF_HEAD),
     (
         ON | {"recompute": "attention", "embedding": False},
         "small",
@@ -39,12 +39,12 @@ TABLE = [
     (ON | {"recompute": {"level": "fit"}}, "small", SMALL | IN_TILES | OF_HEAD),
     (ON | {"recompute": "full"}, "small", SMALL | IN_TILES | OF_HEAD),
     (ON | {"recompute": {}}, "small", SMALL | IN_TILES | OF_HEAD),
-    (ON | {"tiled_mlp": False}, "small", SMALL | NOTHING_KEPT | OF_HEAD),
-    (ON | {"tiled_mlp": True}, "small", SMALL | NOTHING_KEPT | IN_TILES | OF_HEAD),
-    (ON | {"tiled_mlp": {"tiles": 7}}, "small", SMALL | NOTHING_KEPT | OF_HEAD),
-    (ON | {HEAD: {"mode": "gather"}}, "small", SMALL | NOTHING_KEPT | IN_TILES | {f"{HEAD}.keep_mb": 0}),
-    (ON | {HEAD: True}, "small", SMALL | NOTHING_KEPT | IN_TILES | OF_HEAD),
-    (ON | {HEAD: False}, "small", SMALL | NOTHING_KEPT | IN_TILES),
+    (ON | {"tiled_mlp": False}, "small", SMALL | ON_HOST | OF_HEAD),
+    (ON | {"tiled_mlp": True}, "small", SMALL | ON_HOST | IN_TILES | OF_HEAD),
+    (ON | {"tiled_mlp": {"tiles": 7}}, "small", SMALL | ON_HOST | OF_HEAD),
+    (ON | {HEAD: {"mode": "gather"}}, "small", SMALL | ON_HOST | IN_TILES | {f"{HEAD}.keep_mb": 0}),
+    (ON | {HEAD: True}, "small", SMALL | ON_HOST | IN_TILES | OF_HEAD),
+    (ON | {HEAD: False}, "small", SMALL | ON_HOST | IN_TILES),
     (
         ON,
         "fast",
