@@ -258,7 +258,8 @@ class Way:
     recompute: str = "full"
     keep_mb: int = KEEP_MB  # of the head
     tiles: int = 1  # of an MLP
-    offload: bool = False  # inputs of checkpointed layers wait on the host, and what is kept of attention
+    # inputs of checkpointed layers wait on the host, and what is kept of attention; None: where "fit" can't keep all
+    offload: bool | None = False
 
     def bucket(self, shape: Shape) -> float:
         """Elements of gradients that are reduced together."""
@@ -288,6 +289,8 @@ WAYS = {
         Way("liger+leaf", "liger", leaf=True, sizes="2e9"),
         Way("ours", "ours"),
         Way("ours-fast", "ours", leaf=True, sizes="large", recompute="fit"),
+        # inputs and attention are on the host where the device has no room for everything
+        Way("ours-fast-host", "ours", leaf=True, sizes="large", recompute="fit", offload=None),
         Way("ours-fast-attention", "ours", leaf=True, sizes="large", recompute="attention"),
         Way("ours-fast-full", "ours", leaf=True, sizes="large"),
         Way("ours-small", "ours", sizes="small", recompute="attention", keep_mb=0, tiles=4, offload=True),
@@ -374,6 +377,7 @@ class Kept:
     attention: int = 0
     matmuls: int = 0
     unread: bool = False  # what a repetition computes and nobody reads is left out: a layer's last product
+    on_host: bool = False  # inputs wait there, and attention
 
 
 def attention_bytes(shape: Shape) -> float:
@@ -387,27 +391,34 @@ def matmul_bytes(shape: Shape) -> float:
 
 
 def kept(job: Job, machine: Machine) -> Kept:
-    level, layers = job.way.recompute, job.shape.layers
+    level, layers, offload = job.way.recompute, job.shape.layers, job.way.offload
     if not job.checkpoints or level == "full":
-        return Kept()
+        return Kept(on_host=bool(job.checkpoints and offload))
     if level == "unread":
-        return Kept(unread=True)
+        return Kept(unread=True, on_host=bool(offload))
     if level != "fit":
-        return Kept(layers, layers * (level == "matmuls"), True)
-    room = kept_room(job, machine)
+        return Kept(layers, layers * (level == "matmuls"), True, bool(offload))
     attention, matmuls = (job.tokens * of(job.shape) for of in (attention_bytes, matmul_bytes))
+    room = kept_room(job, machine, Kept())
     with_attention = _fitting(room, attention, layers)
-    return Kept(with_attention, _fitting(room - with_attention * attention, matmuls, with_attention), True)
+    found = Kept(with_attention, _fitting(room - with_attention * attention, matmuls, with_attention), True)
+    if offload is False or (offload is None and found.matmuls == layers):
+        return found
+    sent = Kept(layers, 0, True, on_host=True)
+    return replace(sent, matmuls=_fitting(kept_room(job, machine, sent), matmuls, layers))
 
 
 def _fitting(room: float, one: float, most: int) -> int:
     return max(0, min(most, int(room // one)))
 
 
-def kept_room(job: Job, machine: Machine) -> float:
-    """Bytes, as ds_fused.modules.allotment has them: a longer batch is taken to need more in proportion."""
+def kept_room(job: Job, machine: Machine, measured: Kept) -> float:
+    """Bytes, as ds_fused.modules.allotment has them: a longer batch is taken to need more in proportion.
+
+    ``measured``: what is kept, and where, by the first steps.
+    """
     first = replace(job, micro_batch=job.first or job.micro_batch)
-    rise = _peak_bytes(first, machine, Kept()) - _start_bytes(first)
+    rise = _peak_bytes(first, machine, measured) - _start_bytes(first)
     return KEPT_SHARE * machine.room - _start_bytes(job) - rise * max(1.0, job.tokens / first.tokens)
 
 
@@ -459,7 +470,7 @@ def _layers_work(job: Job, spared: Kept) -> tuple[Work, Work]:
     # of an MLP's products and kernels six
     in_tiles = 6 * (way.tiles - 1)
     # of a layer's input, its attention and the log-sum-exp of that: memory, what to wait for, a copy and an event
-    moved = 3 * 4 * way.offload
+    moved = 3 * 4 * spared.on_host
     one = Work(
         gemm=2 * shape.layer * tokens,
         attention=attention,
@@ -581,7 +592,7 @@ def _peak_bytes(job: Job, machine: Machine, spared: Kept) -> float:
     one = layer_held(way, shape) * tokens
     attention, matmuls = attention_bytes(shape), matmul_bytes(shape)
     inputs, attentions = shape.layers, spared.attention
-    if way.offload:
+    if spared.on_host:
         # of the layer that is repeated, and the next one's on their way from the host
         inputs, attentions = min(2, inputs), min(2, attentions)
     waiting = (2 * shape.hidden * inputs + attention * attentions + matmuls * spared.matmuls) * tokens

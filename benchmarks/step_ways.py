@@ -120,6 +120,10 @@ WAYS: Mapping[str, Way] = {
     "liger+leaf": Way("Liger; ZeRO-3 gathers whole layers, larger buckets", **_LIGER, **_LEAF),
     "ours": Way("ds_fused by its defaults", block={"enabled": True}),
     "ours-fast": Way('ds_fused, "profile": "fast"', block={"enabled": True, "profile": "fast"}),
+    "ours-fast-host": Way(
+        "the same with inputs and attention on the host, where the device has no room for everything",
+        block={"enabled": True, "profile": "fast", "recompute": {"level": "fit", "offload": "fit"}},
+    ),
     "ours-small": Way('ds_fused, "profile": "small"', block={"enabled": True, "profile": "small"}),
     "ours-small-device": Way(
         "the same with nothing on the host, so that no attention is kept",

@@ -4,7 +4,7 @@
 
 A stream of its own copies x to pinned memory while the layer computes, and brings it back while the layer behind is
 repeated: on the device are two inputs at a time instead of one for each layer. What comes back is x to the last bit.
-What is kept of attention (``kept.py``) waits with it.
+What is kept of attention (``kept.py``) waits with it. One forward may send all of its layers' inputs and the next none.
 
 T H elements a sequence cross the link to the host once in forward and once in backward, and as many of attention; this
 is hidden where a layer computes for longer than it takes. DeepSpeed (``cpu_checkpointing``, ALST: arXiv 2506.13996) and

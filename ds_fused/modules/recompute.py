@@ -30,7 +30,7 @@ class Recompute:
     fused_place: int  # among the layers of its stack
     fused_learnt: Learnt
     fused_allotment: Allotment | None  # None: all is computed again, as without this
-    fused_offload: Offload | None  # None: the input stays on the device
+    fused_offload: Offload | None  # None: the input stays on the device, and so it does where the allotment says so
 
     @property
     def _gradient_checkpointing_func(self) -> Callable:
@@ -55,10 +55,11 @@ def _checkpointed(layer: Recompute, stock: Callable, function: Callable, *args: 
         return stock(function, *args)
     if not torch.is_grad_enabled():
         return stock(function, *args)
-    host = None if layer.fused_offload is None else layer.fused_offload.begin()
-    contexts = {}
-    if layer.fused_allotment is not None:
-        recording = layer.fused_allotment.recording(layer.fused_place, layer.fused_learnt, x)
+    allotment, contexts = layer.fused_allotment, {}
+    recording = None if allotment is None else allotment.recording(layer.fused_place, layer.fused_learnt, x)
+    sends = layer.fused_offload is not None and (allotment is None or allotment.on_host)
+    host = layer.fused_offload.begin() if sends else None
+    if recording is not None:
         recording.host = host
         contexts["context_fn"] = recording.contexts
     if host is None:

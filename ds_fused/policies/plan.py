@@ -69,7 +69,8 @@ def apply(
     ``weight``: how the weight of a head is reached where it is sharded.
     ``tiles``: in how many tiles of tokens replaced MLPs run, computed again in backward; whole where not given.
     ``recompute``: what layers keep under gradient checkpointing: "full", "attention", "matmuls", "auto", or an object,
-    ``{"level": "auto", "keep_mb": 4096, "offload": True}``, the last for their inputs to wait in the host's memory.
+    ``{"level": "auto", "keep_mb": 4096, "offload": True}``, the last for their inputs to wait in the host's memory
+    (``"auto"``: where "keep_mb", or the memory, is too little for all that could be kept).
     ``agree``: called with the decisions (a JSON-able dict) before anything changes; raises where ranks differ.
     """
     started = time.perf_counter()

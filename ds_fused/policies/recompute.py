@@ -36,7 +36,11 @@ OPTIONS: Mapping[str, Option] = {
         "the first steps find room for",
     ),
     "offload": Option(
-        bool, False, "inputs of checkpointed layers, and what is kept of attention, wait in the host's memory"
+        bool,
+        False,
+        "inputs of checkpointed layers, and what is kept of attention, wait in the host's memory; "
+        '"auto" and "fit": where memory has no room for all that level "auto" would keep',
+        (True, False, "auto", "fit"),
     ),
 }
 # transformers' own, by name: a layer that is checkpointed where that is switched on
@@ -51,7 +55,7 @@ class Recomputing:
 
     level: str = "full"
     keep_mb: int | None = None
-    offload: bool = False
+    offload: bool | str = False  # or "auto"
 
     @property
     def is_stock(self) -> bool:
@@ -74,15 +78,20 @@ def recomputing(value: object, where: str = "recompute") -> Recomputing:
             raise ValueError(f"{where}: unknown key {name!r}; known keys: {', '.join(OPTIONS)}")
     keep_mb, offload = given.get("keep_mb"), given.get("offload", False)
     level = given.get("level", "full" if keep_mb is None else "auto")
+    level = "auto" if level == "fit" else level
     if level not in OPTIONS["level"].choices:
         raise ValueError(f"{where} must be {levels}, got {level!r}")
     if keep_mb is not None and (type(keep_mb) is not int or keep_mb < 0):
         raise ValueError(f"{where}.keep_mb must be an integer, at least 0, got {keep_mb!r}")
-    if keep_mb is not None and level not in ("auto", "fit"):
+    if keep_mb is not None and level != "auto":
         raise ValueError(f'{where}.keep_mb is for the level "auto", got it with {level!r}')
-    if type(offload) is not bool:
-        raise ValueError(f"{where}.offload must be true or false, got {offload!r}")
-    return Recomputing("auto" if level == "fit" else level, keep_mb, offload)
+    if type(offload) is not bool and offload not in ("auto", "fit"):
+        raise ValueError(f'{where}.offload must be true or false or "auto" or "fit", got {offload!r}')
+    wanted = Recomputing(level, keep_mb, offload if type(offload) is bool else "auto")
+    if wanted.offload == "auto" and not wanted.makes_room:
+        beside = f"level {level!r}" if keep_mb is None else f"keep_mb {keep_mb}"
+        raise ValueError(f'{where}.offload {offload!r} goes by the room that level "auto" finds, got it with {beside}')
+    return wanted
 
 
 @dataclass(eq=False)
@@ -104,7 +113,7 @@ class RecomputeClaim:
     @property
     def replacement(self) -> str:
         said = [] if self.allotment is None else [str(self.allotment)]
-        if self.offload is not None:
+        if self.offload is not None and not isinstance(self.allotment, Auto):
             said.append("inputs, and what is kept of attention, wait in the host's memory")
         return f"under gradient checkpointing: {'; '.join(said)}"
 
@@ -175,7 +184,7 @@ def _claims(layers: Sequence[tuple[str, nn.Module]], wanted: Recomputing) -> lis
     """Of one stack, a claim for each class."""
     if wanted.makes_room:
         room = None if wanted.keep_mb is None else wanted.keep_mb * 2**20
-        allotment = Auto(len(layers), room, _tell, attention_waits=wanted.offload)
+        allotment = Auto(len(layers), room, _tell, on_host=None if wanted.offload == "auto" else wanted.offload)
     elif wanted.level == "full":
         allotment = None
     else:

@@ -264,6 +264,21 @@ def test_as_much_is_kept_as_there_is_room_for():
     assert levels == [(0, 0), (16, 0), (32, 2), (32, 32)]
 
 
+def test_where_not_everything_has_room_inputs_are_on_the_host():
+    here, both = (Job(WAYS[way], LLAMA_8B, 4, 2) for way in ("ours-fast", "ours-fast-host"))
+    inputs = attention = 32 * here.tokens * 2 * 4096
+    matmuls = here.tokens * 2 * (4096 + 2048 + 4096 + 28672)
+    full = peak_bytes(replace(here, way=WAYS["ours-fast-full"]), MACHINE)
+    roomy = replace(MACHINE, room=(full + attention + 32.5 * matmuls) / 0.9)
+    assert kept(both, roomy) == kept(here, roomy) and not kept(both, roomy).on_host
+    tight = replace(MACHINE, room=(full + attention + 5.5 * matmuls) / 0.9)
+    found, more = kept(here, tight).matmuls, kept(both, tight)
+    # but for what is on its way
+    freed = (inputs + attention) * 29 / 32
+    assert found == 5 and more.on_host and more.matmuls == int((5.5 * matmuls + freed) // matmuls)
+    assert peak_bytes(both, tight) <= 0.9 * tight.room and step_seconds(both, tight) < step_seconds(here, tight)
+
+
 def test_what_the_first_steps_need_is_scaled_to_longer_ones():
     """Weights that are there whatever the batch are then counted with it, so less is kept."""
     job = Job(WAYS["ours-fast"], LLAMA_8B, 4, 4)

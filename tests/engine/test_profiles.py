@@ -56,6 +56,7 @@ TABLE = [
         "fast",
         {"zero_sizes": "large", "recompute": "fit"},
     ),
+    (ON | {"leaf_modules": False, "zero_sizes": "small", "recompute": "fit", HEAD: False}, "fast", {}),
 ]
 
 

@@ -10,6 +10,7 @@ from ds_fused.modules import allotment
 from ds_fused.modules.allotment import MEASURED, SHARE, STEP, Auto, Fixed, allot
 from ds_fused.modules.exchange import ATTENTION, MATMUL
 from ds_fused.modules.kept import Learnt, Recording
+from ds_fused.modules.rise import Rise
 
 F, A, M = "full", "attention", "matmuls"
 
@@ -46,10 +47,11 @@ ATTENTION_BYTES, MATMUL_BYTES = 10, 100
 
 
 class Device:
-    """Memory in which a forward holds what it keeps and needs ``rise`` bytes a token beside it, but ``least``."""
+    """Memory in which a forward holds what it keeps and needs ``rise`` bytes a token beside it, but ``least``; and
+    ``inputs`` more where these are not on the host."""
 
-    def __init__(self, total: int, held: int, rise: int, least: int = 0) -> None:
-        self.total, self.now, self.rise, self.least = total, held, rise, least
+    def __init__(self, total: int, held: int, rise: int, least: int = 0, inputs: int = 0) -> None:
+        self.total, self.now, self.rise, self.least, self.inputs = total, held, rise, least, inputs
         self.top = 10**9  # from loading the model, before anything trains
         self.short = 0
 
@@ -70,10 +72,12 @@ class Device:
 
 
 class Training:
-    def __init__(self, device: Device | None, monkeypatch, keep_bytes: int | None = None) -> None:
+    def __init__(
+        self, device: Device | None, monkeypatch, keep_bytes: int | None = None, on_host: bool | None = False
+    ) -> None:
         self.device, self.told = device, []
         monkeypatch.setattr(allotment, "memory_of", lambda _: device)
-        self.auto = Auto(LAYERS, keep_bytes, self.told.append)
+        self.auto = Auto(LAYERS, keep_bytes, self.told.append, on_host=on_host)
         self.learnt = [Learnt() for _ in range(LAYERS)]
 
     def forward(self, tokens: int) -> list[Recording]:
@@ -85,6 +89,7 @@ class Training:
                 recording.sizes.append((MATMUL, 10**6))
         if self.device is not None:
             rise = max(self.device.least, self.device.rise * tokens)
+            rise += 0 if self.auto.on_host else self.device.inputs * tokens
             self.device.top = max(self.device.top, self.device.now + rise)
         return made
 
@@ -147,9 +152,17 @@ def test_between_two_lengths_the_rise_is_on_their_line(monkeypatch):
     for tokens in (100, 100, 100, 500):
         training.step(tokens)
     # 5000 and 25000: 15000 at 300; 54000 - 10000 - 15000 = 29000 for 3000 and 30000 a layer
-    assert training.auto._rise(300) == 15_000
     assert training.step(300) == [A, A, A]
-    assert [training.auto._rise(tokens) for tokens in (1, 100, 500, 1000)] == [5_000, 5_000, 25_000, 50_000]
+    assert f"where {29_000 / 2**20:.4g} have room" in str(training.auto)
+
+
+def test_a_rise():
+    rise = Rise()
+    assert not rise.covers(0) and not rise.covers(1)
+    for tokens, n_bytes in ((100, 4_000), (500, 25_000), (100, 5_000), (100, 3_000)):
+        rise.measured(tokens, n_bytes)
+    assert [rise.of(tokens) for tokens in (0, 1, 100, 300, 500, 1000)] == [5e3, 5e3, 5e3, 15e3, 25e3, 50e3]
+    assert [rise.covers(tokens) for tokens in (0, 100, 600, 601)] == [True, True, True, False]
 
 
 def test_what_the_first_step_makes_is_no_rise_of_the_others(monkeypatch):
@@ -195,6 +208,10 @@ def test_short_of_memory_less_is_planned_with(monkeypatch):
     for _ in range(MEASURED):
         training.step(100)
     assert training.step(100) == [A, M, M]
+    # as the allocator changes from what it had in store for steps that were measured
+    training.device.short += 1
+    assert training.step(100) == [A, M, M]
+    assert not any("ran short of memory" in line for line in training.told)
     training.device.short += 1
     # 0.85 * 60000 - 24000 = 27000
     assert training.step(100) == [A, M, M]
@@ -205,6 +222,120 @@ def test_short_of_memory_less_is_planned_with(monkeypatch):
     assert training.step(100) == [A, A, M]
     assert sum("ran short of memory" in line for line in training.told) == 3
     assert f"{SHARE - 3 * STEP:.2f}" in training.told[-1]
+
+
+def side(training: Training, tokens: int) -> tuple[bool, list[str]]:
+    """Of a step: whether inputs and attention were on the host, and the levels."""
+    levels = training.step(tokens)
+    return training.auto.on_host, levels
+
+
+HERE, HOST = False, True
+
+
+def test_where_everything_has_room_nothing_goes_to_the_host(monkeypatch):
+    # at 100 tokens 54000 - 10000 - 100 * (20 + 30) = 39000 for 3 * (1000 + 10000)
+    training = Training(Device(60_000, 10_000, 20, inputs=30), monkeypatch, on_host=None)
+    assert "on the host where not all has room" in str(training.auto)
+    assert [side(training, 100) for _ in range(MEASURED)] == MEASURED * [(HERE, [F, F, F])]
+    assert [side(training, 100) for _ in range(2)] == 2 * [(HERE, [M, M, M])]
+    (line,) = training.told
+    assert line == str(training.auto) and "on the host" not in line
+
+
+def test_where_not_everything_has_room_inputs_and_attention_go_to_the_host(monkeypatch):
+    # at 100 tokens 54000 - 21000 - 5000 = 28000 are too little for 33000
+    training = Training(Device(60_000, 21_000, 20, inputs=30), monkeypatch, on_host=None)
+    for _ in range(MEASURED):
+        assert side(training, 100) == (HERE, [F, F, F])
+    # what is needed there is measured, and attention, which needs no room, kept
+    assert side(training, 100) == (HOST, [A, A, A])
+    assert training.told == []
+    # 54000 - 21000 - 2000 = 31000 for 3 * 10000
+    assert side(training, 100) == (HOST, [M, M, M])
+    (line,) = training.told
+    kept, room = f"{30_000 / 2**20:.4g}", f"{31_000 / 2**20:.4g}"
+    assert (
+        f"products of 3 of 3 layers kept, {kept} MiB where {room} have room; inputs and attention on the host" in line
+    )
+    # 700 + 7000 a layer, where 54000 - 21000 - 3500 = 29500 have room
+    assert side(training, 70) == (HERE, [M, M, M])
+    assert training.told[1:] == [str(training.auto)] and "on the host" not in str(training.auto)
+    assert side(training, 100) == (HOST, [M, M, M])
+    # less is held
+    training.device.now = 10_000
+    assert side(training, 100) == (HERE, [M, M, M])
+    assert len(training.told) == 2
+
+
+def test_a_batch_too_long_for_the_device_is_not_tried_there(monkeypatch):
+    training = Training(Device(60_000, 10_000, 20, inputs=30), monkeypatch, on_host=None)
+    for _ in range(MEASURED + 1):
+        training.step(100)
+    # 44000 - 10000 = 34000 are too little for 66000: measured, on the host, where 44000 - 4000 have room for 20000 each
+    assert [side(training, 200) for _ in range(2)] == [(HOST, [A, A, A]), (HOST, [A, M, M])]
+    # twice as long: 44000 - 8000 have room for 40000 each
+    assert [side(training, 400) for _ in range(2)] == [(HOST, [A, A, A]), (HOST, [A, A, A])]
+    # and back: longer than what was measured on the device, and measured there as it has room: 44000 - 6050 for 39930
+    training.device.now = 8_000
+    assert [side(training, 121) for _ in range(2)] == [(HERE, [F, F, F]), (HERE, [M, M, M])]
+    # no longer than what was measured on the host: 46000 - 4000 for 15000 each
+    assert side(training, 150) == (HOST, [A, M, M])
+
+
+def test_a_batch_that_seemed_too_long_by_short_ones_comes_back_from_the_host(monkeypatch):
+    # what ten tokens need is weights: 12000, and 300 for inputs; in proportion 73800 at 60 tokens
+    training = Training(Device(60_000, 10_000, 30, least=12_000, inputs=30), monkeypatch, on_host=None)
+    for _ in range(MEASURED):
+        training.step(10)
+    assert side(training, 60) == (HOST, [A, A, A])
+    # 44000 - 12000 - 3 * 16 * 60 have room for 19800
+    assert [side(training, 60) for _ in range(2)] == [(HERE, [F, F, F]), (HERE, [M, M, M])]
+
+
+def test_a_forward_that_is_gone_leaves_the_next_its_choice(monkeypatch):
+    training = Training(Device(60_000, 10_000, 20, inputs=30), monkeypatch, on_host=None)
+    for _ in range(MEASURED):
+        training.step(100)
+    for tokens in (200, 0):
+        training.forward(tokens).clear()
+        assert training.auto.on_host == (tokens == 200)
+    assert side(training, 100) == (HERE, [M, M, M])
+    assert side(training, 200) == (HOST, [A, A, A])
+    # an empty batch where there is no room at all
+    training.device.now = 60_000
+    assert side(training, 0)[0] == HOST and side(training, 100) == (HOST, [A, A, A])
+
+
+def test_all_on_the_host(monkeypatch):
+    training = Training(Device(60_000, 10_000, 20, inputs=30), monkeypatch, on_host=True)
+    # attention is known after the first
+    assert [side(training, 100)[1] for _ in range(MEASURED)] == [[F, F, F], *(MEASURED - 1) * [[A, A, A]]]
+    assert side(training, 100) == (HOST, [M, M, M])
+    assert f"where {42_000 / 2**20:.4g} have room; inputs and attention on the host" in str(training.auto)
+
+
+def test_bytes_that_are_given_choose_too(monkeypatch):
+    training = Training(None, monkeypatch, keep_bytes=23_000, on_host=None)
+    assert side(training, 100) == (HERE, [F, F, F])
+    assert side(training, 100) == (HOST, [A, M, M])
+    assert side(training, 50) == (HERE, [M, M, M])
+    assert side(training, 100) == (HOST, [A, M, M])
+
+
+@pytest.mark.parametrize("on_host", [False, True, None])
+def test_of_several_forwards_the_later_ones_inputs_wait_where_they_may(monkeypatch, on_host):
+    training = Training(Device(10**9, 0, 50, inputs=30), monkeypatch, on_host=on_host)
+    for _ in range(MEASURED + 1):
+        training.step(100)
+    first = training.forward(100)
+    assert training.auto.on_host == (on_host is True)
+    second = training.forward(100)
+    assert training.auto.on_host == (on_host is not False) and not any(recording.kinds for recording in second)
+    training.backward(second)
+    training.backward(first)
+    assert side(training, 100) == (on_host is not False, [F, F, F])
+    assert ("inputs and attention on the host" in training.told[-1]) == (on_host is not False)
 
 
 def test_several_forwards_before_a_backward_keep_nothing(monkeypatch):
@@ -222,9 +353,9 @@ def test_several_forwards_before_a_backward_keep_nothing(monkeypatch):
 
 
 def test_where_nothing_is_known_of_memory_nothing_is_kept(monkeypatch):
-    training = Training(None, monkeypatch)
+    training = Training(None, monkeypatch, on_host=None)
     for _ in range(MEASURED + 1):
-        assert training.step(100) == [F, F, F]
+        assert side(training, 100) == (HERE, [F, F, F])
     assert training.told == ["nothing kept: nothing is known of the memory of cpu; say recompute.keep_mb"]
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ds_fused
-from ds_fused.modules import offload
+from ds_fused.modules import allotment, offload
+from ds_fused.modules.allotment import MEASURED, SHARE
 from ds_fused.modules.offload import OnHost
 from tests.policies.test_recompute import (
     MODELS,
@@ -160,6 +161,118 @@ def test_two_forwards_before_their_backwards():
     assert waiting() == []
 
 
+class Card:
+    """Memory of which nothing is needed beside what is kept."""
+
+    def __init__(self) -> None:
+        self.room = 2**40
+
+    def available(self) -> float:
+        return self.room / SHARE
+
+    def held(self) -> int:
+        return 0
+
+    peak = troubles = held
+
+    def forget_peak(self) -> None:
+        pass
+
+
+@pytest.fixture
+def card(monkeypatch) -> Card:
+    made = Card()
+    monkeypatch.setattr(allotment, "memory_of", lambda _: made)
+    return made
+
+
+@pytest.fixture
+def copies(monkeypatch) -> list[torch.Size]:
+    """Of what was sent to the host."""
+    made: list[torch.Size] = []
+    in_memory = offload._on_host
+    monkeypatch.setattr(offload, "_on_host", lambda x: made.append(x.shape) or in_memory(x))
+    return made
+
+
+class Late(offload.Lane):
+    """Copies when somebody waits for it, and no sooner; until then nothing of it is there."""
+
+    def copy(self, into: list[Tensor], sources: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        for target in into:
+            if target.is_floating_point():
+                target.fill_(float("nan"))
+        return list(zip(into, sources, strict=True))
+
+    def wait(self, event: list[tuple[Tensor, Tensor]]) -> None:
+        for target, source in event:
+            target.copy_(source)
+        event.clear()
+
+
+FIT = {"level": "fit", "offload": "fit"}
+
+
+@pytest.mark.parametrize("name", ["llama", "dropout in attention", "experts"])
+def test_as_memory_allows_it_is_stock_to_the_last_bit(name, card, copies, monkeypatch):
+    monkeypatch.setattr(offload, "Lane", Late)
+    model = checkpointed(MODELS[name]())
+    long = batch()
+    short = {key: value[:, :6] for key, value in long.items()}
+    stock = [step(model, given=given)[0] for given in (long, short)]
+    report = ds_fused.apply(model, {}, recompute=FIT)
+    allotted = report.claims[0].allotment
+
+    def sent(given: dict[str, Tensor]) -> int:
+        """By the forward of a step."""
+        copies.clear()
+        assert_same(step(model, given=given)[0], stock[given is short])
+        return len(copies)
+
+    for _ in range(MEASURED + 1):
+        assert sent(long) == 0
+    assert f"products of {LAYERS} of {LAYERS} layers kept" in str(report) and "on the host" not in str(report)
+    # room for what three quarters of the tokens keep
+    card.room = 0.75 * long["input_ids"].numel() * sum(allotted._attention + allotted._matmuls)
+    # inputs, and of attention its output and the sums; with dropout nothing is kept of this
+    of_long = LAYERS * (1 if "dropout" in name else 3)
+    assert sent(long) == of_long  # measured
+    for given in (long, short, long, short, short, long):
+        assert sent(given) == (of_long if given is long else 0)
+        assert ("inputs and attention on the host" in str(report)) == (given is long)
+        with torch.no_grad():
+            assert model(**given).loss.isfinite()
+    assert waiting() == []
+    # the memory of others is free again
+    card.room = 2**40
+    assert sent(long) == 0
+
+
+def test_of_two_forwards_the_second_waits_on_the_host(card, copies):
+    model = checkpointed(LLAMA.make())
+    given = batch()
+
+    def gradients() -> tuple[list[Tensor], list[int]]:
+        model.zero_grad()
+        copies.clear()
+        first = model(**given).loss
+        sent = [len(copies)]
+        second = 2 * model(**given).loss
+        sent.append(len(copies))
+        first.backward()
+        second.backward()
+        return [p.grad.clone() for p in model.parameters()], sent
+
+    stock, _ = gradients()
+    ds_fused.apply(model, {}, recompute=FIT)
+    for _ in range(MEASURED + 1):
+        step(model)
+    for sent in ([0, LAYERS], [LAYERS, 2 * LAYERS]):
+        assert (found := gradients())[1] == sent
+        assert_same(found[0], stock)
+    assert waiting() == []
+
+
 def test_lora_and_frozen_embeddings():
     peft = pytest.importorskip("peft")
     model = checkpointed(peft.get_peft_model(LLAMA.make(), peft.LoraConfig(target_modules=["q_proj", "down_proj"])))
@@ -180,6 +293,15 @@ def test_layers_of_two_stacks_that_return_tuples():
     report = ds_fused.apply(model, {}, recompute=OFFLOAD)
     assert sorted(len(claim.paths) for claim in report.claims) == [2, 2]
     assert_same(step(model, given=given)[0], stock)
+    report.restore()
+    # room is made in one stack
+    report = ds_fused.apply(model, {}, recompute={"keep_mb": 1, "offload": "auto"})
+    (claim,) = report.claims
+    for room, on_host in ((2**20, False), (1, True), (2**20, False)):
+        claim.allotment._keep_bytes = room
+        for _ in range(2):
+            assert_same(step(model, given=given)[0], stock)
+        assert claim.allotment.on_host == on_host
 
 
 @pytest.mark.parametrize(
@@ -292,6 +414,29 @@ def test_without_gradients_nothing_leaves():
         kept = model(**given).loss
     assert waiting() == [] and kept.isfinite()
     assert_same(step(uncheckpointed(model))[0], step(model)[0])
+
+
+@pytest.mark.gpu
+def test_forwards_on_the_device_and_on_the_host_by_turns_on_a_gpu(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8}
+        model = checkpointed(LLAMA.make(torch.bfloat16, **sizes).cuda())
+        ids = torch.randint(3, 128, (4, 1024), device="cuda")
+        given = {"input_ids": ids, "labels": ids}
+        stock, _ = step(model, given=given)
+        report = ds_fused.apply(model, {}, recompute={"keep_mb": 1, "offload": "auto"})
+        allotted, found = report.claims[0].allotment, []
+        # one after the other without waiting for the device; 2**26: for one or two layers' products
+        for keep_bytes in (0, 0, 2**40, 0, 2**40, 2**26, 2**26, 0, 2**40):
+            allotted._keep_bytes = keep_bytes
+            found.append((step(model, given=given)[0], allotted.on_host))
+        for gradients, _ in found:
+            assert_same(gradients, stock)
+        assert [on_host for _, on_host in found[1:]] == [True, False, True, False, True, True, True, False]
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.gpu

@@ -502,6 +502,8 @@ def test_only_the_largest_stack_makes_room():
         ({"level": "matmuls"}, Recomputing("matmuls")),
         ({"offload": True}, Recomputing("full", None, True)),
         ({"keep_mb": 0, "offload": True}, Recomputing("auto", 0, True)),
+        ({"level": "fit", "offload": "fit"}, Recomputing("auto", None, "auto")),
+        ({"keep_mb": 7, "offload": "auto"}, Recomputing("auto", 7, "auto")),
     ],
 )
 def test_values(given, wanted):
@@ -516,7 +518,11 @@ def test_values(given, wanted):
         ({"kept": 1}, "unknown key 'kept'; known keys: level, keep_mb, offload"),
         ({"keep_mb": -1}, "recompute.keep_mb must be an integer, at least 0, got -1"),
         ({"keep_mb": 1.5}, "got 1.5"),
-        ({"offload": 1}, "recompute.offload must be true or false, got 1"),
+        ({"offload": 1}, 'recompute.offload must be true or false or "auto" or "fit", got 1'),
+        ({"offload": "host"}, "recompute.offload must be true or .*, got 'host'"),
+        ({"offload": "auto"}, "recompute.offload 'auto' goes by the room that level \"auto\" finds, .* level 'full'"),
+        ({"level": "matmuls", "offload": "fit"}, "recompute.offload 'fit' goes by the room .* level 'matmuls'"),
+        ({"level": "fit", "keep_mb": 0, "offload": "fit"}, "'fit' goes by the room .* got it with keep_mb 0"),
         ({"level": "full", "keep_mb": 1}, "is for the level \"auto\", got it with 'full'"),
     ],
 )

@@ -24,6 +24,7 @@ from transformers import LlamaForCausalLM
 
 import ds_fused
 from ds_fused.engine.config import OP_OPTIONS
+from ds_fused.modules.recompute import Recompute
 
 STEPS = 4
 # what each rank keeps
@@ -33,7 +34,10 @@ LEVELS = {
     "different": ("matmuls", "full"),
     "less": ("attention", {"keep_mb": 1}),
     "offload": ({"offload": True}, {"level": "attention", "offload": True}),
+    "room": ({"keep_mb": 1, "offload": "auto"}, {"keep_mb": 1, "offload": "auto"}),
 }
+# case -> MiB that each rank has for what it keeps, past what its level says: too little for all on the second
+ROOM = {"room": (1, 0)}
 BLOCK = dict.fromkeys(OP_OPTIONS, False) | {"enabled": True, "recompute": {"keep_mb": 1}}
 
 
@@ -53,7 +57,7 @@ class Watching(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def engine_of(init: bool, recompute: object, block: dict | None) -> deepspeed.DeepSpeedEngine:
+def engine_of(init: bool, recompute: object, block: dict | None, room: int | None) -> deepspeed.DeepSpeedEngine:
     config = {
         "train_micro_batch_size_per_gpu": products.ROWS,
         # so small a model would be gathered once, as a whole
@@ -74,15 +78,17 @@ def engine_of(init: bool, recompute: object, block: dict | None) -> deepspeed.De
             if weight.numel():
                 weight.copy_(weights[name])
     model.gradient_checkpointing_enable()
-    ds_fused.apply(model, {}, recompute=recompute)
+    report = ds_fused.apply(model, {}, recompute=recompute)
+    if room is not None:
+        report.claims[0].allotment._keep_bytes = room * 2**20
     if block is not None:
         config["ds_fused"] = block
     optimizer = torch.optim.SGD(model.parameters(), lr=products.LEARNING_RATE["sgd"])
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
-def train(init: bool, recompute: object, block: dict | None = None) -> dict:
-    engine = engine_of(init, recompute, block)
+def train(init: bool, recompute: object, block: dict | None = None, room: int | None = None) -> dict:
+    engine = engine_of(init, recompute, block, room)
     losses, norms = [], []
     for (micro_batch,) in jobs.batches(1, STEPS):
         ids, labels = micro_batch[dist.get_rank()]
@@ -96,6 +102,8 @@ def train(init: bool, recompute: object, block: dict | None = None) -> dict:
         losses.append(loss.item())
         norms.append(float(engine.get_global_grad_norm()))
     found = {"losses": losses, "norms": norms, "collectives": watching.collectives, "products": watching.products}
+    if room is not None:
+        found["on_host"] = next(m for m in engine.module.modules() if isinstance(m, Recompute)).fused_allotment.on_host
     if block is not None:
         found["report"] = str(engine.ds_fused_report)
     engine.destroy()
@@ -106,7 +114,7 @@ def main(out: Path) -> None:
     rank = dist.get_rank()
     # zero.Init puts a linear of its own into torch, for good: those without it come first
     found = {
-        f"{'init' if init else 'plain'} {name}": train(init, levels[rank])
+        f"{'init' if init else 'plain'} {name}": train(init, levels[rank], room=ROOM.get(name, (None, None))[rank])
         for init in (False, True)
         for name, levels in LEVELS.items()
     }

@@ -25,7 +25,7 @@ def test_steps_are_stock_to_the_last_bit(ranks, way):
     for found in ranks:
         stock = found[f"{way} stock"]
         assert len(set(stock["losses"])) == len(stock["losses"]) and min(stock["norms"]) > 0
-        for name in ("same", "different", "less", "offload"):
+        for name in ("same", "different", "less", "offload", "room"):
             assert [found[f"{way} {name}"][what] for what in ("losses", "norms")] == [stock["losses"], stock["norms"]]
 
 
@@ -36,8 +36,15 @@ def test_collectives_are_those_of_stock_in_their_order(ranks, way):
         # every layer's weights are gathered in forward and in backward, and gradients leave
         assert sum("allgather" in line for line in stock) >= 2 * LAYERS
         assert any("reduce_scatter" in line for line in stock)
-        for name in ("same", "different", "less", "offload"):
+        for name in ("same", "different", "less", "offload", "room"):
             assert found[f"{way} {name}"]["collectives"] == stock
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_rank_goes_by_its_own_room(ranks, way):
+    assert [found[f"{way} room"]["on_host"] for found in ranks] == [False, True]
+    saved = [found[f"{way} stock"]["products"] - found[f"{way} room"]["products"] for found in ranks]
+    assert saved == [7 * LAYERS, LAYERS]
 
 
 def test_products_that_are_kept_are_not_computed_again(ranks):
