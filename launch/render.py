@@ -20,6 +20,7 @@ from launch.schema import Cluster, Run
 HERE = Path(__file__).resolve().parent
 TRAIN = str(HERE / "train.py")
 PREFLIGHT = str(HERE / "preflight.py")
+REPORT = str(HERE / "report.py")
 # any fixed one, the same on every node; DeepSpeed's and PyTorch's default
 PORT = 29500
 
