@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_an_interrupt_gives_the_command_time_and_then_ends_it(tmp_path, monkeypa
 
     def interrupt() -> None:
         while not (tmp_path / "there").exists():
-            pass
+            time.sleep(0.01)
         # to this process alone: nobody tells the command
         os.kill(os.getpid(), signal.SIGINT)
 
