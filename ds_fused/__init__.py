@@ -34,6 +34,7 @@ _HOME = {
     "apply": "ds_fused.policies",
     "restore": "ds_fused.policies",
     "fuse_label_smoother": "ds_fused.modules.smoother",
+    "fuse_sft_loss": "ds_fused.modules.sft",
     "AutoModelForCausalLM": "ds_fused.auto_models",
     "AutoModelForSeq2SeqLM": "ds_fused.auto_models",
     "AutoModelForImageTextToText": "ds_fused.auto_models",

@@ -38,7 +38,10 @@ def main(argv: list[str]) -> None:
         os.execvp(target, sys.argv)
     autoload.watch("deepspeed", "ds_fused.engine.default_config")
     if how == "module":
-        # `python -m` has put the working directory on sys.path for us, where the user's module is looked up too
+        # `python -m` has put the working directory on sys.path for us, where the user's module is looked up too; where
+        # this file was started by its path, that is its folder
+        if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
+            sys.path[0] = os.getcwd()
         runpy.run_module(target, run_name="__main__", alter_sys=True)
     else:
         # as `python train.py` does

@@ -23,7 +23,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from launch import environment
+from launch import environment, report
 from launch.check import check, missing_paths, refuse_secrets, refuse_secrets_typed, typed
 from launch.clusters import KINDS
 from launch.real_data import CACHE, FETCH
@@ -31,6 +31,9 @@ from launch.render import Host, Rendered, record
 from launch.schema import Run
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
+
+# what a command may take to end its ranks, on this machine and on others
+SECONDS_TO_END = 30
 
 OmegaConf.register_new_resolver("cached", lambda name: str(CACHE / name), replace=True)
 
@@ -113,6 +116,21 @@ def write(run: Run, rendered: Rendered) -> None:
     environment.write(folder, "launching")
 
 
+def ended(command: list[str], **options: object) -> int:
+    """Run it to its end."""
+    process = subprocess.Popen(command, **options)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        # the terminal has told the command, too: killed now, it would leave ranks on other machines
+        try:
+            process.wait(SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait()
+        raise
+
+
 def start(run: Run, rendered: Rendered, lock: IO[str]) -> int:
     for group in (run.model, run.data):
         if group.fetch:
@@ -120,10 +138,24 @@ def start(run: Run, rendered: Rendered, lock: IO[str]) -> int:
     # a command that outlives this process keeps the folder
     options = {"env": {**os.environ, **rendered.env}, "pass_fds": [lock.fileno()]}
     for command in rendered.preflight:
-        if status := subprocess.run(command, **options).returncode:
+        if status := ended(command, **options):
             print("launch: the preflight failed, so nothing was started", file=sys.stderr)
             return status
-    return subprocess.run(rendered.command, **options).returncode
+    return ended(rendered.command, **options)
+
+
+def followed(run: Run, rendered: Rendered, lock: IO[str]) -> int:
+    """Start it; where no rank could say on report.html how the run ended, it is said here."""
+    folder = Path(run.folder)
+    report.write(folder, "starting")
+    try:
+        status = start(run, rendered, lock)
+    except KeyboardInterrupt:
+        report.finish(folder, "interrupted")
+        raise
+    if status:
+        report.finish(folder, report.failed(status))
+    return status
 
 
 def show(run: Run, rendered: Rendered) -> None:
@@ -152,7 +184,7 @@ def main(composed: DictConfig) -> None:
             print(shown(rendered), flush=True)
             if run.dry_run:
                 show(run, rendered)
-            elif start(run, rendered, lock):
+            elif followed(run, rendered, lock):
                 failed.append(run.folder)
     except ValueError as error:
         print(f"launch: {error}", file=sys.stderr)

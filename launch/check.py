@@ -33,6 +33,7 @@ LEAST = {
     "cluster.cpus": 1,
     "cluster.notice": 1,
     "cluster.restarts": 0,
+    "cluster.wait_s": 1,
 }
 
 

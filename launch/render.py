@@ -20,6 +20,8 @@ from launch.schema import Cluster, Run
 HERE = Path(__file__).resolve().parent
 TRAIN = str(HERE / "train.py")
 PREFLIGHT = str(HERE / "preflight.py")
+REPORT = str(HERE / "report.py")
+ROLL_CALL = str(HERE / "roll_call.py")
 # any fixed one, the same on every node; DeepSpeed's and PyTorch's default
 PORT = 29500
 

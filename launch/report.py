@@ -1,6 +1,7 @@
 """report.html of a run's folder: one page without scripts or links, written anew as the run goes.
 
-python launch/report.py FOLDER   writes it again from what the folder holds
+python launch/report.py FOLDER            writes it again from what the folder holds
+python launch/report.py FOLDER STATUS     says that the run has ended with this exit status, where no rank could say it
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import signal
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,6 +43,9 @@ pre { background: light-dark(#f5f6f8, #1f242a); padding: .8em; overflow-x: auto;
 """
 # tell apart on light and on dark, and for the colour-blind
 COLOURS = ("#3b82c4", "#d9730d", "#2f9e6e", "#b5539c", "#b59a00", "#6f6fd8", "#c94f4f", "#4aa3b5")
+
+# on a page whose run goes on
+REFRESH = f'<meta http-equiv="refresh" content="{SECONDS_BETWEEN}">'
 
 Points = list[tuple[float, float]]
 
@@ -76,9 +81,25 @@ def write(folder: Path, state: str) -> None:
     aside.replace(folder / "report.html")
 
 
+def finish(folder: Path, state: str) -> None:
+    """The last word on a run, where its ranks have not said theirs: a rank that was killed can't."""
+    shown = folder / "report.html"
+    if not shown.exists() or REFRESH in shown.read_text(encoding="utf-8"):
+        write(folder, state)
+
+
+def failed(status: int) -> str:
+    """How a command failed. A signal n comes as -n, from DeepSpeed's launcher as 256 - n, from a shell as 128 + n."""
+    number = -status if status < 0 else 256 - status if status > 192 else status - 128
+    # 255 is ssh's own failure
+    if status != 255 and number in {member.value for member in signal.Signals}:
+        return f"failed: {signal.Signals(number).name} (exit status {status})"
+    return f"failed: exit status {status}"
+
+
 def page(name: str, state: str, rows: Sequence[Mapping], layers: str, documents: Mapping[str, str]) -> str:
     """The whole page; a pure function."""
-    refresh = f'<meta http-equiv="refresh" content="{SECONDS_BETWEEN}">' if state == "running" else ""
+    refresh = REFRESH if state in ("starting", "running") else ""
     charts = [
         chart("Loss", {"training": curve(rows, "loss"), "held out": curve(rows, "held_out_loss")}),
         chart("Tokens per second", {"all ranks": curve(rows, "tokens_per_s")}, floor=0),
@@ -200,4 +221,7 @@ def chart(title: str, lines: Mapping[str, Points], floor: float | None = None) -
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), state="as of now")
+    if len(sys.argv) == 3:
+        finish(Path(sys.argv[1]), failed(int(sys.argv[2])))
+    else:
+        write(Path(sys.argv[1]), state="as of now")

@@ -13,6 +13,8 @@ import os
 from types import FunctionType, ModuleType
 
 RUNNER = "ds_fused.run"
+# the same by its path
+RUNNER_FILE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "run.py")
 
 
 def hook(launcher: ModuleType) -> None:
@@ -72,5 +74,7 @@ def rewritten(args: argparse.Namespace) -> argparse.Namespace:
         return args
     how = ["--module"] if args.module else ["--no_python"] if args.no_python else []
     args.user_args = [*how, args.config, args.user_script, *args.user_args]
-    args.user_script, args.module, args.no_python = RUNNER, True, False
+    # for MPICH DeepSpeed puts `-m` ahead of a helper of its own as well, which is a path
+    args.module, args.no_python = args.launcher.lower() != "mpich", False
+    args.user_script = RUNNER if args.module else RUNNER_FILE
     return args

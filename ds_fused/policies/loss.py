@@ -239,7 +239,8 @@ def _why_not_loss(model: nn.Module) -> str | None:
         return "its forward takes no labels"
     library = _loss_of_another(model)
     if library is not None:
-        return f"{library} has patched its forward with a fused loss of its own"
+        remedy = "; of an SFTTrainer, ds_fused.fuse_sft_loss(trainer) takes it off" if library == "TRL" else ""
+        return f"{library} has patched its forward with a fused loss of its own{remedy}"
     if not _calls(model, "loss_function"):
         # itself, or by a layer of its own that is no model
         layers = [child for child in model.children() if not _has_loss_function(child)]

@@ -231,6 +231,7 @@ class SwapClaim:
         self.original = f"{self._cls.__module__}.{self._cls.__qualname__}"
 
     def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        # not remembered for the next apply: 1 ms on a CPU, and somebody may patch the class in between
         # what runs tile by tile is what is proven; its copies have stub children, whose weights no tile would know
         chosen = choose(self._kind, self._modules[0], self._ways, device, dtype)
         if isinstance(chosen, str):

@@ -136,7 +136,8 @@ def render(run: Run, host: Host) -> Rendered:
         deepspeed += ["--launcher", cluster.launcher]
         env["DS_ENV_FILE"] = at(run, "deepspeed_env")
     if cluster.launcher_args:
-        deepspeed += ["--launcher_args", cluster.launcher_args]
+        # in one word: an argument that begins as an option of DeepSpeed does would be taken for that
+        deepspeed.append(f"--launcher_args={cluster.launcher_args}")
     if on_cpu:
         # DeepSpeed on this machine asks it for devices too
         env["DS_ACCELERATOR"] = "cpu"

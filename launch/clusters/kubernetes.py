@@ -54,6 +54,7 @@ class Options(Cluster):
     memory: Optional[str] = None
     shared_memory: str = "16Gi"
     restarts: int = 3
+    wait_s: int = 300  # that the preflight waits for all pods to come
 
 
 def render(run: Run, host: Host) -> Rendered:
@@ -120,14 +121,30 @@ def pod_command(run: Run, name: str) -> str:
     """The line of shell of every pod."""
     cluster: Options = run.cluster
     torchrun = f"torchrun --nnodes {cluster.nodes} --nproc_per_node {cluster.ranks} --node_rank {node_rank(cluster)}"
+    port = count("port", cluster.port, PORT)
     if cluster.form == "pytorchjob":
-        torchrun += ' --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT"'
+        address, meets_at = '"$MASTER_ADDR"', '"$MASTER_PORT"'
+        names = f"{name}-master-0 {name}-worker-{{0..{cluster.nodes - 2}}}"
     else:
-        torchrun += f" --master_addr {name}-0.{name} --master_port {count('port', cluster.port, PORT)}"
+        address, meets_at = f"{name}-0.{name}", str(port)
+        names = f"{name}-{{0..{cluster.nodes - 1}}}"
+    torchrun += f" --master_addr {address} --master_port {meets_at}"
     _, *options = script_with_config(run)
-    train = f"{torchrun} {shlex.join([os.path.join(cluster.repo, 'launch/train.py'), *options, '--resume'])}"
-    preflight = f"{torchrun} {shlex.quote(os.path.join(cluster.repo, 'launch/preflight.py'))} && "
-    return (preflight if cluster.preflight else "") + train
+    train = f"{torchrun} {shlex.join([script(cluster, 'train.py'), *options, '--resume'])}"
+    if not cluster.preflight:
+        return train
+    preflight = f"{torchrun} --rdzv_conf timeout=55 {shlex.quote(script(cluster, 'preflight.py'))}"
+    if cluster.nodes == 1:
+        return f"{preflight} && {train}"
+    where = f"--address {address} --port {port + 1} --seconds {cluster.wait_s}"
+    call = f"python {shlex.quote(script(cluster, 'roll_call.py'))} --nodes {cluster.nodes} --node {node_rank(cluster)}"
+    # the pods' names are in braces, which the shell spells out
+    return f"{call} {where} --names {names} && {preflight} && {train}"
+
+
+def script(cluster: Options, name: str) -> str:
+    """A file of launch/ in the image."""
+    return os.path.join(cluster.repo, "launch", name)
 
 
 def pod(run: Run, name: str) -> dict:

@@ -12,7 +12,19 @@ import shlex
 from dataclasses import dataclass
 from typing import Optional
 
-from launch.render import PREFLIGHT, Host, Rendered, at, choice, count, exports, rank_env, refuse_spaces, train_script
+from launch.render import (
+    PREFLIGHT,
+    REPORT,
+    Host,
+    Rendered,
+    at,
+    choice,
+    count,
+    exports,
+    rank_env,
+    refuse_spaces,
+    train_script,
+)
 from launch.schema import Cluster, Run
 
 # ruff: noqa: UP045 (omegaconf knows Optional by this name)
@@ -45,11 +57,11 @@ def render(run: Run, host: Host) -> Rendered:
         env={},
         nodes={f"node {i}": f"SLURM_NODEID={i} {line}" for i in range(nodes)},
         ranks=nodes * ranks,
-        files={"job.sh": job_script(run, nodes, ranks, on_cpu), "node.sh": node_script(run, ranks, on_cpu, host)},
+        files={"job.sh": job_script(run, nodes, ranks, on_cpu, host), "node.sh": node_script(run, ranks, on_cpu, host)},
     )
 
 
-def job_script(run: Run, nodes: int, ranks: int, on_cpu: bool) -> str:
+def job_script(run: Run, nodes: int, ranks: int, on_cpu: bool, host: Host) -> str:
     """What sbatch gets: it runs on the job's first node."""
     cluster: Options = run.cluster
     given = {
@@ -66,6 +78,7 @@ def job_script(run: Run, nodes: int, ranks: int, on_cpu: bool) -> str:
     preflight = ""
     if cluster.preflight:
         preflight = f"{srun} {shlex.quote(PREFLIGHT)} --hostfile {hostfile} || exit 1\n"
+    say = shlex.join([os.path.join(host.bin, "python"), REPORT, run.folder])
     # srun doesn't take it from sbatch by itself
     cpus = f"export SRUN_CPUS_PER_TASK={cluster.cpus}\n" if cluster.cpus else ""
     again = f"""\
@@ -77,6 +90,12 @@ fi
     return f"""\
 #!/bin/bash
 {"".join(f"#SBATCH {line}" + chr(10) for line in lines)}\
+# where no rank could say on report.html how the run ended, this does
+ended() {{
+  local status=$?
+  [ $status -eq 0 ] || {say} $status
+}}
+trap ended EXIT
 rm -f {stopped}
 scontrol show hostnames "$SLURM_JOB_NODELIST" | sed 's/$/ slots={ranks}/' > {hostfile}
 export MASTER_ADDR=$(head -n 1 {hostfile} | cut -d ' ' -f 1)

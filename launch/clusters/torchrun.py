@@ -13,7 +13,19 @@ import os
 import shlex
 from dataclasses import dataclass
 
-from launch.render import PORT, PREFLIGHT, Host, Rendered, at, choice, count, exports, rank_env, script_with_config
+from launch.render import (
+    PORT,
+    PREFLIGHT,
+    ROLL_CALL,
+    Host,
+    Rendered,
+    at,
+    choice,
+    count,
+    exports,
+    rank_env,
+    script_with_config,
+)
 from launch.schema import Cluster, Run
 
 
@@ -22,6 +34,7 @@ class Options(Cluster):
     nodes: int = 1
     address: str = "auto"
     rendezvous: str = "static"
+    wait_s: int = 60  # that the preflight waits for all nodes to come
 
 
 def render(run: Run, host: Host) -> Rendered:
@@ -54,9 +67,14 @@ def node_script(run: Run, host: Host, address: str, port: int, ranks: int, env: 
         command += f" --rdzv_backend c10d --rdzv_endpoint {shlex.quote(address)}:{port} --rdzv_id {job}"
     preflight = ""
     if cluster.preflight:
-        # left to itself torchrun waits a quarter of an hour for a node
+        # left to itself torchrun waits a quarter of an hour for a node, and then can't say which
         waits = f"--rdzv_conf {'timeout' if cluster.rendezvous == 'static' else 'join_timeout'}=55"
-        preflight = f"{command} {waits} {shlex.quote(PREFLIGHT)} || exit 1\n"
+        if cluster.nodes > 1:
+            where = f"--address {shlex.quote(address)} --port {port + 1} --seconds {cluster.wait_s}"
+            number = ' --node "$1"' if cluster.rendezvous == "static" else ""
+            python = shlex.quote(os.path.join(host.bin, "python"))
+            preflight = f"{python} {shlex.quote(ROLL_CALL)} --nodes {cluster.nodes}{number} {where} || exit 1\n"
+        preflight += f"{command} {waits} {shlex.quote(PREFLIGHT)} || exit 1\n"
     return f"""\
 #!/bin/bash
 # runs on every node{", with the number of the node" if cluster.rendezvous == "static" else ""}

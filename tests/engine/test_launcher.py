@@ -1,5 +1,6 @@
 """`deepspeed --config FILE script`: the launcher's command line, what the ranks run, and whose config wins."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -110,6 +111,18 @@ def test_no_python(command, config: Path):
     words = command("--config", config, "--no_python", "./run.sh", "a b")
     assert words[-5:] == ["ds_fused.run", "--no_python", str(config), "./run.sh", "a b"]
     assert words.count("--no_python") == 1
+
+
+# whose helper DeepSpeed starts in the way that the script asks for, and it is a path
+def test_mpich_is_given_a_path(config: Path, tmp_path: Path):
+    from ds_fused.engine.launcher import rewritten
+
+    (tmp_path / "own.py").write_text("import sys; print(sys.path[0], sys.argv[1:])")
+    target = {"user_script": "own", "user_args": ["-x"], "module": True, "no_python": False}
+    args = rewritten(argparse.Namespace(config=str(config), launcher="mpich", **target))
+    assert not args.module and not args.no_python
+    ended = start([sys.executable, args.user_script, *args.user_args], cwd=tmp_path, PYTHONPATH=str(REPO))
+    assert (ended.status, ended.output) == (0, f"{tmp_path} ['-x']\n")
 
 
 def test_the_path_becomes_absolute(command, config: Path, monkeypatch: pytest.MonkeyPatch):

@@ -100,10 +100,11 @@ def test_two_pods_train_as_two_local_ranks_do(form, two_hosts, tmp_path, tiny_mo
 
     def run(pod):
         host, own = pod
-        return start(host.inside(container["command"]), **env, **own)
+        # started again it would not find the other one
+        return start(host.inside(container["command"]), attempts=1, **env, **own)
 
     with ThreadPoolExecutor() as pool:
         first, second = pool.map(run, zip(two_hosts, pods_of(form), strict=True))
-    assert first.status == second.status == 0, first.output + second.output
+    assert all(e.status == 0 or e.aborted_at_its_end for e in (first, second)), first.output + second.output
     assert "preflight: all-reduce over 2 ranks" in first.output
     assert runs.losses(folder) == pytest.approx(runs.losses(local_run), rel=1e-6)

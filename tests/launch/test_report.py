@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -111,6 +112,35 @@ def test_it_is_made_of_what_the_folder_holds(tmp_path):
     shown = (folder / "report.html").read_text()
     assert "5.5000 → 1.6000" in shown and "seed: 3" in shown and ">2.00 GB<" in shown
     assert not (folder / ".report.html").exists()
+
+
+# what is left of a run whose rank 0 was killed: a page that says it is running
+def test_the_last_word_is_said_where_no_rank_could(tmp_path):
+    folder = written_run(tmp_path / "run", 3, ROWS)
+    for before in ("starting", "running", "ended", "failed"):
+        report.write(folder, before)
+        report.finish(folder, "failed: a")
+        after = before if before in ("ended", "failed") else "failed: a"
+        assert f'<p class="quiet">{after}, ' in (folder / "report.html").read_text(), before
+    (folder / "report.html").unlink()
+    assert subprocess.run([sys.executable, report.__file__, folder, "137"]).returncode == 0
+    shown = (folder / "report.html").read_text()
+    assert '<p class="quiet">failed: SIGKILL (exit status 137), ' in shown and "http-equiv" not in shown
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (-9, "failed: SIGKILL (exit status -9)"),  # the command itself
+        (247, "failed: SIGKILL (exit status 247)"),  # DeepSpeed's launcher
+        (143, "failed: SIGTERM (exit status 143)"),  # a shell
+        (255, "failed: exit status 255"),  # ssh's own
+        (1, "failed: exit status 1"),
+        (128, "failed: exit status 128"),
+    ],
+)
+def test_an_exit_status_in_words(status, words):
+    assert report.failed(status) == words
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

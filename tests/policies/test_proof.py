@@ -19,7 +19,7 @@ import ds_fused
 from ds_fused.modules.attention import exchanged
 from ds_fused.modules.rotary import Turn, fused_rotary
 from ds_fused.policies import loss, plan
-from ds_fused.policies.kinds import Way, choose, find, ropes
+from ds_fused.policies.kinds import Way, choose, find, kind, ropes
 from ds_fused.policies.report import Claim
 from tests.policies.tiny import LAYER_KEYS, LLAMA, NAMED, classes, counts
 
@@ -524,6 +524,33 @@ def test_once_for_each_class(monkeypatch: pytest.MonkeyPatch) -> None:
     model.extra = nn.ModuleList([nn.LayerNorm(32), nn.LayerNorm(32), nn.LayerNorm(32, eps=1e-3)])
     ds_fused.apply(model, LAYER_KEYS)
     assert sorted(seen) == ["LayerNorm", "LayerNorm", "LlamaAttention", "LlamaMLP", "LlamaRMSNorm"]
+
+
+# an exchange of functions (rope's, the loss) is known by the functions, which another apply finds proven; a layer is
+# compared again, in a millisecond: what its class does may be another thing since, as after Liger has patched it
+def test_what_another_apply_compares(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[str] = []
+    for home in (ropes, loss, kind):
+        real, name = home.compare, home.__name__.rpartition(".")[2]
+        monkeypatch.setattr(home, "compare", lambda *a, _n=name, _r=real, **k: compared.append(_n) or _r(*a, **k))
+
+    def applied(dtype: torch.dtype) -> set[str]:
+        compared.clear()
+        report = ds_fused.apply(LLAMA.make(dtype), **dict.fromkeys(LAYER_KEYS, True))
+        assert {claim.key for claim in report.claims} >= {"rms_norm", "rope", "swiglu", loss.LINEAR, loss.REAL}
+        return set(compared)
+
+    for cached in (ropes._prove_function, loss._linear_differs, loss._real_differs):
+        cached.cache_clear()
+    assert applied(torch.float32) == {"ropes", "loss", "kind"}
+    assert applied(torch.float32) == {"kind"}
+    assert applied(torch.bfloat16) == {"ropes", "loss", "kind"}
+    assert applied(torch.float32) == applied(torch.bfloat16) == {"kind"}
+
+    stock = LlamaRMSNorm.forward
+    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: 2 * stock(self, x))
+    left = [row for row in ds_fused.apply(LLAMA.make()).left if row.what == "LlamaRMSNorm"]
+    assert len(left) == 1 and "differs" in left[0].reason
 
 
 # what it is decides the comparison, not the switch

@@ -93,11 +93,12 @@ def run(tmp_path_factory: pytest.TempPathFactory):
         return file
 
     def arguments_of(script: str, out: Path) -> list[str]:
-        if script not in ("hf_trainer", "trl_sft"):
+        models = {"hf_trainer": "--model", **dict.fromkeys(("trl_sft", "fused_sft"), "--model_name_or_path")}
+        if script not in models:
             return []
-        model = {"hf_trainer": "--model", "trl_sft": "--model_name_or_path"}[script]
+        model = models[script]
         more = {model: folder / "model", "--output_dir": out} | TRAINING
-        if script == "trl_sft":
+        if script in ("trl_sft", "fused_sft"):
             # SFTConfig's default is bf16, which without a GPU is refused
             more["--bf16"] = "false"
         return [str(word) for pair in more.items() for word in pair]
@@ -155,8 +156,21 @@ def test_a_head_in_slabs_equals_off(run, script):
     compare(script, off, on)
 
 
+@pytest.mark.all
+@pytest.mark.parametrize("mode", ["stream", "stationary"])
+def test_the_loss_of_an_sft_trainer_that_is_left_to_the_model(run, mode):
+    """Under ZeRO-3 TRL gathers the whole head for a loss of its own; the model's is had without."""
+    (off, _), (_, gathered) = run("trl_sft", 3, launchers_of("trl_sft", 3))
+    assert "TRL has patched its forward with a fused loss of its own" in gathered
+    on, output = run.once("fused_sft", 3, launchers_of("trl_sft", 3), True, mode)
+    assert ("its weight in 51 slabs" in output) == (mode == "stream") and "TRL has patched" not in output
+    # what it measures beside the loss is not logged
+    assert on.keys() == {"losses", "eval_losses"}
+    compare("fused_sft", {what: off[what] for what in on}, on)
+
+
 def compare(script: str, off: dict, on: dict) -> None:
-    assert on.keys() == off.keys() >= SCRIPTS[script]
+    assert on.keys() == off.keys() >= SCRIPTS.get(script, {"losses"})
     for what, values in off.items():
         # fp32, summed in another order, over at most 8 updates
         assert flat(on[what]) == pytest.approx(flat(values), rel=2e-5, abs=1e-7), what

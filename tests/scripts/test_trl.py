@@ -69,8 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return where
 
 
-def trained(folder: str, out: Path, use: str, prepare: Callable[[nn.Module], object]) -> tuple[dict, dict]:
-    """What was logged, by name, and the weights."""
+def trainer_of(folder: str, out: Path, use: str, prepare: Callable[[nn.Module], object]) -> trl.SFTTrainer:
     kind, data, settings, more = USES[use]
     home = import_module("trl.experimental.gkd") if kind == "GKD" else trl
     arguments = {
@@ -95,13 +94,17 @@ def trained(folder: str, out: Path, use: str, prepare: Callable[[nn.Module], obj
         prepare(more["teacher_model"])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = TEMPLATE
-    trainer = getattr(home, f"{kind}Trainer")(
+    return getattr(home, f"{kind}Trainer")(
         model=model,
         args=getattr(home, f"{kind}Config")(**arguments | settings),
         train_dataset=datasets.Dataset.from_dict(DATA[data]),
         processing_class=tokenizer,
         **more,
     )
+
+
+def trained(trainer: trl.SFTTrainer) -> tuple[dict, dict]:
+    """What was logged, by name, and the weights."""
     trainer.train()
     logged: dict[str, list[float]] = {}
     for row in trainer.state.log_history:
@@ -113,10 +116,50 @@ def trained(folder: str, out: Path, use: str, prepare: Callable[[nn.Module], obj
 
 @pytest.mark.parametrize("use", [use if use in QUICK else pytest.param(use, marks=pytest.mark.all) for use in USES])
 def test_trains_as_stock(use: str, folder: str, tmp_path: Path) -> None:
-    wanted, weights = trained(folder, tmp_path, use, lambda model: None)
-    found, ours = trained(folder, tmp_path, use, ds_fused.apply)
+    wanted, weights = trained(trainer_of(folder, tmp_path, use, lambda model: None))
+    found, ours = trained(trainer_of(folder, tmp_path, use, ds_fused.apply))
     assert found.keys() == wanted.keys() and len(wanted["loss"]) == 2
     for name, values in wanted.items():
         assert found[name] == pytest.approx(values, rel=1e-3, abs=1e-5), name
     for name, weight in weights.items():
         torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("use", ["packed", pytest.param("completion only", marks=pytest.mark.all)])
+def test_a_loss_that_is_left_to_the_model(use: str, folder: str, tmp_path: Path) -> None:
+    wanted, weights = trained(trainer_of(folder, tmp_path, use, lambda model: None))
+    trainer = trainer_of(folder, tmp_path, use, lambda model: None)
+    if "forward" not in vars(trainer.model):
+        pytest.skip("this TRL has no fused head")
+    left = [row.reason for row in ds_fused.apply(trainer.model).left if row.what.startswith("loss of ")]
+    assert len(left) == 1 and "TRL has patched its forward" in left[0] and "fuse_sft_loss(trainer)" in left[0]
+    ds_fused.restore(trainer.model)
+
+    ds_fused.fuse_sft_loss(trainer)
+    report = ds_fused.apply(trainer.model)
+    assert {"fused_linear_cross_entropy"} <= {claim.key for claim in report.claims}
+    found, ours = trained(trainer)
+    assert trainer.model.lm_head._ds_fused_scope.fused
+    assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-3)
+    assert wanted.keys() - found.keys() == {"entropy", "mean_token_accuracy", "num_tokens"}
+    for name, weight in weights.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_loss_that_is_not_the_models_is_named(folder: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="it takes an SFTTrainer of TRL, got a DPOTrainer"):
+        ds_fused.fuse_sft_loss(trainer_of(folder, tmp_path, "dpo", lambda model: None))
+    with pytest.raises(ValueError, match="smooths labels, for which there is fuse_label_smoother"):
+        ds_fused.fuse_sft_loss(trainer_of(folder, tmp_path, "smoothed", lambda model: None))
+    trainer = trainer_of(folder, tmp_path, "packed", lambda model: None)
+    trainer.args.loss_type = "dft"
+    with pytest.raises(ValueError, match="loss_type is 'dft'"):
+        ds_fused.fuse_sft_loss(trainer)
+    trainer.args.loss_type = "nll"
+    forward, compute_loss = trainer.model.forward, trainer.compute_loss
+    undo = ds_fused.fuse_sft_loss(trainer)
+    assert "forward" not in vars(trainer.model)
+    with pytest.raises(ValueError, match="TRL has put no forward of its own"):
+        ds_fused.fuse_sft_loss(trainer)
+    undo()
+    assert (trainer.model.forward, trainer.compute_loss) == (forward, compute_loss)

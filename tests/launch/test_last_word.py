@@ -1,0 +1,111 @@
+"""How a launched run ended stands on its page, also where no rank could say it: killed, interrupted, never started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import runs
+from launching import REPO, cpu_environment
+
+import launch.__main__ as entry
+from launch.render import Rendered
+from launch.schema import Run
+
+# a rank that is in the midst of its run
+RUNNING = f"""
+import os, pathlib, signal, sys, time
+sys.path.insert(0, {str(REPO / "launch")!r})
+import report
+report.write(pathlib.Path(sys.argv[1]), "running")
+"""
+
+
+def state(folder: Path) -> str:
+    return (folder / "report.html").read_text().partition('<p class="quiet">')[2].rpartition("</p>")[0].split(", ")[0]
+
+
+def followed(folder: Path, code: str, *preflight: list[str]) -> int:
+    run = Run(folder=str(folder))
+    command = [sys.executable, "-c", RUNNING + code, str(folder)]
+    with entry.held(run) as lock:
+        return entry.followed(run, Rendered(command, {}, {}, 1, preflight=[*preflight]), lock)
+
+
+def test_a_killed_rank(tmp_path):
+    assert followed(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)") == -signal.SIGKILL
+    assert state(tmp_path) == "failed: SIGKILL (exit status -9)"
+
+
+def test_what_a_rank_has_said_stays(tmp_path):
+    # it aborts as it goes, with all done
+    assert followed(tmp_path, 'report.write(pathlib.Path(sys.argv[1]), "ended"); os.abort()') == -signal.SIGABRT
+    assert state(tmp_path) == "ended"
+
+
+def test_a_failed_preflight(tmp_path):
+    assert followed(tmp_path, "", ["false"]) == 1
+    assert state(tmp_path) == "failed: exit status 1"
+
+
+def test_an_interrupt_gives_the_command_time_and_then_ends_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(entry, "SECONDS_TO_END", 0.1)
+    waits = "pathlib.Path(sys.argv[1], 'there').touch(); time.sleep(600)"
+
+    def interrupt() -> None:
+        while not (tmp_path / "there").exists():
+            time.sleep(0.01)
+        # to this process alone: nobody tells the command
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        followed(tmp_path, waits)
+    thread.join()
+    assert state(tmp_path) == "interrupted"
+
+
+@pytest.mark.all
+@pytest.mark.parametrize(
+    ("sends", "says"), [("SIGKILL", "failed: SIGKILL (exit status 247)"), ("SIGINT", "interrupted")]
+)
+def test_a_real_launch(sends, says, tmp_path, tiny_model, text):
+    """`kill -9` of rank 0, and Ctrl-C in the terminal of the launch, which reaches all that was started there."""
+    folder = tmp_path / "run"
+    words = [*runs.overrides(tiny_model, text, folder), "cluster.ranks=2", "train.steps=100000"]
+    command = [sys.executable, "-m", "launch", *words]
+    with (tmp_path / "output").open("w") as output:
+        job = subprocess.Popen(
+            command, env=cpu_environment(), cwd=REPO, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        assert runs.comes_to(3, folder, lambda: job.poll() is not None), (tmp_path / "output").read_text()
+        if sends == "SIGINT":
+            os.killpg(job.pid, signal.SIGINT)
+        else:
+            os.kill(rank_0(folder), signal.SIGKILL)
+        assert job.wait(120) != 0
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    assert state(folder) == says, (tmp_path / "output").read_text()
+
+
+def rank_0(folder: Path) -> int:
+    """The process that trains as rank 0 of this folder's run."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            variables = (process / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue  # it has ended meanwhile
+        if b"RANK=0" in variables and str(folder).encode() in words:
+            return int(process.name)
+    raise AssertionError(f"no rank 0 of {folder}")
