@@ -65,7 +65,10 @@ HEAD_OPTIONS: Mapping[str, Option] = MappingProxyType(
 # MLPs in tiles; off where it is not named
 TILED = "tiled_mlp"
 TILED_OPTIONS: Mapping[str, Option] = MappingProxyType(
-    {"tiles": Option(int, 8, "in how many tiles the tokens of an MLP run")}  # 8: not yet measured
+    {
+        "tiles": Option(int, 8, "in how many tiles the tokens of an MLP run"),  # 8: not yet measured
+        "least_tokens": Option(int, 1, "how many tokens a tile is worth while for: fewer than two such run whole"),
+    }
 )
 KEYS = (*SWITCHES, *CHOICES, TILED, RECOMPUTE, *OP_OPTIONS)
 
@@ -87,7 +90,7 @@ class Config:
     eval: str
     profile: str
     zero_sizes: str
-    tiles: int | None  # None: MLPs run whole
+    tiles: tuple[int, int] | None  # tiles, and how many tokens one has at least; None: MLPs run whole
     recompute: Recomputing
     wanted: Mapping[str, Mapping[str, object]]  # JSON key that is on -> the options given for its op
     head: Mapping[str, object]  # HEAD_OPTIONS, each with its value
@@ -146,15 +149,16 @@ def _options(key: str, value: object) -> dict[str, object] | None:
     return {name: _option(f"ds_fused.{key}.{name}", given, known[name]) for name, given in value.items()}
 
 
-def _tiles(value: object) -> int | None:
-    """The tiles of an MLP: the default for true, None for false."""
+def _tiles(value: object) -> tuple[int, int] | None:
+    """Of an MLP: the defaults for true, None for false."""
     options = _options(TILED, value)
     if options is None:
         return None
-    tiles = options.get("tiles", TILED_OPTIONS["tiles"].default)
-    if tiles < 1:
-        raise ValueError(f"ds_fused.{TILED}.tiles must be at least 1, got {tiles!r}")
-    return tiles
+    numbers = {name: options.get(name, option.default) for name, option in TILED_OPTIONS.items()}
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"ds_fused.{TILED}.{name} must be at least 1, got {number!r}")
+    return numbers["tiles"], numbers["least_tokens"]
 
 
 def _option(where: str, value: object, option: Option) -> object:

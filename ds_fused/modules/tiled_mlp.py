@@ -22,12 +22,17 @@ gathered once each way, as an untiled layer's. Otherwise each tile asks for them
 only when it has seen the order of layers.
 
 Random numbers and autocast are in a recomputed tile what they were before.
+
+Tiles save memory where they are long: their sums take 4 bytes a parameter, however few tokens there are. So `Tiles` may
+say for how many tokens one is worth while; a layer over fewer than two such runs as without this. That may be so on one
+rank and not on another, where the layer is a leaf module.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +44,22 @@ from ds_fused.modules.mlp import GatedMLP, PackedMLP
 from ds_fused.modules.summed import SummedLinears
 
 Layer = Callable[[Tensor], Tensor]
+
+
+class Tiles(NamedTuple):
+    """How a layer is cut."""
+
+    most: int
+    least_tokens: int = 1  # there are as many for each of them; but of 1, as many as there may be
+
+    def __str__(self) -> str:
+        if self.least_tokens == 1:
+            return f"{self.most} tiles"
+        return f"at most {self.most} tiles of at least {self.least_tokens} tokens"
+
+    def of(self, tokens: int) -> int:
+        """For so many tokens of this rank."""
+        return max(1, min(self.most, tokens // self.least_tokens)) if self.least_tokens > 1 else self.most
 
 
 def tiled(function: Layer, x: Tensor, tiles: int, parameters: Iterable[nn.Parameter]) -> Tensor:
@@ -225,12 +246,15 @@ class _Surroundings:
 class TiledMLP:
     """The original forward, or that of a mix-in between, tile by tile."""
 
-    fused_tiles: int
+    fused_tiles: Tiles
 
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
         (x,) = (*args, *named.values())  # hidden_states to some, x to others
+        tiles = self.fused_tiles.of(x.shape[:-1].numel())
+        if tiles == 1 < self.fused_tiles.most:
+            return super().forward(*args, **named)
         # not by name: under ZeRO-3 a look-up of a parameter gathers it
-        return tiled(super().forward, x, self.fused_tiles, self.parameters())
+        return tiled(super().forward, x, tiles, self.parameters())
 
 
 class TiledGatedMLP(TiledMLP, GatedMLP):

@@ -14,7 +14,7 @@ from torch import nn
 from ds_fused.modules import OPS
 from ds_fused.modules.scope import HeadWeight
 from ds_fused.modules.swap import fused_class, is_fused, owner_of, swap, unswap, why_not
-from ds_fused.modules.tiled_mlp import TILED
+from ds_fused.modules.tiled_mlp import TILED, Tiles
 from ds_fused.policies.arguments import check_choice, check_flags, check_model, check_wanted, place
 from ds_fused.policies.kinds import ACTIVATION, NORM, ROPE, Kind, Way, choose, find, qk_norms, unproven
 from ds_fused.policies.kinds.norms import rms_norms
@@ -50,7 +50,7 @@ def apply(
     logits: str = "defer",
     eval: str = "defer",
     weight: HeadWeight = HeadWeight(),  # noqa: B008 (frozen)
-    tiles: int | None = None,
+    tiles: int | tuple[int, int] | None = None,
     recompute: Recomputing | str | Mapping[str, object] = "full",
     agree: Callable[[dict], None] | None = None,
     **switches: object,
@@ -67,7 +67,8 @@ def apply(
     ``logits``: after a fused loss, "defer" computes them when they are read, "keep" in the forward as well.
     ``eval``: "defer" fuses the loss of an evaluation too, "stock" leaves evaluation alone.
     ``weight``: how the weight of a head is reached where it is sharded.
-    ``tiles``: in how many tiles of tokens replaced MLPs run, computed again in backward; whole where not given.
+    ``tiles``: in how many tiles of tokens replaced MLPs run, computed again in backward; whole where not given. A pair
+    says also how many tokens a tile has at least.
     ``recompute``: what layers keep under gradient checkpointing: "full", "attention", "matmuls", "auto", or an object,
     ``{"level": "auto", "keep_mb": 4096, "offload": True}``, the last for their inputs to wait in the host's memory
     (``"auto"``: where "keep_mb", or the memory, is too little for all that could be kept).
@@ -81,8 +82,7 @@ def apply(
     check_choice("eval", eval, ("defer", "stock"))
     device, dtype = place(model, device, dtype)
     keys = _keys(wanted, switches)
-    if tiles is not None and (type(tiles) is not int or tiles < 1):
-        raise ValueError(f"apply: tiles is {tiles!r}; it must be a whole number, at least 1")
+    tiles = _checked(tiles)
     if not isinstance(recompute, Recomputing):
         recompute = recomputing(recompute, "apply: recompute")
     # a layer has one class, and what is not computed again is worth more than a pass over its sum
@@ -120,7 +120,7 @@ def plan(
     logits: str = "defer",
     eval: str = "defer",
     weight: HeadWeight = HeadWeight(),  # noqa: B008 (frozen)
-    tiles: int | None = None,
+    tiles: Tiles | None = None,
 ) -> Plan:
     """All claims on a model and all that is left, with reasons. ``wanted``: JSON key that is on -> its options.
 
@@ -167,6 +167,15 @@ def plan(
     return Plan(claims, (*left_whole, *loss_left))
 
 
+def _checked(tiles: int | tuple[int, int] | None) -> Tiles | None:
+    if tiles is None:
+        return None
+    both = tiles if isinstance(tiles, tuple) else (tiles, 1)
+    if len(both) != 2 or not all(type(number) is int and number >= 1 for number in both):
+        raise ValueError(f"apply: tiles is {tiles!r}; it must be a whole number, at least 1, or a pair of such")
+    return Tiles(*both)
+
+
 def _ways(kind: Kind | None, module: nn.Module, wanted: Mapping[str, object]) -> Sequence[Way] | str:
     """The ways to replace a layer; or why it stays; () where none is wanted or nobody would expect one."""
     if kind is not None and kind.key is not None:
@@ -192,7 +201,7 @@ def _ways(kind: Kind | None, module: nn.Module, wanted: Mapping[str, object]) ->
 class SwapClaim:
     """Layers of one class, alike in all that the proof depends on, and the ways to replace them."""
 
-    def __init__(self, kind: Kind, ways: Sequence[Way], model: nn.Module, tiles: int | None = None) -> None:
+    def __init__(self, kind: Kind, ways: Sequence[Way], model: nn.Module, tiles: Tiles | None = None) -> None:
         self.paths: tuple[str, ...] = ()
         self.original = ""
         self._kind, self._ways, self._model, self._tiles = kind, tuple(ways), model, tiles
@@ -213,12 +222,12 @@ class SwapClaim:
         return self.way.key
 
     @property
-    def tiles(self) -> int | None:
+    def tiles(self) -> Tiles | None:
         return self._tiles if self.way.mixin in TILED else None
 
     @property
     def replacement(self) -> str:
-        return self.way.op if self.tiles is None else f"{self.way.op} in {self.tiles} tiles"
+        return self.way.op if self.tiles is None else f"{self.way.op} in {self.tiles}"
 
     @property
     def _mixin(self) -> type:

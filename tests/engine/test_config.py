@@ -54,10 +54,10 @@ def test_everything_can_be_said():
 
 def test_tiles():
     said = {value: parse({"enabled": True, "tiled_mlp": value}).tiles for value in (True, False)}
-    assert said == {True: 8, False: None}
+    assert said == {True: (8, 1), False: None}
     assert parse({"enabled": True}).tiles is None
-    assert parse({"enabled": True, "tiled_mlp": {}}).tiles == 8
-    assert parse({"enabled": True, "tiled_mlp": {"tiles": 3}}).tiles == 3
+    assert parse({"enabled": True, "tiled_mlp": {}}).tiles == (8, 1)
+    assert parse({"enabled": True, "tiled_mlp": {"tiles": 3, "least_tokens": 9}}).tiles == (3, 9)
 
 
 def test_recompute():
@@ -146,6 +146,7 @@ MALFORMED = [
     ({"enabled": True, "tiled_mlp": 4}, "ds_fused.tiled_mlp", "4 (int)", "true or false or an object of tiles"),
     ({"enabled": True, "tiled_mlp": {"tiles": 0}}, "ds_fused.tiled_mlp.tiles", "at least 1", "0"),
     ({"enabled": True, "tiled_mlp": {"tiles": 2.0}}, "ds_fused.tiled_mlp.tiles", "2.0 (float)", "an integer"),
+    ({"enabled": True, "tiled_mlp": {"least_tokens": 0}}, "ds_fused.tiled_mlp.least_tokens", "at least 1", "0"),
     ({"enabled": True, "tiled_mlp": {"shards": 2}}, "ds_fused.tiled_mlp", "'shards'", "known keys: tiles"),
     ({"enabled": True, "recompute": True}, "ds_fused.recompute", "True", '"fit" or an object of level, keep_mb'),
     ({"enabled": True, "recompute": "most"}, "ds_fused.recompute", "'most'", '"full" or "attention"'),

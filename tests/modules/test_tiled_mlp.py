@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ds_fused.modules.mlp import Gate, GatedMLP
 from ds_fused.modules.swap import swap, unswap
-from ds_fused.modules.tiled_mlp import TiledMLP, tiled
+from ds_fused.modules.tiled_mlp import TiledMLP, Tiles, tiled
 
 
 class MLP(nn.Module):
@@ -38,7 +38,7 @@ def mlp() -> MLP:
 
 def tile(module: nn.Module, tiles: int) -> nn.Module:
     made = copy.deepcopy(module)
-    swap(made, TiledMLP, fused_tiles=tiles)
+    swap(made, TiledMLP, fused_tiles=Tiles(tiles))
     return made
 
 
@@ -186,7 +186,7 @@ def test_over_a_fused_layer(mlp):
     x = torch.randn(2, 7, 6, requires_grad=True)
     fused = copy.deepcopy(mlp)
     children = ("gate_proj", "up_proj", "down_proj")
-    swap(fused, TiledGated, fused_tiles=3, fused_gate=Gate(), fused_children=children)
+    swap(fused, TiledGated, fused_tiles=Tiles(3), fused_gate=Gate(), fused_children=children)
     close(run(fused, x), run(mlp, x))
     assert not fused.rows  # the original's forward is not what ran
     unswap(fused)
@@ -252,3 +252,18 @@ def test_a_second_backward_is_another_one(mlp):
     once = [p.grad.clone() for p in fused.parameters()]
     y.backward()
     close([p.grad for p in fused.parameters()], [2 * g for g in once])
+
+
+def test_a_tile_has_so_many_tokens_at_least(mlp):
+    cut = copy.deepcopy(mlp)
+    swap(cut, TiledMLP, fused_tiles=Tiles(4, least_tokens=5))
+    tiles = {1: 1, 9: 1, 10: 2, 19: 3, 21: 4, 90: 4, 0: 1}
+    for tokens, n in tiles.items():
+        x = torch.randn(1, tokens, 6, requires_grad=True)
+        cut.rows.clear()
+        found, wanted = run(cut, x), run(mlp, x)
+        close(found, wanted)
+        # whole, it is what it is without this: one run, to the last bit
+        assert len(cut.rows) == (1 if n == 1 else 2 * n)
+        assert n > 1 or all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert str(cut.fused_tiles) == "at most 4 tiles of at least 5 tokens" and str(Tiles(4)) == "4 tiles"

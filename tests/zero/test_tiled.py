@@ -21,7 +21,10 @@ def ranks(tmp_path_factory) -> list[dict]:
 
 @pytest.mark.parametrize(
     "stage, way",
-    [("3", "tiled"), ("3", "leaf"), ("3", "json"), ("3", "nothing_kept"), ("2", "tiled"), ("2", "nothing_kept")],
+    [
+        *(("3", way) for way in ("tiled", "leaf", "json", "long_tiles", "nothing_kept")),
+        *(("2", way) for way in ("tiled", "nothing_kept")),
+    ],
 )
 def test_it_trains_as_stock(ranks, stage, way):
     for found in ranks:
@@ -35,7 +38,7 @@ def test_a_gradient_is_reduced_once_a_backward(ranks):
         stock = found["3"]["stock"]["counts"]
         assert sum("mlp" in name for name in stock) == 3 * products.SIZES["num_hidden_layers"]
         assert set(stock.values()) == {GAS * products.FEW_STEPS}
-        for way in ("tiled", "leaf", "json", "nothing_kept"):
+        for way in ("tiled", "leaf", "json", "long_tiles", "nothing_kept"):
             assert found["3"][way]["counts"] == stock
 
 
@@ -55,7 +58,14 @@ def test_the_json_key_tiles_mlps_and_has_them_gathered_once(ranks):
     for found in ranks:
         assert [(found["3"][way]["tiles"], found["3"][way]["leaf"]) for way in ("stock", "tiled", "leaf", "json")] == [
             (None, False),
-            (5, False),
-            (5, True),
-            (5, True),
+            ([5, 1], False),
+            ([5, 1], True),
+            ([5, 1], True),
         ]
+
+
+def test_a_rank_with_few_tokens_has_a_whole_mlp_beside_one_with_tiles(ranks):
+    n = GAS * products.FEW_STEPS
+    # of 24 rows and of 22; tiles run once more in backward
+    assert [found["3"]["long_tiles"]["runs"] for found in ranks] == [n * [2], n * [1]]
+    assert all(found["3"]["long_tiles"]["leaf"] for found in ranks)

@@ -27,7 +27,7 @@ from transformers import LlamaForCausalLM
 from ds_fused.engine.config import OP_OPTIONS
 from ds_fused.modules import summed
 from ds_fused.modules.swap import swap
-from ds_fused.modules.tiled_mlp import TiledMLP
+from ds_fused.modules.tiled_mlp import TiledMLP, Tiles
 
 TILES = 5  # of 24 rows, and of 22 on the other rank
 GAS = 2
@@ -35,6 +35,8 @@ GAS = 2
 
 # by the JSON, with nothing else on
 BLOCK = dict.fromkeys(OP_OPTIONS, False) | {"enabled": True, "swiglu": True, "tiled_mlp": {"tiles": TILES}}
+# two tiles on one rank, a whole MLP on the other
+LONG_TILES = BLOCK | {"tiled_mlp": {"tiles": TILES, "least_tokens": 12}}
 NOTHING_KEPT = BLOCK | {"recompute": {"level": "fit", "keep_mb": 0}}
 
 
@@ -50,7 +52,7 @@ def engine_of(
             weight.copy_(weights[name])
     if tiled:
         for layer in model.model.layers:
-            swap(layer.mlp, TiledMLP, fused_tiles=TILES)
+            swap(layer.mlp, TiledMLP, fused_tiles=Tiles(TILES))
     if leaf:
         set_z3_leaf_modules(model, [type(model.model.layers[0].mlp)])
     config = {
@@ -130,6 +132,7 @@ def train(stage: int, tiled: bool, leaf: bool = False, block: dict | None = None
 def main(out: Path) -> None:
     found = {stage: {"stock": train(stage, False), "tiled": train(stage, True)} for stage in (3, 2)}
     found[3] |= {"leaf": train(3, True, leaf=True), "json": train(3, False, block=BLOCK)}
+    found[3]["long_tiles"] = train(3, False, block=LONG_TILES)
     for way, block in {"again": BLOCK, "nothing_kept": NOTHING_KEPT}.items():
         with counting_sums() as shapes:
             found[3][way] = train(3, False, block=block, checkpointing=True)
