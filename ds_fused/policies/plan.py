@@ -68,7 +68,7 @@ def apply(
     ``eval``: "defer" fuses the loss of an evaluation too, "stock" leaves evaluation alone.
     ``weight``: how the weight of a head is reached where it is sharded.
     ``tiles``: in how many tiles of tokens replaced MLPs run, computed again in backward; whole where not given. A pair
-    says also how many tokens a tile has at least.
+    says also for how many tokens a tile is worth while: over fewer than two such, too, they run whole.
     ``recompute``: what layers keep under gradient checkpointing: "full", "attention", "matmuls", "auto", or an object,
     ``{"level": "auto", "keep_mb": 4096, "offload": True}``, the last for their inputs to wait in the host's memory
     (``"auto"``: where "keep_mb", or the memory, is too little for all that could be kept).
