@@ -3,24 +3,28 @@
     python launch/roll_call.py --nodes 4 --node 1 --address A --port P    this is node 1; node 0 is found at A
     python launch/roll_call.py --nodes 4 --address A --port P             nodes without numbers; one of them is A
 
-The node at the address keeps the roll. Where one is missing when the time is over, all that have come say who has and
-who has not, and end with status 1.
+The node at the address keeps the roll, and says every half minute who is missing; where that is the node itself, the
+others do. Where one is missing when the time is over, all that have come say who has and who has not, and end with
+status 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import platform
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 
 from torch.distributed import DistError, TCPStore
 
 # beyond the time itself: for the verdict to come, and to be read by all
 GRACE = 5.0
+# seconds between two lines of those who wait
+SAY_EVERY = 30.0
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -64,12 +68,18 @@ def verdict(nodes: int, came: Mapping[int, str], names: Sequence[str] | None, nu
 
 def keep_the_roll(store: TCPStore, options: argparse.Namespace) -> str:
     """Wait for all nodes, or for the time; say the verdict, and stay until it is read."""
-    ends = time.monotonic() + options.seconds
     came: dict[int, str] = {}
+
+    def wrong_after(seconds: float) -> str:
+        return verdict(options.nodes, dict(sorted(came.items())), options.names, options.node is not None, seconds)
+
+    ends, waiting = time.monotonic() + options.seconds, Waiting()
     while len(came) < options.nodes and time.monotonic() < ends:
-        came = {i: store.get(f"node/{i}").decode() for i in range(options.nodes) if store.check([f"node/{i}"])}
+        came |= {i: store.get(f"node/{i}").decode() for i in range(options.nodes) if store.check([f"node/{i}"])}
+        if len(came) < options.nodes:
+            waiting.say(wrong_after)
         time.sleep(0.1)
-    wrong = verdict(options.nodes, came, options.names, options.node is not None, options.seconds)
+    wrong = wrong_after(options.seconds)
     store.set("verdict", wrong)
     ends = time.monotonic() + GRACE
     while store.add("read", 0) < len(came) - 1 and time.monotonic() < ends:
@@ -77,13 +87,34 @@ def keep_the_roll(store: TCPStore, options: argparse.Namespace) -> str:
     return wrong
 
 
-def listens(address: str, port: int, seconds: float) -> bool:
+class Waiting:
+    """Says now and then what is waited for."""
+
+    def __init__(self) -> None:
+        self._began, self._said = time.monotonic(), 0
+
+    def say(self, what: Callable[[float], str]) -> None:
+        """``what``: of the seconds that have passed."""
+        seconds = int(time.monotonic() - self._began)
+        if seconds >= (self._said + 1) * SAY_EVERY:
+            self._said += 1
+            print(f"preflight: waits; {what(seconds)}", file=sys.stderr, flush=True)
+
+
+def nobody(options: argparse.Namespace, seconds: float) -> str:
+    who = "nobody" if options.node is None else f"{(options.names or ['node 0'])[0]} is missing: nobody"
+    return f"{who} listens at {options.address}:{options.port}; {platform.node()} has waited {seconds:g} s"
+
+
+def listens(options: argparse.Namespace) -> bool:
     """Whether somebody does there before the time is over; a store would fill the terminal while it tries."""
-    ends = time.monotonic() + seconds
+    ends, waiting = time.monotonic() + options.seconds, Waiting()
     while (left := ends - time.monotonic()) > 0:
         try:
-            socket.create_connection((address, port), timeout=left).close()
+            # a host that is not there answers nothing
+            socket.create_connection((options.address, options.port), timeout=min(left, SAY_EVERY)).close()
         except OSError:
+            waiting.say(functools.partial(nobody, options))
             time.sleep(0.2)
         else:
             return True
@@ -92,11 +123,9 @@ def listens(address: str, port: int, seconds: float) -> bool:
 
 def call(options: argparse.Namespace) -> str:
     """What is wrong, in one line; nothing where all have come."""
-    place = f"{options.address}:{options.port}"
     keeps = options.node == 0 or options.node is None and is_here(options.address)
-    if not keeps and not listens(options.address, options.port, options.seconds):
-        who = "nobody" if options.node is None else f"{(options.names or ['node 0'])[0]} is missing: nobody"
-        return f"{who} listens at {place}; {platform.node()} has waited {options.seconds:g} s"
+    if not keeps and not listens(options):
+        return nobody(options, options.seconds)
     try:
         store = TCPStore(
             options.address, options.port, is_master=keeps, wait_for_workers=False,
@@ -110,7 +139,7 @@ def call(options: argparse.Namespace) -> str:
         store.add("read", 1)
         return wrong
     except DistError as error:
-        return f"the roll of the nodes is kept at {place}, but: {str(error).splitlines()[0]}"
+        return f"the roll of the nodes is kept at {options.address}:{options.port}, but: {str(error).splitlines()[0]}"
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ from launching import REPO, Ended, free_port, start
 from test_clusters import rendered
 from test_two_hosts import launch_on
 
+from launch import roll_call
 from launch.roll_call import is_here, verdict
 
 HERE = platform.node()
@@ -49,6 +50,21 @@ def test_who_is_missing_is_said_by_all_that_have_come(present, seconds, says):
     for ended in called(4, *present, seconds=seconds):
         assert ended.status == 1
         assert re.sub(r"(127\.0\.0\.1):\d+", r"\1:PORT", ended.output) == f"preflight: {says}\n"
+
+
+@pytest.mark.parametrize(
+    ("node", "says"),
+    [
+        (0, f"missing after 1 s: node 1; there: node 0 ({HERE})"),
+        (1, f"node 0 is missing: nobody listens at 127.0.0.1:PORT; {HERE} has waited 1 s"),
+    ],
+)
+def test_who_is_missing_is_said_while_they_are_waited_for(node, says, monkeypatch, capfd):
+    monkeypatch.setattr(roll_call, "SAY_EVERY", 1.0)
+    port = free_port()
+    words = f"--nodes 2 --node {node} --address 127.0.0.1 --port {port} --seconds 1.9"
+    assert "1.9 s" in roll_call.call(roll_call.parse_options(words.split()))
+    assert capfd.readouterr().err == f"preflight: waits; {says.replace('PORT', str(port))}\n"
 
 
 def test_nodes_have_the_names_that_people_know():
