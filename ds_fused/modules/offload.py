@@ -23,10 +23,14 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ds_fused.modules.host_memory import available_bytes
+
 # bytes; to copy less costs more than it frees. Not yet measured
 SMALL = 2**16
 # bytes: PyTorch rounds pinned memory up to a power of two, so what is copied whole could take twice what it is
 PIECE = 2**26
+# bytes of the host's memory that are left to others
+LEFT = 2**30
 
 
 class Lane:
@@ -37,6 +41,25 @@ class Lane:
         self._module = torch.get_device_module(device)
         # a CPU has but one stream, which is none
         self._stream = self._module.Stream() if device.type == "cpu" else self._module.Stream(device)
+        # bytes on the host, now and at most
+        self._there = self._most = 0
+
+    def room(self, x: Tensor) -> list[Tensor]:
+        """Memory of the host for the pieces of x, which the device reads and writes without the host's help."""
+        there = self._there + x.nbytes
+        # what was pinned once PyTorch keeps for the next who asks, and waits for copies that still use it
+        left = available_bytes() if there > self._most else None
+        if left is not None and left < x.nbytes + LEFT:
+            raise _refusal(x, f"{left / 2**20:.4g} are left, of which {LEFT / 2**20:.4g} are for others")
+        try:
+            found = [torch.empty(len(piece), dtype=x.dtype, pin_memory=x.device.type != "cpu") for piece in _pieces(x)]
+        except RuntimeError as error:
+            raise _refusal(x, str(error)) from error
+        self._there, self._most = there, max(there, self._most)
+        return found
+
+    def free(self, nbytes: int) -> None:
+        self._there -= nbytes
 
     def copy(self, into: Sequence[Tensor], sources: Sequence[Tensor]) -> Any:
         """Copy, behind all that was asked of the device so far; the event that stands for the copies' end."""
@@ -69,7 +92,7 @@ class OnHost:
         self._watched, self._is_spoilt = unchanged, False
         self._was_taken = False
         self._shape, self._strides = self._x.shape, self._x.stride()
-        self._host = _on_host(self._x)
+        self._host = self._lane.room(self._x)
         self._moved = self._lane.copy(self._host, _pieces(self._x))
         group.members.append(weakref.ref(self))
 
@@ -102,8 +125,12 @@ class OnHost:
         return x
 
     def __del__(self) -> None:
-        # of a forward without a backward
-        if getattr(self, "_x", None) is not None:
+        if "_host" not in vars(self):
+            # there was no room
+            return
+        self._lane.free(sum(piece.nbytes for piece in self._host))
+        if self._x is not None:
+            # of a forward without a backward
             self._lane.hold(self._x)
 
 
@@ -193,6 +220,13 @@ def _take(packed: Tensor | OnHost) -> Tensor:
     return x
 
 
+def _refusal(x: Tensor, why: str) -> RuntimeError:
+    return RuntimeError(
+        f"recompute.offload: no {x.nbytes / 2**20:.4g} MiB more of the host's memory for {tuple(x.shape)} of a "
+        f"checkpointed layer: {why}"
+    )
+
+
 def _dense(x: Tensor) -> Tensor:
     """x, or a copy of it where its memory has gaps or overlaps; its strides stay where they can."""
     return x if torch.empty_like(x, device="meta").stride() == x.stride() else x.contiguous()
@@ -201,16 +235,3 @@ def _dense(x: Tensor) -> Tensor:
 def _pieces(x: Tensor) -> Sequence[Tensor]:
     """The memory of a dense x, piece by piece."""
     return x.as_strided((x.numel(),), (1,)).split(max(1, PIECE // x.element_size()))
-
-
-def _on_host(x: Tensor) -> list[Tensor]:
-    """Memory for the pieces of x, which its device reads and writes without the host's help."""
-    try:
-        # PyTorch keeps pinned memory for the next who asks, and waits for copies that still use it
-        is_pinned = x.device.type != "cpu"
-        return [torch.empty(len(piece), dtype=x.dtype, pin_memory=is_pinned) for piece in _pieces(x)]
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"recompute.offload: no {x.nbytes / 2**20:.4g} MiB more of the host's memory for {tuple(x.shape)} of a "
-            f"checkpointed layer: {error}"
-        ) from error

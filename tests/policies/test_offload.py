@@ -190,8 +190,8 @@ def card(monkeypatch) -> Card:
 def copies(monkeypatch) -> list[torch.Size]:
     """Of what was sent to the host."""
     made: list[torch.Size] = []
-    in_memory = offload._on_host
-    monkeypatch.setattr(offload, "_on_host", lambda x: made.append(x.shape) or in_memory(x))
+    in_memory = offload.Lane.room
+    monkeypatch.setattr(offload.Lane, "room", lambda self, x: made.append(x.shape) or in_memory(self, x))
     return made
 
 
@@ -404,6 +404,26 @@ def test_a_copy_offloads_too():
         assert len(waiting()) == LAYERS
         del loss
     assert copied.model.layers[0].fused_offload is not model.model.layers[0].fused_offload
+
+
+def test_a_host_without_memory_is_an_error(monkeypatch):
+    model = checkpointed(LLAMA.make())
+    stock, _ = step(model)
+    ds_fused.apply(model, {}, recompute=OFFLOAD)
+    size = 4 * batch()["input_ids"].numel() * model.config.hidden_size
+    # of the first forward of that length each layer asks; who comes again has his memory
+    left, asked = [offload.LEFT + size] * 2, []
+    monkeypatch.setattr(offload, "available_bytes", lambda: asked.append(None) or left[0])
+    for _ in range(2):
+        assert_same(step(model)[0], stock)
+    assert len(asked) == model.config.num_hidden_layers
+    left[0] -= 1
+    longer = {name: x.repeat(1, 2) for name, x in batch().items()}
+    with pytest.raises(RuntimeError, match=r"recompute.offload: no .* MiB more .* are left, of which 1024 are for"):
+        model(**longer)
+    # what was not taken is not given back
+    assert_same(step(model)[0], stock)
+    assert waiting() == []
 
 
 def test_without_gradients_nothing_leaves():
