@@ -437,26 +437,22 @@ def test_without_gradients_nothing_leaves():
 
 
 @pytest.mark.gpu
-def test_forwards_on_the_device_and_on_the_host_by_turns_on_a_gpu(monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8}
-        model = checkpointed(LLAMA.make(torch.bfloat16, **sizes).cuda())
-        ids = torch.randint(3, 128, (4, 1024), device="cuda")
-        given = {"input_ids": ids, "labels": ids}
-        stock, _ = step(model, given=given)
-        report = ds_fused.apply(model, {}, recompute={"keep_mb": 1, "offload": "auto"})
-        allotted, found = report.claims[0].allotment, []
-        # one after the other without waiting for the device; 2**26: for one or two layers' products
-        for keep_bytes in (0, 0, 2**40, 0, 2**40, 2**26, 2**26, 0, 2**40):
-            allotted._keep_bytes = keep_bytes
-            found.append((step(model, given=given)[0], allotted.on_host))
-        for gradients, _ in found:
-            assert_same(gradients, stock)
-        assert [on_host for _, on_host in found[1:]] == [True, False, True, False, True, True, True, False]
-    finally:
-        torch.use_deterministic_algorithms(False)
+@pytest.mark.usefixtures("deterministic")
+def test_forwards_on_the_device_and_on_the_host_by_turns_on_a_gpu():
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8}
+    model = checkpointed(LLAMA.make(torch.bfloat16, **sizes).cuda())
+    ids = torch.randint(3, 128, (4, 1024), device="cuda")
+    given = {"input_ids": ids, "labels": ids}
+    stock, _ = step(model, given=given)
+    report = ds_fused.apply(model, {}, recompute={"keep_mb": 1, "offload": "auto"})
+    allotted, found = report.claims[0].allotment, []
+    # one after the other without waiting for the device; 2**26: for one or two layers' products
+    for keep_bytes in (0, 0, 2**40, 0, 2**40, 2**26, 2**26, 0, 2**40):
+        allotted._keep_bytes = keep_bytes
+        found.append((step(model, given=given)[0], allotted.on_host))
+    for gradients, _ in found:
+        assert_same(gradients, stock)
+    assert [on_host for _, on_host in found[1:]] == [True, False, True, False, True, True, True, False]
 
 
 @pytest.mark.gpu

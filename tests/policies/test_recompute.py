@@ -532,48 +532,39 @@ def test_malformed_values(given, says):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_as_much_is_kept_as_has_room(monkeypatch):
-    # the backward of flash attention adds in no fixed order otherwise
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
-        model = checkpointed(LLAMA.make(torch.bfloat16, **sizes).cuda())
-        ids = torch.randint(3, 128, (2, 512), device="cuda")
-        given = {"input_ids": ids, "labels": ids}
-        ds_fused.apply(model)
-        stock, stock_ran = step(model, given=given)
-        for level in ("attention", "matmuls", "auto"):
-            report = ds_fused.apply(model, {}, recompute=level)
-            for _ in range(MEASURED + 1):
-                found, ran = step(model, given=given)
-            assert_same(found, stock)
-            assert ran.attentions() == 0
-            assert stock_ran.products() - ran.products() == (0 if level == "attention" else 4 * PER_LAYER)
-            assert level != "auto" or "products of 4 of 4 layers kept" in str(report)
-            report.restore()
-    finally:
-        torch.use_deterministic_algorithms(False)
+@pytest.mark.usefixtures("deterministic")
+def test_on_a_gpu_as_much_is_kept_as_has_room():
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
+    model = checkpointed(LLAMA.make(torch.bfloat16, **sizes).cuda())
+    ids = torch.randint(3, 128, (2, 512), device="cuda")
+    given = {"input_ids": ids, "labels": ids}
+    ds_fused.apply(model)
+    stock, stock_ran = step(model, given=given)
+    for level in ("attention", "matmuls", "auto"):
+        report = ds_fused.apply(model, {}, recompute=level)
+        for _ in range(MEASURED + 1):
+            found, ran = step(model, given=given)
+        assert_same(found, stock)
+        assert ran.attentions() == 0
+        assert stock_ran.products() - ran.products() == (0 if level == "attention" else 4 * PER_LAYER)
+        assert level != "auto" or "products of 4 of 4 layers kept" in str(report)
+        report.restore()
 
 
 @pytest.mark.gpu
-def test_tiled_mlps_run_twice_on_a_gpu(monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        model = checkpointed(LLAMA.make(torch.bfloat16, hidden_size=256, intermediate_size=512).cuda())
-        ids = torch.randint(3, 128, (2, 512), device="cuda")
-        given = {"input_ids": ids, "labels": ids}
-        ds_fused.apply(model, tiles=TILES)
-        rows = down_rows(model)
-        stock, _ = step(model, given=given)
-        ds_fused.apply(model, {}, recompute=NOTHING)
-        for again in (3, 2, 2):
-            rows.clear()
-            assert_same(step(model, given=given)[0], stock)
-            assert sum(rows) == again * ids.numel()
-    finally:
-        torch.use_deterministic_algorithms(False)
+@pytest.mark.usefixtures("deterministic")
+def test_tiled_mlps_run_twice_on_a_gpu():
+    model = checkpointed(LLAMA.make(torch.bfloat16, hidden_size=256, intermediate_size=512).cuda())
+    ids = torch.randint(3, 128, (2, 512), device="cuda")
+    given = {"input_ids": ids, "labels": ids}
+    ds_fused.apply(model, tiles=TILES)
+    rows = down_rows(model)
+    stock, _ = step(model, given=given)
+    ds_fused.apply(model, {}, recompute=NOTHING)
+    for again in (3, 2, 2):
+        rows.clear()
+        assert_same(step(model, given=given)[0], stock)
+        assert sum(rows) == again * ids.numel()
 
 
 def test_layers_that_are_not_ours_to_change_are_left():
