@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from ds_fused.modules.tiled_mlp import Tiles
 from ds_fused.ops.registry import OPS, Option
 from ds_fused.policies.recompute import KEY as RECOMPUTE
 from ds_fused.policies.recompute import OPTIONS as RECOMPUTE_OPTIONS
@@ -90,7 +91,7 @@ class Config:
     eval: str
     profile: str
     zero_sizes: str
-    tiles: tuple[int, int] | None  # tiles, and how many tokens one has at least; None: MLPs run whole
+    tiles: Tiles | None  # None: MLPs run whole
     recompute: Recomputing
     wanted: Mapping[str, Mapping[str, object]]  # JSON key that is on -> the options given for its op
     head: Mapping[str, object]  # HEAD_OPTIONS, each with its value
@@ -149,7 +150,7 @@ def _options(key: str, value: object) -> dict[str, object] | None:
     return {name: _option(f"ds_fused.{key}.{name}", given, known[name]) for name, given in value.items()}
 
 
-def _tiles(value: object) -> tuple[int, int] | None:
+def _tiles(value: object) -> Tiles | None:
     """Of an MLP: the defaults for true, None for false."""
     options = _options(TILED, value)
     if options is None:
@@ -158,7 +159,7 @@ def _tiles(value: object) -> tuple[int, int] | None:
     for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"ds_fused.{TILED}.{name} must be at least 1, got {number!r}")
-    return numbers["tiles"], numbers["least_tokens"]
+    return Tiles(numbers["tiles"], numbers["least_tokens"])
 
 
 def _option(where: str, value: object, option: Option) -> object:

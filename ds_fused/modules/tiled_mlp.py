@@ -50,7 +50,7 @@ class Tiles(NamedTuple):
     """How a layer is cut."""
 
     most: int
-    least_tokens: int = 1  # there are as many for each of them; but of 1, as many as there may be
+    least_tokens: int = 1  # there are so many for each of them; of 1, there are always `most`
 
     def __str__(self) -> str:
         if self.least_tokens == 1:
