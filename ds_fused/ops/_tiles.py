@@ -52,7 +52,7 @@ def tiling(
     casts: bool = False,  # the weight, slab by slab
     slab_rows: int | None = None,  # where the weight comes in slabs of its own
 ) -> Tiling:
-    """Tiles of at most about `chunk_bytes`, cut so that little other scratch is needed: see linear_cross_entropy.py."""
+    """Tiles of at most about `chunk_bytes`, cut so that little other scratch is needed: see two_pass.py."""
     tokens, rows = max(n_tokens, 1), slab_rows or n_vocab
     if slab_rows is not None or tokens * rows * itemsize > max(chunk_bytes, keep_bytes):
         if slab_rows is None and (dweight or casts) and (tokens < n_vocab or not dx):

@@ -19,7 +19,7 @@ Saved for backward: the logits (no copy of them) and lse, 8 bytes a token.
 Traffic per logit: forward 1 read; backward 1 read + 1 write, over the logits themselves with ``overwrite_logits``.
 With ``grad_in_forward`` all of it is the forward's, 1 read + 1 write (_lent_logits.py).
 
-The kernels are in _cross_entropy_kernels.py: linear_cross_entropy.py and its like have them too.
+The kernels are in _cross_entropy_kernels.py: two_pass.py and its like have them too.
 
 Sizes: N tokens (every leading dimension, flattened), V vocabulary.
 """

@@ -8,7 +8,7 @@ For each chunk of T tokens
     dw [V, H] += dz.T @ x        over chunks, see below
 
 A loss that is a mean or a sum has one number as its upstream gradient, by which the backward multiplies what is there:
-exact for any such number. Losses that stay apart ("none") need the backward of linear_cross_entropy.py, and so does
+exact for any such number. Losses that stay apart ("none") need the backward of two_pass.py, and so does
 fp16: what its loss scale would keep above the least number is rounded away before the scale is known.
 
 dw is added up in its own dtype where that costs no more than twice the error of one product, else in fp32; or as

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from accuracy import as_accurate, nan_filled, randn
@@ -11,12 +9,11 @@ from allocations import Allocations
 from heads import as_accurate_under_autocast, gathered_anew
 from three_slabs import ThreeSlabs
 
-from ds_fused.ops import _tiles, one_pass
+from ds_fused.ops import _tiles, one_pass, two_pass
 from ds_fused.ops._tiles import Tiling, tiling
 from ds_fused.ops._triton import runs_kernels
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
-op_file = importlib.import_module("ds_fused.ops.linear_cross_entropy")
 MB = 2**-20  # chunk_mb and keep_mb in bytes
 # one tile; slabs of 4 rows made again; slabs of which some are kept; every logit kept
 CUTS = [
@@ -182,7 +179,7 @@ def test_native_needs_no_wide_sum(in_forward, accumulate, dtype, where, monkeypa
             seen.append(out.dtype)
         return whole(out, *args, **options)
 
-    file = one_pass if in_forward else op_file
+    file = one_pass if in_forward else two_pass
     whole = file.product
     monkeypatch.setattr(file, "product", product)
     # more chunks than "auto" takes natively, and too many tokens for larger ones
