@@ -14,7 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 import ds_fused
 from ds_fused.policies import plan as plan_file
 from ds_fused.policies.kinds import Way
-from ds_fused.policies.plan import SwapClaim, plan
+from ds_fused.policies.plan import plan
+from ds_fused.policies.swap_claim import SwapClaim
 from tests.policies.tiny import LAYER_KEYS, LLAMA, NAMED, batch, classes, counts, step
 
 

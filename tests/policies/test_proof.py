@@ -519,7 +519,7 @@ def test_once_for_each_class(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(type(module).__name__)
         return choose(kind, module, *rest)
 
-    monkeypatch.setattr("ds_fused.policies.plan.choose", counted)
+    monkeypatch.setattr("ds_fused.policies.swap_claim.choose", counted)
     model = LLAMA.make()
     model.extra = nn.ModuleList([nn.LayerNorm(32), nn.LayerNorm(32), nn.LayerNorm(32, eps=1e-3)])
     ds_fused.apply(model, LAYER_KEYS)

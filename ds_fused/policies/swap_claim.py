@@ -1,0 +1,107 @@
+"""Layers that are replaced by a change of class: what they become, the proof, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ds_fused.modules.swap import fused_class, is_fused, swap, unswap
+from ds_fused.modules.tiled_mlp import TILED, Tiles
+from ds_fused.policies.kinds import Kind, Way, choose, qk_norms, unproven
+
+
+class SwapClaim:
+    """Layers of one class, alike in all that the proof depends on, and the ways to replace them."""
+
+    def __init__(self, kind: Kind, ways: Sequence[Way], model: nn.Module, tiles: Tiles | None = None) -> None:
+        self.paths: tuple[str, ...] = ()
+        self.original = ""
+        self._kind, self._ways, self._model, self._tiles = kind, tuple(ways), model, tiles
+        self._modules: list[nn.Module] = []
+
+    @property
+    def certain(self) -> bool:
+        """Whether it is settled what the layers become."""
+        return len(self._ways) == 1 and self._kind.certain
+
+    @property
+    def way(self) -> Way:
+        """The one that was proven; before, the likeliest."""
+        return self._ways[0]
+
+    @property
+    def key(self) -> str:
+        return self.way.key
+
+    @property
+    def tiles(self) -> Tiles | None:
+        return self._tiles if self.way.mixin in TILED else None
+
+    @property
+    def replacement(self) -> str:
+        return self.way.op if self.tiles is None else f"{self.way.op} in {self.tiles}"
+
+    @property
+    def _mixin(self) -> type:
+        return self.way.mixin if self.tiles is None else TILED[self.way.mixin]
+
+    def add(self, path: str, module: nn.Module) -> None:
+        self.paths += (path,)
+        self._modules.append(module)
+        self._cls = type(module)
+        self.original = f"{self._cls.__module__}.{self._cls.__qualname__}"
+
+    def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        # not remembered for the next apply: 1 ms on a CPU, and somebody may patch the class in between
+        # what runs tile by tile is what is proven; its copies have stub children, whose weights no tile would know
+        chosen = choose(self._kind, self._modules[0], self._ways, device, dtype)
+        if isinstance(chosen, str):
+            return chosen
+        self._ways = (chosen,)
+        return None
+
+    def commit(self) -> None:
+        state = dict(self.way.state) | ({} if self.tiles is None else {"fused_tiles": self.tiles})
+        try:
+            for module in self._modules:
+                swap(module, self._mixin, self.way.how, **state)
+        except BaseException:
+            self.restore()
+            raise
+
+    def restore(self) -> None:
+        for module in self._modules:
+            if is_fused(module):
+                unswap(module)
+
+    def in_place(self) -> bool:
+        there = {id(module) for module in self._model.modules()}
+        return all(
+            is_fused(module) and "forward" not in vars(module) and id(module) in there for module in self._modules
+        )
+
+    def watched(self) -> tuple[type, ...]:
+        return (fused_class(self._mixin, self._cls, self.way.how),)
+
+
+class AttentionClaim(SwapClaim):
+    """Attention layers, whose norms of q and k are fused with their rotary functions where that is proven, too."""
+
+    certain = False
+    apart: str | None = None  # why they are not
+
+    def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        differs = super().prove(device, dtype)
+        if differs is not None:
+            return differs
+        try:
+            found = qk_norms.with_norms(self._modules[0], self.way, device, dtype)
+        except Exception as error:
+            found = unproven(error)
+        if isinstance(found, str):
+            self.apart = found
+        else:
+            self._ways = (found,)
+        return None
