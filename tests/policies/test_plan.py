@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import ds_fused
 from ds_fused.policies import plan as plan_file
+from ds_fused.policies import swap_claim
 from ds_fused.policies.kinds import Way
 from ds_fused.policies.plan import plan
 from ds_fused.policies.swap_claim import SwapClaim
@@ -220,7 +221,7 @@ def test_ranks_agree_before_anything_changes() -> None:
 
 def test_commit_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = LLAMA.make()
-    real, calls = plan_file.swap, []
+    real, calls = swap_claim.swap, []
 
     def fails_at_the_fourth(module: nn.Module, mixin: type, how: tuple, **state: object) -> None:
         calls.append(module)
@@ -228,7 +229,7 @@ def test_commit_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
             raise MemoryError
         real(module, mixin, how, **state)
 
-    monkeypatch.setattr(plan_file, "swap", fails_at_the_fourth)
+    monkeypatch.setattr(swap_claim, "swap", fails_at_the_fourth)
     with pytest.raises(MemoryError):
         ds_fused.apply(model, LAYER_KEYS)
     assert classes(model) == classes(LLAMA.make())
