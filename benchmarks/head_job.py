@@ -21,13 +21,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.head_ways import IGNORED, WAYS, Case, Run, Shape
-from benchmarks.measure import SLEEP_CYCLES_PER_MS, relative_error
+from benchmarks.measure import relative_error
 from benchmarks.ranks import exchanged, said, say
 from benchmarks.results import OK
 
 WARM_UP, ITERATIONS = 3, 10
-# the device is busy for so long before an iteration that its launches lie ready, as behind the layers of a model
-LEAD_MS = 60.0
+# products before the head: its launches lie ready, and the device is as hot, as behind the layers of a model
+LEAD, LEAD_SIDE = 40, 8192
 # relative, against fp32. gradients are rounded to bf16, twice where tiles or ranks are summed; a loss is not
 ALLOWED = {"loss": 2e-3, "dx": 2e-2, "dw": 2e-2}
 # fp32 logits that the judge has at a time
@@ -144,10 +144,11 @@ def measured(name: str, case: Case, judge: Judge) -> dict[str, object]:
     run = WAYS[name].start(case)
     errors: dict[str, float] | None = None
     ms, idle_ms, peaks = [], [], []
+    lead = Lead(case.device)
     for iteration in range(WARM_UP + 2 * ITERATIONS):
         case.x.grad = None
         has_lead = iteration >= WARM_UP + ITERATIONS
-        loss, took, peak = once(run, case, LEAD_MS if has_lead else 0.0)
+        loss, took, peak = once(run, case, lead if has_lead else None)
         if iteration == 0 and loss is not None:
             errors = judge.errors(loss, run)
             wrong = [f"{what} is off by {error:.1e}" for what, error in errors.items() if not error <= ALLOWED[what]]
@@ -175,7 +176,21 @@ def measured(name: str, case: Case, judge: Judge) -> dict[str, object]:
     return row
 
 
-def once(run: Run, case: Case, lead_ms: float) -> tuple[Tensor | None, float, float]:
+class Lead:
+    """Work for every rank's device, which all of them end at the same time."""
+
+    def __init__(self, device: torch.device) -> None:
+        side = LEAD_SIDE if device.type == "cuda" else 1
+        self._x = torch.randn(side, side, dtype=torch.bfloat16, device=device)
+        self._out = torch.empty_like(self._x)
+
+    def __call__(self) -> None:
+        for _ in range(LEAD):
+            torch.mm(self._x, self._x, out=self._out)
+        dist.all_reduce(self._out[0])
+
+
+def once(run: Run, case: Case, lead: Lead | None) -> tuple[Tensor | None, float, float]:
     """Loss, ms and bytes at the peak beyond those before, of one forward and backward that all ranks start together."""
     dist.barrier()
     if case.device.type != "cuda":
@@ -186,10 +201,13 @@ def once(run: Run, case: Case, lead_ms: float) -> tuple[Tensor | None, float, fl
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    if lead_ms:
-        torch.cuda._sleep(int(lead_ms * SLEEP_CYCLES_PER_MS))
-    begin.record()
+    if lead is None:
+        begin.record()
+    else:
+        # DeepSpeed's forward begins with a wait for the device, so it is within
+        case.before = lambda: (lead(), begin.record())
     loss = run()
+    case.before = lambda: None
     # what DeepSpeed's own streams still have to do belongs to it
     torch.cuda.synchronize()
     end.record()

@@ -14,9 +14,9 @@ the second, and so on.
 
 - fwd+bwd ms: the median of 10 iterations, of the slowest rank each, and of that over rounds; beside it the least and
   the largest of them all. All ranks start together, and it ends with all that the device has to do, gathers and
-  DeepSpeed's reduction of the gradient among it. The optimizer's step is left out. The device is busy before it begins,
-  as it is with a model's layers, so that the host is ahead.
-- from idle ms: the same of 10 iterations whose first launch finds an idle device, so host time is in it.
+  DeepSpeed's reduction of the gradient among it. The optimizer's step is left out. Within the forward products come
+  before the head, as the layers of a model do: the device is hot, and the host ahead of it.
+- from idle ms: the same of 10 iterations without them, from a barrier on: host time is in it.
 - extra MiB: the most memory allocated during forward and backward beyond what was allocated before, less the 2 MH
   bytes of dx, which every way has to hand back. Before are: x and labels, the shard of the weight with its fp32 master
   copy, DeepSpeed's buckets, and the part of the gradient that it keeps. Largest of all ranks and iterations.
