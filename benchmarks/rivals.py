@@ -430,24 +430,25 @@ def _liger_gelu(t: Tensors) -> Call:
     return lambda: LigerGELUMulFunction.apply(t["gate"], t["up"])
 
 
-def _our_glu(act: str) -> Callable[[Tensors], Call]:
+def _our_glu(act: str, **options) -> Callable[[Tensors], Call]:
     def build(t: Tensors) -> Call:
         glu = _ops().glu
-        return lambda: glu(t["gate"], t["up"], act)
+        return lambda: glu(t["gate"], t["up"], act, **options)
 
     return build
 
 
 def glu_providers(act: str) -> dict[str, Provider]:
     hf = _hf_glu({"gelu_tanh": "gelu_pytorch_tanh"}.get(act, act))
+    note = "writes the gradients over gate and up; both restored untimed"
     providers = {
         "ds_fused": Provider(_our_glu(act)),
+        "ds_fused overwrite_inputs": Provider(_our_glu(act, overwrite_inputs=True), ("gate", "up"), note),
         "hf_eager": Provider(_eager(hf)),
         "compile": Provider(_compiled(hf)),
     }
     liger = {"silu": _liger_silu, "gelu_tanh": _liger_gelu}.get(act)
     if liger is not None:
-        note = "writes the gradients over gate and up; both restored untimed"
         providers["liger"] = Provider(liger, ("gate", "up"), note)
     return providers
 
