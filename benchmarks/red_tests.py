@@ -1,4 +1,4 @@
-"""Whose tests have failed: ``run.py --tests FILE`` times no such op. FILE is what ``pytest --junit-xml`` wrote."""
+"""Whose tests have failed: ``run.py --tests FILE...`` times no such op. FILE is what ``pytest --junit-xml`` wrote."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PARTS = {
 }
 
 
-def red_tests(report: Path, ops: Iterable[str]) -> Mapping[str, str]:
+def red_tests(reports: Iterable[Path], ops: Iterable[str]) -> Mapping[str, str]:
     """Of each op that may not be timed the reason: a test that failed, or that none has passed."""
     ops = set(ops)
     reasons: dict[str, str] = {}
     passed: set[str] = set()
-    for test in ElementTree.parse(report).iter("testcase"):
+    for test in (test for report in reports for test in ElementTree.parse(report).iter("testcase")):
         name = test.get("name", "")
         file = re.sub(r".*test_", "", test.get("classname", ""))
         whose = {file} & ops or set(PARTS.get(file, ()))

@@ -185,8 +185,9 @@ class Work(NamedTuple):
     rows: list[Row]
 
     def compiled(self) -> tuple[str, ...]:
-        """Providers of this process that have something to compile."""
-        return tuple(row.provider for row in self.rows if row.provider in CASES[self.place].providers)
+        """Providers of this process that may have something to compile."""
+        providers = CASES[self.place].providers.keys() - {REFERENCE}
+        return tuple(row.provider for row in self.rows if row.provider in providers)
 
 
 def plan(args: argparse.Namespace) -> Iterator[tuple[Case, tuple[int, ...], bool]]:
@@ -258,7 +259,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no provider after this long")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there, measure the rest")
     parser.add_argument("--base", help="a git ref, or a folder that holds ds_fused/: ours as it was there, as rival")
-    parser.add_argument("--tests", type=Path, help="report of pytest tests/ops --junit-xml: no op that it has red")
+    parser.add_argument("--tests", nargs="+", type=Path, help="reports of pytest --junit-xml: no op that is red there")
     parser.add_argument("--ahead", type=int, default=0, metavar="N", help="compile before, by N processes")
     parser.add_argument("--rep-ms", type=float, help="of calls for one median; default 100, with --quick 30")
     args = parser.parse_args(argv)

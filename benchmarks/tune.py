@@ -277,6 +277,7 @@ def _name(value: object) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="+", choices=sorted({search.op for search in SEARCHES}))
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="searches whose line has one of these in it")
     parser.add_argument("--seconds", type=float, default=170.0, help="for all searches together")
     parser.add_argument("--out", type=Path, help="folder of tune.csv, every combination with its time")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on the CPU: shows that everything runs")
@@ -288,16 +289,19 @@ def main(argv: list[str] | None = None) -> int:
     end = time.monotonic() + args.seconds
     tiny = {(case.op, case.variant): case.tiny for case in CASES}
     work = [
-        (search, shape)
+        (search, shape, title)
         for search in SEARCHES
         if not args.ops or search.op in args.ops
         for shape in ((tiny[search.op, search.variant],) if args.tiny else search.shapes)
+        for title in [f"{search.op} {search.variant} {search.direction} {'x'.join(map(str, shape))}".replace("  ", " ")]
+        if not args.only or any(text in title for text in args.only)
     ]
+    if not work:
+        parser.error("no such search")
     rows = []
-    for done, (search, shape) in enumerate(work):
+    for done, (search, shape, title) in enumerate(work):
         # what a search doesn't need goes to those after it
         share = (end - time.monotonic()) / (len(work) - done)
-        title = f"{search.op} {search.variant} {search.direction} {'x'.join(map(str, shape))}".replace("  ", " ")
         print(f"\n{title}", flush=True)
         try:
             found = explore(search, shape, share, on)
