@@ -100,6 +100,13 @@ def gated_norm_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
     return Inputs(norm.tensors | {"gate": _randn(generator, n, d).requires_grad_()}, norm.upstream)
 
 
+def modulated_norm_inputs(generator: torch.Generator, b: int, t: int, d: int) -> Inputs:
+    x, dy = (_randn(generator, b, t, d) for _ in range(2))
+    weight = nn.Parameter(_randn(generator, d))
+    scale, shift = (_randn(generator, b, 1, d).requires_grad_() for _ in range(2))
+    return Inputs({"x": x.requires_grad_(), "weight": weight, "scale": scale, "shift": shift, "dy": dy}, ("dy",))
+
+
 def embedding_inputs(generator: torch.Generator, n: int, h: int, n_vocab: int) -> Inputs:
     # words are not equally frequent: the cube of a uniform number has one in ten tokens among a thousandth of the words
     ids = torch.rand(n, generator=generator, device=generator.device).pow(3).mul(n_vocab).long().clamp_max(n_vocab - 1)
@@ -266,6 +273,11 @@ def _gated_norm_bytes(n: int, d: int) -> tuple[int, int]:
     return SIZE * (3 * n * d + d), SIZE * (8 * n * d + 3 * d)
 
 
+def _modulated_norm_bytes(b: int, t: int, d: int) -> tuple[int, int]:
+    # x -> y; x, dy -> dx; scale and shift, scale again, and the gradients of both; the weight and its gradient
+    return SIZE * (2 * b * t * d + 2 * b * d + d), SIZE * (5 * b * t * d + 5 * b * d + 3 * d)
+
+
 def _embedding_bytes(n: int, h: int, n_vocab: int) -> tuple[int, int]:
     # rows of the weight -> y; dy -> dweight, which is whole
     return SIZE * 2 * n * h, SIZE * (3 * n * h + n_vocab * h)
@@ -383,6 +395,12 @@ CASES = (
     Case(
         "gated_rms_norm", "gate_first", gated_norm_inputs, rivals.gated_norm_providers("gate_first"),
         sweep=((16384, 8192), (8192, 8192)), launch_bound=(16, 1024), tiny=(5, 48), bytes=_gated_norm_bytes,
+    ),
+    # FLUX at 4096 tokens, DiT-XL at 256
+    Case(
+        "modulated_rms_norm", "", modulated_norm_inputs, rivals.MODULATED_NORM,
+        sweep=((12, 4096, 3072), (64, 256, 1152)), launch_bound=(2, 8, 1024), tiny=(2, 5, 48),
+        bytes=_modulated_norm_bytes,
     ),
     Case(
         "embedding", "", embedding_inputs, rivals.EMBEDDING,

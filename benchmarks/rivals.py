@@ -220,6 +220,32 @@ def gated_norm_providers(order: str) -> dict[str, Provider]:
     }
 
 
+# --- modulated_rms_norm: x [B, T, D], weight [D], scale, shift [B, 1, D] ---
+
+
+def _eager_modulated_norm(t: Tensors):
+    norm, (x,) = _llama_norm(t)
+    return lambda x, scale, shift: norm(x) * (1 + scale) + shift, (x, t["scale"], t["shift"])
+
+
+def _liger_modulated_norm(t: Tensors) -> Call:
+    norm = _liger().liger_modulated_rms_norm
+    return lambda: norm(t["x"], t["weight"], t["scale"], t["shift"], EPS, in_place=False)
+
+
+def _our_modulated_norm(t: Tensors) -> Call:
+    norm = _ops().modulated_rms_norm
+    return lambda: norm(t["x"], t["weight"], t["scale"], t["shift"], eps=EPS)
+
+
+MODULATED_NORM = {
+    "ds_fused": Provider(_our_modulated_norm),
+    "hf_eager": Provider(_eager(_eager_modulated_norm), note="LlamaRMSNorm's steps, scaled and shifted"),
+    "compile": Provider(_compiled(_eager_modulated_norm)),
+    "liger": Provider(_liger_modulated_norm, note="in_place=False"),
+}
+
+
 # --- embedding: ids [N], weight [V, H] ---
 
 
