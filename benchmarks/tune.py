@@ -94,6 +94,10 @@ SEARCHES = (
         "gated_rms_norm", "norm_first", "backward", NARROW_SHAPES,
         {"TILE_BWD": (1024, 2048, 4096), "PER_THREAD_BWD": (8, 16), "STAGES_BWD": (1, 2)},
     ),
+    Search(
+        "modulated_rms_norm", "", "backward", ((12, 4096, 3072),),
+        {"PER_THREAD_BWD": (8, 16), "STAGES_BWD": (1, 2, 3), "WARPS_PER_MULTIPROCESSOR": (16, 32, 64)},
+    ),
     Search("softmax", "", "forward", ((131072, 4096),), {"PER_THREAD": (8, 16, 32)}, file="_along_rows"),
     Search("softmax", "", "backward", ((131072, 4096),), {"PER_THREAD": (8, 16, 32)}, file="_along_rows"),
     Search("softmax", "", "forward", ((8192, 128256),), {"WALK_COLS": (4096, 8192, 16384)}),

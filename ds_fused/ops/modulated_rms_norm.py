@@ -23,11 +23,10 @@ from torch.autograd.function import once_differentiable
 from ds_fused.ops._launch import launch
 from ds_fused.ops._norms import check_cast, check_per_column
 from ds_fused.ops._row_tiles import tile
-from ds_fused.ops._sums import SUM_COLS, SUM_ROWS, partials, sum_partials
+from ds_fused.ops._sums import SUM_COLS, partials, sum_partials
 from ds_fused.ops._triton import (
     cdiv,
     check_dtypes,
-    power_of_2,
     resident,
     row_stride,
     rows_of,
@@ -49,6 +48,8 @@ TILE_FWD, PER_THREAD_FWD = 2048, 16
 TILE_BWD, PER_THREAD_BWD = 2048, 8
 WARPS_PER_MULTIPROCESSOR = 32
 STAGES_BWD = 3
+# rows of partial sums that are added at a time: of one modulation there are few
+SUM_ROWS = 32
 
 
 def modulated_rms_norm_reference(
@@ -316,7 +317,7 @@ def modulated_rms_norm_bwd(
             _modulated_rms_norm_sums_kernel, (cdiv(d, SUM_COLS), m),
             *products, weight, scale, dscale, dshift, dweights, row_stride(scale), programs, d,
             **forms, WANTS_DWEIGHT=wants[1], WANTS_DSCALE=wants[2], WANTS_DSHIFT=wants[3],
-            BLOCK_ROWS=min(SUM_ROWS, power_of_2(programs)), BLOCK_COLS=SUM_COLS, num_warps=4,
+            BLOCK_ROWS=SUM_ROWS, BLOCK_COLS=SUM_COLS, num_warps=4,
         )  # fmt: skip
         if wants[1]:
             sum_partials(dweights, m, d, dweight)
