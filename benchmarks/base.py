@@ -23,6 +23,8 @@ _ceilings: dict[str, float]
 
 def _begin(folder: str, device: str, rep_ms: float, ceilings: dict[str, float]) -> None:
     global _on, _ceilings
+    import benchmarks.run  # noqa: F401  # this checkout's, whatever else lies in the folder
+
     # importing torch has loaded this version's plug-in
     for name in [name for name in sys.modules if name.split(".")[0] == "ds_fused"]:
         del sys.modules[name]
