@@ -14,7 +14,7 @@ import torch
 # benchmarks/ is no installed package
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import cases, run
+from benchmarks import cases, plot, run
 from benchmarks.measure import Instruments, relative_error, worst_error
 from benchmarks.red_tests import red_tests
 from benchmarks.results import OK, Row, compare, markdown, read_csv, summary, write_csv
@@ -251,6 +251,21 @@ def test_csv_round_trip(tmp_path):
     write_csv(tmp_path / "ops.csv", {"device": "none: really"}, rows)
     assert read_csv(tmp_path / "ops.csv") == ({"device": "none: really"}, rows)
     assert read_csv(tmp_path / "nothing.csv") == ({}, [])
+
+
+def test_pictures(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    rows = [Row("glu", "silu", "4x8", False, "ds_fused", full_ms=1.0, full_share=0.5, peak_mib=2.0)]
+    rows += [Row("glu", "silu", "2x4 launch", True, "ds_fused", full_ms=0.5, peak_mib=0.0)]
+    rows += [Row("glu", "silu", "4x8", False, "liger", "failed: no")]
+    write_csv(tmp_path / "ops.csv", {"device": "none", "versions": "none", "date": "never"}, rows)
+    assert plot.main([str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"ops.csv", "ops.png", "ops_sizes.png"}
+    assert [plot.size(row) for row in rows] == [32, 8, 32]
+    write_csv(tmp_path / "ops.csv", {}, rows[2:])
+    with pytest.raises(SystemExit):
+        plot.main([str(tmp_path)])
+    assert "no finished row to draw" in capsys.readouterr().err
 
 
 def test_errors():
