@@ -100,6 +100,13 @@ def gated_norm_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
     return Inputs(norm.tensors | {"gate": _randn(generator, n, d).requires_grad_()}, norm.upstream)
 
 
+def modulated_norm_inputs(generator: torch.Generator, b: int, t: int, d: int) -> Inputs:
+    x, dy = (_randn(generator, b, t, d) for _ in range(2))
+    weight = nn.Parameter(_randn(generator, d))
+    scale, shift = (_randn(generator, b, 1, d).requires_grad_() for _ in range(2))
+    return Inputs({"x": x.requires_grad_(), "weight": weight, "scale": scale, "shift": shift, "dy": dy}, ("dy",))
+
+
 def embedding_inputs(generator: torch.Generator, n: int, h: int, n_vocab: int) -> Inputs:
     # words are not equally frequent: the cube of a uniform number has one in ten tokens among a thousandth of the words
     ids = torch.rand(n, generator=generator, device=generator.device).pow(3).mul(n_vocab).long().clamp_max(n_vocab - 1)
@@ -266,6 +273,11 @@ def _gated_norm_bytes(n: int, d: int) -> tuple[int, int]:
     return SIZE * (3 * n * d + d), SIZE * (8 * n * d + 3 * d)
 
 
+def _modulated_norm_bytes(b: int, t: int, d: int) -> tuple[int, int]:
+    # x -> y; x, dy -> dx; scale and shift, scale again, and the gradients of both; the weight and its gradient
+    return SIZE * (2 * b * t * d + 2 * b * d + d), SIZE * (5 * b * t * d + 5 * b * d + 3 * d)
+
+
 def _embedding_bytes(n: int, h: int, n_vocab: int) -> tuple[int, int]:
     # rows of the weight -> y; dy -> dweight, which is whole
     return SIZE * 2 * n * h, SIZE * (3 * n * h + n_vocab * h)
@@ -346,8 +358,9 @@ def _distillation_flops(m: int, h: int, n_vocab: int) -> tuple[int, int]:
 
 # Llama-3's vocabulary and Llama-2's; half the tokens of the cross entropies, since eager code keeps 18 GiB of the first
 PAIR_SWEEP = ((4096, 128256), (8192, 32000))
-# Llama-3-8B's width at 8k tokens, a 70B's at 16k, and a q-norm over 128-wide heads (8192 tokens x 32 heads)
-NORM_SWEEP = ((8192, 4096), (16384, 8192), (262144, 128))
+# first of each op a shape whose largest tensor has 256 MiB or more: smaller ones say less of the memory's rate.
+# A 70B's width at 16k tokens, Llama-3-8B's at 8k, and a q-norm over 128-wide heads (8192 tokens x 32 heads, or x 128)
+NORM_SWEEP = ((16384, 8192), (8192, 4096), (1048576, 128), (262144, 128))
 # plain PyTorch in fp32, against which all are judged, needs about 30 GiB for them
 DISTILLED = ((4096, 4096, 128256), (4096, 2048, 151936))
 # 4096 queries of 32 heads, each over 4096 keys; a vocabulary
@@ -368,7 +381,7 @@ CASES = (
     ),
     Case(
         "rms_norm", "bias", bias_norm_inputs, rivals.BIAS_NORM,
-        sweep=NORM_SWEEP[:1], launch_bound=(16, 1024), tiny=(5, 48), bytes=_norm_bytes,
+        sweep=NORM_SWEEP[:2], launch_bound=(16, 1024), tiny=(5, 48), bytes=_norm_bytes,
     ),
     Case(
         "add_rms_norm", "", add_rms_norm_inputs, rivals.ADD_NORM,
@@ -377,11 +390,17 @@ CASES = (
     # Qwen3-Next: 8192 tokens x 32 heads; Mamba-Codestral-7B
     Case(
         "gated_rms_norm", "norm_first", gated_norm_inputs, rivals.gated_norm_providers("norm_first"),
-        sweep=((262144, 128),), launch_bound=(16, 1024), tiny=(5, 48), bytes=_gated_norm_bytes,
+        sweep=((1048576, 128), (262144, 128)), launch_bound=(16, 1024), tiny=(5, 48), bytes=_gated_norm_bytes,
     ),
     Case(
         "gated_rms_norm", "gate_first", gated_norm_inputs, rivals.gated_norm_providers("gate_first"),
-        sweep=((8192, 8192),), launch_bound=(16, 1024), tiny=(5, 48), bytes=_gated_norm_bytes,
+        sweep=((16384, 8192), (8192, 8192)), launch_bound=(16, 1024), tiny=(5, 48), bytes=_gated_norm_bytes,
+    ),
+    # FLUX at 4096 tokens, DiT-XL at 256
+    Case(
+        "modulated_rms_norm", "", modulated_norm_inputs, rivals.MODULATED_NORM,
+        sweep=((12, 4096, 3072), (64, 256, 1152)), launch_bound=(2, 8, 1024), tiny=(2, 5, 48),
+        bytes=_modulated_norm_bytes,
     ),
     Case(
         "embedding", "", embedding_inputs, rivals.EMBEDDING,
@@ -402,7 +421,7 @@ CASES = (
     ),
     Case(
         "add_layer_norm", "", add_norm_inputs, rivals.ADD_LAYER_NORM,
-        sweep=((8192, 4096), (16384, 8192), (8192, 768)), launch_bound=(16, 1024), tiny=(5, 48), bytes=_add_norm_bytes,
+        sweep=((16384, 8192), (8192, 4096), (8192, 768)), launch_bound=(16, 1024), tiny=(5, 48), bytes=_add_norm_bytes,
     ),
     Case(
         "group_norm", f"{rivals.N_GROUPS} groups", group_norm_inputs, rivals.GROUP_NORM,
@@ -414,19 +433,19 @@ CASES = (
     ),
     Case(
         "glu", "silu", glu_inputs, rivals.glu_providers("silu"),
-        sweep=((8192, 14336), (16384, 28672)), launch_bound=(16, 1024), tiny=(5, 48), bytes=_glu_bytes,
+        sweep=((16384, 28672), (8192, 14336)), launch_bound=(16, 1024), tiny=(5, 48), bytes=_glu_bytes,
     ),
     Case(
         "glu", "gelu_tanh", glu_inputs, rivals.glu_providers("gelu_tanh"),
-        sweep=((8192, 14336),), launch_bound=(16, 1024), tiny=(5, 48), bytes=_glu_bytes,
+        sweep=((16384, 14336),), launch_bound=(16, 1024), tiny=(5, 48), bytes=_glu_bytes,
     ),
     Case(
         "glu", "relu", glu_inputs, rivals.glu_providers("relu"),
-        sweep=((8192, 14336),), launch_bound=(16, 1024), tiny=(5, 48), bytes=_glu_bytes,
+        sweep=((16384, 14336),), launch_bound=(16, 1024), tiny=(5, 48), bytes=_glu_bytes,
     ),
     Case(
         "glu", "relu2", glu_inputs, rivals.glu_providers("relu2"),
-        sweep=((8192, 14336),), launch_bound=(16, 1024), tiny=(5, 48), bytes=_glu_bytes,
+        sweep=((16384, 14336),), launch_bound=(16, 1024), tiny=(5, 48), bytes=_glu_bytes,
     ),
     # Phi-3-mini and GLM-4-9B; GPT-OSS, four of whose 2880-wide experts a token meets
     Case(
@@ -439,22 +458,23 @@ CASES = (
     ),
     Case(
         "rope", "", rope_inputs, rivals.ROPE,
-        sweep=((4, 4096, 32, 8, 128), (1, 32768, 64, 8, 128)),
+        sweep=((1, 32768, 64, 8, 128), (4, 4096, 32, 8, 128)),
         launch_bound=(1, 16, 8, 2, 128), tiny=(2, 6, 4, 2, 16), bytes=_rope_bytes,
     ),
     # Qwen2-VL-7B; Llama-4-Scout
     Case(
         "rope", "sections", sections_inputs, rivals.ROPE_SECTIONS,
-        sweep=((4, 4096, 28, 4, 128),), launch_bound=(1, 16, 8, 2, 128), tiny=(2, 6, 4, 2, 16), bytes=_sections_bytes,
+        sweep=((4, 16384, 28, 4, 128), (4, 4096, 28, 4, 128)),
+        launch_bound=(1, 16, 8, 2, 128), tiny=(2, 6, 4, 2, 16), bytes=_sections_bytes,
     ),
     Case(
         "rope", "complex", complex_inputs, rivals.ROPE_COMPLEX,
-        sweep=((4, 4096, 40, 8, 128),), launch_bound=(1, 16, 8, 2, 128), tiny=(2, 6, 4, 2, 16), bytes=_complex_bytes,
+        sweep=((4, 8192, 40, 8, 128),), launch_bound=(1, 16, 8, 2, 128), tiny=(2, 6, 4, 2, 16), bytes=_complex_bytes,
     ),
     # Qwen3-8B, Qwen3-0.6B
     Case(
         "rms_norm_rope", "", norm_rope_inputs, rivals.NORM_ROPE,
-        sweep=((1, 8192, 32, 8, 128), (1, 8192, 16, 8, 128)),
+        sweep=((1, 32768, 32, 8, 128), (1, 8192, 32, 8, 128), (1, 8192, 16, 8, 128)),
         launch_bound=(1, 16, 8, 2, 128), tiny=(2, 6, 4, 2, 16), bytes=_norm_rope_bytes,
     ),
     # Nemotron-4-15B

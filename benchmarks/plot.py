@@ -1,39 +1,31 @@
-"""Draws what run.py measured: ``python benchmarks/plot.py benchmarks/results/DEVICE`` writes ops.png beside ops.csv.
+"""Draws what run.py measured: ``python benchmarks/plot.py benchmarks/results/DEVICE``, from ops.csv there.
 
-One group of bars per case: the share of the floor that each provider reaches in forward + backward (1.0 is as fast as
-this card's own copy or matmul allows). Refused and failed providers have no bar.
+ops.png: a group of bars per case, the share of the floor that each provider reaches in forward + backward (1.0 is as
+fast as this card's own copy or matmul allows). ops_sizes.png: speed and memory against size, of each op and variant.
+Refused and failed providers have no bar and no point.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 # run as a script: find this folder's modules
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.results import OK, read_csv
+from benchmarks.results import OK, Row, read_csv
 
 COLORS = {"ds_fused": "#1f4e9c", "liger": "#e07b39", "compile": "#4f9d69", "torch": "#8d8d8d", "hf_eager": "#c9c9c9"}
+PAIRS_A_ROW = 3  # of pictures, speed and memory
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder with ops.csv")
-    args = parser.parse_args(argv)
-    header, rows = read_csv(args.folder / "ops.csv")
-    # a provider's variants (one more word in the name) stay in the table; so do launch-bound sizes
-    rows = [row for row in rows if row.status == OK and row.full_share and row.provider in COLORS]
-    if not rows:
-        parser.error(f"{args.folder / 'ops.csv'}: no finished row to draw")
-    try:
-        import matplotlib
-    except ImportError:
-        parser.error("needs matplotlib: pip install matplotlib")
-    matplotlib.use("Agg")
+def shares(rows: Sequence[Row], header: Mapping[str, str], path: Path) -> None:
     from matplotlib import pyplot
 
+    rows = [row for row in rows if row.full_share]
     cases = list(dict.fromkeys(row.case for row in rows))
     figure, axes = pyplot.subplots(figsize=(11, 1.0 + 0.62 * len(cases)))
     height = 0.8 / len(COLORS)
@@ -48,10 +40,64 @@ def main(argv: list[str] | None = None) -> int:
     axes.set_xlabel(
         "share of the floor, forward + backward (the rest of 1.0 is what could still be gained)", fontsize=8
     )
-    axes.set_title(f"{header['device']}, {header['versions']}, {header['date']}", fontsize=8)
     axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(args.folder / "ops.png", dpi=150)
+    _save(figure, header, path)
+
+
+def size(row: Row) -> int:
+    """The product of a shape's sizes."""
+    return math.prod(int(n) for n in row.shape.split()[0].split("x"))
+
+
+def sizes(rows: Sequence[Row], header: Mapping[str, str], path: Path) -> None:
+    from matplotlib import pyplot
+
+    cases = list(dict.fromkeys(row.case[:2] for row in rows))
+    deep = math.ceil(len(cases) / PAIRS_A_ROW)
+    figure, grid = pyplot.subplots(deep, 2 * PAIRS_A_ROW, figsize=(18, 2.6 * deep), squeeze=False)
+    for axes in grid.flat[2 * len(cases) :]:
+        axes.axis("off")
+    panels = (
+        ("products of sizes per ns", lambda row: size(row) / row.full_ms / 1e6),
+        ("MiB", lambda row: row.peak_mib),
+    )
+    for place, case in enumerate(cases):
+        for offset, (name, value) in enumerate(panels):
+            axes = grid.flat[2 * place + offset]
+            for provider, color in COLORS.items():
+                mine = sorted((row for row in rows if (*row.case[:2], row.provider) == (*case, provider)), key=size)
+                # a call that takes no memory has no place on a logarithmic axis
+                points = [(size(row), value(row)) for row in mine if value(row)]
+                axes.plot(*zip(*points, strict=True) if points else ([], []), "o-", color=color, label=provider, ms=3)
+            axes.set(xscale="log", yscale="log")
+            axes.tick_params(labelsize=6)
+            axes.set_title(f"{' '.join(case).strip()}: {name}", fontsize=7)
+    grid[0, 0].legend(fontsize=6)
+    _save(figure, header, path)
+
+
+def _save(figure, header: Mapping[str, str], path: Path) -> None:
+    figure.suptitle(f"forward + backward on {header['device']}, {header['versions']}, {header['date']}", fontsize=8)
+    figure.tight_layout(rect=(0, 0, 1, 0.99))
+    figure.savefig(path, dpi=110)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder with ops.csv")
+    args = parser.parse_args(argv)
+    header, rows = read_csv(args.folder / "ops.csv")
+    # a provider's variants (one more word in the name) stay in the table
+    rows = [row for row in rows if row.status == OK and row.full_ms and row.provider in COLORS]
+    if not rows:
+        parser.error(f"{args.folder / 'ops.csv'}: no finished row to draw")
+    try:
+        import matplotlib
+    except ImportError:
+        parser.error("needs matplotlib: pip install matplotlib")
+    matplotlib.use("Agg")
+    shares(rows, header, args.folder / "ops.png")
+    sizes(rows, header, args.folder / "ops_sizes.png")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,7 +11,13 @@ from pathlib import Path
 OK = "ok"
 CEILING = "ceiling"  # not an op: the bare work that the op can't do without
 OURS = "ds_fused"
+BASE = "base"  # ours, as it was at another commit
 LIGER = "liger"
+# what is asked for on an H100 of ours at its defaults
+LEAST_OF_BEST = 0.97
+LEAST_SHARE = 0.92
+MOST_OF_LIGER = 0.85
+MOST_OF_BARE = 1.07
 
 
 @dataclass
@@ -33,6 +40,7 @@ class Row:
     best_rival: str = ""
     over_best_rival: float | None = None  # the rival's time / ours, forward + backward; above 1 we are faster
     over_liger: float | None = None
+    over_base: float | None = None
     note: str = ""
 
     @property
@@ -54,11 +62,15 @@ def compare(rows: Sequence[Row]) -> None:
     for row in rows:
         if not (row.ours and row.status == OK and row.cost):
             continue
-        rivals = {
-            rival.provider: rival.cost
-            for rival in rows
-            if rival.case == row.case and rival.status == OK and rival.cost and not rival.ours
+        others = {
+            other.provider: other.cost
+            for other in rows
+            if other.case == row.case and other.status == OK and other.cost and not other.ours
         }
+        before = others.get(row.provider.replace(OURS, BASE, 1))
+        if before:
+            row.over_base = before / row.cost
+        rivals = {name: cost for name, cost in others.items() if name.split()[0] != BASE}
         if rivals:
             row.best_rival = min(rivals, key=rivals.__getitem__)
             row.over_best_rival = rivals[row.best_rival] / row.cost
@@ -94,7 +106,7 @@ def read_csv(path: Path) -> tuple[dict[str, str], list[Row]]:
     for record in csv.DictReader(lines[len(comments) :]):
         values: dict[str, object] = {}
         for field in fields(Row):
-            text = record[field.name]
+            text = record.get(field.name) or ""  # a column may be younger than the file
             if field.type == "bool":
                 values[field.name] = text == "True"
             elif field.type == "float | None":
@@ -115,6 +127,7 @@ COLUMNS = (
     ("error", lambda row: _cell(row.worst_error, "{:.1e}") + (f" {row.worst_of}" if row.worst_of else "")),
     ("best rival / ours", lambda row: _cell(row.over_best_rival, "{:.2f}x") + f" {row.best_rival}".rstrip()),
     ("liger / ours", lambda row: _cell(row.over_liger, "{:.2f}x")),
+    ("base / ours", lambda row: _cell(row.over_base, "{:.2f}x")),
     ("note", lambda row: row.note if row.status in (OK, CEILING) else f"**{row.status}** {row.note}".strip()),
 )
 
@@ -123,9 +136,46 @@ def _cell(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
 
 
+def summary(rows: Sequence[Row]) -> list[str]:
+    """Of ours at its defaults: how it stands to Liger over all cases, and each place where it is behind."""
+    mine = [row for row in rows if row.provider == OURS and row.status == OK]
+    lines = []
+    for name, launch_bound in (("", False), (" of the host where launches are what takes time", True)):
+        ratios = [row.over_liger for row in mine if row.over_liger and row.launch_bound == launch_bound]
+        if ratios:
+            lines.append(
+                f"- Liger's time{name} over ours: {statistics.geometric_mean(ratios):.2f} as a geometric mean of "
+                f"{len(ratios)} cases, {min(ratios):.2f} to {max(ratios):.2f}"
+            )
+    liger = {row.case: row for row in rows if row.provider == LIGER and row.peak_mib is not None}
+    bare = {row.case: row for row in rows if row.status == CEILING}
+    behind = {
+        f"a rival needs less than {LEAST_OF_BEST} of the time": [
+            row for row in mine if not row.launch_bound and row.over_best_rival and row.over_best_rival < LEAST_OF_BEST
+        ],
+        f"below {LEAST_SHARE:.0%} of the floor of bytes": [
+            row for row in mine if row.full_share and row.full_share < LEAST_SHARE and row.case not in bare
+        ],
+        f"above {MOST_OF_BARE} times the bare GEMMs": [
+            row for row in mine if row.case in bare and row.full_ms > MOST_OF_BARE * bare[row.case].full_ms
+        ],
+        f"more than {MOST_OF_LIGER} of Liger's time of the host": [
+            row for row in mine if row.launch_bound and row.over_liger and row.over_liger < 1 / MOST_OF_LIGER
+        ],
+        "a larger peak of memory than Liger's": [
+            row for row in mine if row.case in liger and row.peak_mib > liger[row.case].peak_mib
+        ],
+    }
+    for name, found in behind.items():
+        cases = "; ".join(" ".join(part for part in row.case if part) for row in found)
+        lines.append(f"- {name}: {cases or 'none'}")
+    return lines
+
+
 def markdown(header: Mapping[str, str], rows: Sequence[Row]) -> str:
-    """One table per case, fastest first; refused and failed providers last, with their reason."""
+    """What is to be said of all cases, and a table of each, fastest first; refused and failed providers last."""
     lines = ["# Single ops", ""] + [f"- {key}: {value}" for key, value in header.items()]
+    lines += ["", "## Ours at its defaults", "", *summary(rows)]
     ops = list(dict.fromkeys(row.case[:2] for row in rows))
     cases = dict.fromkeys(row.case for row in rows)
     for case in sorted(cases, key=lambda case: ops.index(case[:2])):

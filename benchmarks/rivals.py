@@ -220,6 +220,32 @@ def gated_norm_providers(order: str) -> dict[str, Provider]:
     }
 
 
+# --- modulated_rms_norm: x [B, T, D], weight [D], scale, shift [B, 1, D] ---
+
+
+def _eager_modulated_norm(t: Tensors):
+    norm, (x,) = _llama_norm(t)
+    return lambda x, scale, shift: norm(x) * (1 + scale) + shift, (x, t["scale"], t["shift"])
+
+
+def _liger_modulated_norm(t: Tensors) -> Call:
+    norm = _liger().liger_modulated_rms_norm
+    return lambda: norm(t["x"], t["weight"], t["scale"], t["shift"], EPS, in_place=False)
+
+
+def _our_modulated_norm(t: Tensors) -> Call:
+    norm = _ops().modulated_rms_norm
+    return lambda: norm(t["x"], t["weight"], t["scale"], t["shift"], eps=EPS)
+
+
+MODULATED_NORM = {
+    "ds_fused": Provider(_our_modulated_norm),
+    "hf_eager": Provider(_eager(_eager_modulated_norm), note="LlamaRMSNorm's steps, scaled and shifted"),
+    "compile": Provider(_compiled(_eager_modulated_norm)),
+    "liger": Provider(_liger_modulated_norm, note="in_place=False"),
+}
+
+
 # --- embedding: ids [N], weight [V, H] ---
 
 
@@ -430,24 +456,25 @@ def _liger_gelu(t: Tensors) -> Call:
     return lambda: LigerGELUMulFunction.apply(t["gate"], t["up"])
 
 
-def _our_glu(act: str) -> Callable[[Tensors], Call]:
+def _our_glu(act: str, **options) -> Callable[[Tensors], Call]:
     def build(t: Tensors) -> Call:
         glu = _ops().glu
-        return lambda: glu(t["gate"], t["up"], act)
+        return lambda: glu(t["gate"], t["up"], act, **options)
 
     return build
 
 
 def glu_providers(act: str) -> dict[str, Provider]:
     hf = _hf_glu({"gelu_tanh": "gelu_pytorch_tanh"}.get(act, act))
+    note = "writes the gradients over gate and up; both restored untimed"
     providers = {
         "ds_fused": Provider(_our_glu(act)),
+        "ds_fused overwrite_inputs": Provider(_our_glu(act, overwrite_inputs=True), ("gate", "up"), note),
         "hf_eager": Provider(_eager(hf)),
         "compile": Provider(_compiled(hf)),
     }
     liger = {"silu": _liger_silu, "gelu_tanh": _liger_gelu}.get(act)
     if liger is not None:
-        note = "writes the gradients over gate and up; both restored untimed"
         providers["liger"] = Provider(liger, ("gate", "up"), note)
     return providers
 

@@ -1,7 +1,8 @@
 """Times every op against its rivals, on one device and in one run: ``python benchmarks/run.py``.
 
 Per case and provider: is the answer right (against the HuggingFace code in fp32 on the same inputs), then time of
-forward and of forward + backward, memory, and for launch-bound sizes the host's time. A wrong answer gets no time.
+forward and of forward + backward, memory, and for short calls the host's time. A wrong answer gets no time, and with
+``--tests`` an op none whose tests have failed. ``--base`` times an earlier version of ours beside it.
 Results are written after every provider; ``--resume`` goes on where a run ended.
 """
 
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 # run as a script: find this folder's modules and the package beside it, installed or not
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,15 +27,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
+from benchmarks.ahead import compile_ahead
+from benchmarks.base import Base
 from benchmarks.cases import CASES, Case, Inputs
 from benchmarks.measure import Instruments, worst_error
-from benchmarks.results import CEILING, Row, compare, markdown, read_csv, write_csv
+from benchmarks.red_tests import red_tests
+from benchmarks.results import BASE, CEILING, OURS, Row, compare, markdown, read_csv, write_csv
 from benchmarks.rivals import Provider
 
 REFERENCE = "hf_eager"
 BARE = "bare GEMMs"
 LEFT_OUT = "left out"
+REFUSED = "refused"
 SEED = 1234
+# a call on 8192 x 4096 takes 0.1 to 0.3 ms of the device, about as long as the host takes to launch it
+SHORT_MS = 1.0
 
 
 def differentiated(inputs: Inputs) -> dict[str, Tensor]:
@@ -114,10 +122,10 @@ def measure(
         row.peak_mib = on.peak_mib(full, restore)
         row.forward_ms = on.median_ms(forward, restore)
         row.full_ms = on.median_ms(full, restore)
-        if row.launch_bound:
+        if row.full_ms < SHORT_MS:
             row.host_forward_us = on.host_us(forward, restore)
             row.host_full_us = on.host_us(full, restore)
-        else:
+        if not row.launch_bound:
             row.forward_share = floors[0] / row.forward_ms
             row.full_share = floors[1] / row.full_ms
     finally:
@@ -143,13 +151,73 @@ def measure_bare(row: Row, inputs: Inputs, floors: tuple[float, float], on: Inst
     row.forward_share, row.full_share = floors[0] / row.forward_ms, floors[1] / row.full_ms
 
 
+class Bench:
+    """A case at one shape, with inputs and answers that are made when the first row wants them."""
+
+    def __init__(self, place: int, shape: tuple[int, ...], ceilings: dict[str, float], on: Instruments) -> None:
+        self.case, self.shape, self.on = CASES[place], shape, on
+        self.floors = floors_ms(self.case, shape, ceilings)
+        self._made: tuple[Inputs, tuple[Tensor, ...]] | None = None
+
+    def fill(self, row: Row, name: str) -> None:
+        """The row of this provider. One that can't run is a result; the run goes on."""
+        try:
+            if self._made is None:
+                torch.compiler.reset()
+                inputs = self.case.inputs(torch.Generator(self.on.device).manual_seed(SEED), *self.shape)
+                self._made = inputs, reference(self.case, inputs)
+            inputs, wanted = self._made
+            if name == BARE:
+                measure_bare(row, inputs, self.floors, self.on)
+            else:
+                provider = self.case.providers[name]
+                measure(row, provider, inputs, wanted, self.floors, self.case.largest_error, self.on)
+        except Exception as error:
+            message = (str(error).strip() or "no message").splitlines()[0][:160]
+            row.status = f"failed: {type(error).__name__}: {message}"
+
+
+class Work(NamedTuple):
+    """A shape of a case, and the rows that are to be measured of it."""
+
+    place: int  # of the case in CASES
+    shape: tuple[int, ...]
+    rows: list[Row]
+
+    def compiled(self) -> tuple[str, ...]:
+        """Providers of this process that may have something to compile."""
+        providers = CASES[self.place].providers.keys() - {REFERENCE}
+        return tuple(row.provider for row in self.rows if row.provider in providers)
+
+
 def plan(args: argparse.Namespace) -> Iterator[tuple[Case, tuple[int, ...], bool]]:
-    """(case, shape, launch-bound): every op's first shape, then the others, so that --seconds cuts off the least."""
+    """(case, shape, launch-bound): every op's first shape and its smallest; the others, which --seconds leaves out."""
     chosen = [case for case in CASES if not args.ops or case.op in args.ops]
     yield from ((case, case.tiny if args.tiny else case.sweep[0], False) for case in chosen)
+    yield from ((case, case.tiny if args.tiny else case.launch_bound, True) for case in chosen)
     if not (args.tiny or args.quick):
         yield from ((case, shape, False) for case in chosen for shape in case.sweep[1:])
-    yield from ((case, case.tiny if args.tiny else case.launch_bound, True) for case in chosen)
+
+
+def providers_of(case: Case, launch_bound: bool, args: argparse.Namespace) -> list[str]:
+    """Names of rows, the base's first: its process is given the whole device."""
+    ours = [name for name in case.providers if name.split()[0] == OURS]
+    names = [name.replace(OURS, BASE, 1) for name in ours] if args.base else []
+    names += [*case.providers, *([BARE] if case.flops and not launch_bound else [])]
+    return [name for name in names if not args.providers or name.split()[0] in args.providers]
+
+
+def work_of(args: argparse.Namespace, done: set[tuple[str, ...]]) -> Iterator[Work]:
+    """What is left of the plan."""
+    for case, shape, launch_bound in plan(args):
+        label = "x".join(map(str, shape)) + (" launch" if launch_bound else "")
+        rows = [
+            Row(case.op, case.variant, label, launch_bound, name)
+            for name in providers_of(case, launch_bound, args)
+            if (case.op, case.variant, label, name) not in done
+        ]
+        if rows:
+            yield Work(CASES.index(case), shape, rows)
 
 
 def without(argv: list[str], *options: str) -> list[str]:
@@ -190,6 +258,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no provider after this long")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there, measure the rest")
+    parser.add_argument("--base", help="a git ref, or a folder that holds ds_fused/: ours as it was there, as rival")
+    parser.add_argument("--tests", nargs="+", type=Path, help="reports of pytest --junit-xml: no op that is red there")
+    parser.add_argument("--ahead", type=int, default=0, metavar="N", help="compile before, by N processes")
+    parser.add_argument("--rep-ms", type=float, help="of calls for one median; default 100, with --quick 30")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU here; --device cpu --tiny shows that everything runs")
@@ -200,7 +272,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def restart(args: argparse.Namespace, argv: list[str], seconds: float) -> None:
     """Replaces this process, whose device context is dead, by one that resumes."""
-    kept = without(argv, "--resume", "--seconds")
+    kept = without(argv, "--resume", "--seconds", "--ahead")
     limit = [] if args.seconds == float("inf") else ["--seconds", str(seconds)]
     sys.stdout.flush()
     # the dead context's memory stays taken while a descriptor of the driver is open
@@ -211,7 +283,7 @@ def restart(args: argparse.Namespace, argv: list[str], seconds: float) -> None:
 def main(argv: list[str] | None = None) -> int:
     start = time.monotonic()
     args = arguments(argv)
-    on = Instruments(args.device, rep_ms=1 if args.tiny else 30 if args.quick else 100)
+    on = Instruments(args.device, rep_ms=args.rep_ms or (1 if args.tiny else 30 if args.quick else 100))
     folder = re.sub(r"[^a-z0-9]+", "-", on.name().lower()).strip("-")
     out = args.out or Path(__file__).parent / "results" / folder
     out.mkdir(parents=True, exist_ok=True)
@@ -223,7 +295,15 @@ def main(argv: list[str] | None = None) -> int:
         header = environment(on) | {key: f"{value:.4g}" for key, value in ceilings.items()}
     ceilings = {key: float(header[key]) for key in ("copy_tb_s", "matmul_tflop_s", "lm_head_tflop_s")}
     print("\n".join(f"{key}: {value}" for key, value in header.items()), flush=True)
-    done = {(*row.case, row.provider) for row in rows}
+    red = red_tests(args.tests, {case.op for case in CASES}) if args.tests else {}
+    rows = [row for row in rows if row.op not in red and not row.status.startswith(REFUSED)]
+    work = list(work_of(args, {(*row.case, row.provider) for row in rows}))
+    if args.ahead:
+        # the rest of the time is for measuring
+        limit = min(args.seconds / 3, 300.0)
+        items = [(w.place, w.shape, w.compiled()) for w in work]
+        print(compile_ahead(items, args.ahead, limit, args.device, SEED), flush=True)
+    base = Base(args.base, args.device, on.rep_ms, ceilings) if args.base else None
     left = []
 
     def keep(row: Row) -> None:
@@ -234,36 +314,25 @@ def main(argv: list[str] | None = None) -> int:
         times = f"{row.forward_ms:9.3f} {row.full_ms:9.3f} ms" if row.full_ms else row.status
         print(f"{time.monotonic() - start:6.0f} s  {' '.join(row.case):45} {row.provider:25} {times}", flush=True)
 
-    for case, shape, launch_bound in plan(args):
-        label = "x".join(map(str, shape)) + (" launch" if launch_bound else "")
-        names = [*case.providers, *([BARE] if case.flops and not launch_bound else [])]
-        if args.providers:
-            names = [name for name in names if name.split()[0] in args.providers]
-        names = [name for name in names if (case.op, case.variant, label, name) not in done]
-        inputs = wanted = None
-        on.release()
-        for name in names:
-            row = Row(case.op, case.variant, label, launch_bound, name)
-            if time.monotonic() - start > args.seconds:
-                left.append(" ".join((*row.case, name)))
+    for place, shape, planned in work:
+        bench = Bench(place, shape, ceilings, on)
+        for row in planned:
+            if row.op in red:
+                row.status = f"{REFUSED}: {red[row.op]}"
+            elif time.monotonic() - start > args.seconds:
+                left.append(" ".join((*row.case, row.provider)))
                 continue
-            try:
-                floors = floors_ms(case, shape, ceilings)
-                if inputs is None:
-                    torch.compiler.reset()
-                    inputs = case.inputs(torch.Generator(on.device).manual_seed(SEED), *shape)
-                    wanted = reference(case, inputs)
-                if name == BARE:
-                    measure_bare(row, inputs, floors, on)
-                else:
-                    measure(row, case.providers[name], inputs, wanted, floors, case.largest_error, on)
-            except Exception as error:  # a provider that can't run is a result; the run goes on
-                row.status = (
-                    f"failed: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:160]}"
-                )
+            elif row.provider.split()[0] == BASE:
+                row = base.measured(place, shape, row)
+            else:
+                bench.fill(row, row.provider)
             keep(row)
             if not on.alive():
                 restart(args, list(sys.argv[1:] if argv is None else argv), args.seconds - (time.monotonic() - start))
+        del bench
+        on.release()
+    if base:
+        base.close()
     if left:
         header[LEFT_OUT] = f"{len(left)} after {args.seconds:g} s: " + "; ".join(left)
         write_csv(out / "ops.csv", header, rows)

@@ -132,7 +132,9 @@ WAYS: Mapping[str, Way] = {
     "ours-small-device": Way(
         "that with nothing on the host, so that no attention is kept",
         block={
-            "enabled": True, "profile": "small", "tiled_mlp": {"tiles": 4},
+            "enabled": True,
+            "profile": "small",
+            "tiled_mlp": {"tiles": 4},
             "recompute": {"level": "fit", "keep_mb": 0},
         },
     ),

@@ -62,7 +62,7 @@ class Search:
 
 
 # widths where a tile is one row, and one where it is many
-ROW_SHAPES, NARROW_SHAPES = ((8192, 4096), (16384, 8192)), ((262144, 128),)
+ROW_SHAPES, NARROW_SHAPES = ((8192, 4096), (16384, 8192)), ((1048576, 128),)
 LOSS_SHAPES = ((8192, 128256), (8192, 32000))
 # Qwen3-8B, Qwen3-0.6B
 NORM_ROPE_SHAPES = ((1, 8192, 32, 8, 128), (1, 8192, 16, 8, 128))
@@ -94,11 +94,16 @@ SEARCHES = (
         "gated_rms_norm", "norm_first", "backward", NARROW_SHAPES,
         {"TILE_BWD": (1024, 2048, 4096), "PER_THREAD_BWD": (8, 16), "STAGES_BWD": (1, 2)},
     ),
+    Search(
+        "modulated_rms_norm", "", "backward", ((12, 4096, 3072),),
+        {"PER_THREAD_BWD": (8, 16), "STAGES_BWD": (1, 2, 3), "WARPS_PER_MULTIPROCESSOR": (16, 32, 64)},
+    ),
     Search("softmax", "", "forward", ((131072, 4096),), {"PER_THREAD": (8, 16, 32)}, file="_along_rows"),
     Search("softmax", "", "backward", ((131072, 4096),), {"PER_THREAD": (8, 16, 32)}, file="_along_rows"),
     Search("softmax", "", "forward", ((8192, 128256),), {"WALK_COLS": (4096, 8192, 16384)}),
     Search("softmax", "", "backward", ((8192, 128256),), {"WALK_COLS": (4096, 8192, 16384)}),
     Search("sparsemax", "", "forward", ((32768, 4096),), {"PER_THREAD": (8, 16, 32)}, file="_along_rows"),
+    Search("sparsemax", "", "forward", ((2048, 128256),), {"WALK_COLS": (4096, 8192, 16384)}),
     Search(
         "embedding", "", "backward", ((16384, 4096, 128256), (32768, 576, 49152)),
         {"BLOCK_COLS": (256, 512, 1024), "PER_THREAD": (4, 8), "CHUNK": (128, 256, 512), "ROWS": (2, 4, 8)},
@@ -107,12 +112,26 @@ SEARCHES = (
         "layer_norm", "", "backward", ROW_SHAPES,
         {"PER_THREAD_BWD": (8, 16, 32), "STAGES_BWD": (1, 2, 3), "WARPS_PER_MULTIPROCESSOR": (16, 32, 64)},
     ),
+    Search(
+        "layer_norm", "", "backward", NARROW_SHAPES,
+        {
+            "TILE_BWD": (1024, 2048, 4096), "NARROW_PER_THREAD_BWD": (8, 16), "STAGES_BWD": (1, 2, 3),
+            "NARROW_WARPS_PER_MULTIPROCESSOR": (16, 32, 64),
+        },
+    ),
     Search("dyt", "", "forward", ROW_SHAPES, {"TILE_FWD": (1024, 2048, 4096), "PER_THREAD_FWD": (8, 16)}),
     Search(
         "dyt", "", "backward", ROW_SHAPES,
         {
             "TILE_BWD": (1024, 2048, 4096), "PER_THREAD_BWD": (8, 16), "STAGES_BWD": (1, 2, 3),
             "WARPS_PER_MULTIPROCESSOR": (16, 32, 64),
+        },
+    ),
+    Search(
+        "dyt", "", "backward", NARROW_SHAPES,
+        {
+            "TILE_BWD": (1024, 2048, 4096), "PER_THREAD_BWD": (8, 16), "STAGES_BWD": (1, 2, 3),
+            "WARPS_PER_MULTIPROCESSOR": (16, 32),
         },
     ),
     Search(
@@ -154,6 +173,14 @@ SEARCHES = (
     Search(
         "linear_cross_entropy", "", "both", ((8192, 4096, 128256),),
         {}, options={"chunk_mb": (256, 512, 1024), "keep_mb": (0, 1024, 2048)},
+    ),
+    # up to how many chunks dweight is added up in bf16, and the fewest tokens of one
+    Search(
+        "linear_cross_entropy", "", "both", ((16384, 2048, 151936),), {"MOST_ROUNDINGS": (4, 8, 16)}, file="one_pass"
+    ),
+    Search(
+        "linear_cross_entropy", "", "both", ((8192, 4096, 128256),), {"LEAST_TOKENS": (512, 1024, 2048)},
+        options={"chunk_mb": (64, 128, 256)}, file="one_pass",
     ),
     Search("kl_div", "", "both", PAIR_SHAPES, {"BLOCK": (1024, 2048, 4096, 8192), "NUM_WARPS": (4, 8, 16)}),
     Search("jsd", "beta=0.5", "forward", PAIR_SHAPES, PAIR_FORWARD, file="_divergence_kernels"),
@@ -254,6 +281,7 @@ def _name(value: object) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="+", choices=sorted({search.op for search in SEARCHES}))
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="searches whose line has one of these in it")
     parser.add_argument("--seconds", type=float, default=170.0, help="for all searches together")
     parser.add_argument("--out", type=Path, help="folder of tune.csv, every combination with its time")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on the CPU: shows that everything runs")
@@ -265,16 +293,19 @@ def main(argv: list[str] | None = None) -> int:
     end = time.monotonic() + args.seconds
     tiny = {(case.op, case.variant): case.tiny for case in CASES}
     work = [
-        (search, shape)
+        (search, shape, title)
         for search in SEARCHES
         if not args.ops or search.op in args.ops
         for shape in ((tiny[search.op, search.variant],) if args.tiny else search.shapes)
+        for title in [f"{search.op} {search.variant} {search.direction} {'x'.join(map(str, shape))}".replace("  ", " ")]
+        if not args.only or any(text in title for text in args.only)
     ]
+    if not work:
+        parser.error("no such search")
     rows = []
-    for done, (search, shape) in enumerate(work):
+    for done, (search, shape, title) in enumerate(work):
         # what a search doesn't need goes to those after it
         share = (end - time.monotonic()) / (len(work) - done)
-        title = f"{search.op} {search.variant} {search.direction} {'x'.join(map(str, shape))}".replace("  ", " ")
         print(f"\n{title}", flush=True)
         try:
             found = explore(search, shape, share, on)

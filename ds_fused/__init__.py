@@ -11,6 +11,7 @@ _HOME = {
     "rms_norm": "ds_fused.ops",
     "add_rms_norm": "ds_fused.ops",
     "gated_rms_norm": "ds_fused.ops",
+    "modulated_rms_norm": "ds_fused.ops",
     "embedding": "ds_fused.ops",
     "softmax": "ds_fused.ops",
     "sparsemax": "ds_fused.ops",

@@ -23,6 +23,7 @@ from ds_fused.ops import (
     kl_div,
     layer_norm,
     linear_cross_entropy,
+    modulated_rms_norm,
     rms_norm,
     softmax,
     sparsemax,
@@ -40,6 +41,7 @@ __all__ = [
     "KLDivLoss",
     "LayerNorm",
     "LinearCrossEntropyLoss",
+    "ModulatedRMSNorm",
     "RMSNorm",
     "Softmax",
     "Sparsemax",
@@ -107,6 +109,24 @@ class GatedRMSNorm(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, {_listed(self.options)}"
+
+
+class ModulatedRMSNorm(torch.nn.RMSNorm):
+    """``torch.nn.RMSNorm`` of one dimension, whose forward takes scale and shift: ``(1 + scale) * norm(x) + shift``."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-6,
+        elementwise_affine: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(hidden_size, eps, elementwise_affine, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
+        return modulated_rms_norm(x, self.weight, scale, shift, eps=self.eps, cast="after_weight")
 
 
 class DyT(torch.nn.Module):

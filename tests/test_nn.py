@@ -84,6 +84,19 @@ def test_gated_norm_is_that_of_qwen3_next(device):
     agree(lambda: nn.GatedRMSNorm(D, 1e-5), lambda: Qwen3NextRMSNormGated(D, 1e-5), device, X, X.flip(0))
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_modulated_norm(affine, device):
+    class Stock(torch.nn.RMSNorm):
+        def forward(self, x, scale, shift):
+            return super().forward(x) * (1 + scale) + shift
+
+    scale, shift = X[:, :1, :1].clone(), X[:, 1:2, :1].clone()
+    agree(
+        lambda: nn.ModulatedRMSNorm(D, elementwise_affine=affine),
+        lambda: Stock(D, 1e-6, affine), device, X, scale, shift,
+    )  # fmt: skip
+
+
 def test_dyt(device):
     norm = nn.DyT(D, 0.7).to(device)
     assert {name: tuple(p.shape) for name, p in norm.named_parameters()} == {

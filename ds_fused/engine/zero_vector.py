@@ -10,9 +10,9 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ds_fused.engine.delivery import Delivery
+from ds_fused.ops._once import once_differentiable
 
 
 class _Gather(torch.autograd.Function):

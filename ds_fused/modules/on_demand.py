@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_map_only
 from ds_fused.modules.deferred import DeferredLogits
 from ds_fused.modules.head_call import HeadCall
 from ds_fused.modules.steps import Step, replay
+from ds_fused.ops._once import once_differentiable
 
 log = logging.getLogger("ds_fused")
 
@@ -125,7 +126,7 @@ class _Logits(torch.autograd.Function):
         return LogitsOnDemand(source)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dlogits: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *_gradients(ctx.read.logits, ctx.saved_tensors, ctx.needs_input_grad[2:], dlogits)
 
@@ -158,7 +159,7 @@ class _Steps(torch.autograd.Function):
         return LogitsOnDemand(logits._source.after(steps, shape, dtype))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dlogits: Tensor) -> tuple[Tensor | None, ...]:
         if all(name == "to" for name, _ in ctx.steps):
             return dlogits.to(ctx.source.dtype), None, None, None

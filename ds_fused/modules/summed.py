@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ds_fused.modules.exchange import Run
+from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._tiles import product, wide
 
 

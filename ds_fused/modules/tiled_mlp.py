@@ -36,12 +36,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ds_fused.modules.kept import Empty, postponable
 from ds_fused.modules.mlp import GatedMLP, PackedMLP
 from ds_fused.modules.summed import SummedLinears
+from ds_fused.ops._once import once_differentiable
 
 Layer = Callable[[Tensor], Tensor]
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._divergence_kernels import N_STATS, Divergence, divergence_bwd, divergence_fwd
 from ds_fused.ops._labels import flat_labels, label_facts
 from ds_fused.ops._loss import LossOptions, check_loss, reduced
+from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._triton import check_dtypes, rows_of
 
 

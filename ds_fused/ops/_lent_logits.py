@@ -20,10 +20,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._launch import launch
 from ds_fused.ops._loss import LossOptions, reduced, weighted
+from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._scale import scaled
 from ds_fused.ops._softmax_parts import capped, online
 from ds_fused.ops._triton import cdiv, power_of_2, row_stride, warps_for

@@ -27,11 +27,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._divergence_kernels import N_STATS
 from ds_fused.ops._labels import counting_tokens, flat_labels
 from ds_fused.ops._loss import LossOptions, check_loss, reduced
+from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._teacher_divergence import (
     DivergenceOptions,
     check_divergence,

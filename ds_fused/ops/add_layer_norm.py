@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._norms import Wanted, check_per_column
+from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._triton import check_dtypes, norm_dtype, rows_of, runs_kernels
 from ds_fused.ops.layer_norm import layer_norm_bwd, layer_norm_fwd, layer_norm_reference
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._norms import Wanted, check_cast, check_per_column
+from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._triton import check_dtypes, rows_of, runs_kernels
 from ds_fused.ops.rms_norm import rms_norm_bwd, rms_norm_fwd, rms_norm_reference
 

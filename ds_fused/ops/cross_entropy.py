@@ -31,7 +31,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._cross_entropy_kernels import cross_entropy_bwd, cross_entropy_fwd
 from ds_fused.ops._labels import counting_tokens, flat_labels
@@ -45,6 +44,7 @@ from ds_fused.ops._loss import (
     weighted,
     weights_of_tokens,
 )
+from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._triton import check_dtypes, lie_apart, rows_of, runs_kernels
 
 

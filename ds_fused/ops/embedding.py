@@ -18,10 +18,10 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._ids import flat_ids
 from ds_fused.ops._launch import launch
+from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._triton import cdiv, check_dtypes, power_of_2, row_stride, rows_of, runs_kernels, warps_for
 
 # columns of a program, and of a thread. Not measured yet.

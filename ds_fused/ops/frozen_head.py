@@ -25,10 +25,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._cross_entropy_kernels import softmax_passes
 from ds_fused.ops._loss import LossOptions, capped_torch, columns
+from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._slab import Slab, room_of
 from ds_fused.ops._tiles import Tiling, logits_of, of_chunk, product, wide
 from ds_fused.ops.slabs import WeightSlabs

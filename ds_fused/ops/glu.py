@@ -28,9 +28,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._launch import launch
+from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._rows import place, walk
 from ds_fused.ops._sigmoid import sigmoid_and_slope
 from ds_fused.ops._triton import check_dtypes, lie_apart, rows_of, runs_kernels

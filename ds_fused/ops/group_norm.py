@@ -18,11 +18,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._group_parts import Parts, Sizes, bwd_in_parts, fwd_in_parts, sample_stride
 from ds_fused.ops._launch import launch
 from ds_fused.ops._norms import Wanted
+from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._sums import partials, sum_partials
 from ds_fused.ops._triton import (
     cdiv,

@@ -27,11 +27,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._cross_entropy_kernels import softmax_passes
 from ds_fused.ops._lent_logits import lent_logits
 from ds_fused.ops._loss import LossOptions, cross_entropy_bwd_torch, cross_entropy_fwd_torch
+from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._scale import scaled
 from ds_fused.ops._tiles import MOST_ROUNDINGS, logits_of, part, product, side, sum_dtype, tile_elements, wide
 from ds_fused.ops._triton import cdiv, runs_kernels

@@ -29,6 +29,7 @@ from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross
 from ds_fused.ops.linear_jsd import linear_jsd, linear_jsd_reference
 from ds_fused.ops.linear_kl_div import linear_kl_div, linear_kl_div_reference
 from ds_fused.ops.linear_log_probs import linear_log_probs, linear_log_probs_reference
+from ds_fused.ops.modulated_rms_norm import modulated_rms_norm, modulated_rms_norm_reference
 from ds_fused.ops.relu2 import relu2, relu2_reference
 from ds_fused.ops.rms_norm import rms_norm, rms_norm_reference
 from ds_fused.ops.rms_norm_rope import rms_norm_rope, rms_norm_rope_reference
@@ -129,6 +130,13 @@ OPS: tuple[Op, ...] = (
         gated_rms_norm_reference,
         ("gated_rms_norm",),
         "root-mean-square norm with a gate before or behind it, in groups",
+    ),
+    Op(
+        "modulated_rms_norm",
+        modulated_rms_norm,
+        modulated_rms_norm_reference,
+        (),
+        "root-mean-square norm, scaled and shifted by the sample or the row: diffusion transformers",
     ),
     Op(
         "embedding",

@@ -20,12 +20,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._heads import angle_strides, as_called, as_kernels_read, by_token, neighbours, room, strides
 from ds_fused.ops._launch import launch
 from ds_fused.ops._norm_and_turn import _rms_norm_rope_bwd_kernel, _rms_norm_rope_fwd_kernel
 from ds_fused.ops._norms import check_cast, check_per_column
+from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._rope import RopeForm, check_rope
 from ds_fused.ops._sums import partials, sum_partials
 from ds_fused.ops._triton import check_dtypes, power_of_2, resident, runs_kernels, stages_for

@@ -24,10 +24,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._heads import angle_strides, as_called, as_kernels_read, by_token, neighbours, room, strides
 from ds_fused.ops._launch import launch
+from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._rope import RopeForm, check_inplace, check_rope
 from ds_fused.ops._triton import check_dtypes, power_of_2, runs_kernels
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._ids import flat_ids
 from ds_fused.ops._loss import columns
+from ds_fused.ops._once import once_differentiable
 from ds_fused.ops.slabs import WeightSlabs
 
 

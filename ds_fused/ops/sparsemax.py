@@ -23,10 +23,10 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ds_fused.ops import _along_rows
 from ds_fused.ops._along_rows import along_rows, check_dim
+from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._triton import check_dtypes, rows_of, runs_kernels
 
 # with more the forward spills. On an H100, ms of 2048x128256, forward and backward: 1.30, 0.59; with 4096 and 256

@@ -39,12 +39,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._cross_entropy_kernels import softmax_passes
 from ds_fused.ops._exchange import ClassWeights, Found, Labels, Tokens, of_block
 from ds_fused.ops._loss import LossOptions
 from ds_fused.ops._merge import merge, merge_torch
+from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._tiles import of_chunk, product, side, tile, tile_elements, wide
 from ds_fused.ops._triton import runs_kernels
 from ds_fused.ops.vocab_shard import Flight, VocabShard, padded

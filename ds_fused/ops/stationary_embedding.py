@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._ids import flat_ids
+from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._tiles import side, wide
 from ds_fused.ops.vocab_shard import Flight, VocabShard, padded
 

@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ds_fused.ops._cross_entropy_kernels import softmax_passes
 from ds_fused.ops._loss import LossOptions
+from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._slab import Slab, room_of
 from ds_fused.ops._tiles import Tiling, logits_of, of_chunk, product, sum_dtype, tile, tile_elements, wide
 from ds_fused.ops.slabs import WeightSlabs, WholeWeight

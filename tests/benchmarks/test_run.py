@@ -14,9 +14,10 @@ import torch
 # benchmarks/ is no installed package
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import cases, run
+from benchmarks import cases, plot, run
 from benchmarks.measure import Instruments, relative_error, worst_error
-from benchmarks.results import OK, Row, compare, markdown, read_csv, write_csv
+from benchmarks.red_tests import red_tests
+from benchmarks.results import OK, Row, compare, markdown, read_csv, summary, write_csv
 from benchmarks.rivals import Provider
 from ds_fused.ops.registry import OPS
 
@@ -130,10 +131,9 @@ def test_a_dead_device_costs_one_row(tmp_path):
     done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr
     rows = read_csv(tmp_path / "ops.csv")[1]
-    ran = {"ds_fused", "ds_fused chunked", "hf_eager"}
-    wanted = [
-        (case.variant, name) for case in cases.CASES if case.op == "glu" for name in case.providers if name in ran
-    ]
+    glus = [case for case in cases.CASES if case.op == "glu"]
+    ran = ("ds_fused", "hf_eager")
+    wanted = [(case.variant, name) for case in glus for name in case.providers if name.split()[0] in ran]
     assert sorted((row.variant, row.provider) for row in rows) == sorted(2 * wanted)
     assert done.stdout.count(b"device: ") == 2
 
@@ -144,6 +144,92 @@ def test_what_time_did_not_allow_is_named(tiny_run, tmp_path):
     assert "glu silu 5x48 hf_eager" in header["left out"]
     assert set(tiny_run(GLU, "--providers", "hf_eager", "--resume")) == {"hf_eager"}
     assert "left out" not in read_csv(tmp_path / "ops.csv")[0]
+
+
+def test_an_earlier_version_is_a_rival_and_all_is_compiled_before(tmp_path):
+    """This checkout stands for the earlier version; its process is another one."""
+    command = [
+        sys.executable,
+        "benchmarks/run.py",
+        "--device",
+        "cpu",
+        "--tiny",
+        "--out",
+        str(tmp_path),
+        "--ops",
+        "relu2",
+    ]
+    command += ["--providers", "base", "ds_fused", "hf_eager", "--base", str(ROOT), "--ahead", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 shapes compiled ahead" in done.stdout
+    rows = {row.provider: row for row in read_csv(tmp_path / "ops.csv")[1] if not row.launch_bound}
+    assert [row.status for row in rows.values()] == [OK] * 3 and set(rows) == {"base", "ds_fused", "hf_eager"}
+    assert rows["ds_fused"].over_base > 0 and rows["ds_fused"].best_rival == "hf_eager"
+    assert rows["base"].over_base is None and rows["base"].over_best_rival is None
+
+
+def test_a_base_that_is_nowhere_is_an_error(tiny_run):
+    with pytest.raises(ValueError, match="--base nowhere: neither a folder with ds_fused/ in it nor a commit"):
+        tiny_run(GLU, "--base", "nowhere")
+
+
+REPORT = """<testsuites><testsuite>
+<testcase classname="tests.ops.test_glu" name="test_glu[silu]"/>
+<testcase classname="tests.ops.test_softmax" name="test_softmax"/>
+<testcase classname="tests.ops.test_along_rows" name="test_empty[shape0-sparsemax]"><failure/></testcase>
+<testcase classname="tests.ops.test_dyt" name="test_dyt"><skipped/></testcase>
+{}</testsuite></testsuites>"""
+
+
+def test_an_op_whose_test_is_red_is_not_timed(tiny_run, tmp_path):
+    report = tmp_path / "tests.xml"
+    report.write_text(REPORT.format(""))
+    assert red_tests([report], {"glu", "softmax", "sparsemax", "dyt"}) == {
+        "sparsemax": "test_along_rows.py::test_empty[shape0-sparsemax] failed",
+        "dyt": "no test of it has passed",
+    }
+    more = ("--providers", "ds_fused", "--tests", str(report))
+    assert tiny_run(GLU, *more)["ds_fused"].status == OK
+    # what no op is named for is everybody's
+    report.write_text(REPORT.format('<testcase classname="tests.ops.test_launch" name="test_bits"><error/></testcase>'))
+    row = tiny_run(GLU, *more, "--resume")["ds_fused"]
+    assert row.status == "refused: test_launch.py::test_bits failed" and row.full_ms is None
+    report.write_text(REPORT.format(""))
+    assert tiny_run(GLU, *more, "--resume")["ds_fused"].status == OK
+
+
+def test_where_ours_is_behind_is_said_first():
+    def row(op: str, provider: str, ms: float, peak: float, *, launch: bool = False, status: str = OK) -> Row:
+        return Row(
+            op,
+            "",
+            "1x1",
+            launch,
+            provider,
+            status,
+            full_ms=ms,
+            full_share=None if launch else 0.9 / ms,
+            peak_mib=peak,
+            host_full_us=ms,
+        )
+
+    rows = [row("glu", "ds_fused", 1.0, 2.0), row("glu", "liger", 2.0, 1.0), row("dyt", "ds_fused", 0.9, 1.0)]
+    rows += [row("dyt", "liger", 0.45, 1.0), row("head", "ds_fused", 1.1, 1.0)]
+    rows += [row("head", "bare GEMMs", 1.0, 0.0, status="ceiling")]
+    rows += [row("rope", "ds_fused", 1.0, 1.0, launch=True), row("rope", "liger", 1.1, 1.0, launch=True)]
+    compare(rows)
+    assert summary(rows) == [
+        "- Liger's time over ours: 1.00 as a geometric mean of 2 cases, 0.50 to 2.00",
+        "- Liger's time of the host where launches are what takes time over ours: 1.10 as a geometric mean of 1 cases, "
+        "1.10 to 1.10",
+        "- a rival needs less than 0.97 of the time: dyt 1x1",
+        "- below 92% of the floor of bytes: glu 1x1",
+        "- above 1.07 times the bare GEMMs: head 1x1",
+        "- more than 0.85 of Liger's time of the host: rope 1x1",
+        "- a larger peak of memory than Liger's: glu 1x1",
+    ]
+    assert summary(rows)[0] in markdown({}, rows)
 
 
 def test_ratios_come_from_right_answers_only():
@@ -165,6 +251,21 @@ def test_csv_round_trip(tmp_path):
     write_csv(tmp_path / "ops.csv", {"device": "none: really"}, rows)
     assert read_csv(tmp_path / "ops.csv") == ({"device": "none: really"}, rows)
     assert read_csv(tmp_path / "nothing.csv") == ({}, [])
+
+
+def test_pictures(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    rows = [Row("glu", "silu", "4x8", False, "ds_fused", full_ms=1.0, full_share=0.5, peak_mib=2.0)]
+    rows += [Row("glu", "silu", "2x4 launch", True, "ds_fused", full_ms=0.5, peak_mib=0.0)]
+    rows += [Row("glu", "silu", "4x8", False, "liger", "failed: no")]
+    write_csv(tmp_path / "ops.csv", {"device": "none", "versions": "none", "date": "never"}, rows)
+    assert plot.main([str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"ops.csv", "ops.png", "ops_sizes.png"}
+    assert [plot.size(row) for row in rows] == [32, 8, 32]
+    write_csv(tmp_path / "ops.csv", {}, rows[2:])
+    with pytest.raises(SystemExit):
+        plot.main([str(tmp_path)])
+    assert "no finished row to draw" in capsys.readouterr().err
 
 
 def test_errors():

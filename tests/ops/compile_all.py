@@ -85,6 +85,26 @@ def gated_rms_norm() -> None:
         ops.gated_rms_norm(leaf(2, d), leaf(2, d), None).sum().backward()
 
 
+def modulated_rms_norm() -> None:
+    half, full = torch.bfloat16, torch.float32
+    for n, d, dtype, options in (
+        (64, 128, half, {}),
+        (2, 3072, half, {}),  # FLUX
+        (2, 8192, full, {"offset": 1.0, "cast": "after_weight"}),  # the widest whole row of the backward
+        (2, 32768, half, {}),  # the widest of the forward
+        (2, 65536, half, {"cast": "after_weight"}),
+    ):
+        for rows in (1, n):
+            inputs = (
+                leaf(2, n, d, dtype=dtype),
+                leaf(d, dtype=dtype),
+                *(leaf(2, rows, d, dtype=dtype) for _ in range(2)),
+            )
+            ops.modulated_rms_norm(*inputs, **options).sum().backward()
+    ops.modulated_rms_norm(leaf(2, 2, 4096), None, leaf(2, 1, 4096)).sum().backward()
+    ops.modulated_rms_norm(leaf(2, 2, 4096), None, leaf(2, 1, 4096, dtype=full), leaf(4096).detach()).sum().backward()
+
+
 def embedding() -> None:
     for h, dtype in ((576, torch.bfloat16), (4096, torch.float32)):
         # more than one chunk, so that there is something to join

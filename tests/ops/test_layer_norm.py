@@ -279,13 +279,6 @@ def test_errors_name_the_argument(device):
         add_layer_norm(x, x.double(), None)
 
 
-def test_a_second_derivative_is_refused(device):
-    x = torch.ones(2, 3, device=device, requires_grad=True)
-    (dx,) = torch.autograd.grad(layer_norm(x, None).pow(2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
 def test_without_the_interpreter_a_cpu_runs_the_reference(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     x, weight, bias = (randn(*shape, device="cpu").bfloat16() for shape in ((5, 33), (33,), (33,)))

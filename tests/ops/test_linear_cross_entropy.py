@@ -6,7 +6,7 @@ import pytest
 import torch
 from accuracy import as_accurate, nan_filled, randn
 from allocations import Allocations
-from heads import as_accurate_under_autocast, gathered_anew
+from heads import MANY, as_accurate_under_autocast, gathered_anew, over_two_to_the_31_logits
 from three_slabs import ThreeSlabs
 
 from ds_fused.ops import _tiles, one_pass, two_pass
@@ -464,3 +464,16 @@ def test_memory_of_a_real_size(grad_in_forward, where, monkeypatch):
     peak = torch.cuda.max_memory_allocated() - before - outputs
     # one tile, dx in fp32 where slabs are added up in it, and a little for cuBLAS and the allocator
     assert peak < 256 * 2**20 + (0 if grad_in_forward else x.numel() * 4) + 96 * 2**20
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("whole_gpu")
+@only_kernels
+def test_over_two_to_the_31_elements(where, monkeypatch):
+    monkeypatch.undo()
+    labels = torch.randint(0, MANY[1], MANY[:1], device=where)
+    options = {"reduction": "none", "grad_in_forward": False}
+    over_two_to_the_31_logits(
+        lambda x, w, tokens: linear_cross_entropy(x, w, labels[tokens], chunk_mb=8192, keep_mb=8192, **options),
+        lambda x, w, tokens: linear_cross_entropy_reference(x, w, labels[tokens], reduction="none"), where,
+    )  # fmt: skip

@@ -398,7 +398,8 @@ def test_memory_of_a_real_size(where, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("whole_gpu")
-def test_over_two_to_the_31_elements(device, monkeypatch):
+@only_kernels
+def test_over_two_to_the_31_elements(where, device, monkeypatch):
     monkeypatch.undo()
     x, tx = (torch.randn(16800, 8, device=device, dtype=torch.bfloat16) for _ in range(2))
     weight, tweight = (torch.randn(128256, 8, device=device, dtype=torch.bfloat16) for _ in range(2))

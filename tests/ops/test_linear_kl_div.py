@@ -6,11 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import as_accurate, randn
+from heads import MANY, as_accurate_under_autocast, over_two_to_the_31_logits
 
 from ds_fused.ops.linear_kl_div import linear_kl_div, linear_kl_div_reference
 
 pytestmark = pytest.mark.usefixtures("where")
 only_plain = pytest.mark.parametrize("where", ["plain"], indirect=True)
+
+
+def theirs(*inputs, chunk_mb=0, **options):
+    return linear_kl_div_reference(*inputs, **options)
 
 
 def some(m, h, v, device):
@@ -21,12 +26,32 @@ def some(m, h, v, device):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linear_kl_div(dtype, reverse, where):
-    inputs = some(5, 3, 11, where)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 3, 11)])  # least; odd
+def test_linear_kl_div(sizes, dtype, reverse, where):
     options = {"reverse": reverse, "temperature": 1.5, "chunk_mb": 2**-20}
-    reference = lambda *args, chunk_mb=0, **options: linear_kl_div_reference(*args, **options)  # noqa: E731
-    as_accurate(linear_kl_div, reference, inputs, dtype, frozen=(2, 3), **options)
+    as_accurate(linear_kl_div, theirs, some(*sizes, where), dtype, frozen=(2, 3), **options)
+
+
+@only_plain
+@pytest.mark.parametrize("reverse", [False, True])
+def test_autocast(reverse, where):
+    as_accurate_under_autocast(linear_kl_div, theirs, some(11, 5, 23, where), frozen=(2, 3), reverse=reverse)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("whole_gpu")
+@pytest.mark.parametrize("where", ["kernels"], indirect=True)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_over_two_to_the_31_elements(reverse, where, monkeypatch):
+    monkeypatch.undo()
+    tx, tweight = (torch.randn(n, 8, device=where, dtype=torch.bfloat16) for n in MANY)
+    options = {"reverse": reverse, "reduction": "none"}
+    room = {"chunk_mb": 8192, "keep_mb": 8192}
+    over_two_to_the_31_logits(
+        lambda x, w, tokens: linear_kl_div(x, w, tx[tokens], tweight, **options, **room),
+        lambda x, w, tokens: theirs(x, w, tx[tokens].double(), tweight.double(), **options), where,
+    )  # fmt: skip
 
 
 @only_plain

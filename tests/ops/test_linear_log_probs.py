@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import as_accurate, nan_filled, randn
 from allocations import Allocations
-from heads import as_accurate_under_autocast
+from heads import MANY, as_accurate_under_autocast, over_two_to_the_31_logits
 from shards import Shard
 from three_slabs import ThreeSlabs
 
@@ -263,6 +263,18 @@ def test_real_size(keep_mb, where, monkeypatch):
     monkeypatch.undo()  # the sides of real life
     x, weight, labels, _ = some(2048, 4096, 128256, where)
     as_accurate(ours, theirs, [x, 0.02 * weight, labels], torch.bfloat16, entropy=True, chunk_mb=128, keep_mb=keep_mb)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("whole_gpu")
+@only_kernels
+def test_over_two_to_the_31_elements(where, monkeypatch):
+    monkeypatch.undo()
+    labels = torch.randint(0, MANY[1], MANY[:1], device=where)
+    over_two_to_the_31_logits(
+        lambda x, w, tokens: linear_log_probs(x, w, labels[tokens], entropy=True, chunk_mb=8192, keep_mb=8192),
+        lambda x, w, tokens: linear_log_probs_reference(x, w, labels[tokens], entropy=True), where,
+    )  # fmt: skip
 
 
 def _sequences(log_probs):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import as_accurate, nan_filled, randn
-from heads import as_accurate_under_autocast
+from heads import MANY, as_accurate_under_autocast, over_two_to_the_31_logits
 from torch import Tensor
 
 from ds_fused.ops import one_pass
@@ -146,3 +146,16 @@ def test_memory_of_a_real_size(where, monkeypatch):
     peak = torch.cuda.max_memory_allocated() - before - outputs
     # a chunk of logits, and a little for cuBLAS and the allocator
     assert peak < 512 * 2**20 + 96 * 2**20
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("whole_gpu")
+@pytest.mark.parametrize("where", ["kernels"], indirect=True)
+def test_over_two_to_the_31_elements(where, monkeypatch):
+    """All logits in one chunk, which the gradient is written over."""
+    monkeypatch.undo()
+    labels = torch.randint(0, MANY[1], MANY[:1], device=where)
+    over_two_to_the_31_logits(
+        lambda x, w, tokens: ours(x, w, labels[tokens], reduction="sum", chunk_mb=8192),
+        lambda x, w, tokens: theirs(x, w, labels[tokens], reduction="sum"), where,
+    )  # fmt: skip

@@ -63,6 +63,19 @@ def gated_rms_norm() -> Iterator[Case]:
     yield lambda x: ops.gated_rms_norm(*x.chunk(2, -1), None), [(leaf(5, 2 * d),) for d in (64, 128, 100)]
 
 
+def modulated_rms_norm() -> Iterator[Case]:
+    for first, second in ((257, 40960), (40960, 257)):
+        yield (
+            ops.modulated_rms_norm,
+            [(leaf(2, 65, d), leaf(d), leaf(2, 1, d), leaf(2, 1, d)) for d in (first, second)],
+        )
+    yield ops.modulated_rms_norm, [(leaf(2, n, 64), leaf(64), leaf(2, 1, 64), leaf(64)) for n in (3, 4, 5)]
+    yield ops.modulated_rms_norm, [(leaf(n, 3, 64), leaf(64), leaf(n, 1, 64)) for n in (2, 3, 4)]
+    yield lambda x, scale: ops.modulated_rms_norm(x, None, scale), [(leaf(2, n, 64), leaf(2, n, 64)) for n in (3, 4)]
+    six = [(leaf(2, 5, d), leaf(2, 1, 6 * d)) for d in (64, 128)]
+    yield lambda x, six: ops.modulated_rms_norm(x, None, *six.chunk(6, -1)[:2]), six
+
+
 def embedding() -> Iterator[Case]:
     yield ops.embedding, [(labels(n), leaf(11, 64)) for n in (3, 4, 5)]
     yield ops.embedding, [(labels(600), leaf(11, h)) for h in (64, 128, 2000)]

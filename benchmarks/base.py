@@ -1,0 +1,76 @@
+"""Ours as it was: ``run.py --base REF`` times an earlier version beside this one, in a process of its own."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import subprocess
+import sys
+import tarfile
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from benchmarks.measure import Instruments
+from benchmarks.results import BASE, OURS, Row
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# of the base's process
+_on: Instruments
+_ceilings: dict[str, float]
+
+
+def _begin(folder: str, device: str, rep_ms: float, ceilings: dict[str, float]) -> None:
+    global _on, _ceilings
+    import benchmarks.run  # noqa: F401  # this checkout's, whatever else lies in the folder
+
+    # importing torch has loaded this version's plug-in
+    for name in [name for name in sys.modules if name.split(".")[0] == "ds_fused"]:
+        del sys.modules[name]
+    sys.path.insert(0, folder)
+    import ds_fused
+
+    if not Path(ds_fused.__file__).is_relative_to(folder):
+        raise RuntimeError(f"ds_fused is {ds_fused.__file__}, not that of {folder}")
+    _on, _ceilings = Instruments(device, rep_ms), ceilings
+
+
+def _measure(place: int, shape: tuple[int, ...], row: Row) -> Row:
+    from benchmarks.run import Bench
+
+    Bench(place, shape, _ceilings, _on).fill(row, row.provider.replace(BASE, OURS, 1))
+    # the device is run.py's again
+    _on.release()
+    return row
+
+
+class Base:
+    """The process in which `source` is ds_fused: a commit that git knows, or a folder with ds_fused/ in it."""
+
+    def __init__(self, source: str, device: str, rep_ms: float, ceilings: dict[str, float]) -> None:
+        self._exported = tempfile.TemporaryDirectory(prefix="ds_fused_base_")
+        folder = Path(source).resolve()
+        if not (folder / "ds_fused").is_dir():
+            folder = Path(self._exported.name).resolve()
+            _export(source, folder)
+        spawn = multiprocessing.get_context("spawn")
+        arguments = str(folder), device, rep_ms, ceilings
+        self._process = ProcessPoolExecutor(1, spawn, initializer=_begin, initargs=arguments)
+
+    def measured(self, place: int, shape: tuple[int, ...], row: Row) -> Row:
+        """The row, filled, of the case at `place` in CASES."""
+        return self._process.submit(_measure, place, shape, row).result()
+
+    def close(self) -> None:
+        self._process.shutdown()
+        self._exported.cleanup()
+
+
+def _export(ref: str, folder: Path) -> None:
+    done = subprocess.run(["git", "-C", str(ROOT), "archive", ref, "ds_fused"], capture_output=True)
+    if done.returncode:
+        said = done.stderr.decode().strip()
+        raise ValueError(f"--base {ref}: neither a folder with ds_fused/ in it nor a commit: {said}")
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        archive.extractall(folder, filter="data")

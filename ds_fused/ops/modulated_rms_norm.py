@@ -1,0 +1,407 @@
+"""Root-mean-square norm whose result is scaled and shifted by the sample: ``y = (1 + scale) * rms_norm(x) + shift``.
+
+As diffusion transformers condition their blocks (adaptive norms): scale and shift come from an embedding of the time
+step, one vector a sample, shared by the rows of that sample; or one a row. ``weight``, ``offset`` and ``cast`` are
+rms_norm's. Idea: Peebles and Xie, "Scalable Diffusion Models with Transformers" (2023).
+
+Saved for backward: x, weight, scale, and 1/rms in fp32 per row.
+Traffic per element: forward 1 read + 1 write, backward 2 reads + 1 write; where scale and shift are as large as x, one
+read more for each, forward, and one read and two writes more, backward. Sums over the rows of a modulation are fp32
+partial sums of each program, added up in a fixed order (no atomics: same input, same bits).
+
+Sizes: N rows (every leading dimension, flattened), M modulations of R rows each (N = M * R), D columns.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ds_fused.ops._launch import launch
+from ds_fused.ops._norms import check_cast, check_per_column
+from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._row_tiles import tile
+from ds_fused.ops._sums import SUM_COLS, partials, sum_partials
+from ds_fused.ops._triton import (
+    cdiv,
+    check_dtypes,
+    resident,
+    row_stride,
+    rows_of,
+    runs_kernels,
+    stages_for,
+)
+from ds_fused.ops._wide_modulated_rms_norm import (
+    _modulated_rms_norm_bwd_walk_kernel,
+    _modulated_rms_norm_fwd_walk_kernel,
+    modulated,
+    weight_or_one,
+)
+from ds_fused.ops.rms_norm import rms_norm_reference
+
+# as in rms_norm, whose backward with a bias keeps as many sums; not measured yet
+WHOLE_ROW_FWD = 32768
+WHOLE_ROW_BWD = 8192
+TILE_FWD, PER_THREAD_FWD = 2048, 16
+TILE_BWD, PER_THREAD_BWD = 2048, 8
+WARPS_PER_MULTIPROCESSOR = 32
+STAGES_BWD = 3
+# rows of partial sums that are added at a time: of one modulation there are few
+SUM_ROWS = 32
+
+
+def modulated_rms_norm_reference(
+    x: Tensor,
+    weight: Tensor | None,
+    scale: Tensor,
+    shift: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+    cast: str = "before_weight",
+) -> Tensor:
+    """What this file computes, in PyTorch: the specification, the CPU path and the yardstick of the tests."""
+    y = (1.0 + scale) * rms_norm_reference(x, weight, eps=eps, offset=offset, cast=cast)
+    return y if shift is None else y + shift
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_all"])
+def _modulated_rms_norm_fwd_kernel(
+    x_ptr,  # [N, D]
+    weight_ptr,  # [D]
+    scale_ptr,  # [M, D]
+    shift_ptr,  # [M, D]
+    y_ptr,  # [N, D]
+    rstd_ptr,  # [N]
+    x_stride,  # elements from one row to the next; y has no gaps
+    scale_stride,
+    shift_stride,
+    n_rows,  # of a modulation
+    n_all,
+    n_cols,
+    eps,
+    OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    cols = tl.arange(0, BLOCK_COLS)[None, :]
+    mask = (rows < n_all) & (cols < n_cols)
+    modulation = rows // n_rows
+
+    x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / n_cols + eps)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < n_all)
+    y = modulated(
+        x * rstd, weight_ptr, scale_ptr, shift_ptr,
+        cols, modulation * scale_stride + cols, modulation * shift_stride + cols, mask, cols < n_cols,
+        x_ptr.dtype.element_ty, OFFSET, CAST_BEFORE, HAS_WEIGHT, HAS_SHIFT,
+    )  # fmt: skip
+    tl.store(y_ptr + rows * n_cols + cols, y, mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_programs"])
+def _modulated_rms_norm_bwd_kernel(
+    dy_ptr,  # [N, D]
+    x_ptr,  # [N, D]
+    weight_ptr,  # [D]
+    scale_ptr,  # [M, D]
+    rstd_ptr,  # [N]
+    dx_ptr,  # [N, D]
+    dscale_ptr,  # [N, D], with PER_ROW
+    dshift_ptr,  # [N, D], with PER_ROW
+    products_ptr,  # [M, programs, D] fp32: this program's sum of dy * x_hat; with PER_ROW its part of dweight
+    sums_ptr,  # [M, programs, D] fp32: its sum of dy
+    dy_stride,  # elements from one row to the next; gradients have no gaps
+    x_stride,
+    scale_stride,
+    n_rows,  # of a modulation
+    n_programs,  # of a modulation
+    n_cols,
+    OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    PER_ROW: tl.constexpr,  # each row has a modulation of its own, and all rows count as those of one
+    WANTS_DX: tl.constexpr, WANTS_PRODUCTS: tl.constexpr, WANTS_DSCALE: tl.constexpr, WANTS_DSHIFT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    modulation, program = pid // n_programs, pid % n_programs
+    cols = tl.arange(0, BLOCK_COLS)[None, :]
+    weight = weight_or_one(weight_ptr, cols, cols < n_cols, OFFSET, CAST_BEFORE, HAS_WEIGHT)
+    if not PER_ROW:
+        scale_at = modulation * scale_stride + cols
+        factor = 1.0 + tl.load(scale_ptr + scale_at, mask=cols < n_cols, other=0.0).to(tl.float32)
+    if WANTS_PRODUCTS:
+        products = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+    if WANTS_DSHIFT and not PER_ROW:
+        sums = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+
+    step = n_programs * BLOCK_ROWS
+    for start in tl.range(program * BLOCK_ROWS, n_rows, step, num_stages=STAGES):
+        own = start + tl.arange(0, BLOCK_ROWS)[:, None]
+        rows = modulation * n_rows + own
+        mask = (own < n_rows) & (cols < n_cols)
+        dy = tl.load(dy_ptr + rows * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + rows, mask=own < n_rows, other=0.0)
+        x_hat = x * rstd
+        if PER_ROW:
+            factor = 1.0 + tl.load(scale_ptr + rows * scale_stride + cols, mask=mask, other=0.0).to(tl.float32)
+            if WANTS_PRODUCTS:
+                products += dy * factor * x_hat
+            if WANTS_DSCALE:
+                tl.store(dscale_ptr + rows * n_cols + cols, dy * x_hat * weight, mask=mask)
+            if WANTS_DSHIFT:
+                tl.store(dshift_ptr + rows * n_cols + cols, dy, mask=mask)
+        else:
+            if WANTS_PRODUCTS:
+                products += dy * x_hat
+            if WANTS_DSHIFT:
+                sums += dy
+        if WANTS_DX:
+            dhat = dy * factor * weight
+            dx = rstd * (dhat - x_hat * (tl.sum(dhat * x_hat, axis=1, keep_dims=True) / n_cols))
+            tl.store(dx_ptr + rows * n_cols + cols, dx, mask=mask)
+
+    here = pid * n_cols + cols
+    if WANTS_PRODUCTS:
+        tl.store(products_ptr + here, tl.sum(products, axis=0, keep_dims=True), mask=cols < n_cols)
+    if WANTS_DSHIFT and not PER_ROW:
+        tl.store(sums_ptr + here, tl.sum(sums, axis=0, keep_dims=True), mask=cols < n_cols)
+
+
+@triton.jit(do_not_specialize=["n_programs"])
+def _modulated_rms_norm_sums_kernel(
+    products_ptr,  # [M, programs, D] fp32: sums of dy * x_hat
+    sums_ptr,  # [M, programs, D] fp32: sums of dy
+    weight_ptr,  # [D]
+    scale_ptr,  # [M, D]
+    dscale_ptr,  # [M, D]
+    dshift_ptr,  # [M, D]
+    dweights_ptr,  # [M, D] fp32: a modulation's part of dweight
+    scale_stride,
+    n_programs,
+    n_cols,
+    OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    WANTS_DWEIGHT: tl.constexpr, WANTS_DSCALE: tl.constexpr, WANTS_DSHIFT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """Of one modulation what its programs have left, added up."""
+    modulation = tl.program_id(1).to(tl.int64)
+    cols = tl.program_id(0).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+    col_mask = cols < n_cols
+    products = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+    sums = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+    for start in range(0, n_programs, BLOCK_ROWS):
+        rows = start + tl.arange(0, BLOCK_ROWS).to(tl.int64)[:, None]
+        mask = (rows < n_programs) & col_mask
+        at = (modulation * n_programs + rows) * n_cols + cols
+        if WANTS_DWEIGHT or WANTS_DSCALE:
+            products += tl.load(products_ptr + at, mask=mask, other=0.0)
+        if WANTS_DSHIFT:
+            sums += tl.load(sums_ptr + at, mask=mask, other=0.0)
+    product = tl.sum(products, axis=0, keep_dims=True)
+    here = modulation * n_cols + cols
+    if WANTS_DSCALE:
+        weight = weight_or_one(weight_ptr, cols, col_mask, OFFSET, CAST_BEFORE, HAS_WEIGHT)
+        tl.store(dscale_ptr + here, product * weight, mask=col_mask)
+    if WANTS_DWEIGHT:
+        factor = 1.0 + tl.load(scale_ptr + modulation * scale_stride + cols, mask=col_mask, other=0.0).to(tl.float32)
+        tl.store(dweights_ptr + here, product * factor, mask=col_mask)
+    if WANTS_DSHIFT:
+        tl.store(dshift_ptr + here, tl.sum(sums, axis=0, keep_dims=True), mask=col_mask)
+
+
+def modulated_rms_norm_fwd(
+    x: Tensor,
+    weight: Tensor | None,
+    scale: Tensor,
+    shift: Tensor | None,
+    eps: float,
+    offset: float,
+    cast_before: bool,
+) -> tuple[Tensor, Tensor]:
+    """[N, D], [D], [M, D] x 2 -> y [N, D], rstd [N]."""
+    n, d = x.shape
+    dtype = torch.promote_types(x.dtype, scale.dtype)
+    dtypes = ([weight] if cast_before else []) + [shift]
+    for t in dtypes:
+        dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
+    y = torch.empty((n, d), dtype=dtype, device=x.device)
+    rstd = torch.empty(n, dtype=torch.float32, device=x.device)
+    if n == 0 or d == 0:
+        return y, rstd
+    block = tile(d, TILE_FWD, PER_THREAD_FWD, WHOLE_ROW_FWD)
+    tensors = (x, weight, scale, shift, y, rstd)
+    strides = (row_stride(x), row_stride(scale), 0 if shift is None else row_stride(shift))
+    constants = {
+        "OFFSET": offset,
+        "CAST_BEFORE": cast_before,
+        "HAS_WEIGHT": weight is not None,
+        "HAS_SHIFT": shift is not None,
+        "BLOCK_COLS": block.cols,
+        "num_warps": block.warps,
+    }
+    n_rows = n // scale.shape[0]
+    if block.rows:
+        launch(
+            _modulated_rms_norm_fwd_kernel, (cdiv(n, block.rows),),
+            *tensors, *strides, n_rows, n, d, eps,
+            BLOCK_ROWS=block.rows, **constants,
+        )  # fmt: skip
+    else:
+        launch(_modulated_rms_norm_fwd_walk_kernel, (n,), *tensors, *strides, n_rows, d, eps, **constants)
+    return y, rstd
+
+
+def modulated_rms_norm_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    scale: Tensor,
+    shift: Tensor | None,
+    rstd: Tensor,
+    offset: float,
+    cast_before: bool,
+    wants: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """dy, x [N, D], weight [D], scale, shift [M, D], rstd [N] -> gradients of x, weight, scale and shift, those wanted.
+
+    Of shift only the dtype counts.
+    """
+    (n, d), m = x.shape, scale.shape[0]
+    nothing = n == 0 or d == 0
+    dx, dweight, dscale, dshift = (
+        (torch.zeros if nothing else torch.empty)(t.shape, dtype=t.dtype, device=x.device) if wanted else None
+        for t, wanted in zip((x, weight, scale, shift), wants, strict=True)
+    )
+    if nothing or not any(wants):
+        return dx, dweight, dscale, dshift
+    per_row = m == n
+    groups = 1 if per_row else m
+    block = tile(d, TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD)
+    most = max(1, resident(x, WARPS_PER_MULTIPROCESSOR, block.warps) // groups)
+    programs = min(cdiv(n // groups, max(1, block.rows)), most)
+    wants_products = wants[1] or (wants[2] and not per_row)
+    wants_sums = wants[3] and not per_row
+    products = partials(x, groups * programs, d).view(2, -1) if wants_products or wants_sums else (None, None)
+    forms = {"OFFSET": offset, "CAST_BEFORE": cast_before, "HAS_WEIGHT": weight is not None}
+    constants = {
+        "PER_ROW": per_row,
+        "WANTS_DX": wants[0],
+        "WANTS_PRODUCTS": wants_products,
+        "WANTS_DSCALE": wants[2],
+        "WANTS_DSHIFT": wants[3],
+        "BLOCK_COLS": block.cols,
+        "num_warps": block.warps,
+    }
+    if block.rows:
+        kernel = _modulated_rms_norm_bwd_kernel
+        tile_bytes = (dy.itemsize + x.itemsize + (scale.itemsize if per_row else 0)) * block.rows * block.cols
+        constants |= {"BLOCK_ROWS": block.rows, "STAGES": stages_for(STAGES_BWD, tile_bytes)}
+    else:
+        kernel = _modulated_rms_norm_bwd_walk_kernel
+    launch(
+        kernel, (groups * programs,),
+        dy, x, weight, scale, rstd, dx, dscale if per_row else None, dshift if per_row else None, *products,
+        row_stride(dy), row_stride(x), row_stride(scale), n // groups, programs, d,
+        **forms, **constants,
+    )  # fmt: skip
+    if per_row:
+        if wants[1]:
+            sum_partials(products, programs, d, dweight)
+        return dx, dweight, dscale, dshift
+    if any(wants[1:]):
+        dweights = torch.empty((m, d), dtype=torch.float32, device=x.device) if wants[1] else None
+        launch(
+            _modulated_rms_norm_sums_kernel, (cdiv(d, SUM_COLS), m),
+            *products, weight, scale, dscale, dshift, dweights, row_stride(scale), programs, d,
+            **forms, WANTS_DWEIGHT=wants[1], WANTS_DSCALE=wants[2], WANTS_DSHIFT=wants[3],
+            BLOCK_ROWS=SUM_ROWS, BLOCK_COLS=SUM_COLS, num_warps=4,
+        )  # fmt: skip
+        if wants[1]:
+            sum_partials(dweights, m, d, dweight)
+    return dx, dweight, dscale, dshift
+
+
+class ModulatedRMSNormFunction(torch.autograd.Function):
+    """Autograd around the launchers; sees only rows."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor | None,
+        scale: Tensor,
+        shift: Tensor | None,
+        eps: float,
+        offset: float,
+        cast_before: bool,
+    ) -> Tensor:
+        y, rstd = modulated_rms_norm_fwd(x, weight, scale, shift, eps, offset, cast_before)
+        ctx.save_for_backward(x, weight, scale, shift, rstd)
+        ctx.offset, ctx.cast_before = offset, cast_before
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale, shift, rstd = ctx.saved_tensors
+        wants = ctx.needs_input_grad[:4]
+        gradients = modulated_rms_norm_bwd(
+            rows_of(dy), x, weight, scale, shift, rstd, ctx.offset, ctx.cast_before, wants
+        )
+        return *gradients, None, None, None
+
+
+def _leading(x: Tensor, modulation: Tensor) -> int | None:
+    """How many leading dimensions of x a scale or shift has, being one for all rows behind; None: not so."""
+    sizes = (1,) * (x.ndim - modulation.ndim) + tuple(modulation.shape)
+    own = [i for i, size in enumerate(sizes[:-1]) if size != 1]
+    n = own[-1] + 1 if own else 0
+    return n if sizes[:n] == tuple(x.shape[:n]) else None
+
+
+def _check_modulation(x: Tensor, name: str, modulation: Tensor) -> None:
+    sizes = tuple(modulation.shape)
+    fits = 0 < len(sizes) <= x.ndim and sizes[-1] == x.shape[-1]
+    if not fits or any(a not in (1, b) for a, b in zip(reversed(sizes), reversed(x.shape), strict=False)):
+        raise ValueError(
+            f"modulated_rms_norm: {name} {sizes} must have the columns of x {tuple(x.shape)}, and of its other "
+            f"dimensions each as many as x or one"
+        )
+
+
+def modulated_rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    scale: Tensor,
+    shift: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+    cast: str = "before_weight",
+) -> Tensor:
+    """``(1 + scale) * rms_norm(x, weight) + shift`` over the last dimension.
+
+    x [..., D], weight [D] or None; scale and shift as PyTorch broadcasts them: [B, 1, D] beside x [B, T, D] is one for
+    each sample, [D] one for all rows, x's shape one for each row. Those that are neither are copied to x's shape.
+    The result has the promoted dtype of rms_norm's, scale and shift.
+    """
+    check_per_column("modulated_rms_norm", x, weight=weight)
+    for name, modulation in (("scale", scale), ("shift", shift)):
+        if modulation is not None:
+            _check_modulation(x, name, modulation)
+    check_cast("modulated_rms_norm", cast)
+    if not runs_kernels(x, weight, scale, shift):
+        return modulated_rms_norm_reference(x, weight, scale, shift, eps=eps, offset=offset, cast=cast)
+    check_dtypes("modulated_rms_norm", x=x, weight=weight, scale=scale, shift=shift)
+    given = [scale] if shift is None else [scale, shift]
+    leading = [_leading(x, modulation) for modulation in given]
+    # both have as many rows as the one that has more; what is copied here autograd adds up again
+    n = x.ndim - 1 if None in leading else max(leading)
+    sizes = (*x.shape[:n], *[1] * (x.ndim - 1 - n), x.shape[-1])
+    scale, shift = (None if t is None else rows_of(t.expand(sizes)) for t in (scale, shift))
+    weight = weight if weight is None else weight.contiguous()
+    y = ModulatedRMSNormFunction.apply(rows_of(x), weight, scale, shift, eps, offset, cast == "before_weight")
+    return y.view(x.shape)

@@ -1,0 +1,121 @@
+"""What holds for every op of the registry: backward may run twice, a second derivative is refused, autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from accuracy import randn, same_bits
+from torch import Tensor
+
+import ds_fused.ops as ops
+from ds_fused.ops.registry import OPS
+
+# of which PyTorch's own differ under autocast; tested in their own files
+AUTOCAST = {"layer_norm", "add_layer_norm", "group_norm", "softmax"} | {op.name for op in OPS if "linear" in op.name}
+LABELS = [3, 1, -100, 4, 0, 2]
+
+
+def example(
+    name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, **options: object
+) -> tuple[Callable, list[Tensor]]:
+    """A call of the op, and the tensors it takes that have a gradient. Options: of the heads."""
+
+    def some(*shape: int, seed: int = 0) -> Tensor:
+        return randn(*shape, device=device, seed=seed).to(dtype)
+
+    def turned(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        angle = torch.linspace(0, 2, 3 * 8, device=device).view(1, 3, 8)
+        return q, k, angle.cos().to(dtype), angle.sin().to(dtype)
+
+    labels = torch.tensor(LABELS, device=device)
+    op, x, weight, head = getattr(ops, name), some(6, 8), some(8), some(11, 8, seed=1)
+    teacher = some(6, 8, seed=2), some(11, 8, seed=3)
+    logits, others = some(6, 11), some(6, 11, seed=4)
+    calls = {
+        "rms_norm": (op, [x, weight]),
+        "layer_norm": (op, [x, weight, some(8, seed=1)]),
+        "add_rms_norm": (op, [x, some(6, 8, seed=1), weight]),
+        "add_layer_norm": (op, [x, some(6, 8, seed=1), weight, some(8, seed=1)]),
+        "group_norm": (lambda x, *more: op(x, 4, *more), [x, weight, some(8, seed=1)]),
+        "gated_rms_norm": (op, [x, some(6, 8, seed=1), weight]),
+        "modulated_rms_norm": (op, [some(2, 3, 8), weight, some(2, 1, 8), some(2, 1, 8, seed=1)]),
+        "dyt": (op, [x, some(1), weight]),
+        "rope": (lambda q, k: op(*turned(q, k)), [some(1, 2, 3, 8), some(1, 1, 3, 8)]),
+        "rms_norm_rope": (
+            lambda q, k, *weights: op(q, k, *weights, *turned(q, k)[2:]),
+            [some(1, 2, 3, 8), some(1, 1, 3, 8), weight, some(8, seed=1)],
+        ),
+        "glu": (op, [x, some(6, 8, seed=1)]),
+        "relu2": (op, [x]),
+        "embedding": (lambda head: op(labels.clamp_min(0), head), [head]),
+        "softmax": (op, [x]),
+        "sparsemax": (op, [x]),
+        "cross_entropy": (lambda x: op(x, labels), [logits]),
+        "linear_cross_entropy": (lambda x, w: op(x, w, labels, **options), [x, head]),
+        "linear_log_probs": (lambda x, w: op(x, w, labels, entropy=True, **options), [x, head]),
+        "linear_jsd": (lambda x, w: op(x, w, *teacher, labels), [x, head]),
+        "linear_kl_div": (lambda x, w: op(x, w, *teacher, labels), [x, head]),
+        "kl_div": (lambda x: op(x.log_softmax(-1), others.softmax(-1)), [logits]),
+        "jsd": (lambda x: op(x, others, labels), [logits]),
+        "tvd": (lambda x: op(x, others, labels), [logits]),
+    }
+    call, tensors = calls[name]
+    return call, [t.detach().requires_grad_() for t in tensors]
+
+
+def total(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """A number whose gradients reach every output, each element with another one."""
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return sum((y.float() * torch.linspace(1, 2, y.numel(), device=y.device).view(y.shape)).sum() for y in outputs)
+
+
+every_op = pytest.mark.parametrize("name", [op.name for op in OPS])
+
+
+# of what they lend their gradients the memory, where an option does not forbid it
+CAN = {"linear_cross_entropy": {"grad_in_forward": False, "keep_mb": 0}, "linear_log_probs": {"keep_mb": 0}}
+
+
+@every_op
+def test_a_second_backward_is_the_first(name, device):
+    call, tensors = example(name, device, **CAN.get(name, {}))
+    loss = total(call(*tensors))
+    first = [gradient.clone() for gradient in torch.autograd.grad(loss, tensors, retain_graph=True)]
+    for again, before in zip(torch.autograd.grad(loss, tensors), first, strict=True):
+        assert before.abs().sum() > 0 and same_bits(again, before)
+
+
+@pytest.mark.parametrize("name", CAN)
+def test_a_second_backward_of_lent_memory_is_an_error(name, device):
+    call, tensors = example(name, device)
+    loss = total(call(*tensors))
+    torch.autograd.grad(loss, tensors, retain_graph=True)
+    with pytest.raises(RuntimeError, match=f"{name}: a second backward"):
+        torch.autograd.grad(loss, tensors)
+
+
+@every_op
+def test_a_second_derivative_is_refused(name, device):
+    call, tensors = example(name, device)
+    gradients = torch.autograd.grad(total(call(*tensors)), tensors, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(gradient.float().square().sum() for gradient in gradients).backward()
+
+
+@pytest.mark.parametrize("name", [op.name for op in OPS if op.name not in AUTOCAST])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_autocast_changes_nothing(name, dtype, device):
+    results = []
+    for enabled in (False, True):
+        call, tensors = example(name, device, dtype)
+        if name == "kl_div":  # whose logarithm and softmax are PyTorch's, and follow autocast
+            x, target = (t.detach() for t in (tensors[0].log_softmax(-1), tensors[0].flip(0).softmax(-1)))
+            call, tensors = lambda x, target=target: ops.kl_div(x, target), [x.requires_grad_()]
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            outputs = call(*tensors)
+        gradients = torch.autograd.grad(total(outputs), tensors)
+        results.append([*(outputs if isinstance(outputs, tuple) else (outputs,)), *gradients])
+    for got, wanted in zip(*results, strict=True):
+        assert same_bits(got.detach(), wanted.detach())
