@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -191,8 +191,13 @@ def undisturbed(device: torch.device):
 
 def facts(module: nn.Module) -> tuple:
     """What tells two layers of one class apart: their plain attributes. Layers that agree in them share one proof."""
+    return tuple((name, _fact(value)) for name, value in attributes(module))
+
+
+def attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
+    """Name and value of its own plain ones."""
     machinery = vars(nn.Module())
-    return tuple((name, _fact(value)) for name, value in vars(module).items() if name not in machinery)
+    return ((name, value) for name, value in vars(module).items() if name not in machinery)
 
 
 def _fact(value: object) -> object:

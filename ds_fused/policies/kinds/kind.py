@@ -39,6 +39,7 @@ class Kind:
     ways: Callable[[nn.Module], Sequence[Way] | str]  # the likelier first; or the reason why there are none
     prove: Proof  # what a replacement would compute otherwise; None where nothing
     alike: Callable[[nn.Module], Hashable] = facts  # layers of one class for which it is equal share one proof
+    given: frozenset[str] = frozenset()  # attributes that the proof gives its copies, whatever the layer holds
     certain: bool = True  # whether a single way needs no proof where nobody asks for one
     key: str | None = None  # the JSON key without which such layers are of no interest
     needs: str | None = None  # the key without which that one does nothing

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_fused.modules.attention import Rope, rotary_functions
+from ds_fused.modules.code import Code
 from ds_fused.modules.rotary import TURNS, Turn, fused_rotary, roles_of, takes
 from ds_fused.modules.swap import owner_of
 from ds_fused.policies.kinds.kind import Kind, Way, mixed
@@ -48,15 +49,16 @@ def _prove(module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype
     """The forward's code is the original's own, so what has to be proven are the functions that were exchanged."""
     functions = rotary_functions(type(module))
     for name, turn in way.how:
-        differs = _prove_function(functions[name], turn, device, dtype)
+        stock = functions[name]
+        differs = _prove_function(stock, turn, device, dtype, Code(stock))
         if differs is not None:
             return differs
     return None
 
 
-# the ways of a layer that calls two functions are all pairs of theirs
+# the ways of a layer that calls two functions are all pairs of theirs; code: nothing of them has been patched since
 @functools.cache
-def _prove_function(stock: Callable, turn: Turn, device: torch.device, dtype: torch.dtype) -> str | None:
+def _prove_function(stock: Callable, turn: Turn, device: torch.device, dtype: torch.dtype, code: Code) -> str | None:
     roles = roles_of(stock)
     all_dtypes = list(mixed(dtype))
     dtypes_of_case = all_dtypes
