@@ -457,7 +457,7 @@ def test_ranks_need_not_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def forget() -> None:
     """All proofs of this process."""
     memory._PROVEN.clear()
-    for cached in (ropes._prove_function, loss._linear_differs, loss._real_differs):
+    for cached in (ropes._differs, loss._linear_differs, loss._real_differs):
         cached.cache_clear()
 
 
