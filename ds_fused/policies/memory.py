@@ -49,7 +49,7 @@ def _key(
     parts = list(_parts(layer))
     held = (value for part in parts for _, value in attributes(part) if isinstance(value, _FUNCTIONS))
     mixins = (member for way in ways for member in vars(way.mixin).values() if isinstance(member, _FUNCTIONS))
-    code = Code(*map(type, parts), *held, *mixins)
+    code = Code(*map(type, parts), *held, *mixins, kind.prove)
     try:
         told = tuple(_told(part, code.names - kind.given) for part in parts)
     except UntoldError:
