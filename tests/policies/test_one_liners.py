@@ -168,9 +168,16 @@ def tiny(family: str) -> Iterator[nn.Module]:
 def test_every_switch_replaces_something(family: str) -> None:
     function = getattr(compat, f"apply_liger_kernel_to_{family}")
     wanted = {compat._RENAMED.get(name, name) for name, is_on in compat.FAMILIES[family].items() if is_on}
-    found = {key for model in tiny(family) for key in counts(function(model=model))}
+    models = list(tiny(family))
+    found = {key for model in models for key in counts(function(model=model))}
     # of the parts of some, more
     assert found == wanted or (found > wanted and family in compat._PARTS)
+    patch = function()
+    try:
+        built = list(tiny(family))
+    finally:
+        patch.restore()
+    assert list(map(n_fused, built)) == list(map(n_fused, models))
 
 
 def test_parts_are_fused_as_their_own_families_are() -> None:
