@@ -71,12 +71,13 @@ def _told(part: nn.Module, read: Set[str]) -> tuple[Hashable, ...]:
         raise UntoldError
     own = [(name, _word(value)) for name, value in attributes(part) if name in read or _is_plain(value)]
     shapes = [(name, None if p is None else shape_of(p)) for name, p in part._parameters.items()]
-    # a stub of these sizes stands for one with a weight
+    # for those with parameters something of their size stands
     children = [
-        (name, *(_word(getattr(child, size, None)) for size in ("in_features", "out_features")))
+        (name, type(child), *(_word(getattr(child, size, None)) for size in ("in_features", "out_features")))
         for name, child in part._modules.items()
     ]
-    return type(part), *own, *shapes, *children
+    inside = [shape_of(p) for child in part.children() for p in child._parameters.values() if p is not None]
+    return type(part), *own, *shapes, *children, *inside
 
 
 def _is_plain(value: object) -> bool:

@@ -121,7 +121,7 @@ def made_of(*children: str) -> Callable[[type], bool]:
 @pytest.mark.parametrize(
     ("wanted", "n_replaced", "n_left"),
     [
-        (made_of("gate_proj", "up_proj", "down_proj"), 125, 10),
+        (made_of("gate_proj", "up_proj", "down_proj"), 130, 5),
         (made_of("gate_up_proj", "down_proj", "Parameter"), 50, 2),
     ],
     ids=["gated", "stacked"],
