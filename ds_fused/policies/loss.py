@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds_fused.modules.code import Code
 from ds_fused.modules.deferred import DeferredLogits
 from ds_fused.modules.head import CausalLMLoss, Head
 from ds_fused.modules.head_call import HeadCall
@@ -94,7 +95,8 @@ class LinearClaim:
         options = tuple(sorted(self.options.items()))
         # None: the loss that the model's own code computes, by PyTorch's cross entropy
         for original in {loss.original for loss in self.site.losses.values()} or {None}:
-            differs = _linear_differs(original, self.site.head.bias is not None, options, device, dtype)
+            has_bias = self.site.head.bias is not None
+            differs = _linear_differs(original, has_bias, options, device, dtype, _code(original))
             if differs is not None:
                 return differs
         return None
@@ -129,7 +131,7 @@ class RealClaim:
 
     def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
         for original in {loss.original for loss in self.site.losses.values()}:
-            differs = _real_differs(original, device, dtype)
+            differs = _real_differs(original, device, dtype, _code(original))
             if differs is not None:
                 return differs
         return None
@@ -348,9 +350,19 @@ def _labels(device: torch.device) -> Tensor:
     return labels.to(device)
 
 
+def _code(original: Callable[..., Tensor] | None) -> Code:
+    """Of the loss, and of PyTorch's, which others replace as well."""
+    return Code(original, F.cross_entropy)
+
+
 @functools.cache
 def _linear_differs(
-    original: Callable[..., Tensor] | None, bias: bool, options: tuple, device: torch.device, dtype: torch.dtype
+    original: Callable[..., Tensor] | None,
+    bias: bool,
+    options: tuple,
+    device: torch.device,
+    dtype: torch.dtype,
+    code: Code,
 ) -> str | None:
     names = ("x", "weight", "bias") if bias else ("x", "weight")
     tensors = {"x": randn(1, 2, TOKENS, WIDTH), "weight": randn(2, VOCAB, WIDTH) / WIDTH**0.5, "bias": randn(3, VOCAB)}
@@ -389,7 +401,7 @@ def _linear_differs(
 
 
 @functools.cache
-def _real_differs(original: Callable[..., Tensor], device: torch.device, dtype: torch.dtype) -> str | None:
+def _real_differs(original: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, code: Code) -> str | None:
     def stock(t: Mapping[str, Tensor]) -> Tensor:
         return original(t["logits"], _labels(t["logits"].device), VOCAB)
 
