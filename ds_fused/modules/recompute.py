@@ -34,8 +34,8 @@ class Recompute:
 
     @property
     def _gradient_checkpointing_func(self) -> Callable:
-        # so, since for a trace by torch 2.11 self.__dict__[FUNCTION] is this property again
-        held = object.__getattribute__(self, "__dict__")
+        # a copy, since for a trace by torch 2.11 self.__dict__[FUNCTION] is this property again
+        held = dict(self.__dict__)
         if FUNCTION not in held:
             raise AttributeError(FUNCTION)
         return functools.partial(_checkpointed, self, held[FUNCTION])
