@@ -32,17 +32,19 @@ class Recompute:
     fused_allotment: Allotment | None  # None: all is computed again, as without this
     fused_offload: Offload | None  # None: the input stays on the device, and so it does where the allotment says so
 
+    # what the layer has under FUNCTION, by a name of its own: for a trace by torch 2.11 self.__dict__[FUNCTION] is the
+    # property again
+    fused_function: Callable | None
+
     @property
     def _gradient_checkpointing_func(self) -> Callable:
-        # a copy, since for a trace by torch 2.11 self.__dict__[FUNCTION] is this property again
-        held = dict(self.__dict__)
-        if FUNCTION not in held:
+        if self.fused_function is None:
             raise AttributeError(FUNCTION)
-        return functools.partial(_checkpointed, self, held[FUNCTION])
+        return functools.partial(_checkpointed, self, self.fused_function)
 
     @_gradient_checkpointing_func.setter
     def _gradient_checkpointing_func(self, function: Callable) -> None:
-        self.__dict__[FUNCTION] = function
+        self.__dict__[FUNCTION] = self.__dict__["fused_function"] = function
 
 
 def _checkpointed(layer: Recompute, stock: Callable, function: Callable, *args: Any) -> Any:

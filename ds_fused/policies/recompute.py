@@ -15,7 +15,7 @@ from ds_fused.modules import Option
 from ds_fused.modules.allotment import Allotment, Auto, Fixed
 from ds_fused.modules.kept import Learnt
 from ds_fused.modules.offload import Offload
-from ds_fused.modules.recompute import Recompute
+from ds_fused.modules.recompute import FUNCTION, Recompute
 from ds_fused.modules.swap import is_fused, swap, unswap, why_not
 from ds_fused.policies.report import Left
 
@@ -127,6 +127,7 @@ class RecomputeClaim:
                 swap(
                     module, Recompute, fused_place=place, fused_learnt=Learnt(),
                     fused_allotment=self.allotment, fused_offload=self.offload,
+                    fused_function=vars(module).get(FUNCTION),
                 )  # fmt: skip
         except BaseException:
             self.restore()
