@@ -28,8 +28,9 @@ class HeadForCausalLM(PreTrainedModel):
 
     config_class = PretrainedConfig
 
-    def __init__(self, config: PretrainedConfig, loss: Loss | None, frozen: bool) -> None:
+    def __init__(self, config: PretrainedConfig, case: Case, loss: Loss | None, frozen: bool) -> None:
         super().__init__(config)
+        self._case = case
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._loss = loss
         if frozen:
@@ -41,6 +42,7 @@ class HeadForCausalLM(PreTrainedModel):
         return self.lm_head
 
     def forward(self, inputs_embeds: Tensor, labels: Tensor) -> Tensor:
+        self._case.before()
         if self._loss is not None:
             return self._loss(self, inputs_embeds, labels)
         logits = self.lm_head(inputs_embeds)
@@ -57,7 +59,7 @@ class EngineRun:
         config = {**CONFIG, "ds_fused": block}
         sizes = PretrainedConfig(hidden_size=case.shape.hidden, vocab_size=case.shape.vocab)
         with deepspeed.zero.Init(config_dict_or_path=config):
-            model = HeadForCausalLM(sizes, loss, frozen)
+            model = HeadForCausalLM(sizes, case, loss, frozen)
         self._head = model.lm_head.weight
         with deepspeed.zero.GatheredParameters(self._head, modifier_rank=0), torch.no_grad():
             if case.rank == 0:

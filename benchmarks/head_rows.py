@@ -25,6 +25,9 @@ def _one(some: list[Row]) -> Row:
     if not done:
         return some[0]
     one = {**done[0], "ms": statistics.median(row["ms"] for row in done), "rounds": len(done)}
+    idle = [row["idle_ms"] for row in done if "idle_ms" in row]
+    if idle:
+        one["idle_ms"] = statistics.median(idle)
     iterations = [ms for row in done for ms in row.get("iterations_ms", [row["ms"]])]
     one["least_ms"], one["most_ms"] = min(iterations), max(iterations)
     if done[0].get("extra_mib") is not None:

@@ -69,6 +69,8 @@ class Case:
         self.labels = labels.masked_fill(
             torch.rand(shape.tokens, generator=draw, device=device) < 0.1 * (1 + rank), IGNORED
         )
+        # every way calls it where the layers of a model have been: before the head, within a forward
+        self.before: Callable[[], None] = lambda: None
 
     def weight(self) -> Tensor:
         """[V, H], made anew at each call: no way finds a whole weight in memory that it didn't ask for."""
@@ -162,6 +164,7 @@ class ReplicatedRun:
     def __call__(self) -> Tensor:
         from ds_fused.ops import linear_cross_entropy
 
+        self._case.before()
         loss = linear_cross_entropy(
             self._case.x, self._weight, self._case.labels, keep_mb=self._keep_mb, grad_in_forward=False
         )
@@ -193,7 +196,7 @@ class BareGemms:
 
 class BareGemmsRun:
     def __init__(self, case: Case) -> None:
-        shape = case.shape
+        shape, self._case = case.shape, case
         self._x, self._weight = case.x.detach(), case.weight()
         tokens = min(shape.tokens, max(1, ROOM_BYTES // (2 * shape.vocab)))
         self._chunks = [slice(start, start + tokens) for start in range(0, shape.tokens, tokens)]
@@ -201,6 +204,7 @@ class BareGemmsRun:
         self._dx, self._dw = torch.empty_like(self._x), torch.empty_like(self._weight)
 
     def __call__(self) -> None:
+        self._case.before()
         for i, chunk in enumerate(self._chunks):
             x = self._x[chunk]
             z = torch.mm(x, self._weight.t(), out=self._room[: x.shape[0]])
@@ -298,6 +302,7 @@ WAYS: Mapping[str, Way] = {
     "stream frozen": Sharded("4 MHV: the weight is not trained", fused=_fused("stream", slab_mb=128), frozen=True),
     "stock frozen": Sharded("all logits, in fp32; the weight is not trained", frozen=True),
     "stationary": Sharded("6 MHV, chunk_mb=512", fused=_fused("stationary")),
+    "stationary chunk_mb=320": Sharded("6 MHV", fused=_fused("stationary", chunk_mb=320)),
     "stationary chunk_mb=256": Sharded("6 MHV", fused=_fused("stationary", chunk_mb=256)),
     "auto": Sharded("the choice of the two that ds_fused makes", fused=_fused("auto")),
     "liger": Sharded("gradients made in forward", _liger(), needs_gpu=True),

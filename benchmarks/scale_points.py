@@ -60,7 +60,9 @@ STEPS_ON = ("2 x H100", "4 x H100", "4 x H200")
 THEN = {
     ("h100x2/end_to_end_small", "ours-small"): "ours-small-device",
     ("h100x4/end_to_end", "ours-small"): "ours-small-device",
-    ("h100x4/end_to_end", "ours-small-offload"): "ours-small",
+    ("h100x4/end_to_end", "ours-small-offload"): "ours-small-tiled",
+    ("h200x4/end_to_end", "ours-small"): "ours-small-tiled",
+    ("h200x4/end_to_end", "ours-small-whole"): "ours-small",
 }
 # measured when "fit" knew of longer batches what they need in proportion to its first steps
 BY_FIRST_STEPS = ("h100x2/end_to_end",)
@@ -114,7 +116,9 @@ def heads(results: Path = RESULTS) -> Iterator[Point | Skipped]:
                 yield Skipped(name, shape, way, reason or row["status"])
                 continue
             loss, in_engine = found
-            yield Point(name, shape, way, "ms", row["ms"], _time_of_head(loss, device, ranks, in_engine))
+            # from idle, as all were before
+            ms = row.get("idle_ms", row["ms"])
+            yield Point(name, shape, way, "ms", ms, _time_of_head(loss, device, ranks, in_engine))
             if row.get("extra_mib") is not None:
                 yield Point(name, shape, way, "MiB", row["extra_mib"], _memory_of_head(loss))
 

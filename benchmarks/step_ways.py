@@ -125,13 +125,18 @@ WAYS: Mapping[str, Way] = {
         block={"enabled": True, "profile": "fast", "recompute": {"level": "fit", "offload": "fit"}},
     ),
     "ours-small": Way('ds_fused, "profile": "small"', block={"enabled": True, "profile": "small"}),
-    "ours-small-whole": Way(
-        "the same with tiles of MLPs only where each has 32768 tokens",
-        block={"enabled": True, "profile": "small", "tiled_mlp": {"tiles": 4, "least_tokens": 32768}},
+    "ours-small-tiled": Way(
+        "the same with every MLP in tiles",
+        block={"enabled": True, "profile": "small", "tiled_mlp": {"tiles": 4}},
     ),
     "ours-small-device": Way(
-        "the same with nothing on the host, so that no attention is kept",
-        block={"enabled": True, "profile": "small", "recompute": {"level": "fit", "keep_mb": 0}},
+        "that with nothing on the host, so that no attention is kept",
+        block={
+            "enabled": True,
+            "profile": "small",
+            "tiled_mlp": {"tiles": 4},
+            "recompute": {"level": "fit", "keep_mb": 0},
+        },
     ),
 }
 # what is run when none are named

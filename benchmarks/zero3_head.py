@@ -12,9 +12,11 @@ without a GPU they run on the CPU, where a tiny ``--shapes 24x16x67`` shows that
 Of each rank M tokens, bf16 weight, activations and gradients; of the labels 10 % are ignored on the first rank, 20 on
 the second, and so on.
 
-- fwd+bwd ms: the median of 10 iterations after 3, of the slowest rank each, and of that over rounds; beside it the
-  least and the largest of them all. From a barrier to the end of all that the device has to do, gathers and DeepSpeed's
-  reduction of the gradient among it. The optimizer's step is left out.
+- fwd+bwd ms: the median of 10 iterations, of the slowest rank each, and of that over rounds; beside it the least and
+  the largest of them all. All ranks start together, and it ends with all that the device has to do, gathers and
+  DeepSpeed's reduction of the gradient among it. The optimizer's step is left out. Within the forward products come
+  before the head, as the layers of a model do: the device is hot, and the host ahead of it.
+- from idle ms: the same of 10 iterations without them, from a barrier on: host time is in it.
 - extra MiB: the most memory allocated during forward and backward beyond what was allocated before, less the 2 MH
   bytes of dx, which every way has to hand back. Before are: x and labels, the shard of the weight with its fp32 master
   copy, DeepSpeed's buckets, and the part of the gradient that it keeps. Largest of all ranks and iterations.
@@ -103,7 +105,7 @@ def measure(cases: Sequence[Place], launch: Callable[[Sequence[Place]], Job], re
 def ways_table(head: dict[str, str], rows: Sequence[Row]) -> str:
     """One table a shape, fastest first; those without a time last, with their reason."""
     lines = ["# Head and loss under ZeRO-3", "", *(f"- {key}: {value}" for key, value in head.items())]
-    names = ("way", "fwd+bwd ms", "all iterations", "over bare GEMMs", "extra MiB")
+    names = ("way", "fwd+bwd ms", "all iterations", "over bare GEMMs", "from idle ms", "extra MiB")
     names += ("loss error", "dx error", "dW error", "note")
     rows = merged(rows)
     for shape in dict.fromkeys(row["shape"] for row in rows):
@@ -118,7 +120,8 @@ def ways_table(head: dict[str, str], rows: Sequence[Row]) -> str:
                 note += f"; in another round **{row['other_round']}**"
             spread = "-" if ms is None else f"{row['least_ms']:.1f} to {row['most_ms']:.1f}"
             cells.append(
-                [row["way"], number(ms, ".1f"), spread, number(over, ".2f"), number(row.get("extra_mib"), ".0f")]
+                [row["way"], number(ms, ".1f"), spread, number(over, ".3f"), number(row.get("idle_ms"), ".1f")]
+                + [number(row.get("extra_mib"), ".0f")]
                 + [number(errors.get(what), ".1e") for what in ("loss", "dx", "dw")]
                 + [note]
             )

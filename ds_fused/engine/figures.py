@@ -58,8 +58,8 @@ class Head:
     @classmethod
     def cut(cls, shards: Shards, slab_bytes: int, itemsize: int = 2, **facts: bool) -> Head:
         """As ZeroSlabs cuts it."""
-        rows = shards.slab_rows(shards.hidden * itemsize, slab_bytes)
-        return cls(shards, shards.most_slab_rows(rows), shards.n_slabs(rows), itemsize, **facts)
+        spans = shards.spans(shards.hidden * itemsize, slab_bytes)
+        return cls(shards, max(span.stop - span.start for span in spans), len(spans), itemsize, **facts)
 
     @property
     def elements(self) -> int:
@@ -99,7 +99,8 @@ def of_stream(head: Head, most: int, chunk_bytes: int, keep_bytes: int) -> Figur
     flops = (4 + 2 * trains + made_again) * most * head.elements
     slab_bytes = head.slab_rows * hidden * itemsize
     # those that are kept, and one to work in
-    held = (cut.kept + (cut.kept < n_tiles)) * tile_elements(cut.tokens, cut.rows) * itemsize
+    tiles = (cut.kept + (cut.kept < n_tiles)) * tile_elements(cut.tokens, cut.rows)
+    held = min(tiles, most * n_vocab) * itemsize
     if trains:
         # of weight and gradient two each, where there are as many; a rank's part of one; dx in fp32, not yet rounded
         held += min(4, head.n_slabs + 1) * slab_bytes + slab_bytes // ranks + most * hidden * (4 - itemsize)
@@ -124,18 +125,18 @@ def of_stationary(head: Head, most: int, chunk_bytes: int) -> Figures:
     block = block_tokens(most, n_vocab, hidden, ranks, itemsize, chunk_bytes)
     blocks = -(-most // block)
     flops = (4 + 2 * trains) * most * head.elements
-    # dx of this rank's tokens comes back in fp32; a single block has none before or after it
+    # dx of this rank's tokens is added up in fp32; a single block has none before or after it
     held = block * (block_bytes(n_vocab, hidden, ranks, itemsize) + 4 * hidden)
     if blocks == 1:
-        held -= ranks * block * hidden * (itemsize + 4)
+        held -= ranks * block * hidden * itemsize
     held += head.shards.size * (4 * trains + itemsize * head.offloaded)
     # of the logits two reads and a write; x of all ranks comes, dx of all goes; dw in fp32 read for each further block
-    traffic = 3 * itemsize * most * n_vocab + ranks * most * hidden * (itemsize + 4)
+    traffic = (3 * n_vocab + 2 * ranks * hidden) * most * itemsize
     traffic += 4 * trains * head.shards.size * max(0, blocks - 1)
-    # x there, dx back in fp32, three numbers and a label
-    wire = (ranks - 1) * most * (hidden * (itemsize + 4) + 20)
-    # of each block x, dx and the numbers; the labels, and whether the guess was right
-    calls = 3 * blocks + 2
+    # x there, dx back, three numbers and a label
+    wire = (ranks - 1) * most * (2 * hidden * itemsize + 20)
+    # of each block x, dx and the numbers of two halves; the labels, and whether the guess was right
+    calls = 4 * blocks + 2
     return Figures("stationary", f"{blocks} blocks", held, wire, calls, traffic, flops)
 
 

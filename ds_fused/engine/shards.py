@@ -7,23 +7,27 @@ rows; the last shard may end in padding, which is memory that nobody wrote. In t
     rank 1                         | head | whole rows ........ | tail |
     rank 2                                                      | head | whole rows .... |
 
-Every rank has whole rows, of which as many count as the poorest has (`common`). *Plain slab* k is rows
-``[k * s, (k + 1) * s)`` of those of every rank, so one all-gather of equal parts brings it, straight out of the shards.
+Every rank has whole rows, of which as many count as the poorest has (`common`). A *plain slab* is the same range of
+those of every rank, so one all-gather of equal parts brings it, straight out of the shards.
 What is left over (rows split between two ranks, and a whole row more on some) is the *seam*: at most 2W - 1 rows, one
-more slab.
+more slab, and the first one.
 
-Sizes: V vocabulary rows, H columns, W ranks, P elements of a shard, s rows of a rank in a slab.
+Sizes: V vocabulary rows, H columns, W ranks, P elements of a shard.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from ds_fused.ops._tiles import side
+
+# the first plain slab is so many times smaller than the others. Not yet measured
+FIRST = 4
 
 
 @dataclass(frozen=True)
@@ -57,17 +61,31 @@ class Shards:
         ends = [min((rank + 1) * self.size, n_elements) // self.hidden for rank in range(self.ranks)]
         return min(max(0, end - first) for first, end in zip(self.first_rows, ends, strict=False))
 
-    def slab_rows(self, row_bytes: int, slab_bytes: int) -> int:
-        """s: even slabs, each at most slab_bytes of all ranks together."""
-        return side(self.common, max(1, slab_bytes // (self.ranks * row_bytes)), self.ranks, least=1)
+    def cuts(self, row_bytes: int, slab_bytes: int) -> list[slice]:
+        """Each plain slab's part of the common rows: even ones of at most slab_bytes of all ranks together.
 
-    def n_slabs(self, rows: int) -> int:
-        """Of so many rows of each rank, and the seam."""
-        return -(-self.common // rows) + (self.seam_rows > 0)
+        Where there are several, the first is smaller still: nothing is computed yet while it comes, and nothing more
+        when it is the last to go.
+        """
+        most = max(1, slab_bytes // (self.ranks * row_bytes))
+        even = side(self.common, most, self.ranks, least=1)
+        if even >= self.common:
+            return [slice(0, self.common)]
+        first = side(even, -(-even // FIRST), self.ranks, least=1)
+        rows = side(self.common - first, most, self.ranks, least=1)
+        starts = [0, *range(first, self.common, rows)]
+        return [slice(a, b) for a, b in zip(starts, [*starts[1:], self.common], strict=True)]
 
-    def most_slab_rows(self, rows: int) -> int:
-        """Rows of all ranks in the largest of them."""
-        return max(self.ranks * rows, self.seam_rows)
+    def spans(self, row_bytes: int, slab_bytes: int) -> list[slice]:
+        """Of each slab the places of its rows: the seam, if there is one, and the plain slabs."""
+        sizes = [self.ranks * (cut.stop - cut.start) for cut in self.cuts(row_bytes, slab_bytes)]
+        ends = list(accumulate([self.seam_rows, *sizes] if self.seam_rows else sizes))
+        return [slice(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+
+    def ids(self, cuts: list[slice]) -> Tensor:
+        """[V]: the vocabulary id at each place."""
+        firsts = torch.tensor(self.first_rows[:-1])[:, None]
+        return torch.cat([self._seam_ids(), *((firsts + torch.arange(c.start, c.stop)).flatten() for c in cuts)])
 
     def start(self, rank: int) -> int:
         """Elements of a rank's shard before its first whole row."""
@@ -92,16 +110,10 @@ class Shards:
         """Whether any row lies on two ranks."""
         return any(self.start(rank) for rank in range(self.ranks))
 
-    def ids(self, start: int, rows: int, device: torch.device) -> Tensor:
-        """[W * rows]: the vocabulary ids of rows [start, start + rows) of each rank's common rows."""
-        firsts = torch.tensor(self.first_rows[:-1], device=device) + start
-        return (firsts[:, None] + torch.arange(rows, device=device)).flatten()
-
-    def seam_ids(self, device: torch.device) -> Tensor:
+    def _seam_ids(self) -> Tensor:
         """The vocabulary ids of the rows that are no rank's common ones."""
         ends = [first + self.common for first in self.first_rows[:-1]]
-        parts = [torch.arange(end, after) for end, after in zip(ends, self.first_rows[1:], strict=True)]
-        return torch.cat(parts).to(device)
+        return torch.cat([torch.arange(end, after) for end, after in zip(ends, self.first_rows[1:], strict=True)])
 
     @property
     def seam_rows(self) -> int:

@@ -47,22 +47,21 @@ class Slabs:
         self.weight = weight
         self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
         self.requires_grad, self.share = weight.requires_grad, 1 / shards.ranks
-        rows = shards.slab_rows(shards.hidden * weight.element_size(), slab_bytes)
-        sizes = [shards.ranks * min(rows, shards.common - start) for start in range(0, shards.common, rows)]
-        self._sizes = [shards.seam_rows, *sizes] if shards.seam_rows else sizes
-        self.slab_rows = max(self._sizes)
+        self.ids = self.places = weight.new_empty(len(weight), dtype=torch.int64)
+        self._spans = shards.spans(shards.hidden * weight.element_size(), slab_bytes)
+        self.slab_rows = max(span.stop - span.start for span in self._spans)
 
     def __len__(self) -> int:
-        return len(self._sizes)
+        return len(self._spans)
 
-    def places(self, k: int) -> tuple[int, int]:
-        return self._sizes[k], sum(self._sizes[:k])
+    def span(self, k: int) -> slice:
+        return self._spans[k]
 
     def prefetch(self, k: int) -> None:
         """Nothing comes."""
 
     def gather(self, k: int) -> Tensor:
-        return self.weight.new_empty(self._sizes[k], self.shape[1])
+        return torch.empty_like(self.weight[self.span(k)])
 
     def gradient(self, k: int) -> Tensor:
         return self.gather(k)
@@ -99,6 +98,9 @@ class Shard(VocabShard):
 
     def reduce_scatter(self, parts: Tensor) -> Landed:
         return Landed(parts.new_empty(parts.shape[1:]))
+
+    def all_to_all(self, parts: Tensor) -> Landed:
+        return Landed(torch.empty_like(parts))
 
     def gradient(self, dtype: torch.dtype = torch.float32) -> Gradient:
         return Gradient(self.weight.new_empty(self.n_rows, self.shape[1], dtype=dtype))

@@ -55,11 +55,11 @@ class ZeroSlabs:
         self._rank = dist.get_rank(self.group)
         self.ranks = dist.get_world_size(self.group)
         self._shards = Shards(*self.shape, self.ranks)
-        self._rows = self._shards.slab_rows(self.shape[1] * param.ds_tensor.element_size(), slab_bytes)
+        sizes = self.shape[1] * param.ds_tensor.element_size(), slab_bytes
+        self._cuts, self._spans = self._shards.cuts(*sizes), self._shards.spans(*sizes)
         # the seam comes first: at the last one a backward begins, where a large one is to be here already
         self._seams = int(self._shards.seam_rows > 0)
-        self._slabs = self._shards.n_slabs(self._rows)
-        self.slab_rows = self._shards.most_slab_rows(self._rows)
+        self.slab_rows = max(span.stop - span.start for span in self._spans)
         self.share = 1 / self.ranks
         self._coming: Flight | None = None
         self._leaving: tuple[int, Flight] | None = None
@@ -70,19 +70,19 @@ class ZeroSlabs:
     # made once: to bring numbers to a GPU makes the host wait for it
 
     @cached_property
-    def _first_ids(self) -> Tensor:
-        return self._shards.ids(0, self._rows, self.device)
+    def ids(self) -> Tensor:
+        return self._shards.ids(self._cuts).to(self.device)
 
     @cached_property
-    def _seam_ids(self) -> Tensor:
-        return self._shards.seam_ids(self.device)
+    def places(self) -> Tensor:
+        return torch.empty_like(self.ids).scatter_(0, self.ids, torch.arange(len(self.ids), device=self.device))
 
     @property
     def requires_grad(self) -> bool:
         return self.param.requires_grad
 
     def __len__(self) -> int:
-        return self._slabs
+        return len(self._spans)
 
     def __str__(self) -> str:
         slab = self.slab_rows * self.shape[1] * self.param.ds_tensor.element_size()
@@ -104,25 +104,14 @@ class ZeroSlabs:
     def _is_seam(self, k: int) -> bool:
         return k < self._seams
 
-    def places(self, k: int) -> tuple[int, Tensor | int]:
-        if self._is_seam(k):
-            return self._shards.seam_rows, self._seam_ids
-        start, rows = self._plain_rows(k)
-        if self._shards.ranks == 1:
-            return rows, start
-        ids = self._first_ids.view(self._shards.ranks, -1)[:, :rows] + start
-        return self._shards.ranks * rows, ids.flatten()
-
-    def _plain_rows(self, k: int) -> tuple[int, int]:
-        """(first, how many) of each rank's common rows."""
-        start = (k - self._seams) * self._rows
-        return start, min(self._rows, self._shards.common - start)
+    def span(self, k: int) -> slice:
+        return self._spans[k]
 
     def _place(self, k: int) -> slice:
         """Slab k in this rank's shard."""
-        start, rows = self._plain_rows(k)
-        begin = self._shards.start(self._rank) + start * self.shape[1]
-        return slice(begin, begin + rows * self.shape[1])
+        cut, columns = self._cuts[k - self._seams], self.shape[1]
+        begin = self._shards.start(self._rank)
+        return slice(begin + cut.start * columns, begin + cut.stop * columns)
 
     def _start_gather(self, k: int) -> Flight:
         shard = self.param.ds_tensor.data
@@ -140,7 +129,8 @@ class ZeroSlabs:
     # the gradient goes
 
     def gradient(self, k: int) -> Tensor:
-        return torch.empty(self.places(k)[0], self.shape[1], dtype=self.dtype, device=self.device)
+        span = self.span(k)
+        return torch.empty(span.stop - span.start, self.shape[1], dtype=self.dtype, device=self.device)
 
     def scatter(self, k: int, dw: Tensor) -> None:
         """Start the reduce-scatter of slab k, and take in what the one before has brought."""

@@ -93,19 +93,18 @@ class ClassWeights:
         of_columns = of_all[:, shard.first_id : shard.first_id + shard.n_rows].clone()
         return cls(of_columns, of_tokens.permute(2, 0, 1).contiguous())
 
-    def of_block(self, place: slice) -> Tensor | None:
-        """[2, W * T]"""
-        return None if self.of_tokens is None else of_block(self.of_tokens, place)
+    def of_tokens_in(self, ranks: slice, place: slice) -> Tensor | None:
+        """[2, N] of those ranks' tokens of a block."""
+        return None if self.of_tokens is None else of_block(self.of_tokens[:, ranks], place)
 
-    def passes(self, place: slice, n_tokens: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-        """How the W * T tokens of a block go through a softmax pass: at once, or, with weights, rank by rank."""
-        token_weights = self.of_block(place)
+    def passes(self, ranks: slice, place: slice) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        """How those ranks' tokens of a block go through a softmax pass: at once, or, with weights, rank by rank."""
+        token_weights, step = self.of_tokens_in(ranks, place), place.stop - place.start
         if token_weights is None:
-            yield slice(0, n_tokens), {}
+            yield slice(None), {}
             return
-        step = n_tokens // len(self.of_columns)
-        for rank, weight in enumerate(self.of_columns):
-            tokens = slice(rank * step, (rank + 1) * step)
+        for i, weight in enumerate(self.of_columns[ranks]):
+            tokens = slice(i * step, (i + 1) * step)
             yield tokens, {"weight": weight, "token_weights": token_weights[:, tokens]}
 
 

@@ -23,8 +23,6 @@ Sizes: M tokens, T of them in a chunk, H hidden, V vocabulary, n rows of a slab.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -62,28 +60,30 @@ class FrozenHeadFunction(torch.autograd.Function):
         parts = _Parts(x, source, options)
         room = room_of(x, tiles)
         # p alone: no label, nothing but the softmax
-        bare = LossOptions(softcap=options.softcap, logit_scale=options.logit_scale)
+        bare = LossOptions(options.ignore_index, softcap=options.softcap, logit_scale=options.logit_scale)
         ones = torch.ones_like(loss)
+        # labels that lie in no slab, but ignored ones, which stay
+        ignored = labels == options.ignore_index
+        nowhere = torch.where(ignored, labels, -1 if options.ignore_index != -1 else -2)
         for k in range(len(source)):
             rows = source.gather(k)
             if k + 1 < len(source):
                 source.prefetch(k + 1)
-            slab = Slab(source, k, rows, x, bias, labels, options, None)
-            bare = replace(bare, ignore_index=slab.options.ignore_index)
+            slab = Slab(source, k, rows, x, bias, None)
             parts.open(slab)
             for start in range(0, n_tokens, tiles.tokens):
                 chunk = slice(start, start + tiles.tokens)
                 z = logits_of(room, x[chunk], slab.rows, slab.bias)
                 before = lse[:, chunk].clone() if k > 0 else None
                 softmax_fwd(
-                    z, slab.labels[chunk], loss[chunk], lse[:, chunk], slab.options, **slab.place,
+                    z, labels[chunk], loss[chunk], lse[:, chunk], options, **slab.place,
                     is_first=k == 0, is_last=k == len(source) - 1, right=of_chunk(right, chunk),
                 )  # fmt: skip
-                column, here = parts.label(z, chunk, slab)
-                softmax_bwd(ones[chunk], z, _nowhere(slab, chunk), lse[:, chunk], z, bare, **slab.place)
+                column, here = parts.label(z, labels[chunk], chunk, slab)
+                softmax_bwd(ones[chunk], z, nowhere[chunk], lse[:, chunk], z, bare, **slab.place)
                 z.scatter_(1, column, z.gather(1, column).masked_fill_(here, 0.0))
                 parts.add(z, chunk, before, lse[:, chunk], slab)
-        ctx.save_for_backward(parts.whole(labels, lse), labels == options.ignore_index)
+        ctx.save_for_backward(parts.whole(lse, ignored), ignored)
         ctx.dtype = x.dtype
         if not more:
             return loss
@@ -97,12 +97,6 @@ class FrozenHeadFunction(torch.autograd.Function):
         # with all tokens ignored the mean's upstream gradient is infinite
         dloss = dloss.masked_fill(ignored, 0.0)
         return (dx * dloss[:, None]).to(ctx.dtype), None, None, None, None, None, None
-
-
-def _nowhere(slab: Slab, chunk: slice) -> Tensor:
-    """Labels that lie in no slab, but ignored ones, which stay."""
-    labels, ignored = slab.labels[chunk], slab.options.ignore_index
-    return torch.where(labels == ignored, ignored, -1 if ignored != -1 else -2)
 
 
 class _Parts:
@@ -119,9 +113,9 @@ class _Parts:
         if self.sum is not None:
             self.sum += slab.rows.sum(0, dtype=self.sum.dtype)
 
-    def label(self, z: Tensor, chunk: slice, slab: Slab) -> tuple[Tensor, Tensor]:
+    def label(self, z: Tensor, labels: Tensor, chunk: slice, slab: Slab) -> tuple[Tensor, Tensor]:
         """Keeps the labels' logits and rows. Their columns [T, 1], some column where a label isn't here [T, 1]."""
-        column, here = (t[:, None] for t in columns(slab.labels[chunk], slab.place["first_id"], z.shape[1]))
+        column, here = (t[:, None] for t in columns(labels, slab.place["first_id"], z.shape[1]))
         # to count those that are here would make the host wait
         torch.where(here[:, 0], z.gather(1, column)[:, 0], self.label_z[chunk], out=self.label_z[chunk])
         rows = self.label_rows[chunk]
@@ -136,13 +130,12 @@ class _Parts:
             dx.mul_(shrunk[:, None])
         product(dx, p, slab.rows, add=before is not None)
 
-    def whole(self, labels: Tensor, lse: Tensor) -> Tensor:
+    def whole(self, lse: Tensor, ignored: Tensor) -> Tensor:
         options, dx = self.options, self.dx
         peak, rest = lse
         z, slope = capped_torch(self.label_z, options)
         of_softmax = 1.0 + 2.0 * options.z_loss * (peak + rest) if options.z_loss else 1.0
         of_label = ((z - peak - rest).exp() * of_softmax - (1.0 - options.label_smoothing)) * slope
-        ignored = labels == options.ignore_index
         if options.z_loss:
             dx.mul_(of_softmax[:, None])
         dx.addcmul_(self.label_rows.to(dx.dtype), of_label.masked_fill(ignored, 0.0)[:, None])

@@ -25,6 +25,7 @@ from ds_fused.ops._loss import (
     weighted,
     weights_of_tokens,
 )
+from ds_fused.ops._slab import labels_in_order
 from ds_fused.ops._tiles import (
     check_accumulate,
     check_memory,
@@ -36,7 +37,7 @@ from ds_fused.ops.cross_entropy import cross_entropy_reference
 from ds_fused.ops.frozen_head import FrozenHeadFunction
 from ds_fused.ops.one_pass import OnePassFunction, cut
 from ds_fused.ops.one_pass_node import one_pass_node
-from ds_fused.ops.slabs import WeightSlabs, WholeWeight
+from ds_fused.ops.slabs import WeightSlabs, WholeWeight, in_order
 from ds_fused.ops.stationary import StationaryFunction
 from ds_fused.ops.two_pass import TwoPassFunction
 from ds_fused.ops.vocab_shard import VocabShard
@@ -214,6 +215,9 @@ def token_losses(
             casts=weight.dtype != rows.dtype,
             slab_rows=slabs.slab_rows if slabs is not None else None,
         )  # fmt: skip
+        if slabs is not None:
+            flat, options = labels_in_order(flat, options, slabs)
+            bias, in_kernel = in_order(bias, slabs), (in_order(in_kernel[0], slabs), in_kernel[1])
         if in_one_go:
             source = WholeWeight(weight, tiles.rows) if slabs is None else slabs
             results = FrozenHeadFunction.apply(rows, source, bias, flat, tiles, options, more)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ds_fused.ops._ids import flat_ids
+from ds_fused.ops._loss import columns
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops.slabs import WeightSlabs, columns_of
+from ds_fused.ops.slabs import WeightSlabs
 
 
 class SlabEmbeddingFunction(torch.autograd.Function):
@@ -26,31 +27,30 @@ class SlabEmbeddingFunction(torch.autograd.Function):
     def forward(ctx, ids: Tensor, anchor: Tensor, slabs: WeightSlabs, padding_idx: int | None) -> Tensor:
         y = torch.zeros(ids.shape[0], slabs.shape[1], dtype=slabs.dtype, device=ids.device)
         slabs.prefetch(0)
+        places = ids if slabs.places is None else slabs.places[ids]
         for k in range(len(slabs)):
-            rows, (_, where) = slabs.gather(k), slabs.places(k)
+            rows = slabs.gather(k)
             if k + 1 < len(slabs):
                 slabs.prefetch(k + 1)
-            column = columns_of(ids, where, rows.shape[0], slabs.shape[0])
-            here = (column >= 0)[:, None]
             # every token picks some row: to count those that are here would make the host wait
-            y = torch.where(here, rows[column.clamp_min(0)], y)
-        ctx.save_for_backward(ids)
-        ctx.slabs, ctx.padding_idx = slabs, padding_idx
+            column, here = columns(places, slabs.span(k).start, rows.shape[0])
+            y = torch.where(here[:, None], rows[column], y)
+        # as places a padding token has none
+        ctx.save_for_backward(places if padding_idx is None else places.masked_fill(ids == padding_idx, -1))
+        ctx.slabs = slabs
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[None, None, None, None]:
-        (ids,) = ctx.saved_tensors
+        (places,) = ctx.saved_tensors
         slabs = ctx.slabs
         for k in reversed(range(len(slabs))):
-            rows, where = slabs.places(k)
-            column = columns_of(ids, where, rows, slabs.shape[0])
-            if ctx.padding_idx is not None:
-                column = column.masked_fill(ids == ctx.padding_idx, -1)
-            # tokens of other slabs go to one row more, which PyTorch leaves out
-            column = torch.where(column < 0, rows, column)
             dw = slabs.gradient(k)
+            rows = dw.shape[0]
+            column, here = columns(places, slabs.span(k).start, rows)
+            # tokens of other slabs go to one row more, which PyTorch leaves out
+            column = torch.where(here, column, rows)
             whole = torch.ops.aten.embedding_dense_backward(dy, column, rows + 1, rows, False)[:rows]
             torch.mul(whole, slabs.share, out=dw)
             slabs.scatter(k, dw)

@@ -2,7 +2,8 @@
 
 linear_cross_entropy needs of a head only some rows and their vocabulary ids, whose order does not matter to
 log-sum-exp; an embedding needs of its table the rows that its tokens ask for. So a weight may be whole (`WholeWeight`),
-or sharded over ranks and gathered slab by slab.
+or sharded over ranks and gathered slab by slab. An op gives each word the place at which its row comes, once; from then
+on places count up from slab to slab.
 
 Sizes: V vocabulary, H hidden, n rows of one slab.
 """
@@ -31,13 +32,16 @@ class WeightSlabs(Protocol):
     requires_grad: bool
     # what a gradient is to be multiplied by before it is scattered: this rank's part of a mean over ranks
     share: float
+    # [V] int64, of each row that comes its vocabulary id, and of each id its place among them; None where ids count up
+    ids: Tensor | None
+    places: Tensor | None
 
     def __len__(self) -> int:
         """How many slabs."""
         ...
 
-    def places(self, k: int) -> tuple[int, Tensor | int]:
-        """How many rows slab k has, and their ids [n] (int64), or, where the ids just count up, the first of them."""
+    def span(self, k: int) -> slice:
+        """The places of slab k's rows."""
         ...
 
     def prefetch(self, k: int) -> None:
@@ -76,25 +80,25 @@ class WholeWeight:
         self.device = weight.device
         self.requires_grad = weight.requires_grad
         self.share = 1.0
+        self.ids = self.places = None
         self.grad: Tensor | None = None
 
     def __len__(self) -> int:
         return -(-self.shape[0] // self.slab_rows)
 
-    def places(self, k: int) -> tuple[int, int]:
-        start = k * self.slab_rows
-        return min(self.slab_rows, self.shape[0] - start), start
+    def span(self, k: int) -> slice:
+        return slice(k * self.slab_rows, min((k + 1) * self.slab_rows, self.shape[0]))
 
     def prefetch(self, k: int) -> None:
         """Nothing to do: it is here."""
 
     def gather(self, k: int) -> Tensor:
-        return self._rows(self.weight, k)
+        return self.weight[self.span(k)]
 
     def gradient(self, k: int) -> Tensor:
         if self.grad is None:
             self.grad = torch.empty_like(self.weight, memory_format=torch.contiguous_format)
-        return self._rows(self.grad, k)
+        return self.grad[self.span(k)]
 
     def scatter(self, k: int, dw: Tensor) -> None:
         """Nothing to do: `dw` is a view of `grad`."""
@@ -102,15 +106,7 @@ class WholeWeight:
     def finish(self) -> None:
         """Nothing to do: autograd carries `grad` on."""
 
-    def _rows(self, whole: Tensor, k: int) -> Tensor:
-        return whole[k * self.slab_rows : (k + 1) * self.slab_rows]
 
-
-def columns_of(ids: Tensor, where: Tensor | int, n_rows: int, n_vocab: int) -> Tensor:
-    """The place of each vocabulary id (int64) among a slab's rows, which are ``where`` (see `places`); -1 elsewhere."""
-    if isinstance(where, int):
-        column = ids - where
-        return column.masked_fill((column < 0) | (column >= n_rows), -1)
-    columns = torch.full((n_vocab,), -1, dtype=torch.int64, device=ids.device)
-    columns[where] = torch.arange(n_rows, device=ids.device)
-    return columns[ids.clamp(0, n_vocab - 1)]
+def in_order(vector: Tensor | None, slabs: WeightSlabs) -> Tensor | None:
+    """What belongs to the words [V], in the order in which their rows come."""
+    return vector if vector is None or slabs.ids is None else vector[slabs.ids]

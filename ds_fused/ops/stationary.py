@@ -7,12 +7,14 @@ Each rank multiplies the tokens of all ranks with its own vocabulary rows, block
     lse, loss       from the W parts of each token           (all-gather of 3 numbers a token; merged by every rank;
                                                               4 where the argmax or the entropy is asked for)
     dz              over z, in place
-    dx            = sum over ranks of dz @ rows              (reduce-scatter, in fp32)
     dw           += dz.T @ x                                 fp32, of these rows alone: nothing to reduce
+    dx            = sum over ranks of dz @ rows              (all-to-all of each rank's part, in x's dtype and over its
+                                                              x; added up in fp32 by the rank whose tokens they are)
 
 A product takes all multiprocessors of a GPU; a collective that is under way when it starts delays it by all its time,
 and one that is ready meanwhile waits for its end. The softmax passes leave room. So that is where collectives run: dx
-of the block before beside the first pass, x of the next block beside the second.
+of the block before beside the first pass, x of the next block beside the second. Both passes take a block in halves:
+while the numbers of one half travel, the other's pass runs.
 
 Logits exist for one block, and each is computed once (6 MHV FLOPs), if gradients are made in the forward. They are
 linear in the upstream gradient, but dw only in one that all tokens share, up to what the forward knows (1 / count for
@@ -33,6 +35,7 @@ Sizes: M tokens of this rank, W ranks, T tokens of a rank in a block, H hidden, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,8 +54,8 @@ SAME = 1e-6
 
 
 def block_bytes(n_vocab: int, hidden: int, ranks: int, itemsize: int) -> int:
-    """What a token of each rank takes of a block: its logits, two of its x, two of its dx in fp32."""
-    return n_vocab * itemsize + ranks * hidden * (2 * itemsize + 2 * 4)
+    """What a token of each rank takes of a block: its logits, its x, and two of its dx, which go and have come."""
+    return (n_vocab + 3 * ranks * hidden) * itemsize
 
 
 def block_tokens(most: int, n_vocab: int, hidden: int, ranks: int, itemsize: int, chunk_bytes: int) -> int:
@@ -106,34 +109,34 @@ class _Gradients:
         self._begun = False
 
     def add(self, place: slice, dz: Tensor, x: Tensor) -> None:
-        if self.dx is not None:
-            part = torch.empty_like(x, dtype=wide(x))
-            self.rows.back(part, dz)
-            self._ready = place, part.view(self.shard.ranks, -1, x.shape[1])
+        """x is written over."""
         if self.dw is not None:
             product(self.dw.rows, dz.t(), x, add=self._begun)
         if self.dbias is not None:
             self.dbias[self.rows.ids] += dz.sum(0, dtype=self.dbias.dtype)
+        if self.dx is not None:
+            self.rows.back(x, dz)
+            self._ready = place, x.view(self.shard.ranks, -1, x.shape[1])
         self._begun = True
 
     def send(self) -> None:
-        """Start the reduce-scatter of the block that was added last, and take in what the one before has brought."""
+        """Have the part of dx that was added last on its way to its ranks."""
         if self._ready is not None:
             (place, parts), self._ready = self._ready, None
-            self._land()
-            self._leaving = (place, self.shard.reduce_scatter(parts))
+            self._leaving = (place, self.shard.all_to_all(parts))
+
+    def land(self) -> None:
+        """Add up what was sent last."""
+        if self._leaving is not None:
+            (place, flight), self._leaving = self._leaving, None
+            dx = self.dx[place]
+            dx.copy_(flight.land()[:, : dx.shape[0]].sum(0, dtype=wide(dx)))
 
     def finish(self) -> None:
         self.send()
-        self._land()
+        self.land()
         if self.dw is not None and not self._begun:
             self.dw.rows.zero_()
-
-    def _land(self) -> None:
-        if self._leaving is not None:
-            (place, flight), self._leaving = self._leaving, None
-            mine, dx = flight.land(), self.dx[place]
-            dx.copy_(mine[: dx.shape[0]])
 
 
 class StationaryFunction(torch.autograd.Function):
@@ -219,6 +222,15 @@ class StationaryFunction(torch.autograd.Function):
         )  # fmt: skip
 
 
+class _Half(NamedTuple):
+    """Of a block, the tokens of some ranks, N together."""
+
+    ranks: slice
+    place: slice  # of each one's tokens
+    z: Tensor  # [N, n]
+    labels: Tensor  # [N]
+
+
 class _Walk:
     """One pass over the tokens of all ranks."""
 
@@ -240,7 +252,7 @@ class _Walk:
         self.columns = {"n_vocab": self.shard.shape[0], "first_id": self.shard.first_id}
 
     def __call__(self) -> None:
-        tokens, gradients = self.tokens, self.gradients
+        tokens, gradients, forwards = self.tokens, self.gradients, self.found.loss is not None
         most = self.shard.ranks * min(tokens.block, tokens.most)
         room = tokens.x.new_empty(tile_elements(most, self.shard.n_rows))
         for i, place in enumerate(tokens.places):
@@ -249,58 +261,74 @@ class _Walk:
             self.rows.logits(z, x)
             if gradients is not None:
                 gradients.send()
-            labels = of_block(self.labels(), place)
-            coming = None if self.found.loss is None else self.shard.gather(self._numbers(place, z, labels))
-            # behind those numbers, which are waited for sooner
-            tokens.start(i + 1)
-            if coming is not None:
-                self._merge(coming.land(), place, labels)
+            halves = [self._half(ranks, place, z) for ranks in self._ranks_of_halves()]
+            coming = [self.shard.gather(self._numbers(half)) for half in halves] if forwards else []
+            for k, half in enumerate(halves):
+                if forwards:
+                    self._merge(coming[k].land(), half)
+                if k == 0:
+                    if gradients is not None:
+                        # it has come: what was waited for was sent later
+                        gradients.land()
+                    tokens.start(i + 1)
+                if gradients is not None:
+                    # dz in place: nobody else has the logits
+                    self._softmax_bwd(half)
             if gradients is not None:
-                # dz in place: nobody else has the logits
-                self._softmax_bwd(place, z, labels)
                 gradients.add(place, z, x)
         if gradients is not None:
             gradients.finish()
 
-    def _numbers(self, place: slice, z: Tensor, labels: Tensor) -> Tensor:
-        """[3 to 5, W * T]: what this rank's columns say of each token."""
-        found = self.found
+    def _ranks_of_halves(self) -> list[slice]:
+        middle = self.shard.ranks // 2
+        return [slice(a, b) for a, b in ((0, middle), (middle, self.shard.ranks)) if a < b]
+
+    def _half(self, ranks: slice, place: slice, z: Tensor) -> _Half:
+        n_tokens = place.stop - place.start
+        rows = z[ranks.start * n_tokens : ranks.stop * n_tokens]
+        return _Half(ranks, place, rows, of_block(self.labels()[ranks], place))
+
+    def _numbers(self, half: _Half) -> Tensor:
+        """[3 to 5, N]: what this rank's columns say of each token."""
+        found, z = self.found, half.z
         part = found.lse.new_empty(3 + (found.right is not None) + (found.entropy is not None), z.shape[0])
         right = None if found.right is None else part[3]
         entropy = None if found.entropy is None else part[-1]
-        for rows, weights in self.classes.passes(place, z.shape[0]):
+        for rows, weights in self.classes.passes(half.ranks, half.place):
             self.forward_pass(
-                z[rows], labels[rows], part[0, rows], part[1:3, rows], self.options, **self.columns, is_last=False,
+                z[rows], half.labels[rows], part[0, rows], part[1:3, rows], self.options, **self.columns, is_last=False,
                 right=of_chunk(right, rows), entropy=of_chunk(entropy, rows), **weights,
             )  # fmt: skip
         return part
 
-    def _merge(self, parts: Tensor, place: slice, labels: Tensor) -> None:
-        found, n = self.found, labels.shape[0]
-        loss, lse = found.lse.new_empty(n), found.lse.new_empty(2, n)
+    def _merge(self, parts: Tensor, half: _Half) -> None:
+        found, ranks, place = self.found, half.ranks, half.place
+        loss = found.lse.new_empty(half.labels.shape)
+        lse = found.lse.new_empty(2, *loss.shape)
         right = None if found.right is None else torch.empty_like(loss)
         entropy = None if found.entropy is None else torch.empty_like(loss)
         self.merge(
-            parts, labels, loss, lse, self.options,
-            right=right, entropy=entropy, token_weights=self.classes.of_block(place),
+            parts, half.labels, loss, lse, self.options,
+            right=right, entropy=entropy, token_weights=self.classes.of_tokens_in(ranks, place),
         )  # fmt: skip
-        for whole, block in ((found.loss, loss), (found.right, right)):
-            if whole is not None:
-                mine = whole[place]
-                mine.copy_(block.view(self.shard.ranks, -1)[self.shard.rank, : mine.shape[0]])
-        found.lse[:, :, place] = lse.view(2, self.shard.ranks, -1)
+        if ranks.start <= self.shard.rank < ranks.stop:
+            for whole, some in ((found.loss, loss), (found.right, right)):
+                if whole is not None:
+                    mine = whole[place]
+                    mine.copy_(some.view(ranks.stop - ranks.start, -1)[self.shard.rank - ranks.start, : mine.shape[0]])
+        found.lse[:, ranks, place] = lse.view_as(found.lse[:, ranks, place])
         if entropy is not None:
-            found.entropy[:, place] = entropy.view(self.shard.ranks, -1)
+            found.entropy[ranks, place] = entropy.view_as(found.entropy[ranks, place])
 
-    def _softmax_bwd(self, place: slice, z: Tensor, labels: Tensor) -> None:
-        found = self.found
-        upstream, lse = of_block(self.gradients.upstream(), place), of_block(found.lse, place)
+    def _softmax_bwd(self, half: _Half) -> None:
+        found, ranks, place, z = self.found, half.ranks, half.place, half.z
+        upstream, lse = of_block(self.gradients.upstream()[:, ranks], place), of_block(found.lse[:, ranks], place)
         entropy = dentropy = None
         if found.entropy is not None:
-            entropy, dentropy = of_block(found.entropy, place), upstream[1]
-        for rows, weights in self.classes.passes(place, z.shape[0]):
+            entropy, dentropy = of_block(found.entropy[ranks], place), upstream[1]
+        for rows, weights in self.classes.passes(ranks, place):
             self.backward_pass(
-                upstream[0, rows], z[rows], labels[rows], lse[:, rows], z[rows], self.options, **self.columns,
+                upstream[0, rows], z[rows], half.labels[rows], lse[:, rows], z[rows], self.options, **self.columns,
                 entropy=of_chunk(entropy, rows), dentropy=of_chunk(dentropy, rows), **weights,
             )  # fmt: skip
 

@@ -24,7 +24,7 @@ from ds_fused.ops._cross_entropy_kernels import softmax_passes
 from ds_fused.ops._loss import LossOptions
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._slab import Slab, room_of
-from ds_fused.ops._tiles import Tiling, logits_of, of_chunk, product, sum_dtype, tile, wide
+from ds_fused.ops._tiles import Tiling, logits_of, of_chunk, product, sum_dtype, tile, tile_elements, wide
 from ds_fused.ops.slabs import WeightSlabs, WholeWeight
 
 
@@ -32,10 +32,10 @@ class TwoPassFunction(torch.autograd.Function):
     """x [M, H], a weight [V, H] and labels [M] to one loss a token [M], fp32: any reduction or weighting goes on top.
 
     `weight` is what autograd knows of the head: the weight itself (then `slabs` is None), or, where slabs bring their
-    gradient home themselves, an empty anchor that requires grad if they do. `class_weight` [V] and `token_weights`
-    [2, M] are given where there is smoothing too. `more`: lse [2, M] and right [M] as well; `entropy`: the entropy [M]
-    of each token's softmax as well; not both. `op` is who speaks in an error. `native`: dweight is added up in its own
-    dtype.
+    gradient home themselves, an empty anchor that requires grad if they do. Labels are places of rows, and bias [V] and
+    `class_weight` [V] in their order. The latter and `token_weights` [2, M] are given where there is smoothing too.
+    `more`: lse [2, M] and right [M] as well; `entropy`: the entropy [M] of each token's softmax as well; not both. `op`
+    is who speaks in an error. `native`: dweight is added up in its own dtype.
     """
 
     @staticmethod
@@ -67,18 +67,17 @@ class TwoPassFunction(torch.autograd.Function):
             rows = source.gather(k)
             if k + 1 < len(source):
                 source.prefetch(k + 1)
-            slab = Slab(source, k, rows, x, bias, labels, options, class_weight)
+            slab = Slab(source, k, rows, x, bias, class_weight)
             for start in range(0, n_tokens, tiles.tokens):
                 chunk = slice(start, start + tiles.tokens)
                 if len(kept) < tiles.kept:
-                    kept.append(room_of(x, tiles))
+                    kept.append(x.new_empty(tile_elements(x[chunk].shape[0], slab.rows.shape[0])))
                 elif room is None:
                     room = room_of(x, tiles)
                 z = logits_of(kept[-1] if room is None else room, x[chunk], slab.rows, slab.bias)
-                last = k == len(source) - 1
                 softmax_fwd(
-                    z, slab.labels[chunk], loss[chunk], lse[:, chunk], slab.options,
-                    **slab.place, is_first=k == 0, is_last=last, right=of_chunk(right, chunk),
+                    z, labels[chunk], loss[chunk], lse[:, chunk], options,
+                    **slab.place, is_first=k == 0, is_last=k == len(source) - 1, right=of_chunk(right, chunk),
                     weight=slab.class_weight, token_weights=of_chunk(token_weights, chunk),
                     entropy=of_chunk(entropies, chunk),
                 )  # fmt: skip
@@ -125,7 +124,7 @@ class TwoPassFunction(torch.autograd.Function):
                 rows = source.gather(k)
             if k > 0:
                 source.prefetch(k - 1)
-            slab = Slab(source, k, rows, x, bias, labels, ctx.options, class_weight)
+            slab = Slab(source, k, rows, x, bias, class_weight)
             dw = dw_sum = source.gradient(k) if wants_dweight else None
             if wants_dweight:
                 dtype = sum_dtype(dw.dtype, x, n_chunks, native=ctx.native)
@@ -140,7 +139,7 @@ class TwoPassFunction(torch.autograd.Function):
                     z = logits_of(room, x[chunk], slab.rows, slab.bias)
                 dz = z  # in place: nobody else has the tile
                 softmax_bwd(
-                    dloss[chunk], z, slab.labels[chunk], lse[:, chunk], dz, slab.options, **slab.place,
+                    dloss[chunk], z, labels[chunk], lse[:, chunk], dz, ctx.options, **slab.place,
                     weight=slab.class_weight, token_weights=of_chunk(token_weights, chunk),
                     entropy=of_chunk(entropies, chunk), dentropy=of_chunk(dentropy, chunk),
                 )  # fmt: skip
@@ -149,7 +148,7 @@ class TwoPassFunction(torch.autograd.Function):
                 if wants_dweight:
                     product(dw_sum, dz.t(), x[chunk], add=start > 0, scale=source.share)
                 if wants_dbias:
-                    _add_dbias(dbias, slab.ids, dz)
+                    dbias[slab.span] += dz.sum(0, dtype=dbias.dtype)
             if wants_dweight:
                 if n_tokens == 0:
                     dw.zero_()
@@ -164,11 +163,3 @@ class TwoPassFunction(torch.autograd.Function):
             None if dbias is None else dbias.to(bias.dtype),
             None, None, None, None, None, None, None, None, None, None,
         )  # fmt: skip
-
-
-def _add_dbias(dbias: Tensor, ids: Tensor | int, dz: Tensor) -> None:
-    part = dz.sum(0, dtype=dbias.dtype)
-    if isinstance(ids, int):
-        dbias[ids : ids + part.shape[0]] += part
-    else:
-        dbias.index_add_(0, ids, part)

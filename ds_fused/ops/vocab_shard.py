@@ -64,6 +64,10 @@ class VocabShard(ABC):
         """[W, ...] -> [...]: the sum over ranks of the part that is this one's"""
 
     @abstractmethod
+    def all_to_all(self, parts: Tensor) -> Flight:
+        """[W, ...] -> [W, ...]: of every rank the part that is this one's"""
+
+    @abstractmethod
     def gradient(self, dtype: torch.dtype = torch.float32) -> ShardGradient:
         """Room for a gradient."""
 

@@ -98,12 +98,12 @@ def test_another_launch_takes_up_the_rest(tmp_path):
 def test_tables_of_numbers():
     head = {"device": "a GPU", "ranks": "2"}
     rows = [
-        {"shape": "4096x2048x32768", "way": "stream", "status": "ok", "ms": 3.0, "extra_mib": 400.0},
+        {"shape": "4096x2048x32768", "way": "stream", "status": "ok", "ms": 3.0, "idle_ms": 3.5, "extra_mib": 400.0},
         {"shape": "4096x2048x32768", "way": zero3_head.BARE, "status": "ok", "ms": 2.0},
         {"shape": "4096x2048x65536", "way": "stream", "status": "failed: a | b"},
     ]
     ways = zero3_head.ways_table(head, rows)
-    assert "| stream | 3.0 | 3.0 to 3.0 | 1.50 | 400 |" in ways and "**failed: a / b**" in ways
+    assert "| stream | 3.0 | 3.0 to 3.0 | 1.500 | 3.5 | 400 |" in ways and "**failed: a / b**" in ways
     sweep = zero3_head.sweep_table(head, rows)
     assert "| 4096x2048x32768 | 128 | 64 | 400 (3.0) | - (2.0) |" in sweep
     assert "| 4096x2048x65536 | 256 | 128 | **failed: a / b** | - |" in sweep

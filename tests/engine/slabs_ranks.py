@@ -88,7 +88,7 @@ class Collectives:
 
     def __getattr__(self, name: str) -> object:
         function = getattr(deepspeed.comm, name)
-        if name not in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        if name not in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single"):
             return function
 
         def counted(result: torch.Tensor, given: torch.Tensor, **options: object) -> object:
@@ -118,8 +118,9 @@ def rows_of(slabs: ZeroSlabs) -> tuple[list[int], torch.Tensor]:
     ids, rows = [], []
     for k in range(len(slabs)):
         slabs.prefetch(k)
-        part, (_, where) = slabs.gather(k), slabs.places(k)
-        ids += list(range(where, where + len(part))) if isinstance(where, int) else where.tolist()
+        part, there = slabs.gather(k), slabs.ids[slabs.span(k)]
+        assert len(part) == len(there) and torch.equal(slabs.places[there].diff(), torch.ones(len(there) - 1))
+        ids += there.tolist()
         rows.append(part.clone())
     return ids, torch.cat(rows)
 

@@ -29,10 +29,11 @@ def stationary(most: int, ranks: int = W, trained: bool = True, offloaded: bool 
 
 def test_a_head_is_cut_as_its_slabs_are():
     few = Head.cut(Shards(V, H, W), 128 * MB)
-    assert few.n_slabs == 8 and few.n_slabs * few.slab_rows >= V and few.slab_rows * H * 2 <= 128 * MB
+    # the first is smaller
+    assert few.n_slabs == 9 and 8 * few.slab_rows < V < 9 * few.slab_rows and few.slab_rows * H * 2 <= 128 * MB
     # 1024 ranks split rows, which make a slab of their own
     many = Head.cut(Shards(V, H, 1024), 128 * MB)
-    assert many.shards.seam_rows > 0 and many.n_slabs == -(-many.shards.common // (many.slab_rows // 1024)) + 1
+    assert many.shards.seam_rows > 0 and many.n_slabs == len(many.shards.cuts(H * 2, 128 * MB)) + 1
 
 
 def test_bytes_on_the_wire():
@@ -40,8 +41,8 @@ def test_bytes_on_the_wire():
     assert stream(8192).wire == stream(1).wire == (3 * V - SLAB) * H * 2 * 3 // 4
     # a frozen head is gathered once
     assert stream(8192, trained=False).wire == V * H * 2 * 3 // 4
-    # x of three ranks, and their parts of dx in fp32; the rest is little
-    assert stationary(8192).wire == pytest.approx(3 * 8192 * H * 6, rel=1e-2)
+    # x of three ranks, and their parts of dx; the rest is little
+    assert stationary(8192).wire == pytest.approx(3 * 8192 * H * 4, rel=1e-2)
     assert stream(8192, ranks=1).wire == stationary(8192, ranks=1).wire == 0
 
 
@@ -49,8 +50,8 @@ def test_calls():
     # two gathers and a scatter of each slab, but for the one that backward begins with; never by tokens
     assert stream(8192).calls == stream(1).calls == 23
     assert stream(8192, trained=False).calls == 8
-    # x, dx and the numbers of each block; a block of many ranks has fewer tokens of each
-    assert stationary(512).calls == 5
+    # x, dx and the numbers of two halves of each block; a block of many ranks has fewer tokens of each
+    assert stationary(512).calls == 6
     assert stationary(8192, ranks=256).calls > 4 * stationary(8192).calls
 
 
@@ -63,8 +64,8 @@ def test_time():
     assert stream(8192, keep_mb=4096).seconds(RATES) == pytest.approx(3 * products + passes + dx + wire)
     there = stationary(8192)
     blocks = int(there.parts.split()[0])
-    traffic = (4 * V * H // W * (blocks - 1) + 6 * W * 8192 * H) / RATES.memory
-    wire = there.wire / RATES.wire + (3 * blocks + 2) * RATES.call
+    traffic = (4 * V * H // W * (blocks - 1) + 4 * W * 8192 * H) / RATES.memory
+    wire = there.wire / RATES.wire + (4 * blocks + 2) * RATES.call
     assert there.seconds(RATES) == pytest.approx(3 * products + passes + traffic + wire)
     assert stationary(8192, trained=False).seconds(RATES) < stationary(8192).seconds(RATES)
 
@@ -85,21 +86,21 @@ def test_bytes_held():
     assert stationary(65536).held == pytest.approx(stationary(8192).held, rel=0.1)
 
 
-# MiB beyond what is there before, less dx: benchmarks/results/h100x2, two ranks, 128 MiB of slab, 512 of logits
+# MiB beyond what is there before, less dx: benchmarks/results/h100x4, four ranks, 128 MiB of slab, 512 of logits
 @pytest.mark.parametrize(
     ("most", "hidden", "n_vocab", "keep_mb", "in_stream", "in_stationary"),
     [
-        (8192, 4096, 128256, 0, 884, 1501),
-        (8192, 4096, 128256, 2**20, 2648, 1501),
-        (16384, 4096, 128256, 0, 1201, 1501),
-        (8192, 8192, 128256, 0, 833, 2479),
-        (8192, 5376, 262144, 0, 830, 3347),
-        (4096, 2048, 32768, 0, 576, 513),
-        (4096, 2048, 524288, 0, 853, 3128),
+        (8192, 4096, 128256, 0, 827, 979),
+        (8192, 4096, 128256, 2**20, 2587, 979),
+        (16384, 4096, 128256, 0, 1135, 979),
+        (16384, 4096, 128256, 2**20, 4655, 979),
+        (8192, 8192, 128256, 0, 779, 1446),
+        (8192, 5376, 262144, 0, 796, 1824),
+        (8192, 5376, 262144, 2**20, 4785, 1824),
     ],
 )
 def test_bytes_held_as_measured(most, hidden, n_vocab, keep_mb, in_stream, in_stationary):
-    whole = Head.cut(Shards(n_vocab, hidden, 2), 128 * MB)
+    whole = Head.cut(Shards(n_vocab, hidden, 4), 128 * MB)
     assert of_stream(whole, most, 512 * MB, keep_mb * MB).held / MB == pytest.approx(in_stream, rel=0.03)
     assert of_stationary(whole, most, 512 * MB).held / MB == pytest.approx(in_stationary, rel=0.03)
 
@@ -132,8 +133,8 @@ def test_tokens_travel_on_few_ranks_and_the_weight_on_many():
 def test_calls_over_many_nodes_turn_the_choice():
     """256 ranks, one byte rate: blocks of few tokens ask for more collectives than slabs of the weight."""
     slow = replace(RATES, wire=100e9, call=0.6e-3)
-    assert mode(450, 256, replace(slow, call=0.0)) == "stationary"
-    assert mode(450, 256, slow) == "stream"
+    assert mode(650, 256, replace(slow, call=0.0)) == "stationary"
+    assert mode(650, 256, slow) == "stream"
 
 
 def test_the_turning_point():

@@ -19,7 +19,7 @@ def weight(n_vocab: int, hidden: int) -> Tensor:
 @pytest.mark.parametrize("n_vocab, ranks", [(1024, 2), (50257, 8), (1001, 3)])
 def test_slabs_are_the_whole_weight(n_vocab, ranks):
     (slabs,) = ways_of(weight(n_vocab, 64), ranks, "stream", 2**16)
-    sizes = [slabs.places(k)[0] for k in range(len(slabs))]
+    sizes = [slabs.span(k).stop - slabs.span(k).start for k in range(len(slabs))]
     assert sum(sizes) == n_vocab and max(sizes) == slabs.slab_rows
     # the seam comes first, and may be larger than a slab
     plain = sizes[1:] if n_vocab % ranks else sizes

@@ -65,11 +65,12 @@ def test_collectives_of_rows_that_stay_depend_on_the_most_tokens_too(ranks):
             most = 3 + 2 * (n_ranks - 1) + step - (2 if step == 2 and n_ranks > 1 else 0)
             blocks = -(-most // max(1, 4 // n_ranks))
             names = [name for name, _ in seen]
-            assert names.count("reduce_scatter_tensor") == blocks
-            # of a block its tokens and three numbers a token; labels; the upstream gradients; pieces of split rows
+            assert names.count("all_to_all_single") == blocks
+            # of a block its tokens, and three numbers a token of each half; labels; the upstream gradients; pieces of
+            # split rows
             n_vocab, hidden, _ = weights[0]["weight"]
             pieces = 2 * Shards(n_vocab, hidden, n_ranks).splits_rows
-            gathers = 2 * blocks + 2 + pieces
+            gathers = (1 + min(2, n_ranks)) * blocks + 2 + pieces
             if kind != "stationary":
                 # the forward makes no gradients, so the backward wants tokens again, and the pieces
                 gathers += blocks + pieces // 2
@@ -86,8 +87,11 @@ def test_a_shape_is_cut_into_rows_that_are_there_once():
         if shards.why_not():
             continue
         cut += 1
-        ids = torch.cat([shards.ids(0, shards.common, torch.device("cpu")), shards.seam_ids(torch.device("cpu"))])
-        assert torch.equal(ids.sort().values, torch.arange(n_vocab))
+        for slab_bytes in (0, 700, 10**9):
+            ids, spans = shards.ids(shards.cuts(hidden, slab_bytes)), shards.spans(hidden, slab_bytes)
+            assert torch.equal(ids.sort().values, torch.arange(n_vocab))
+            assert [span.start for span in spans] == [0, *(span.stop for span in spans[:-1])]
+            assert spans[-1].stop == n_vocab
         assert shards.seam_rows < 2 * n_ranks
         for rank in range(n_ranks):
             head, tail = shards.head(rank), shards.tail(rank)
@@ -112,8 +116,11 @@ def test_the_shapes_of_real_models(n_vocab, hidden, n_ranks, seam):
     shards = Shards(n_vocab, hidden, n_ranks)
     assert shards.why_not() is None
     assert shards.seam_rows == seam < 2 * n_ranks
-    ids = torch.cat([shards.ids(0, shards.common, torch.device("cpu")), shards.seam_ids(torch.device("cpu"))])
-    assert torch.equal(ids.sort().values, torch.arange(n_vocab))
+    cuts = shards.cuts(2 * hidden, 128 * 2**20)
+    assert torch.equal(shards.ids(cuts).sort().values, torch.arange(n_vocab))
+    sizes = [cut.stop - cut.start for cut in cuts]
+    # both ends of a pass are exposed, so the first is a small one
+    assert len(sizes) == 1 or 2 * sizes[0] < max(sizes) <= 128 * 2**20 // (2 * hidden * n_ranks)
     # heads, common rows and tails are all of every shard but the padding at the end
     parts = [
         shards.head(r).stop + shards.common * hidden + len(range(shards.size)[shards.tail(r)]) for r in range(n_ranks)

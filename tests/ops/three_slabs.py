@@ -15,23 +15,24 @@ class ThreeSlabs:
     share = 0.5
 
     def __init__(self, weight: Tensor, requires_grad: bool = True) -> None:
-        order = torch.randperm(len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device)
+        self.ids = torch.randperm(len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device)
+        self.places = self.ids.argsort()
         self.owner = weight
-        self.weight, self.ids = weight.detach(), torch.tensor_split(order, [9, 20])
+        self.weight, self.slabs = weight.detach(), torch.tensor_split(self.ids, [9, 20])
         self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
-        self.slab_rows, self.requires_grad = max(len(ids) for ids in self.ids), requires_grad
+        self.slab_rows, self.requires_grad = max(len(ids) for ids in self.slabs), requires_grad
         self.grad, self.calls = torch.full_like(self.weight, float("nan")), []
         self.rows, self.coming = None, None
 
     def __len__(self) -> int:
         return 3
 
-    def places(self, k: int) -> tuple[int, Tensor]:
-        return len(self.ids[k]), self.ids[k]
+    def span(self, k: int) -> slice:
+        return slice(*[(0, 9), (9, 20), (20, len(self.ids))][k])
 
     def prefetch(self, k: int) -> None:
         self.calls.append(f"prefetch {k}")
-        self.coming = k, self.weight[self.ids[k]]
+        self.coming = k, self.weight[self.slabs[k]]
 
     def gather(self, k: int) -> Tensor:
         self.calls.append(f"gather {k}")
@@ -42,11 +43,11 @@ class ThreeSlabs:
         return self.rows
 
     def gradient(self, k: int) -> Tensor:
-        return torch.full_like(self.weight[self.ids[k]], float("nan"))
+        return torch.full_like(self.weight[self.slabs[k]], float("nan"))
 
     def scatter(self, k: int, dw: Tensor) -> None:
         self.calls.append(f"scatter {k}")
-        self.grad[self.ids[k]] = dw / self.share
+        self.grad[self.slabs[k]] = dw / self.share
 
     def finish(self) -> None:
         self.calls.append("finish")
