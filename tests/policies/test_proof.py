@@ -18,7 +18,7 @@ from transformers.models.t5 import modeling_t5
 import ds_fused
 from ds_fused.modules.attention import exchanged
 from ds_fused.modules.rotary import Turn, fused_rotary
-from ds_fused.policies import loss, plan
+from ds_fused.policies import loss, loss_proof, plan
 from ds_fused.policies.kinds import Way, choose, find, kind, ropes
 from ds_fused.policies.report import Claim
 from tests.policies.tiny import LAYER_KEYS, LLAMA, NAMED, classes, counts
@@ -452,7 +452,7 @@ def test_ranks_need_not_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def claims_of(model: nn.Module) -> tuple[Claim, ...]:
     """Of everything, with no proof remembered."""
-    for cached in (ropes._prove_function, loss._linear_differs, loss._real_differs):
+    for cached in (ropes._prove_function, loss_proof.linear_differs, loss_proof.real_differs):
         cached.cache_clear()
     return plan.plan(model, plan._keys(None, {})).claims
 
@@ -530,7 +530,7 @@ def test_once_for_each_class(monkeypatch: pytest.MonkeyPatch) -> None:
 # compared again, in a millisecond: what its class does may be another thing since, as after Liger has patched it
 def test_what_another_apply_compares(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[str] = []
-    for home in (ropes, loss, kind):
+    for home in (ropes, loss_proof, kind):
         real, name = home.compare, home.__name__.rpartition(".")[2]
         monkeypatch.setattr(home, "compare", lambda *a, _n=name, _r=real, **k: compared.append(_n) or _r(*a, **k))
 
@@ -540,11 +540,11 @@ def test_what_another_apply_compares(monkeypatch: pytest.MonkeyPatch) -> None:
         assert {claim.key for claim in report.claims} >= {"rms_norm", "rope", "swiglu", loss.LINEAR, loss.REAL}
         return set(compared)
 
-    for cached in (ropes._prove_function, loss._linear_differs, loss._real_differs):
+    for cached in (ropes._prove_function, loss_proof.linear_differs, loss_proof.real_differs):
         cached.cache_clear()
-    assert applied(torch.float32) == {"ropes", "loss", "kind"}
+    assert applied(torch.float32) == {"ropes", "loss_proof", "kind"}
     assert applied(torch.float32) == {"kind"}
-    assert applied(torch.bfloat16) == {"ropes", "loss", "kind"}
+    assert applied(torch.bfloat16) == {"ropes", "loss_proof", "kind"}
     assert applied(torch.float32) == applied(torch.bfloat16) == {"kind"}
 
     stock = LlamaRMSNorm.forward
