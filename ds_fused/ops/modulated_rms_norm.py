@@ -363,36 +363,38 @@ class ModulatedRMSNormFunction(torch.autograd.Function):
         return *gradients, None, None, None
 
 
-def _leading(x: Tensor, modulation: Tensor) -> int | None:
-    """How many leading dimensions of x a scale or shift has, being one for all rows behind; None: not so."""
-    sizes = (1,) * (x.ndim - modulation.ndim) + tuple(modulation.shape)
-    own = [i for i, size in enumerate(sizes[:-1]) if size != 1]
-    n = own[-1] + 1 if own else 0
-    return n if sizes[:n] == tuple(x.shape[:n]) else None
+def _leading(x: Tensor, name: str, modulation: Tensor) -> int | None:
+    """How many leading dimensions of x a scale or shift has, one row for all behind them; None where it is not so."""
+    sizes, own = x.shape, modulation.shape
+    missing = len(sizes) - len(own)
+    fits = missing >= 0 and len(own) > 0 and own[-1] == sizes[-1]
+    leading, shared, apart = 0, missing > 0 and any(size != 1 for size in sizes[:missing]), False
+    for place in range(missing, len(sizes) - 1):
+        size = own[place - missing]
+        if size != sizes[place]:
+            fits, shared = fits and size == 1, True
+        elif size != 1:
+            leading, apart = place + 1, apart or shared
+    if not fits:
+        raise ValueError(
+            f"modulated_rms_norm: {name} {tuple(own)} must have the columns of x {tuple(sizes)}, and of its other "
+            f"dimensions each as many as x or one"
+        )
+    return None if apart else leading
 
 
 def _of_as_many_rows(x: Tensor, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Each one row for as many rows of x; what is copied for that autograd adds up again."""
+    n = _leading(x, "scale", scale)
     if shift is None or shift.shape == scale.shape:
-        n = _leading(x, scale)
         if n is not None:
             return scale, shift
     else:
-        leading = _leading(x, scale), _leading(x, shift)
-        n = None if None in leading else max(leading)
+        of_shift = _leading(x, "shift", shift)
+        n = None if n is None or of_shift is None else max(n, of_shift)
     n = x.ndim - 1 if n is None else n
     sizes = (*x.shape[:n], *[1] * (x.ndim - 1 - n), x.shape[-1])
     return scale.expand(sizes), None if shift is None else shift.expand(sizes)
-
-
-def _check_modulation(x: Tensor, name: str, modulation: Tensor) -> None:
-    sizes = tuple(modulation.shape)
-    fits = 0 < len(sizes) <= x.ndim and sizes[-1] == x.shape[-1]
-    if not fits or any(a not in (1, b) for a, b in zip(reversed(sizes), reversed(x.shape), strict=False)):
-        raise ValueError(
-            f"modulated_rms_norm: {name} {sizes} must have the columns of x {tuple(x.shape)}, and of its other "
-            f"dimensions each as many as x or one"
-        )
 
 
 def modulated_rms_norm(
@@ -412,14 +414,12 @@ def modulated_rms_norm(
     The result has the promoted dtype of rms_norm's, scale and shift.
     """
     check_per_column("modulated_rms_norm", x, weight=weight)
-    for name, modulation in (("scale", scale), ("shift", shift)):
-        if modulation is not None:
-            _check_modulation(x, name, modulation)
+    rows = _of_as_many_rows(x, scale, shift)
     check_cast("modulated_rms_norm", cast)
     if not runs_kernels(x, weight, scale, shift):
         return modulated_rms_norm_reference(x, weight, scale, shift, eps=eps, offset=offset, cast=cast)
     check_dtypes("modulated_rms_norm", x=x, weight=weight, scale=scale, shift=shift)
-    scale, shift = _of_as_many_rows(x, scale, shift)
+    scale, shift = rows
     weight = weight if weight is None else weight.contiguous()
     options = eps, offset, cast == "before_weight"
     if torch.compiler.is_compiling():
