@@ -203,7 +203,7 @@ def providers_of(case: Case, launch_bound: bool, args: argparse.Namespace) -> li
     """Names of rows, the base's first: its process is given the whole device."""
     ours = [name for name in case.providers if name.split()[0] == OURS]
     names = [name.replace(OURS, BASE, 1) for name in ours] if args.base else []
-    names += [*case.providers, *([BARE] if case.flops and not launch_bound else [])]
+    names += [*case.providers, *([BARE] if case.flops and case.is_head and not launch_bound else [])]
     return [name for name in names if not args.providers or name.split()[0] in args.providers]
 
 
