@@ -34,6 +34,8 @@ class Inputs:
     tensors: dict[str, Tensor]
     # names of the outputs' gradients; none: a scalar loss, whose upstream gradient is 1
     upstream: tuple[str, ...] = ()
+    # gradients are asked of backward(), which a tiled layer wants, not of torch.autograd.grad
+    by_backward: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def mlp_inputs(generator: torch.Generator, n: int, h: int, i: int) -> Inputs:
         for name, shape in (("gate", (i, h)), ("up", (i, h)), ("down", (h, i)))
     }
     x, dy = (_randn(generator, 1, n, h) for _ in range(2))
-    return Inputs({"x": x.requires_grad_(), **weights, "dy": dy}, ("dy",))
+    return Inputs({"x": x.requires_grad_(), **weights, "dy": dy}, ("dy",), by_backward=True)
 
 
 def pointwise_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:

@@ -538,26 +538,6 @@ GPT_OSS_GLU = {
 N_TILES = 8
 
 
-class _ByBackward(torch.autograd.Function):
-    """A module whose parameters get their gradients by ``backward()``, seen from ``torch.autograd.grad``."""
-
-    @staticmethod
-    def forward(ctx, module: torch.nn.Module, x: Tensor, *parameters: Tensor) -> Tensor:
-        with torch.enable_grad():
-            ctx.x = x.detach().requires_grad_()
-            ctx.y = module(ctx.x)
-        ctx.parameters = parameters
-        return ctx.y.detach()
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.y.backward(dy)
-        gradients = [t.grad for t in (ctx.x, *ctx.parameters)]
-        for parameter in ctx.parameters:
-            parameter.grad = None
-        return None, *gradients
-
-
 def _mlp_config(t: Tensors):
     from transformers import LlamaConfig
 
@@ -583,10 +563,6 @@ def _hf_mlp(t: Tensors):
     return _llama_mlp(t), (t["x"],)
 
 
-def _by_backward(mlp: torch.nn.Module, t: Tensors) -> Call:
-    return lambda: _ByBackward.apply(mlp, t["x"], *mlp.parameters())
-
-
 def _our_mlp(**options) -> Callable[[Tensors], Call]:
     def build(t: Tensors) -> Call:
         import ds_fused
@@ -594,7 +570,7 @@ def _our_mlp(**options) -> Callable[[Tensors], Call]:
         model = torch.nn.Sequential(_llama_mlp(t))
         if not ds_fused.apply(model, {"swiglu": True}, **options).replaced:
             raise RuntimeError("the MLP was left as it is")
-        return _by_backward(model, t)
+        return lambda: model(t["x"])
 
     return build
 
@@ -604,7 +580,8 @@ def _liger_mlp(t: Tensors) -> Call:
 
     with torch.device("meta"):
         mlp = LigerTiledSwiGLUMLP(_mlp_config(t), num_shards=N_TILES)
-    return _by_backward(_with_weights(mlp, t), t)
+    _with_weights(mlp, t)
+    return lambda: mlp(t["x"])
 
 
 TILED_MLP = {
