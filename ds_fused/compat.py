@@ -6,7 +6,7 @@
 Without a model, classes are not exchanged in transformers' modules, which would change every model of the process: the
 family's ``from_pretrained``, ``from_config`` and constructors apply ds_fused to what they have built. Both ways return
 what can be undone by ``restore()``; Liger returns None. ``cross_entropy`` and ``fused_linear_cross_entropy`` may both
-be on.
+be on. A switch is for the whole model: where a text model within has ``rms_norm`` on, so has the tower beside it.
 """
 
 from __future__ import annotations
@@ -84,15 +84,19 @@ FAMILIES: Mapping[str, Mapping[str, bool | None]] = {
     "smollm3": _TEXT,
     "smolvlm": {**_LOSS, **_NORMS},
 }
-# where Liger's function hands what else it is given to the function of the text model
-_PASSED_ON = ("llava", "nemotron", "internvl", "smolvlm")
+# where Liger's function takes more than it names
+_TAKES_MORE = ("llava", "nemotron", "internvl", "smolvlm")
+# and whose parts, by the names of their configurations, it hands to the functions of their own families, with the rest
+_PARTS = {"llava": ("text_config", "vision_config"), "internvl": ("text_config",), "smolvlm": ("text_config",)}
+# Liger's words for what has another here
+_RENAMED = {"relu_squared": "relu2"}
 
 
 class Patch:
     """A family whose models are fused as they are built, until ``restore()``."""
 
-    def __init__(self, family: str, wanted: Mapping[str, bool]) -> None:
-        self.wanted = dict(wanted)
+    def __init__(self, family: str, switches: Mapping[str, bool]) -> None:
+        self.family, self.switches = family, dict(switches)
         self._building = 0
         self._before: list[tuple[type, str, object]] = []
         for cls in _classes(family):
@@ -149,7 +153,7 @@ class Patch:
                 "ds_fused: %s has no weights yet and stays stock: ds_fused.apply it later", type(model).__name__
             )
             return
-        apply(model, self.wanted)
+        apply(model, _wanted(self.family, self.switches, model))
 
 
 def _classes(family: str) -> list[type[PreTrainedModel]]:
@@ -166,7 +170,7 @@ def _function(family: str) -> Callable[..., Report | Patch]:
     switches.setdefault("model", None)
     kind = inspect.Parameter
     parameters = [kind(name, kind.POSITIONAL_OR_KEYWORD, default=value) for name, value in switches.items()]
-    if family in _PASSED_ON:
+    if family in _TAKES_MORE:
         parameters.append(kind("kwargs", kind.VAR_KEYWORD))
     signature = inspect.Signature(parameters)
 
@@ -176,10 +180,13 @@ def _function(family: str) -> Callable[..., Report | Patch]:
         except TypeError as error:
             raise TypeError(f"{function.__name__}: {error}; it takes {', '.join(switches)}") from None
         bound.apply_defaults()
-        given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
-        model = given.pop("model")
-        wanted = {name: value for name, value in given.items() if name in _known()}
-        return Patch(family, wanted) if model is None else apply(model, wanted)
+        given = {**bound.arguments}
+        model, more = given.pop("model"), given.pop("kwargs", {})
+        unknown = sorted(more.keys() - _known())
+        if unknown:
+            raise TypeError(f"{function.__name__}: there is no {unknown[0]!r}; there are {', '.join(sorted(_known()))}")
+        given |= more
+        return Patch(family, given) if model is None else apply(model, _wanted(family, given, model))
 
     function.__name__ = function.__qualname__ = f"apply_liger_kernel_to_{family}"
     function.__doc__ = f"Fuse ``model``, or every {family} that is built from here on. Undone by what is returned."
@@ -187,10 +194,22 @@ def _function(family: str) -> Callable[..., Report | Patch]:
     return function
 
 
+def _wanted(family: str, switches: Mapping[str, bool], model: nn.Module) -> dict[str, bool]:
+    """The JSON keys: as the switches say, and where they don't, as the families of the model's parts have them."""
+    wanted: dict[str, bool] = {}
+    for part in _PARTS.get(family, ()):
+        config = getattr(getattr(model, "config", None), part, None)
+        own = FAMILIES.get(getattr(config, "model_type", None), {})
+        for name in own.keys() - _LOSS.keys() - {"model"}:
+            wanted[name] = wanted.get(name, False) or own[name]
+    wanted |= switches
+    return {_RENAMED.get(name, name): value for name, value in wanted.items()}
+
+
 @functools.cache
 def _known() -> frozenset[str]:
-    """The JSON keys; of Liger's switches some belong to no op that replaces a layer here."""
-    return frozenset(key for op in OPS for key in op.keys)
+    """The JSON keys, and Liger's words for some."""
+    return frozenset(key for op in OPS for key in op.keys) | _RENAMED.keys()
 
 
 _FUNCTIONS = {f"apply_liger_kernel_to_{family}": _function(family) for family in FAMILIES}

@@ -63,17 +63,19 @@ class Head:
         is_plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
         if self._ds_fused_scope.armed() and is_plain and (torch.compiler.is_compiling() or not is_observed(self)):
             return DeferredLogits(HeadCall(self, args[0]))
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-            self._say_gathered()
-        return nn.Module.__call__(self, *args, **kwargs)
-
-    def _say_gathered(self) -> None:
-        if self._ds_fused_scope.weight.is_sharded(self):
+        trains = torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed()
+        is_sharded = trains and self._ds_fused_scope.weight.is_sharded(self)
+        if is_sharded:
             say_once(
                 "ds_fused: the forward was given no labels, so the head computes real logits and its weight is "
                 "gathered whole. Give it labels (with shift_labels, where a sequence is split over ranks) and take its "
                 "loss, and the weight stays sharded"
             )
+        y = nn.Module.__call__(self, *args, **kwargs)
+        if trains and not is_sharded and self._ds_fused_scope.is_plain() and isinstance(y, Tensor) and y.requires_grad:
+            # whether somebody trains on them is known in the backward
+            y.register_hook(_say_computed)
+        return y
 
     def forward(
         self,
@@ -151,6 +153,14 @@ class Head:
             label_smoothing=label_smoothing,
         )
         return None if loss is None else loss.to(dtype)
+
+
+def _say_computed(_: Tensor) -> None:
+    say_once(
+        "ds_fused: a loss of logits was trained on, of a forward that was given no labels: the head computed them, and "
+        "their loss is not fused. Give the forward labels and take its own loss; what HuggingFace's Trainer smooths, "
+        "ds_fused.fuse_label_smoother(trainer) fuses"
+    )
 
 
 def _labelled(hidden: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:

@@ -139,6 +139,10 @@ class Scope:
     def armed(self) -> bool:
         return bool(self._modes) and self._modes[-1] == "defer"
 
+    def is_plain(self) -> bool:
+        """Whether a forward is running that was given no labels, and could have been."""
+        return bool(self._modes) and self._modes[-1] == "plain" and self.linear is not None
+
     def stock(self) -> bool:
         """Whether the forward that is running is to be left alone."""
         return bool(self._modes) and self._modes[-1] == "stock"

@@ -18,13 +18,17 @@ import functools
 import torch
 from torch import nn
 
-# one class per (mix-in, original, how): all layers share it, and `type(a) is type(b)` holds between them as before
-_BUILT: dict[tuple[type, type, tuple], type] = {}
+from ds_fused.modules.code import Code
+
+# one class per (mix-in, original, how): all layers share it, and `type(a) is type(b)` holds between them as before.
+# Where it is made from the original's forward, one for each forward that the original was ever given
+_BUILT: dict[tuple[type, type, tuple, Code | None], type] = {}
 
 
 def fused_class(mixin: type, cls: type[nn.Module], how: tuple = ()) -> type[nn.Module]:
     """The class that is ``cls`` with the behaviour of ``mixin``; built once."""
-    built = _BUILT.get((mixin, cls, how))
+    code = Code(cls.forward) if hasattr(mixin, "_ds_fused_members") else None
+    built = _BUILT.get((mixin, cls, how, code))
     if built is None:
         members = {
             "__module__": cls.__module__,
@@ -36,10 +40,10 @@ def fused_class(mixin: type, cls: type[nn.Module], how: tuple = ()) -> type[nn.M
             "_ds_fused_original": cls,
             "_ds_fused_how": how,
         }
-        if hasattr(mixin, "_ds_fused_members"):
+        if code is not None:
             members.update(mixin._ds_fused_members(cls, *how))
         built = type(cls)(cls.__name__, (mixin, cls), members)
-        _BUILT[mixin, cls, how] = built
+        _BUILT[mixin, cls, how, code] = built
     return built
 
 

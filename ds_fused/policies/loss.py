@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ds_fused.modules.head import CausalLMLoss, Head
 from ds_fused.modules.scope import HeadWeight, Scope
 from ds_fused.modules.swap import fused_class, is_fused, swap, unswap, why_not
-from ds_fused.policies.loss_proof import head_differs, linear_differs, real_differs
+from ds_fused.policies.loss_proof import code_of, head_differs, linear_differs, real_differs
 from ds_fused.policies.report import Claim, Left
 
 LINEAR = "fused_linear_cross_entropy"
@@ -89,7 +89,8 @@ class LinearClaim:
         options = tuple(sorted(self.options.items()))
         # None: the loss that the model's own code computes, by PyTorch's cross entropy
         for original in {loss.original for loss in self.site.losses.values()} or {None}:
-            differs = linear_differs(original, self.site.head.bias is not None, options, device, dtype)
+            has_bias = self.site.head.bias is not None
+            differs = linear_differs(original, has_bias, options, device, dtype, code_of(original))
             if differs is not None:
                 return differs
         return None
@@ -124,7 +125,7 @@ class RealClaim:
 
     def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
         for original in {loss.original for loss in self.site.losses.values()}:
-            differs = real_differs(original, device, dtype)
+            differs = real_differs(original, device, dtype, code_of(original))
             if differs is not None:
                 return differs
         return None

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds_fused.modules.code import Code
 from ds_fused.modules.deferred import DeferredLogits
 from ds_fused.modules.head import CausalLMLoss, Head
 from ds_fused.modules.head_call import HeadCall
@@ -39,9 +40,19 @@ def _labels(device: torch.device) -> Tensor:
     return labels.to(device)
 
 
+def code_of(original: Callable[..., Tensor] | None) -> Code:
+    """Of the loss, and of PyTorch's, which others replace as well."""
+    return Code(original, F.cross_entropy)
+
+
 @functools.cache
 def linear_differs(
-    original: Callable[..., Tensor] | None, bias: bool, options: tuple, device: torch.device, dtype: torch.dtype
+    original: Callable[..., Tensor] | None,
+    bias: bool,
+    options: tuple,
+    device: torch.device,
+    dtype: torch.dtype,
+    code: Code,
 ) -> str | None:
     names = ("x", "weight", "bias") if bias else ("x", "weight")
     tensors = {"x": randn(1, 2, TOKENS, WIDTH), "weight": randn(2, VOCAB, WIDTH) / WIDTH**0.5, "bias": randn(3, VOCAB)}
@@ -80,7 +91,7 @@ def linear_differs(
 
 
 @functools.cache
-def real_differs(original: Callable[..., Tensor], device: torch.device, dtype: torch.dtype) -> str | None:
+def real_differs(original: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, code: Code) -> str | None:
     def stock(t: Mapping[str, Tensor]) -> Tensor:
         return original(t["logits"], _labels(t["logits"].device), VOCAB)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,17 @@ class Stub(nn.Module):
         return F.linear(x, self.weight)
 
 
+class Scale(nn.Module):
+    """In the place of a norm within a copied layer: a vector of the proof's own times what it is given."""
+
+    def __init__(self, vector: Tensor) -> None:
+        super().__init__()
+        self.__dict__["vector"] = vector
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.vector
+
+
 def replica(
     module: nn.Module,
     cls: type[nn.Module],
@@ -44,7 +55,8 @@ def replica(
     state: Mapping[str, object],
     children: Mapping[str, nn.Module] | None = None,
 ) -> nn.Module:
-    """A shallow copy of a layer, of class ``cls``, over ``tensors``: its own "weight", a child's "up_proj.weight".
+    """A shallow copy of a layer, of class ``cls``, over ``tensors``: its own "weight", a projection's "up_proj.weight",
+    a norm's "sub_norm.vector".
 
     ``children``: what stands in the copy for those of these names.
     """
@@ -63,6 +75,8 @@ def replica(
             made._modules[name] = children[name]
         elif f"{name}.weight" in tensors:
             made._modules[name] = Stub(tensors[f"{name}.weight"])
+        elif f"{name}.vector" in tensors:
+            made._modules[name] = Scale(tensors[f"{name}.vector"])
         elif child is not None:
             if next(child.parameters(), None) is not None:
                 raise ValueError(f"its child {name!r} has parameters of its own")
@@ -191,8 +205,13 @@ def undisturbed(device: torch.device):
 
 def facts(module: nn.Module) -> tuple:
     """What tells two layers of one class apart: their plain attributes. Layers that agree in them share one proof."""
+    return tuple((name, _fact(value)) for name, value in attributes(module))
+
+
+def attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
+    """Name and value of its own plain ones."""
     machinery = vars(nn.Module())
-    return tuple((name, _fact(value)) for name, value in vars(module).items() if name not in machinery)
+    return ((name, value) for name, value in vars(module).items() if name not in machinery)
 
 
 def _fact(value: object) -> object:

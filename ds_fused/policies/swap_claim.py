@@ -9,7 +9,8 @@ from torch import nn
 
 from ds_fused.modules.swap import fused_class, is_fused, swap, unswap
 from ds_fused.modules.tiled_mlp import TILED, Tiles
-from ds_fused.policies.kinds import Kind, Way, choose, qk_norms, unproven
+from ds_fused.policies.kinds import Kind, Way, qk_norms, unproven
+from ds_fused.policies.memory import remembered
 
 
 class SwapClaim:
@@ -54,9 +55,8 @@ class SwapClaim:
         self.original = f"{self._cls.__module__}.{self._cls.__qualname__}"
 
     def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        # not remembered for the next apply: 1 ms on a CPU, and somebody may patch the class in between
         # what runs tile by tile is what is proven; its copies have stub children, whose weights no tile would know
-        chosen = choose(self._kind, self._modules[0], self._ways, device, dtype)
+        chosen = remembered(self._kind, self._modules[0], self._ways, device, dtype)
         if isinstance(chosen, str):
             return chosen
         self._ways = (chosen,)

@@ -239,7 +239,7 @@ def weighted(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("loss_of", [log_probs, distilled, penalised, weighted], ids=lambda f: f.__name__)
-def test_losses_of_logits(loss_of: Callable[[nn.Module], torch.Tensor]) -> None:
+def test_losses_of_logits(loss_of: Callable[[nn.Module], torch.Tensor], caplog: pytest.LogCaptureFixture) -> None:
     results = []
     for model in pair():
         loss = loss_of(model)
@@ -247,6 +247,17 @@ def test_losses_of_logits(loss_of: Callable[[nn.Module], torch.Tensor]) -> None:
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
     for ours, wanted in zip(*results, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6)
+    assert ("a forward that was given no labels" in caplog.text) == (loss_of is log_probs)
+
+
+def test_logits_that_nobody_trains_on_are_nothing_to_say(caplog: pytest.LogCaptureFixture) -> None:
+    model, _ = pair()
+    assert model(**prompt()).logits.requires_grad
+    with torch.no_grad():
+        model(**prompt())
+    model.generate(prompt()["input_ids"], max_new_tokens=2, do_sample=False)
+    model(**batch()).loss.backward()
+    assert not caplog.messages
 
 
 # other wrappers

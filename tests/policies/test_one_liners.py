@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import inspect
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from torch import nn
 
 import ds_fused
 from ds_fused import compat
+from ds_fused.doctor.architectures import architectures, config_for, model_class
+from ds_fused.doctor.tiny import build, default_config, tiny_config
 from ds_fused.modules.swap import is_fused
 from tests.policies.tiny import FAMILIES, LLAMA, assert_same_step, classes, counts, step, twins
 
@@ -122,6 +125,8 @@ def test_what_compat_has_not_is_said() -> None:
         TypeError, match="apply_liger_kernel_to_llama: .*'rop'; it takes rope, cross_entropy, .*, model"
     ):
         compat.apply_liger_kernel_to_llama(rop=False)
+    with pytest.raises(TypeError, match="apply_liger_kernel_to_llava: there is no 'rop'; there are .*rope"):
+        compat.apply_liger_kernel_to_llava(rop=False)
     with pytest.raises(ValueError, match="the model must be a torch.nn.Module"):
         compat.apply_liger_kernel_to_llama(model="llama")
     with pytest.raises(AttributeError, match="'apply_liger_kernel_to_lama'; its families are deepseek_v2, .*llama"):
@@ -149,3 +154,43 @@ def test_signatures_are_ligers() -> None:
 @pytest.mark.parametrize("family", compat.FAMILIES)
 def test_every_family_has_models(family: str) -> None:
     assert compat._classes(family)
+
+
+def tiny(family: str) -> Iterator[nn.Module]:
+    """A model of each class of a family."""
+    for name in architectures()[family]:
+        cls = model_class(name)
+        yield build(cls, config_for(cls, tiny_config(default_config(family))))
+
+
+# a tower alone, no language model
+@pytest.mark.parametrize("family", sorted(compat.FAMILIES.keys() - {"pixtral"}))
+def test_every_switch_replaces_something(family: str) -> None:
+    function = getattr(compat, f"apply_liger_kernel_to_{family}")
+    wanted = {compat._RENAMED.get(name, name) for name, is_on in compat.FAMILIES[family].items() if is_on}
+    models = list(tiny(family))
+    found = {key for model in models for key in counts(function(model=model))}
+    # of the parts of some, more
+    assert found == wanted or (found > wanted and family in compat._PARTS)
+    patch = function()
+    try:
+        built = list(tiny(family))
+    finally:
+        patch.restore()
+    assert list(map(n_fused, built)) == list(map(n_fused, models))
+
+
+def test_parts_are_fused_as_their_own_families_are() -> None:
+    text = {"rope", "rms_norm", "swiglu"}
+    for model in (*tiny("llava"), *tiny("internvl"), *tiny("smolvlm")):
+        function = getattr(compat, f"apply_liger_kernel_to_{model.config.model_type}")
+        assert text <= counts(function(model=model)).keys()
+        ds_fused.restore(model)
+        assert counts(function(rope=False, model=model)).keys() & text == {"rms_norm", "swiglu"}
+    patch = compat.apply_liger_kernel_to_llava(swiglu=False)
+    try:
+        (model,) = tiny("llava")
+    finally:
+        patch.restore()
+    fused = {type(module).__name__ for module in model.modules() if is_fused(module)}
+    assert {"LlamaRMSNorm", "LlamaAttention"} <= fused and "LlamaMLP" not in fused

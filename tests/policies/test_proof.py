@@ -11,17 +11,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+from transformers.loss import loss_utils
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.models.t5 import modeling_t5
 
 import ds_fused
+from ds_fused.modules import norm
 from ds_fused.modules.attention import exchanged
 from ds_fused.modules.rotary import Turn, fused_rotary
-from ds_fused.policies import loss, loss_proof, plan
-from ds_fused.policies.kinds import Way, choose, find, kind, ropes
+from ds_fused.policies import loss, loss_proof, memory, plan
+from ds_fused.policies.kinds import Way, choose, find, kind, norms, ropes
 from ds_fused.policies.report import Claim
-from tests.policies.tiny import LAYER_KEYS, LLAMA, NAMED, classes, counts
+from tests.policies.tiny import LAYER_KEYS, LLAMA, NAMED, assert_same_step, classes, counts, twins
 
 CPU = torch.device("cpu")
 
@@ -246,10 +250,34 @@ class Bounded(LlamaMLP):
 class Gated(LlamaMLP):
     def __init__(self, config) -> None:
         super().__init__(config)
-        self.gain = nn.LayerNorm(config.hidden_size)
+        self.gain = nn.Conv1d(config.hidden_size, config.hidden_size, 1)
 
     def forward(self, x):  # noqa: ANN001, ANN201
-        return self.gain(super().forward(x))
+        return self.gain(super().forward(x).mT).mT
+
+
+class NormedWithin(LlamaMLP):
+    """As BitNet's, and scaled as Inkling's."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.sub_norm = LlamaRMSNorm(config.intermediate_size)
+        self.last_norm = nn.LayerNorm(config.hidden_size)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):  # noqa: ANN001, ANN201
+        y = self.down_proj(self.sub_norm(self.act_fn(self.gate_proj(x)) * self.up_proj(x)))
+        return self.last_norm(y) * self.scale
+
+
+class NormedTooEarly(NormedWithin):
+    def forward(self, x):  # noqa: ANN001, ANN201
+        return self.down_proj(self.sub_norm(self.act_fn(self.gate_proj(x))) * self.up_proj(x))
+
+
+class NormedAndSummed(NormedWithin):
+    def forward(self, x):  # noqa: ANN001, ANN201
+        return self.down_proj(self.sub_norm(self.act_fn(self.gate_proj(x)) + self.up_proj(x)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -268,6 +296,11 @@ class Gated(LlamaMLP):
         (DroppedInside, "silu", None),
         (Summed, "silu", "output differs"),
         (Bounded, "silu", "output differs"),
+        (NormedWithin, "silu", None),
+        (NormedWithin, "relu2", None),
+        # what a norm is given is computed, and what comes out is no activation
+        (NormedTooEarly, "silu", "of the first that can be compared, its activation multiplies nothing"),
+        (NormedAndSummed, "silu", "of the first that can be compared, its activation multiplies nothing"),
     ],
 )
 def test_mlp(cls: type, act: str, reason: str | None, dtype: torch.dtype) -> None:
@@ -378,7 +411,7 @@ def test_forged_layers_are_left_and_the_rest_is_replaced() -> None:
     model = with_forged_layers()
     before = dict(zip(model.modules(), classes(model), strict=True))
     report = ds_fused.apply(model, LAYER_KEYS)
-    assert counts(report) == {"rms_norm": 3, "rope": 2, "layer_norm": 1}
+    assert counts(report) == {"rms_norm": 3, "rope": 2}
     reasons = {row.what: row.reason for row in report.left}
     assert set(reasons) == {"SignFlipped", "Bounded", "Gated", "Broken"}
     assert "differs" in reasons["SignFlipped"] and "differs" in reasons["Bounded"]
@@ -391,7 +424,7 @@ def test_forged_layers_are_left_and_the_rest_is_replaced() -> None:
 # which form it is has to be found out in any case, so the forged are found out, too
 def test_without_proof_forms_are_told_apart_on_the_cpu() -> None:
     report = ds_fused.apply(with_forged_layers(), LAYER_KEYS, verify=False)
-    assert counts(report) == {"rms_norm": 3, "rope": 2, "layer_norm": 1}
+    assert counts(report) == {"rms_norm": 3, "rope": 2}
 
 
 # one class, but each instance has its own number: the proof of one says nothing about the other
@@ -450,10 +483,16 @@ def test_ranks_need_not_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
         assert claim.prove(CPU, torch.bfloat16) is None
 
 
+def forget() -> None:
+    """All proofs of this process."""
+    memory._PROVEN.clear()
+    for cached in (ropes._differs, loss_proof.linear_differs, loss_proof.real_differs):
+        cached.cache_clear()
+
+
 def claims_of(model: nn.Module) -> tuple[Claim, ...]:
     """Of everything, with no proof remembered."""
-    for cached in (ropes._prove_function, loss_proof.linear_differs, loss_proof.real_differs):
-        cached.cache_clear()
+    forget()
     return plan.plan(model, plan._keys(None, {})).claims
 
 
@@ -519,38 +558,118 @@ def test_once_for_each_class(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(type(module).__name__)
         return choose(kind, module, *rest)
 
-    monkeypatch.setattr("ds_fused.policies.swap_claim.choose", counted)
+    forget()
+    monkeypatch.setattr(memory, "choose", counted)
     model = LLAMA.make()
     model.extra = nn.ModuleList([nn.LayerNorm(32), nn.LayerNorm(32), nn.LayerNorm(32, eps=1e-3)])
     ds_fused.apply(model, LAYER_KEYS)
     assert sorted(seen) == ["LayerNorm", "LayerNorm", "LlamaAttention", "LlamaMLP", "LlamaRMSNorm"]
 
 
-# an exchange of functions (rope's, the loss) is known by the functions, which another apply finds proven; a layer is
-# compared again, in a millisecond: what its class does may be another thing since, as after Liger has patched it
-def test_what_another_apply_compares(monkeypatch: pytest.MonkeyPatch) -> None:
-    compared: list[str] = []
-    for home in (ropes, loss_proof, kind):
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which files have compared anything, nothing being remembered when the test begins."""
+    found: list[str] = []
+    for home in (ropes, norms, loss_proof, kind):
         real, name = home.compare, home.__name__.rpartition(".")[2]
-        monkeypatch.setattr(home, "compare", lambda *a, _n=name, _r=real, **k: compared.append(_n) or _r(*a, **k))
+        monkeypatch.setattr(home, "compare", lambda *a, _n=name, _r=real, **k: found.append(_n) or _r(*a, **k))
+    forget()
+    return found
 
+
+EVERYTHING = {"ropes", "norms", "loss_proof", "kind"}
+
+
+def test_what_was_proven_is_remembered_by_the_next_apply(compared: list[str]) -> None:
     def applied(dtype: torch.dtype) -> set[str]:
         compared.clear()
         report = ds_fused.apply(LLAMA.make(dtype), **dict.fromkeys(LAYER_KEYS, True))
         assert {claim.key for claim in report.claims} >= {"rms_norm", "rope", "swiglu", loss.LINEAR, loss.REAL}
         return set(compared)
 
-    for cached in (ropes._prove_function, loss_proof.linear_differs, loss_proof.real_differs):
-        cached.cache_clear()
-    assert applied(torch.float32) == {"ropes", "loss_proof", "kind"}
-    assert applied(torch.float32) == {"kind"}
-    assert applied(torch.bfloat16) == {"ropes", "loss_proof", "kind"}
-    assert applied(torch.float32) == applied(torch.bfloat16) == {"kind"}
+    assert applied(torch.float32) == EVERYTHING
+    assert applied(torch.float32) == set()
+    assert applied(torch.bfloat16) == EVERYTHING
+    assert applied(torch.float32) == applied(torch.bfloat16) == set()
 
-    stock = LlamaRMSNorm.forward
-    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: 2 * stock(self, x))
-    left = [row for row in ds_fused.apply(LLAMA.make()).left if row.what == "LlamaRMSNorm"]
-    assert len(left) == 1 and "differs" in left[0].reason
+
+@pytest.mark.parametrize("name", PROVEN)
+def test_every_kind_of_layer_is_remembered(name: str, compared: list[str]) -> None:
+    for expected in (True, False):
+        for claim in claims_of(NAMED[name].make()) if expected else plan.plan(NAMED[name].make(), KEYS).claims:
+            assert claim.prove(CPU, torch.float32) is None
+        assert bool(compared) == expected
+        compared.clear()
+
+
+KEYS = plan._keys(None, {})
+
+
+# on meta nothing is proven: the launches of a proof are noted there, each time
+def test_on_meta_nothing_is_remembered(compared: list[str]) -> None:
+    for _ in range(2):
+        ds_fused.apply(LLAMA.make(), {"rms_norm": True, "swiglu": True}, device="meta")
+        assert set(compared) == {"norms", "kind"}
+        compared.clear()
+
+
+def patched(f: Callable) -> Callable:
+    return lambda *args, **named: 2 * f(*args, **named)
+
+
+# what somebody patches between two applies, and what stays stock then
+PATCHES = {
+    "a norm": (LlamaRMSNorm, "forward", "LlamaRMSNorm"),
+    "the activation of an MLP": (SiLUActivation, "forward", "LlamaMLP"),
+    "what a rotary function calls": (modeling_llama, "rotate_half", "LlamaAttention"),
+    "what the loss calls": (loss_utils, "fixed_cross_entropy", "Linear"),
+    "PyTorch's loss": (F, "cross_entropy", "Linear"),
+    # a mistake of ours would be found as well
+    "the op": (norm, "rms_norm", "LlamaRMSNorm"),
+}
+
+
+@pytest.mark.parametrize("what", PATCHES)
+def test_what_is_patched_is_proven_anew(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, name, left = PATCHES[what]
+    assert ds_fused.apply(LLAMA.make()).left == ()
+    monkeypatch.setattr(home, name, patched(getattr(home, name)))
+    # twice: what differed is compared again
+    for _ in range(2):
+        model, stock = twins(LLAMA)
+        reasons = {row.what: row.reason for row in ds_fused.apply(model).left}
+        assert "differs" in reasons[left], reasons
+        if what != "the op":
+            assert_same_step(model, stock, tolerance=1e-5)
+    monkeypatch.undo()
+    assert ds_fused.apply(LLAMA.make()).left == ()
+
+
+# the fused attention is made of the original's code; a class that was made of it before is not the one of today
+def test_an_attention_that_is_patched_runs_as_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = LLAMA.make(attn_implementation="eager")
+    assert counts(ds_fused.apply(first))["rope"] == 2
+    eager = modeling_llama.eager_attention_forward
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", lambda *a, **k: (2 * eager(*a, **k)[0], None))
+    model, stock = twins(LLAMA, attn_implementation="eager")
+    assert counts(ds_fused.apply(model))["rope"] == 2
+    assert_same_step(model, stock, tolerance=1e-5)
+    assert type(model.model.layers[0].self_attn) is not type(first.model.layers[0].self_attn)
+
+
+# one class, two numbers: in two models, of which the first is proven
+@pytest.mark.parametrize("held", ["a number", "a tensor"])
+def test_a_layer_that_holds_another_thing_is_proven_anew(held: str) -> None:
+    class Scaled(LlamaRMSNorm):
+        def forward(self, hidden_states):  # noqa: ANN001, ANN202
+            return self.scale * super().forward(hidden_states)
+
+    for scale, n_left in ((1.0, 0), (0.5, 1), (1.0, 0)):
+        model = LLAMA.make()
+        model.model.layers[0].input_layernorm.__class__ = Scaled
+        model.model.layers[0].input_layernorm.scale = scale if held == "a number" else torch.tensor(scale)
+        report = ds_fused.apply(model, {"rms_norm": True})
+        assert [row.what for row in report.left] == ["Scaled"] * n_left
 
 
 # what it is decides the comparison, not the switch

@@ -169,7 +169,7 @@ TOWERS = (
     (
         "glm4v.Glm4vVisionModel",
         "Glm4vVisionConfig",
-        "layer_norm 1, rms_norm 6, rope 2, swiglu 2",
+        "layer_norm 1, rms_norm 6, rope 2, swiglu 3",
         "patches",
         VIDEO | {"image_size": 16},
     ),

@@ -13,7 +13,7 @@ import material
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import ds_fused
 
@@ -57,9 +57,15 @@ USES: dict[str, tuple[str, str, dict, dict]] = {
     "ipo": ("DPO", "preferences", {"loss_type": ["ipo"]}, {}),
     "kto": ("KTO", "ratings", {}, {}),
     "grpo": ("GRPO", "prompts", {"num_generations": 2, "max_completion_length": 6}, {"reward_funcs": variety}),
+    "rloo": ("RLOO", "prompts", {"num_generations": 2, "max_completion_length": 6}, {"reward_funcs": variety}),
     "gkd": ("GKD", "talks", {"max_new_tokens": 4, "lmbda": 0.5}, {}),
+    "distilled": ("Distillation", "prompts", {"max_completion_length": 6}, {}),
+    "orpo": ("ORPO", "preferences", {}, {}),
+    "cpo": ("CPO", "preferences", {}, {}),
+    "reward": ("Reward", "preferences", {}, {}),
 }
 QUICK = ("packed", "dpo")
+EXPERIMENTAL = ("GKD", "ORPO", "CPO")
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def trainer_of(folder: str, out: Path, use: str, prepare: Callable[[nn.Module], object]) -> trl.SFTTrainer:
     kind, data, settings, more = USES[use]
-    home = import_module("trl.experimental.gkd") if kind == "GKD" else trl
+    home = import_module(f"trl.experimental.{kind.lower()}") if kind in EXPERIMENTAL else trl
     arguments = {
         "output_dir": str(out),
         "max_steps": 2,
@@ -87,9 +93,10 @@ def trainer_of(folder: str, out: Path, use: str, prepare: Callable[[nn.Module], 
         "seed": 0,
     }
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    head = AutoModelForSequenceClassification if kind == "Reward" else AutoModelForCausalLM
+    model = head.from_pretrained(folder, dtype=torch.float32, **({"num_labels": 1} if kind == "Reward" else {}))
     prepare(model)
-    if kind == "GKD":
+    if kind in ("GKD", "Distillation"):
         more = {"teacher_model": AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)}
         prepare(more["teacher_model"])
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -25,6 +25,16 @@ SIZES = {
 }
 
 
+class _Eager:
+    """All that the dispatch to an implementation asks of a configuration."""
+
+    _experts_implementation = "eager"
+
+
+# attributes of the copy
+GIVEN = {**SIZES, "config": _Eager()}
+
+
 def _recognises(module: nn.Module) -> bool:
     packed = module._parameters.get("gate_up_proj")
     return packed is not None and len(shape_of(packed)) == 3 and "down_proj" in module._parameters
@@ -54,7 +64,8 @@ def _prove(module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype
     if isinstance(weights, str):
         return weights
     prove = _prove_batched if way.mixin is Product else _prove_routed
-    return prove(module, way, weights, {name: n for name, n in SIZES.items() if name in vars(module)}, device, dtype)
+    given = {name: value for name, value in GIVEN.items() if name in vars(module)}
+    return prove(module, way, weights, given, device, dtype)
 
 
 def _weights(module: nn.Module, transposed: bool) -> dict[str, Tensor] | str:
@@ -77,21 +88,21 @@ def _prove_batched(
     module: nn.Module,
     way: Way,
     weights: Mapping[str, Tensor],
-    sizes: Mapping[str, int],
+    given: Mapping[str, object],
     device: torch.device,
     dtype: torch.dtype,
 ) -> str | None:
     """As many tokens for each expert."""
     call = product_of(lambda layer, tensors: layer(tensors["x"]))
     tensors = {**weights, "x": 2 * randn(1, N_EXPERTS * TOKENS, HIDDEN)}
-    return compared(both(module, way, call, **sizes), tensors, device, dtype)
+    return compared(both(module, way, call, **given), tensors, device, dtype)
 
 
 def _prove_routed(
     module: nn.Module,
     way: Way,
     weights: Mapping[str, Tensor],
-    sizes: Mapping[str, int],
+    given: Mapping[str, object],
     device: torch.device,
     dtype: torch.dtype,
 ) -> str | None:
@@ -106,7 +117,7 @@ def _prove_routed(
         return layer(tensors["x"], top_k.to(tensors["x"].device), tensors["top_k_weights"])
 
     tensors = {**weights, "x": _within_and_beyond(HIDDEN), "top_k_weights": randn(9, 2 * TOKENS, TOP_K).sigmoid()}
-    return compared(both(module, way, call, **sizes, config=_Eager()), tensors, device, dtype)
+    return compared(both(module, way, call, **given), tensors, device, dtype)
 
 
 def _within_and_beyond(width: int) -> Tensor:
@@ -115,10 +126,4 @@ def _within_and_beyond(width: int) -> Tensor:
     return torch.cat((2 * x, 20 * x))
 
 
-class _Eager:
-    """All that the dispatch to an implementation asks of a configuration."""
-
-    _experts_implementation = "eager"
-
-
-EXPERTS = Kind(_recognises, _ways, _prove)
+EXPERTS = Kind(_recognises, _ways, _prove, given=frozenset(GIVEN))

@@ -39,6 +39,7 @@ class Kind:
     ways: Callable[[nn.Module], Sequence[Way] | str]  # the likelier first; or the reason why there are none
     prove: Proof  # what a replacement would compute otherwise; None where nothing
     alike: Callable[[nn.Module], Hashable] = facts  # layers of one class for which it is equal share one proof
+    given: frozenset[str] = frozenset()  # attributes that the proof gives its copies, whatever the layer holds
     certain: bool = True  # whether a single way needs no proof where nobody asks for one
     key: str | None = None  # the JSON key without which such layers are of no interest
     needs: str | None = None  # the key without which that one does nothing
@@ -55,8 +56,12 @@ def choose(kind: Kind, module: nn.Module, ways: Sequence[Way], device: torch.dev
         if differs is None:
             return way
         reasons.append(differs)
-    # of the way that layers of this kind mostly are
-    return reasons[0] if len(ways) == 1 else f"none of {len(ways)} known forms fits; of the first, {reasons[0]}"
+    if len(ways) == 1:
+        return reasons[0]
+    # of the way that layers of this kind mostly are, unless nothing can be said of that one
+    compared = [reason for reason in reasons if not reason.startswith(_UNPROVEN)]
+    first = "the first" if compared[:1] in ([], reasons[:1]) else "the first that can be compared"
+    return f"none of {len(ways)} known forms fits; of {first}, {(compared or reasons)[0]}"
 
 
 def _differs(kind: Kind, module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -66,9 +71,12 @@ def _differs(kind: Kind, module: nn.Module, way: Way, device: torch.device, dtyp
         return unproven(error)
 
 
+_UNPROVEN = "it can't be compared"
+
+
 def unproven(error: Exception) -> str:
     """Whatever it was: a layer that can't be compared is a layer that stays as it is, and the report says why."""
-    return f"it can't be compared: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return f"{_UNPROVEN}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def both(

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ds_fused.modules.mlp import Gate, GatedMLP, PackedMLP, act_of
 from ds_fused.modules.product import ACT_NAMES, Product
-from ds_fused.policies.kinds.kind import Kind, Way, both, compared, one_argument
+from ds_fused.policies.kinds.kind import Kind, Way, both, compared, one_argument, shape_of
+from ds_fused.policies.kinds.norms import rms_norms
 from ds_fused.policies.proof import randn
 
 # the JSON key of a gate's activation
@@ -127,15 +128,15 @@ def _projections(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _small(projections: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
-    """[out, in] of each projection in the copy: as few columns as tell the layer's sizes apart."""
+def _small(projections: Mapping[str, nn.Module]) -> dict[int, int]:
+    """A size of the layer -> in the copy: as few columns as tell its sizes apart."""
     sizes = sorted({n for child in projections.values() for n in (child.in_features, child.out_features)})
     small: dict[int, int] = {}
     for n in sizes:
         # halves of a packed projection stay halves
         half = small.get(n // 2) if n % 2 == 0 else None
         small[n] = 1 if n == 1 else 32 + 16 * len(small) if half is None else 2 * half
-    return {name: (small[child.out_features], small[child.in_features]) for name, child in projections.items()}
+    return small
 
 
 def _prove(module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -145,12 +146,15 @@ def _prove(module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype
     elif way.mixin is GatedMLP:
         widths = dict(zip(state["fused_children"], ((48, 32), (48, 32), (32, 48)), strict=True))
     else:
-        widths = _small(_projections(module))
+        small = _small(_projections(module))
+        widths = {name: (small[c.out_features], small[c.in_features]) for name, c in _projections(module).items()}
     # 2: gates of several units, where one activation is told from another; 20: beyond the bounds of a clamp
     x = randn(1, 2, 3, next(iter(widths.values()))[1])
     tensors = {"x": torch.cat((2 * x, 20 * x))}
     for i, (name, (n_out, n_in)) in enumerate(widths.items()):
         tensors[f"{name}.weight"] = randn(2 + i, n_out, n_in) / n_in**0.5
+    if way.mixin is Product:
+        tensors |= _beside(module, small)
 
     def call(layer: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
         return layer(tensors["x"])
@@ -160,6 +164,15 @@ def _prove(module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype
         return compared(runs, tensors, device, dtype)
     except ActsAloneError:
         return "its activation multiplies nothing, and glu is a product"
+
+
+def _beside(module: nn.Module, small: Mapping[int, int]) -> dict[str, Tensor]:
+    """For norms within a layer whose own code runs, and for parameters of its own."""
+    shapes = {f"{name}.vector": shape_of(child.weight) for name, child in rms_norms(module).items()}
+    layer_norms = {name: child for name, child in module._modules.items() if isinstance(child, nn.LayerNorm)}
+    shapes |= {f"{name}.vector": child.normalized_shape for name, child in layer_norms.items()}
+    shapes |= {name: shape_of(p) for name, p in module._parameters.items() if p is not None}
+    return {name: randn(31 + i, *(small.get(n, n) for n in shape)) for i, (name, shape) in enumerate(shapes.items())}
 
 
 class ActsAloneError(Exception):

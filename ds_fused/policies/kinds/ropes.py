@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_fused.modules.attention import Rope, rotary_functions
+from ds_fused.modules.code import Code
 from ds_fused.modules.rotary import TURNS, Turn, fused_rotary, roles_of, takes
 from ds_fused.modules.swap import owner_of
 from ds_fused.policies.kinds.kind import Kind, Way, mixed
@@ -48,15 +49,20 @@ def _prove(module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype
     """The forward's code is the original's own, so what has to be proven are the functions that were exchanged."""
     functions = rotary_functions(type(module))
     for name, turn in way.how:
-        differs = _prove_function(functions[name], turn, device, dtype)
-        if differs is not None:
-            return differs
+        reason = differs(functions[name], turn, device, dtype)
+        if reason is not None:
+            return reason
     return None
+
+
+def differs(stock: Callable, turn: Turn, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What a function computes otherwise than ``rope`` with this turn. Remembered until somebody patches its code."""
+    return _differs(stock, turn, device, dtype, Code(stock))
 
 
 # the ways of a layer that calls two functions are all pairs of theirs
 @functools.cache
-def _prove_function(stock: Callable, turn: Turn, device: torch.device, dtype: torch.dtype) -> str | None:
+def _differs(stock: Callable, turn: Turn, device: torch.device, dtype: torch.dtype, code: Code) -> str | None:
     roles = roles_of(stock)
     all_dtypes = list(mixed(dtype))
     dtypes_of_case = all_dtypes
@@ -69,9 +75,9 @@ def _prove_function(stock: Callable, turn: Turn, device: torch.device, dtype: to
         for x_dtype, angle_dtype in dtypes_of_case:
             dtypes = {name: x_dtype if name in ("q", "k") else angle_dtype for name in tensors}
             turned = [name for name in ("q", "k") if name in tensors]
-            differs = compare(*runs, tensors, dtypes, device, gradients=turned)
-            if differs is not None:
-                return differs
+            reason = compare(*runs, tensors, dtypes, device, gradients=turned)
+            if reason is not None:
+                return reason
         # the dtype of a result and where it is rounded don't depend on shapes: once is enough
         dtypes_of_case = [(dtype, dtype)]
     return None if dtypes_of_case is not all_dtypes else "it takes none of the shapes that rope does"
