@@ -34,9 +34,11 @@ class Recompute:
 
     @property
     def _gradient_checkpointing_func(self) -> Callable:
-        if FUNCTION not in self.__dict__:
+        # so, since for a trace by torch 2.11 self.__dict__[FUNCTION] is this property again
+        held = object.__getattribute__(self, "__dict__")
+        if FUNCTION not in held:
             raise AttributeError(FUNCTION)
-        return functools.partial(_checkpointed, self, self.__dict__[FUNCTION])
+        return functools.partial(_checkpointed, self, held[FUNCTION])
 
     @_gradient_checkpointing_func.setter
     def _gradient_checkpointing_func(self, function: Callable) -> None:

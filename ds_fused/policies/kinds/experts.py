@@ -109,7 +109,7 @@ def _prove_routed(
     """What every other implementation calls between its two products, and the whole eager one."""
     runs = both(module, way, lambda layer, tensors: layer._apply_gate(tensors["x"]))
     differs = compared(runs, {**weights, "x": _within_and_beyond(2 * INTERMEDIATE)}, device, dtype)
-    if differs is not None:
+    if differs is not None or device.type != "cpu":
         return differs
     top_k = torch.arange(2 * TOKENS * TOP_K).view(-1, TOP_K) % N_EXPERTS
 
@@ -126,4 +126,4 @@ def _within_and_beyond(width: int) -> Tensor:
     return torch.cat((2 * x, 20 * x))
 
 
-EXPERTS = Kind(_recognises, _ways, _prove, given=frozenset(GIVEN))
+EXPERTS = Kind(_recognises, _ways, _prove, given=frozenset(GIVEN), in_two=True)

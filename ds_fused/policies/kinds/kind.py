@@ -40,6 +40,9 @@ class Kind:
     prove: Proof  # what a replacement would compute otherwise; None where nothing
     alike: Callable[[nn.Module], Hashable] = facts  # layers of one class for which it is equal share one proof
     given: frozenset[str] = frozenset()  # attributes that the proof gives its copies, whatever the layer holds
+    # whether all that is to be compared is compared on the CPU, and on the device what shows its kernels alone: there
+    # each operation costs ten times as much of the host
+    in_two: bool = False
     certain: bool = True  # whether a single way needs no proof where nobody asks for one
     key: str | None = None  # the JSON key without which such layers are of no interest
     needs: str | None = None  # the key without which that one does nothing
@@ -49,7 +52,7 @@ def choose(kind: Kind, module: nn.Module, ways: Sequence[Way], device: torch.dev
     """The first way that computes what the layer does, or what differed."""
     cpu = torch.device("cpu")
     # of several, the wrong ones fall out on the CPU, where no kernel has to be compiled for them
-    places = (device,) if len(ways) == 1 else dict.fromkeys((cpu, device))
+    places = (device,) if len(ways) == 1 and not kind.in_two else dict.fromkeys((cpu, device))
     reasons = []
     for way in ways:
         differs = next((reason for place in places if (reason := _differs(kind, module, way, place, dtype))), None)
