@@ -34,6 +34,8 @@ class Inputs:
     tensors: dict[str, Tensor]
     # names of the outputs' gradients; none: a scalar loss, whose upstream gradient is 1
     upstream: tuple[str, ...] = ()
+    # gradients are asked of backward(), which a tiled layer wants, not of torch.autograd.grad
+    by_backward: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Case:
     tiny: tuple[int, ...]  # for a machine without a GPU
     bytes: Callable[..., tuple[int, int]] | None = None  # (*shape) -> moved by forward, by forward + backward
     flops: Callable[..., tuple[int, int]] | None = None  # (*shape) -> of forward, of forward + backward
+    is_head: bool = True  # with flops: whether they are those of an lm head
     largest_error: float = LARGEST_ERROR  # relative, of any output or gradient
 
     @property
@@ -142,6 +145,15 @@ def packed_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
     # of GPT-OSS's size of values, of which the clamp takes some
     gate_up, dy = _randn(generator, n, 2 * d, scale=3.0), _randn(generator, n, d)
     return Inputs({"gate_up": gate_up.requires_grad_(), "dy": dy}, ("dy",))
+
+
+def mlp_inputs(generator: torch.Generator, n: int, h: int, i: int) -> Inputs:
+    weights = {
+        f"{name}_weight": nn.Parameter(_randn(generator, *shape, scale=shape[1] ** -0.5))
+        for name, shape in (("gate", (i, h)), ("up", (i, h)), ("down", (h, i)))
+    }
+    x, dy = (_randn(generator, 1, n, h) for _ in range(2))
+    return Inputs({"x": x.requires_grad_(), **weights, "dy": dy}, ("dy",), by_backward=True)
 
 
 def pointwise_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
@@ -341,6 +353,11 @@ def _pair_bytes(n: int, n_vocab: int) -> tuple[int, int]:
     return SIZE * 2 * n * n_vocab, SIZE * 3 * n * n_vocab
 
 
+def _mlp_flops(n: int, h: int, i: int) -> tuple[int, int]:
+    # three products, and two more of each backward
+    return 6 * n * h * i, 18 * n * h * i
+
+
 def _linear_loss_flops(m: int, h: int, n_vocab: int) -> tuple[int, int]:
     # logits; logits, dx and dweight
     return 2 * m * h * n_vocab, 6 * m * h * n_vocab
@@ -476,6 +493,12 @@ CASES = (
         "rms_norm_rope", "", norm_rope_inputs, rivals.NORM_ROPE,
         sweep=((1, 32768, 32, 8, 128), (1, 8192, 32, 8, 128), (1, 8192, 16, 8, 128)),
         launch_bound=(1, 16, 8, 2, 128), tiny=(2, 6, 4, 2, 16), bytes=_norm_rope_bytes,
+    ),
+    # Llama-3-8B, at 8k and 32k tokens
+    Case(
+        "tiled_mlp", "", mlp_inputs, rivals.TILED_MLP,
+        sweep=((8192, 4096, 14336), (32768, 4096, 14336)), launch_bound=(128, 64, 128), tiny=(20, 16, 24),
+        flops=_mlp_flops, is_head=False,
     ),
     # Nemotron-4-15B
     Case(

@@ -153,7 +153,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
         f"a rival needs less than {LEAST_OF_BEST} of the time": [
             row for row in mine if not row.launch_bound and row.over_best_rival and row.over_best_rival < LEAST_OF_BEST
         ],
-        f"below {LEAST_SHARE:.0%} of the floor of bytes": [
+        f"below {LEAST_SHARE:.0%} of the floor, but for heads": [
             row for row in mine if row.full_share and row.full_share < LEAST_SHARE and row.case not in bare
         ],
         f"above {MOST_OF_BARE} times the bare GEMMs": [

@@ -533,6 +533,66 @@ GPT_OSS_GLU = {
 }
 
 
+# --- tiled_mlp: x [1, T, H], gate_weight, up_weight [I, H], down_weight [H, I] ---
+
+N_TILES = 8
+
+
+def _mlp_config(t: Tensors):
+    from transformers import LlamaConfig
+
+    intermediate_size, hidden_size = t["gate_weight"].shape
+    return LlamaConfig(hidden_size=hidden_size, intermediate_size=intermediate_size, num_attention_heads=1)
+
+
+def _with_weights(mlp: torch.nn.Module, t: Tensors) -> torch.nn.Module:
+    for name in ("gate", "up", "down"):
+        getattr(mlp, f"{name}_proj").weight = t[f"{name}_weight"]
+    return mlp
+
+
+def _llama_mlp(t: Tensors) -> torch.nn.Module:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    with torch.device("meta"):
+        mlp = LlamaMLP(_mlp_config(t))
+    return _with_weights(mlp, t)
+
+
+def _hf_mlp(t: Tensors):
+    return _llama_mlp(t), (t["x"],)
+
+
+def _our_mlp(**options) -> Callable[[Tensors], Call]:
+    def build(t: Tensors) -> Call:
+        import ds_fused
+
+        model = torch.nn.Sequential(_llama_mlp(t))
+        if not ds_fused.apply(model, {"swiglu": True}, **options).replaced:
+            raise RuntimeError("the MLP was left as it is")
+        return lambda: model(t["x"])
+
+    return build
+
+
+def _liger_mlp(t: Tensors) -> Call:
+    from liger_kernel.transformers.tiled_mlp import LigerTiledSwiGLUMLP
+
+    with torch.device("meta"):
+        mlp = LigerTiledSwiGLUMLP(_mlp_config(t), num_shards=N_TILES)
+    _with_weights(mlp, t)
+    return lambda: mlp(t["x"])
+
+
+TILED_MLP = {
+    "ds_fused": Provider(_our_mlp(tiles=N_TILES), note=f"{N_TILES} tiles"),
+    "ds_fused whole": Provider(_our_mlp(), note="not tiled"),
+    "hf_eager": Provider(_eager(_hf_mlp), note="not tiled"),
+    "compile": Provider(_compiled(_hf_mlp), note="not tiled"),
+    "liger": Provider(_liger_mlp, note=f"{N_TILES} tiles"),
+}
+
+
 # --- rope: q [B, Hq, T, D], k [B, Hk, T, D] (views of [B, T, H, D]), cos and sin [1, T, D] ---
 
 

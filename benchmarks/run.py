@@ -18,6 +18,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,14 +50,20 @@ def differentiated(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def full_call(forward: Callable[[], object], inputs: Inputs) -> Callable[[], tuple[Tensor, ...]]:
-    """Forward and backward. autograd.grad, not backward(): nothing accumulates and nothing is copied into .grad."""
+    """Forward and backward. Nothing accumulates and nothing is copied into .grad, where backward() finds none."""
     leaves = list(differentiated(inputs).values())
     upstream = [inputs.tensors[name] for name in inputs.upstream] or None
 
     def full() -> tuple[Tensor, ...]:
         outputs = forward()
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return *outputs, *torch.autograd.grad(outputs, leaves, upstream)
+        if not inputs.by_backward:
+            return *outputs, *torch.autograd.grad(outputs, leaves, upstream)
+        torch.autograd.backward(outputs, upstream)
+        gradients = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        return *outputs, *gradients
 
     return full
 
@@ -83,7 +90,7 @@ def reference(case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
             return nn.Parameter(t.detach().float())
         return t.detach().float().requires_grad_(t.requires_grad)
 
-    exact = Inputs({name: upcast(t) for name, t in inputs.tensors.items()}, inputs.upstream)
+    exact = replace(inputs, tensors={name: upcast(t) for name, t in inputs.tensors.items()})
     results = full_call(case.providers[REFERENCE].build(exact.tensors), exact)()
     return tuple(t.detach() for t in results)
 
@@ -122,7 +129,7 @@ def measure(
         row.peak_mib = on.peak_mib(full, restore)
         row.forward_ms = on.median_ms(forward, restore)
         row.full_ms = on.median_ms(full, restore)
-        if row.full_ms < SHORT_MS:
+        if row.launch_bound or row.full_ms < SHORT_MS:
             row.host_forward_us = on.host_us(forward, restore)
             row.host_full_us = on.host_us(full, restore)
         if not row.launch_bound:
@@ -203,7 +210,7 @@ def providers_of(case: Case, launch_bound: bool, args: argparse.Namespace) -> li
     """Names of rows, the base's first: its process is given the whole device."""
     ours = [name for name in case.providers if name.split()[0] == OURS]
     names = [name.replace(OURS, BASE, 1) for name in ours] if args.base else []
-    names += [*case.providers, *([BARE] if case.flops and not launch_bound else [])]
+    names += [*case.providers, *([BARE] if case.flops and case.is_head and not launch_bound else [])]
     return [name for name in names if not args.providers or name.split()[0] in args.providers]
 
 

@@ -208,6 +208,7 @@ class Job:
         allocated, reserved = memory.peaks()
         ms = [took for took, _, _ in measured]
         return {
+            "warm_up_ms": [round(took, 3) for took, _, _ in warm],
             "steps_ms": [round(took, 3) for took in ms],
             "ms": statistics.median(ms),
             "losses": [loss for _, loss, _ in warm + measured],
@@ -251,6 +252,8 @@ class Job:
         # a wrong answer is no answer, however fast
         status = OK if all(map(math.isfinite, mine["losses"])) else "wrong: a loss is not finite"
         row = {"micro_batch": batch, "length": length, "status": status, **mine}
+        # of the process: what is compiled, or only loaded, at its first launch is in it
+        row["first_ms"] = next(iter(mine["warm_up_ms"]), None) if place == 0 else None
         row["tokens_s"] = batch * length / ms * 1e3
         row["tflop_s"] = self.shape.step_flops(batch, length, self.spec.lora) / ms / 1e9
         if mine["peak_mib"] is not None:

@@ -18,8 +18,8 @@ COLUMNS = (
     "reserved GiB", "loss apart", "grad norm apart", "note",
 )  # fmt: skip
 CSV = (
-    "way", "round", "micro_batch", "length", "status", "ms", "tokens_s", "tflop_s", "peak_mib", "dynamic_mib",
-    "states_mib", "reserved_mib", "first_loss", "last_loss",
+    "way", "round", "micro_batch", "length", "status", "ms", "first_ms", "tokens_s", "tflop_s", "peak_mib",
+    "dynamic_mib", "states_mib", "reserved_mib", "first_loss", "last_loss",
 )  # fmt: skip
 
 Point = tuple[int, int]
@@ -72,6 +72,10 @@ def steps_page(head: Header, rows: Sequence[Row]) -> str:
         lines += ["", f"## micro batch {point[0]}, {point[1]} tokens", ""]
         lines += table(COLUMNS, [_line(way, at(here, point, way), stock, head) for way in ways])
         lines += _parts([at(here, point, way) for way in ways])
+    first = [row for row in finished(rows) if row.get("first_ms")]
+    if first:
+        lines += ["", "The first step of a process, over a later one of the same size:", ""]
+        lines += [f"- {row['way']}: {row['first_ms']:.0f} ms, {row['first_ms'] / row['ms']:.2f}x" for row in first]
     replaced = {row["way"]: row["replaced"] for row in finished(rows) if row.get("replaced")}
     if replaced:
         lines += ["", "Layers that ds_fused replaced:", ""]

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ds_fused.ops import (
+    add_layer_norm,
+    add_rms_norm,
     cross_entropy,
     dyt,
     embedding,
@@ -23,6 +25,8 @@ from ds_fused.ops import (
     kl_div,
     layer_norm,
     linear_cross_entropy,
+    linear_jsd,
+    linear_kl_div,
     modulated_rms_norm,
     rms_norm,
     softmax,
@@ -31,6 +35,8 @@ from ds_fused.ops import (
 )
 
 __all__ = [
+    "AddLayerNorm",
+    "AddRMSNorm",
     "CrossEntropyLoss",
     "DyT",
     "Embedding",
@@ -41,6 +47,8 @@ __all__ = [
     "KLDivLoss",
     "LayerNorm",
     "LinearCrossEntropyLoss",
+    "LinearJSDLoss",
+    "LinearKLDivLoss",
     "ModulatedRMSNorm",
     "RMSNorm",
     "Softmax",
@@ -76,6 +84,26 @@ class LayerNorm(torch.nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         rows = _as_rows("LayerNorm", x, self.normalized_shape)
         return layer_norm(rows, _flat(self.weight), _flat(self.bias), eps=self.eps).view(x.shape)
+
+
+class AddRMSNorm(torch.nn.RMSNorm):
+    """``torch.nn.RMSNorm`` of one dimension over a sum: (norm(x + residual), x + residual)."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6, elementwise_affine: bool = True, **place: object) -> None:
+        super().__init__(hidden_size, eps, elementwise_affine, **place)
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x, residual, self.weight, eps=self.eps, cast="after_weight")
+
+
+class AddLayerNorm(torch.nn.LayerNorm):
+    """``torch.nn.LayerNorm`` of one dimension over a sum: (norm(x + residual), x + residual)."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-5, **options: object) -> None:
+        super().__init__(hidden_size, eps, **options)
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return add_layer_norm(x, residual, self.weight, self.bias, eps=self.eps)
 
 
 class GroupNorm(torch.nn.GroupNorm):
@@ -328,6 +356,36 @@ class TVDLoss(_DivergenceLoss):
     """``tvd``"""
 
     op = staticmethod(tvd)
+
+
+class _HeadsLoss(_DivergenceLoss):
+    """``op(student_x, student_weight, teacher_x, teacher_weight, labels)``; the teacher is frozen."""
+
+    def forward(
+        self,
+        student_x: Tensor,
+        student_weight: Tensor,
+        teacher_x: Tensor,
+        teacher_weight: Tensor,
+        labels: Tensor | None = None,
+        *,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+    ) -> Tensor:
+        heads = student_x, student_weight, teacher_x, teacher_weight
+        return self.op(*heads, labels, student_bias=student_bias, teacher_bias=teacher_bias, **self.options)
+
+
+class LinearJSDLoss(_HeadsLoss):
+    """``linear_jsd``; ``beta`` is an option too."""
+
+    op = staticmethod(linear_jsd)
+
+
+class LinearKLDivLoss(_HeadsLoss):
+    """``linear_kl_div``; ``reverse`` is an option too."""
+
+    op = staticmethod(linear_kl_div)
 
 
 def _known(op: Callable[..., object], options: dict[str, object]) -> dict[str, object]:

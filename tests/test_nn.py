@@ -181,6 +181,34 @@ def test_divergences():
     assert torch.equal(nn.TVDLoss(temperature=2.0)(X, X.flip(0)), ds_fused.tvd(X, X.flip(0), temperature=2.0))
 
 
+def test_divergences_of_heads():
+    x, w, bias = torch.randn(5, D), torch.randn(7, D), torch.randn(7)
+    for kind, op, options in (
+        (nn.LinearJSDLoss, ds_fused.linear_jsd, {"beta": 0.3, "temperature": 2.0}),
+        (nn.LinearKLDivLoss, ds_fused.linear_kl_div, {"reverse": True, "reduction": "sum"}),
+    ):
+        expected = op(x, w, x.flip(0), w.flip(0), None, teacher_bias=bias, **options)
+        assert torch.equal(kind(**options)(x, w, x.flip(0), w.flip(0), teacher_bias=bias), expected)
+        with pytest.raises(TypeError, match="betas"):
+            kind(betas=0.3)
+
+
+@pytest.mark.parametrize(("sums", "norms"), [(nn.AddRMSNorm, torch.nn.RMSNorm), (nn.AddLayerNorm, torch.nn.LayerNorm)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_sums(sums, norms, affine, device):
+    class Stock(norms):
+        def forward(self, x, residual):
+            return super().forward(x + residual) + 2 * (x + residual)
+
+    class Ours(sums):
+        def forward(self, x, residual):
+            y, total = super().forward(x, residual)
+            return y + 2 * total
+
+    made = (lambda kind=kind: kind(D, 1e-6, elementwise_affine=affine) for kind in (Ours, Stock))
+    agree(*made, device, X, X.flip(0).clone())
+
+
 def test_all_that_is_named_is_there():
     assert ds_fused.nn is nn
     for name in nn.__all__:

@@ -36,11 +36,13 @@ def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gra
 
     @functools.wraps(backward)
     def wrapper(ctx, *dys: Tensor | None) -> Gradients:
+        # a graph of gradients is asked for by create_graph alone
+        if not torch.is_grad_enabled():
+            return backward(ctx, *dys)
         with torch.no_grad():
             gradients = backward(ctx, *dys)
-        # a graph of gradients is asked for by create_graph alone; torch.compile refuses that itself
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return gradients
+        if torch.compiler.is_compiling():
+            return gradients  # torch.compile refuses it itself
         several = gradients if isinstance(gradients, tuple) else (gradients,)
         if all(gradient is None for gradient in several):
             return gradients

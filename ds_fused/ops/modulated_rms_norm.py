@@ -50,6 +50,8 @@ WARPS_PER_MULTIPROCESSOR = 32
 STAGES_BWD = 3
 # rows of partial sums that are added at a time: of one modulation there are few
 SUM_ROWS = 32
+# modulations that one program adds up, one after the other
+MOST_IN_TURN = 8
 
 
 def modulated_rms_norm_reference(
@@ -170,7 +172,7 @@ def _modulated_rms_norm_bwd_kernel(
         tl.store(sums_ptr + here, tl.sum(sums, axis=0, keep_dims=True), mask=cols < n_cols)
 
 
-@triton.jit(do_not_specialize=["n_programs"])
+@triton.jit(do_not_specialize=["n_modulations", "n_programs"])
 def _modulated_rms_norm_sums_kernel(
     products_ptr,  # [M, programs, D] fp32: sums of dy * x_hat
     sums_ptr,  # [M, programs, D] fp32: sums of dy
@@ -178,38 +180,43 @@ def _modulated_rms_norm_sums_kernel(
     scale_ptr,  # [M, D]
     dscale_ptr,  # [M, D]
     dshift_ptr,  # [M, D]
-    dweights_ptr,  # [M, D] fp32: a modulation's part of dweight
+    dweights_ptr,  # [its programs, D] fp32: parts of dweight; where one program has all modulations, dweight
     scale_stride,
+    n_modulations,
     n_programs,
     n_cols,
     OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     WANTS_DWEIGHT: tl.constexpr, WANTS_DSCALE: tl.constexpr, WANTS_DSHIFT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """Of one modulation what its programs have left, added up."""
-    modulation = tl.program_id(1).to(tl.int64)
+    """Of one modulation after the other what its programs have left, added up."""
+    pid = tl.program_id(1).to(tl.int64)
     cols = tl.program_id(0).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
     col_mask = cols < n_cols
-    products = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-    sums = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-    for start in range(0, n_programs, BLOCK_ROWS):
-        rows = start + tl.arange(0, BLOCK_ROWS).to(tl.int64)[:, None]
-        mask = (rows < n_programs) & col_mask
-        at = (modulation * n_programs + rows) * n_cols + cols
-        if WANTS_DWEIGHT or WANTS_DSCALE:
-            products += tl.load(products_ptr + at, mask=mask, other=0.0)
+    weight = weight_or_one(weight_ptr, cols, col_mask, OFFSET, CAST_BEFORE, HAS_WEIGHT)
+    dweight = tl.zeros((1, BLOCK_COLS), tl.float32)
+    for modulation in range(pid, n_modulations, tl.num_programs(1).to(tl.int64)):
+        products = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+        sums = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+        for start in range(0, n_programs, BLOCK_ROWS):
+            rows = start + tl.arange(0, BLOCK_ROWS).to(tl.int64)[:, None]
+            mask = (rows < n_programs) & col_mask
+            at = (modulation * n_programs + rows) * n_cols + cols
+            if WANTS_DWEIGHT or WANTS_DSCALE:
+                products += tl.load(products_ptr + at, mask=mask, other=0.0)
+            if WANTS_DSHIFT:
+                sums += tl.load(sums_ptr + at, mask=mask, other=0.0)
+        product = tl.sum(products, axis=0, keep_dims=True)
+        here = modulation * n_cols + cols
+        if WANTS_DSCALE:
+            tl.store(dscale_ptr + here, product * weight, mask=col_mask)
+        if WANTS_DWEIGHT:
+            scale = tl.load(scale_ptr + modulation * scale_stride + cols, mask=col_mask, other=0.0).to(tl.float32)
+            dweight += product * (1.0 + scale)
         if WANTS_DSHIFT:
-            sums += tl.load(sums_ptr + at, mask=mask, other=0.0)
-    product = tl.sum(products, axis=0, keep_dims=True)
-    here = modulation * n_cols + cols
-    if WANTS_DSCALE:
-        weight = weight_or_one(weight_ptr, cols, col_mask, OFFSET, CAST_BEFORE, HAS_WEIGHT)
-        tl.store(dscale_ptr + here, product * weight, mask=col_mask)
+            tl.store(dshift_ptr + here, tl.sum(sums, axis=0, keep_dims=True), mask=col_mask)
     if WANTS_DWEIGHT:
-        factor = 1.0 + tl.load(scale_ptr + modulation * scale_stride + cols, mask=col_mask, other=0.0).to(tl.float32)
-        tl.store(dweights_ptr + here, product * factor, mask=col_mask)
-    if WANTS_DSHIFT:
-        tl.store(dshift_ptr + here, tl.sum(sums, axis=0, keep_dims=True), mask=col_mask)
+        tl.store(dweights_ptr + pid * n_cols + cols, dweight, mask=col_mask)
 
 
 def modulated_rms_norm_fwd(
@@ -221,13 +228,14 @@ def modulated_rms_norm_fwd(
     offset: float,
     cast_before: bool,
 ) -> tuple[Tensor, Tensor]:
-    """[N, D], [D], [M, D] x 2 -> y [N, D], rstd [N]."""
-    n, d = x.shape
+    """x [..., D], weight [D], scale, shift [..., D] of M rows -> y [..., D], rstd [N]."""
     dtype = torch.promote_types(x.dtype, scale.dtype)
     dtypes = ([weight] if cast_before else []) + [shift]
     for t in dtypes:
         dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
-    y = torch.empty((n, d), dtype=dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    x, scale, shift = rows_of(x), rows_of(scale), None if shift is None else rows_of(shift)
+    n, d = x.shape
     rstd = torch.empty(n, dtype=torch.float32, device=x.device)
     if n == 0 or d == 0:
         return y, rstd
@@ -265,18 +273,19 @@ def modulated_rms_norm_bwd(
     cast_before: bool,
     wants: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
-    """dy, x [N, D], weight [D], scale, shift [M, D], rstd [N] -> gradients of x, weight, scale and shift, those wanted.
+    """dy, x [..., D], weight [D], scale, shift [..., D] of M rows, rstd [N] -> gradients of x, weight, scale and shift.
 
-    Of shift only the dtype counts.
+    Those that are wanted. Of shift only shape and dtype count.
     """
-    (n, d), m = x.shape, scale.shape[0]
-    nothing = n == 0 or d == 0
+    nothing = x.numel() == 0
     dx, dweight, dscale, dshift = (
         (torch.zeros if nothing else torch.empty)(t.shape, dtype=t.dtype, device=x.device) if wanted else None
         for t, wanted in zip((x, weight, scale, shift), wants, strict=True)
     )
     if nothing or not any(wants):
         return dx, dweight, dscale, dshift
+    dy, x, scale = rows_of(dy), rows_of(x), rows_of(scale)
+    (n, d), m = x.shape, scale.shape[0]
     per_row = m == n
     groups = 1 if per_row else m
     block = tile(d, TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD)
@@ -312,20 +321,22 @@ def modulated_rms_norm_bwd(
             sum_partials(products, programs, d, dweight)
         return dx, dweight, dscale, dshift
     if any(wants[1:]):
-        dweights = torch.empty((m, d), dtype=torch.float32, device=x.device) if wants[1] else None
+        # one launch less, where one program is not long at it
+        one = m <= MOST_IN_TURN or not wants[1]
+        dweights = dweight if one else torch.empty((m, d), dtype=torch.float32, device=x.device)
         launch(
-            _modulated_rms_norm_sums_kernel, (cdiv(d, SUM_COLS), m),
-            *products, weight, scale, dscale, dshift, dweights, row_stride(scale), programs, d,
+            _modulated_rms_norm_sums_kernel, (cdiv(d, SUM_COLS), 1 if m <= MOST_IN_TURN else m),
+            *products, weight, scale, dscale, dshift, dweights, row_stride(scale), m, programs, d,
             **forms, WANTS_DWEIGHT=wants[1], WANTS_DSCALE=wants[2], WANTS_DSHIFT=wants[3],
             BLOCK_ROWS=SUM_ROWS, BLOCK_COLS=SUM_COLS, num_warps=4,
         )  # fmt: skip
-        if wants[1]:
+        if not one:
             sum_partials(dweights, m, d, dweight)
     return dx, dweight, dscale, dshift
 
 
 class ModulatedRMSNormFunction(torch.autograd.Function):
-    """Autograd around the launchers; sees only rows."""
+    """Autograd around the launchers, which flatten (see RMSNormFunction)."""
 
     @staticmethod
     def forward(
@@ -348,28 +359,42 @@ class ModulatedRMSNormFunction(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale, shift, rstd = ctx.saved_tensors
         wants = ctx.needs_input_grad[:4]
-        gradients = modulated_rms_norm_bwd(
-            rows_of(dy), x, weight, scale, shift, rstd, ctx.offset, ctx.cast_before, wants
-        )
+        gradients = modulated_rms_norm_bwd(dy, x, weight, scale, shift, rstd, ctx.offset, ctx.cast_before, wants)
         return *gradients, None, None, None
 
 
-def _leading(x: Tensor, modulation: Tensor) -> int | None:
-    """How many leading dimensions of x a scale or shift has, being one for all rows behind; None: not so."""
-    sizes = (1,) * (x.ndim - modulation.ndim) + tuple(modulation.shape)
-    own = [i for i, size in enumerate(sizes[:-1]) if size != 1]
-    n = own[-1] + 1 if own else 0
-    return n if sizes[:n] == tuple(x.shape[:n]) else None
-
-
-def _check_modulation(x: Tensor, name: str, modulation: Tensor) -> None:
-    sizes = tuple(modulation.shape)
-    fits = 0 < len(sizes) <= x.ndim and sizes[-1] == x.shape[-1]
-    if not fits or any(a not in (1, b) for a, b in zip(reversed(sizes), reversed(x.shape), strict=False)):
+def _leading(x: Tensor, name: str, modulation: Tensor) -> int | None:
+    """How many leading dimensions of x a scale or shift has, one row for all behind them; None where it is not so."""
+    sizes, own = x.shape, modulation.shape
+    missing = len(sizes) - len(own)
+    fits = missing >= 0 and len(own) > 0 and own[-1] == sizes[-1]
+    leading, shared, apart = 0, missing > 0 and any(size != 1 for size in sizes[:missing]), False
+    for place in range(missing, len(sizes) - 1):
+        size = own[place - missing]
+        if size != sizes[place]:
+            fits, shared = fits and size == 1, True
+        elif size != 1:
+            leading, apart = place + 1, apart or shared
+    if not fits:
         raise ValueError(
-            f"modulated_rms_norm: {name} {sizes} must have the columns of x {tuple(x.shape)}, and of its other "
+            f"modulated_rms_norm: {name} {tuple(own)} must have the columns of x {tuple(sizes)}, and of its other "
             f"dimensions each as many as x or one"
         )
+    return None if apart else leading
+
+
+def _of_as_many_rows(x: Tensor, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Each one row for as many rows of x; what is copied for that autograd adds up again."""
+    n = _leading(x, "scale", scale)
+    if shift is None or shift.shape == scale.shape:
+        if n is not None:
+            return scale, shift
+    else:
+        of_shift = _leading(x, "shift", shift)
+        n = None if n is None or of_shift is None else max(n, of_shift)
+    n = x.ndim - 1 if n is None else n
+    sizes = (*x.shape[:n], *[1] * (x.ndim - 1 - n), x.shape[-1])
+    return scale.expand(sizes), None if shift is None else shift.expand(sizes)
 
 
 def modulated_rms_norm(
@@ -389,19 +414,16 @@ def modulated_rms_norm(
     The result has the promoted dtype of rms_norm's, scale and shift.
     """
     check_per_column("modulated_rms_norm", x, weight=weight)
-    for name, modulation in (("scale", scale), ("shift", shift)):
-        if modulation is not None:
-            _check_modulation(x, name, modulation)
+    rows = _of_as_many_rows(x, scale, shift)
     check_cast("modulated_rms_norm", cast)
     if not runs_kernels(x, weight, scale, shift):
         return modulated_rms_norm_reference(x, weight, scale, shift, eps=eps, offset=offset, cast=cast)
     check_dtypes("modulated_rms_norm", x=x, weight=weight, scale=scale, shift=shift)
-    given = [scale] if shift is None else [scale, shift]
-    leading = [_leading(x, modulation) for modulation in given]
-    # both have as many rows as the one that has more; what is copied here autograd adds up again
-    n = x.ndim - 1 if None in leading else max(leading)
-    sizes = (*x.shape[:n], *[1] * (x.ndim - 1 - n), x.shape[-1])
-    scale, shift = (None if t is None else rows_of(t.expand(sizes)) for t in (scale, shift))
+    scale, shift = rows
     weight = weight if weight is None else weight.contiguous()
-    y = ModulatedRMSNormFunction.apply(rows_of(x), weight, scale, shift, eps, offset, cast == "before_weight")
-    return y.view(x.shape)
+    options = eps, offset, cast == "before_weight"
+    if torch.compiler.is_compiling():
+        # as in rms_norm
+        scale, shift = rows_of(scale), None if shift is None else rows_of(shift)
+        return ModulatedRMSNormFunction.apply(rows_of(x), weight, scale, shift, *options).view(x.shape)
+    return ModulatedRMSNormFunction.apply(x, weight, scale, shift, *options)

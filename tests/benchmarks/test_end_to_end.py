@@ -70,6 +70,7 @@ def test_stock_and_ours_train_alike(tmp_path):
     assert "unknown key 'ropes'" in refused["typo", 1] and refused["typo", 2].startswith("not run: 1 x 40 failed")
 
     text = (tmp_path / "end_to_end.md").read_text()
+    assert "The first step of a process" in text and "- ours: " in text
     assert f"## micro batch 2, {LENGTH} tokens" in text and "| typo |" in text and "rms_norm" in text
     lines = [line for line in (tmp_path / "end_to_end.csv").read_text().splitlines() if not line.startswith("# ")]
     table = list(csv.DictReader(lines))

@@ -60,7 +60,8 @@ def tiny_run(tmp_path, monkeypatch):
 
 
 def test_every_op_has_a_case():
-    assert {case.op for case in cases.CASES} == {op.name for op in OPS}
+    # a tiled MLP is a layer around ops
+    assert {case.op for case in cases.CASES} == {op.name for op in OPS} | {"tiled_mlp"}
 
 
 def test_every_case_runs(tmp_path):
@@ -224,7 +225,7 @@ def test_where_ours_is_behind_is_said_first():
         "- Liger's time of the host where launches are what takes time over ours: 1.10 as a geometric mean of 1 cases, "
         "1.10 to 1.10",
         "- a rival needs less than 0.97 of the time: dyt 1x1",
-        "- below 92% of the floor of bytes: glu 1x1",
+        "- below 92% of the floor, but for heads: glu 1x1",
         "- above 1.07 times the bare GEMMs: head 1x1",
         "- more than 0.85 of Liger's time of the host: rope 1x1",
         "- a larger peak of memory than Liger's: glu 1x1",

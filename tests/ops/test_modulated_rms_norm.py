@@ -7,7 +7,7 @@ import torch
 from accuracy import as_accurate, randn
 
 import ds_fused.ops.registry as registry
-from ds_fused.ops.modulated_rms_norm import modulated_rms_norm, modulated_rms_norm_reference
+from ds_fused.ops.modulated_rms_norm import MOST_IN_TURN, modulated_rms_norm, modulated_rms_norm_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASTS = ["before_weight", "after_weight"]
@@ -46,6 +46,12 @@ def test_modulated_rms_norm_of_real_sizes(per_row, shape, dtype, cast, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_modulations(of, dtype, device):
     as_accurate(modulated_rms_norm, modulated_rms_norm_reference, some((2, 3, 4, 9), device, of=of), dtype)
+
+
+@pytest.mark.parametrize("frozen", [(), (1,), (2, 3)])
+def test_more_samples_than_one_program_adds_up(frozen, device):
+    inputs = some((MOST_IN_TURN + 3, 2, 9), device)
+    as_accurate(modulated_rms_norm, modulated_rms_norm_reference, inputs, torch.bfloat16, frozen=frozen)
 
 
 @pytest.mark.parametrize("shift_of", [(9,), (2, 3, 9)])

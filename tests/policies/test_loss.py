@@ -768,20 +768,20 @@ def test_a_copy_is_fused_on_its_own() -> None:
 
 def test_a_wrong_replacement_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from ds_fused.modules import head
-    from ds_fused.policies import loss
+    from ds_fused.policies import loss_proof
 
     claims, _ = claim_loss(build(), {LINEAR: {}, REAL: {}})
     for function in ("linear_cross_entropy", "cross_entropy"):
         right = getattr(head, function)
         monkeypatch.setattr(head, function, lambda *args, right=right, **kwargs: right(*args, **kwargs) * 1.001)
-    for cached in (loss._linear_differs, loss._real_differs):
+    for cached in (loss_proof.linear_differs, loss_proof.real_differs):
         cached.cache_clear()
     try:
         for claim in claims:
             for dtype in (torch.float32, torch.bfloat16):
                 assert "differs" in claim.prove(torch.device("cpu"), dtype)
     finally:
-        for cached in (loss._linear_differs, loss._real_differs):
+        for cached in (loss_proof.linear_differs, loss_proof.real_differs):
             cached.cache_clear()
 
 

@@ -22,7 +22,7 @@ import ds_fused
 from ds_fused.modules import norm
 from ds_fused.modules.attention import exchanged
 from ds_fused.modules.rotary import Turn, fused_rotary
-from ds_fused.policies import loss, memory, plan
+from ds_fused.policies import loss, loss_proof, memory, plan
 from ds_fused.policies.kinds import Way, choose, find, kind, norms, ropes
 from ds_fused.policies.report import Claim
 from tests.policies.tiny import LAYER_KEYS, LLAMA, NAMED, assert_same_step, classes, counts, twins
@@ -486,7 +486,7 @@ def test_ranks_need_not_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def forget() -> None:
     """All proofs of this process."""
     memory._PROVEN.clear()
-    for cached in (ropes._differs, loss._linear_differs, loss._real_differs):
+    for cached in (ropes._differs, loss_proof.linear_differs, loss_proof.real_differs):
         cached.cache_clear()
 
 
@@ -570,14 +570,14 @@ def test_once_for_each_class(monkeypatch: pytest.MonkeyPatch) -> None:
 def compared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which files have compared anything, nothing being remembered when the test begins."""
     found: list[str] = []
-    for home in (ropes, norms, loss, kind):
+    for home in (ropes, norms, loss_proof, kind):
         real, name = home.compare, home.__name__.rpartition(".")[2]
         monkeypatch.setattr(home, "compare", lambda *a, _n=name, _r=real, **k: found.append(_n) or _r(*a, **k))
     forget()
     return found
 
 
-EVERYTHING = {"ropes", "norms", "loss", "kind"}
+EVERYTHING = {"ropes", "norms", "loss_proof", "kind"}
 
 
 def test_what_was_proven_is_remembered_by_the_next_apply(compared: list[str]) -> None:

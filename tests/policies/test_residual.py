@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 
-import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,11 +18,8 @@ from tests.policies.tiny import (
     LAYERS,
     LLAMA,
     NAMED,
-    assert_as_accurate,
-    assert_same_state,
     assert_same_step,
     batch,
-    classes,
     counts,
     shapes_of_calls,
     twins,
@@ -43,30 +38,6 @@ def sums(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 fused_twins = functools.partial(twins_fused_by, KEYS, "add_rms_norm")
 
 
-FUSED = (
-    "Llama",
-    "Mistral",
-    "Qwen3",
-    "Phi3",  # a dropout before the sum
-    "Mixtral",
-    "Gemma2",  # norms before the sum as well
-    "Gemma4Text",  # and a scalar that the layer's output is multiplied by in place
-    "Granite",  # what is added is scaled
-    "FalconH1",  # the sum of two
-    "Qwen3Next",  # asks what its MLP has returned
-)
-
-
-@pytest.mark.parametrize("name", FUSED)
-def test_it_trains_as_stock(name: str, sums: list) -> None:
-    model, stock = fused_twins(NAMED[name], sums)
-    assert_same_step(model, stock, tolerance=1e-5)
-    assert len(sums) == LAYERS
-    assert_same_state(model, stock)
-    ds_fused.restore(model)
-    assert classes(model) == classes(stock)
-
-
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -83,74 +54,12 @@ def test_layers_of_other_bodies_are_left(name: str, reason: str, sums: list) -> 
     assert_same_step(model, stock, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["Llama", "Gemma2", "Granite"])
-def test_is_as_accurate_as_stock_in_16_bits(name: str, dtype: torch.dtype) -> None:
-    assert counts(assert_as_accurate(NAMED[name], dtype, "cpu", KEYS))["add_rms_norm"] == LAYERS
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", FUSED)
-def test_is_as_accurate_as_stock_on_a_gpu(name: str) -> None:
-    assert counts(assert_as_accurate(NAMED[name], torch.bfloat16, "cuda", KEYS))["add_rms_norm"] == LAYERS
-
-
-def test_autocast(sums: list) -> None:
-    model, stock = fused_twins(LLAMA, sums)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_same_step(model, stock, tolerance=0.02)
-    assert len(sums) == LAYERS
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(reentrant: bool, sums: list) -> None:
-    model, stock = fused_twins(LLAMA, sums)
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    assert_same_step(model, stock, tolerance=1e-5)
-    assert len(sums) == 2 * LAYERS
-
-
-def test_generation_with_a_cache(sums: list) -> None:
-    model, stock = fused_twins(LLAMA, sums)
-    ids = batch()["input_ids"]
-    made = [each.eval().generate(ids, max_new_tokens=5, do_sample=False) for each in (model, stock)]
-    assert torch.equal(*made)
-    assert sums[: LAYERS + 1] == [(2, 11, 32)] * LAYERS + [(2, 1, 32)]
-
-
 def test_what_layers_are_given_and_return_can_be_recorded(sums: list) -> None:
     model, stock = fused_twins(LLAMA, sums)
     inputs = {"input_ids": batch()["input_ids"], "output_hidden_states": True, "output_attentions": True}
     found, expected = (each(**inputs) for each in (model, stock))
     torch.testing.assert_close(found.hidden_states, expected.hidden_states)
     torch.testing.assert_close(found.attentions, expected.attentions)
-
-
-def test_peft(sums: list) -> None:
-    model, stock = fused_twins(LLAMA, sums)
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    for i, each in enumerate(both := [model, stock]):
-        torch.manual_seed(3)
-        both[i] = peft.get_peft_model(each, config)
-    assert_same_step(*both, tolerance=1e-5)
-    assert len(sums) == LAYERS
-
-
-@pytest.mark.parametrize("name", ["Llama", "Gemma2", "Qwen3Next"])
-def test_compiles_in_one_graph(name: str) -> None:
-    torch.compiler.reset()
-    model, stock = twins(NAMED[name])
-    ds_fused.apply(model, KEYS)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    ids = batch()["input_ids"]
-    torch.testing.assert_close(compiled(ids, use_cache=False).logits, stock(ids, use_cache=False).logits)
-
-
-def test_a_copy_is_fused_too(sums: list) -> None:
-    model, stock = fused_twins(LLAMA, sums)
-    assert_same_step(copy.deepcopy(model), stock, tolerance=1e-5)
-    assert len(sums) == LAYERS
 
 
 # they would see two tensors where they expect one
@@ -164,10 +73,6 @@ def test_a_norm_with_a_hook_is_called_as_before(sums: list, caplog: pytest.LogCa
     torch.testing.assert_close(seen[0], seen[1])
     assert len(sums) == LAYERS - 1
     assert [line for line in caplog.messages if "LlamaRMSNorm has a hook of" in line]
-
-
-def test_it_is_off_where_it_is_not_asked_for() -> None:
-    assert "add_rms_norm" not in counts(ds_fused.apply(LLAMA.make()))
 
 
 def test_recompute_goes_first() -> None:
