@@ -271,8 +271,8 @@ def predicted(machine: Machine) -> list[str]:
         "behind products, and where nothing of it is; one number where they are equal. In brackets the peak in GiB. "
         "*host*: for more than a twentieth of the step the device waits for it. -: more than "
         f"{ROOM_GIB[CARD]} GiB. For ours the mode of the head. ours: the flag alone; -fast and -small: that profile, "
-        "of which -fast keeps what fits of each layer's forward and -small cuts MLPs into tiles and has layers' inputs "
-        "and attention on the host, whose memory and link are no matter here.",
+        "of which -fast keeps what fits of each layer's forward and -small has layers' inputs and attention on the "
+        "host, whose memory and link are no matter here.",
         "",
     ]
     found = list(predictions(machine))

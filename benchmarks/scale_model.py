@@ -52,6 +52,9 @@ KEPT_SHARE = 0.9
 GROUP = 1e9
 # seconds of the host for one launch of a kernel under autograd: assumed, since no measured point is bound by them
 LAUNCH = 20e-6
+# of them what a further tile of an MLP costs the host in a backward, where autograd runs once more: 3.3 ms, by the
+# steps at 1 x 8192 of results/h100x4 and h200x4, those with whole MLPs beside them
+TILE_LAUNCHES = 165
 
 
 @dataclass(frozen=True)
@@ -293,7 +296,9 @@ WAYS = {
         Way("ours-fast-host", "ours", leaf=True, sizes="large", recompute="fit", offload=None),
         Way("ours-fast-attention", "ours", leaf=True, sizes="large", recompute="attention"),
         Way("ours-fast-full", "ours", leaf=True, sizes="large"),
-        Way("ours-small", "ours", sizes="small", recompute="attention", keep_mb=0, tiles=4, offload=True),
+        # its MLPs are whole up to 65535 tokens, which is as far as anything is predicted
+        Way("ours-small", "ours", sizes="small", recompute="attention", keep_mb=0, offload=True),
+        Way("ours-small-tiled", "ours", sizes="small", recompute="attention", keep_mb=0, tiles=4, offload=True),
         # before that: nothing is kept, and inputs stay on the device
         Way("ours-small-device", "ours", sizes="small", recompute="unread", keep_mb=0, tiles=4),
         Way("ours-small-untiled", "ours", sizes="small", keep_mb=0),
@@ -468,7 +473,7 @@ def _layers_work(job: Job, spared: Kept) -> tuple[Work, Work]:
     hooks = (1 if way.leaf else 13 - 4 * (way.tiles > 1)) * (job.stage == 3)
     launches = 20 if way.fused else 45
     # of an MLP's products and kernels six
-    in_tiles = 6 * (way.tiles - 1)
+    in_tiles, of_tiles = 6 * (way.tiles - 1), TILE_LAUNCHES * (way.tiles - 1)
     # of a layer's input, its attention and the log-sum-exp of that: memory, what to wait for, a copy and an event
     moved = 3 * 4 * spared.on_host
     one = Work(
@@ -483,7 +488,7 @@ def _layers_work(job: Job, spared: Kept) -> tuple[Work, Work]:
         attention=(2.5 + repeated) * attention,
         memory=(backward_bytes + repeated * forward_bytes) * tokens + sums_bytes(way, shape),
         hooks=(1 + repeated) * hooks,
-        launches=(1 + repeated) * (launches + in_tiles) + moved,
+        launches=(1 + repeated) * (launches + in_tiles) + of_tiles + moved,
     )
     not_repeated = Work(
         gemm=2 * (shape.layer - shape.hidden * shape.intermediate) * tokens * spared.matmuls,

@@ -127,14 +127,14 @@ WAYS: Mapping[str, Way] = {
     "ours-small": Way('ds_fused, "profile": "small"', block={"enabled": True, "profile": "small"}),
     "ours-small-tiled": Way(
         "the same with every MLP in tiles",
-        block={"enabled": True, "profile": "small", "tiled_mlp": {"tiles": 4}},
+        block={"enabled": True, "profile": "small", "tiled_mlp": {"tiles": 4, "least_tokens": 1}},
     ),
     "ours-small-device": Way(
         "that with nothing on the host, so that no attention is kept",
         block={
             "enabled": True,
             "profile": "small",
-            "tiled_mlp": {"tiles": 4},
+            "tiled_mlp": {"tiles": 4, "least_tokens": 1},
             "recompute": {"level": "fit", "keep_mb": 0},
         },
     ),

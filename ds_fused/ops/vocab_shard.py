@@ -57,7 +57,7 @@ class VocabShard(ABC):
 
     @abstractmethod
     def gather(self, mine: Tensor) -> Flight:
-        """[...] of each rank, alike in shape -> [W, ...]"""
+        """[...] of each rank, alike in shape -> [W, ...], in memory of its own: it may be written over"""
 
     @abstractmethod
     def reduce_scatter(self, parts: Tensor) -> Flight:

@@ -43,7 +43,7 @@ from benchmarks.scale_points import STEPS_ON, Point, Skipped, baselines, ends, h
 
 GIB = 2**30
 HEADS = tuple(f"h100x2/zero3_head{name}" for name in ("", "_rivals", "_vocab"))
-ENDS = ("h100x2/end_to_end", "h100x2/end_to_end_small", "h100x4/end_to_end")
+ENDS = ("h100x2/end_to_end", "h100x2/end_to_end_small", "h100x4/end_to_end", "h200x4/end_to_end")
 FILES = (*HEADS, "h100x4/zero3_head", "probe", "baselines", *ENDS)
 # in the units of PARAMETERS
 KNOWN = [650.0, 640.0, 630.0, 660.0, 450.0, 2.8, 3.6, 350.0, 40.0, 1500.0, 1600.0, 1400.0, 25.0, 2.0]
@@ -337,7 +337,12 @@ def test_rows_are_modelled_as_what_was_measured_under_their_name(found):
     """The profile "small" has been another since."""
     steps = [point for point in found if point.file in ENDS and point.unit == "MiB"]
     ways = {file: {point.way for point in steps if point.file == file and "small" in point.way} for file in ENDS}
-    assert list(ways.values()) == [{"ours-small-untiled"}, {"ours-small-device"}, {"ours-small-device", "ours-small"}]
+    assert list(ways.values()) == [
+        {"ours-small-untiled"},
+        {"ours-small-device"},
+        {"ours-small-device", "ours-small-tiled"},
+        {"ours-small-tiled", "ours-small"},
+    ]
 
 
 def test_what_is_on_the_host_takes_launches_and_no_room():

@@ -17,7 +17,8 @@ from ds_fused.engine.zero_sizes import sizes_of
 ON = {"enabled": True}
 SMALL = {"leaf_modules": False, "zero_sizes": "small", "embedding": True}
 ON_HOST = {"recompute.level": "attention", "recompute.offload": True}
-IN_TILES = {"tiled_mlp.tiles": 4}
+IF_LONG = {"tiled_mlp.least_tokens": 32768}
+IN_TILES = {"tiled_mlp.tiles": 4} | IF_LONG
 OF_HEAD = {f"{HEAD}.mode": "auto", f"{HEAD}.keep_mb": 0}
 
 # block, profile, what is added to it
@@ -41,7 +42,7 @@ TABLE = [
     (ON | {"recompute": {}}, "small", SMALL | IN_TILES | OF_HEAD),
     (ON | {"tiled_mlp": False}, "small", SMALL | ON_HOST | OF_HEAD),
     (ON | {"tiled_mlp": True}, "small", SMALL | ON_HOST | IN_TILES | OF_HEAD),
-    (ON | {"tiled_mlp": {"tiles": 7}}, "small", SMALL | ON_HOST | OF_HEAD),
+    (ON | {"tiled_mlp": {"tiles": 7}}, "small", SMALL | ON_HOST | IF_LONG | OF_HEAD),
     (ON | {HEAD: {"mode": "gather"}}, "small", SMALL | ON_HOST | IN_TILES | {f"{HEAD}.keep_mb": 0}),
     (ON | {HEAD: True}, "small", SMALL | ON_HOST | IN_TILES | OF_HEAD),
     (ON | {HEAD: False}, "small", SMALL | ON_HOST | IN_TILES),
