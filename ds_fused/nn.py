@@ -185,7 +185,10 @@ class DyT(torch.nn.Module):
 
 
 class PolyNorm(torch.nn.Module):
-    """``poly_norm(x)``: the activation of PolyCom (Zhuo et al. 2024), with its authors' names and first values."""
+    """``poly_norm(x)``: the activation of PolyCom (Zhuo et al. 2024), with its authors' names and first values.
+
+    Liger's begins with a bias of 1, without a dimension.
+    """
 
     def __init__(
         self, eps: float = 1e-6, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
