@@ -460,7 +460,7 @@ POLY_NORM = {
     "ds_fused": Provider(_our_poly_norm),
     "hf_eager": Provider(_eager(_poly_norm), note="the formula in fp32"),
     "compile": Provider(_compiled(_poly_norm)),
-    "liger": Provider(_liger_poly_norm, note="in_place=False; powers and forward in bf16"),
+    "liger": Provider(_liger_poly_norm, note="in_place=False; powers of the forward in bf16"),
 }
 
 

@@ -185,9 +185,7 @@ def poly_norm_bwd(
         kernel = _poly_norm_bwd_walk_kernel
     programs = min(cdiv(n, max(1, block.rows)), resident(x, WARPS_PER_MULTIPROCESSOR, block.warps))
     partial = partials(x, programs, 3, programs) if sums else None
-    launch(
-        kernel, (programs,), dy, x, weight, rstds, dx, partial, row_stride(dy), row_stride(x), n, d, **constants
-    )  # fmt: skip
+    launch(kernel, (programs,), dy, x, weight, rstds, dx, partial, row_stride(dy), row_stride(x), n, d, **constants)
     if sums:
         sum_partials(partial, programs, 3, dweight, None, dbias, programs)
     return dx, dweight, dbias
