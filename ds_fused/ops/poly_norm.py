@@ -217,7 +217,7 @@ def poly_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: flo
         raise ValueError("poly_norm: x is a number; it must have a last dimension, its columns")
     if weight.shape != (3,):
         raise ValueError(f"poly_norm: weight {tuple(weight.shape)} must be three numbers, of shape (3,)")
-    if bias is not None and bias.shape not in ((1,), ()):
+    if bias is not None and (bias.numel() != 1 or bias.ndim > 1):
         raise ValueError(f"poly_norm: bias {tuple(bias.shape)} must be one number, of shape (1,) or ()")
     if not runs_kernels(x, weight, bias):
         return poly_norm_reference(x, weight, bias, eps=eps)
