@@ -136,6 +136,16 @@ def dyt_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
     return Inputs({"x": x, "alpha": alpha, "weight": weight, "bias": bias, "dy": dy}, ("dy",))
 
 
+def poly_norm_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
+    x = _randn(generator, n, d).requires_grad_()
+    weight = nn.Parameter(torch.tensor([0.5, -0.25, 1.0], device=generator.device, dtype=DTYPE))
+    # without a dimension, as Liger's; the gradient that it returns fits no other
+    bias = nn.Parameter(torch.tensor(0.5, device=generator.device, dtype=DTYPE))
+    # dy leans on x and its square, for dyt_inputs' reason: dbias and each of dweight is a number
+    dy = _randn(generator, n, d) + (x + x * x).detach()
+    return Inputs({"x": x, "weight": weight, "bias": bias, "dy": dy}, ("dy",))
+
+
 def glu_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
     gate, up, dy = (_randn(generator, n, d) for _ in range(3))
     return Inputs({"gate": gate.requires_grad_(), "up": up.requires_grad_(), "dy": dy}, ("dy",))
@@ -447,6 +457,11 @@ CASES = (
     Case(
         "dyt", "", dyt_inputs, rivals.DYT,
         sweep=NORM_SWEEP, launch_bound=(16, 1024), tiny=(5, 48), bytes=_layer_norm_bytes,
+    ),
+    # Llama-3-8B's MLPs, and PolyCom's dense model's
+    Case(
+        "poly_norm", "", poly_norm_inputs, rivals.POLY_NORM,
+        sweep=((16384, 14336), (16384, 8192)), launch_bound=(16, 1024), tiny=(5, 48), bytes=_pointwise_bytes,
     ),
     Case(
         "glu", "silu", glu_inputs, rivals.glu_providers("silu"),

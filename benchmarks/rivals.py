@@ -431,6 +431,39 @@ DYT = {
 }
 
 
+# --- poly_norm: x [N, D], weight [3], bias [1] ---
+
+
+def _poly_norm(t: Tensors):
+    def normed(v):
+        return v * torch.rsqrt(v.pow(2).mean(-1, keepdim=True) + EPS)
+
+    def poly_norm(x, weight, bias):
+        wide = x.float()
+        y = weight[0] * normed(wide**3) + weight[1] * normed(wide**2) + weight[2] * normed(wide) + bias
+        return y.to(x.dtype)
+
+    return poly_norm, (t["x"], t["weight"], t["bias"])
+
+
+def _liger_poly_norm(t: Tensors) -> Call:
+    poly_norm = _liger().liger_poly_norm
+    return lambda: poly_norm(t["x"], t["weight"], t["bias"], EPS, in_place=False)
+
+
+def _our_poly_norm(t: Tensors) -> Call:
+    poly_norm = _ops().poly_norm
+    return lambda: poly_norm(t["x"], t["weight"], t["bias"], eps=EPS)
+
+
+POLY_NORM = {
+    "ds_fused": Provider(_our_poly_norm),
+    "hf_eager": Provider(_eager(_poly_norm), note="the formula in fp32"),
+    "compile": Provider(_compiled(_poly_norm)),
+    "liger": Provider(_liger_poly_norm, note="in_place=False; powers of the forward in bf16"),
+}
+
+
 # --- glu: gate, up [N, D] ---
 
 

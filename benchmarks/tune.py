@@ -134,6 +134,11 @@ SEARCHES = (
             "WARPS_PER_MULTIPROCESSOR": (16, 32),
         },
     ),
+    Search("poly_norm", "", "forward", ((16384, 14336),), {"PER_THREAD_FWD": (8, 16, 32)}),
+    Search(
+        "poly_norm", "", "backward", ((16384, 14336), (16384, 8192)),
+        {"PER_THREAD_BWD": (8, 16), "STAGES_BWD": (1, 2, 3), "WARPS_PER_MULTIPROCESSOR": (16, 32, 64)},
+    ),
     Search(
         "group_norm", f"{N_GROUPS} groups", "both", ((16, 512, 128, 128), (16, 320, 64, 64)),
         {"PART_TILE": (2048, 4096, 8192), "PART_WARPS": (4, 8), "PART_TURNS": (2, 4, 8, 16)},

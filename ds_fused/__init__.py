@@ -19,6 +19,7 @@ _HOME = {
     "add_layer_norm": "ds_fused.ops",
     "group_norm": "ds_fused.ops",
     "dyt": "ds_fused.ops",
+    "poly_norm": "ds_fused.ops",
     "glu": "ds_fused.ops",
     "rope": "ds_fused.ops",
     "rms_norm_rope": "ds_fused.ops",

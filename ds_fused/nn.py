@@ -28,6 +28,7 @@ from ds_fused.ops import (
     linear_jsd,
     linear_kl_div,
     modulated_rms_norm,
+    poly_norm,
     rms_norm,
     softmax,
     sparsemax,
@@ -50,6 +51,7 @@ __all__ = [
     "LinearJSDLoss",
     "LinearKLDivLoss",
     "ModulatedRMSNorm",
+    "PolyNorm",
     "RMSNorm",
     "Softmax",
     "Sparsemax",
@@ -180,6 +182,28 @@ class DyT(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, bias={self.bias is not None}"
+
+
+class PolyNorm(torch.nn.Module):
+    """``poly_norm(x)``: the activation of PolyCom (Zhuo et al. 2024), with its authors' names and first values.
+
+    Liger's begins with a bias of 1, without a dimension.
+    """
+
+    def __init__(
+        self, eps: float = 1e-6, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        place = {"device": device, "dtype": dtype}
+        self.weight = torch.nn.Parameter(torch.full((3,), 1 / 3, **place))
+        self.bias = torch.nn.Parameter(torch.zeros(1, **place))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return poly_norm(x, self.weight, self.bias, eps=self.eps)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"
 
 
 class SwiGLU(torch.nn.Module):

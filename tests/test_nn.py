@@ -107,6 +107,19 @@ def test_dyt(device):
     assert nn.DyT(D, bias=False).bias is None
 
 
+def test_poly_norm(device):
+    class Stock(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = torch.nn.Parameter(torch.full((3,), 1 / 3)), torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            cube, square, first = (torch.nn.functional.rms_norm(x**p, (D,), eps=1e-6) for p in (3, 2, 1))
+            return self.weight[0] * cube + self.weight[1] * square + self.weight[2] * first + self.bias
+
+    agree(nn.PolyNorm, Stock, device, X)
+
+
 @pytest.mark.parametrize(("kind", "act"), [("SwiGLU", "silu"), ("GeGLU", "gelu_pytorch_tanh")])
 def test_mlps_are_those_of_llama(kind, act, device):
     from transformers import LlamaConfig

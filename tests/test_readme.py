@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
+import operator
 import re
 import shlex
 import sys
@@ -39,6 +41,19 @@ def test_the_table_of_ops_is_the_registry():
 
     rows = [(f"`{op.name}`", ", ".join(f"`{key}`" for key in op.keys), op.summary) for op in OPS]
     assert_table("| op | JSON key | what it is |", rows)
+
+
+def test_what_stands_for_liger_is_there():
+    import ds_fused
+
+    table = README[README.find("| Liger 0.8.5 | here |") :].split("\n\n")[0].splitlines()
+    for row in table[2:]:
+        names = re.findall(r"`([\w.]+)`", row.split(" | ")[1])
+        things = [operator.attrgetter(name)(ds_fused) for name in names if hasattr(ds_fused, name.split(".")[0])]
+        arguments = {word for thing in things for word in inspect.signature(thing).parameters}
+        # what is no function here is an argument of one in its row
+        missing = [name for name in names if not hasattr(ds_fused, name.split(".")[0]) and name not in arguments]
+        assert not missing and (things or '"' in row), row
 
 
 def test_the_table_of_the_json_block_is_the_parser():

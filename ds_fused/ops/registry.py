@@ -30,6 +30,7 @@ from ds_fused.ops.linear_jsd import linear_jsd, linear_jsd_reference
 from ds_fused.ops.linear_kl_div import linear_kl_div, linear_kl_div_reference
 from ds_fused.ops.linear_log_probs import linear_log_probs, linear_log_probs_reference
 from ds_fused.ops.modulated_rms_norm import modulated_rms_norm, modulated_rms_norm_reference
+from ds_fused.ops.poly_norm import poly_norm, poly_norm_reference
 from ds_fused.ops.relu2 import relu2, relu2_reference
 from ds_fused.ops.rms_norm import rms_norm, rms_norm_reference
 from ds_fused.ops.rms_norm_rope import rms_norm_rope, rms_norm_rope_reference
@@ -99,6 +100,7 @@ OPS: tuple[Op, ...] = (
         "group norm of [N, C, ...]; large groups in parts",
     ),
     Op("dyt", dyt, dyt_reference, (), "dynamic tanh: weight * tanh(alpha * x) + bias"),
+    Op("poly_norm", poly_norm, poly_norm_reference, (), "PolyCom's activation: normed cube, square and x, weighted"),
     Op("rope", rope, rope_reference, ("rope",), "rotary embedding of q and k in one launch; sections, complex angles"),
     Op(
         "rms_norm_rope",

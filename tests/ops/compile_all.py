@@ -329,6 +329,19 @@ def dyt() -> None:
         ).sum().backward()
 
 
+def poly_norm() -> None:
+    half, full = torch.bfloat16, torch.float32
+    for n, d, dtype in (
+        (64, 128, half),
+        (2, 14336, half),
+        (2, 16384, full),  # the widest whole row of the backward
+        (2, 32768, half),  # the widest of the forward
+        (2, 65536, half),
+    ):
+        ops.poly_norm(leaf(n, d, dtype=dtype), leaf(3, dtype=full), leaf(1, dtype=full)).sum().backward()
+    ops.poly_norm(leaf(2, 4096), leaf(3).detach()).sum().backward()
+
+
 def of_every_op(functions: Mapping[str, object]) -> tuple[Callable[[], object], ...]:
     """Of a file's functions those that are named as the ops are, one for each."""
     missing = [op.name for op in OPS if op.name not in functions]

@@ -42,6 +42,7 @@ def example(
         "gated_rms_norm": (op, [x, some(6, 8, seed=1), weight]),
         "modulated_rms_norm": (op, [some(2, 3, 8), weight, some(2, 1, 8), some(2, 1, 8, seed=1)]),
         "dyt": (op, [x, some(1), weight]),
+        "poly_norm": (op, [x, some(3), some(1)]),
         "rope": (lambda q, k: op(*turned(q, k)), [some(1, 2, 3, 8), some(1, 1, 3, 8)]),
         "rms_norm_rope": (
             lambda q, k, *weights: op(q, k, *weights, *turned(q, k)[2:]),

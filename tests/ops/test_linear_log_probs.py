@@ -277,6 +277,27 @@ def test_over_two_to_the_31_elements(where, monkeypatch):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_cross_entropy_scaled_by_its_probabilities(reduction, where):
+    """Liger's use_token_scaling, as the README composes it: each token's loss times its probability, held constant."""
+    x, weight, labels, _ = some(12, 5, 29, where)
+    inputs = [t.float().requires_grad_() for t in (x, weight)]
+    found = []
+    for composed in (True, False):
+        if composed:
+            log_probs = linear_log_probs(*inputs, labels)
+            loss = -(log_probs.exp().detach() * log_probs).sum()
+        else:
+            logits = F.linear(*inputs)
+            losses = F.cross_entropy(logits, labels, reduction="none")  # 0 where a label is ignored
+            probabilities = logits.softmax(-1).gather(-1, labels.clamp_min(0)[:, None])[:, 0]
+            loss = (losses * probabilities.detach()).sum()
+        if reduction == "mean":
+            loss = loss / (labels != -100).sum()
+        found.append([loss.detach(), *torch.autograd.grad(loss, inputs)])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
 def _sequences(log_probs):
     """Of [4, 6]: two chosen answers, and two rejected ones to the same prompts."""
     return log_probs.sum(-1).split(2)

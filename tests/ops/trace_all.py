@@ -263,6 +263,13 @@ def dyt() -> Iterator[Case]:
     yield ops.dyt, [(leaf(2, 3, d), leaf(1), leaf(d)) for d in (64, 128)]
 
 
+def poly_norm() -> Iterator[Case]:
+    for first, second in ((257, 40960), (40960, 257)):
+        yield ops.poly_norm, [(leaf(65, d), leaf(3), leaf(1)) for d in (first, second)]
+    yield ops.poly_norm, [(leaf(2, n, 64), leaf(3), leaf(1)) for n in (3, 4, 5)]
+    yield lambda x, weight: ops.poly_norm(x, weight), [(leaf(2, 3, d), leaf(3).detach()) for d in (64, 128)]
+
+
 EXAMPLES = of_every_op(globals())
 
 
