@@ -125,16 +125,16 @@ def of_stationary(head: Head, most: int, chunk_bytes: int) -> Figures:
     block = block_tokens(most, n_vocab, hidden, ranks, itemsize, chunk_bytes)
     blocks = -(-most // block)
     flops = (4 + 2 * trains) * most * head.elements
-    # dx of this rank's tokens is added up in fp32; a single block has none before or after it
+    # dx of this rank's tokens comes back in fp32; a single block has none before or after it
     held = block * (block_bytes(n_vocab, hidden, ranks, itemsize) + 4 * hidden)
     if blocks == 1:
         held -= ranks * block * hidden * itemsize
     held += head.shards.size * (4 * trains + itemsize * head.offloaded)
     # of the logits two reads and a write; x of all ranks comes, dx of all goes; dw in fp32 read for each further block
-    traffic = (3 * n_vocab + 2 * ranks * hidden) * most * itemsize
+    traffic = 3 * itemsize * most * n_vocab + ranks * most * hidden * (itemsize + 4)
     traffic += 4 * trains * head.shards.size * max(0, blocks - 1)
-    # x there, dx back, three numbers and a label
-    wire = (ranks - 1) * most * (2 * hidden * itemsize + 20)
+    # x there, dx back in fp32, three numbers and a label
+    wire = (ranks - 1) * most * (hidden * (itemsize + 4) + 20)
     # of each block x, dx and the numbers of two halves; the labels, and whether the guess was right
     calls = 4 * blocks + 2
     return Figures("stationary", f"{blocks} blocks", held, wire, calls, traffic, flops)

@@ -99,9 +99,6 @@ class Shard(VocabShard):
     def reduce_scatter(self, parts: Tensor) -> Landed:
         return Landed(parts.new_empty(parts.shape[1:]))
 
-    def all_to_all(self, parts: Tensor) -> Landed:
-        return Landed(torch.empty_like(parts))
-
     def gradient(self, dtype: torch.dtype = torch.float32) -> Gradient:
         return Gradient(self.weight.new_empty(self.n_rows, self.shape[1], dtype=dtype))
 

@@ -83,11 +83,6 @@ class ZeroShard(VocabShard):
         work = dist.reduce_scatter_tensor(mine.view(-1), parts.view(-1), group=self.group, async_op=True)
         return Flight(work, mine)
 
-    def all_to_all(self, parts: Tensor) -> Flight:
-        mine = torch.empty_like(parts)
-        work = dist.all_to_all_single(mine, parts, group=self.group, async_op=True)
-        return Flight(work, mine)
-
     def gradient(self, dtype: torch.dtype = torch.float32) -> OwnGradient:
         return OwnGradient(self, dtype)
 

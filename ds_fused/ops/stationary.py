@@ -7,9 +7,8 @@ Each rank multiplies the tokens of all ranks with its own vocabulary rows, block
     lse, loss       from the W parts of each token           (all-gather of 3 numbers a token; merged by every rank;
                                                               4 where the argmax or the entropy is asked for)
     dz              over z, in place
+    dx            = sum over ranks of dz @ rows              (reduce-scatter, in fp32)
     dw           += dz.T @ x                                 fp32, of these rows alone: nothing to reduce
-    dx            = sum over ranks of dz @ rows              (all-to-all of each rank's part, in x's dtype and over its
-                                                              x; added up in fp32 by the rank whose tokens they are)
 
 A product takes all multiprocessors of a GPU; a collective that is under way when it starts delays it by all its time,
 and one that is ready meanwhile waits for its end. The softmax passes leave room. So that is where collectives run: dx
@@ -54,8 +53,8 @@ SAME = 1e-6
 
 
 def block_bytes(n_vocab: int, hidden: int, ranks: int, itemsize: int) -> int:
-    """What a token of each rank takes of a block: its logits, its x, and two of its dx, which go and have come."""
-    return (n_vocab + 3 * ranks * hidden) * itemsize
+    """What a token of each rank takes of a block: its logits, two of its x, its dx in fp32."""
+    return n_vocab * itemsize + ranks * hidden * (2 * itemsize + 4)
 
 
 def block_tokens(most: int, n_vocab: int, hidden: int, ranks: int, itemsize: int, chunk_bytes: int) -> int:
@@ -109,28 +108,28 @@ class _Gradients:
         self._begun = False
 
     def add(self, place: slice, dz: Tensor, x: Tensor) -> None:
-        """x is written over."""
+        if self.dx is not None:
+            part = torch.empty_like(x, dtype=wide(x))
+            self.rows.back(part, dz)
+            self._ready = place, part.view(self.shard.ranks, -1, x.shape[1])
         if self.dw is not None:
             product(self.dw.rows, dz.t(), x, add=self._begun)
         if self.dbias is not None:
             self.dbias[self.rows.ids] += dz.sum(0, dtype=self.dbias.dtype)
-        if self.dx is not None:
-            self.rows.back(x, dz)
-            self._ready = place, x.view(self.shard.ranks, -1, x.shape[1])
         self._begun = True
 
     def send(self) -> None:
-        """Have the part of dx that was added last on its way to its ranks."""
+        """Start the reduce-scatter of the block that was added last."""
         if self._ready is not None:
             (place, parts), self._ready = self._ready, None
-            self._leaving = (place, self.shard.all_to_all(parts))
+            self._leaving = (place, self.shard.reduce_scatter(parts))
 
     def land(self) -> None:
-        """Add up what was sent last."""
+        """Take in what the block that was sent has brought."""
         if self._leaving is not None:
             (place, flight), self._leaving = self._leaving, None
-            dx = self.dx[place]
-            dx.copy_(flight.land()[:, : dx.shape[0]].sum(0, dtype=wide(dx)))
+            mine, dx = flight.land(), self.dx[place]
+            dx.copy_(mine[: dx.shape[0]])
 
     def finish(self) -> None:
         self.send()

@@ -57,15 +57,11 @@ class VocabShard(ABC):
 
     @abstractmethod
     def gather(self, mine: Tensor) -> Flight:
-        """[...] of each rank, alike in shape -> [W, ...], in memory of its own: it may be written over"""
+        """[...] of each rank, alike in shape -> [W, ...]"""
 
     @abstractmethod
     def reduce_scatter(self, parts: Tensor) -> Flight:
         """[W, ...] -> [...]: the sum over ranks of the part that is this one's"""
-
-    @abstractmethod
-    def all_to_all(self, parts: Tensor) -> Flight:
-        """[W, ...] -> [W, ...]: of every rank the part that is this one's"""
 
     @abstractmethod
     def gradient(self, dtype: torch.dtype = torch.float32) -> ShardGradient:

@@ -88,7 +88,7 @@ class Collectives:
 
     def __getattr__(self, name: str) -> object:
         function = getattr(deepspeed.comm, name)
-        if name not in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single"):
+        if name not in ("all_gather_into_tensor", "reduce_scatter_tensor"):
             return function
 
         def counted(result: torch.Tensor, given: torch.Tensor, **options: object) -> object:

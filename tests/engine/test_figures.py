@@ -41,8 +41,8 @@ def test_bytes_on_the_wire():
     assert stream(8192).wire == stream(1).wire == (3 * V - SLAB) * H * 2 * 3 // 4
     # a frozen head is gathered once
     assert stream(8192, trained=False).wire == V * H * 2 * 3 // 4
-    # x of three ranks, and their parts of dx; the rest is little
-    assert stationary(8192).wire == pytest.approx(3 * 8192 * H * 4, rel=1e-2)
+    # x of three ranks, and their parts of dx in fp32; the rest is little
+    assert stationary(8192).wire == pytest.approx(3 * 8192 * H * 6, rel=1e-2)
     assert stream(8192, ranks=1).wire == stationary(8192, ranks=1).wire == 0
 
 
@@ -64,7 +64,7 @@ def test_time():
     assert stream(8192, keep_mb=4096).seconds(RATES) == pytest.approx(3 * products + passes + dx + wire)
     there = stationary(8192)
     blocks = int(there.parts.split()[0])
-    traffic = (4 * V * H // W * (blocks - 1) + 4 * W * 8192 * H) / RATES.memory
+    traffic = (4 * V * H // W * (blocks - 1) + 6 * W * 8192 * H) / RATES.memory
     wire = there.wire / RATES.wire + (4 * blocks + 2) * RATES.call
     assert there.seconds(RATES) == pytest.approx(3 * products + passes + traffic + wire)
     assert stationary(8192, trained=False).seconds(RATES) < stationary(8192).seconds(RATES)
@@ -86,23 +86,23 @@ def test_bytes_held():
     assert stationary(65536).held == pytest.approx(stationary(8192).held, rel=0.1)
 
 
-# MiB beyond what is there before, less dx: benchmarks/results/h100x4, four ranks, 128 MiB of slab, 512 of logits
+# MiB beyond what is there before, less dx: benchmarks/results/h100x4, four ranks, 128 MiB of slab, 512 of logits.
+# Stationary's blocks were others there, and have not been measured since
 @pytest.mark.parametrize(
-    ("most", "hidden", "n_vocab", "keep_mb", "in_stream", "in_stationary"),
+    ("most", "hidden", "n_vocab", "keep_mb", "in_stream"),
     [
-        (8192, 4096, 128256, 0, 827, 979),
-        (8192, 4096, 128256, 2**20, 2587, 979),
-        (16384, 4096, 128256, 0, 1135, 979),
-        (16384, 4096, 128256, 2**20, 4655, 979),
-        (8192, 8192, 128256, 0, 779, 1446),
-        (8192, 5376, 262144, 0, 796, 1824),
-        (8192, 5376, 262144, 2**20, 4785, 1824),
+        (8192, 4096, 128256, 0, 827),
+        (8192, 4096, 128256, 2**20, 2587),
+        (16384, 4096, 128256, 0, 1135),
+        (16384, 4096, 128256, 2**20, 4655),
+        (8192, 8192, 128256, 0, 779),
+        (8192, 5376, 262144, 0, 796),
+        (8192, 5376, 262144, 2**20, 4785),
     ],
 )
-def test_bytes_held_as_measured(most, hidden, n_vocab, keep_mb, in_stream, in_stationary):
+def test_bytes_held_as_measured(most, hidden, n_vocab, keep_mb, in_stream):
     whole = Head.cut(Shards(n_vocab, hidden, 4), 128 * MB)
     assert of_stream(whole, most, 512 * MB, keep_mb * MB).held / MB == pytest.approx(in_stream, rel=0.03)
-    assert of_stationary(whole, most, 512 * MB).held / MB == pytest.approx(in_stationary, rel=0.03)
 
 
 def test_the_choice():
@@ -133,8 +133,8 @@ def test_tokens_travel_on_few_ranks_and_the_weight_on_many():
 def test_calls_over_many_nodes_turn_the_choice():
     """256 ranks, one byte rate: blocks of few tokens ask for more collectives than slabs of the weight."""
     slow = replace(RATES, wire=100e9, call=0.6e-3)
-    assert mode(650, 256, replace(slow, call=0.0)) == "stationary"
-    assert mode(650, 256, slow) == "stream"
+    assert mode(450, 256, replace(slow, call=0.0)) == "stationary"
+    assert mode(450, 256, slow) == "stream"
 
 
 def test_the_turning_point():

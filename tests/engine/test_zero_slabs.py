@@ -65,7 +65,7 @@ def test_collectives_of_rows_that_stay_depend_on_the_most_tokens_too(ranks):
             most = 3 + 2 * (n_ranks - 1) + step - (2 if step == 2 and n_ranks > 1 else 0)
             blocks = -(-most // max(1, 4 // n_ranks))
             names = [name for name, _ in seen]
-            assert names.count("all_to_all_single") == blocks
+            assert names.count("reduce_scatter_tensor") == blocks
             # of a block its tokens, and three numbers a token of each half; labels; the upstream gradients; pieces of
             # split rows
             n_vocab, hidden, _ = weights[0]["weight"]

@@ -222,9 +222,6 @@ class OneOfTwo(VocabShard):
     def reduce_scatter(self, parts: Tensor) -> Landed:
         return Landed(parts[0])
 
-    def all_to_all(self, parts: Tensor) -> Landed:
-        return Landed(parts)
-
     def gradient(self) -> None:
         raise AssertionError("nobody asked for one")
 

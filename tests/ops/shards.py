@@ -60,10 +60,6 @@ class Shard(VocabShard):
         self.collectives.append(("reduce_scatter", tuple(parts.shape)))
         return Landed(torch.stack([part[self.rank] for part in self.round(self.rank, parts)]).sum(0))
 
-    def all_to_all(self, parts: Tensor) -> Landed:
-        self.collectives.append(("all_to_all", tuple(parts.shape)))
-        return Landed(torch.stack([part[self.rank] for part in self.round(self.rank, parts)]))
-
     def gradient(self, dtype: torch.dtype = torch.float32) -> Gradient:
         self.room = Gradient(self, dtype)
         return self.room
