@@ -45,7 +45,7 @@ from ds_fused.ops._loss import (
     weights_of_tokens,
 )
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._triton import check_dtypes, lie_apart, rows_of, runs_kernels
+from ds_fused.ops._triton import check_dtypes, lie_apart, like, rows_of, runs_kernels
 
 
 def cross_entropy_reference(
@@ -129,7 +129,7 @@ class CrossEntropyFunction(torch.autograd.Function):
             # whoever else saved these logits gets autograd's error instead of a wrong gradient
             torch.autograd.graph.increment_version(logits)
         else:
-            dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+            dlogits = like(logits)
         weights = {"weight": weight, "token_weights": token_weights}
         cross_entropy_bwd(dloss, logits, labels, lse, dlogits, ctx.options, n_vocab=logits.shape[1], **weights)
         return dlogits, None, None, None, None, None, None

@@ -33,7 +33,7 @@ from ds_fused.ops._launch import launch
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._rows import place, walk
 from ds_fused.ops._sigmoid import sigmoid_and_slope
-from ds_fused.ops._triton import check_dtypes, lie_apart, rows_of, runs_kernels
+from ds_fused.ops._triton import check_dtypes, lie_apart, like, rows_of, runs_kernels
 
 ACTS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
 
@@ -280,7 +280,7 @@ def _room(x: Tensor, overwrite: bool) -> Tensor:
         rows = rows_of(x)
         if rows.data_ptr() == x.data_ptr() and lie_apart(rows):
             return x.detach()
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return like(x)
 
 
 def _parts(gate_up: Tensor, interleaved: bool) -> tuple[Tensor, Tensor | None]:

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from ds_fused.ops._group_parts import Parts, Sizes, bwd_in_parts, fwd_in_parts, sample_stride
 from ds_fused.ops._launch import launch
-from ds_fused.ops._norms import Wanted
+from ds_fused.ops._norms import Wanted, contiguous
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._sums import partials, sum_partials
 from ds_fused.ops._triton import (
     cdiv,
     check_dtypes,
+    like,
     norm_dtype,
     power_of_2,
     resident,
@@ -221,7 +222,7 @@ def group_norm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [N, C, S], weight, bias [C] -> y [N, C, S] of dtype, mean [N, G], rstd [N, G]."""
     sizes = Sizes.of(x, n_groups)
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    y = like(x, dtype)
     mean, rstd = (torch.empty((sizes.samples, n_groups), dtype=torch.float32, device=x.device) for _ in range(2))
     if sizes.rows * sizes.space == 0:
         return y, mean, rstd
@@ -253,7 +254,7 @@ def group_norm_bwd(
     sizes = Sizes.of(x, n_groups)
     nothing = sizes.rows * sizes.space == 0
     make = torch.zeros_like if nothing else torch.empty_like
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted.dx else None
+    dx = like(x) if wanted.dx else None
     dweight = make(weight) if wanted.dweight else None
     dbias = make(bias) if wanted.dbias else None
     if nothing:
@@ -344,6 +345,6 @@ def group_norm(
     if not runs_kernels(x, weight, bias):
         return group_norm_reference(x, n_groups, weight, bias, eps=eps)
     check_dtypes("group_norm", x=x, weight=weight, bias=bias)
-    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+    weight, bias = contiguous(weight), contiguous(bias)
     y = GroupNormFunction.apply(_planes(x), n_groups, weight, bias, eps, norm_dtype(x, x.dtype))
     return y.view(x.shape)

@@ -20,13 +20,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fused.ops._launch import launch
-from ds_fused.ops._norms import check_cast, check_per_column
+from ds_fused.ops._norms import check_cast, check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._row_tiles import tile
 from ds_fused.ops._sums import SUM_COLS, partials, sum_partials
 from ds_fused.ops._triton import (
     cdiv,
     check_dtypes,
+    like,
     resident,
     row_stride,
     rows_of,
@@ -233,7 +234,7 @@ def modulated_rms_norm_fwd(
     dtypes = ([weight] if cast_before else []) + [shift]
     for t in dtypes:
         dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    y = like(x, dtype)
     x, scale, shift = rows_of(x), rows_of(scale), None if shift is None else rows_of(shift)
     n, d = x.shape
     rstd = torch.empty(n, dtype=torch.float32, device=x.device)
@@ -420,7 +421,7 @@ def modulated_rms_norm(
         return modulated_rms_norm_reference(x, weight, scale, shift, eps=eps, offset=offset, cast=cast)
     check_dtypes("modulated_rms_norm", x=x, weight=weight, scale=scale, shift=shift)
     scale, shift = rows
-    weight = weight if weight is None else weight.contiguous()
+    weight = contiguous(weight)
     options = eps, offset, cast == "before_weight"
     if torch.compiler.is_compiling():
         # as in rms_norm
