@@ -53,6 +53,21 @@ def weighted(loss: Tensor, of_token: Tensor | None, in_kernel: tuple[Tensor | No
     return loss if of_token is None or in_kernel[0] is not None else of_token * loss
 
 
+def dloss_of_tokens(
+    dloss: Tensor,  # of what `reduced` has made of `weighted`
+    n: int,
+    total: Tensor | None,
+    of_token: Tensor | None,
+    in_kernel: tuple[Tensor | None, Tensor | None],
+    reduction: str,
+) -> Tensor:
+    """The upstream gradient of each token's loss [N] as the softmax passes know it."""
+    if reduction == "mean":
+        dloss = dloss / total
+    # an ignored token's part of an infinite mean is not looked at
+    return weighted(dloss if reduction == "none" else dloss.expand(n), of_token, in_kernel)
+
+
 def outputs(
     loss: Tensor,  # [N], weighted; or [] where it is reduced already
     z_losses: Tensor | None,  # [N], without weights
