@@ -220,10 +220,11 @@ def _parts(sizes: Sizes) -> Parts:
 def group_norm_fwd(
     x: Tensor, n_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x [N, C, S], weight, bias [C] -> y [N, C, S] of dtype, mean [N, G], rstd [N, G]."""
+    """x [N, C, *], weight, bias [C] -> y [N, C, *] of dtype, mean [N, G], rstd [N, G]."""
     sizes = Sizes.of(x, n_groups)
     y = like(x, dtype)
-    mean, rstd = (torch.empty((sizes.samples, n_groups), dtype=torch.float32, device=x.device) for _ in range(2))
+    mean = torch.empty(sizes.samples, n_groups, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
     if sizes.rows * sizes.space == 0:
         return y, mean, rstd
     has = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
@@ -250,7 +251,7 @@ def group_norm_bwd(
     rstd: Tensor,
     wanted: Wanted,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dy, x [N, C, S], weight, bias [C], mean, rstd [N, G] -> dx [N, C, S], dweight, dbias [C]; None if not wanted."""
+    """dy, x [N, C, *], weight, bias [C], mean, rstd [N, G] -> dx [N, C, *], dweight, dbias [C]; None if not wanted."""
     sizes = Sizes.of(x, n_groups)
     nothing = sizes.rows * sizes.space == 0
     make = torch.zeros_like if nothing else torch.empty_like
@@ -296,7 +297,7 @@ def _backward_of_whole_groups(
 
 
 class GroupNormFunction(torch.autograd.Function):
-    """Autograd around the launchers; sees only [N, C, S]."""
+    """Autograd around the launchers; sees [N, C, *], samples without gaps inside."""
 
     @staticmethod
     def forward(
@@ -313,7 +314,7 @@ class GroupNormFunction(torch.autograd.Function):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         wants_dx, _, wants_dweight, wants_dbias = ctx.needs_input_grad[:4]
         wanted = Wanted(wants_dx, weight is not None and wants_dweight, bias is not None and wants_dbias)
-        dx, dweight, dbias = group_norm_bwd(_planes(dy), x, ctx.n_groups, weight, bias, mean, rstd, wanted)
+        dx, dweight, dbias = group_norm_bwd(_without_gaps(dy), x, ctx.n_groups, weight, bias, mean, rstd, wanted)
         return dx, None, dweight, dbias, None, None
 
 
@@ -323,6 +324,11 @@ def _planes(x: Tensor) -> Tensor:
     if planes.is_contiguous() or (planes.stride(2) == 1 and planes.stride(1) == planes.shape[2]):
         return planes
     return planes.contiguous()
+
+
+def _without_gaps(x: Tensor) -> Tensor:
+    """[N, C, *], itself where it can be: a view that autograd sees is a node forward and one backward."""
+    return x if x.is_contiguous() and not torch.compiler.is_compiling() else _planes(x)
 
 
 def group_norm(
@@ -346,5 +352,5 @@ def group_norm(
         return group_norm_reference(x, n_groups, weight, bias, eps=eps)
     check_dtypes("group_norm", x=x, weight=weight, bias=bias)
     weight, bias = contiguous(weight), contiguous(bias)
-    y = GroupNormFunction.apply(_planes(x), n_groups, weight, bias, eps, norm_dtype(x, x.dtype))
-    return y.view(x.shape)
+    y = GroupNormFunction.apply(_without_gaps(x), n_groups, weight, bias, eps, norm_dtype(x, x.dtype))
+    return y if y.shape == x.shape else y.view(x.shape)
