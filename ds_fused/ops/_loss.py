@@ -78,12 +78,11 @@ def outputs(
     reduction: str,
 ) -> Tensor | tuple[Tensor, ...]:
     """The loss alone, or with what else was asked for."""
-    total = total_weight(of_token, count)
-    result = reduced(loss, shape, total, reduction) if loss.ndim else loss
+    result = reduced(loss, shape, total_weight(of_token, count), reduction) if loss.ndim else loss
     more = []
     if z_losses is not None:
         z_losses = z_losses.detach() if of_token is None else of_token * z_losses.detach()
-        more.append(reduced(z_losses, shape, total, reduction))
+        more.append(reduced(z_losses, shape, total_weight(of_token, count), reduction))
     if right is not None:
         more.append(right.sum() / count)
     return (result, *more) if more else result
