@@ -14,7 +14,7 @@ from ds_fused.ops._divergence_kernels import N_STATS, Divergence, divergence_bwd
 from ds_fused.ops._labels import flat_labels, label_facts
 from ds_fused.ops._loss import LossOptions, check_loss, reduced
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._triton import check_dtypes, rows_of
+from ds_fused.ops._triton import check_dtypes, like, rows_of
 
 
 class DivergenceFunction(torch.autograd.Function):
@@ -32,10 +32,7 @@ class DivergenceFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         p, q, labels, stats = ctx.saved_tensors
-        dp, dq = (
-            torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else None
-            for x, wanted in zip((p, q), ctx.needs_input_grad[:2], strict=True)
-        )
+        dp, dq = (like(x) if wanted else None for x, wanted in zip((p, q), ctx.needs_input_grad[:2], strict=True))
         divergence_bwd(dloss, p, q, labels, stats, dp, dq, ctx.what)
         return dp, dq, None, None
 

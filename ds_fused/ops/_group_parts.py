@@ -9,6 +9,7 @@ Sizes: N samples, C channels, G groups, S values of a channel, K parts of a row.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -264,7 +265,7 @@ def _group_norm_dx_kernel(
 
 
 class Sizes(NamedTuple):
-    """Of a tensor [N, C, S] and its groups."""
+    """Of a tensor [N, C, *] and its groups."""
 
     samples: int
     groups: int
@@ -273,8 +274,8 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, n_groups: int) -> Sizes:
-        n, c, s = x.shape
-        return cls(n, n_groups, c // n_groups, s)
+        n, c, *space = x.shape
+        return cls(n, n_groups, c // n_groups, math.prod(space))
 
     @property
     def channels(self) -> int:
@@ -307,10 +308,10 @@ class Parts(NamedTuple):
 
 
 def sample_stride(x: Tensor) -> int:
-    """Elements from one sample of x [N, C, S] to the next."""
+    """Elements from one sample of x [N, C, *] to the next."""
     # as row_stride in _triton.py: dynamo can't say the strides of every tensor
     if torch.compiler.is_compiling() and x.is_contiguous():
-        return x.shape[1] * x.shape[2]
+        return math.prod(x.shape[1:])
     return x.stride(0)
 
 

@@ -89,7 +89,7 @@ def launch(kernel: JITFunction, grid: tuple[int, ...], *args: Tensor | float | N
     for arg in args:
         kind = type(arg)
         if kind is int:
-            facts.append(("" if arg & 15 else "16") if 1 < arg < 2**31 else _seldom(arg))
+            facts.append(("" if arg & 15 else "16") if 0 <= arg < 2**31 and arg != 1 else _seldom(arg))
             passed.append(arg)
         elif arg is None or kind is float or kind is bool:
             facts.append(kind)
@@ -122,7 +122,7 @@ def launch_elsewhere(
 
 
 def _seldom(n: int) -> tuple[object, ...]:
-    """Of an integer that is not between 2 and the largest in 32 bits."""
+    """Of 1, and of an integer that is negative or takes more than 32 bits."""
     width = 32 if -(2**31) <= n < 2**31 else 64 if -(2**63) <= n < 2**63 else "unsigned"
     return n == 1, n & 15 == 0, width
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fused.ops._launch import launch
-from ds_fused.ops._loss import LossOptions, reduced, weighted
+from ds_fused.ops._loss import LossOptions, dloss_of_tokens, reduced, weighted
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._scale import scaled
 from ds_fused.ops._softmax_parts import capped, online
@@ -213,13 +213,10 @@ class LentLogitsFunction(torch.autograd.Function):
         more: bool,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         n = logits.shape[0]
-        loss, lse = (logits.new_empty(size, dtype=torch.float32) for size in (n, (2, n)))
+        loss = torch.empty(n, dtype=torch.float32, device=logits.device)
+        lse = torch.empty(2, n, dtype=torch.float32, device=logits.device)
         right = torch.empty_like(loss) if more else None
-        dloss = loss.new_full((), upstream)
-        dloss = (dloss / total if reduction == "mean" else dloss).expand(n)
-        if of_token is not None and in_kernel[0] is None:
-            # an ignored token's part of an infinite mean is not looked at
-            dloss = dloss * of_token
+        dloss = dloss_of_tokens(loss.new_full((), upstream), n, total, of_token, in_kernel, reduction)
         lent_logits(
             logits, labels, loss, lse, dloss, options, right=right, weight=in_kernel[0], token_weights=in_kernel[1]
         )

@@ -53,6 +53,21 @@ def weighted(loss: Tensor, of_token: Tensor | None, in_kernel: tuple[Tensor | No
     return loss if of_token is None or in_kernel[0] is not None else of_token * loss
 
 
+def dloss_of_tokens(
+    dloss: Tensor,  # of what `reduced` has made of `weighted`
+    n: int,
+    total: Tensor | None,
+    of_token: Tensor | None,
+    in_kernel: tuple[Tensor | None, Tensor | None],
+    reduction: str,
+) -> Tensor:
+    """The upstream gradient of each token's loss [N] as the softmax passes know it."""
+    if reduction == "mean":
+        dloss = dloss / total
+    # an ignored token's part of an infinite mean is not looked at
+    return weighted(dloss if reduction == "none" else dloss.expand(n), of_token, in_kernel)
+
+
 def outputs(
     loss: Tensor,  # [N], weighted; or [] where it is reduced already
     z_losses: Tensor | None,  # [N], without weights
@@ -63,12 +78,11 @@ def outputs(
     reduction: str,
 ) -> Tensor | tuple[Tensor, ...]:
     """The loss alone, or with what else was asked for."""
-    total = total_weight(of_token, count)
-    result = reduced(loss, shape, total, reduction) if loss.ndim else loss
+    result = reduced(loss, shape, total_weight(of_token, count), reduction) if loss.ndim else loss
     more = []
     if z_losses is not None:
         z_losses = z_losses.detach() if of_token is None else of_token * z_losses.detach()
-        more.append(reduced(z_losses, shape, total, reduction))
+        more.append(reduced(z_losses, shape, total_weight(of_token, count), reduction))
     if right is not None:
         more.append(right.sum() / count)
     return (result, *more) if more else result

@@ -27,6 +27,11 @@ def check_per_column(op: str, x: Tensor, **vectors: Tensor | None) -> None:
             raise ValueError(f"{op}: {name} {tuple(vector.shape)} must be one value per column of x {tuple(x.shape)}")
 
 
+def contiguous(vector: Tensor | None) -> Tensor | None:
+    """Of one value per column, which kernels read side by side."""
+    return None if vector is None else vector.contiguous()
+
+
 def check_cast(op: str, cast: str) -> None:
     if cast not in CASTS:
         raise ValueError(f"{op}: cast is {cast!r}; known are {', '.join(CASTS)}")

@@ -15,6 +15,7 @@ class RopeForm(NamedTuple):
     sections: tuple[int, int, int] | None = None  # pairs that turn by time, height, width
     alternating: bool = False  # sections mix: pairs 0, 1, 2 turn by time, height, width, and so on
     complex: bool = False  # cos and sin of a pair side by side in one tensor
+    heads_dim: int = 1  # of q and k: 1 in [B, H, T, D], 2 in [B, T, H, D]
 
 
 def check_rope(
@@ -31,27 +32,30 @@ def check_rope(
         raise ValueError(f"{op}: alternating is how sections mix; pass sections as well")
 
     axes = 0 if form.sections is None else 1
-    batched = cos.ndim == axes + 3
+    # a tensor makes its shape anew each time
+    q_shape, k_shape, shape = q.shape, k.shape, cos.shape
+    n_dims, batched = len(q_shape), len(shape) == axes + 3
     if (
-        q.ndim not in (3, 4)
-        or k.ndim != q.ndim
-        or not (cos.ndim == axes + 2 or (batched and q.ndim == 4))
-        or (axes and cos.shape[0] != 3)
-        or (sin is not None and cos.shape != sin.shape)
+        n_dims not in (3, 4)
+        or len(k_shape) != n_dims
+        or not (len(shape) == axes + 2 or (batched and n_dims == 4))
+        or (axes and shape[0] != 3)
+        or (sin is not None and shape != sin.shape)
     ):
         raise ValueError(
             f"{op}: q and k must have 4 dimensions (3 without a batch), {_angles(form)}; got {_shapes(q, k, cos, sin)}"
         )
-    heads_dim = unsqueeze_dim + q.ndim - 4
-    n_tokens, d = q.shape[q.ndim - 1 - unsqueeze_dim], q.shape[-1]
-    if any(q.shape[i] != k.shape[i] for i in range(q.ndim) if i != heads_dim):
+    heads_dim = unsqueeze_dim + n_dims - 4
+    n_tokens, d = q_shape[n_dims - 1 - unsqueeze_dim], q_shape[-1]
+    behind = heads_dim + 1
+    if q_shape[:heads_dim] != k_shape[:heads_dim] or q_shape[behind:] != k_shape[behind:]:
         raise ValueError(
             f"{op}: q and k may differ in their heads only (dimension {heads_dim}); got {_shapes(q, k, cos, sin)}"
         )
-    if cos.shape[-2] != n_tokens or (batched and cos.shape[-3] not in (1, q.shape[0])):
-        batch = f"{q.shape[0]} or 1" if q.ndim == 4 else None
+    if shape[-2] != n_tokens or (batched and shape[-3] not in (1, q_shape[0])):
+        batch = f"{q_shape[0]} or 1" if n_dims == 4 else None
         raise ValueError(f"{op}: {_angles(form, batch, n_tokens)}; got {_shapes(q, k, cos, sin)}")
-    r = cos.shape[-1] * (2 if form.complex else 1)
+    r = shape[-1] * (2 if form.complex else 1)
     if not 0 < r <= d or r % 2:
         wide = f"{d // 2} (half a head)" if form.complex else f"{d} (a head)"
         even = "" if form.complex else "an even number of columns wide, "

@@ -36,14 +36,17 @@ class Walk(NamedTuple):
     strides: tuple[int, ...]  # of each, elements from one row to the next
 
 
-def walk(shape: torch.Size, block: int, *tensors: Tensor) -> Walk:
-    """Over elements of that shape [..., D], which each of the tensors has (or that many pairs of columns)."""
+def walk(shape: torch.Size, block: int, *tensors: Tensor, by_row: bool = False) -> Walk:
+    """Over elements of that shape [..., D], which each of the tensors has (or that many pairs of columns).
+
+    ``by_row``: a row of a tensor may hold more than those.
+    """
     n_elements = shape.numel()
     # contiguous ones as they are: of views each costs as much time as it takes to look at all tensors
-    if not all(tensor.is_contiguous() for tensor in tensors):
-        tensors = tuple(rows_of(tensor) for tensor in tensors)
-        if not all(tensor.is_contiguous() for tensor in tensors):
+    if by_row or not all([tensor.is_contiguous() for tensor in tensors]):
+        tensors = tuple([rows_of(tensor) for tensor in tensors])
+        if by_row or not all([tensor.is_contiguous() for tensor in tensors]):
             d = shape[-1]
             programs = n_elements // d * cdiv(d, block) if d else 0
-            return Walk(False, d, programs, tensors, tuple(row_stride(x) for x in tensors))
+            return Walk(False, d, programs, tensors, tuple([row_stride(x) for x in tensors]))
     return Walk(True, n_elements, cdiv(n_elements, block), tensors, (0,) * len(tensors))

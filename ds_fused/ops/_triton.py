@@ -56,6 +56,12 @@ def check_dtypes(op: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: {name} is {tensor.dtype}; kernels exist for bfloat16, float16 and float32")
 
 
+def like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """New memory without gaps, of x's shape; of x's dtype where no other is named."""
+    # half the host time of torch.empty, which takes long to read a torch.Size
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
 def rows_of(x: Tensor) -> Tensor:
     """[..., D] -> [N, D] with neighbouring columns: a view where one row stride can say it, else a copy."""
     if x.ndim > 2:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_fused.ops._norms import Wanted, check_per_column
+from ds_fused.ops._norms import Wanted, check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._triton import check_dtypes, norm_dtype, rows_of, runs_kernels
 from ds_fused.ops.layer_norm import layer_norm_bwd, layer_norm_fwd, layer_norm_reference
@@ -29,7 +29,7 @@ def add_layer_norm_reference(
 
 
 class AddLayerNormFunction(torch.autograd.Function):
-    """Autograd around layer_norm's launchers; sees only [N, D]."""
+    """Autograd around layer_norm's launchers."""
 
     @staticmethod
     def forward(
@@ -55,8 +55,7 @@ class AddLayerNormFunction(torch.autograd.Function):
             wanted = Wanted(
                 wants_dx or wants_dresidual, weight is not None and wants_dweight, bias is not None and wants_dbias
             )
-            dsum = None if dsum is None else rows_of(dsum)
-            gradient, dweight, dbias = layer_norm_bwd(rows_of(dy), dsum, total, weight, bias, mean, rstd, wanted)
+            gradient, dweight, dbias = layer_norm_bwd(dy, dsum, total, weight, bias, mean, rstd, wanted)
         dx, dresidual = (
             gradient.to(dtype) if wants and gradient is not None else None
             for wants, dtype in zip((wants_dx, wants_dresidual), ctx.dtypes, strict=True)
@@ -77,7 +76,9 @@ def add_layer_norm(
     if not runs_kernels(x, residual, weight, bias):
         return add_layer_norm_reference(x, residual, weight, bias, eps=eps)
     check_dtypes("add_layer_norm", x=x, residual=residual, weight=weight, bias=bias)
-    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+    weight, bias = contiguous(weight), contiguous(bias)
     dtype = norm_dtype(x, torch.promote_types(x.dtype, residual.dtype))
-    y, total = AddLayerNormFunction.apply(rows_of(x), rows_of(residual), weight, bias, eps, dtype)
-    return y.view(x.shape), total.view(x.shape)
+    if torch.compiler.is_compiling():  # as in rms_norm
+        rows = AddLayerNormFunction.apply(rows_of(x), rows_of(residual), weight, bias, eps, dtype)
+        return tuple(y.view(x.shape) for y in rows)
+    return AddLayerNormFunction.apply(x, residual, weight, bias, eps, dtype)

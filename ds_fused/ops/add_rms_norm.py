@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_fused.ops._norms import Wanted, check_cast, check_per_column
+from ds_fused.ops._norms import Wanted, check_cast, check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._triton import check_dtypes, rows_of, runs_kernels
 from ds_fused.ops.rms_norm import rms_norm_bwd, rms_norm_fwd, rms_norm_reference
@@ -93,7 +93,7 @@ def add_rms_norm(
     if not runs_kernels(x, residual, weight):
         return add_rms_norm_reference(x, residual, weight, eps=eps, offset=offset, cast=cast)
     check_dtypes("add_rms_norm", x=x, residual=residual, weight=weight)
-    weight = weight if weight is None else weight.contiguous()
+    weight = contiguous(weight)
     if torch.compiler.is_compiling():  # as in rms_norm
         rows = AddRMSNormFunction.apply(rows_of(x), rows_of(residual), weight, eps, offset, cast == "before_weight")
         return tuple(y.view(x.shape) for y in rows)

@@ -39,13 +39,15 @@ from ds_fused.ops._loss import (
     LossOptions,
     check_loss,
     check_weight,
+    dloss_of_tokens,
     outputs,
+    reduced,
     total_weight,
     weighted,
     weights_of_tokens,
 )
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._triton import check_dtypes, lie_apart, rows_of, runs_kernels
+from ds_fused.ops._triton import check_dtypes, lie_apart, like, rows_of, runs_kernels
 
 
 def cross_entropy_reference(
@@ -85,9 +87,10 @@ def cross_entropy_reference(
 
 
 class CrossEntropyFunction(torch.autograd.Function):
-    """Logits [N, V] and labels [N] to one loss a token [N], fp32: any reduction or weighting goes on top.
+    """Logits [N, V] and labels [N] to the mean or the sum of the losses, fp32 [], or to one a token [N].
 
-    ``weight`` and ``token_weights``: where there is smoothing too. ``more``: lse [2, N] and right [N] as well.
+    ``total``: what a mean divides by. ``of_token`` [N], ``weight``, ``token_weights``: see weights_of_tokens. ``more``:
+    lse [2, N] and right [N] as well.
     """
 
     @staticmethod
@@ -96,18 +99,26 @@ class CrossEntropyFunction(torch.autograd.Function):
         logits: Tensor,
         labels: Tensor,
         options: LossOptions,
+        reduction: str,
         overwrite: bool,
+        total: Tensor | None,
+        of_token: Tensor | None,
         weight: Tensor | None,
         token_weights: Tensor | None,
         more: bool,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         n, n_vocab = logits.shape
-        loss, lse = (logits.new_empty(size, dtype=torch.float32) for size in (n, (2, n)))
+        loss = torch.empty(n, dtype=torch.float32, device=logits.device)
+        lse = torch.empty(2, n, dtype=torch.float32, device=logits.device)
         right = torch.empty_like(loss) if more else None
         weights = {"weight": weight, "token_weights": token_weights}
         cross_entropy_fwd(logits, labels, loss, lse, options, n_vocab=n_vocab, right=right, **weights)
-        ctx.save_for_backward(logits, labels, lse, weight, token_weights)
-        ctx.options, ctx.overwrite, ctx.overwritten = options, overwrite, False
+        ctx.save_for_backward(logits, labels, lse, total, of_token, weight, token_weights)
+        ctx.options, ctx.reduction, ctx.overwrite, ctx.overwritten = options, reduction, overwrite, False
+        loss = weighted(loss, of_token, (weight, token_weights))
+        if reduction != "none":
+            # here, where autograd makes no nodes of it
+            loss = reduced(loss, loss.shape, total, reduction)
         if not more:
             return loss
         ctx.mark_non_differentiable(lse, right)
@@ -121,7 +132,7 @@ class CrossEntropyFunction(torch.autograd.Function):
                 "cross_entropy: a second backward, but the first wrote the gradient over the logits; "
                 "pass overwrite_logits=False to keep them"
             )
-        logits, labels, lse, weight, token_weights = ctx.saved_tensors
+        logits, labels, lse, total, of_token, weight, token_weights = ctx.saved_tensors
         if ctx.overwrite:
             dlogits = logits.detach()
             # a trace writes nothing, and dynamo may need two
@@ -129,10 +140,12 @@ class CrossEntropyFunction(torch.autograd.Function):
             # whoever else saved these logits gets autograd's error instead of a wrong gradient
             torch.autograd.graph.increment_version(logits)
         else:
-            dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+            dlogits = like(logits)
         weights = {"weight": weight, "token_weights": token_weights}
-        cross_entropy_bwd(dloss, logits, labels, lse, dlogits, ctx.options, n_vocab=logits.shape[1], **weights)
-        return dlogits, None, None, None, None, None, None
+        n, n_vocab = logits.shape
+        dloss = dloss_of_tokens(dloss, n, total, of_token, (weight, token_weights), ctx.reduction)
+        cross_entropy_bwd(dloss, logits, labels, lse, dlogits, ctx.options, n_vocab=n_vocab, **weights)
+        return dlogits, *[None] * 9
 
 
 def cross_entropy(
@@ -185,16 +198,15 @@ def cross_entropy(
     rows = rows_of(logits)
     of_token, in_kernel = weights_of_tokens(weight, flat, options, torch.float32)
     more = return_z_loss or return_accuracy
+    total = total_weight(of_token, count) if reduction == "mean" else None
     if grad_in_forward and reduction != "none" and _may_be_lent(rows):
-        total = total_weight(of_token, count)
         results = LentLogitsFunction.apply(rows, flat, options, reduction, upstream, total, of_token, in_kernel, more)
-        loss, lse, right = results if more else (results, None, None)
     else:
-        may_overwrite = torch.compiler.is_compiling() or lie_apart(rows)
-        overwrite = (overwrite_logits or grad_in_forward) and may_overwrite
-        results = CrossEntropyFunction.apply(rows, flat, options, overwrite, *in_kernel, more)
-        loss, lse, right = results if more else (results, None, None)
-        loss = weighted(loss, of_token, in_kernel)
+        overwrite = (overwrite_logits or grad_in_forward) and (torch.compiler.is_compiling() or lie_apart(rows))
+        results = CrossEntropyFunction.apply(
+            rows, flat, options, reduction, overwrite, total, of_token, *in_kernel, more
+        )
+    loss, lse, right = results if more else (results, None, None)
     z_losses = z_loss * lse.sum(0) ** 2 if return_z_loss else None
     return outputs(loss, z_losses, right if return_accuracy else None, of_token, count, labels.shape, reduction)
 

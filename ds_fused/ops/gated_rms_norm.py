@@ -25,11 +25,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fused.ops._launch import launch
-from ds_fused.ops._norms import check_cast, check_per_column
+from ds_fused.ops._norms import check_cast, check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._row_tiles import tile
 from ds_fused.ops._sums import sum_partials
-from ds_fused.ops._triton import cdiv, check_dtypes, resident, row_stride, rows_of, runs_kernels
+from ds_fused.ops._triton import cdiv, check_dtypes, like, resident, row_stride, rows_of, runs_kernels
 from ds_fused.ops._wide_gated_rms_norm import (
     _gated_rms_norm_bwd_walk_kernel,
     _gated_rms_norm_fwd_walk_kernel,
@@ -190,7 +190,7 @@ def gated_rms_norm_fwd(x: Tensor, gate: Tensor, weight: Tensor | None, eps: floa
     dtype = x.dtype
     if form.gate_first and form.cast_before and weight is not None:
         dtype = torch.promote_types(x.dtype, weight.dtype)
-    y = torch.empty((n, d), dtype=dtype, device=x.device)
+    y = like(x, dtype)
     rstd = torch.empty((n, form.n_groups), dtype=torch.float32, device=x.device)
     if n == 0 or d == 0:
         return y, rstd
@@ -229,8 +229,8 @@ def gated_rms_norm_bwd(
     """dy, x, gate [N, D], weight [D], rstd [N, G] -> dx [N, D], dgate [N, D], dweight [D], those wanted."""
     n, d = x.shape
     wants_dx, wants_dgate, wants_dweight = wants
-    dx = torch.empty((n, d), dtype=x.dtype, device=x.device) if wants_dx else None
-    dgate = torch.empty((n, d), dtype=gate.dtype, device=x.device) if wants_dgate else None
+    dx = like(x) if wants_dx else None
+    dgate = like(gate) if wants_dgate else None
     if n == 0 or d == 0:
         return dx, dgate, torch.zeros_like(weight) if wants_dweight else None
     n_cols = d // form.n_groups
@@ -311,7 +311,7 @@ def gated_rms_norm(
             x, gate, weight, eps=eps, order=order, cast=cast, act=act, group_size=group_size
         )
     check_dtypes("gated_rms_norm", x=x, gate=gate, weight=weight)
-    weight = weight if weight is None else weight.contiguous()
+    weight = contiguous(weight)
     n_groups = d // group_size if group_size and d else 1
     form = Form(order == "gate_first", cast == "before_weight", act, n_groups)
     return GatedRMSNormFunction.apply(rows_of(x), rows_of(gate), weight, eps, form).view(x.shape)

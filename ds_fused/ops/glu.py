@@ -33,7 +33,7 @@ from ds_fused.ops._launch import launch
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._rows import place, walk
 from ds_fused.ops._sigmoid import sigmoid_and_slope
-from ds_fused.ops._triton import check_dtypes, lie_apart, rows_of, runs_kernels
+from ds_fused.ops._triton import check_dtypes, lie_apart, like, rows_of, runs_kernels
 
 ACTS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
 
@@ -120,17 +120,18 @@ def _load_gate_and_up(gate_ptr, up_ptr, first, n_cols, INTERLEAVED: tl.constexpr
 @triton.jit
 def _glu_fwd_kernel(
     gate_ptr,  # [N, D]; INTERLEAVED: [N, 2D]
-    up_ptr,  # [N, D]
+    up_ptr,  # [N, D], or gate's [N, 2D] from its column up_start on
     y_ptr,  # [N, D]
     gate_stride,  # elements from one row to the next; y has no gaps
     up_stride,
+    up_start,
     n_cols,
     ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
     FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, first = place(n_cols, FLAT, BLOCK)
     gate_ptr += row * gate_stride
-    up_ptr += row * up_stride
+    up_ptr += row * up_stride + up_start
     gate, up = _load_gate_and_up(gate_ptr, up_ptr, first, n_cols, INTERLEAVED, BLOCK)
     if LIMIT is not None:
         # not tl.minimum, which may lose NaN
@@ -147,23 +148,24 @@ def _glu_fwd_kernel(
 def _glu_bwd_kernel(
     dy_ptr,  # [N, D]
     gate_ptr,  # [N, D]; INTERLEAVED: [N, 2D]
-    up_ptr,  # [N, D]
+    up_ptr,  # [N, D], or gate's [N, 2D] from its column up_start on
     dgate_ptr,  # as gate
-    dup_ptr,
+    dup_ptr,  # as up
     dy_stride,  # elements from one row to the next
     gate_stride,
     up_stride,
     dgate_stride,
     dup_stride,
+    up_start,
     n_cols,
     ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
     WANTS_DGATE: tl.constexpr, WANTS_DUP: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, first = place(n_cols, FLAT, BLOCK)
     gate_ptr += row * gate_stride
-    up_ptr += row * up_stride
+    up_ptr += row * up_stride + up_start
     dgate_ptr += row * dgate_stride
-    dup_ptr += row * dup_stride
+    dup_ptr += row * dup_stride + up_start
     cols = first + tl.arange(0, BLOCK)
     mask = cols < n_cols
 
@@ -194,39 +196,54 @@ def _glu_bwd_kernel(
             tl.store(dup_ptr + cols, dup, mask=mask)
 
 
-def glu_fwd(gate: Tensor, up: Tensor | None, form: GLUForm) -> Tensor:
-    """[..., D] x 2 -> [..., D]; without up, gate is [..., 2D] and holds both in alternate columns."""
-    both = up is None
-    up = gate if both else up
-    dtype = gate.dtype if up.dtype == gate.dtype else torch.promote_types(gate.dtype, up.dtype)
-    shape = (*gate.shape[:-1], gate.shape[-1] // 2) if both else gate.shape
-    y = torch.empty(shape, dtype=dtype, device=gate.device)
-    way = walk(y.shape, BLOCK, gate, up)
+def glu_fwd(gate: Tensor, up: Tensor | None, form: GLUForm, interleaved: bool = False) -> Tensor:
+    """[..., D] x 2 -> [..., D]; without up, gate is [..., 2D] and holds both, as halves or in alternate columns."""
+    if up is None:
+        *sizes, width = gate.shape
+        y = torch.empty(*sizes, width // 2, dtype=gate.dtype, device=gate.device)
+        halves = not interleaved
+        way = walk(y.shape, BLOCK, gate, by_row=halves)
+    else:
+        halves = False
+        y = like(gate, None if up.dtype == gate.dtype else torch.promote_types(gate.dtype, up.dtype))
+        way = walk(y.shape, BLOCK, gate, up)
     if way.programs:
         launch(
             _glu_fwd_kernel, (way.programs,),
-            *way.tensors, y, *way.strides, way.n_cols,
-            ACT=form.act, ALPHA=form.alpha, LIMIT=form.limit, OFFSET=form.offset, INTERLEAVED=both,
+            way.tensors[0], way.tensors[-1], y, way.strides[0], way.strides[-1],
+            way.n_cols if halves else 0, way.n_cols,
+            ACT=form.act, ALPHA=form.alpha, LIMIT=form.limit, OFFSET=form.offset, INTERLEAVED=interleaved,
             FLAT=way.flat, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
     return y
 
 
 def glu_bwd(
-    dy: Tensor, gate: Tensor, up: Tensor | None, dgate: Tensor | None, dup: Tensor | None, form: GLUForm
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    dgate: Tensor | None,
+    dup: Tensor | None,
+    form: GLUForm,
+    interleaved: bool = False,
 ) -> None:
     """dy [..., D]; writes dgate and dup, as gate and up. None: not wanted, or of up that gate holds both."""
-    both = up is None
-    wants_dgate, wants_dup = dgate is not None, dup is not None
-    # what is not wanted is not written, and lends a pointer only. New tensors and halves of them are rows in place
-    dgate = dup if dgate is None else dgate
-    dup = dgate if dup is None else dup
-    way = walk(dy.shape, BLOCK, dy, gate, gate if both else up, dgate, dup)
+    if up is None:
+        halves = not interleaved
+        wants_dgate = wants_dup = True
+        way = walk(dy.shape, BLOCK, dy, gate, dgate, by_row=halves)
+        which = (0, 1, 1, 2, 2)
+    else:
+        halves = False
+        wants_dgate, wants_dup = dgate is not None, dup is not None
+        # what is not wanted is not written, and lends a pointer only. New tensors are rows in place
+        way = walk(dy.shape, BLOCK, dy, gate, up, dup if dgate is None else dgate, dgate if dup is None else dup)
+        which = (0, 1, 2, 3, 4)
     if way.programs:
         launch(
             _glu_bwd_kernel, (way.programs,),
-            *way.tensors, *way.strides, way.n_cols,
-            ACT=form.act, ALPHA=form.alpha, LIMIT=form.limit, OFFSET=form.offset, INTERLEAVED=both,
+            *[way.tensors[i] for i in which], *[way.strides[i] for i in which], way.n_cols if halves else 0, way.n_cols,
+            ACT=form.act, ALPHA=form.alpha, LIMIT=form.limit, OFFSET=form.offset, INTERLEAVED=interleaved,
             WANTS_DGATE=wants_dgate, WANTS_DUP=wants_dup, FLAT=way.flat, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
 
@@ -261,14 +278,14 @@ class PackedGLUFunction(torch.autograd.Function):
     def forward(ctx, gate_up: Tensor, form: GLUForm, interleaved: bool, overwrite: bool) -> Tensor:
         ctx.save_for_backward(gate_up)
         ctx.form, ctx.interleaved, ctx.overwrite = form, interleaved, overwrite
-        return glu_fwd(*_parts(gate_up, interleaved), form)
+        return glu_fwd(gate_up, None, form, interleaved)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None, None]:
         (gate_up,) = ctx.saved_tensors
         dgate_up = _room(gate_up, ctx.overwrite)
-        glu_bwd(dy, *_parts(gate_up, ctx.interleaved), *_parts(dgate_up, ctx.interleaved), ctx.form)
+        glu_bwd(dy, gate_up, None, dgate_up, None, ctx.form, ctx.interleaved)
         if ctx.overwrite:
             torch.autograd.graph.increment_version(gate_up)
         return dgate_up, None, None, None
@@ -280,12 +297,7 @@ def _room(x: Tensor, overwrite: bool) -> Tensor:
         rows = rows_of(x)
         if rows.data_ptr() == x.data_ptr() and lie_apart(rows):
             return x.detach()
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _parts(gate_up: Tensor, interleaved: bool) -> tuple[Tensor, Tensor | None]:
-    """[..., 2D] as the launchers take it."""
-    return (gate_up, None) if interleaved else gate_up.chunk(2, -1)
+    return like(x)
 
 
 def _check(gate: Tensor, up: Tensor | None, form: GLUForm, interleaved: bool) -> None:

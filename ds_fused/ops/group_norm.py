@@ -21,12 +21,13 @@ from torch import Tensor
 
 from ds_fused.ops._group_parts import Parts, Sizes, bwd_in_parts, fwd_in_parts, sample_stride
 from ds_fused.ops._launch import launch
-from ds_fused.ops._norms import Wanted
+from ds_fused.ops._norms import Wanted, contiguous
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._sums import partials, sum_partials
 from ds_fused.ops._triton import (
     cdiv,
     check_dtypes,
+    like,
     norm_dtype,
     power_of_2,
     resident,
@@ -219,10 +220,11 @@ def _parts(sizes: Sizes) -> Parts:
 def group_norm_fwd(
     x: Tensor, n_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x [N, C, S], weight, bias [C] -> y [N, C, S] of dtype, mean [N, G], rstd [N, G]."""
+    """x [N, C, *], weight, bias [C] -> y [N, C, *] of dtype, mean [N, G], rstd [N, G]."""
     sizes = Sizes.of(x, n_groups)
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    mean, rstd = (torch.empty((sizes.samples, n_groups), dtype=torch.float32, device=x.device) for _ in range(2))
+    y = like(x, dtype)
+    mean = torch.empty(sizes.samples, n_groups, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
     if sizes.rows * sizes.space == 0:
         return y, mean, rstd
     has = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
@@ -249,11 +251,11 @@ def group_norm_bwd(
     rstd: Tensor,
     wanted: Wanted,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dy, x [N, C, S], weight, bias [C], mean, rstd [N, G] -> dx [N, C, S], dweight, dbias [C]; None if not wanted."""
+    """dy, x [N, C, *], weight, bias [C], mean, rstd [N, G] -> dx [N, C, *], dweight, dbias [C]; None if not wanted."""
     sizes = Sizes.of(x, n_groups)
     nothing = sizes.rows * sizes.space == 0
     make = torch.zeros_like if nothing else torch.empty_like
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted.dx else None
+    dx = like(x) if wanted.dx else None
     dweight = make(weight) if wanted.dweight else None
     dbias = make(bias) if wanted.dbias else None
     if nothing:
@@ -295,7 +297,7 @@ def _backward_of_whole_groups(
 
 
 class GroupNormFunction(torch.autograd.Function):
-    """Autograd around the launchers; sees only [N, C, S]."""
+    """Autograd around the launchers; sees [N, C, *], samples without gaps inside."""
 
     @staticmethod
     def forward(
@@ -312,7 +314,7 @@ class GroupNormFunction(torch.autograd.Function):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         wants_dx, _, wants_dweight, wants_dbias = ctx.needs_input_grad[:4]
         wanted = Wanted(wants_dx, weight is not None and wants_dweight, bias is not None and wants_dbias)
-        dx, dweight, dbias = group_norm_bwd(_planes(dy), x, ctx.n_groups, weight, bias, mean, rstd, wanted)
+        dx, dweight, dbias = group_norm_bwd(_without_gaps(dy), x, ctx.n_groups, weight, bias, mean, rstd, wanted)
         return dx, None, dweight, dbias, None, None
 
 
@@ -322,6 +324,11 @@ def _planes(x: Tensor) -> Tensor:
     if planes.is_contiguous() or (planes.stride(2) == 1 and planes.stride(1) == planes.shape[2]):
         return planes
     return planes.contiguous()
+
+
+def _without_gaps(x: Tensor) -> Tensor:
+    """[N, C, *], itself where it can be: a view that autograd sees is a node forward and one backward."""
+    return x if x.is_contiguous() and not torch.compiler.is_compiling() else _planes(x)
 
 
 def group_norm(
@@ -344,6 +351,6 @@ def group_norm(
     if not runs_kernels(x, weight, bias):
         return group_norm_reference(x, n_groups, weight, bias, eps=eps)
     check_dtypes("group_norm", x=x, weight=weight, bias=bias)
-    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    y = GroupNormFunction.apply(_planes(x), n_groups, weight, bias, eps, norm_dtype(x, x.dtype))
-    return y.view(x.shape)
+    weight, bias = contiguous(weight), contiguous(bias)
+    y = GroupNormFunction.apply(_without_gaps(x), n_groups, weight, bias, eps, norm_dtype(x, x.dtype))
+    return y if y.shape == x.shape else y.view(x.shape)

@@ -28,7 +28,7 @@ from torch import Tensor
 from ds_fused.ops._launch import launch
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._rows import place, walk
-from ds_fused.ops._triton import check_dtypes, runs_kernels
+from ds_fused.ops._triton import check_dtypes, like, runs_kernels
 
 # not yet measured. elements of a program and its warps
 BLOCK = 4096
@@ -134,7 +134,7 @@ def kl_div_fwd(x: Tensor, t: Tensor, log_target: bool, is_sum: bool) -> Tensor:
         # summed in two steps, always in the same order
         loss = torch.empty(way.programs, dtype=torch.float32, device=x.device)
     else:
-        loss = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        loss = like(x)
     if way.programs:
         launch(
             _kl_div_fwd_kernel, (way.programs,),
@@ -154,8 +154,8 @@ def kl_div_bwd(
     wants: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients [..., D] that are wanted."""
-    dx = torch.empty(t.shape, dtype=x_dtype, device=t.device) if wants[0] else None
-    dt = torch.empty(t.shape, dtype=t.dtype, device=t.device) if wants[1] else None
+    dx = like(t, x_dtype) if wants[0] else None
+    dt = like(t) if wants[1] else None
     # a tensor that stands for one that is not there is never touched
     way = walk(t.shape, BLOCK, t if is_sum else dloss, t if x is None else x, t)
     rows = (dloss, *way.tensors[1:]) if is_sum else way.tensors

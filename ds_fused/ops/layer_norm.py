@@ -20,13 +20,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fused.ops._launch import launch
-from ds_fused.ops._norms import Wanted, check_per_column
+from ds_fused.ops._norms import Wanted, check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._row_tiles import tile
 from ds_fused.ops._sums import partials, sum_partials
 from ds_fused.ops._triton import (
     cdiv,
     check_dtypes,
+    like,
     norm_dtype,
     resident,
     row_stride,
@@ -178,14 +179,16 @@ def _layer_norm_bwd_kernel(
 def layer_norm_fwd(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, residual [N, D], weight, bias [D] -> y [N, D] of dtype, x + residual (x where None), mean [N], rstd [N]."""
-    n, d = x.shape
-    y = torch.empty((n, d), dtype=dtype, device=x.device)
-    mean, rstd = (torch.empty(n, dtype=torch.float32, device=x.device) for _ in range(2))
-    total, residual_stride = x, 0
+    """x, residual [..., D], weight, bias [D] -> y [..., D] of dtype, x + residual or x, mean and rstd [N]."""
+    y, total, residual_stride = like(x, dtype), x, 0
     if residual is not None:
-        total = torch.empty((n, d), dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
+        total = like(x, torch.promote_types(x.dtype, residual.dtype))
+        residual = rows_of(residual)
         residual_stride = row_stride(residual)
+    x = rows_of(x)
+    n, d = x.shape
+    mean = torch.empty(n, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
     if n == 0 or d == 0:
         return y, total, mean, rstd
     arguments = (x, residual, weight, bias, y, total, mean, rstd, row_stride(x), residual_stride)
@@ -216,9 +219,10 @@ def layer_norm_bwd(
     rstd: Tensor,
     wanted: Wanted,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dy, dsum, x [N, D], weight, bias [D], mean, rstd [N] -> dx [N, D], dweight [D], dbias [D]; None if not wanted."""
+    """dy, dsum, x [..., D], weight, bias [D], mean, rstd [N] -> dx [..., D], dweight [D], dbias [D], those wanted."""
+    dx = like(x) if wanted.dx else None
+    dy, x, dsum = rows_of(dy), rows_of(x), None if dsum is None else rows_of(dsum)
     n, d = x.shape
-    dx = torch.empty((n, d), dtype=x.dtype, device=x.device) if wanted.dx else None
     nothing = n == 0 or d == 0
     make = torch.zeros_like if nothing else torch.empty_like
     dweight = make(weight) if wanted.dweight else None
@@ -239,7 +243,8 @@ def layer_norm_bwd(
     if block.rows:
         warps = NARROW_WARPS_PER_MULTIPROCESSOR if is_narrow else WARPS_PER_MULTIPROCESSOR
         programs = min(cdiv(n, block.rows), resident(x, warps, block.warps))
-        tile_bytes = sum(t.itemsize for t in (dy, x, dsum) if t is not None) * block.rows * block.cols
+        itemsizes = dy.itemsize + x.itemsize + (0 if dsum is None else dsum.itemsize)
+        tile_bytes = itemsizes * block.rows * block.cols
     else:
         column_blocks = cdiv(d, COLUMNS_TILE[1])
         warps = warps_for(COLUMNS_TILE[0] * COLUMNS_TILE[1], PER_THREAD_BWD)
@@ -271,7 +276,7 @@ def layer_norm_bwd(
 
 
 class LayerNormFunction(torch.autograd.Function):
-    """Autograd around the launchers; sees only [N, D]."""
+    """Autograd around the launchers, which flatten (see RMSNormFunction)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
@@ -288,7 +293,7 @@ class LayerNormFunction(torch.autograd.Function):
             weight is not None and ctx.needs_input_grad[1],
             bias is not None and ctx.needs_input_grad[2],
         )
-        return *layer_norm_bwd(rows_of(dy), None, x, weight, bias, mean, rstd, wanted), None, None
+        return *layer_norm_bwd(dy, None, x, weight, bias, mean, rstd, wanted), None, None
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
@@ -300,5 +305,8 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, *, 
     if not runs_kernels(x, weight, bias):
         return layer_norm_reference(x, weight, bias, eps=eps)
     check_dtypes("layer_norm", x=x, weight=weight, bias=bias)
-    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    return LayerNormFunction.apply(rows_of(x), weight, bias, eps, norm_dtype(x, x.dtype)).view(x.shape)
+    weight, bias = contiguous(weight), contiguous(bias)
+    dtype = norm_dtype(x, x.dtype)
+    if torch.compiler.is_compiling():  # as in rms_norm
+        return LayerNormFunction.apply(rows_of(x), weight, bias, eps, dtype).view(x.shape)
+    return LayerNormFunction.apply(x, weight, bias, eps, dtype)

@@ -20,13 +20,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fused.ops._launch import launch
-from ds_fused.ops._norms import check_cast, check_per_column
+from ds_fused.ops._norms import check_cast, check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._row_tiles import tile
 from ds_fused.ops._sums import SUM_COLS, partials, sum_partials
 from ds_fused.ops._triton import (
     cdiv,
     check_dtypes,
+    like,
     resident,
     row_stride,
     rows_of,
@@ -233,7 +234,7 @@ def modulated_rms_norm_fwd(
     dtypes = ([weight] if cast_before else []) + [shift]
     for t in dtypes:
         dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    y = like(x, dtype)
     x, scale, shift = rows_of(x), rows_of(scale), None if shift is None else rows_of(shift)
     n, d = x.shape
     rstd = torch.empty(n, dtype=torch.float32, device=x.device)
@@ -279,7 +280,7 @@ def modulated_rms_norm_bwd(
     """
     nothing = x.numel() == 0
     dx, dweight, dscale, dshift = (
-        (torch.zeros if nothing else torch.empty)(t.shape, dtype=t.dtype, device=x.device) if wanted else None
+        (torch.zeros_like if nothing else like)(t) if wanted else None
         for t, wanted in zip((x, weight, scale, shift), wants, strict=True)
     )
     if nothing or not any(wants):
@@ -293,7 +294,11 @@ def modulated_rms_norm_bwd(
     programs = min(cdiv(n // groups, max(1, block.rows)), most)
     wants_products = wants[1] or (wants[2] and not per_row)
     wants_sums = wants[3] and not per_row
-    products = partials(x, groups * programs, d).view(2, -1) if wants_products or wants_sums else (None, None)
+    products = sums = None
+    if wants_products or wants_sums:
+        # [2, groups * programs, D]
+        products = partials(x, groups * programs, d)
+        sums = products[groups * programs * d :]
     forms = {"OFFSET": offset, "CAST_BEFORE": cast_before, "HAS_WEIGHT": weight is not None}
     constants = {
         "PER_ROW": per_row,
@@ -312,7 +317,7 @@ def modulated_rms_norm_bwd(
         kernel = _modulated_rms_norm_bwd_walk_kernel
     launch(
         kernel, (groups * programs,),
-        dy, x, weight, scale, rstd, dx, dscale if per_row else None, dshift if per_row else None, *products,
+        dy, x, weight, scale, rstd, dx, dscale if per_row else None, dshift if per_row else None, products, sums,
         row_stride(dy), row_stride(x), row_stride(scale), n // groups, programs, d,
         **forms, **constants,
     )  # fmt: skip
@@ -326,7 +331,7 @@ def modulated_rms_norm_bwd(
         dweights = dweight if one else torch.empty((m, d), dtype=torch.float32, device=x.device)
         launch(
             _modulated_rms_norm_sums_kernel, (cdiv(d, SUM_COLS), 1 if m <= MOST_IN_TURN else m),
-            *products, weight, scale, dscale, dshift, dweights, row_stride(scale), m, programs, d,
+            products, sums, weight, scale, dscale, dshift, dweights, row_stride(scale), m, programs, d,
             **forms, WANTS_DWEIGHT=wants[1], WANTS_DSCALE=wants[2], WANTS_DSHIFT=wants[3],
             BLOCK_ROWS=SUM_ROWS, BLOCK_COLS=SUM_COLS, num_warps=4,
         )  # fmt: skip
@@ -420,7 +425,7 @@ def modulated_rms_norm(
         return modulated_rms_norm_reference(x, weight, scale, shift, eps=eps, offset=offset, cast=cast)
     check_dtypes("modulated_rms_norm", x=x, weight=weight, scale=scale, shift=shift)
     scale, shift = rows
-    weight = weight if weight is None else weight.contiguous()
+    weight = contiguous(weight)
     options = eps, offset, cast == "before_weight"
     if torch.compiler.is_compiling():
         # as in rms_norm

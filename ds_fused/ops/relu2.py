@@ -17,7 +17,7 @@ from torch import Tensor
 from ds_fused.ops._launch import launch
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._rows import place, walk
-from ds_fused.ops._triton import check_dtypes, runs_kernels
+from ds_fused.ops._triton import check_dtypes, like, runs_kernels
 
 # elements per program and warps: glu's, not yet measured here
 BLOCK = 2048
@@ -67,7 +67,7 @@ def _relu2_bwd_kernel(
 
 def relu2_fwd(x: Tensor) -> Tensor:
     """[..., D] -> [..., D]."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = like(x)
     way = walk(x.shape, BLOCK, x)
     if way.programs:
         launch(
@@ -79,7 +79,7 @@ def relu2_fwd(x: Tensor) -> Tensor:
 
 def relu2_bwd(dy: Tensor, x: Tensor) -> Tensor:
     """[..., D] x 2 -> dx [..., D]."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = like(x)
     way = walk(x.shape, BLOCK, dy, x)
     if way.programs:
         launch(

@@ -22,11 +22,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fused.ops._launch import launch
-from ds_fused.ops._norms import Wanted, check_cast, check_per_column
+from ds_fused.ops._norms import Wanted, check_cast, check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._row_tiles import tile
 from ds_fused.ops._sums import sum_partials
-from ds_fused.ops._triton import cdiv, check_dtypes, resident, row_stride, rows_of, runs_kernels, stages_for
+from ds_fused.ops._triton import cdiv, check_dtypes, like, resident, row_stride, rows_of, runs_kernels, stages_for
 from ds_fused.ops._wide_rms_norm import (
     _rms_norm_bwd_walk_kernel,
     _rms_norm_fwd_walk_kernel,
@@ -174,15 +174,15 @@ def rms_norm_fwd(
     cast_before: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[..., D] x 2, [D] x 2 -> y [..., D], what was normalised (x, or x + residual) [..., D], rstd [N]."""
-    shape, total = x.shape, x
+    total = x
     if residual is not None:
-        total = torch.empty(shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
+        total = like(x, torch.promote_types(x.dtype, residual.dtype))
         residual = rows_of(residual)
     dtype = total.dtype
     if cast_before:
         for scale in (weight, bias):
             dtype = dtype if scale is None else torch.promote_types(dtype, scale.dtype)
-    y = torch.empty(shape, dtype=dtype, device=x.device)
+    y = like(x, dtype)
     x = rows_of(x)
     n, d = x.shape
     rstd = torch.empty(n, dtype=torch.float32, device=x.device)
@@ -226,7 +226,7 @@ def rms_norm_bwd(
 
     Of bias only the dtype counts, and of dsum, which is added to dx, nothing where no dx is wanted.
     """
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted.dx else None
+    dx = like(x) if wanted.dx else None
     dy, x, dsum = rows_of(dy), rows_of(x), None if dsum is None else rows_of(dsum)
     n, d = x.shape
     nothing = n == 0 or d == 0
@@ -250,14 +250,17 @@ def rms_norm_bwd(
     }
     if block.rows:
         kernel = _rms_norm_bwd_kernel
-        tile_bytes = sum(t.itemsize for t in (dy, x, dsum) if t is not None) * block.rows * block.cols
+        itemsizes = dy.itemsize + x.itemsize + (0 if dsum is None else dsum.itemsize)
+        tile_bytes = itemsizes * block.rows * block.cols
         constants |= {"BLOCK_ROWS": block.rows, "STAGES": stages_for(STAGES_BWD, tile_bytes)}
     else:
         kernel = _rms_norm_bwd_walk_kernel
     programs = min(cdiv(n, max(1, block.rows)), resident(x, WARPS_PER_MULTIPROCESSOR, block.warps))
     made = [vector for vector in (dweight, dbias) if vector is not None]
-    partial = torch.empty((len(made), programs, d), dtype=torch.float32, device=x.device)
-    dweights, dbiases = partial[0] if wanted.dweight else None, partial[-1] if wanted.dbias else None
+    # [1 or 2, programs, D]
+    partial = torch.empty(len(made) * programs * d, dtype=torch.float32, device=x.device)
+    dweights = partial if wanted.dweight else None
+    dbiases = None if not wanted.dbias else partial[programs * d :] if wanted.dweight else partial
     strides = (row_stride(dy), row_stride(x), 0 if dsum is None else row_stride(dsum))
     launch(kernel, (programs,), dy, x, weight, rstd, dsum, dx, dweights, dbiases, *strides, n, d, **constants)
     if made:
@@ -304,7 +307,7 @@ def rms_norm(
     if not runs_kernels(x, weight, bias):
         return rms_norm_reference(x, weight, bias=bias, eps=eps, offset=offset, cast=cast)
     check_dtypes("rms_norm", x=x, weight=weight, bias=bias)
-    weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
+    weight, bias = contiguous(weight), contiguous(bias)
     if torch.compiler.is_compiling():
         # dynamo 2.11 can't hold sizes of what is made of x inside the Function; and here views cost nothing
         y = RMSNormFunction.apply(rows_of(x), weight, bias, eps, offset, cast == "before_weight")

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_fused.ops._heads import angle_strides, as_called, as_kernels_read, by_token, neighbours, room, strides
+from ds_fused.ops._heads import angle_strides, as_called, as_kernels_read, is_swapped, neighbours, room, strides
 from ds_fused.ops._launch import launch
 from ds_fused.ops._norm_and_turn import _rms_norm_rope_bwd_kernel, _rms_norm_rope_fwd_kernel
 from ds_fused.ops._norms import check_cast, check_per_column
@@ -102,7 +102,7 @@ def rms_norm_rope_fwd(
     norm: NormForm,
     keep_dtype: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, Hq, T, D], [B, Hk, T, D], [D] x 2, [B, T, R] x 2 -> q', k' in the layout of q and k, rstd [B, T, Hq + Hk]."""
+    """[B, Hq, T, D], [B, Hk, T, D], [D] x 2, cos, sin -> q', k' in the layout of q and k, rstd [B, T, Hq + Hk]."""
     ys = []
     for x, weight in ((q, q_weight), (k, k_weight)):
         dtype = torch.promote_types(x.dtype, weight.dtype) if norm.cast_before else x.dtype
@@ -118,7 +118,7 @@ def rms_norm_rope_fwd(
         _rms_norm_rope_fwd_kernel, (batch * n_tokens,),
         q, k, q_weight, k_weight, cos, sin, yq, yk, rstd,
         *strides(q, q.shape), *strides(k, k.shape), *strides(yq, q.shape), *strides(yk, k.shape),
-        *angle_strides(cos)[1:], n_tokens, norm.eps,
+        *angle_strides(cos, by_axis=False)[1:], n_tokens, norm.eps,
         Q_HEADS=q_heads, K_HEADS=k_heads, D=d, R=r, OFFSET=norm.offset, CAST_BEFORE=norm.cast_before,
         **_blocks(q_heads, k_heads, d, r, TILE_FWD), num_warps=NUM_WARPS_FWD,
     )  # fmt: skip
@@ -137,18 +137,18 @@ def rms_norm_rope_bwd(
     rstd: Tensor,
     norm: NormForm,
     wanted: Wanted,
-    by_token: tuple[bool, bool],
+    swapped: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dyq, q [B, Hq, T, D], dyk, k [B, Hk, T, D], [D] x 2, [B, T, R] x 2, rstd -> the gradients that are wanted.
+    """dyq, q [B, Hq, T, D], dyk, k [B, Hk, T, D], [D] x 2, [(B or 1,) T, R] x 2, rstd -> the gradients that are wanted.
 
-    ``by_token``: whether those of q and of k lie in memory as [B, T, heads, D].
+    ``swapped``: whether those of q and of k lie in memory as [B, T, heads, D].
     """
     batch, q_heads, n_tokens, d = q.shape
     k_heads, r = k.shape[1], cos.shape[-1]
     nothing = batch * n_tokens == 0
     make = torch.zeros_like if nothing else torch.empty_like
-    dq = room(q, by_token[0], q.dtype) if wanted.dq else None
-    dk = room(k, by_token[1], k.dtype) if wanted.dk else None
+    dq = room(q, swapped[0], q.dtype) if wanted.dq else None
+    dk = room(k, swapped[1], k.dtype) if wanted.dk else None
     dq_weight = make(q_weight) if wanted.dq_weight else None
     dk_weight = make(k_weight) if wanted.dk_weight else None
     if nothing:
@@ -162,7 +162,8 @@ def rms_norm_rope_bwd(
         _rms_norm_rope_bwd_kernel, (programs,),
         dyq, dyk, q, k, q_weight, k_weight, cos, sin, rstd, *to, partial,
         *strides(dyq, q.shape), *strides(dyk, k.shape), *strides(q, q.shape), *strides(k, k.shape),
-        *strides(to[0], q.shape), *strides(to[1], k.shape), *angle_strides(cos)[1:], n_tokens, batch * n_tokens,
+        *strides(to[0], q.shape), *strides(to[1], k.shape), *angle_strides(cos, by_axis=False)[1:],
+        n_tokens, batch * n_tokens,
         Q_HEADS=q_heads, K_HEADS=k_heads, D=d, R=r, OFFSET=norm.offset, CAST_BEFORE=norm.cast_before,
         WANTS_DQ=wanted.dq, WANTS_DK=wanted.dk, WANTS_DQ_WEIGHT=wanted.dq_weight, WANTS_DK_WEIGHT=wanted.dk_weight,
         **_blocks(q_heads, k_heads, d, r, TILE_BWD), STAGES=stages_for(STAGES_BWD, token_bytes),
@@ -174,7 +175,7 @@ def rms_norm_rope_bwd(
 
 
 class RMSNormRopeFunction(torch.autograd.Function):
-    """Autograd around the launches; sees q [B, Hq, T, D], k [B, Hk, T, D], weights [D], cos and sin [B, T, R]."""
+    """Autograd around the launches; sees q [B, Hq, T, D], k [B, Hk, T, D], weights [D], [(B or 1,) T, R] x 2."""
 
     @staticmethod
     def forward(
@@ -194,7 +195,7 @@ class RMSNormRopeFunction(torch.autograd.Function):
         wants_q, wants_k = wants_dq or wants_dq_weight, wants_dk or wants_dk_weight
         if wants_q != wants_k:
             ctx.mark_non_differentiable(yk if wants_q else yq)
-        ctx.norm, ctx.by_token = norm, (by_token(yq), by_token(yk))
+        ctx.norm, ctx.swapped = norm, (is_swapped(yq), is_swapped(yk))
         return yq, yk
 
     @staticmethod
@@ -203,7 +204,7 @@ class RMSNormRopeFunction(torch.autograd.Function):
         q, k, q_weight, k_weight, cos, sin, rstd = ctx.saved_tensors
         wanted = Wanted(*ctx.needs_input_grad[:4])
         dys = neighbours(dyq), neighbours(dyk)
-        gradients = rms_norm_rope_bwd(*dys, q, k, q_weight, k_weight, cos, sin, rstd, ctx.norm, wanted, ctx.by_token)
+        gradients = rms_norm_rope_bwd(*dys, q, k, q_weight, k_weight, cos, sin, rstd, ctx.norm, wanted, ctx.swapped)
         return *gradients, None, None, None, None
 
 
@@ -244,7 +245,7 @@ def rms_norm_rope(
         )  # fmt: skip
     check_dtypes("rms_norm_rope", q=q, k=k, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
     n_dims = q.ndim
-    q, k, cos, sin = as_kernels_read(q, k, cos, sin, unsqueeze_dim, form)
+    q, k, cos, sin = as_kernels_read(q, k, cos, sin, unsqueeze_dim)
     norm = NormForm(eps, offset, cast == "before_weight")
     ys = RMSNormRopeFunction.apply(q, k, q_weight.contiguous(), k_weight.contiguous(), cos, sin, norm, keep_dtype)
     return as_called(ys, n_dims, unsqueeze_dim)

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_fused.ops._heads import angle_strides, as_called, as_kernels_read, by_token, neighbours, room, strides
+from ds_fused.ops._heads import angle_strides, as_called, as_kernels_read, is_swapped, neighbours, room, strides
 from ds_fused.ops._launch import launch
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._rope import RopeForm, check_inplace, check_rope
@@ -252,12 +252,17 @@ def _rope(
     backward: bool = False,
     inplace: bool = False,
 ) -> None:
-    """q, yq [B, Hq, T, D], k, yk [B, Hk, T, D], cos, sin [(3,) B, T, R]: writes yq and yk, or one of both."""
-    q_heads, k_heads = (0 if x is None else x.shape[1] for x in (q, k))
+    """q, yq [B, Hq, T, D], k, yk [B, Hk, T, D], cos, sin [(3,) (B or 1,) T, R]: writes yq and yk, or one of both.
+
+    Inplace: they lie over q and k.
+    """
+    heads_dim = form.heads_dim
+    q_heads, k_heads = 0 if q is None else q.shape[heads_dim], 0 if k is None else k.shape[heads_dim]
     # heads that there are not are not touched: any pointer does
     q, yq = (k, yk) if q is None else (q, yq)
     k, yk = (q, yq) if k is None else (k, yk)
-    batch, _, n_tokens, d = q.shape
+    shape, k_shape = q.shape, k.shape
+    batch, n_tokens, d = shape[0], shape[3 - heads_dim], shape[3]
     r = cos.shape[-1]
     if batch * n_tokens * d == 0:
         return
@@ -267,8 +272,9 @@ def _rope(
     launch(
         _rope_kernel, (batch * n_tokens,),
         q, k, cos, cos if sin is None else sin, yq, yk,
-        *strides(q, q.shape), *strides(k, k.shape), *strides(yq, q.shape), *strides(yk, k.shape),
-        *angle_strides(cos), n_tokens,
+        *strides(q, shape, heads_dim), *strides(k, k_shape, heads_dim),
+        *strides(yq, shape, heads_dim), *strides(yk, k_shape, heads_dim),
+        *angle_strides(cos, form.sections is not None), n_tokens,
         Q_HEADS=q_heads, K_HEADS=k_heads, D=d, R=r, INTERLEAVED=form.interleaved, COMPLEX=form.complex,
         SECTIONS=form.sections is not None, TIME=time, HEIGHT=height, WIDTH=width, ALTERNATING=form.alternating,
         BACKWARD=backward, INPLACE=inplace, BLOCK_Q_HEADS=min(power_of_2(q_heads), most_heads),
@@ -277,34 +283,20 @@ def _rope(
     )  # fmt: skip
 
 
-def rope_fwd(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor | None, form: RopeForm, keep_dtype: bool
-) -> tuple[Tensor, Tensor]:
-    """[B, Hq, T, D], [B, Hk, T, D], [(3,) B, T, R] x 2 -> q', k' in the layout of q and k."""
-    angle_dtype = cos.dtype if sin is None else torch.promote_types(cos.dtype, sin.dtype)
-    # preserve_format: strides in the order of q's, without its gaps
-    yq, yk = (
-        torch.empty_like(x, dtype=x.dtype if keep_dtype else torch.promote_types(x.dtype, angle_dtype)) for x in (q, k)
-    )
-    _rope(q, k, cos, sin, yq, yk, form)
-    return yq, yk
-
-
-def rope_bwd(
-    dyq: Tensor | None,
-    dyk: Tensor | None,
-    cos: Tensor,
-    sin: Tensor | None,
-    dq: Tensor | None,
-    dk: Tensor | None,
-    form: RopeForm,
-) -> None:
-    """dyq, dq [B, Hq, T, D], dyk, dk [B, Hk, T, D], [(3,) B, T, R] x 2: writes dq and dk; None where not wanted."""
-    _rope(dyq, dyk, cos, sin, dq, dk, form, backward=True)
+def _result(x: Tensor, cos: Tensor, sin: Tensor | None, keep_dtype: bool) -> Tensor:
+    """Room for x turned: strides in the order of x's, without its gaps."""
+    dtype = x.dtype
+    if not keep_dtype:
+        dtype = torch.promote_types(dtype, cos.dtype)
+        dtype = dtype if sin is None else torch.promote_types(dtype, sin.dtype)
+    return torch.empty_like(x, dtype=dtype)
 
 
 class RopeFunction(torch.autograd.Function):
-    """Autograd around the launches; sees q [B, Hq, T, D], k [B, Hk, T, D], cos and sin [(3,) B, T, R]."""
+    """Autograd around the launches; sees q [B, Hq, T, D], k [B, Hk, T, D], cos and sin [(3,) (B or 1,) T, R].
+
+    Or q and k as [B, T, heads, D], as the form says: views that autograd sees are nodes forward and backward.
+    """
 
     @staticmethod
     def forward(
@@ -321,17 +313,17 @@ class RopeFunction(torch.autograd.Function):
             # mark_dirty is no way: autograd refuses it for two views, which q and k are in every model. So the results
             # are other tensors over the same memory, and whoever saved q or k gets autograd's error, not wrong numbers
             yq, yk = q.detach(), k.detach()
-            _rope(q, k, cos, sin, yq, yk, form, inplace=True)
-            if not q.is_inference():
-                torch.autograd.graph.increment_version((q, k))
         else:
-            yq, yk = rope_fwd(q, k, cos, sin, form, keep_dtype)
+            yq, yk = _result(q, cos, sin, keep_dtype), _result(k, cos, sin, keep_dtype)
+        _rope(q, k, cos, sin, yq, yk, form, inplace=inplace)
+        if inplace and not q.is_inference():
+            torch.autograd.graph.increment_version((q, k))
         ctx.save_for_backward(cos, sin)
         wanted_q, wanted_k = ctx.needs_input_grad[:2]
         if wanted_q != wanted_k:
             ctx.mark_non_differentiable(yk if wanted_q else yq)
         ctx.form = form
-        ctx.by_token, ctx.dtypes = tuple(map(by_token, (yq, yk))), (q.dtype, k.dtype)
+        ctx.swapped, ctx.dtypes = (is_swapped(yq), is_swapped(yk)), (q.dtype, k.dtype)
         return yq, yk
 
     @staticmethod
@@ -343,8 +335,8 @@ class RopeFunction(torch.autograd.Function):
             wanted = ctx.needs_input_grad[i]
             dys.append(neighbours(dy) if wanted else None)
             # in the layout that q and k had, whatever attention handed back: the projections want it
-            dxs.append(room(dy, ctx.by_token[i], ctx.dtypes[i]) if wanted else None)
-        rope_bwd(*dys, cos, sin, *dxs, ctx.form)
+            dxs.append(room(dy, ctx.swapped[i], ctx.dtypes[i]) if wanted else None)
+        _rope(*dys, cos, sin, *dxs, ctx.form, backward=True)
         return *dxs, None, None, None, None, None
 
 
@@ -376,9 +368,12 @@ def rope(
     whose producer keeps nothing of them (a matrix product's output); autograd raises where it does. Backward is not in
     place. A compiled graph, which sees to its own memory, may ignore it.
     """
-    form = RopeForm(interleaved, None if sections is None else tuple(sections), alternating, cos.is_complex())
-    check_rope("rope", q, k, cos, sin, unsqueeze_dim, form)
     compiling = torch.compiler.is_compiling()
+    sections = None if sections is None else tuple(sections)
+    # dynamo can't say the strides of all layouts, and there views cost nothing
+    heads_dim = 1 if compiling else unsqueeze_dim
+    form = RopeForm(interleaved, sections, alternating, cos.is_complex(), heads_dim)
+    check_rope("rope", q, k, cos, sin, unsqueeze_dim, form)
     if inplace and not compiling:
         check_inplace(q, k)
     if not runs_kernels(q, k, cos, sin):
@@ -390,6 +385,9 @@ def rope(
         cos = torch.view_as_real(cos.resolve_conj()).flatten(-2)
     check_dtypes("rope", q=q, k=k, cos=cos, sin=sin)
     n_dims = q.ndim
-    q, k, cos, sin = as_kernels_read(q, k, cos, sin, unsqueeze_dim, form)
+    if not compiling:
+        # the form says it
+        unsqueeze_dim = 1
+    q, k, cos, sin = as_kernels_read(q, k, cos, sin, unsqueeze_dim)
     ys = RopeFunction.apply(q, k, cos, sin, form, keep_dtype or inplace, inplace and not compiling)
     return as_called(ys, n_dims, unsqueeze_dim)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ds_fused.ops import _along_rows
 from ds_fused.ops._along_rows import along_rows, check_dim
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._triton import autocast_dtype, check_dtypes, rows_of, runs_kernels
+from ds_fused.ops._triton import autocast_dtype, check_dtypes, like, rows_of, runs_kernels
 
 # On an H100, ms of 8192x128256, forward and backward: 1.91, 3.12; with 8192 columns 2.11, 3.33; with 4096 and 256
 # threads 2.14, 3.52 (results/h100/tune.csv)
@@ -141,7 +141,7 @@ class SoftmaxFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, dtype: torch.dtype) -> Tensor:
-        y = torch.empty(x.shape, dtype=dtype, device=x.device)
+        y = like(x, dtype)
         along_rows(_softmax_fwd_kernel, _softmax_fwd_walk_kernel, _along_rows.WHOLE_ROW_FWD, WALK_COLS, y, x)
         ctx.save_for_backward(y)
         ctx.dtype = x.dtype
@@ -151,7 +151,7 @@ class SoftmaxFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
-        dx = torch.empty(y.shape, dtype=ctx.dtype, device=y.device)
+        dx = like(y, ctx.dtype)
         widest = _along_rows.WHOLE_ROW_BWD
         return along_rows(_softmax_bwd_kernel, _softmax_bwd_walk_kernel, widest, WALK_COLS, dx, dy, y), None
 

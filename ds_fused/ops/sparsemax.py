@@ -27,7 +27,7 @@ from torch import Tensor
 from ds_fused.ops import _along_rows
 from ds_fused.ops._along_rows import along_rows, check_dim
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._triton import check_dtypes, rows_of, runs_kernels
+from ds_fused.ops._triton import check_dtypes, like, rows_of, runs_kernels
 
 # with more the forward spills. On an H100, ms of 2048x128256, forward and backward: 1.30, 0.59; with 4096 and 256
 # threads 1.60, 0.59
@@ -213,7 +213,7 @@ class SparsemaxFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        y = like(x)
         along_rows(_sparsemax_fwd_kernel, _sparsemax_fwd_walk_kernel, _along_rows.WHOLE_ROW_FWD, WALK_COLS, y, x)
         ctx.save_for_backward(y)
         return y
