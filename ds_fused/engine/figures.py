@@ -151,8 +151,10 @@ def chosen(ways: list[Figures], free: float, rates: Rates) -> Figures:
     if not fitting:
         return min(ways, key=lambda way: way.held)
     fastest = min(way.seconds(rates) for way in fitting)
-    # closer than a model of this kind can tell apart
-    return min((way for way in fitting if way.seconds(rates) <= 1.05 * fastest), key=lambda way: way.held)
+    # closer than a model of this kind can tell apart, or of no matter to a step: so that what the rates were measured
+    # beside does not choose anew in each run of a small model
+    near = max(1.05 * fastest, fastest + 1e-3)
+    return min((way for way in fitting if way.seconds(rates) <= near), key=lambda way: way.held)
 
 
 def turning_point(head: Head, chunk_bytes: int, keep_bytes: int, rates: Rates) -> int:

@@ -117,6 +117,9 @@ def test_the_choice():
     assert chosen([small, quick], 0, rates) is small  # none fits
     # as good as equal
     assert chosen([way("stream", 1, 1.04), quick], 10, rates).mode == "stream"
+    # a millisecond is nothing to a step
+    assert chosen([way("stream", 1, 2.9e-3), way("stationary", 3, 2e-3)], 10, rates).mode == "stream"
+    assert chosen([way("stream", 1, 3.1e-3), way("stationary", 3, 2e-3)], 10, rates).mode == "stationary"
 
 
 def mode(most: int, ranks: int, rates: Rates) -> str:

@@ -20,6 +20,8 @@ def overrides(model: Path, text: Path, folder: Path) -> list[str]:
         f"train.steps={STEPS}", "train.log_every=1", "train.eval_every=0", "train.save_every=5",
         "deepspeed=zero3", "deepspeed.train_micro_batch_size_per_gpu=1", "deepspeed.bf16.enabled=false",
         "deepspeed.tensorboard.enabled=false", "deepspeed.optimizer.params.lr=0.01",
+        # "auto" would measure anew in each run, and other modes round otherwise
+        "+fused.fused_linear_cross_entropy.mode=stream",
         # no weight is so small that it stays whole
         "+deepspeed.zero_optimization.stage3_param_persistence_threshold=0",
         # the hosts share the cores of one machine
