@@ -38,6 +38,18 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
 
 
+def as_its_last_rows(op: Callable[[Tensor], Tensor], n: int, d: int, device: torch.device) -> None:
+    """Of x [n, d] in bf16 the last rows of the result and of the gradient are those of these rows alone."""
+    x = torch.randn(n, d, dtype=torch.bfloat16, device=device).requires_grad_()
+    y = op(x)
+    y.backward(x.detach())
+    tail = x.detach()[-3:].clone().requires_grad_()
+    y_tail = op(tail)
+    y_tail.backward(tail.detach())
+    assert same_bits(y[-3:].detach(), y_tail.detach())
+    assert same_bits(x.grad[-3:], tail.grad)
+
+
 def as_accurate(
     op: Callable[..., object],
     reference: Callable[..., object],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accuracy import as_accurate, randn, same_bits
+from accuracy import as_accurate, as_its_last_rows, randn, same_bits
 from torch import Tensor
 
 from ds_fused.ops.registry import Op, op
@@ -40,14 +40,7 @@ def test_empty(shape, row, device):
 @each_op
 def test_more_elements_than_int32(row, device):
     n, d = 2**20 + 1, 2**11  # 2^31 + 2^11 elements, 4 GiB each
-    x = torch.randn(n, d, dtype=torch.bfloat16, device=device).requires_grad_()
-    y = row.function(x)
-    y.backward(x.detach())
-    tail = x.detach()[-3:].clone().requires_grad_()
-    y_tail = row.function(tail)
-    y_tail.backward(tail.detach())
-    assert same_bits(y[-3:].detach(), y_tail.detach())
-    assert same_bits(x.grad[-3:], tail.grad)
+    as_its_last_rows(row.function, n, d, device)
 
 
 @pytest.mark.gpu
