@@ -58,7 +58,7 @@ class Head:
     @classmethod
     def cut(cls, shards: Shards, slab_bytes: int, itemsize: int = 2, **facts: bool) -> Head:
         """As ZeroSlabs cuts it."""
-        spans = shards.spans(shards.hidden * itemsize, slab_bytes)
+        spans = shards.spans(shards.cuts(shards.hidden * itemsize, slab_bytes))
         return cls(shards, max(span.stop - span.start for span in spans), len(spans), itemsize, **facts)
 
     @property

@@ -77,9 +77,9 @@ class Shards:
         starts = [0, *range(first, self.common, rows)]
         return [slice(a, b) for a, b in zip(starts, [*starts[1:], self.common], strict=True)]
 
-    def spans(self, row_bytes: int, slab_bytes: int) -> list[slice]:
+    def spans(self, cuts: list[slice]) -> list[slice]:
         """Of each slab the places of its rows: the seam, if there is one, and the plain slabs."""
-        sizes = [self.ranks * (cut.stop - cut.start) for cut in self.cuts(row_bytes, slab_bytes)]
+        sizes = [self.ranks * (cut.stop - cut.start) for cut in cuts]
         ends = list(accumulate([self.seam_rows, *sizes] if self.seam_rows else sizes))
         return [slice(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
 

@@ -48,7 +48,7 @@ class Slabs:
         self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
         self.requires_grad, self.share = weight.requires_grad, 1 / shards.ranks
         self.ids = self.places = weight.new_empty(len(weight), dtype=torch.int64)
-        self._spans = shards.spans(shards.hidden * weight.element_size(), slab_bytes)
+        self._spans = shards.spans(shards.cuts(shards.hidden * weight.element_size(), slab_bytes))
         self.slab_rows = max(span.stop - span.start for span in self._spans)
 
     def __len__(self) -> int:

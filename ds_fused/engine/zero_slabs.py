@@ -55,8 +55,8 @@ class ZeroSlabs:
         self._rank = dist.get_rank(self.group)
         self.ranks = dist.get_world_size(self.group)
         self._shards = Shards(*self.shape, self.ranks)
-        sizes = self.shape[1] * param.ds_tensor.element_size(), slab_bytes
-        self._cuts, self._spans = self._shards.cuts(*sizes), self._shards.spans(*sizes)
+        self._cuts = self._shards.cuts(self.shape[1] * param.ds_tensor.element_size(), slab_bytes)
+        self._spans = self._shards.spans(self._cuts)
         # the seam comes first: at the last one a backward begins, where a large one is to be here already
         self._seams = int(self._shards.seam_rows > 0)
         self.slab_rows = max(span.stop - span.start for span in self._spans)

@@ -88,7 +88,8 @@ def test_a_shape_is_cut_into_rows_that_are_there_once():
             continue
         cut += 1
         for slab_bytes in (0, 700, 10**9):
-            ids, spans = shards.ids(shards.cuts(hidden, slab_bytes)), shards.spans(hidden, slab_bytes)
+            cuts = shards.cuts(hidden, slab_bytes)
+            ids, spans = shards.ids(cuts), shards.spans(cuts)
             assert torch.equal(ids.sort().values, torch.arange(n_vocab))
             assert [span.start for span in spans] == [0, *(span.stop for span in spans[:-1])]
             assert spans[-1].stop == n_vocab
