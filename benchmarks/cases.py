@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks import rivals
+from benchmarks import attention_rivals, rivals
 from benchmarks.rivals import Provider
 
 DTYPE = torch.bfloat16
@@ -119,6 +119,13 @@ def embedding_inputs(generator: torch.Generator, n: int, h: int, n_vocab: int) -
 
 def row_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
     return Inputs({"x": _randn(generator, n, d).requires_grad_(), "dy": _randn(generator, n, d)}, ("dy",))
+
+
+def attention_inputs(generator: torch.Generator, b: int, h: int, t: int, d: int) -> Inputs:
+    # as projections hand them over: [B, H, T, D] as a view of [B, T, H, D]
+    q, k, v, dy = (_randn(generator, b, t, h, d).transpose(1, 2) for _ in range(4))
+    tensors = {"q": q.requires_grad_(), "k": k.requires_grad_(), "v": v.requires_grad_()}
+    return Inputs(tensors | {"dy": dy}, ("dy",))
 
 
 def group_norm_inputs(generator: torch.Generator, n: int, c: int, h: int, w: int) -> Inputs:
@@ -315,6 +322,11 @@ def _sparse_row_bytes(n: int, d: int) -> tuple[int, int]:
     return SIZE * 2 * n * d, SIZE * 4 * n * d
 
 
+def _attention_bytes(b: int, h: int, t: int, d: int) -> tuple[int, int]:
+    # q, k, v -> y; q, k, v, y, dy -> dq, dk, dv
+    return SIZE * 4 * b * h * t * d, SIZE * 12 * b * h * t * d
+
+
 def _group_norm_bytes(n: int, c: int, h: int, w: int) -> tuple[int, int]:
     return SIZE * (2 * n * c * h * w + 2 * c), SIZE * (5 * n * c * h * w + 5 * c)
 
@@ -441,6 +453,16 @@ CASES = (
     Case(
         "sparsemax", "", row_inputs, rivals.SPARSEMAX,
         sweep=SPARSE_ROW_SWEEP, launch_bound=(16, 1024), tiny=(5, 48), bytes=_sparse_row_bytes,
+    ),
+    # as long as a score for each pair of tokens allows, which plain PyTorch and Liger hold
+    Case(
+        "neighborhood_attention", "window 7", attention_inputs, attention_rivals.neighborhood_providers(7),
+        sweep=((64, 16, 1024, 128), (4, 16, 4096, 64)), launch_bound=(1, 4, 64, 32), tiny=(2, 2, 20, 8),
+        bytes=_attention_bytes,
+    ),
+    Case(
+        "neighborhood_attention", "window 255", attention_inputs, attention_rivals.neighborhood_providers(255),
+        sweep=((16, 16, 2048, 128),), launch_bound=(1, 4, 64, 32), tiny=(2, 2, 20, 8), bytes=_attention_bytes,
     ),
     Case(
         "layer_norm", "", layer_norm_inputs, rivals.LAYER_NORM,

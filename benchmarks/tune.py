@@ -105,6 +105,14 @@ SEARCHES = (
     Search("sparsemax", "", "forward", ((32768, 4096),), {"PER_THREAD": (8, 16, 32)}, file="_along_rows"),
     Search("sparsemax", "", "forward", ((2048, 128256),), {"WALK_COLS": (4096, 8192, 16384)}),
     Search(
+        "neighborhood_attention", "window 7", "both", ((64, 16, 1024, 128), (4, 16, 4096, 64)),
+        {"NARROW_ROWS": (32, 64, 128), "NARROW_KEYS": (16, 32, 64), "STAGES": (1, 2, 3)},
+    ),
+    Search(
+        "neighborhood_attention", "window 255", "both", ((16, 16, 2048, 128),),
+        {"WIDE_ROWS": (64, 128), "WIDE_KEYS": (32, 64, 128), "STAGES": (1, 2, 3)},
+    ),
+    Search(
         "embedding", "", "backward", ((16384, 4096, 128256), (32768, 576, 49152)),
         {"BLOCK_COLS": (256, 512, 1024), "PER_THREAD": (4, 8), "CHUNK": (128, 256, 512), "ROWS": (2, 4, 8)},
     ),

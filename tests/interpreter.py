@@ -1,4 +1,4 @@
-"""Two corrections of triton 3.6's interpreter, without which a CPU judges other kernels than a GPU runs."""
+"""Three corrections of triton 3.6's interpreter, without which a CPU judges other kernels than a GPU runs."""
 
 from __future__ import annotations
 
@@ -20,6 +20,14 @@ def correct() -> None:
 
     interpreter.InterpreterBuilder.cast_impl = cast_impl
 
+    # TODO: goes when triton's interpreter multiplies matrices of bf16 (it takes their bits for integers)
+    stock_dot = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self: object, a: interpreter.TensorHandle, b: interpreter.TensorHandle, *rest: object):
+        return stock_dot(self, *(_as_fp32(x) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
     # TODO: goes when triton's interpreter says .item() for a loop's bounds: numpy 2.4 refuses int() of [n]
     stock_patch = interpreter._patch_lang_tensor
 
@@ -28,3 +36,8 @@ def correct() -> None:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = patch_lang_tensor
+
+
+def _as_fp32(x: interpreter.TensorHandle) -> interpreter.TensorHandle:
+    """bf16, which the interpreter holds as bits, in fp32."""
+    return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)

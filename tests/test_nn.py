@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -25,7 +26,9 @@ def seeded(make: Callable[[], torch.nn.Module], device: torch.device) -> torch.n
     return make().to(device)
 
 
-def agree(mine: Callable[[], torch.nn.Module], theirs: Callable[[], torch.nn.Module], device, *inputs: Tensor) -> None:
+def agree(
+    mine: Callable[[], torch.nn.Module], theirs: Callable[[], torch.nn.Module], device, *inputs: Tensor, atol=2e-6
+) -> None:
     """One is the other's drop-in replacement."""
     ours, stock = seeded(mine, device), seeded(theirs, device)
     states = ours.state_dict(), stock.state_dict()
@@ -43,7 +46,7 @@ def agree(mine: Callable[[], torch.nn.Module], theirs: Callable[[], torch.nn.Mod
         y = module(*leaves)
         y.backward(torch.linspace(-1, 1, y.numel(), device=device).view(y.shape))
         results.append([y, *(p.grad for p in module.parameters()), *(x.grad for x in leaves if x.is_floating_point())])
-    torch.testing.assert_close(*results, rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(*results, rtol=2e-5, atol=atol)
 
 
 @pytest.mark.parametrize("shape", [D, (5, D)])
@@ -118,6 +121,34 @@ def test_poly_norm(device):
             return self.weight[0] * cube + self.weight[1] * square + self.weight[2] * first + self.bias
 
     agree(nn.PolyNorm, Stock, device, X)
+
+
+@pytest.mark.parametrize("options", [{}, {"kernel_size": 3, "dilation": 2, "bias": False, "scale": 0.7}])
+def test_neighborhood_attention(options, device):
+    class Stock(torch.nn.Module):
+        def __init__(self, kernel_size=7, dilation=1, bias=True, scale=None):
+            super().__init__()
+            for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+                setattr(self, name, torch.nn.Linear(D, D, bias))
+            self.scale, self.near = scale, torch.zeros(5, 5, dtype=torch.bool)
+            for i, j in itertools.product(range(5), range(5)):
+                self.near[i, j] = abs(i - j) <= kernel_size // 2 * dilation and (i - j) % dilation == 0
+
+        def forward(self, x):
+            q, k, v = (p(x).view(*x.shape[:2], 3, -1).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+            mask = self.near.to(x.device)
+            y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+            return self.out_proj(y.transpose(1, 2).reshape(x.shape))
+
+    # the gradient of k_proj's bias is 0, of which either has what rounding left
+    agree(lambda: nn.NeighborhoodAttention(D, 3, **options), lambda: Stock(**options), device, 0.1 * X[0], atol=2e-5)
+
+
+def test_neighborhood_attention_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="NeighborhoodAttention: 5 heads must divide hidden_size, which is 12"):
+        nn.NeighborhoodAttention(D, 5)
+    with pytest.raises(ValueError, match="NeighborhoodAttention: kernel_size is 4; it must be odd"):
+        nn.NeighborhoodAttention(D, 3, 4)
 
 
 @pytest.mark.parametrize(("kind", "act"), [("SwiGLU", "silu"), ("GeGLU", "gelu_pytorch_tanh")])

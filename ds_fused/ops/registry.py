@@ -30,6 +30,7 @@ from ds_fused.ops.linear_jsd import linear_jsd, linear_jsd_reference
 from ds_fused.ops.linear_kl_div import linear_kl_div, linear_kl_div_reference
 from ds_fused.ops.linear_log_probs import linear_log_probs, linear_log_probs_reference
 from ds_fused.ops.modulated_rms_norm import modulated_rms_norm, modulated_rms_norm_reference
+from ds_fused.ops.neighborhood_attention import neighborhood_attention, neighborhood_attention_reference
 from ds_fused.ops.poly_norm import poly_norm, poly_norm_reference
 from ds_fused.ops.relu2 import relu2, relu2_reference
 from ds_fused.ops.rms_norm import rms_norm, rms_norm_reference
@@ -154,6 +155,13 @@ OPS: tuple[Op, ...] = (
         sparsemax_reference,
         (),
         "projection on the probability simplex along a dimension, without a sort",
+    ),
+    Op(
+        "neighborhood_attention",
+        neighborhood_attention,
+        neighborhood_attention_reference,
+        (),
+        "attention of each token to those around it, every one or every so manieth; nothing of T x T",
     ),
     Op(
         "cross_entropy",

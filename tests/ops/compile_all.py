@@ -134,6 +134,19 @@ def sparsemax() -> None:
         ops.sparsemax(leaf(n, d, dtype=dtype)).sum().backward()
 
 
+def neighborhood_attention() -> None:
+    half, full = torch.bfloat16, torch.float32
+    for d, kernel_size, dtype in (
+        (64, 7, half),
+        (128, 255, half),
+        (256, 255, half),
+        (128, 7, full),
+    ):
+        q, k, v = (leaf(1, 300, 2, d, dtype=dtype).transpose(1, 2) for _ in range(3))
+        ops.neighborhood_attention(q, k, v, kernel_size=kernel_size).sum().backward()
+    ops.neighborhood_attention(q, k.detach(), v.detach(), dilation=2).sum().backward()
+
+
 def glu() -> None:
     for act in ("silu", "gelu_tanh", "gelu", "relu", "relu2"):
         ops.glu(leaf(2, 4096), leaf(2, 4096), act).sum().backward()

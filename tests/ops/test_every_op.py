@@ -53,6 +53,7 @@ def example(
         "embedding": (lambda head: op(labels.clamp_min(0), head), [head]),
         "softmax": (op, [x]),
         "sparsemax": (op, [x]),
+        "neighborhood_attention": (op, [some(1, 2, 6, 8, seed=i) for i in range(3)]),
         "cross_entropy": (lambda x: op(x, labels), [logits]),
         "linear_cross_entropy": (lambda x, w: op(x, w, labels, **options), [x, head]),
         "linear_log_probs": (lambda x, w: op(x, w, labels, entropy=True, **options), [x, head]),

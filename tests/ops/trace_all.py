@@ -97,6 +97,17 @@ def along_a_dimension(op: Callable[..., Tensor]) -> Iterator[Case]:
     yield partial(op, dim=1), [(leaf(2, n, 64),) for n in (3, 4, 5)]
 
 
+def neighborhood_attention() -> Iterator[Case]:
+    def heads_of(tokens: int, d: int, n_heads: int = 2) -> tuple[Tensor, ...]:
+        return tuple(leaf(1, tokens, n_heads, d).transpose(1, 2) for _ in range(3))
+
+    yield ops.neighborhood_attention, [heads_of(n, 64) for n in (3, 4, 5)]
+    yield ops.neighborhood_attention, [heads_of(65, d) for d in (64, 128, 80)]
+    yield ops.neighborhood_attention, [tuple(leaf(b, 4, 33, 64) for _ in range(3)) for b in (1, 2, 3)]
+    dilated = partial(ops.neighborhood_attention, kernel_size=255, dilation=3, scale=0.5)
+    yield lambda q, k, v: dilated(q, k.detach(), v.detach()), [heads_of(n, 64) for n in (70, 71, 72)]
+
+
 def glu() -> Iterator[Case]:
     yield ops.glu, [(leaf(5, d), leaf(5, d)) for d in (64, 128, 100)]
     yield ops.glu, [(leaf(2, n, 64), leaf(2, n, 64)) for n in (3, 4, 5)]

@@ -1,0 +1,52 @@
+"""How each library computes the ops of attention; see rivals.py."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.rivals import Call, Provider, Tensors, _eager, _liger, _ops
+
+# --- neighborhood_attention: q, k, v [B, H, T, D] ---
+
+
+def neighborhood_providers(kernel_size: int) -> dict[str, Provider]:
+    half = kernel_size // 2
+
+    def arguments(t: Tensors):
+        return t["q"], t["k"], t["v"]
+
+    def plain(t: Tensors):
+        # no model of transformers has it: the definition
+        from ds_fused.ops.neighborhood_attention import neighborhood_attention_reference
+
+        return lambda q, k, v: neighborhood_attention_reference(q, k, v, kernel_size=kernel_size), arguments(t)
+
+    def torchs(t: Tensors) -> Call:
+        place = torch.arange(t["q"].shape[2], device=t["q"].device)
+        near = (place[:, None] - place).abs() <= half
+        return lambda: F.scaled_dot_product_attention(*arguments(t), attn_mask=near)
+
+    def flex(t: Tensors) -> Call:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        n = t["q"].shape[2]
+        near = create_block_mask(lambda b, h, i, j: (i - j).abs() <= half, None, None, n, n, device=t["q"].device.type)
+        compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+        return lambda: compiled(*arguments(t), block_mask=near)
+
+    def ligers(t: Tensors) -> Call:
+        attention = _liger().liger_fused_neighborhood_attention
+        return lambda: attention(*arguments(t), kernel_size)
+
+    def ours(t: Tensors) -> Call:
+        attention = _ops().neighborhood_attention
+        return lambda: attention(*arguments(t), kernel_size=kernel_size)
+
+    return {
+        "ds_fused": Provider(ours),
+        "hf_eager": Provider(_eager(plain), note="the definition in PyTorch"),
+        "torch": Provider(torchs, note="scaled_dot_product_attention with a mask made before"),
+        "compile": Provider(flex, note="flex_attention, compiled, with a block mask made before"),
+        "liger": Provider(ligers),
+    }

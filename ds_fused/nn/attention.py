@@ -1,0 +1,50 @@
+"""Attention over neighbours."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ds_fused.nn._options import listed
+from ds_fused.ops import neighborhood_attention
+from ds_fused.ops.neighborhood_attention import check_window
+
+
+class NeighborhoodAttention(torch.nn.Module):
+    """Projections of x [B, T, hidden_size] around ``neighborhood_attention``; names and arguments are Liger's."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        kernel_size: int = 7,
+        dilation: int = 1,
+        bias: bool = True,
+        dropout: float = 0.0,
+        scale: float | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if hidden_size % num_heads:
+            raise ValueError(
+                f"NeighborhoodAttention: {num_heads} heads must divide hidden_size, which is {hidden_size}"
+            )
+        check_window("NeighborhoodAttention", kernel_size, dilation)
+        made = {"bias": bias, "device": device, "dtype": dtype}
+        self.q_proj = torch.nn.Linear(hidden_size, hidden_size, **made)
+        self.k_proj = torch.nn.Linear(hidden_size, hidden_size, **made)
+        self.v_proj = torch.nn.Linear(hidden_size, hidden_size, **made)
+        self.out_proj = torch.nn.Linear(hidden_size, hidden_size, **made)
+        self.dropout = torch.nn.Dropout(dropout)
+        self.num_heads = num_heads
+        self.options = {"kernel_size": kernel_size, "dilation": dilation, "scale": scale}
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = (project(x).unflatten(-1, (self.num_heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        y = neighborhood_attention(*(each.transpose(1, 2) for each in heads), **self.options)
+        return self.out_proj(self.dropout(y.transpose(1, 2).flatten(-2)))
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, {listed(self.options)}"

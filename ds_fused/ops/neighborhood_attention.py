@@ -1,0 +1,207 @@
+"""Attention of each token to its neighbours: ``softmax(scale * q k^T) v`` over the tokens at most so far away.
+
+Token i sees the tokens j with |i - j| <= kernel_size // 2 * dilation whose distance the dilation divides, itself among
+them; at the ends of the sequence there are fewer. That is neighborhood attention (Hassani et al. 2023) in one dimension
+with Liger's borders: NATTEN's move the window inwards instead, so that each token has kernel_size neighbours.
+
+Nothing of the size of T x T exists. Softmax is summed up as it goes (Dao et al. 2022), in fp32; weights and their
+gradients are rounded to the inputs' dtype before they are multiplied, and computed again in the backward.
+Saved for backward: q, k, v, y, and the logarithm of the sum of exponentials in fp32 per token and head.
+Traffic per element of q: forward 3 reads + 1 write, backward 5 reads + 3 writes; neighbours that another program reads
+too come from L2. Each gradient is written by one program (no atomics: same input, same bits).
+
+Sizes: B batch entries, H heads, T tokens, D columns.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ds_fused.ops._heads import is_swapped, neighbours, room, strides
+from ds_fused.ops._launch import launch
+from ds_fused.ops._neighborhood_attention_kernels import (
+    _neighborhood_attention_bwd_kernel,
+    _neighborhood_attention_fwd_kernel,
+)
+from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._triton import cdiv, check_dtypes, power_of_2, runs_kernels
+
+MOST_COLS = 256
+# tokens of a tile, and neighbours that it meets at a time: of windows of up to NARROW tokens to a side, and of wider
+# ones. Not measured yet. A tile of R tokens multiplies whole blocks of R + kernel_size - 1 neighbours, so that a narrow
+# window wants small ones
+NARROW = 64
+NARROW_ROWS, NARROW_KEYS = 64, 32
+WIDE_ROWS, WIDE_KEYS = 128, 64
+STAGES = 2
+# more columns than this leave registers for fewer tokens
+FEW_COLS = 128
+
+
+def neighborhood_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, *, kernel_size: int = 7, dilation: int = 1, scale: float | None = None
+) -> Tensor:
+    """What this file computes, in PyTorch: the specification, the CPU path and the yardstick of the tests."""
+    scale = _scale_of(q) if scale is None else scale
+    place = torch.arange(q.shape[2], device=q.device)
+    distance = (place[:, None] - place).abs()
+    near = (distance <= kernel_size // 2 * dilation) & (distance % dilation == 0)
+    scores = (q @ k.transpose(-2, -1) * scale).masked_fill(~near, -math.inf)
+    weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return weights.to(v.dtype) @ v
+
+
+def _scale_of(q: Tensor) -> float:
+    return max(1, q.shape[-1]) ** -0.5
+
+
+def _constants(x: Tensor, half: int, *, backward: bool) -> dict[str, object]:
+    """Of a launch over x [B, H, T, D] with so many neighbours on each side."""
+    cols = max(16, power_of_2(x.shape[-1]))
+    # products of fp32 are not for the tensor cores, and hold a whole row of each factor in registers
+    is_wide = x.dtype == torch.float32
+    if is_wide:
+        rows = keys = 32 if cols <= FEW_COLS // 2 else 16
+    elif cols > FEW_COLS:
+        rows = keys = 32
+    elif half <= NARROW:
+        rows, keys = NARROW_ROWS, NARROW_KEYS
+    else:
+        rows, keys = WIDE_ROWS, WIDE_KEYS
+        if backward and cols == FEW_COLS:
+            # two sums of a tile's size
+            rows //= 2
+    few = not is_wide and rows * cols <= 64 * (64 if backward else 128)
+    return {
+        "PRECISION": "ieee" if is_wide else "tf32",
+        "BLOCK_ROWS": rows,
+        "BLOCK_KEYS": keys,
+        "BLOCK_COLS": cols,
+        "STAGES": 1 if is_wide else STAGES,
+        "num_warps": 4 if few else 8,
+    }
+
+
+def _grid(shape: torch.Size, dilation: int, rows: int) -> tuple[int]:
+    batch, n_heads, n_tokens, _ = shape
+    return (batch * n_heads * dilation * cdiv(cdiv(n_tokens, dilation), rows),)
+
+
+def neighborhood_attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, kernel_size: int, dilation: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """q, k, v [B, H, T, D] -> y [B, H, T, D], lse [B, H, T]."""
+    shape = q.shape
+    batch, n_heads, n_tokens, d = shape
+    y = room(q, is_swapped(q), q.dtype)
+    lse = torch.empty((batch, n_heads, n_tokens), dtype=torch.float32, device=q.device)
+    if batch * n_heads * n_tokens * d == 0:
+        return y, lse
+    # more classes than tokens would be empty
+    dilation, half = min(dilation, n_tokens), kernel_size // 2
+    constants = _constants(q, half, backward=False)
+    launch(
+        _neighborhood_attention_fwd_kernel, _grid(shape, dilation, constants["BLOCK_ROWS"]),
+        q, k, v, y, lse, *strides(q, shape), *strides(k, shape), *strides(v, shape), *strides(y, shape),
+        n_heads, n_tokens, d, half, dilation, scale, **constants,
+    )  # fmt: skip
+    return y, lse
+
+
+def neighborhood_attention_bwd(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    kernel_size: int,
+    dilation: int,
+    scale: float,
+    *,
+    wants_dq: bool,
+    wants_dkv: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dy, q, k, v, y [B, H, T, D], lse [B, H, T] -> dq, dk, dv [B, H, T, D], in the layouts of q, k and v."""
+    shape = q.shape
+    batch, n_heads, n_tokens, d = shape
+    wants = wants_dq, wants_dkv, wants_dkv
+    dq, dk, dv = (
+        room(x, is_swapped(x), x.dtype) if wanted else None for x, wanted in zip((q, k, v), wants, strict=True)
+    )
+    if batch * n_heads * n_tokens * d == 0:
+        return dq, dk, dv
+    dilation, half = min(dilation, n_tokens), kernel_size // 2
+    constants = _constants(q, half, backward=True)
+    launch(
+        _neighborhood_attention_bwd_kernel, _grid(shape, dilation, constants["BLOCK_ROWS"]),
+        dy, q, k, v, y, lse, dq, dk, dv,
+        *strides(dy, shape), *strides(q, shape), *strides(k, shape), *strides(v, shape), *strides(y, shape),
+        *[stride for x in (dq, dk, dv) for stride in ((0, 0, 0) if x is None else strides(x, shape))],
+        n_heads, n_tokens, d, half, dilation, scale, WANTS_DQ=wants_dq, WANTS_DKV=wants_dkv, **constants,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+class NeighborhoodAttentionFunction(torch.autograd.Function):
+    """Autograd around the two launches; sees q, k and v [B, H, T, D] in any strides but that of the columns."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, kernel_size: int, dilation: int, scale: float) -> Tensor:
+        y, lse = neighborhood_attention_fwd(q, k, v, kernel_size, dilation, scale)
+        ctx.save_for_backward(q, k, v, y, lse)
+        ctx.options = kernel_size, dilation, scale
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        wants_dq, *wants_dkv = ctx.needs_input_grad[:3]
+        dq, dk, dv = neighborhood_attention_bwd(
+            neighbours(dy), *ctx.saved_tensors, *ctx.options, wants_dq=wants_dq, wants_dkv=any(wants_dkv)
+        )
+        return dq, dk if wants_dkv[0] else None, dv if wants_dkv[1] else None, None, None, None
+
+
+def check_window(op: str, kernel_size: int, dilation: int) -> None:
+    """A window that is as wide to both sides, and a distance between neighbours."""
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"{op}: kernel_size is {kernel_size}; it must be odd and positive: as many on both sides")
+    if dilation < 1:
+        raise ValueError(f"{op}: dilation is {dilation}; it must be 1 or more")
+
+
+def neighborhood_attention(
+    q: Tensor,  # [B, H, T, D]
+    k: Tensor,  # [B, H, T, D]
+    v: Tensor,  # [B, H, T, D]
+    *,
+    kernel_size: int = 7,
+    dilation: int = 1,
+    scale: float | None = None,
+) -> Tensor:
+    """``softmax(scale * q k^T) v`` over the kernel_size tokens around each, those that there are; [B, H, T, D].
+
+    ``dilation``: only every so manieth token is a neighbour, of as many as before. ``scale``: 1 / sqrt(D) where None.
+    q, k and v have one shape and one dtype, and up to 256 columns. Any strides are read in place if the columns of a
+    head lie side by side; the result lies in memory as q does.
+    """
+    if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape:
+        raise ValueError(
+            f"neighborhood_attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must have one "
+            f"shape, [batch, heads, tokens, columns]"
+        )
+    check_window("neighborhood_attention", kernel_size, dilation)
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"neighborhood_attention: q is {q.dtype}, k {k.dtype} and v {v.dtype}; they must be the same")
+    if not runs_kernels(q, k, v):
+        return neighborhood_attention_reference(q, k, v, kernel_size=kernel_size, dilation=dilation, scale=scale)
+    check_dtypes("neighborhood_attention", q=q)
+    if q.shape[3] > MOST_COLS:
+        raise ValueError(f"neighborhood_attention: q has {q.shape[3]} columns a head; kernels exist for {MOST_COLS}")
+    scale = _scale_of(q) if scale is None else float(scale)
+    q, k, v = neighbours(q), neighbours(k), neighbours(v)
+    return NeighborhoodAttentionFunction.apply(q, k, v, kernel_size, dilation, scale)

@@ -1,0 +1,189 @@
+"""neighborhood_attention: both passes against fp64, which tokens see one another, layouts, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import as_accurate, randn, same_bits
+
+import ds_fused.ops.registry as registry
+from ds_fused.ops.neighborhood_attention import (
+    NARROW,
+    NARROW_ROWS,
+    WIDE_ROWS,
+    neighborhood_attention,
+    neighborhood_attention_reference,
+)
+
+FILE = registry.op("neighborhood_attention").module
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# dp - sum(p * dp) cancels where few are neighbours: PyTorch rounds its two terms alike, dy * y sums up others
+FLOOR = 1e-6
+
+
+def three(*shape: int, device: torch.device) -> list[torch.Tensor]:
+    """q, k and v."""
+    return [randn(*shape, device=device, seed=i) for i in range(3)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "kernel_size", "dilation"),
+    [
+        ((2, 2, 37, 5), 7, 1),  # one tile of odd sizes
+        ((1, 1, NARROW_ROWS + 2, 33), 9, 1),  # two, the second of which has 2 tokens
+        ((1, 1, 151, 16), 5, 2),  # classes of 76 and 75 tokens
+        ((1, 1, 5, 8), 3, 2),  # classes of 3 and 2
+        ((1, 1, 23, 8), 101, 1),  # a window wider than the sequence
+        pytest.param((1, 1, WIDE_ROWS + 70, 40), 2 * NARROW + 3, 1, marks=pytest.mark.all),
+        pytest.param((1, 1, 300, 8), 2 * NARROW + 3, 2, marks=pytest.mark.all),
+    ],
+)
+def test_neighborhood_attention(shape, kernel_size, dilation, dtype, device):
+    inputs = three(*shape, device=device)
+    options = {"kernel_size": kernel_size, "dilation": dilation, "floor": FLOOR}
+    as_accurate(neighborhood_attention, neighborhood_attention_reference, inputs, dtype, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [64, 128, 192, 256])
+@pytest.mark.parametrize(
+    ("n_tokens", "kernel_size", "dilation"),
+    [(2048, 7, 1), (1023, 129, 1), (2047, 255, 1), (2047, 255, 3), (999, 7, 64)],
+)
+def test_neighborhood_attention_of_real_sizes(n_tokens, kernel_size, dilation, d, dtype, device):
+    inputs = three(2, 3, n_tokens, d, device=device)
+    options = {"kernel_size": kernel_size, "dilation": dilation, "floor": FLOOR}
+    as_accurate(neighborhood_attention, neighborhood_attention_reference, inputs, dtype, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n_tokens", "kernel_size", "dilation"), [(1, 1, 1), (5, 1, 1), (5, 7, 9)])
+def test_a_token_alone_gets_its_own_value(n_tokens, kernel_size, dilation, dtype, device):
+    q, k, v = (x.to(dtype).requires_grad_() for x in three(1, 2, n_tokens, 4, device=device))
+    y = neighborhood_attention(q, k, v, kernel_size=kernel_size, dilation=dilation)
+    assert torch.equal(y, v)
+    dq, dk, dv = torch.autograd.grad(y, (q, k, v), v.detach())
+    assert same_bits(dv, v.detach())
+    # terms that cancel, summed in another order
+    assert max(dq.abs().max(), dk.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize(("kernel_size", "dilation"), [(5, 1), (3, 4), (7, 3)])
+def test_which_tokens_are_neighbours(kernel_size, dilation, device):
+    """Token i's row says whose values it got."""
+    t = 20
+    q, k = (randn(1, 1, t, 4, device=device, seed=i).float() for i in range(2))
+    weights = neighborhood_attention(
+        torch.nn.functional.pad(q, (0, t - 4)),
+        torch.nn.functional.pad(k, (0, t - 4)),
+        torch.eye(t, device=device)[None, None],
+        kernel_size=kernel_size,
+        dilation=dilation,
+    )
+    expected = torch.zeros(t, t, dtype=torch.bool)
+    for i in range(t):
+        for step in range(-(kernel_size // 2), kernel_size // 2 + 1):
+            if 0 <= i + step * dilation < t:
+                expected[i, i + step * dilation] = True
+    assert torch.equal(weights[0, 0].cpu() > 0, expected)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 1, t, device=device))
+
+
+def test_scale(device):
+    inputs = three(1, 2, 21, 8, device=device)
+    as_accurate(neighborhood_attention, neighborhood_attention_reference, inputs, torch.bfloat16, scale=0.0)
+    as_accurate(neighborhood_attention, neighborhood_attention_reference, inputs, torch.bfloat16, scale=-2.5)
+
+
+def test_large_scores(device):
+    q, k, v = three(1, 1, 40, 8, device=device)
+    inputs = [100 * q, 100 * k, v]
+    y = neighborhood_attention(*(x.float() for x in inputs))
+    assert y.isfinite().all()
+    torch.testing.assert_close(y, neighborhood_attention_reference(*(x.float() for x in inputs)), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2)])
+def test_frozen(frozen, device):
+    inputs = three(1, 2, 21, 8, device=device)
+    as_accurate(neighborhood_attention, neighborhood_attention_reference, inputs, torch.bfloat16, frozen=frozen)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 8), (2, 0, 5, 8), (2, 2, 0, 8), (2, 2, 5, 0)])
+def test_empty(shape, device):
+    as_accurate(neighborhood_attention, neighborhood_attention_reference, three(*shape, device=device), torch.bfloat16)
+
+
+def test_heads_are_read_where_they_lie(device):
+    """As projections hand them over: [B, T, H, D], parts of one product, heads swapped; columns apart are copied."""
+    packed = randn(2, 9, 3 * 2 * 8, device=device).bfloat16()
+    q, k, v = (x.unflatten(-1, (2, 8)).transpose(1, 2) for x in packed.chunk(3, -1))
+    as_accurate(neighborhood_attention, neighborhood_attention_reference, [q, k, v], torch.bfloat16)
+    apart = [x.contiguous().transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v)]
+    as_accurate(neighborhood_attention, neighborhood_attention_reference, apart, torch.bfloat16)
+    shared = [q, k[:, :1].expand_as(q), v[:, :1].expand_as(q)]
+    as_accurate(neighborhood_attention, neighborhood_attention_reference, shared, torch.bfloat16)
+    y = neighborhood_attention(q, k, v)
+    assert y.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("whole_gpu")
+def test_more_elements_than_int32(device):
+    b, h, t, d = 2, 64, 131072 + 2, 128
+    q = torch.randn(b, h, t, d, device=device, dtype=torch.bfloat16).requires_grad_()
+    y = neighborhood_attention(q, q.detach(), q.detach())
+    (dq,) = torch.autograd.grad(y, q, y.detach())
+    # the last tokens of the last head see none but these
+    tail = q.detach()[-1:, -1:, -32:].double().requires_grad_()
+    exact = neighborhood_attention_reference(tail, tail.detach(), tail.detach())
+    (dexact,) = torch.autograd.grad(exact, tail, y.detach()[-1:, -1:, -32:].double())
+    for got, wanted in ((y.detach(), exact.detach()), (dq, dexact)):
+        got, wanted = got[-1, -1, -16:], wanted[-1, -1, -16:]
+        assert (got - wanted).norm() < 1e-2 * wanted.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.gpus
+def test_runs_on_the_tensors_own_device():
+    inputs = three(1, 2, 21, 8, device=torch.device("cuda", 1))
+    as_accurate(neighborhood_attention, neighborhood_attention_reference, inputs, torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_compiles_to_one_graph(device):
+    compiled = torch.compile(lambda *inputs: neighborhood_attention(*inputs) * 2, fullgraph=True)
+    leaves = [x.bfloat16().requires_grad_() for x in three(2, 3, 65, 64, device=device)]
+    got, wanted = compiled(*leaves), neighborhood_attention(*leaves) * 2
+    assert same_bits(got.detach(), wanted.detach())
+    dy = torch.randn_like(wanted)
+    for a, b in zip(torch.autograd.grad(got, leaves, dy), torch.autograd.grad(wanted, leaves, dy), strict=True):
+        assert same_bits(a, b)
+
+
+def test_errors_name_the_argument(device):
+    q, k, v = (x.float() for x in three(1, 2, 5, 8, device=device))
+    with pytest.raises(ValueError, match=r"neighborhood_attention: q \(2, 5, 8\), k \(1, 2, 5, 8\)"):
+        neighborhood_attention(q[0], k, v)
+    with pytest.raises(ValueError, match=r"v \(1, 2, 4, 8\) must have one shape, \[batch, heads, tokens, columns\]"):
+        neighborhood_attention(q, k, v[:, :, :4])
+    for size in (0, 4, -3):
+        with pytest.raises(ValueError, match=f"neighborhood_attention: kernel_size is {size}; it must be odd"):
+            neighborhood_attention(q, k, v, kernel_size=size)
+    with pytest.raises(ValueError, match="neighborhood_attention: dilation is 0; it must be 1 or more"):
+        neighborhood_attention(q, k, v, dilation=0)
+    with pytest.raises(ValueError, match=r"q is torch.float32, k torch.bfloat16 and v torch.float32; they must be"):
+        neighborhood_attention(q, k.bfloat16(), v)
+    with pytest.raises(ValueError, match="neighborhood_attention: q is torch.float64; kernels exist for"):
+        neighborhood_attention(q.double(), k.double(), v.double())
+    wide = torch.zeros(1, 1, 2, FILE.MOST_COLS + 1, device=device)
+    with pytest.raises(ValueError, match="q has 257 columns a head; kernels exist for 256"):
+        neighborhood_attention(wide, wide, wide)
+
+
+def test_without_the_interpreter_a_cpu_runs_the_reference(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    inputs = [x.float() for x in three(1, 2, 9, 8, device=torch.device("cpu"))]
+    assert torch.equal(neighborhood_attention(*inputs), neighborhood_attention_reference(*inputs))
