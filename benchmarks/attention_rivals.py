@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from benchmarks.rivals import Call, Provider, Tensors, _eager, _liger, _ops
+from benchmarks.rivals import Call, Provider, Tensors, _compiled, _eager, _liger, _ops
 
 # --- neighborhood_attention: q, k, v [B, H, T, D] ---
 
@@ -48,5 +48,49 @@ def neighborhood_providers(kernel_size: int) -> dict[str, Provider]:
         "hf_eager": Provider(_eager(plain), note="the definition in PyTorch"),
         "torch": Provider(torchs, note="scaled_dot_product_attention with a mask made before"),
         "compile": Provider(flex, note="flex_attention, compiled, with a block mask made before"),
+        "liger": Provider(ligers),
+    }
+
+
+# --- multi_token_attention: scores [B, C, L, L], weight [C, C / groups, height, width], bias [C] ---
+
+
+def multi_token_providers(padding: tuple[int, int]) -> dict[str, Provider]:
+    def parts(t: Tensors):
+        return t["scores"], t["weight"], t["bias"]
+
+    def groups_of(t: Tensors) -> int:
+        return t["scores"].shape[1] // t["weight"].shape[1]
+
+    def plain(t: Tensors):
+        # no model of transformers has it: the definition
+        from ds_fused.ops.multi_token_attention import multi_token_attention_reference
+
+        groups = groups_of(t)
+        return lambda *inputs: multi_token_attention_reference(*inputs, padding=padding, groups=groups), parts(t)
+
+    def ligers(t: Tensors) -> Call:
+        attention = _liger().liger_multi_token_attention
+        return lambda: attention(*parts(t), padding=padding, groups=groups_of(t))
+
+    def ours(t: Tensors) -> Call:
+        attention = _ops().multi_token_attention
+        return lambda: attention(*parts(t), padding=padding, groups=groups_of(t))
+
+    def library(t: Tensors) -> Call:
+        from ds_fused.ops.multi_token_attention import MultiTokenAttentionFunction
+
+        options = (1, 1), padding, (1, 1), groups_of(t)
+        return lambda: MultiTokenAttentionFunction.apply(*parts(t), options, None, False)
+
+    def on_kernels(build):
+        # the Function has no other way; on a CPU the op's reference stands in
+        return lambda t: build(t) if t["scores"].is_cuda else ours(t)
+
+    return {
+        "ds_fused": Provider(ours),
+        "ds_fused library": Provider(on_kernels(library), note="with PyTorch's convolution, as in fp32"),
+        "hf_eager": Provider(_eager(plain), note="the definition in PyTorch"),
+        "compile": Provider(_compiled(plain)),
         "liger": Provider(ligers),
     }

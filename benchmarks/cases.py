@@ -128,6 +128,17 @@ def attention_inputs(generator: torch.Generator, b: int, h: int, t: int, d: int)
     return Inputs(tensors | {"dy": dy}, ("dy",))
 
 
+def multi_token_inputs(
+    generator: torch.Generator, b: int, c: int, n: int, *, of_group: int, taps: tuple[int, int]
+) -> Inputs:
+    scores, dy = (_randn(generator, b, c, n, n) for _ in range(2))
+    weight = nn.Parameter(_randn(generator, c, of_group, *taps, scale=(of_group * taps[0] * taps[1]) ** -0.5))
+    bias = nn.Parameter(_randn(generator, c))
+    # dy leans on a constant and on the weights: dbias and dweight would be sums that cancel otherwise
+    dy = dy + 1 + scores.softmax(-1)
+    return Inputs({"scores": scores.requires_grad_(), "weight": weight, "bias": bias, "dy": dy}, ("dy",))
+
+
 def group_norm_inputs(generator: torch.Generator, n: int, c: int, h: int, w: int) -> Inputs:
     x = _randn(generator, n, c, h, w).requires_grad_()
     weight, bias = (nn.Parameter(_randn(generator, c)) for _ in range(2))
@@ -327,6 +338,11 @@ def _attention_bytes(b: int, h: int, t: int, d: int) -> tuple[int, int]:
     return SIZE * 4 * b * h * t * d, SIZE * 12 * b * h * t * d
 
 
+def _multi_token_bytes(b: int, c: int, n: int) -> tuple[int, int]:
+    # half of the scores -> y; half of the scores and of dy -> dscores
+    return SIZE * b * c * n * (3 * n) // 2, SIZE * b * c * n * (7 * n) // 2
+
+
 def _group_norm_bytes(n: int, c: int, h: int, w: int) -> tuple[int, int]:
     return SIZE * (2 * n * c * h * w + 2 * c), SIZE * (5 * n * c * h * w + 5 * c)
 
@@ -453,6 +469,17 @@ CASES = (
     Case(
         "sparsemax", "", row_inputs, rivals.SPARSEMAX,
         sweep=SPARSE_ROW_SWEEP, launch_bound=(16, 1024), tiny=(5, 48), bytes=_sparse_row_bytes,
+    ),
+    # nearly the paper's taps, for each head its own (with its 6x11 Liger's planes would not be square); Liger's example
+    Case(
+        "multi_token_attention", "5x11 a head", partial(multi_token_inputs, of_group=1, taps=(5, 11)),
+        attention_rivals.multi_token_providers((2, 5)),
+        sweep=((2, 16, 2048), (1, 16, 4096)), launch_bound=(1, 4, 64), tiny=(2, 4, 20), bytes=_multi_token_bytes,
+    ),
+    Case(
+        "multi_token_attention", "3x3 of 4 heads", partial(multi_token_inputs, of_group=4, taps=(3, 3)),
+        attention_rivals.multi_token_providers((1, 1)),
+        sweep=((8, 4, 2048),), launch_bound=(1, 4, 64), tiny=(2, 4, 20), bytes=_multi_token_bytes,
     ),
     # as long as a score for each pair of tokens allows, which plain PyTorch and Liger hold
     Case(

@@ -105,6 +105,21 @@ SEARCHES = (
     Search("sparsemax", "", "forward", ((32768, 4096),), {"PER_THREAD": (8, 16, 32)}, file="_along_rows"),
     Search("sparsemax", "", "forward", ((2048, 128256),), {"WALK_COLS": (4096, 8192, 16384)}),
     Search(
+        "multi_token_attention", "5x11 a head", "forward", ((2, 16, 2048),),
+        {"ROWS": (64, 128, 256), "COLS": (16, 32, 64), "K": (32, 64), "STAGES": (1, 3), "WARPS": (4, 8)},
+        file="_causal_conv",
+    ),
+    Search(
+        "multi_token_attention", "5x11 a head", "backward", ((2, 16, 2048),),
+        {"TAP_ROWS": (16, 32, 64), "TAPS": (4, 8), "TAP_WARPS": (4, 8), "WARPS_PER_MULTIPROCESSOR": (8, 16, 32)},
+        file="_causal_conv",
+    ),
+    Search(
+        "multi_token_attention", "3x3 of 4 heads", "forward", ((8, 4, 2048),),
+        {"ROWS": (64, 128), "COLS": (16, 32, 64), "STAGES": (1, 3), "WARPS": (4, 8), "MOST_OUTS": (1, 2, 4)},
+        file="_causal_conv",
+    ),
+    Search(
         "neighborhood_attention", "window 7", "both", ((64, 16, 1024, 128), (4, 16, 4096, 64)),
         {"NARROW_ROWS": (32, 64, 128), "NARROW_KEYS": (16, 32, 64), "STAGES": (1, 2, 3)},
     ),

@@ -15,6 +15,7 @@ _HOME = {
     "embedding": "ds_fused.ops",
     "softmax": "ds_fused.ops",
     "sparsemax": "ds_fused.ops",
+    "multi_token_attention": "ds_fused.ops",
     "neighborhood_attention": "ds_fused.ops",
     "layer_norm": "ds_fused.ops",
     "add_layer_norm": "ds_fused.ops",

@@ -123,6 +123,26 @@ def test_poly_norm(device):
     agree(nn.PolyNorm, Stock, device, X)
 
 
+@pytest.mark.parametrize("options", [{"padding": 1}, {"stride": 2, "groups": 3, "bias": False}])
+def test_multi_token_attention(options, device):
+    class Stock(torch.nn.Conv2d):
+        def reset_parameters(self):
+            super().reset_parameters()
+            if self.bias is not None:
+                torch.nn.init.zeros_(self.bias)
+
+        def forward(self, scores):
+            later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
+            return super().forward(scores.masked_fill(later, -torch.inf).softmax(-1)).tril()
+
+    made = (lambda kind=kind: kind(3, 6, 3, **options) for kind in (nn.MultiTokenAttention, Stock))
+    agree(*made, device, X[..., :5])
+    scores = X[..., :5].to(device)
+    sparse = nn.MultiTokenAttention(3, 6, 3, sparse=True, device=device)
+    expected = ds_fused.multi_token_attention(scores, sparse.weight, sparse.bias, sparse=True)
+    assert torch.equal(sparse(scores), expected)
+
+
 @pytest.mark.parametrize("options", [{}, {"kernel_size": 3, "dilation": 2, "bias": False, "scale": 0.7}])
 def test_neighborhood_attention(options, device):
     class Stock(torch.nn.Module):

@@ -4,7 +4,7 @@ A module that PyTorch has is a subclass of it, with its state dict, first values
 has the parameter names of HuggingFace's models. What they compute, and ask of their inputs, stands in ds_fused/ops.
 """
 
-from ds_fused.nn.attention import NeighborhoodAttention
+from ds_fused.nn.attention import MultiTokenAttention, NeighborhoodAttention
 from ds_fused.nn.divergences import JSDLoss, KLDivLoss, LinearJSDLoss, LinearKLDivLoss, TVDLoss
 from ds_fused.nn.embedding import Embedding
 from ds_fused.nn.losses import CrossEntropyLoss, LinearCrossEntropyLoss
@@ -38,6 +38,7 @@ __all__ = [
     "LinearJSDLoss",
     "LinearKLDivLoss",
     "ModulatedRMSNorm",
+    "MultiTokenAttention",
     "NeighborhoodAttention",
     "PolyNorm",
     "RMSNorm",

@@ -1,4 +1,4 @@
-"""Attention over neighbours."""
+"""Attention over neighbours, and what mixes the weights of attention."""
 
 from __future__ import annotations
 
@@ -6,8 +6,46 @@ import torch
 from torch import Tensor
 
 from ds_fused.nn._options import listed
-from ds_fused.ops import neighborhood_attention
+from ds_fused.ops import multi_token_attention, neighborhood_attention
 from ds_fused.ops.neighborhood_attention import check_window
+
+
+class MultiTokenAttention(torch.nn.Conv2d):
+    """``multi_token_attention`` of scores [B, in_channels, L, L]; arguments, names and first values are Liger's.
+
+    Of ``torch.nn.Conv2d`` it has the rest; its bias begins with 0.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        sparse: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        place = {"device": device, "dtype": dtype}
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **place)
+        self.sparse = sparse
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
+
+    def forward(self, scores: Tensor) -> Tensor:
+        options = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
+        return multi_token_attention(scores, self.weight, self.bias, sparse=self.sparse, **options)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, sparse={self.sparse}"
 
 
 class NeighborhoodAttention(torch.nn.Module):

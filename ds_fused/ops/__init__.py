@@ -16,6 +16,7 @@ from ds_fused.ops.linear_jsd import linear_jsd
 from ds_fused.ops.linear_kl_div import linear_kl_div
 from ds_fused.ops.linear_log_probs import linear_log_probs
 from ds_fused.ops.modulated_rms_norm import modulated_rms_norm
+from ds_fused.ops.multi_token_attention import multi_token_attention
 from ds_fused.ops.neighborhood_attention import neighborhood_attention
 from ds_fused.ops.poly_norm import poly_norm
 from ds_fused.ops.relu2 import relu2
@@ -43,6 +44,7 @@ __all__ = [
     "linear_kl_div",
     "linear_log_probs",
     "modulated_rms_norm",
+    "multi_token_attention",
     "neighborhood_attention",
     "poly_norm",
     "relu2",

@@ -1,7 +1,12 @@
-"""What softmax and sparsemax share: tensors [N, D] in which every row is worked on alone, whole or walked in blocks."""
+"""What softmax and sparsemax share: tensors [N, D] in which every row is worked on alone, whole or walked in blocks.
+
+Or the rows are those of square matrices [.., D, D], of which a row sees what does not lie above the diagonal.
+"""
 
 from __future__ import annotations
 
+import triton
+import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
@@ -19,15 +24,64 @@ TILE, PER_THREAD = 2048, 16
 WALK_STAGES = 3
 
 
+# what lies above the diagonal: it counts like the rest; it doesn't, and is written as 0; or is left as it is, nearly
+SEEN, ZERO, LEFT = "seen", "zero", "left"
+
+
+@triton.jit
+def _reach(rows, cols, n_cols):
+    """Columns up to the diagonal, and up to 15 more: whether to load is one question for all that a thread may load at
+    a time, or it loads them one by one.
+    """
+    return cols // 16 * 16 <= rows % n_cols
+
+
+@triton.jit
+def load_seen(ptr, rows, cols, stride, n_cols, mask, other, ABOVE: tl.constexpr):
+    """Whole rows in fp32; ``other`` where an element doesn't count."""
+    if ABOVE == "seen":
+        x = tl.load(ptr + rows * stride + cols, mask=mask, other=other).to(tl.float32)
+    else:
+        x = tl.load(ptr + rows * stride + cols, mask=mask & _reach(rows, cols, n_cols), other=other).to(tl.float32)
+        x = tl.where(cols <= rows % n_cols, x, other)
+    return x
+
+
+@triton.jit
+def store_seen(ptr, rows, cols, n_cols, mask, value, ABOVE: tl.constexpr):
+    """Whole rows without gaps, of which ``value`` is 0 where an element doesn't count."""
+    if ABOVE == "left":
+        mask = mask & _reach(rows, cols, n_cols)
+    tl.store(ptr + rows * n_cols + cols, value, mask=mask)
+
+
+@triton.jit
+def ends_of(row, n_cols, ABOVE: tl.constexpr):
+    """Of a row that is walked: how many columns count, and how many are written."""
+    n_seen = n_cols
+    n_written = n_cols
+    if ABOVE != "seen":
+        n_seen = (row % n_cols + 1).to(tl.int32)
+        if ABOVE == "left":
+            n_written = n_seen
+    return n_seen, n_written
+
+
 def along_rows(
-    whole: JITFunction, walk: JITFunction, widest: int, walk_cols: int, out: Tensor, *inputs: Tensor
+    whole: JITFunction,
+    walk: JITFunction,
+    widest: int,
+    walk_cols: int,
+    out: Tensor,
+    *inputs: Tensor,
+    above: str = SEEN,
 ) -> Tensor:
     """Fills ``out`` [..., D] by one of two kernels, for rows up to ``widest`` columns and for wider ones,
     of which ``walk_cols`` at a time by 1024 threads: then few rows share a multiprocessor, and what a walk saw last is
     still in L2 for the next walk.
 
-    They take inputs, out, the row stride of the first input (the others have no gaps), N (``whole`` alone), D, and
-    ``walk`` the STAGES of its loops.
+    They take inputs, out, the row stride of the first input (the others have no gaps), N (``whole`` alone), D, ABOVE,
+    and ``walk`` the STAGES of its loops.
     """
     first = rows_of(inputs[0])
     n, d = first.shape  # not out's: dynamo 2.11 can't hold the sizes of what was made of an input
@@ -37,11 +91,12 @@ def along_rows(
     tensors = (first, *inputs[1:], out, row_stride(first))
     if block.rows:
         grid = (cdiv(n, block.rows),)
-        launch(whole, grid, *tensors, n, d, BLOCK_ROWS=block.rows, BLOCK_COLS=block.cols, num_warps=block.warps)
+        constants = {"ABOVE": above, "BLOCK_ROWS": block.rows, "BLOCK_COLS": block.cols, "num_warps": block.warps}
+        launch(whole, grid, *tensors, n, d, **constants)
     else:
         warps = warps_for(walk_cols, max(1, walk_cols // 1024))
         stages = stages_for(WALK_STAGES, walk_cols * sum(x.element_size() for x in inputs))
-        launch(walk, (n,), *tensors, d, BLOCK_COLS=walk_cols, STAGES=stages, num_warps=warps)
+        launch(walk, (n,), *tensors, d, ABOVE=above, BLOCK_COLS=walk_cols, STAGES=stages, num_warps=warps)
     return out
 
 

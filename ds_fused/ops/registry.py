@@ -30,6 +30,7 @@ from ds_fused.ops.linear_jsd import linear_jsd, linear_jsd_reference
 from ds_fused.ops.linear_kl_div import linear_kl_div, linear_kl_div_reference
 from ds_fused.ops.linear_log_probs import linear_log_probs, linear_log_probs_reference
 from ds_fused.ops.modulated_rms_norm import modulated_rms_norm, modulated_rms_norm_reference
+from ds_fused.ops.multi_token_attention import multi_token_attention, multi_token_attention_reference
 from ds_fused.ops.neighborhood_attention import neighborhood_attention, neighborhood_attention_reference
 from ds_fused.ops.poly_norm import poly_norm, poly_norm_reference
 from ds_fused.ops.relu2 import relu2, relu2_reference
@@ -155,6 +156,13 @@ OPS: tuple[Op, ...] = (
         sparsemax_reference,
         (),
         "projection on the probability simplex along a dimension, without a sort",
+    ),
+    Op(
+        "multi_token_attention",
+        multi_token_attention,
+        multi_token_attention_reference,
+        (),
+        "masked softmax or sparsemax of scores, and a convolution over queries, keys and heads",
     ),
     Op(
         "neighborhood_attention",

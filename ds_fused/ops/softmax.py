@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fused.ops import _along_rows
-from ds_fused.ops._along_rows import along_rows, check_dim
+from ds_fused.ops._along_rows import SEEN, along_rows, check_dim, ends_of, load_seen, store_seen
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._triton import autocast_dtype, check_dtypes, like, rows_of, runs_kernels
 
@@ -42,18 +42,18 @@ def _softmax_fwd_kernel(
     x_stride,  # elements from one row to the next; y has no gaps
     n_rows,
     n_cols,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    ABOVE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     cols = tl.arange(0, BLOCK_COLS)[None, :]
     mask = (rows < n_rows) & (cols < n_cols)
 
-    x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=-float("inf")).to(tl.float32)
+    x = load_seen(x_ptr, rows, cols, x_stride, n_cols, mask, -float("inf"), ABOVE)
     # rows past the last are all -inf: NaN that nobody stores
     y = tl.exp(x - tl.max(x, axis=1, keep_dims=True))
     # a reciprocal a row: Triton's own division is off by two units in the last place
     y = y * tl.div_rn(1.0, tl.sum(y, axis=1, keep_dims=True))
-    tl.store(y_ptr + rows * n_cols + cols, y, mask=mask)
+    store_seen(y_ptr, rows, cols, n_cols, mask, y, ABOVE)
 
 
 @triton.jit
@@ -62,15 +62,16 @@ def _softmax_fwd_walk_kernel(
     y_ptr,  # [N, D]
     x_stride,
     n_cols,
-    BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
+    ABOVE: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One row that is too wide for registers. A lane keeps its maximum, and a sum that is scaled where that grows."""
     row = tl.program_id(0).to(tl.int64)
+    n_seen, n_written = ends_of(row, n_cols, ABOVE)
     high = tl.full((BLOCK_COLS,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_COLS,), tl.float32)
-    for start in tl.range(0, n_cols, BLOCK_COLS, num_stages=STAGES):
+    for start in tl.range(0, n_seen, BLOCK_COLS, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK_COLS)
-        x = tl.load(x_ptr + row * x_stride + cols, mask=cols < n_cols, other=-float("inf")).to(tl.float32)
+        x = tl.load(x_ptr + row * x_stride + cols, mask=cols < n_seen, other=-float("inf")).to(tl.float32)
         higher = tl.maximum(high, x)
         # a lane may have seen nothing but -inf yet (a mask), and -inf less -inf is NaN
         shift = tl.where(higher == -float("inf"), 0.0, higher)
@@ -80,13 +81,12 @@ def _softmax_fwd_walk_kernel(
     # a lane of -inf alone has the sum 0
     scale = tl.div_rn(1.0, tl.sum(total * tl.exp(high - highest)))
     # backwards: what was seen last is seen first again, and what is written leaves L2 first
-    last = (tl.cdiv(n_cols, BLOCK_COLS) - 1) * BLOCK_COLS
-    for back in tl.range(0, n_cols, BLOCK_COLS, num_stages=STAGES):
+    last = (tl.cdiv(n_written, BLOCK_COLS) - 1) * BLOCK_COLS
+    for back in tl.range(0, n_written, BLOCK_COLS, num_stages=STAGES):
         cols = last - back + tl.arange(0, BLOCK_COLS)
-        mask = cols < n_cols
-        x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=-float("inf")).to(tl.float32)
+        x = tl.load(x_ptr + row * x_stride + cols, mask=cols < n_seen, other=-float("inf")).to(tl.float32)
         y = tl.exp(x - highest) * scale
-        tl.store(y_ptr + row * n_cols + cols, y, mask=mask, eviction_policy="evict_first")
+        tl.store(y_ptr + row * n_cols + cols, y, mask=cols < n_written, eviction_policy="evict_first")
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -97,16 +97,16 @@ def _softmax_bwd_kernel(
     dy_stride,  # elements from one row to the next; y and dx have no gaps
     n_rows,
     n_cols,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    ABOVE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     cols = tl.arange(0, BLOCK_COLS)[None, :]
     mask = (rows < n_rows) & (cols < n_cols)
 
-    dy = tl.load(dy_ptr + rows * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    y = tl.load(y_ptr + rows * n_cols + cols, mask=mask, other=0.0).to(tl.float32)
+    dy = load_seen(dy_ptr, rows, cols, dy_stride, n_cols, mask, 0.0, ABOVE)
+    y = load_seen(y_ptr, rows, cols, n_cols, n_cols, mask, 0.0, ABOVE)
     dx = y * (dy - tl.sum(dy * y, axis=1, keep_dims=True))
-    tl.store(dx_ptr + rows * n_cols + cols, dx, mask=mask)
+    store_seen(dx_ptr, rows, cols, n_cols, mask, dx, ABOVE)
 
 
 @triton.jit
@@ -116,24 +116,39 @@ def _softmax_bwd_walk_kernel(
     dx_ptr,  # [N, D]
     dy_stride,
     n_cols,
-    BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
+    ABOVE: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One row that is too wide for registers."""
     row = tl.program_id(0).to(tl.int64)
+    n_seen, n_written = ends_of(row, n_cols, ABOVE)
     products = tl.zeros((BLOCK_COLS,), tl.float32)
-    for start in tl.range(0, n_cols, BLOCK_COLS, num_stages=STAGES):
+    for start in tl.range(0, n_seen, BLOCK_COLS, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK_COLS)
-        mask = cols < n_cols
+        mask = cols < n_seen
         dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
         products += dy * tl.load(y_ptr + row * n_cols + cols, mask=mask, other=0.0).to(tl.float32)
     inner = tl.sum(products)
-    last = (tl.cdiv(n_cols, BLOCK_COLS) - 1) * BLOCK_COLS
-    for back in tl.range(0, n_cols, BLOCK_COLS, num_stages=STAGES):
+    last = (tl.cdiv(n_written, BLOCK_COLS) - 1) * BLOCK_COLS
+    for back in tl.range(0, n_written, BLOCK_COLS, num_stages=STAGES):
         cols = last - back + tl.arange(0, BLOCK_COLS)
-        mask = cols < n_cols
+        mask = cols < n_seen
         dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
         y = tl.load(y_ptr + row * n_cols + cols, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + row * n_cols + cols, y * (dy - inner), mask=mask, eviction_policy="evict_first")
+        dx = y * (dy - inner)
+        tl.store(dx_ptr + row * n_cols + cols, dx, mask=cols < n_written, eviction_policy="evict_first")
+
+
+def softmax_fwd(x: Tensor, dtype: torch.dtype, above: str = SEEN) -> Tensor:
+    """x [..., D] -> y [..., D] of that dtype."""
+    y = like(x, dtype)
+    widest = _along_rows.WHOLE_ROW_FWD
+    return along_rows(_softmax_fwd_kernel, _softmax_fwd_walk_kernel, widest, WALK_COLS, y, x, above=above)
+
+
+def softmax_bwd(dy: Tensor, y: Tensor, dx: Tensor, above: str = SEEN) -> Tensor:
+    """dy, y [..., D] -> dx [..., D], which may be dy."""
+    widest = _along_rows.WHOLE_ROW_BWD
+    return along_rows(_softmax_bwd_kernel, _softmax_bwd_walk_kernel, widest, WALK_COLS, dx, dy, y, above=above)
 
 
 class SoftmaxFunction(torch.autograd.Function):
@@ -141,8 +156,7 @@ class SoftmaxFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, dtype: torch.dtype) -> Tensor:
-        y = like(x, dtype)
-        along_rows(_softmax_fwd_kernel, _softmax_fwd_walk_kernel, _along_rows.WHOLE_ROW_FWD, WALK_COLS, y, x)
+        y = softmax_fwd(x, dtype)
         ctx.save_for_backward(y)
         ctx.dtype = x.dtype
         return y
@@ -151,9 +165,7 @@ class SoftmaxFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
-        dx = like(y, ctx.dtype)
-        widest = _along_rows.WHOLE_ROW_BWD
-        return along_rows(_softmax_bwd_kernel, _softmax_bwd_walk_kernel, widest, WALK_COLS, dx, dy, y), None
+        return softmax_bwd(dy, y, like(y, ctx.dtype)), None
 
 
 def softmax(x: Tensor, dim: int = -1) -> Tensor:

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fused.ops import _along_rows
-from ds_fused.ops._along_rows import along_rows, check_dim
+from ds_fused.ops._along_rows import SEEN, along_rows, check_dim, ends_of, load_seen, store_seen
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._triton import check_dtypes, like, rows_of, runs_kernels
 
@@ -81,13 +81,13 @@ def _sparsemax_fwd_kernel(
     x_stride,  # elements from one row to the next; y has no gaps
     n_rows,
     n_cols,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    ABOVE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     cols = tl.arange(0, BLOCK_COLS)[None, :]
     mask = (rows < n_rows) & (cols < n_cols)
 
-    x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=-float("inf")).to(tl.float32)
+    x = load_seen(x_ptr, rows, cols, x_stride, n_cols, mask, -float("inf"), ABOVE)
     # a difference to the maximum is as exact as x itself, however large both are
     z = x - tl.max(x, axis=1, keep_dims=True)
     tau = tl.full((BLOCK_ROWS, 1), -1.0, tl.float32)
@@ -106,7 +106,7 @@ def _sparsemax_fwd_kernel(
         shrinks = fewer < size
     excess = tl.sum(tl.where(above, z - tau, 0.0), axis=1, keep_dims=True) - 1.0
     y = _above(z, tau, excess, tl.maximum(fewer, 1), y_ptr.dtype.element_ty)
-    tl.store(y_ptr + rows * n_cols + cols, y, mask=mask)
+    store_seen(y_ptr, rows, cols, n_cols, mask, y, ABOVE)
 
 
 @triton.jit
@@ -132,30 +132,30 @@ def _sparsemax_fwd_walk_kernel(
     y_ptr,  # [N, D]
     x_stride,
     n_cols,
-    BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
+    ABOVE: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One row that is too wide for registers."""
     row = tl.program_id(0).to(tl.int64)
+    n_seen, n_written = ends_of(row, n_cols, ABOVE)
     x_ptr += row * x_stride
     high = tl.full((BLOCK_COLS,), -float("inf"), tl.float32)
-    for start in tl.range(0, n_cols, BLOCK_COLS, num_stages=STAGES):
+    for start in tl.range(0, n_seen, BLOCK_COLS, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK_COLS)
-        high = tl.maximum(high, tl.load(x_ptr + cols, mask=cols < n_cols, other=-float("inf")).to(tl.float32))
+        high = tl.maximum(high, tl.load(x_ptr + cols, mask=cols < n_seen, other=-float("inf")).to(tl.float32))
     highest = tl.max(high)
 
     tau = -1.0
-    size = n_cols + 1
-    fewer, total, excess = _support(x_ptr, highest, tau, n_cols, BLOCK_COLS, STAGES)
+    size = n_seen + 1
+    fewer, total, excess = _support(x_ptr, highest, tau, n_seen, BLOCK_COLS, STAGES)
     while fewer < size:
         tau = _threshold(total, fewer)
         size = fewer
-        fewer, total, excess = _support(x_ptr, highest, tau, n_cols, BLOCK_COLS, STAGES)
-    for start in tl.range(0, n_cols, BLOCK_COLS, num_stages=STAGES):
+        fewer, total, excess = _support(x_ptr, highest, tau, n_seen, BLOCK_COLS, STAGES)
+    for start in tl.range(0, n_written, BLOCK_COLS, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK_COLS)
-        mask = cols < n_cols
-        z = tl.load(x_ptr + cols, mask=mask, other=-float("inf")).to(tl.float32) - highest
+        z = tl.load(x_ptr + cols, mask=cols < n_seen, other=-float("inf")).to(tl.float32) - highest
         y = _above(z, tau, excess, tl.maximum(fewer, 1), y_ptr.dtype.element_ty)
-        tl.store(y_ptr + row * n_cols + cols, y, mask=mask)
+        tl.store(y_ptr + row * n_cols + cols, y, mask=cols < n_written)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -166,18 +166,18 @@ def _sparsemax_bwd_kernel(
     dy_stride,  # elements from one row to the next; y and dx have no gaps
     n_rows,
     n_cols,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    ABOVE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     cols = tl.arange(0, BLOCK_COLS)[None, :]
     mask = (rows < n_rows) & (cols < n_cols)
 
-    support = tl.load(y_ptr + rows * n_cols + cols, mask=mask, other=0.0) > 0.0
+    support = load_seen(y_ptr, rows, cols, n_cols, n_cols, mask, 0.0, ABOVE) > 0.0
     # what lies outside the support isn't even read
     dy = tl.load(dy_ptr + rows * dy_stride + cols, mask=support, other=0.0).to(tl.float32)
     size = tl.sum(support.to(tl.float32), axis=1, keep_dims=True)
     mean = tl.sum(dy, axis=1, keep_dims=True) / tl.maximum(size, 1.0)
-    tl.store(dx_ptr + rows * n_cols + cols, tl.where(support, dy - mean, 0.0), mask=mask)
+    store_seen(dx_ptr, rows, cols, n_cols, mask, tl.where(support, dy - mean, 0.0), ABOVE)
 
 
 @triton.jit
@@ -187,25 +187,37 @@ def _sparsemax_bwd_walk_kernel(
     dx_ptr,  # [N, D]
     dy_stride,
     n_cols,
-    BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
+    ABOVE: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One row that is too wide for registers."""
     row = tl.program_id(0).to(tl.int64)
+    n_seen, n_written = ends_of(row, n_cols, ABOVE)
     sizes = tl.zeros((BLOCK_COLS,), tl.float32)
     sums = tl.zeros((BLOCK_COLS,), tl.float32)
-    for start in tl.range(0, n_cols, BLOCK_COLS, num_stages=STAGES):
+    for start in tl.range(0, n_seen, BLOCK_COLS, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK_COLS)
-        mask = cols < n_cols
-        support = tl.load(y_ptr + row * n_cols + cols, mask=mask, other=0.0) > 0.0
+        support = tl.load(y_ptr + row * n_cols + cols, mask=cols < n_seen, other=0.0) > 0.0
         sums += tl.load(dy_ptr + row * dy_stride + cols, mask=support, other=0.0).to(tl.float32)
         sizes += support.to(tl.float32)
     mean = tl.sum(sums) / tl.maximum(tl.sum(sizes), 1.0)
-    for start in tl.range(0, n_cols, BLOCK_COLS, num_stages=STAGES):
+    for start in tl.range(0, n_written, BLOCK_COLS, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK_COLS)
-        mask = cols < n_cols
-        support = tl.load(y_ptr + row * n_cols + cols, mask=mask, other=0.0) > 0.0
+        support = tl.load(y_ptr + row * n_cols + cols, mask=cols < n_seen, other=0.0) > 0.0
         dy = tl.load(dy_ptr + row * dy_stride + cols, mask=support, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + row * n_cols + cols, tl.where(support, dy - mean, 0.0), mask=mask)
+        tl.store(dx_ptr + row * n_cols + cols, tl.where(support, dy - mean, 0.0), mask=cols < n_written)
+
+
+def sparsemax_fwd(x: Tensor, dtype: torch.dtype, above: str = SEEN) -> Tensor:
+    """x [..., D] -> y [..., D] of that dtype."""
+    y = like(x, dtype)
+    widest = _along_rows.WHOLE_ROW_FWD
+    return along_rows(_sparsemax_fwd_kernel, _sparsemax_fwd_walk_kernel, widest, WALK_COLS, y, x, above=above)
+
+
+def sparsemax_bwd(dy: Tensor, y: Tensor, dx: Tensor, above: str = SEEN) -> Tensor:
+    """dy, y [..., D] -> dx [..., D], which may be dy."""
+    widest = _along_rows.WHOLE_ROW_BWD
+    return along_rows(_sparsemax_bwd_kernel, _sparsemax_bwd_walk_kernel, widest, WALK_COLS, dx, dy, y, above=above)
 
 
 class SparsemaxFunction(torch.autograd.Function):
@@ -213,8 +225,7 @@ class SparsemaxFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        y = like(x)
-        along_rows(_sparsemax_fwd_kernel, _sparsemax_fwd_walk_kernel, _along_rows.WHOLE_ROW_FWD, WALK_COLS, y, x)
+        y = sparsemax_fwd(x, x.dtype)
         ctx.save_for_backward(y)
         return y
 
@@ -222,9 +233,7 @@ class SparsemaxFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
-        dx = torch.empty_like(y)
-        widest = _along_rows.WHOLE_ROW_BWD
-        return along_rows(_sparsemax_bwd_kernel, _sparsemax_bwd_walk_kernel, widest, WALK_COLS, dx, dy, y)
+        return sparsemax_bwd(dy, y, torch.empty_like(y))
 
 
 def sparsemax(x: Tensor, dim: int = -1) -> Tensor:

@@ -27,8 +27,11 @@ from triton.runtime.jit import JITFunction
 
 import ds_fused.ops as ops
 import ds_fused.ops._triton as shared
+from ds_fused.ops._along_rows import LEFT, ZERO
 from ds_fused.ops._warmup import Absent
 from ds_fused.ops.registry import OPS
+from ds_fused.ops.softmax import softmax_bwd, softmax_fwd
+from ds_fused.ops.sparsemax import sparsemax_bwd, sparsemax_fwd
 from ds_fused.ops.vocab_shard import VocabShard
 
 
@@ -132,6 +135,30 @@ def sparsemax() -> None:
         (2, 65537, torch.float16),
     ):
         ops.sparsemax(leaf(n, d, dtype=dtype)).sum().backward()
+
+
+def multi_token_attention() -> None:
+    half, full = torch.bfloat16, torch.float32
+    for n, heads, of_group, taps, dtype, sparse in (
+        (256, 4, 1, (6, 11), half, False),
+        (256, 4, 4, (3, 3), half, False),
+        (48, 8, 2, (1, 1), half, True),
+        (1024, 1, 1, (3, 3), full, False),
+        (1024, 1, 1, (3, 3), full, True),
+    ):
+        inputs = (
+            leaf(1, heads, n, n, dtype=dtype),
+            leaf(heads, of_group, *taps, dtype=dtype),
+            leaf(heads, dtype=dtype),
+        )
+        options = {"padding": tuple(side // 2 for side in taps), "groups": heads // of_group, "sparse": sparse}
+        ops.multi_token_attention(*inputs, **options).sum().backward()
+    # of more tokens than rows that are taken whole have columns, two rows, whose matrix would take GiB
+    x = torch.empty(2, 65536, dtype=half)
+    for fwd, bwd in ((softmax_fwd, softmax_bwd), (sparsemax_fwd, sparsemax_bwd)):
+        for above in (ZERO, LEFT):
+            fwd(x, half, above)
+        bwd(x, x, x, ZERO)
 
 
 def neighborhood_attention() -> None:

@@ -13,7 +13,9 @@ import ds_fused.ops as ops
 from ds_fused.ops.registry import OPS
 
 # of which PyTorch's own differ under autocast; tested in their own files
-AUTOCAST = {"layer_norm", "add_layer_norm", "group_norm", "softmax"} | {op.name for op in OPS if "linear" in op.name}
+AUTOCAST = {"layer_norm", "add_layer_norm", "group_norm", "softmax", "multi_token_attention"} | {
+    op.name for op in OPS if "linear" in op.name
+}
 LABELS = [3, 1, -100, 4, 0, 2]
 
 
@@ -53,6 +55,7 @@ def example(
         "embedding": (lambda head: op(labels.clamp_min(0), head), [head]),
         "softmax": (op, [x]),
         "sparsemax": (op, [x]),
+        "multi_token_attention": (op, [some(1, 2, 6, 6), some(2, 2, 3, 3), some(2)]),
         "neighborhood_attention": (op, [some(1, 2, 6, 8, seed=i) for i in range(3)]),
         "cross_entropy": (lambda x: op(x, labels), [logits]),
         "linear_cross_entropy": (lambda x, w: op(x, w, labels, **options), [x, head]),

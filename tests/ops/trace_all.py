@@ -97,6 +97,19 @@ def along_a_dimension(op: Callable[..., Tensor]) -> Iterator[Case]:
     yield partial(op, dim=1), [(leaf(2, n, 64),) for n in (3, 4, 5)]
 
 
+def multi_token_attention() -> Iterator[Case]:
+    def planes(n: int, dtype: torch.dtype = torch.bfloat16, b: int = 1, heads: int = 4) -> tuple[Tensor, ...]:
+        return leaf(b, heads, n, n, dtype=dtype), leaf(4, heads // 2, 3, 3, dtype=dtype), leaf(4, dtype=dtype)
+
+    for dtype in (torch.bfloat16, torch.float32):
+        call = partial(ops.multi_token_attention, padding=1, groups=2)
+        yield call, [planes(n, dtype) for n in (33, 34, 64)]
+        yield call, [planes(33, dtype, b) for b in (1, 2, 3)]
+        yield partial(call, stride=2, sparse=True), [planes(n, dtype) for n in (33, 34)]
+    yield lambda x, w: ops.multi_token_attention(x, w.detach(), dilation=2, groups=2), [planes(n)[:2] for n in (33, 65)]
+    yield lambda x, *more: ops.multi_token_attention(x.detach(), *more, groups=2), [planes(n) for n in (33, 65)]
+
+
 def neighborhood_attention() -> Iterator[Case]:
     def heads_of(tokens: int, d: int, n_heads: int = 2) -> tuple[Tensor, ...]:
         return tuple(leaf(1, tokens, n_heads, d).transpose(1, 2) for _ in range(3))
