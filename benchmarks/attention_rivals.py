@@ -78,18 +78,17 @@ def multi_token_providers(padding: tuple[int, int]) -> dict[str, Provider]:
         return lambda: attention(*parts(t), padding=padding, groups=groups_of(t))
 
     def library(t: Tensors) -> Call:
+        # the Function has no way but kernels
+        if not t["scores"].is_cuda:
+            return ours(t)
         from ds_fused.ops.multi_token_attention import MultiTokenAttentionFunction
 
         options = (1, 1), padding, (1, 1), groups_of(t)
         return lambda: MultiTokenAttentionFunction.apply(*parts(t), options, None, False)
 
-    def on_kernels(build):
-        # the Function has no other way; on a CPU the op's reference stands in
-        return lambda t: build(t) if t["scores"].is_cuda else ours(t)
-
     return {
         "ds_fused": Provider(ours),
-        "ds_fused library": Provider(on_kernels(library), note="with PyTorch's convolution, as in fp32"),
+        "ds_fused library": Provider(library, note="with PyTorch's convolution, as in fp32"),
         "hf_eager": Provider(_eager(plain), note="the definition in PyTorch"),
         "compile": Provider(_compiled(plain)),
         "liger": Provider(ligers),
