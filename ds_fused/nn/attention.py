@@ -49,7 +49,10 @@ class MultiTokenAttention(torch.nn.Conv2d):
 
 
 class NeighborhoodAttention(torch.nn.Module):
-    """Projections of x [B, T, hidden_size] around ``neighborhood_attention``; names and arguments are Liger's."""
+    """Projections of x [B, T, hidden_size] around ``neighborhood_attention``; names and arguments are Liger's.
+
+    ``border`` is one more: "shift" has NATTEN's windows.
+    """
 
     def __init__(
         self,
@@ -61,6 +64,7 @@ class NeighborhoodAttention(torch.nn.Module):
         dropout: float = 0.0,
         scale: float | None = None,
         *,
+        border: str = "cut",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -69,7 +73,7 @@ class NeighborhoodAttention(torch.nn.Module):
             raise ValueError(
                 f"NeighborhoodAttention: {num_heads} heads must divide hidden_size, which is {hidden_size}"
             )
-        check_window("NeighborhoodAttention", kernel_size, dilation)
+        check_window("NeighborhoodAttention", kernel_size, dilation, border)
         made = {"bias": bias, "device": device, "dtype": dtype}
         self.q_proj = torch.nn.Linear(hidden_size, hidden_size, **made)
         self.k_proj = torch.nn.Linear(hidden_size, hidden_size, **made)
@@ -77,7 +81,7 @@ class NeighborhoodAttention(torch.nn.Module):
         self.out_proj = torch.nn.Linear(hidden_size, hidden_size, **made)
         self.dropout = torch.nn.Dropout(dropout)
         self.num_heads = num_heads
-        self.options = {"kernel_size": kernel_size, "dilation": dilation, "scale": scale}
+        self.options = {"kernel_size": kernel_size, "dilation": dilation, "scale": scale, "border": border}
 
     def forward(self, x: Tensor) -> Tensor:
         heads = (project(x).unflatten(-1, (self.num_heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj))

@@ -1,7 +1,8 @@
 """The two kernels of neighborhood_attention. A program owns a tile of tokens of one class and walks their neighbours.
 
 Tokens whose places leave one remainder by the dilation see only one another: they are a sequence of their own, a class,
-in which a token's neighbours are those at most `half` places away. Rows of a class are read by stride.
+in which a token's neighbours are those at most `half` places away. At the ends there are fewer, or, where the window
+SHIFTS, it lies within the class, and as many as it holds are a token's neighbours. Rows of a class are read by stride.
 
 Sizes: B batch entries, H heads, T tokens, D columns; n tokens of a class.
 """
@@ -42,10 +43,40 @@ def _store_rows(ptr, places, n, stride, n_cols, value, BLOCK_COLS: tl.constexpr)
 
 
 @triton.jit
-def _near(rows, cols, half, n):
-    """Which of the places `cols`, of n, are neighbours of which of `rows`."""
-    distance = rows[:, None] - cols[None, :]
-    return (distance <= half) & (distance >= -half) & (cols[None, :] < n)
+def _near(queries, keys, half, n, SHIFTS: tl.constexpr):
+    """Which keys are neighbours of which queries, of a class of n."""
+    if SHIFTS:
+        size = tl.minimum(2 * half + 1, n)
+        first = tl.maximum(tl.minimum(queries - half, n - size), 0)
+        near = (keys >= first) & (keys < first + size)
+    else:
+        near = (queries - keys <= half) & (keys - queries <= half)
+    return near & (queries < n) & (keys < n)
+
+
+@triton.jit
+def _keys_of(first, half, n, SHIFTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the neighbours of a tile of queries begin and end."""
+    begin = first - half
+    end = tl.minimum(first + BLOCK, n) + half
+    if SHIFTS:
+        size = tl.minimum(2 * half + 1, n)
+        begin = tl.minimum(begin, n - size)
+        end = tl.maximum(end, size)
+    return tl.maximum(begin, 0), tl.minimum(end, n)
+
+
+@triton.jit
+def _queries_of(first, half, n, SHIFTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the queries whose neighbours are in a tile begin and end."""
+    begin = first - half
+    end = first + BLOCK + half
+    if SHIFTS:
+        # the windows of all that are nearer to an end than half are the outermost
+        size = tl.minimum(2 * half + 1, n)
+        begin = tl.where(first < size, 0, begin)
+        end = tl.where(first + BLOCK > n - size, n, end)
+    return tl.maximum(begin, 0), tl.minimum(end, n)
 
 
 # n_tokens is not specialized: a batch whose length is no multiple of 16 would compile everything again
@@ -66,8 +97,8 @@ def _neighborhood_attention_fwd_kernel(
     half,
     dilation,
     scale,
-    PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_COLS: tl.constexpr,
-    STAGES: tl.constexpr,
+    SHIFTS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     batch, head, of_class, first, n = _place(n_tokens, n_heads, dilation, BLOCK_ROWS)
     q_ptr += batch * q_batch_stride + head * q_head_stride + of_class * q_token_stride
@@ -81,12 +112,12 @@ def _neighborhood_attention_fwd_kernel(
     high = tl.full((BLOCK_ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     y = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-    start_at = tl.maximum(first - half, 0)
-    for start in tl.range(start_at, tl.minimum(first + BLOCK_ROWS + half, n), BLOCK_KEYS, num_stages=STAGES):
+    begin, end = _keys_of(first, half, n, SHIFTS, BLOCK_ROWS)
+    for start in tl.range(begin, end, BLOCK_KEYS, num_stages=STAGES):
         keys = start + tl.arange(0, BLOCK_KEYS)
         k = _rows(k_ptr, keys, n, k_token_stride * dilation, n_cols, BLOCK_COLS)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
-        s = tl.where(_near(rows, keys, half, n), s, -float("inf"))
+        s = tl.where(_near(rows[:, None], keys[None, :], half, n, SHIFTS), s, -float("inf"))
         higher = tl.maximum(high, tl.max(s, axis=1))
         # a row may have met no neighbour yet, and -inf less -inf is NaN
         shift = tl.where(higher == -float("inf"), 0.0, higher)
@@ -107,9 +138,9 @@ def _neighborhood_attention_fwd_kernel(
 @triton.jit
 def _as_queries(
     dy_ptr, q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, dy_step, q_step, k_step, v_step, y_step, lse_step,
-    rows, start_at, end_at, n, n_cols, half, scale,
-    PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_COLS: tl.constexpr,
-    STAGES: tl.constexpr,
+    rows, begin, end, n, n_cols, half, scale,
+    SHIFTS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile [BLOCK_ROWS, BLOCK_COLS]. A step: elements from one place of a class to the next."""
     q = _rows(q_ptr, rows, n, q_step, n_cols, BLOCK_COLS)
@@ -119,12 +150,12 @@ def _as_queries(
     inner = tl.sum(dy.to(tl.float32) * y.to(tl.float32), axis=1)
     lse = tl.load(lse_ptr + rows * lse_step, mask=rows < n, other=0.0)
     dq = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-    for start in tl.range(start_at, end_at, BLOCK_KEYS, num_stages=STAGES):
+    for start in tl.range(begin, end, BLOCK_KEYS, num_stages=STAGES):
         keys = start + tl.arange(0, BLOCK_KEYS)
         k = _rows(k_ptr, keys, n, k_step, n_cols, BLOCK_COLS)
         v = _rows(v_ptr, keys, n, v_step, n_cols, BLOCK_COLS)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
-        p = tl.where(_near(rows, keys, half, n), tl.exp2(s - lse[:, None]), 0.0)
+        p = tl.where(_near(rows[:, None], keys[None, :], half, n, SHIFTS), tl.exp2(s - lse[:, None]), 0.0)
         dp = tl.dot(dy, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - inner[:, None])
         dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
@@ -134,16 +165,16 @@ def _as_queries(
 @triton.jit
 def _as_keys(
     dy_ptr, q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, dy_step, q_step, k_step, v_step, y_step, lse_step,
-    rows, start_at, end_at, n, n_cols, half, scale,
-    PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_COLS: tl.constexpr,
-    STAGES: tl.constexpr,
+    rows, begin, end, n, n_cols, half, scale,
+    SHIFTS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile, each [BLOCK_ROWS, BLOCK_COLS], from the queries whose neighbours its tokens are."""
     k = _rows(k_ptr, rows, n, k_step, n_cols, BLOCK_COLS)
     v = _rows(v_ptr, rows, n, v_step, n_cols, BLOCK_COLS)
     dk = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     dv = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-    for start in tl.range(start_at, end_at, BLOCK_KEYS, num_stages=STAGES):
+    for start in tl.range(begin, end, BLOCK_KEYS, num_stages=STAGES):
         queries = start + tl.arange(0, BLOCK_KEYS)
         q = _rows(q_ptr, queries, n, q_step, n_cols, BLOCK_COLS)
         dy = _rows(dy_ptr, queries, n, dy_step, n_cols, BLOCK_COLS)
@@ -151,7 +182,7 @@ def _as_keys(
         inner = tl.sum(dy.to(tl.float32) * y.to(tl.float32), axis=1)
         lse = tl.load(lse_ptr + queries * lse_step, mask=queries < n, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2_E)
-        p = tl.where(_near(rows, queries, half, n), tl.exp2(s - lse[None, :]), 0.0)
+        p = tl.where(_near(queries[None, :], rows[:, None], half, n, SHIFTS), tl.exp2(s - lse[None, :]), 0.0)
         dv += tl.dot(p.to(dy.dtype), dy, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(dy), input_precision=PRECISION)
         ds = p * (dp - inner[None, :])
@@ -184,8 +215,8 @@ def _neighborhood_attention_bwd_kernel(
     half,
     dilation,
     scale,
-    WANTS_DQ: tl.constexpr, WANTS_DKV: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
+    WANTS_DQ: tl.constexpr, WANTS_DKV: tl.constexpr, SHIFTS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The tile's tokens as queries, then as keys: what both read lies in the caches, and nobody adds to what another
     program wrote.
@@ -201,19 +232,21 @@ def _neighborhood_attention_bwd_kernel(
     q_step, k_step, v_step = q_token_stride * dilation, k_token_stride * dilation, v_token_stride * dilation
 
     rows = first + tl.arange(0, BLOCK_ROWS)
-    start_at = tl.maximum(first - half, 0)
-    end_at = tl.minimum(first + BLOCK_ROWS + half, n)
     if WANTS_DQ:
+        begin, end = _keys_of(first, half, n, SHIFTS, BLOCK_ROWS)
         dq = _as_queries(
             dy_ptr, q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, dy_step, q_step, k_step, v_step, y_step, dilation,
-            rows, start_at, end_at, n, n_cols, half, scale, PRECISION, BLOCK_ROWS, BLOCK_KEYS, BLOCK_COLS, STAGES,
+            rows, begin, end, n, n_cols, half, scale,
+            SHIFTS, PRECISION, BLOCK_ROWS, BLOCK_KEYS, BLOCK_COLS, STAGES,
         )  # fmt: skip
         dq_ptr += batch * dq_batch_stride + head * dq_head_stride + of_class * dq_token_stride
         _store_rows(dq_ptr, rows, n, dq_token_stride * dilation, n_cols, dq, BLOCK_COLS)
     if WANTS_DKV:
+        begin, end = _queries_of(first, half, n, SHIFTS, BLOCK_ROWS)
         dk, dv = _as_keys(
             dy_ptr, q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, dy_step, q_step, k_step, v_step, y_step, dilation,
-            rows, start_at, end_at, n, n_cols, half, scale, PRECISION, BLOCK_ROWS, BLOCK_KEYS, BLOCK_COLS, STAGES,
+            rows, begin, end, n, n_cols, half, scale,
+            SHIFTS, PRECISION, BLOCK_ROWS, BLOCK_KEYS, BLOCK_COLS, STAGES,
         )  # fmt: skip
         dk_ptr += batch * dk_batch_stride + head * dk_head_stride + of_class * dk_token_stride
         dv_ptr += batch * dv_batch_stride + head * dv_head_stride + of_class * dv_token_stride

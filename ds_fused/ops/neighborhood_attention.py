@@ -1,8 +1,9 @@
 """Attention of each token to its neighbours: ``softmax(scale * q k^T) v`` over the tokens at most so far away.
 
 Token i sees the tokens j with |i - j| <= kernel_size // 2 * dilation whose distance the dilation divides, itself among
-them; at the ends of the sequence there are fewer. That is neighborhood attention (Hassani et al. 2023) in one dimension
-with Liger's borders: NATTEN's move the window inwards instead, so that each token has kernel_size neighbours.
+them: neighborhood attention (Hassani et al. 2023) in one dimension. At the ends of the sequence there are fewer, as in
+Liger's; with ``border="shift"`` the window moves inwards instead, as NATTEN's, and each token has kernel_size
+neighbours, if there are as many.
 
 Nothing of the size of T x T exists. Softmax is summed up as it goes (Dao et al. 2022), in fp32; weights and their
 gradients are rounded to the inputs' dtype before they are multiplied, and computed again in the backward.
@@ -29,6 +30,7 @@ from ds_fused.ops._neighborhood_attention_kernels import (
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._triton import cdiv, check_dtypes, power_of_2, runs_kernels
 
+BORDERS = ("cut", "shift")
 MOST_COLS = 256
 # tokens of a tile, and neighbours that it meets at a time: of windows of up to NARROW tokens to a side, and of wider
 # ones. Not measured yet. A tile of R tokens multiplies whole blocks of R + kernel_size - 1 neighbours, so that a narrow
@@ -42,13 +44,27 @@ FEW_COLS = 128
 
 
 def neighborhood_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, *, kernel_size: int = 7, dilation: int = 1, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kernel_size: int = 7,
+    dilation: int = 1,
+    scale: float | None = None,
+    border: str = "cut",
 ) -> Tensor:
     """What this file computes, in PyTorch: the specification, the CPU path and the yardstick of the tests."""
     scale = _scale_of(q) if scale is None else scale
-    place = torch.arange(q.shape[2], device=q.device)
-    distance = (place[:, None] - place).abs()
-    near = (distance <= kernel_size // 2 * dilation) & (distance % dilation == 0)
+    token, half = torch.arange(q.shape[2], device=q.device), kernel_size // 2
+    place, of_class = token // dilation, token % dilation
+    if border == "cut":
+        first, last = place - half, place + half
+    else:
+        n = (q.shape[2] - of_class + dilation - 1) // dilation
+        size = n.clamp_max(kernel_size)
+        first = torch.minimum((place - half).clamp_min(0), n - size)
+        last = first + size - 1
+    near = (of_class[:, None] == of_class) & (first[:, None] <= place) & (place <= last[:, None])
     scores = (q @ k.transpose(-2, -1) * scale).masked_fill(~near, -math.inf)
     weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
     return weights.to(v.dtype) @ v
@@ -91,7 +107,7 @@ def _grid(shape: torch.Size, dilation: int, rows: int) -> tuple[int]:
 
 
 def neighborhood_attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, kernel_size: int, dilation: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, kernel_size: int, dilation: int, scale: float, shifts: bool
 ) -> tuple[Tensor, Tensor]:
     """q, k, v [B, H, T, D] -> y [B, H, T, D], lse [B, H, T]."""
     shape = q.shape
@@ -106,7 +122,7 @@ def neighborhood_attention_fwd(
     launch(
         _neighborhood_attention_fwd_kernel, _grid(shape, dilation, constants["BLOCK_ROWS"]),
         q, k, v, y, lse, *strides(q, shape), *strides(k, shape), *strides(v, shape), *strides(y, shape),
-        n_heads, n_tokens, d, half, dilation, scale, **constants,
+        n_heads, n_tokens, d, half, dilation, scale, SHIFTS=shifts, **constants,
     )  # fmt: skip
     return y, lse
 
@@ -121,6 +137,7 @@ def neighborhood_attention_bwd(
     kernel_size: int,
     dilation: int,
     scale: float,
+    shifts: bool,
     *,
     wants_dq: bool,
     wants_dkv: bool,
@@ -141,7 +158,8 @@ def neighborhood_attention_bwd(
         dy, q, k, v, y, lse, dq, dk, dv,
         *strides(dy, shape), *strides(q, shape), *strides(k, shape), *strides(v, shape), *strides(y, shape),
         *[stride for x in (dq, dk, dv) for stride in ((0, 0, 0) if x is None else strides(x, shape))],
-        n_heads, n_tokens, d, half, dilation, scale, WANTS_DQ=wants_dq, WANTS_DKV=wants_dkv, **constants,
+        n_heads, n_tokens, d, half, dilation, scale,
+        WANTS_DQ=wants_dq, WANTS_DKV=wants_dkv, SHIFTS=shifts, **constants,
     )  # fmt: skip
     return dq, dk, dv
 
@@ -150,10 +168,12 @@ class NeighborhoodAttentionFunction(torch.autograd.Function):
     """Autograd around the two launches; sees q, k and v [B, H, T, D] in any strides but that of the columns."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, kernel_size: int, dilation: int, scale: float) -> Tensor:
-        y, lse = neighborhood_attention_fwd(q, k, v, kernel_size, dilation, scale)
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, kernel_size: int, dilation: int, scale: float, shifts: bool
+    ) -> Tensor:
+        y, lse = neighborhood_attention_fwd(q, k, v, kernel_size, dilation, scale, shifts)
         ctx.save_for_backward(q, k, v, y, lse)
-        ctx.options = kernel_size, dilation, scale
+        ctx.options = kernel_size, dilation, scale, shifts
         return y
 
     @staticmethod
@@ -163,15 +183,17 @@ class NeighborhoodAttentionFunction(torch.autograd.Function):
         dq, dk, dv = neighborhood_attention_bwd(
             neighbours(dy), *ctx.saved_tensors, *ctx.options, wants_dq=wants_dq, wants_dkv=any(wants_dkv)
         )
-        return dq, dk if wants_dkv[0] else None, dv if wants_dkv[1] else None, None, None, None
+        return dq, dk if wants_dkv[0] else None, dv if wants_dkv[1] else None, None, None, None, None
 
 
-def check_window(op: str, kernel_size: int, dilation: int) -> None:
-    """A window that is as wide to both sides, and a distance between neighbours."""
+def check_window(op: str, kernel_size: int, dilation: int, border: str) -> None:
+    """A window that is as wide to both sides, a distance between neighbours, and what becomes of it at the ends."""
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"{op}: kernel_size is {kernel_size}; it must be odd and positive: as many on both sides")
     if dilation < 1:
         raise ValueError(f"{op}: dilation is {dilation}; it must be 1 or more")
+    if border not in BORDERS:
+        raise ValueError(f"{op}: border is {border!r}; it must be 'cut' or 'shift'")
 
 
 def neighborhood_attention(
@@ -182,10 +204,13 @@ def neighborhood_attention(
     kernel_size: int = 7,
     dilation: int = 1,
     scale: float | None = None,
+    border: str = "cut",
 ) -> Tensor:
-    """``softmax(scale * q k^T) v`` over the kernel_size tokens around each, those that there are; [B, H, T, D].
+    """``softmax(scale * q k^T) v`` over the kernel_size tokens around each; [B, H, T, D].
 
     ``dilation``: only every so manieth token is a neighbour, of as many as before. ``scale``: 1 / sqrt(D) where None.
+    ``border``: at the ends of the sequence a token has the neighbours that there are ("cut"), or the kernel_size
+    nearest to the end ("shift").
     q, k and v have one shape and one dtype, and up to 256 columns. Any strides are read in place if the columns of a
     head lie side by side; the result lies in memory as q does.
     """
@@ -194,14 +219,16 @@ def neighborhood_attention(
             f"neighborhood_attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must have one "
             f"shape, [batch, heads, tokens, columns]"
         )
-    check_window("neighborhood_attention", kernel_size, dilation)
+    check_window("neighborhood_attention", kernel_size, dilation, border)
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"neighborhood_attention: q is {q.dtype}, k {k.dtype} and v {v.dtype}; they must be the same")
     if not runs_kernels(q, k, v):
-        return neighborhood_attention_reference(q, k, v, kernel_size=kernel_size, dilation=dilation, scale=scale)
+        return neighborhood_attention_reference(
+            q, k, v, kernel_size=kernel_size, dilation=dilation, scale=scale, border=border
+        )
     check_dtypes("neighborhood_attention", q=q)
     if q.shape[3] > MOST_COLS:
         raise ValueError(f"neighborhood_attention: q has {q.shape[3]} columns a head; kernels exist for {MOST_COLS}")
     scale = _scale_of(q) if scale is None else float(scale)
     q, k, v = neighbours(q), neighbours(k), neighbours(v)
-    return NeighborhoodAttentionFunction.apply(q, k, v, kernel_size, dilation, scale)
+    return NeighborhoodAttentionFunction.apply(q, k, v, kernel_size, dilation, scale, border == "shift")

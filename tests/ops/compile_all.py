@@ -171,7 +171,7 @@ def neighborhood_attention() -> None:
     ):
         q, k, v = (leaf(1, 300, 2, d, dtype=dtype).transpose(1, 2) for _ in range(3))
         ops.neighborhood_attention(q, k, v, kernel_size=kernel_size).sum().backward()
-    ops.neighborhood_attention(q, k.detach(), v.detach(), dilation=2).sum().backward()
+    ops.neighborhood_attention(q, k.detach(), v.detach(), dilation=2, border="shift").sum().backward()
 
 
 def glu() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accuracy import as_accurate, randn, same_bits
 
 import ds_fused.ops.registry as registry
@@ -45,16 +46,33 @@ def test_neighborhood_attention(shape, kernel_size, dilation, dtype, device):
     as_accurate(neighborhood_attention, neighborhood_attention_reference, inputs, dtype, **options)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("d", [64, 128, 192, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("n_tokens", "kernel_size", "dilation"),
-    [(2048, 7, 1), (1023, 129, 1), (2047, 255, 1), (2047, 255, 3), (999, 7, 64)],
+    [
+        (NARROW_ROWS + 2, 9, 1),
+        (23, 7, 3),
+        (5, 7, 2),  # fewer in a class than in a window
+        pytest.param(WIDE_ROWS + 70, 2 * NARROW + 3, 1, marks=pytest.mark.all),
+        pytest.param(4 * NARROW_ROWS, 2 * NARROW + 1, 1, marks=pytest.mark.all),
+    ],
 )
-def test_neighborhood_attention_of_real_sizes(n_tokens, kernel_size, dilation, d, dtype, device):
+def test_shifted_windows(n_tokens, kernel_size, dilation, dtype, device):
+    inputs = three(1, 1, n_tokens, 8, device=device)
+    options = {"kernel_size": kernel_size, "dilation": dilation, "border": "shift", "floor": FLOOR}
+    as_accurate(neighborhood_attention, neighborhood_attention_reference, inputs, dtype, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [64, 128, 192])
+@pytest.mark.parametrize(
+    ("n_tokens", "kernel_size", "dilation", "border"),
+    [(2048, 7, 1, "cut"), (1023, 129, 1, "cut"), (2047, 255, 3, "shift"), (999, 7, 64, "shift")],
+)
+def test_neighborhood_attention_of_real_sizes(n_tokens, kernel_size, dilation, border, d, dtype, device):
     inputs = three(2, 3, n_tokens, d, device=device)
-    options = {"kernel_size": kernel_size, "dilation": dilation, "floor": FLOOR}
+    options = {"kernel_size": kernel_size, "dilation": dilation, "border": border, "floor": FLOOR}
     as_accurate(neighborhood_attention, neighborhood_attention_reference, inputs, dtype, **options)
 
 
@@ -70,23 +88,22 @@ def test_a_token_alone_gets_its_own_value(n_tokens, kernel_size, dilation, dtype
     assert max(dq.abs().max(), dk.abs().max()) < 1e-5
 
 
+@pytest.mark.parametrize("border", ["cut", "shift"])
 @pytest.mark.parametrize(("kernel_size", "dilation"), [(5, 1), (3, 4), (7, 3)])
-def test_which_tokens_are_neighbours(kernel_size, dilation, device):
+def test_which_tokens_are_neighbours(kernel_size, dilation, border, device):
     """Token i's row says whose values it got."""
     t = 20
-    q, k = (randn(1, 1, t, 4, device=device, seed=i).float() for i in range(2))
-    weights = neighborhood_attention(
-        torch.nn.functional.pad(q, (0, t - 4)),
-        torch.nn.functional.pad(k, (0, t - 4)),
-        torch.eye(t, device=device)[None, None],
-        kernel_size=kernel_size,
-        dilation=dilation,
-    )
+    q, k = (F.pad(randn(1, 1, t, 4, device=device, seed=i).float(), (0, t - 4)) for i in range(2))
+    values = torch.eye(t, device=device)[None, None]
+    weights = neighborhood_attention(q, k, values, kernel_size=kernel_size, dilation=dilation, border=border)
     expected = torch.zeros(t, t, dtype=torch.bool)
     for i in range(t):
-        for step in range(-(kernel_size // 2), kernel_size // 2 + 1):
-            if 0 <= i + step * dilation < t:
-                expected[i, i + step * dilation] = True
+        window = [i + step * dilation for step in range(-(kernel_size // 2), kernel_size // 2 + 1)]
+        while border == "shift" and window[0] < 0:
+            window = [j + dilation for j in window]
+        while border == "shift" and window[-1] >= t:
+            window = [j - dilation for j in window]
+        expected[i, [j for j in window if 0 <= j < t]] = True
     assert torch.equal(weights[0, 0].cpu() > 0, expected)
     torch.testing.assert_close(weights.sum(-1), torch.ones(1, 1, t, device=device))
 
@@ -174,6 +191,8 @@ def test_errors_name_the_argument(device):
             neighborhood_attention(q, k, v, kernel_size=size)
     with pytest.raises(ValueError, match="neighborhood_attention: dilation is 0; it must be 1 or more"):
         neighborhood_attention(q, k, v, dilation=0)
+    with pytest.raises(ValueError, match="neighborhood_attention: border is 'wrap'; it must be 'cut' or 'shift'"):
+        neighborhood_attention(q, k, v, border="wrap")
     with pytest.raises(ValueError, match=r"q is torch.float32, k torch.bfloat16 and v torch.float32; they must be"):
         neighborhood_attention(q, k.bfloat16(), v)
     with pytest.raises(ValueError, match="neighborhood_attention: q is torch.float64; kernels exist for"):
