@@ -27,10 +27,13 @@ from ds_fused.ops._triton import cdiv, power_of_2, resident
 
 # None is measured yet. A tile of y, and columns of x that are multiplied at a time
 ROWS, COLS, K = 128, 32, 64
-WARPS = 4
+WARPS = 8
 MOST_OUTS = 4
 # a tile of rows for the gradient of the taps, and rows of taps that share its product at most
 TAP_ROWS, TAPS = 32, 8
+# such a tile, where the columns of a plane are no multiple of 16: each element is loaded by itself, from an address of
+# its own, for more of which registers don't suffice
+RAGGED_TAP_ROWS = 16
 TAP_WARPS = 8
 WARPS_PER_MULTIPROCESSOR = 16
 # what is loaded ahead passes by L1, where a row of x is found again for all taps but the first
@@ -121,10 +124,12 @@ def causal_conv_taps(dy: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor | Non
     """Fills dweight [C_out, C_in of a group, height, width] and dbias [C_out] from dy and x without gaps."""
     batch, n_channels, y_rows, y_cols = dy.shape
     taps = min(TAPS, power_of_2(window.height))
+    tile_rows = TAP_ROWS if x.shape[3] % 16 == y_cols % 16 == 0 else RAGGED_TAP_ROWS
     n_pairs = n_channels * window.n_sources
     programs = n_pairs * cdiv(window.height, taps) * window.chunks
-    parts = max(1, min(batch * cdiv(y_rows, TAP_ROWS), resident(x, WARPS_PER_MULTIPROCESSOR, TAP_WARPS) // programs))
-    room = torch.empty(parts * programs * taps * K * COLS, dtype=torch.float32, device=x.device)
+    parts = max(1, min(batch * cdiv(y_rows, tile_rows), resident(x, WARPS_PER_MULTIPROCESSOR, TAP_WARPS) // programs))
+    part_size = programs * taps * K * COLS
+    room = torch.empty(parts * part_size, dtype=torch.float32, device=x.device)
     dbias_room = None
     if dbias is not None:
         dbias_room = torch.empty(parts * n_channels * COLS, dtype=torch.float32, device=x.device)
@@ -139,11 +144,11 @@ def causal_conv_taps(dy: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor | Non
         _causal_conv_taps_kernel, (programs, parts),
         x, dy, room, dbias_room, batch, *x.shape[2:], y_rows, y_cols, n_channels, window.n_outs, window.n_sources,
         window.height, window.dilation[0], window.padding[0],
-        PAD_COLS=window.pad_cols, BLOCK_ROWS=TAP_ROWS, STAGES=STAGES, num_warps=TAP_WARPS, **constants,
+        PAD_COLS=window.pad_cols, BLOCK_ROWS=tile_rows, STAGES=STAGES, num_warps=TAP_WARPS, **constants,
     )  # fmt: skip
     launch(
         _causal_conv_sums_kernel, (n_pairs * window.height,),
-        room, dbias_room, dweight, dbias, parts, n_channels, window.n_sources, window.height, window.width,
+        room, dbias_room, dweight, dbias, parts, part_size, n_channels, window.n_sources, window.height, window.width,
         window.dilation[1], window.shift,
         BLOCK_WIDTH=power_of_2(window.width), num_warps=4, **constants,
     )  # fmt: skip

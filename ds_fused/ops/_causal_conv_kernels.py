@@ -194,6 +194,7 @@ def _causal_conv_sums_kernel(
     dweight_ptr,  # [C, S, height, width]
     dbias_ptr,  # [C]
     n_parts,
+    part_size,  # elements
     n_channels,
     n_sources,
     height,
@@ -212,10 +213,10 @@ def _causal_conv_sums_kernel(
     k = cols + col_tap * dilation + shift
     block = (pair * tl.cdiv(height, TAPS) + tap // TAPS) * CHUNKS + k // BLOCK_K
     place = (block * TAPS * BLOCK_K + tap % TAPS * BLOCK_K + k % BLOCK_K) * BLOCK_COLS + cols
-    size = n_channels.to(tl.int64) * n_sources * tl.cdiv(height, TAPS) * CHUNKS * TAPS * BLOCK_K * BLOCK_COLS
     total = tl.zeros((BLOCK_WIDTH, BLOCK_COLS), tl.float32)
-    for part in range(n_parts):
-        total += tl.load(parts_ptr + part * size + place, mask=col_tap < width, other=0.0)
+    for _ in range(n_parts):
+        total += tl.load(parts_ptr + place, mask=col_tap < width, other=0.0)
+        parts_ptr += part_size
     col_taps = tl.arange(0, BLOCK_WIDTH)
     tl.store(dweight_ptr + pid * width + col_taps, tl.sum(total, axis=1), mask=col_taps < width)
 

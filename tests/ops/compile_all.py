@@ -143,6 +143,7 @@ def multi_token_attention() -> None:
         (256, 4, 1, (6, 11), half, False),
         (256, 4, 4, (3, 3), half, False),
         (48, 8, 2, (1, 1), half, True),
+        (33, 4, 4, (6, 11), half, False),  # a ragged plane
         (1024, 1, 1, (3, 3), full, False),
         (1024, 1, 1, (3, 3), full, True),
     ):
