@@ -124,7 +124,10 @@ def test_poly_norm(device):
 
 
 @pytest.mark.parametrize("options", [{"padding": 1}, {"stride": 2, "groups": 3, "bias": False}])
-def test_multi_token_attention(options, device):
+def test_multi_token_attention(options, device, monkeypatch):
+    # which rounds weights of attention that are equal but for their last bit to others
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
     class Stock(torch.nn.Conv2d):
         def reset_parameters(self):
             super().reset_parameters()

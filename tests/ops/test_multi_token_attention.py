@@ -34,8 +34,15 @@ def some(shape, taps, *, device, groups=None, outs=None) -> list[torch.Tensor]:
     return [randn(*shape, shape[-1], device=device), weight, randn(outs, device=device, seed=2)]
 
 
+@pytest.fixture(autouse=True)
+def no_tf32(monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def judged(inputs, dtype, **options) -> None:
-    options = {"groups": inputs[0].shape[1] // inputs[1].shape[1], **options}
+    # fp32 is PyTorch's convolution, which may take another algorithm where the judge asks for a deterministic one
+    floor = 2e-5 if dtype == torch.float32 and inputs[0].is_cuda else 0.0
+    options = {"groups": inputs[0].shape[1] // inputs[1].shape[1], "floor": floor, **options}
     as_accurate(multi_token_attention, multi_token_attention_reference, inputs, dtype, **options)
 
 
