@@ -100,6 +100,8 @@ def _neighborhood_attention_fwd_kernel(
     SHIFTS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    # Inductor passes fp64
+    scale = tl.cast(scale, tl.float32)
     batch, head, of_class, first, n = _place(n_tokens, n_heads, dilation, BLOCK_ROWS)
     q_ptr += batch * q_batch_stride + head * q_head_stride + of_class * q_token_stride
     k_ptr += batch * k_batch_stride + head * k_head_stride + of_class * k_token_stride
@@ -221,6 +223,8 @@ def _neighborhood_attention_bwd_kernel(
     """The tile's tokens as queries, then as keys: what both read lies in the caches, and nobody adds to what another
     program wrote.
     """
+    # Inductor passes fp64
+    scale = tl.cast(scale, tl.float32)
     batch, head, of_class, first, n = _place(n_tokens, n_heads, dilation, BLOCK_ROWS)
     dy_ptr += batch * dy_batch_stride + head * dy_head_stride + of_class * dy_token_stride
     q_ptr += batch * q_batch_stride + head * q_head_stride + of_class * q_token_stride

@@ -94,7 +94,9 @@ class MultiTokenAttentionFunction(torch.autograd.Function):
         dscores = None
         if wants[0]:
             rows = sparsemax_bwd if ctx.sparse else softmax_bwd
-            dscores = rows(dp, p, dp if dp.dtype == ctx.dtype else like(dp, ctx.dtype), ZERO)
+            # over our own dp: PyTorch's may lie with its heads last, in a compiled graph unknown to us
+            over = ctx.window is not None and dp.dtype == ctx.dtype
+            dscores = rows(dp, p, dp if over else like(p, ctx.dtype), ZERO)
         return dscores, dweight, dbias, None, None, None
 
 
