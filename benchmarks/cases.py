@@ -416,6 +416,8 @@ PAIR_SWEEP = ((4096, 128256), (8192, 32000))
 # first of each op a shape whose largest tensor has 256 MiB or more: smaller ones say less of the memory's rate.
 # A 70B's width at 16k tokens, Llama-3-8B's at 8k, and a q-norm over 128-wide heads (8192 tokens x 32 heads, or x 128)
 NORM_SWEEP = ((16384, 8192), (8192, 4096), (1048576, 128), (262144, 128))
+# 256 MiB of widths that are no power of two: Qwen2-7B's, Mistral-Nemo's, Gemma-3-27B's
+ODD_WIDTHS = ((37448, 3584), (26208, 5120), (24960, 5376))
 # plain PyTorch in fp32, against which all are judged, needs about 30 GiB for them
 DISTILLED = ((4096, 4096, 128256), (4096, 2048, 151936))
 # 4096 queries of 32 heads, each over 4096 keys; a vocabulary
@@ -428,7 +430,7 @@ GROUP_NORM_SWEEP = ((16, 512, 128, 128), (16, 1280, 16, 16), (16, 320, 64, 64))
 CASES = (
     Case(
         "rms_norm", "before_weight", norm_inputs, rivals.LLAMA_NORM,
-        sweep=NORM_SWEEP, launch_bound=(16, 1024), tiny=(5, 48), bytes=_norm_bytes,
+        sweep=(*NORM_SWEEP, *ODD_WIDTHS), launch_bound=(16, 1024), tiny=(5, 48), bytes=_norm_bytes,
     ),
     Case(
         "rms_norm", "after_weight", norm_inputs, rivals.GEMMA_NORM,
@@ -440,7 +442,7 @@ CASES = (
     ),
     Case(
         "add_rms_norm", "", add_rms_norm_inputs, rivals.ADD_NORM,
-        sweep=NORM_SWEEP[:2], launch_bound=(16, 1024), tiny=(5, 48), bytes=_add_rms_norm_bytes,
+        sweep=(*NORM_SWEEP[:2], *ODD_WIDTHS), launch_bound=(16, 1024), tiny=(5, 48), bytes=_add_rms_norm_bytes,
     ),
     # Qwen3-Next: 8192 tokens x 32 heads; Mamba-Codestral-7B
     Case(
@@ -493,7 +495,7 @@ CASES = (
     ),
     Case(
         "layer_norm", "", layer_norm_inputs, rivals.LAYER_NORM,
-        sweep=NORM_SWEEP, launch_bound=(16, 1024), tiny=(5, 48), bytes=_layer_norm_bytes,
+        sweep=(*NORM_SWEEP, *ODD_WIDTHS), launch_bound=(16, 1024), tiny=(5, 48), bytes=_layer_norm_bytes,
     ),
     Case(
         "add_layer_norm", "", add_norm_inputs, rivals.ADD_LAYER_NORM,

@@ -18,7 +18,8 @@ COMMUNICATION, COPY, OPTIMIZER, IDLE = "communication, exposed", "memory copies"
 # part -> what its kernels' names match; a kernel belongs to the first that does
 KERNELS: Mapping[str, str] = {
     COMMUNICATION: r"(?i)nccl",
-    "attention": r"(?i)flash|fmha|sdpa|attention",
+    # but for ours, whose names begin with a line
+    "attention": r"^(?!_[a-z]).*(?i:flash|fmha|sdpa|attention)",
     "GEMM": r"(?i)gemm|nvjet|cutlass|gemv|splitk|cublas|xmma",
     # Triton's: ours, Liger's and Inductor's are functions of Python; torch's own have a namespace
     "fused kernels": r"^(?!.*::)(_?liger|_|triton_)\w*$|^\w+_kernel$",
