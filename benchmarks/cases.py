@@ -166,6 +166,16 @@ def mlp_inputs(generator: torch.Generator, n: int, h: int, i: int) -> Inputs:
     return Inputs({"x": x.requires_grad_(), **weights, "dy": dy}, ("dy",), by_backward=True)
 
 
+def experts_inputs(generator: torch.Generator, t: int, k: int, e: int, h: int, i: int) -> Inputs:
+    x, dy = (_randn(generator, t, h) for _ in range(2))
+    gate_up = nn.Parameter(_randn(generator, e, 2 * i, h, scale=h**-0.5))
+    down = nn.Parameter(_randn(generator, e, h, i, scale=i**-0.5))
+    # as a router's: different experts, nearly as many tokens for each
+    weights, ids = _randn(generator, t, e).softmax(-1).topk(k)
+    tensors = {"x": x.requires_grad_(), "gate_up": gate_up, "down": down, "weights": weights.requires_grad_()}
+    return Inputs(tensors | {"ids": ids, "dy": dy}, ("dy",))
+
+
 def pointwise_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
     return Inputs({"x": _randn(generator, n, d).requires_grad_(), "dy": _randn(generator, n, d)}, ("dy",))
 
@@ -368,6 +378,10 @@ def _mlp_flops(n: int, h: int, i: int) -> tuple[int, int]:
     return 6 * n * h * i, 18 * n * h * i
 
 
+def _experts_flops(t: int, k: int, e: int, h: int, i: int) -> tuple[int, int]:
+    return _mlp_flops(t * k, h, i)
+
+
 def _linear_loss_flops(m: int, h: int, n_vocab: int) -> tuple[int, int]:
     # logits; logits, dx and dweight
     return 2 * m * h * n_vocab, 6 * m * h * n_vocab
@@ -514,6 +528,12 @@ CASES = (
         "tiled_mlp", "", mlp_inputs, rivals.TILED_MLP,
         sweep=((8192, 4096, 14336), (32768, 4096, 14336)), launch_bound=(128, 64, 128), tiny=(20, 16, 24),
         flops=_mlp_flops, is_head=False,
+    ),
+    # Qwen3-30B-A3B at 8k and 2k tokens, Mixtral-8x7B at 4k
+    Case(
+        "experts", "", experts_inputs, rivals.EXPERTS,
+        sweep=((8192, 8, 128, 2048, 768), (4096, 2, 8, 4096, 14336), (2048, 8, 128, 2048, 768)),
+        launch_bound=(16, 2, 4, 256, 128), tiny=(5, 2, 3, 16, 24), flops=_experts_flops, is_head=False,
     ),
     # Nemotron-4-15B
     Case(

@@ -785,6 +785,47 @@ ROPE_COMPLEX = {
 }
 
 
+# --- experts: x [T, H], gate_up [E, 2I, H], down [E, H, I], ids and weights [T, k] ---
+
+
+def _hf_experts(implementation: str) -> Callable[[Tensors], tuple[Callable, tuple]]:
+    def build(t: Tensors):
+        from transformers import Qwen3MoeConfig
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+        n_experts, hidden, intermediate = t["down"].shape
+        sizes = {"hidden_size": hidden, "moe_intermediate_size": intermediate, "num_experts": n_experts}
+        config = Qwen3MoeConfig(**sizes)
+        config._experts_implementation = implementation
+        with torch.device("meta"):
+            experts = Qwen3MoeExperts(config)
+        experts.gate_up_proj, experts.down_proj = t["gate_up"], t["down"]
+        return experts, (t["x"], t["ids"], t["weights"])
+
+    return build
+
+
+def _liger_experts(t: Tensors) -> Call:
+    from liger_kernel.ops import LigerFusedMoEFunction
+
+    # as its LigerExperts calls it
+    return lambda: LigerFusedMoEFunction.apply(t["x"], t["gate_up"], t["down"], t["ids"].to(torch.int32), t["weights"])
+
+
+def _our_experts(t: Tensors) -> Call:
+    experts = _ops().experts
+    return lambda: experts(t["x"], t["gate_up"], t["down"], t["ids"], t["weights"])
+
+
+EXPERTS = {
+    "ds_fused": Provider(_our_experts),
+    "hf_eager": Provider(_eager(_hf_experts("eager"))),
+    "torch": Provider(_eager(_hf_experts("grouped_mm")), note="transformers' experts by PyTorch's grouped_mm"),
+    "compile": Provider(_compiled(_hf_experts("grouped_mm")), note="by grouped_mm"),
+    "liger": Provider(_liger_experts),
+}
+
+
 # --- relu2: x [N, D] ---
 
 

@@ -21,6 +21,7 @@ _HOME = {
     "dyt": "ds_fused.ops",
     "poly_norm": "ds_fused.ops",
     "glu": "ds_fused.ops",
+    "experts": "ds_fused.ops",
     "rope": "ds_fused.ops",
     "rms_norm_rope": "ds_fused.ops",
     "relu2": "ds_fused.ops",

@@ -5,6 +5,7 @@ from ds_fused.ops.add_rms_norm import add_rms_norm
 from ds_fused.ops.cross_entropy import cross_entropy
 from ds_fused.ops.dyt import dyt
 from ds_fused.ops.embedding import embedding
+from ds_fused.ops.experts import experts
 from ds_fused.ops.gated_rms_norm import gated_rms_norm
 from ds_fused.ops.glu import glu
 from ds_fused.ops.group_norm import group_norm
@@ -31,6 +32,7 @@ __all__ = [
     "cross_entropy",
     "dyt",
     "embedding",
+    "experts",
     "gated_rms_norm",
     "glu",
     "group_norm",

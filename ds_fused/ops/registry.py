@@ -19,6 +19,7 @@ from ds_fused.ops.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from ds_fused.ops.cross_entropy import cross_entropy, cross_entropy_reference
 from ds_fused.ops.dyt import dyt, dyt_reference
 from ds_fused.ops.embedding import embedding, embedding_reference
+from ds_fused.ops.experts import experts, experts_reference
 from ds_fused.ops.gated_rms_norm import gated_rms_norm, gated_rms_norm_reference
 from ds_fused.ops.glu import glu, glu_reference
 from ds_fused.ops.group_norm import group_norm, group_norm_reference
@@ -116,6 +117,13 @@ OPS: tuple[Op, ...] = (
         glu_reference,
         ("swiglu", "geglu", "reglu"),
         "gated linear unit: silu, gelu, relu, relu squared; packed, clamped",
+    ),
+    Op(
+        "experts",
+        experts,
+        experts_reference,
+        (),
+        "experts of a mixture: products of rows grouped by expert, gate, sum of a token's choices",
     ),
     Op("relu2", relu2, relu2_reference, ("relu2",), "squared ReLU without a gate"),
     Op(

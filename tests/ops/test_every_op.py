@@ -13,7 +13,8 @@ import ds_fused.ops as ops
 from ds_fused.ops.registry import OPS
 
 # of which PyTorch's own differ under autocast; tested in their own files
-AUTOCAST = {"layer_norm", "add_layer_norm", "group_norm", "softmax"} | {op.name for op in OPS if "linear" in op.name}
+AUTOCAST = {"layer_norm", "add_layer_norm", "group_norm", "softmax", "experts"}
+AUTOCAST |= {op.name for op in OPS if "linear" in op.name}
 LABELS = [3, 1, -100, 4, 0, 2]
 
 
@@ -49,6 +50,10 @@ def example(
             [some(1, 2, 3, 8), some(1, 1, 3, 8), weight, some(8, seed=1)],
         ),
         "glu": (op, [x, some(6, 8, seed=1)]),
+        "experts": (
+            lambda *tensors: op(*tensors[:3], (labels % 3).view(3, 2), tensors[3]),
+            [some(3, 8), some(3, 10, 8), some(3, 8, 5), some(3, 2)],
+        ),
         "relu2": (op, [x]),
         "embedding": (lambda head: op(labels.clamp_min(0), head), [head]),
         "softmax": (op, [x]),
