@@ -1,0 +1,165 @@
+"""Norms, norms over a sum, and what stands in a norm's place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ds_fused.nn._options import listed
+from ds_fused.ops import (
+    add_layer_norm,
+    add_rms_norm,
+    dyt,
+    gated_rms_norm,
+    group_norm,
+    layer_norm,
+    modulated_rms_norm,
+    poly_norm,
+    rms_norm,
+)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """``torch.nn.RMSNorm``; an eps of None is that of the dtype it computes in, fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if self.eps is None else self.eps
+        rows = _as_rows("RMSNorm", x, self.normalized_shape)
+        return rms_norm(rows, _flat(self.weight), eps=eps, cast="after_weight").view(x.shape)
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """``torch.nn.LayerNorm``"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = _as_rows("LayerNorm", x, self.normalized_shape)
+        return layer_norm(rows, _flat(self.weight), _flat(self.bias), eps=self.eps).view(x.shape)
+
+
+class AddRMSNorm(torch.nn.RMSNorm):
+    """``torch.nn.RMSNorm`` of one dimension over a sum: (norm(x + residual), x + residual)."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6, elementwise_affine: bool = True, **place: object) -> None:
+        super().__init__(hidden_size, eps, elementwise_affine, **place)
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x, residual, self.weight, eps=self.eps, cast="after_weight")
+
+
+class AddLayerNorm(torch.nn.LayerNorm):
+    """``torch.nn.LayerNorm`` of one dimension over a sum: (norm(x + residual), x + residual)."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-5, **options: object) -> None:
+        super().__init__(hidden_size, eps, **options)
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return add_layer_norm(x, residual, self.weight, self.bias, eps=self.eps)
+
+
+class GroupNorm(torch.nn.GroupNorm):
+    """``torch.nn.GroupNorm``"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm(x, self.num_groups, self.weight, self.bias, eps=self.eps)
+
+
+class GatedRMSNorm(torch.nn.Module):
+    """``gated_rms_norm(x, gate)``: order "norm_first" as Qwen3-Next's, "gate_first" as Mamba 2's."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-6,
+        *,
+        order: str = "norm_first",
+        cast: str = "before_weight",
+        act: str = "silu",
+        group_size: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
+        self.options = {"eps": eps, "order": order, "cast": cast, "act": act, "group_size": group_size}
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return gated_rms_norm(x, gate, self.weight, **self.options)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, {listed(self.options)}"
+
+
+class ModulatedRMSNorm(torch.nn.RMSNorm):
+    """``torch.nn.RMSNorm`` of one dimension, whose forward takes scale and shift: ``(1 + scale) * norm(x) + shift``."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-6,
+        elementwise_affine: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(hidden_size, eps, elementwise_affine, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
+        return modulated_rms_norm(x, self.weight, scale, shift, eps=self.eps, cast="after_weight")
+
+
+class DyT(torch.nn.Module):
+    """``dyt(x)``: "Transformers without Normalization" (Zhu et al. 2025), with that paper's names and first values."""
+
+    def __init__(
+        self,
+        num_features: int,
+        alpha_init_value: float = 0.5,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        place = {"device": device, "dtype": dtype}
+        self.alpha = torch.nn.Parameter(torch.full((1,), alpha_init_value, **place))
+        self.weight = torch.nn.Parameter(torch.ones(num_features, **place))
+        self.register_parameter("bias", torch.nn.Parameter(torch.zeros(num_features, **place)) if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dyt(x, self.alpha, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, bias={self.bias is not None}"
+
+
+class PolyNorm(torch.nn.Module):
+    """``poly_norm(x)``: the activation of PolyCom (Zhuo et al. 2024), with its authors' names and first values.
+
+    Liger's begins with a bias of 1, without a dimension.
+    """
+
+    def __init__(
+        self, eps: float = 1e-6, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        place = {"device": device, "dtype": dtype}
+        self.weight = torch.nn.Parameter(torch.full((3,), 1 / 3, **place))
+        self.bias = torch.nn.Parameter(torch.zeros(1, **place))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return poly_norm(x, self.weight, self.bias, eps=self.eps)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"
+
+
+def _as_rows(norm: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """x [..., *shape] as [..., D]."""
+    if x.ndim < len(shape) or tuple(x.shape[-len(shape) :]) != tuple(shape):
+        raise ValueError(f"{norm}: x {tuple(x.shape)} must end in the normalized shape {tuple(shape)}")
+    return x if len(shape) == 1 else x.flatten(-len(shape))
+
+
+def _flat(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.flatten()
