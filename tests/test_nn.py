@@ -222,6 +222,22 @@ def test_sums(sums, norms, affine, device):
     agree(*made, device, X, X.flip(0).clone())
 
 
+def test_experts(device):
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    config = MixtralConfig(hidden_size=D, intermediate_size=8, num_local_experts=3, _experts_implementation="eager")
+    theirs, ours = MixtralExperts(config), nn.Experts(3, D, 8, limit=7.0)
+    assert 0.2 < ours.down_proj.abs().max() <= 8**-0.5 and "num_experts=3" in repr(ours) and "limit=7.0" in repr(ours)
+    theirs.load_state_dict(ours.state_dict())
+    x, weights, ids = X.flatten(0, 2), X.flatten(0, 2)[:, :2].sigmoid(), torch.arange(60).view(30, 2) % 3
+    torch.testing.assert_close(
+        ours.to(device)(*(t.to(device) for t in (x, ids, weights))).cpu(), theirs(x, ids, weights)
+    )
+    with pytest.raises(TypeError, match="limits"):
+        nn.Experts(3, D, 8, limits=7.0)
+
+
 def test_all_that_is_named_is_there():
     assert ds_fused.nn is nn
     for name in nn.__all__:

@@ -6,6 +6,7 @@ has the parameter names of HuggingFace's models. What they compute, and ask of t
 
 from ds_fused.nn.divergences import JSDLoss, KLDivLoss, LinearJSDLoss, LinearKLDivLoss, TVDLoss
 from ds_fused.nn.embedding import Embedding
+from ds_fused.nn.experts import Experts
 from ds_fused.nn.losses import CrossEntropyLoss, LinearCrossEntropyLoss
 from ds_fused.nn.mlp import GeGLU, SwiGLU
 from ds_fused.nn.norms import (
@@ -27,6 +28,7 @@ __all__ = [
     "CrossEntropyLoss",
     "DyT",
     "Embedding",
+    "Experts",
     "GatedRMSNorm",
     "GeGLU",
     "GroupNorm",
