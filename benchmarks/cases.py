@@ -269,6 +269,22 @@ def distillation_inputs(generator: torch.Generator, m: int, h: int, n_vocab: int
     return Inputs(tensors | {"teacher_x": teacher_x, "teacher_weight": teacher_weight})
 
 
+def dpo_inputs(generator: torch.Generator, a: int, t: int, h: int, n_vocab: int) -> Inputs:
+    tensors = distillation_inputs(generator, a * t, h, n_vocab).tensors
+    return Inputs(tensors | _as_answers(tensors, a, "x", "teacher_x", "labels"))
+
+
+def grpo_inputs(generator: torch.Generator, a: int, t: int, h: int, n_vocab: int) -> Inputs:
+    tensors = linear_loss_inputs(generator, a * t, h, n_vocab).tensors
+    advantages = torch.randn(a, generator=generator, device=generator.device)
+    return Inputs(tensors | _as_answers(tensors, a, "x", "labels") | {"advantages": advantages})
+
+
+def _as_answers(tensors: dict[str, Tensor], a: int, *names: str) -> dict[str, Tensor]:
+    """[A T, ...] as [A, T, ...]."""
+    return {name: tensors[name].detach().unflatten(0, (a, -1)).requires_grad_(name == "x") for name in names}
+
+
 def kl_div_inputs(generator: torch.Generator, n: int, n_vocab: int) -> Inputs:
     x, target = (_randn(generator, n, n_vocab, scale=LOGITS_SCALE) for _ in range(2))
     return Inputs({"x": x.log_softmax(-1).requires_grad_(), "target": target.softmax(-1)})
@@ -390,6 +406,15 @@ def _linear_loss_flops(m: int, h: int, n_vocab: int) -> tuple[int, int]:
 def _frozen_loss_flops(m: int, h: int, n_vocab: int) -> tuple[int, int]:
     # logits; logits and dx
     return 2 * m * h * n_vocab, 4 * m * h * n_vocab
+
+
+def _dpo_flops(a: int, t: int, h: int, n_vocab: int) -> tuple[int, int]:
+    # logits of both models; of both, dx and dweight
+    return _distillation_flops(a * t, h, n_vocab)
+
+
+def _grpo_flops(a: int, t: int, h: int, n_vocab: int) -> tuple[int, int]:
+    return _linear_loss_flops(a * t, h, n_vocab)
 
 
 def _distillation_flops(m: int, h: int, n_vocab: int) -> tuple[int, int]:
@@ -566,6 +591,17 @@ CASES = (
     Case(
         "linear_log_probs", "entropy", partial(log_probs_inputs, outputs=2), rivals.log_probs_providers(entropy=True),
         sweep=(DISTILLED[0],), launch_bound=(128, 256, 1024), tiny=(140, 16, 96), flops=_linear_loss_flops,
+    ),
+    # two pairs of answers, and four answers
+    Case(
+        "linear_log_probs", "DPO", dpo_inputs, rivals.DPO,
+        sweep=((4, 2048, 4096, 128256),), launch_bound=(2, 64, 256, 1024), tiny=(2, 70, 16, 96),
+        flops=_dpo_flops, is_head=False,
+    ),
+    Case(
+        "linear_log_probs", "GRPO", grpo_inputs, rivals.GRPO,
+        sweep=((4, 2048, 4096, 128256),), launch_bound=(2, 64, 256, 1024), tiny=(2, 70, 16, 96),
+        flops=_grpo_flops, is_head=False,
     ),
     Case(
         "linear_jsd", "", distillation_inputs, rivals.divergence_providers("linear_jsd", beta=0.5),

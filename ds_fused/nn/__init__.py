@@ -20,6 +20,8 @@ from ds_fused.nn.norms import (
     PolyNorm,
     RMSNorm,
 )
+from ds_fused.nn.policy import LinearGRPOLoss
+from ds_fused.nn.preference import LinearCPOLoss, LinearDPOLoss, LinearKTOLoss, LinearORPOLoss, LinearSimPOLoss
 from ds_fused.nn.softmax import Softmax, Sparsemax
 
 __all__ = [
@@ -35,9 +37,15 @@ __all__ = [
     "JSDLoss",
     "KLDivLoss",
     "LayerNorm",
+    "LinearCPOLoss",
     "LinearCrossEntropyLoss",
+    "LinearDPOLoss",
+    "LinearGRPOLoss",
     "LinearJSDLoss",
     "LinearKLDivLoss",
+    "LinearKTOLoss",
+    "LinearORPOLoss",
+    "LinearSimPOLoss",
     "ModulatedRMSNorm",
     "PolyNorm",
     "RMSNorm",
