@@ -614,6 +614,11 @@ CASES = (
         largest_error=DIVERGENCE_ERROR,
     ),
     Case(
+        "linear_cosine", "", distillation_inputs, rivals.COSINE,
+        sweep=DISTILLED[:1], launch_bound=(128, 256, 1024), tiny=(140, 16, 96), flops=_distillation_flops,
+        largest_error=DIVERGENCE_ERROR,
+    ),
+    Case(
         "kl_div", "", kl_div_inputs, rivals.KL_DIV,
         sweep=PAIR_SWEEP, launch_bound=(16, 1024), tiny=(140, 96), bytes=_pair_bytes,
     ),

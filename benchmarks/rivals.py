@@ -1065,7 +1065,7 @@ GRPO = {
 }
 
 
-# --- linear_jsd and linear_kl_div: x [M, H], weight [V, H], teacher_x [M, H], teacher_weight [V, H], labels [M] ---
+# --- linear_jsd, linear_kl_div, linear_cosine: x, teacher_x [M, H], weight, teacher_weight [V, H], labels [M] ---
 
 
 def _plain_divergence(beta: float):
@@ -1097,6 +1097,22 @@ def _liger_divergence(beta: float) -> Callable[[Tensors], Call]:
         return lambda: divergence(*_heads(t), jsd_beta=beta)
 
     return build
+
+
+def _plain_cosine(t: Tensors):
+    def cosine(x, weight, teacher_x, teacher_weight, labels):
+        student, teacher = F.linear(x, weight).float(), F.linear(teacher_x, teacher_weight).float()
+        counts = labels != -100
+        return ((1.0 - F.cosine_similarity(student, teacher, -1)) * counts).sum() / counts.sum()
+
+    return cosine, _heads(t)
+
+
+def _liger_cosine(t: Tensors) -> Call:
+    from liger_kernel.chunked_loss import LigerFusedLinearCosineSimilarityLoss
+
+    loss = LigerFusedLinearCosineSimilarityLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0)
+    return lambda: loss(*_heads(t))
 
 
 # --- kl_div: x [N, V] log-probabilities, target [N, V] probabilities ---
@@ -1206,6 +1222,13 @@ def divergence_providers(name: str, beta: float) -> dict[str, Provider]:
         "liger": Provider(_liger_divergence(beta), note=_IN_FORWARD),
     }
 
+
+COSINE = {
+    "ds_fused": Provider(_our_linear_divergence("linear_cosine"), note="8 MHV where it fits keep_mb, else 12"),
+    "hf_eager": Provider(_eager(_plain_cosine), note="plain PyTorch"),
+    "compile": Provider(_compiled(_plain_cosine)),
+    "liger": Provider(_liger_cosine, note="1024 tokens at a time, compiled"),
+}
 
 _SOFTMAX_BEFORE = "PyTorch's fp32 softmax of both logits before it"
 

@@ -30,6 +30,7 @@ _HOME = {
     "linear_log_probs": "ds_fused.ops",
     "linear_jsd": "ds_fused.ops",
     "linear_kl_div": "ds_fused.ops",
+    "linear_cosine": "ds_fused.ops",
     "kl_div": "ds_fused.ops",
     "jsd": "ds_fused.ops",
     "tvd": "ds_fused.ops",

@@ -199,6 +199,7 @@ def test_divergences_of_heads():
     for kind, op, options in (
         (nn.LinearJSDLoss, ds_fused.linear_jsd, {"beta": 0.3, "temperature": 2.0}),
         (nn.LinearKLDivLoss, ds_fused.linear_kl_div, {"reverse": True, "reduction": "sum"}),
+        (nn.LinearCosineLoss, ds_fused.linear_cosine, {"reduction": "none"}),
     ):
         expected = op(x, w, x.flip(0), w.flip(0), None, teacher_bias=bias, **options)
         assert torch.equal(kind(**options)(x, w, x.flip(0), w.flip(0), teacher_bias=bias), expected)

@@ -4,7 +4,7 @@ A module that PyTorch has is a subclass of it, with its state dict, first values
 has the parameter names of HuggingFace's models. What they compute, and ask of their inputs, stands in ds_fused/ops.
 """
 
-from ds_fused.nn.divergences import JSDLoss, KLDivLoss, LinearJSDLoss, LinearKLDivLoss, TVDLoss
+from ds_fused.nn.divergences import JSDLoss, KLDivLoss, LinearCosineLoss, LinearJSDLoss, LinearKLDivLoss, TVDLoss
 from ds_fused.nn.embedding import Embedding
 from ds_fused.nn.experts import Experts
 from ds_fused.nn.losses import CrossEntropyLoss, LinearCrossEntropyLoss
@@ -38,6 +38,7 @@ __all__ = [
     "KLDivLoss",
     "LayerNorm",
     "LinearCPOLoss",
+    "LinearCosineLoss",
     "LinearCrossEntropyLoss",
     "LinearDPOLoss",
     "LinearGRPOLoss",

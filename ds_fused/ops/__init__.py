@@ -12,6 +12,7 @@ from ds_fused.ops.group_norm import group_norm
 from ds_fused.ops.jsd import jsd
 from ds_fused.ops.kl_div import kl_div
 from ds_fused.ops.layer_norm import layer_norm
+from ds_fused.ops.linear_cosine import linear_cosine
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy
 from ds_fused.ops.linear_jsd import linear_jsd
 from ds_fused.ops.linear_kl_div import linear_kl_div
@@ -39,6 +40,7 @@ __all__ = [
     "jsd",
     "kl_div",
     "layer_norm",
+    "linear_cosine",
     "linear_cross_entropy",
     "linear_jsd",
     "linear_kl_div",

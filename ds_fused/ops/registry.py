@@ -26,6 +26,7 @@ from ds_fused.ops.group_norm import group_norm, group_norm_reference
 from ds_fused.ops.jsd import jsd, jsd_reference
 from ds_fused.ops.kl_div import kl_div, kl_div_reference
 from ds_fused.ops.layer_norm import layer_norm, layer_norm_reference
+from ds_fused.ops.linear_cosine import linear_cosine, linear_cosine_reference
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from ds_fused.ops.linear_jsd import linear_jsd, linear_jsd_reference
 from ds_fused.ops.linear_kl_div import linear_kl_div, linear_kl_div_reference
@@ -214,6 +215,14 @@ OPS: tuple[Op, ...] = (
         linear_kl_div_reference,
         (),
         "forward or reverse KL divergence of a student's head and a teacher's, from hidden states",
+        MEMORY,
+    ),
+    Op(
+        "linear_cosine",
+        linear_cosine,
+        linear_cosine_reference,
+        (),
+        "angle between the logits of a student's head and a teacher's, from hidden states",
         MEMORY,
     ),
     # losses that replace no layer

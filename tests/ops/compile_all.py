@@ -275,6 +275,14 @@ def linear_kl_div() -> None:
         ops.linear_kl_div(leaf(2, 8), leaf(50257, 8), *teacher, reverse=reverse, temperature=2.0).backward()
 
 
+def linear_cosine() -> None:
+    labels = torch.zeros(2, dtype=torch.int64)
+    for v, dtype in ((32000, torch.bfloat16), (32000, torch.float32), (50257, torch.bfloat16)):
+        student, teacher = ((leaf(2, h, dtype=dtype), leaf(v, h, dtype=dtype)) for h in (8, 16))
+        ops.linear_cosine(*student, *(t.detach() for t in teacher), labels).backward()
+    ops.linear_cosine(*student, *(t.detach() for t in teacher)).backward()
+
+
 def kl_div() -> None:
     for dtype, log_target in ((torch.bfloat16, False), (torch.float32, True)):
         for reduction in ("batchmean", "none"):

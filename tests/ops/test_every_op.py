@@ -63,6 +63,7 @@ def example(
         "linear_log_probs": (lambda x, w: op(x, w, labels, entropy=True, **options), [x, head]),
         "linear_jsd": (lambda x, w: op(x, w, *teacher, labels), [x, head]),
         "linear_kl_div": (lambda x, w: op(x, w, *teacher, labels), [x, head]),
+        "linear_cosine": (lambda x, w: op(x, w, *teacher, labels), [x, head]),
         "kl_div": (lambda x: op(x.log_softmax(-1), others.softmax(-1)), [logits]),
         "jsd": (lambda x: op(x, others, labels), [logits]),
         "tvd": (lambda x: op(x, others, labels), [logits]),

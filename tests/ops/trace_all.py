@@ -218,6 +218,11 @@ def linear_kl_div() -> Iterator[Case]:
         yield partial(ops.linear_kl_div, reverse=reverse), [heads(n) for n in (3, 4)]
 
 
+def linear_cosine() -> Iterator[Case]:
+    yield ops.linear_cosine, [(*heads(n), labels(n)) for n in (3, 4, 5)]
+    yield partial(ops.linear_cosine, keep_mb=0, reduction="sum"), [heads(n) for n in (3, 4)]
+
+
 def kl_div() -> Iterator[Case]:
     for reduction in ("batchmean", "none"):
         call = partial(ops.kl_div, reduction=reduction)
