@@ -96,18 +96,27 @@ def _cosine_bwd_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     row = pid // n_blocks
-    cols = (pid % n_blocks) * BLOCK + tl.arange(0, BLOCK)
+    start = (pid % n_blocks).to(tl.int32) * BLOCK
+    cols = start + tl.arange(0, BLOCK)
     mask = cols < n_cols
+    s_row, t_row, ds_row = s_ptr + row * s_stride, t_ptr + row * t_stride, ds_ptr + row * ds_stride
     counts = True
     if HAS_LABELS:
         counts = tl.load(labels_ptr + row) != ignore_index
-    ds = tl.zeros([BLOCK], tl.float32)
     if counts:
-        s = tl.load(s_ptr + row * s_stride + cols, mask=mask, other=0.0).to(tl.float32)
-        t = tl.load(t_ptr + row * t_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        dloss = tl.load(dloss_ptr + row * dloss_stride).to(tl.float32)
         of_s, of_t = tl.load(stats_ptr + row), tl.load(stats_ptr + stats_stride + row)
-        ds = tl.load(dloss_ptr + row * dloss_stride).to(tl.float32) * (of_s * s + of_t * t)
-    tl.store(ds_ptr + row * ds_stride + cols, ds, mask=mask)
+        if start + BLOCK <= n_cols:  # without a mask: see _cross_entropy_kernels.py
+            s = tl.load(s_row + cols).to(tl.float32)
+            t = tl.load(t_row + cols).to(tl.float32)
+            tl.store(ds_row + cols, dloss * (of_s * s + of_t * t))
+        else:
+            s = tl.load(s_row + cols, mask=mask, other=0.0).to(tl.float32)
+            t = tl.load(t_row + cols, mask=mask, other=0.0).to(tl.float32)
+            tl.store(ds_row + cols, dloss * (of_s * s + of_t * t), mask=mask)
+    else:
+        # whatever the upstream gradient is: with all tokens ignored the mean's is infinite
+        tl.store(ds_row + cols, tl.zeros([BLOCK], tl.float32), mask=mask)
 
 
 def cosine_fwd(
