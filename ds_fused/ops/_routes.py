@@ -28,10 +28,10 @@ FOUND = 16
 class Routes(NamedTuple):
     """All int32. The places of an expert's pairs follow each other, in the order of its tokens."""
 
-    pairs: Tensor  # [N] of each place: its pair, token * k + choice
-    tokens: Tensor  # [N] of each place: its token
-    places: Tensor  # [N] of each pair: its place
-    ends: Tensor  # [E, chunks]: the last of each expert's is where its places end
+    pairs: Tensor  # [N] of each place: its pair, token * k + choice; unwritten behind the last place
+    tokens: Tensor  # [N] of each place: its token; unwritten behind the last place
+    places: Tensor  # [N] of each pair: its place; -1 of nobody's
+    ends: Tensor  # [E, chunks]: the last of each expert's is where its places end, the last of all the last place
     tile_experts: Tensor  # [tiles]; E where there are fewer tiles
     tile_rows: Tensor  # [tiles]: the first place of each
 
@@ -61,6 +61,7 @@ def _place_kernel(
     tokens_ptr,  # [N]
     places_ptr,  # [N]
     n_pairs,
+    n_experts,
     n_chunks,
     n_choices,
     CHUNK: tl.constexpr,
@@ -73,10 +74,11 @@ def _place_kernel(
     # again, for to lay what was loaded along another axis takes shared memory and a barrier
     others = tl.load(ids_ptr + pairs, mask=mask, other=-1).to(tl.int64)
     from_here_on = tl.sum(((ids[:, None] == others[None, :]) & (here[:, None] <= here[None, :])).to(tl.int32), axis=1)
-    places = tl.load(ends_ptr + ids * n_chunks + chunk, mask=mask, other=0) - from_here_on
-    tl.store(places_ptr + pairs, places, mask=mask)
-    tl.store(pairs_ptr + places, pairs.to(tl.int32), mask=mask)
-    tl.store(tokens_ptr + places, (pairs // n_choices).to(tl.int32), mask=mask)
+    is_ones = mask & (ids < n_experts)
+    places = tl.load(ends_ptr + ids * n_chunks + chunk, mask=is_ones, other=0) - from_here_on
+    tl.store(places_ptr + pairs, tl.where(is_ones, places, -1), mask=mask)
+    tl.store(pairs_ptr + places, pairs.to(tl.int32), mask=is_ones)
+    tl.store(tokens_ptr + places, (pairs // n_choices).to(tl.int32), mask=is_ones)
 
 
 @triton.jit
@@ -108,7 +110,7 @@ def _tile_kernel(
 
 
 def routes_of(ids: Tensor, n_choices: int, n_experts: int, tile_rows: int) -> Routes:
-    """ids [N], each in [0, E); N and E are positive."""
+    """ids [N], each in [0, E]; N and E are positive."""
     n = ids.shape[0]
     chunks = cdiv(n, CHUNK)
     # as many as there can be, since the host doesn't know: each expert's last tile may be short
@@ -121,7 +123,7 @@ def routes_of(ids: Tensor, n_choices: int, n_experts: int, tile_rows: int) -> Ro
     )  # fmt: skip
     ends = counts.view(-1).cumsum(0, dtype=torch.int32).view(n_experts, chunks)
     pairs, tokens, places = (torch.empty(n, dtype=torch.int32, device=ids.device) for _ in range(3))
-    launch(_place_kernel, (chunks,), ids, ends, pairs, tokens, places, n, chunks, n_choices, CHUNK=CHUNK)
+    launch(_place_kernel, (chunks,), ids, ends, pairs, tokens, places, n, n_experts, chunks, n_choices, CHUNK=CHUNK)
     tile_experts, tile_firsts = (torch.empty(n_tiles, dtype=torch.int32, device=ids.device) for _ in range(2))
     launch(
         _tile_kernel, (cdiv(n_tiles, FOUND),),

@@ -71,13 +71,14 @@ def experts_reference(
     gate = {"act": act, "interleaved": interleaved, "alpha": alpha, "limit": limit, "offset": offset}
     flat, n_choices = ids.reshape(-1), ids.shape[-1]
     order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=gate_up.shape[0]).tolist()
-    rows = x.reshape(-1, x.shape[-1])[order // n_choices].split(counts)
+    counts = torch.bincount(flat, minlength=gate_up.shape[0] + 1).tolist()
+    *rows, nobodys = x.reshape(-1, x.shape[-1])[order // n_choices].split(counts)
     done = [
         F.linear(glu_reference(F.linear(own, into), **gate), back)
         for own, into, back in zip(rows, gate_up, down, strict=True)
     ]
-    each = torch.cat(done)[order.argsort()].view(*ids.shape, x.shape[-1])
+    each = torch.cat([*done, torch.zeros_like(nobodys, dtype=done[0].dtype)])
+    each = each[order.argsort()].view(*ids.shape, x.shape[-1])
     wide = torch.promote_types(each.dtype, torch.float32)
     return (each.to(wide) * weights[..., None]).sum(-2).to(x.dtype)
 
@@ -98,7 +99,7 @@ def _sum_of_choices_kernel(
     for choice in tl.static_range(N_CHOICES):
         pair = token * N_CHOICES + choice
         place = tl.load(places_ptr + pair).to(tl.int64)
-        z = tl.load(z_ptr + place * n_cols + cols, mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(z_ptr + place * n_cols + cols, mask=mask & (place >= 0), other=0.0).to(tl.float32)
         if HAS_WEIGHTS:
             z *= tl.load(weights_ptr + pair).to(tl.float32)
         y += z
@@ -113,31 +114,33 @@ def _experts_gate_bwd_kernel(
     weights_ptr,  # [N] by pairs
     dweights_ptr,  # [N] by pairs
     pairs_ptr,  # [N]
+    last_ptr,  # where places end
     n_cols,
     ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
     WANTS_DH: tl.constexpr, WANTS_A: tl.constexpr, WANTS_DWEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    pair = tl.load(pairs_ptr + row)
-    weight = tl.load(weights_ptr + pair).to(tl.float32)
-    da_ptr += row * n_cols
-    h_ptr += row * 2 * n_cols
-    dh_ptr += row * 2 * n_cols
-    total = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, n_cols, BLOCK):
-        cols = first + tl.arange(0, BLOCK)
-        mask = cols < n_cols
-        da = tl.load(da_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-        gate, up = load_gate_and_up(h_ptr, h_ptr + n_cols, first, n_cols, INTERLEAVED, BLOCK)
-        dgate, dup, a = glu_back(weight * da, gate, up, ACT, ALPHA, LIMIT, OFFSET)
-        if WANTS_DH:
-            store_gate_and_up(dh_ptr, dh_ptr + n_cols, dgate, dup, first, n_cols, True, True, INTERLEAVED, BLOCK)
-        if WANTS_A:
-            tl.store(da_ptr + cols, weight * a, mask=mask)
-        # beyond the row da is 0, and a, with an offset or of no number, need not be
-        total += tl.where(mask, da * a, 0.0)
-    if WANTS_DWEIGHTS:
-        tl.store(dweights_ptr + pair, tl.sum(total, axis=0))
+    if row < tl.load(last_ptr):
+        pair = tl.load(pairs_ptr + row)
+        weight = tl.load(weights_ptr + pair).to(tl.float32)
+        da_ptr += row * n_cols
+        h_ptr += row * 2 * n_cols
+        dh_ptr += row * 2 * n_cols
+        total = tl.zeros((BLOCK,), tl.float32)
+        for first in range(0, n_cols, BLOCK):
+            cols = first + tl.arange(0, BLOCK)
+            mask = cols < n_cols
+            da = tl.load(da_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+            gate, up = load_gate_and_up(h_ptr, h_ptr + n_cols, first, n_cols, INTERLEAVED, BLOCK)
+            dgate, dup, a = glu_back(weight * da, gate, up, ACT, ALPHA, LIMIT, OFFSET)
+            if WANTS_DH:
+                store_gate_and_up(dh_ptr, dh_ptr + n_cols, dgate, dup, first, n_cols, True, True, INTERLEAVED, BLOCK)
+            if WANTS_A:
+                tl.store(da_ptr + cols, weight * a, mask=mask)
+            # beyond the row da is 0, and a, with an offset, need not be
+            total += tl.where(mask, da * a, 0.0)
+        if WANTS_DWEIGHTS:
+            tl.store(dweights_ptr + pair, tl.sum(total, axis=0))
 
 
 def sum_of_choices(z: Tensor, routes: Routes, weights: Tensor | None, n_tokens: int, dtype: torch.dtype) -> Tensor:
@@ -169,11 +172,13 @@ def gate_bwd(
     """dh [N, 2I] and dweights [N], those that are wanted."""
     n, i = da.shape
     dh = like(h) if wants_dh else None
-    dweights = like(weights) if wants_dweights else None
+    # zeros, for pairs without a place
+    dweights = torch.zeros_like(weights) if wants_dweights else None
     block = min(GATE_BLOCK, power_of_2(i))
     launch(
         _experts_gate_bwd_kernel, (n,),
-        da, h, h if dh is None else dh, weights, weights if dweights is None else dweights, routes.pairs, i,
+        da, h, h if dh is None else dh, weights, weights if dweights is None else dweights, routes.pairs,
+        routes.ends.view(-1)[-1:], i,
         ACT=form.act, ALPHA=form.alpha, LIMIT=form.limit, OFFSET=form.offset, INTERLEAVED=interleaved,
         WANTS_DH=wants_dh, WANTS_A=wants_a, WANTS_DWEIGHTS=wants_dweights, BLOCK=block,
         num_warps=warps_for(block, GATE_PER_THREAD),
@@ -264,7 +269,7 @@ def experts(
     x: Tensor,  # [..., H]
     gate_up: Tensor,  # [E, 2I, H]
     down: Tensor,  # [E, H, I]
-    ids: Tensor,  # [..., k] int64 or int32, in [0, E)
+    ids: Tensor,  # [..., k] int64 or int32, in [0, E]
     weights: Tensor,  # [..., k]
     act: str = "silu",
     *,
@@ -280,11 +285,12 @@ def experts(
     are stored [E, H, 2I] and [E, I, H] are passed as ``transpose(1, 2)``: nothing is copied. Gradients go to x, both
     weights of the experts and the weights of the choices; those of an expert that nobody chose are 0.
 
-    An id that is no expert's is an error: here on a CPU, on the device else.
+    A choice of E is nobody's and adds nothing, as where experts are spread over ranks. Any other id that is no expert's
+    is an error: here on a CPU, on the device else.
     """
     form = GLUForm(act, alpha, limit, offset)
     _check(x, gate_up, down, ids, weights, form)
-    flat = flat_ids("experts", ids, gate_up.shape[0])
+    flat = flat_ids("experts", ids, gate_up.shape[0] + 1)
     if not runs_kernels(x):
         return experts_reference(
             x, gate_up, down, ids, weights, act, interleaved=interleaved, alpha=alpha, limit=limit, offset=offset

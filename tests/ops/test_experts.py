@@ -52,8 +52,8 @@ def test_sizes_in_whole_tiles(device):
     as_accurate(experts, experts_reference, inputs_of(7, 3, 3, 32, 16, device), torch.bfloat16)
 
 
-# several tiles of one expert; one that is chosen twice by a token
-@pytest.mark.parametrize("ids", [[[0, 1]] * 18, [[4, 4]] * 9])
+# several tiles of one expert; one that is chosen twice by a token; choices that are nobody's, all of them
+@pytest.mark.parametrize("ids", [[[0, 1]] * 18, [[4, 4]] * 9, [[5, 2], [3, 5], [5, 5]] * 3, [[5, 5]] * 3])
 def test_how_tokens_are_shared_out(ids, device):
     inputs = inputs_of(len(ids), 2, 5, 16, 8, device, torch.tensor(ids))
     as_accurate(experts, experts_reference, inputs, torch.bfloat16)
@@ -157,12 +157,15 @@ def test_as_transformers(model, device):
 
 @pytest.mark.parametrize("n, e", [(1, 1), (8, 3), (100, 7), (33, 40)])
 def test_routes(n, e, device):
-    ids = torch.randint(e, (n,), generator=torch.Generator().manual_seed(n)).to(device)
+    # some of them nobody's
+    ids = torch.randint(e + 1, (n,), generator=torch.Generator().manual_seed(n)).to(device)
     routes = _routes.routes_of(ids, 1, e, 16)
-    order = ids.argsort(stable=True)
-    assert torch.equal(routes.pairs.long(), order) and torch.equal(routes.tokens, routes.pairs)
-    assert torch.equal(routes.places.long(), order.argsort())
-    ends = torch.bincount(ids, minlength=e).cumsum(0).tolist()
+    order, last = ids.argsort(stable=True), int((ids < e).sum())
+    assert torch.equal(routes.pairs[:last].long(), order[:last]) and torch.equal(
+        routes.tokens[:last].long(), order[:last]
+    )
+    assert torch.equal(routes.places.long(), order.argsort().masked_fill(ids == e, -1))
+    ends = torch.bincount(ids, minlength=e + 1)[:e].cumsum(0).tolist()
     assert routes.ends[:, -1].tolist() == ends
     begins = [0, *ends[:-1]]
     tiles = [(x, row) for x in range(e) for row in range(begins[x], ends[x], 16)]
@@ -262,8 +265,8 @@ def test_errors_name_the_argument(device):
 
 def test_an_id_that_is_no_experts_is_an_error():
     x, gate_up, down, ids, weights = inputs_of(5, 2, 3, 16, 20, "cpu")
-    for wrong in (-1, 3):
-        with pytest.raises(ValueError, match=rf"experts: id {wrong} lies outside \[0, 3\)"):
+    for wrong in (-1, 4):
+        with pytest.raises(ValueError, match=rf"experts: id {wrong} lies outside \[0, 4\)"):
             experts(x.float(), gate_up.float(), down.float(), ids.clone().fill_(wrong), weights.float())
 
 
