@@ -149,10 +149,10 @@ SEARCHES = (
     ),
     Search(
         "experts", "", "both", ((8192, 8, 128, 2048, 768), (4096, 2, 8, 4096, 14336)),
-        {
-            "ROWS": (64, 128), "COLS": (128, 256), "STEP": (32, 64), "NUM_WARPS": (4, 8), "STAGES": (3, 4),
-            "GROUP": (4, 8, 16),
-        },
+        {"COLS": (128, 256), "STEP": (32, 64), "NUM_WARPS": (4, 8), "STAGES": (3, 4)}, file="_grouped_products",
+    ),
+    Search(
+        "experts", "", "both", ((4096, 2, 8, 4096, 14336),), {"GROUP": (4, 8, 16), "ROWS": (64, 128)},
         file="_grouped_products",
     ),
     Search(

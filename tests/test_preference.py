@@ -302,6 +302,8 @@ def test_errors():
         (lambda: nn.LinearDPOLoss(loss_type="ipo", beta=0.0), "dpo_loss: beta is 0; ipo divides by it"),
         (lambda: nn.LinearDPOLoss(loss_type="exo_pair"), "label_smoothing is 0.0; for exo_pair it must be above 0"),
         (lambda: nn.LinearDPOLoss(loss_type="robust", label_smoothing=0.5), "for robust .* below 0.5"),
+        (lambda: functional.cpo_loss(OLD, OLD, label_smoothing=1.5), "cpo_loss: label_smoothing is 1.5"),
+        (lambda: functional.simpo_loss(OLD, OLD, label_smoothing=-0.1), "simpo_loss: label_smoothing is -0.1"),
         (lambda: nn.LinearGRPOLoss(loss_type="ppo"), "grpo_loss: loss_type is 'ppo'; known are grpo, bnpo"),
         (lambda: nn.LinearGRPOLoss(importance_sampling_level="word"), "importance_sampling_level is 'word'"),
         (lambda: nn.LinearGRPOLoss(delta=0.0), "grpo_loss: delta is 0.0; it must be positive"),

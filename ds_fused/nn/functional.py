@@ -1,8 +1,8 @@
 """Losses of preferences and policies, of the log-probabilities that ``linear_log_probs`` finds.
 
 Each is a few operations on numbers by answer or by token, for which no kernel pays; what takes time and memory is the
-head before them. Logits' owners take ``-cross_entropy(logits, ids, reduction="none", logit_scale=1 / temperature)``
-instead, which reads them once each way. The modules of ``ds_fused.nn`` put head and loss together.
+head before them. The modules of ``ds_fused.nn`` put head and loss together. Who has logits takes
+``-cross_entropy(logits, ids, reduction="none", logit_scale=1 / temperature)`` for them, which reads them once each way.
 
 Sizes: B answers (or pairs of them), T tokens of an answer.
 """
@@ -36,8 +36,6 @@ class _Pairs(NamedTuple):
 
 def _bits(margin: Tensor, smoothing: float) -> Tensor:
     """The cross entropy of "the chosen one is better", which is wrong with a probability of ``smoothing``."""
-    if not 0.0 <= smoothing <= 1.0:
-        raise ValueError(f"label_smoothing is {smoothing}; it must lie in [0, 1]")
     return -(1.0 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
 
 
@@ -110,8 +108,14 @@ def check_dpo(beta: float, loss_type: str, label_smoothing: float) -> None:
         )
 
 
+def _check_smoothing(op: str, label_smoothing: float) -> None:
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"{op}: label_smoothing is {label_smoothing}; it must lie in [0, 1]")
+
+
 def cpo_loss(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
     """Contrastive preference optimisation (arXiv 2401.08417) of [B] and [B], without its likelihood of the chosen."""
+    _check_smoothing("cpo_loss", label_smoothing)
     return _bits(beta * (chosen - rejected), label_smoothing).mean()
 
 
@@ -119,6 +123,7 @@ def simpo_loss(
     chosen: Tensor, rejected: Tensor, *, beta: float = 0.1, gamma: float = 0.5, label_smoothing: float = 0.0
 ) -> Tensor:
     """SimPO (arXiv 2405.14734): of mean log-probabilities [B] and [B], which have to be ``gamma`` apart."""
+    _check_smoothing("simpo_loss", label_smoothing)
     return _bits(beta * (chosen - rejected) - gamma, label_smoothing).mean()
 
 
@@ -218,20 +223,17 @@ def grpo_loss(
         importance_ratio = importance_ratio[:, None]
     gains = advantages[:, None] if advantages.ndim == 1 else advantages
     counts = torch.ones_like(log_probs, dtype=torch.bool) if mask is None else mask.bool()
-    n_of_answer, n_answers = counts.sum(-1, keepdim=True), log_probs.shape[0]
-    total = counts.sum()
 
     old = log_probs.detach() if old_log_probs is None else old_log_probs
     # whatever stands where nothing counts
     apart = torch.where(counts, log_probs - old, 0.0)
     log_ratio = apart
     if importance_sampling_level == "sequence":
-        log_ratio = apart.sum(-1, keepdim=True) / n_of_answer.clamp_min(1)
+        log_ratio = apart.sum(-1, keepdim=True) / counts.sum(-1, keepdim=True).clamp_min(1)
     ratio = log_ratio.exp()
-    low, high = 1.0 - epsilon_low, 1.0 + epsilon_high
-    is_clipped = ((ratio < low) & (gains < 0)) | ((ratio > high) & (gains > 0))
+    clipped = torch.zeros_like(counts)
     if loss_type == "cispo":
-        is_clipped = (ratio > epsilon_high) & (gains > 0)
+        clipped = (ratio > epsilon_high) & (gains > 0)
         loss = -ratio.clamp(max=epsilon_high).detach() * gains * log_probs
     elif loss_type == "sapo":
         steep = torch.where(gains > 0, sapo_temperature_pos, sapo_temperature_neg)
@@ -241,10 +243,10 @@ def grpo_loss(
         rate = torch.where(gains >= 0, vespo_lambda_pos, vespo_lambda_neg)
         loss = -_vespo_weight(apart.detach(), importance_ratio, k, rate) * gains * log_probs
     else:
+        low, high = 1.0 - epsilon_low, 1.0 + epsilon_high
+        clipped = ((ratio < low) & (gains < 0)) | ((ratio > high) & (gains > 0))
         kept = ratio if delta is None else ratio.clamp(max=delta)
         loss = -torch.minimum(kept * gains, ratio.clamp(low, high) * gains)
-    if loss_type in ("sapo", "vespo"):
-        is_clipped = torch.zeros_like(is_clipped)
     if importance_ratio is not None and loss_type != "vespo":
         loss = loss * importance_ratio
     kl = None
@@ -254,23 +256,29 @@ def grpo_loss(
         if use_bias_correction_kl:
             kl = kl * ratio
         loss = loss + beta * kl
-
-    loss = torch.where(counts, loss, 0.0)
-    if loss_type in ("grpo", "sapo"):
-        loss = (loss.sum(-1, keepdim=True) / n_of_answer.clamp_min(1)).sum() / n_answers
-    elif loss_type == "bnpo":
-        loss = loss.sum() / total.clamp_min(1)
-    elif loss_type == "dr_grpo":
-        loss = loss.sum() / (n_answers * (max_completion_length or log_probs.shape[1]))
-    elif loss_type == "luspo":
-        loss = loss.sum() / n_answers
-    else:
-        loss = loss.sum() / (total.clamp_min(1) if n_tokens is None else n_tokens)
+    loss = _divided(torch.where(counts, loss, 0.0), counts, loss_type, n_tokens, max_completion_length)
     if not return_metrics:
         return loss
     with torch.no_grad():
-        means = [None if x is None else torch.where(counts, x, 0).sum() / total.clamp_min(1) for x in (kl, is_clipped)]
+        total = counts.sum().clamp_min(1)
+        means = [None if x is None else torch.where(counts, x, 0).sum() / total for x in (kl, clipped)]
     return loss, GRPOMetrics(*means)
+
+
+def _divided(
+    loss: Tensor, counts: Tensor, loss_type: str, n_tokens: Tensor | float | None, max_completion_length: int | None
+) -> Tensor:
+    """Of tokens [B, T], 0 where they don't count, one number."""
+    n_answers = loss.shape[0]
+    if loss_type in ("grpo", "sapo"):
+        return (loss.sum(-1) / counts.sum(-1).clamp_min(1)).sum() / n_answers
+    if loss_type == "dr_grpo":
+        return loss.sum() / (n_answers * (max_completion_length or loss.shape[1]))
+    if loss_type == "luspo":
+        return loss.sum() / n_answers
+    if loss_type == "bnpo" or n_tokens is None:
+        return loss.sum() / counts.sum().clamp_min(1)
+    return loss.sum() / n_tokens
 
 
 def check_grpo(

@@ -51,7 +51,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tiles", "n_chunks"])
 def _product_of_rows_kernel(
     a_ptr,  # [N, n_in]; GATHERS: [T, n_in]
     weight_ptr,  # [E, n_out, n_in] by its strides
@@ -110,7 +110,7 @@ def _product_of_rows_kernel(
         tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(rows[:, None] < end) & (cols[None, :] < n_out))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_chunks"])
 def _product_of_experts_kernel(
     left_ptr,  # [N, n_left]
     right_ptr,  # [T, n_right]

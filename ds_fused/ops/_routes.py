@@ -36,7 +36,7 @@ class Routes(NamedTuple):
     tile_rows: Tensor  # [tiles]: the first place of each
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_pairs", "n_chunks"])
 def _count_kernel(
     ids_ptr,  # [N]
     counts_ptr,  # [E, chunks]
@@ -53,7 +53,7 @@ def _count_kernel(
     tl.store(counts_ptr + experts.to(tl.int64) * n_chunks + chunk, counts, mask=experts < n_experts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_pairs", "n_chunks"])
 def _place_kernel(
     ids_ptr,  # [N]
     ends_ptr,  # [E, chunks]
@@ -81,7 +81,7 @@ def _place_kernel(
     tl.store(tokens_ptr + places, (pairs // n_choices).to(tl.int32), mask=is_ones)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tiles", "n_chunks"])
 def _tile_kernel(
     ends_ptr,  # [E, chunks]
     tile_experts_ptr,  # [tiles]

@@ -42,7 +42,6 @@ from ds_fused.ops._triton import (
     check_dtypes,
     like,
     power_of_2,
-    refuse_transforms,
     rows_of,
     runs_kernels,
     warps_for,
@@ -106,7 +105,7 @@ def _sum_of_choices_kernel(
     tl.store(y_ptr + token * n_cols + cols, y, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_ends"])
 def _experts_gate_bwd_kernel(
     da_ptr,  # [N, I]; WANTS_A: becomes weights * a
     h_ptr,  # [N, 2I]
@@ -114,13 +113,15 @@ def _experts_gate_bwd_kernel(
     weights_ptr,  # [N] by pairs
     dweights_ptr,  # [N] by pairs
     pairs_ptr,  # [N]
-    last_ptr,  # where places end
+    ends_ptr,  # [E, chunks]
+    n_ends,
     n_cols,
     ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
     WANTS_DH: tl.constexpr, WANTS_A: tl.constexpr, WANTS_DWEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    if row < tl.load(last_ptr):
+    # behind the last place is nothing
+    if row < tl.load(ends_ptr + n_ends - 1):
         pair = tl.load(pairs_ptr + row)
         weight = tl.load(weights_ptr + pair).to(tl.float32)
         da_ptr += row * n_cols
@@ -178,7 +179,7 @@ def gate_bwd(
     launch(
         _experts_gate_bwd_kernel, (n,),
         da, h, h if dh is None else dh, weights, weights if dweights is None else dweights, routes.pairs,
-        routes.ends.view(-1)[-1:], i,
+        routes.ends, routes.ends.numel(), i,
         ACT=form.act, ALPHA=form.alpha, LIMIT=form.limit, OFFSET=form.offset, INTERLEAVED=interleaved,
         WANTS_DH=wants_dh, WANTS_A=wants_a, WANTS_DWEIGHTS=wants_dweights, BLOCK=block,
         num_warps=warps_for(block, GATE_PER_THREAD),
@@ -295,7 +296,6 @@ def experts(
         return experts_reference(
             x, gate_up, down, ids, weights, act, interleaved=interleaved, alpha=alpha, limit=limit, offset=offset
         )
-    refuse_transforms("experts")
     check_dtypes("experts", x=x, gate_up=gate_up, down=down, weights=weights)
     if flat.shape[0] == 0:
         # nothing to compute, but gradients of zeros
