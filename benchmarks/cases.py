@@ -184,6 +184,16 @@ def mlp_inputs(generator: torch.Generator, n: int, h: int, i: int) -> Inputs:
     return Inputs({"x": x.requires_grad_(), **weights, "dy": dy}, ("dy",), by_backward=True)
 
 
+def experts_inputs(generator: torch.Generator, t: int, k: int, e: int, h: int, i: int) -> Inputs:
+    x, dy = (_randn(generator, t, h) for _ in range(2))
+    gate_up = nn.Parameter(_randn(generator, e, 2 * i, h, scale=h**-0.5))
+    down = nn.Parameter(_randn(generator, e, h, i, scale=i**-0.5))
+    # as a router's: different experts, nearly as many tokens for each
+    weights, ids = _randn(generator, t, e).softmax(-1).topk(k)
+    tensors = {"x": x.requires_grad_(), "gate_up": gate_up, "down": down, "weights": weights.requires_grad_()}
+    return Inputs(tensors | {"ids": ids, "dy": dy}, ("dy",))
+
+
 def pointwise_inputs(generator: torch.Generator, n: int, d: int) -> Inputs:
     return Inputs({"x": _randn(generator, n, d).requires_grad_(), "dy": _randn(generator, n, d)}, ("dy",))
 
@@ -275,6 +285,22 @@ def distillation_inputs(generator: torch.Generator, m: int, h: int, n_vocab: int
     teacher_x = tensors["x"].detach() + _randn(generator, m, h, scale=0.5)
     teacher_weight = tensors["weight"].detach() + _randn(generator, n_vocab, h, scale=h**-0.5)
     return Inputs(tensors | {"teacher_x": teacher_x, "teacher_weight": teacher_weight})
+
+
+def dpo_inputs(generator: torch.Generator, a: int, t: int, h: int, n_vocab: int) -> Inputs:
+    tensors = distillation_inputs(generator, a * t, h, n_vocab).tensors
+    return Inputs(tensors | _as_answers(tensors, a, "x", "teacher_x", "labels"))
+
+
+def grpo_inputs(generator: torch.Generator, a: int, t: int, h: int, n_vocab: int) -> Inputs:
+    tensors = linear_loss_inputs(generator, a * t, h, n_vocab).tensors
+    advantages = torch.randn(a, generator=generator, device=generator.device)
+    return Inputs(tensors | _as_answers(tensors, a, "x", "labels") | {"advantages": advantages})
+
+
+def _as_answers(tensors: dict[str, Tensor], a: int, *names: str) -> dict[str, Tensor]:
+    """[A T, ...] as [A, T, ...]."""
+    return {name: tensors[name].detach().unflatten(0, (a, -1)).requires_grad_(name == "x") for name in names}
 
 
 def kl_div_inputs(generator: torch.Generator, n: int, n_vocab: int) -> Inputs:
@@ -396,6 +422,10 @@ def _mlp_flops(n: int, h: int, i: int) -> tuple[int, int]:
     return 6 * n * h * i, 18 * n * h * i
 
 
+def _experts_flops(t: int, k: int, e: int, h: int, i: int) -> tuple[int, int]:
+    return _mlp_flops(t * k, h, i)
+
+
 def _linear_loss_flops(m: int, h: int, n_vocab: int) -> tuple[int, int]:
     # logits; logits, dx and dweight
     return 2 * m * h * n_vocab, 6 * m * h * n_vocab
@@ -404,6 +434,15 @@ def _linear_loss_flops(m: int, h: int, n_vocab: int) -> tuple[int, int]:
 def _frozen_loss_flops(m: int, h: int, n_vocab: int) -> tuple[int, int]:
     # logits; logits and dx
     return 2 * m * h * n_vocab, 4 * m * h * n_vocab
+
+
+def _dpo_flops(a: int, t: int, h: int, n_vocab: int) -> tuple[int, int]:
+    # logits of both models; of both, dx and dweight
+    return _distillation_flops(a * t, h, n_vocab)
+
+
+def _grpo_flops(a: int, t: int, h: int, n_vocab: int) -> tuple[int, int]:
+    return _linear_loss_flops(a * t, h, n_vocab)
 
 
 def _distillation_flops(m: int, h: int, n_vocab: int) -> tuple[int, int]:
@@ -566,6 +605,12 @@ CASES = (
         sweep=((8192, 4096, 14336), (32768, 4096, 14336)), launch_bound=(128, 64, 128), tiny=(20, 16, 24),
         flops=_mlp_flops, is_head=False,
     ),
+    # Qwen3-30B-A3B at 8k and 2k tokens, Mixtral-8x7B at 4k
+    Case(
+        "experts", "", experts_inputs, rivals.EXPERTS,
+        sweep=((8192, 8, 128, 2048, 768), (4096, 2, 8, 4096, 14336), (2048, 8, 128, 2048, 768)),
+        launch_bound=(16, 2, 4, 256, 128), tiny=(5, 2, 3, 16, 24), flops=_experts_flops, is_head=False,
+    ),
     # Nemotron-4-15B
     Case(
         "relu2", "", pointwise_inputs, rivals.RELU2,
@@ -598,6 +643,17 @@ CASES = (
         "linear_log_probs", "entropy", partial(log_probs_inputs, outputs=2), rivals.log_probs_providers(entropy=True),
         sweep=(DISTILLED[0],), launch_bound=(128, 256, 1024), tiny=(140, 16, 96), flops=_linear_loss_flops,
     ),
+    # two pairs of answers, and four answers
+    Case(
+        "linear_log_probs", "DPO", dpo_inputs, rivals.DPO,
+        sweep=((4, 2048, 4096, 128256),), launch_bound=(2, 64, 256, 1024), tiny=(2, 70, 16, 96),
+        flops=_dpo_flops, is_head=False,
+    ),
+    Case(
+        "linear_log_probs", "GRPO", grpo_inputs, rivals.GRPO,
+        sweep=((4, 2048, 4096, 128256),), launch_bound=(2, 64, 256, 1024), tiny=(2, 70, 16, 96),
+        flops=_grpo_flops, is_head=False,
+    ),
     Case(
         "linear_jsd", "", distillation_inputs, rivals.divergence_providers("linear_jsd", beta=0.5),
         sweep=DISTILLED, launch_bound=(128, 256, 1024), tiny=(140, 16, 96), flops=_distillation_flops,
@@ -605,6 +661,11 @@ CASES = (
     ),
     Case(
         "linear_kl_div", "", distillation_inputs, rivals.divergence_providers("linear_kl_div", beta=0.0),
+        sweep=DISTILLED[:1], launch_bound=(128, 256, 1024), tiny=(140, 16, 96), flops=_distillation_flops,
+        largest_error=DIVERGENCE_ERROR,
+    ),
+    Case(
+        "linear_cosine", "", distillation_inputs, rivals.COSINE,
         sweep=DISTILLED[:1], launch_bound=(128, 256, 1024), tiny=(140, 16, 96), flops=_distillation_flops,
         largest_error=DIVERGENCE_ERROR,
     ),

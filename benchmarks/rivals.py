@@ -785,6 +785,47 @@ ROPE_COMPLEX = {
 }
 
 
+# --- experts: x [T, H], gate_up [E, 2I, H], down [E, H, I], ids and weights [T, k] ---
+
+
+def _hf_experts(implementation: str) -> Callable[[Tensors], tuple[Callable, tuple]]:
+    def build(t: Tensors):
+        from transformers import Qwen3MoeConfig
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+        n_experts, hidden, intermediate = t["down"].shape
+        sizes = {"hidden_size": hidden, "moe_intermediate_size": intermediate, "num_experts": n_experts}
+        config = Qwen3MoeConfig(**sizes)
+        config._experts_implementation = implementation
+        with torch.device("meta"):
+            experts = Qwen3MoeExperts(config)
+        experts.gate_up_proj, experts.down_proj = t["gate_up"], t["down"]
+        return experts, (t["x"], t["ids"], t["weights"])
+
+    return build
+
+
+def _liger_experts(t: Tensors) -> Call:
+    from liger_kernel.ops import LigerFusedMoEFunction
+
+    # as its LigerExperts calls it
+    return lambda: LigerFusedMoEFunction.apply(t["x"], t["gate_up"], t["down"], t["ids"].to(torch.int32), t["weights"])
+
+
+def _our_experts(t: Tensors) -> Call:
+    experts = _ops().experts
+    return lambda: experts(t["x"], t["gate_up"], t["down"], t["ids"], t["weights"])
+
+
+EXPERTS = {
+    "ds_fused": Provider(_our_experts),
+    "hf_eager": Provider(_eager(_hf_experts("eager"))),
+    "torch": Provider(_eager(_hf_experts("grouped_mm")), note="transformers' experts by PyTorch's grouped_mm"),
+    "compile": Provider(_compiled(_hf_experts("grouped_mm")), note="by grouped_mm"),
+    "liger": Provider(_liger_experts),
+}
+
+
 # --- relu2: x [N, D] ---
 
 
@@ -953,7 +994,78 @@ def log_probs_providers(entropy: bool) -> dict[str, Provider]:
     }
 
 
-# --- linear_jsd and linear_kl_div: x [M, H], weight [V, H], teacher_x [M, H], teacher_weight [V, H], labels [M] ---
+# --- linear_log_probs in a loss: x and teacher_x [A, T, H], both weights [V, H], labels [A, T], advantages [A] ---
+
+
+def _plain_answers(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    losses = F.cross_entropy(F.linear(x, weight).float().flatten(0, 1), labels.flatten(), reduction="none")
+    return -losses.view(labels.shape)
+
+
+def _plain_dpo(t: Tensors):
+    def dpo(x, weight, teacher_x, teacher_weight, labels):
+        with torch.no_grad():
+            before = _plain_answers(teacher_x, teacher_weight, labels)
+        chosen, rejected = (_plain_answers(x, weight, labels) - before).sum(-1).chunk(2)
+        return -F.logsigmoid(0.1 * (chosen - rejected)).mean()
+
+    return dpo, _heads(t)
+
+
+def _plain_grpo(t: Tensors):
+    def grpo(x, weight, labels, advantages):
+        log_probs, counts = _plain_answers(x, weight, labels), labels != -100
+        ratio = (log_probs - log_probs.detach()).exp()
+        gain = torch.minimum(ratio * advantages[:, None], ratio.clamp(0.8, 1.2) * advantages[:, None])
+        return -(gain * counts).sum() / counts.sum()
+
+    return grpo, (t["x"], t["weight"], t["labels"], t["advantages"])
+
+
+def _our_dpo(t: Tensors) -> Call:
+    from ds_fused import nn
+
+    loss, (x, weight, ref_x, ref_weight, labels) = nn.LinearDPOLoss(beta=0.1), _heads(t)
+    return lambda: loss(x, weight, labels, ref_x=ref_x, ref_weight=ref_weight)
+
+
+def _our_grpo(t: Tensors) -> Call:
+    from ds_fused import nn
+
+    loss, mask = nn.LinearGRPOLoss(loss_type="bnpo"), t["labels"] != -100
+    return lambda: loss(t["x"], t["weight"], t["labels"], t["advantages"], mask)
+
+
+def _liger_dpo(t: Tensors) -> Call:
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    loss, (x, weight, ref_x, ref_weight, labels) = LigerFusedLinearDPOLoss(beta=0.1), _heads(t)
+    return lambda: loss(weight, x, labels, None, ref_x, ref_weight)[0]
+
+
+def _liger_grpo(t: Tensors) -> Call:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, loss_type="bnpo", use_ref_model=False)
+    ids, mask = t["labels"].clamp_min(0), t["labels"] != -100
+    return lambda: loss(t["x"], t["weight"], ids, mask, t["advantages"])[0]
+
+
+DPO = {
+    "ds_fused": Provider(_our_dpo),
+    "hf_eager": Provider(_eager(_plain_dpo), note="plain PyTorch"),
+    "compile": Provider(_compiled(_plain_dpo)),
+    "liger": Provider(_liger_dpo, note="a pair at a time, compiled"),
+}
+GRPO = {
+    "ds_fused": Provider(_our_grpo),
+    "hf_eager": Provider(_eager(_plain_grpo), note="plain PyTorch"),
+    "compile": Provider(_compiled(_plain_grpo)),
+    "liger": Provider(_liger_grpo, note="an answer at a time, its loss compiled"),
+}
+
+
+# --- linear_jsd, linear_kl_div, linear_cosine: x, teacher_x [M, H], weight, teacher_weight [V, H], labels [M] ---
 
 
 def _plain_divergence(beta: float):
@@ -985,6 +1097,22 @@ def _liger_divergence(beta: float) -> Callable[[Tensors], Call]:
         return lambda: divergence(*_heads(t), jsd_beta=beta)
 
     return build
+
+
+def _plain_cosine(t: Tensors):
+    def cosine(x, weight, teacher_x, teacher_weight, labels):
+        student, teacher = F.linear(x, weight).float(), F.linear(teacher_x, teacher_weight).float()
+        counts = labels != -100
+        return ((1.0 - F.cosine_similarity(student, teacher, -1)) * counts).sum() / counts.sum()
+
+    return cosine, _heads(t)
+
+
+def _liger_cosine(t: Tensors) -> Call:
+    from liger_kernel.chunked_loss import LigerFusedLinearCosineSimilarityLoss
+
+    loss = LigerFusedLinearCosineSimilarityLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0)
+    return lambda: loss(*_heads(t))
 
 
 # --- kl_div: x [N, V] log-probabilities, target [N, V] probabilities ---
@@ -1094,6 +1222,13 @@ def divergence_providers(name: str, beta: float) -> dict[str, Provider]:
         "liger": Provider(_liger_divergence(beta), note=_IN_FORWARD),
     }
 
+
+COSINE = {
+    "ds_fused": Provider(_our_linear_divergence("linear_cosine"), note="8 MHV where it fits keep_mb, else 12"),
+    "hf_eager": Provider(_eager(_plain_cosine), note="plain PyTorch"),
+    "compile": Provider(_compiled(_plain_cosine)),
+    "liger": Provider(_liger_cosine, note="1024 tokens at a time, compiled"),
+}
 
 _SOFTMAX_BEFORE = "PyTorch's fp32 softmax of both logits before it"
 

@@ -23,8 +23,9 @@ def correct() -> None:
     # TODO: goes when triton's interpreter multiplies matrices of bf16 (it takes their bits for integers)
     stock_dot = interpreter.InterpreterBuilder.create_dot
 
-    def create_dot(self: object, a: interpreter.TensorHandle, b: interpreter.TensorHandle, *rest: object):
-        return stock_dot(self, *(_as_fp32(x) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)), *rest)
+    def create_dot(self: object, a: interpreter.TensorHandle, b: interpreter.TensorHandle, *more: object) -> object:
+        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return stock_dot(self, a, b, *more)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
 
@@ -36,8 +37,3 @@ def correct() -> None:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = patch_lang_tensor
-
-
-def _as_fp32(x: interpreter.TensorHandle) -> interpreter.TensorHandle:
-    """bf16, which the interpreter holds as bits, in fp32."""
-    return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)

@@ -253,6 +253,7 @@ def test_divergences_of_heads():
     for kind, op, options in (
         (nn.LinearJSDLoss, ds_fused.linear_jsd, {"beta": 0.3, "temperature": 2.0}),
         (nn.LinearKLDivLoss, ds_fused.linear_kl_div, {"reverse": True, "reduction": "sum"}),
+        (nn.LinearCosineLoss, ds_fused.linear_cosine, {"reduction": "none"}),
     ):
         expected = op(x, w, x.flip(0), w.flip(0), None, teacher_bias=bias, **options)
         assert torch.equal(kind(**options)(x, w, x.flip(0), w.flip(0), teacher_bias=bias), expected)
@@ -274,6 +275,22 @@ def test_sums(sums, norms, affine, device):
 
     made = (lambda kind=kind: kind(D, 1e-6, elementwise_affine=affine) for kind in (Ours, Stock))
     agree(*made, device, X, X.flip(0).clone())
+
+
+def test_experts(device):
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    config = MixtralConfig(hidden_size=D, intermediate_size=8, num_local_experts=3, _experts_implementation="eager")
+    theirs, ours = MixtralExperts(config), nn.Experts(3, D, 8, limit=7.0)
+    assert 0.2 < ours.down_proj.abs().max() <= 8**-0.5 and "num_experts=3" in repr(ours) and "limit=7.0" in repr(ours)
+    theirs.load_state_dict(ours.state_dict())
+    x, weights, ids = X.flatten(0, 2), X.flatten(0, 2)[:, :2].sigmoid(), torch.arange(60).view(30, 2) % 3
+    torch.testing.assert_close(
+        ours.to(device)(*(t.to(device) for t in (x, ids, weights))).cpu(), theirs(x, ids, weights)
+    )
+    with pytest.raises(TypeError, match="limits"):
+        nn.Experts(3, D, 8, limits=7.0)
 
 
 def test_all_that_is_named_is_there():

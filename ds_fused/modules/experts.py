@@ -2,7 +2,8 @@
 
 transformers' implementations (grouped and batched products, and what else is registered) call ``_apply_gate`` between
 the two products; the eager one has some classes' activation and product in its own loop. Both are fused, inside the
-code that runs. Router, weights of experts and auxiliary loss are other layers' and stay as they are.
+code that runs. Or the whole of it is one op, in the place of whichever implementation. Router, weights of experts and
+auxiliary loss are other layers' and stay as they are.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ds_fused.modules.mlp import Gate, gated
 from ds_fused.modules.product import Product
+from ds_fused.ops import experts
 
 
 class Experts(Product):
@@ -22,6 +24,25 @@ class Experts(Product):
     def _ds_fused_members(cls: type[nn.Module], act_name: str | None) -> dict[str, object]:
         """The loop of the eager implementation multiplies by ``act_name`` itself; None: it calls ``_apply_gate``."""
         return {} if act_name is None else Product._ds_fused_members(cls, act_name)
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        return gated(self.fused_gate, gate_up)
+
+
+class WholeExperts:
+    """``experts`` over both parameters; another implementation would multiply, with ``_apply_gate`` in between."""
+
+    fused_gate: Gate
+    fused_transposed: bool  # whether they are stored [E, H, 2I] and [E, I, H]
+
+    gate_up_proj: Tensor
+    down_proj: Tensor
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        weights = self.gate_up_proj, self.down_proj
+        if self.fused_transposed:
+            weights = [weight.transpose(1, 2) for weight in weights]
+        return experts(hidden_states, *weights, top_k_index, top_k_weights, **self.fused_gate._asdict())
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         return gated(self.fused_gate, gate_up)

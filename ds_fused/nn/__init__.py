@@ -5,8 +5,9 @@ has the parameter names of HuggingFace's models. What they compute, and ask of t
 """
 
 from ds_fused.nn.attention import MultiTokenAttention, NeighborhoodAttention
-from ds_fused.nn.divergences import JSDLoss, KLDivLoss, LinearJSDLoss, LinearKLDivLoss, TVDLoss
+from ds_fused.nn.divergences import JSDLoss, KLDivLoss, LinearCosineLoss, LinearJSDLoss, LinearKLDivLoss, TVDLoss
 from ds_fused.nn.embedding import Embedding
+from ds_fused.nn.experts import Experts
 from ds_fused.nn.losses import CrossEntropyLoss, LinearCrossEntropyLoss
 from ds_fused.nn.mlp import GeGLU, SwiGLU
 from ds_fused.nn.norms import (
@@ -20,6 +21,8 @@ from ds_fused.nn.norms import (
     PolyNorm,
     RMSNorm,
 )
+from ds_fused.nn.policy import LinearGRPOLoss
+from ds_fused.nn.preference import LinearCPOLoss, LinearDPOLoss, LinearKTOLoss, LinearORPOLoss, LinearSimPOLoss
 from ds_fused.nn.softmax import Softmax, Sparsemax
 
 __all__ = [
@@ -28,15 +31,23 @@ __all__ = [
     "CrossEntropyLoss",
     "DyT",
     "Embedding",
+    "Experts",
     "GatedRMSNorm",
     "GeGLU",
     "GroupNorm",
     "JSDLoss",
     "KLDivLoss",
     "LayerNorm",
+    "LinearCPOLoss",
+    "LinearCosineLoss",
     "LinearCrossEntropyLoss",
+    "LinearDPOLoss",
+    "LinearGRPOLoss",
     "LinearJSDLoss",
     "LinearKLDivLoss",
+    "LinearKTOLoss",
+    "LinearORPOLoss",
+    "LinearSimPOLoss",
     "ModulatedRMSNorm",
     "MultiTokenAttention",
     "NeighborhoodAttention",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ds_fused.nn._options import known, listed
-from ds_fused.ops import jsd, kl_div, linear_jsd, linear_kl_div, tvd
+from ds_fused.ops import jsd, kl_div, linear_cosine, linear_jsd, linear_kl_div, tvd
 
 
 class KLDivLoss(torch.nn.KLDivLoss):
@@ -74,3 +74,9 @@ class LinearKLDivLoss(_HeadsLoss):
     """``linear_kl_div``; ``reverse`` is an option too."""
 
     op = staticmethod(linear_kl_div)
+
+
+class LinearCosineLoss(_HeadsLoss):
+    """``linear_cosine``"""
+
+    op = staticmethod(linear_cosine)

@@ -5,12 +5,14 @@ from ds_fused.ops.add_rms_norm import add_rms_norm
 from ds_fused.ops.cross_entropy import cross_entropy
 from ds_fused.ops.dyt import dyt
 from ds_fused.ops.embedding import embedding
+from ds_fused.ops.experts import experts
 from ds_fused.ops.gated_rms_norm import gated_rms_norm
 from ds_fused.ops.glu import glu
 from ds_fused.ops.group_norm import group_norm
 from ds_fused.ops.jsd import jsd
 from ds_fused.ops.kl_div import kl_div
 from ds_fused.ops.layer_norm import layer_norm
+from ds_fused.ops.linear_cosine import linear_cosine
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy
 from ds_fused.ops.linear_jsd import linear_jsd
 from ds_fused.ops.linear_kl_div import linear_kl_div
@@ -33,12 +35,14 @@ __all__ = [
     "cross_entropy",
     "dyt",
     "embedding",
+    "experts",
     "gated_rms_norm",
     "glu",
     "group_norm",
     "jsd",
     "kl_div",
     "layer_norm",
+    "linear_cosine",
     "linear_cross_entropy",
     "linear_jsd",
     "linear_kl_div",

@@ -1,19 +1,20 @@
-"""The divergence between a student's head and a teacher's, token by token: how linear_jsd and linear_kl_div run.
+"""The divergence between a student's head and a teacher's, token by token: how linear_jsd, linear_kl_div and
+linear_cosine run.
 
-The row passes are _teacher_divergence.py's. The forward walks chunks of tokens, each with both models' whole rows of
-logits: two matrix products and one pass. The teacher is frozen, so all that the backward needs of a chunk is the
-gradient of the student's logits, and that is linear in the token's upstream gradient, which is a number. So for the
-tokens that fit `keep_mb` the forward writes it, for an upstream gradient of 1, over the student's logits; the backward
-is then two matrix products, with the upstream gradient as a factor of rows of x and dx, and may run twice. Of the other
-tokens both logits are computed again, in tiles as linear_cross_entropy's: the rows' statistics are known by then, so a
-tile need not have whole rows, and cutting the vocabulary spares an fp32 copy of dweight.
+The row passes are _teacher_divergence.py's and _cosine.py's. The forward walks chunks of tokens, each with both models'
+whole rows of logits: two matrix products and one pass. The teacher is frozen, so all that the backward needs of a chunk
+is the gradient of the student's logits, and that is linear in the token's upstream gradient, which is a number. So for
+the tokens that fit `keep_mb` the forward writes it, for an upstream gradient of 1, over the student's logits; the
+backward is then two matrix products, with the upstream gradient as a factor of rows of x and dx, and may run twice. Of
+the other tokens both logits are computed again, in tiles as linear_cross_entropy's: the rows' statistics are known by
+then, so a tile need not have whole rows, and cutting the vocabulary spares an fp32 copy of dweight.
 
 What is summed over tiles is summed in fp32, and only then rounded. In fp16 kept gradients have a headroom, and upstream
 gradients are divided by the largest of them, which comes back to an fp32 sum of dweight: the one such copy where all
 tokens are kept.
 
-Saved for backward: student_x and student_weight, 24 bytes a token, the kept gradients (in x's dtype), and unless all
-are kept the teacher's tensors.
+Saved for backward: student_x and student_weight, 24 bytes a token (a cosine's: 8), the kept gradients (in x's dtype),
+and unless all are kept the teacher's tensors.
 Work, with as wide a teacher: 8 MHV FLOPs for kept tokens, 12 for the others. Traffic per pair of logits beside the
 products: kept 6 reads + 1 write, all in the forward; else 4 reads there, 2 reads + 1 write in the backward.
 
@@ -28,18 +29,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_fused.ops._divergence_kernels import N_STATS
+from ds_fused.ops._cosine import CosineOptions
 from ds_fused.ops._labels import counting_tokens, flat_labels
 from ds_fused.ops._loss import LossOptions, check_loss, reduced
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._teacher_divergence import (
-    DivergenceOptions,
-    check_divergence,
-    divergence_bwd,
-    divergence_bwd_torch,
-    divergence_fwd,
-    divergence_fwd_torch,
-)
+from ds_fused.ops._teacher_divergence import DivergenceOptions
 from ds_fused.ops._tiles import (
     Tiling,
     check_memory,
@@ -57,6 +51,10 @@ from ds_fused.ops._triton import autocast_dtype, check_dtypes, refuse_transforms
 # what a kept gradient, which lies about in [-1, 1], is multiplied by in fp16: the small ones of a large vocabulary stay
 # clear of its least number (6e-8), and a reverse KL's, which has no bound, far from its largest
 FP16_HEADROOM = 64.0
+
+
+# the two kinds of row passes
+Options = DivergenceOptions | CosineOptions
 
 
 class _Plan(NamedTuple):
@@ -101,15 +99,15 @@ class LinearDivergenceFunction(torch.autograd.Function):
         teacher_weight: Tensor,
         teacher_bias: Tensor | None,
         labels: Tensor | None,
-        options: DivergenceOptions,
+        options: Options,
         plan: _Plan,
     ) -> Tensor:
         n_tokens, n_vocab = x.shape[0], weight.shape[0]
-        divergence, gradient = _passes(x)
+        divergence, gradient = options.passes(runs_kernels(x))
         whole = slice(0, n_vocab)
         student = _Head(x, weight, bias).slab(whole)
         teacher = _Head(teacher_x, teacher_weight, teacher_bias).slab(whole)
-        loss, stats = (x.new_empty(size, dtype=wide(x)) for size in (n_tokens, (N_STATS, n_tokens)))
+        loss, stats = (x.new_empty(size, dtype=wide(x)) for size in (n_tokens, (options.n_stats, n_tokens)))
         one = loss.new_full((1,), _headroom(x))
         kept = student.room(plan.kept, n_vocab)
         teacher_room = teacher.room(plan.chunk, n_vocab)
@@ -139,7 +137,7 @@ class LinearDivergenceFunction(torch.autograd.Function):
         if plan.kept:
             sums.begin_with(dz, _upstream(dloss[: plan.kept], labels, ctx.options))
         if again:
-            _, gradient = _passes(x)
+            _, gradient = ctx.options.passes(runs_kernels(x))
             student, teacher = _Head(x, weight, bias), _Head(teacher_x, teacher_weight, teacher_bias)
             room, teacher_room = student.room(tiles.tokens, tiles.rows), teacher.room(tiles.tokens, tiles.rows)
         for words in _chunks(0, n_vocab, tiles.rows if again else n_vocab):
@@ -234,12 +232,6 @@ class _Sums:
         return self.dx, self.dweight, None if self.dbias is None else self.dbias.to(self.bias.dtype)
 
 
-def _passes(x: Tensor):
-    if runs_kernels(x):
-        return divergence_fwd, divergence_bwd
-    return divergence_fwd_torch, divergence_bwd_torch
-
-
 def _headroom(x: Tensor) -> float:
     return FP16_HEADROOM if x.dtype == torch.float16 else 1.0
 
@@ -253,7 +245,7 @@ def _rows_of_room(room: Tensor, tokens: slice, n_words: int) -> Tensor:
     return room[tile_elements(tokens.start, n_words) : tile_elements(tokens.stop, n_words)]
 
 
-def _upstream(dloss: Tensor, labels: Tensor | None, options: DivergenceOptions) -> Tensor:
+def _upstream(dloss: Tensor, labels: Tensor | None, options: Options) -> Tensor:
     """Zeros for ignored tokens: with all tokens ignored the mean's upstream gradient is infinite."""
     if labels is None:
         return dloss
@@ -267,14 +259,14 @@ def linear_divergence(
     teacher_x: Tensor,
     teacher_weight: Tensor,
     labels: Tensor | None,
-    options: DivergenceOptions,
+    options: Options,
     student_bias: Tensor | None,
     teacher_bias: Tensor | None,
     reduction: str,
     chunk_mb: float,
     keep_mb: float,
 ) -> Tensor:
-    """linear_jsd and linear_kl_div."""
+    """linear_jsd, linear_kl_div and linear_cosine."""
     refuse_transforms(op)
     shape = student_x.shape[:-1]
     autocast = autocast_dtype(student_x)
@@ -291,7 +283,7 @@ def linear_divergence(
     for name, tensor in teachers.items():
         if training and tensor is not None and tensor.requires_grad:
             raise ValueError(f"{op}: {name} requires a gradient, but the teacher is frozen; pass {name}.detach()")
-    check_divergence(op, options)
+    options.check(op)
     check_memory(op, chunk_mb, keep_mb)
     check_loss(op, LossOptions(options.ignore_index), labels, reduction, shape, n_vocab, student_x.device)
 

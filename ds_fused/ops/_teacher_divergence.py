@@ -14,13 +14,15 @@ Sizes: N tokens, V vocabulary. The backward may see some columns of the rows alo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ds_fused.ops import _divergence_kernels
-from ds_fused.ops._divergence_kernels import Divergence
+from ds_fused.ops._divergence_kernels import N_STATS, Divergence
 from ds_fused.ops._loss import row_blocks
 
 
@@ -32,17 +34,21 @@ class DivergenceOptions:
     temperature: float = 1.0
     ignore_index: int = -100
 
+    n_stats: ClassVar[int] = N_STATS
+
     @property
     def kind(self) -> str:
         """Which line of the table at the top."""
         return {0.0: "forward", 1.0: "reverse"}.get(self.beta, "mixture")
 
+    def check(self, op: str) -> None:
+        if not 0.0 <= self.beta <= 1.0:
+            raise ValueError(f"{op}: beta is {self.beta}; it must lie in [0, 1]")
+        if not self.temperature > 0.0:
+            raise ValueError(f"{op}: temperature is {self.temperature}; it must be positive")
 
-def check_divergence(op: str, options: DivergenceOptions) -> None:
-    if not 0.0 <= options.beta <= 1.0:
-        raise ValueError(f"{op}: beta is {options.beta}; it must lie in [0, 1]")
-    if not options.temperature > 0.0:
-        raise ValueError(f"{op}: temperature is {options.temperature}; it must be positive")
+    def passes(self, kernels: bool) -> tuple[Callable[..., None], Callable[..., None]]:
+        return (divergence_fwd, divergence_bwd) if kernels else (divergence_fwd_torch, divergence_bwd_torch)
 
 
 def divergence_fwd(

@@ -60,6 +60,7 @@ def cross_entropy_reference(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     return_z_loss: bool = False,
     return_accuracy: bool = False,
     # permissions that plain PyTorch makes no use of, and a hint
@@ -70,6 +71,8 @@ def cross_entropy_reference(
     """What this file computes, in PyTorch: the specification, the CPU path and the yardstick of the tests."""
     z = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
     flat = labels.reshape(-1).long()
+    if logit_scale != 1.0:
+        z = z * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     weight = None if weight is None else weight.to(z.dtype)
@@ -158,13 +161,15 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     return_z_loss: bool = False,
     return_accuracy: bool = False,
     overwrite_logits: bool = False,
     grad_in_forward: bool = False,
     upstream: float = 1.0,
 ) -> Tensor | tuple[Tensor, ...]:
-    """``F.cross_entropy(softcap * tanh(logits / softcap), labels, weight) + z_loss * logsumexp(...) ** 2``, in fp32.
+    """``F.cross_entropy(softcap * tanh(scaled / softcap), labels, weight) + z_loss * logsumexp(...) ** 2``, in fp32, of
+    ``scaled = logit_scale * logits``.
 
     ``return_z_loss``: a tuple, its second the part of the loss that is z_loss's, reduced alike. ``return_accuracy``: a
     tuple, its last the share of the counting tokens whose label is the argmax (of equal logits the first). Neither has
@@ -183,7 +188,7 @@ def cross_entropy(
         raise ValueError(f"cross_entropy: upstream is {upstream}; it must be finite and not 0")
     if logits.ndim == 0:
         raise ValueError("cross_entropy: logits must be [..., vocabulary], got a scalar")
-    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap)
+    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     check_loss("cross_entropy", options, labels, reduction, logits.shape[:-1], logits.shape[-1], logits.device)
     check_weight("cross_entropy", "weight", weight, logits.shape[-1], logits.device)
     flat = flat_labels(labels)
@@ -191,7 +196,7 @@ def cross_entropy(
     if not runs_kernels(logits):
         return cross_entropy_reference(
             logits, labels, weight=weight, ignore_index=ignore_index, reduction=reduction,
-            label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+            label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, logit_scale=logit_scale,
             return_z_loss=return_z_loss, return_accuracy=return_accuracy,
         )  # fmt: skip
     check_dtypes("cross_entropy", logits=logits)

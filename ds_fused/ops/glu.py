@@ -21,35 +21,22 @@ Sizes: N rows (every leading dimension, flattened), D columns.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ds_fused.ops._gates import GLUForm, check_form, glu_back, glu_of, load_gate_and_up, store_gate_and_up
 from ds_fused.ops._launch import launch
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._rows import place, walk
-from ds_fused.ops._sigmoid import sigmoid_and_slope
 from ds_fused.ops._triton import check_dtypes, lie_apart, like, rows_of, runs_kernels
-
-ACTS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
 
 # elements per program and warps: one 16-byte load per thread and tensor in bf16. 0.9 % from best forward and 0.5 %
 # backward at 8192 x 14336 on H100 (benchmarks/results/h100/tune.csv); interleaved columns are not measured yet
 BLOCK = 2048
 NUM_WARPS = 8
-
-
-class GLUForm(NamedTuple):
-    """What is computed, beside where gate and up lie."""
-
-    act: str = "silu"
-    alpha: float = 1.0
-    limit: float | None = None
-    offset: float = 0.0
 
 
 def glu_reference(
@@ -79,45 +66,6 @@ def glu_reference(
 
 
 @triton.jit
-def _act_and_slope(x, ACT: tl.constexpr, ALPHA: tl.constexpr):
-    """act(x) and act'(x), both in fp32."""
-    if ACT == "silu":
-        s, ds = sigmoid_and_slope(ALPHA * x)
-        return x * s, s + ALPHA * x * ds
-    if ACT == "gelu_tanh":
-        # gelu_tanh(x) = x * sigmoid(2u) with u = sqrt(2/pi) * (x + 0.044715 x^3)
-        s, ds = sigmoid_and_slope(1.5957691216057308 * (x + 0.044715 * x * x * x))
-        d2u = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
-        return x * s, s + x * ds * d2u
-    if ACT == "gelu":
-        # gelu(x) = x * cdf(x) of the normal distribution
-        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        pdf = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-        return x * cdf, cdf + x * pdf
-    # relu, relu2. A comparison that is false for NaN, which therefore stays
-    relu = tl.where(x <= 0.0, 0.0, x)
-    if ACT == "relu2":
-        return relu * relu, 2.0 * relu
-    return relu, tl.where(x <= 0.0, 0.0, 1.0)
-
-
-@triton.jit
-def _load_gate_and_up(gate_ptr, up_ptr, first, n_cols, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK columns of one row, in fp32. INTERLEAVED: both lie at gate_ptr, and up_ptr is not read."""
-    if INTERLEAVED:
-        # one load in memory order, taken apart in registers
-        cols = tl.arange(0, 2 * BLOCK)
-        both = tl.load(gate_ptr + 2 * first + cols, mask=cols < 2 * (n_cols - first), other=0.0).to(tl.float32)
-        gate, up = tl.split(tl.reshape(both, (BLOCK, 2)))
-    else:
-        cols = first + tl.arange(0, BLOCK)
-        mask = cols < n_cols
-        gate = tl.load(gate_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(up_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    return gate, up
-
-
-@triton.jit
 def _glu_fwd_kernel(
     gate_ptr,  # [N, D]; INTERLEAVED, HALVES: [N, 2D]
     up_ptr,  # [N, D]; not read where gate holds both
@@ -134,16 +82,10 @@ def _glu_fwd_kernel(
         up_ptr = gate_ptr + n_cols
     else:
         up_ptr += row * up_stride
-    gate, up = _load_gate_and_up(gate_ptr, up_ptr, first, n_cols, INTERLEAVED, BLOCK)
-    if LIMIT is not None:
-        # not tl.minimum, which may lose NaN
-        gate = tl.where(gate > LIMIT, LIMIT, gate)
-        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
-    act, _ = _act_and_slope(gate, ACT, ALPHA)
-    if OFFSET != 0.0:
-        up += OFFSET
+    gate, up = load_gate_and_up(gate_ptr, up_ptr, first, n_cols, INTERLEAVED, BLOCK)
+    y = glu_of(gate, up, ACT, ALPHA, LIMIT, OFFSET)
     cols = first + tl.arange(0, BLOCK)
-    tl.store(y_ptr + row * n_cols + cols, act * up, mask=cols < n_cols)
+    tl.store(y_ptr + row * n_cols + cols, y, mask=cols < n_cols)
 
 
 @triton.jit
@@ -172,33 +114,10 @@ def _glu_bwd_kernel(
         up_ptr += row * up_stride
         dup_ptr += row * dup_stride
     cols = first + tl.arange(0, BLOCK)
-    mask = cols < n_cols
-
-    dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    raw_gate, raw_up = _load_gate_and_up(gate_ptr, up_ptr, first, n_cols, INTERLEAVED, BLOCK)
-    gate, up = raw_gate, raw_up
-    if LIMIT is not None:
-        gate = tl.where(gate > LIMIT, LIMIT, gate)
-        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
-    act, slope = _act_and_slope(gate, ACT, ALPHA)
-    if OFFSET != 0.0:
-        up += OFFSET
-    dgate = dy * up * slope
-    dup = dy * act
-    if LIMIT is not None:
-        # the limits themselves still pass a gradient, as torch.clamp's do; NaN passes none
-        dgate = tl.where(raw_gate <= LIMIT, dgate, 0.0)
-        dup = tl.where((raw_up <= LIMIT) & (raw_up >= -LIMIT), dup, 0.0)
-
-    if INTERLEAVED:
-        both_cols = tl.arange(0, 2 * BLOCK)
-        both = tl.reshape(tl.join(dgate, dup), (2 * BLOCK,))
-        tl.store(dgate_ptr + 2 * first + both_cols, both, mask=both_cols < 2 * (n_cols - first))
-    else:
-        if WANTS_DGATE:
-            tl.store(dgate_ptr + cols, dgate, mask=mask)
-        if WANTS_DUP:
-            tl.store(dup_ptr + cols, dup, mask=mask)
+    dy = tl.load(dy_ptr + row * dy_stride + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
+    gate, up = load_gate_and_up(gate_ptr, up_ptr, first, n_cols, INTERLEAVED, BLOCK)
+    dgate, dup, _ = glu_back(dy, gate, up, ACT, ALPHA, LIMIT, OFFSET)
+    store_gate_and_up(dgate_ptr, dup_ptr, dgate, dup, first, n_cols, WANTS_DGATE, WANTS_DUP, INTERLEAVED, BLOCK)
 
 
 def glu_fwd(gate: Tensor, up: Tensor | None, form: GLUForm, interleaved: bool = False) -> Tensor:
@@ -306,12 +225,7 @@ def _room(x: Tensor, overwrite: bool) -> Tensor:
 
 
 def _check(gate: Tensor, up: Tensor | None, form: GLUForm, interleaved: bool) -> None:
-    if form.act not in ACTS:
-        raise ValueError(f"glu: act is {form.act!r}; known are {', '.join(ACTS)}")
-    if form.alpha != 1.0 and form.act != "silu":
-        raise ValueError(f"glu: alpha is {form.alpha} and act {form.act!r}; only silu has an alpha, others need 1.0")
-    if form.limit is not None and not form.limit > 0.0:
-        raise ValueError(f"glu: limit is {form.limit}; it must be above 0, or None for no clamp")
+    check_form("glu", form)
     if up is None:
         if gate.ndim == 0 or gate.shape[-1] % 2:
             raise ValueError(

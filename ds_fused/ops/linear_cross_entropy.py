@@ -60,9 +60,8 @@ def linear_cross_entropy_reference(
     return_accuracy: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """What this file computes, in PyTorch and with all logits at once: the specification and the tests' yardstick."""
-    logits = F.linear(x, weight, bias)
     return cross_entropy_reference(
-        logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale,
+        F.linear(x, weight, bias),
         labels,
         weight=class_weight,
         ignore_index=ignore_index,
@@ -70,6 +69,7 @@ def linear_cross_entropy_reference(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         softcap=softcap,
+        logit_scale=logit_scale,
         return_z_loss=return_z_loss,
         return_accuracy=return_accuracy,
     )

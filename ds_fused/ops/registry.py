@@ -19,12 +19,14 @@ from ds_fused.ops.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from ds_fused.ops.cross_entropy import cross_entropy, cross_entropy_reference
 from ds_fused.ops.dyt import dyt, dyt_reference
 from ds_fused.ops.embedding import embedding, embedding_reference
+from ds_fused.ops.experts import experts, experts_reference
 from ds_fused.ops.gated_rms_norm import gated_rms_norm, gated_rms_norm_reference
 from ds_fused.ops.glu import glu, glu_reference
 from ds_fused.ops.group_norm import group_norm, group_norm_reference
 from ds_fused.ops.jsd import jsd, jsd_reference
 from ds_fused.ops.kl_div import kl_div, kl_div_reference
 from ds_fused.ops.layer_norm import layer_norm, layer_norm_reference
+from ds_fused.ops.linear_cosine import linear_cosine, linear_cosine_reference
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from ds_fused.ops.linear_jsd import linear_jsd, linear_jsd_reference
 from ds_fused.ops.linear_kl_div import linear_kl_div, linear_kl_div_reference
@@ -118,6 +120,14 @@ OPS: tuple[Op, ...] = (
         glu_reference,
         ("swiglu", "geglu", "reglu"),
         "gated linear unit: silu, gelu, relu, relu squared; packed, clamped",
+    ),
+    Op(
+        "experts",
+        experts,
+        experts_reference,
+        ("experts",),
+        "experts of a mixture: products of rows grouped by expert, gate, sum of a token's choices",
+        on=False,  # not measured yet
     ),
     Op("relu2", relu2, relu2_reference, ("relu2",), "squared ReLU without a gate"),
     Op(
@@ -222,6 +232,14 @@ OPS: tuple[Op, ...] = (
         linear_kl_div_reference,
         (),
         "forward or reverse KL divergence of a student's head and a teacher's, from hidden states",
+        MEMORY,
+    ),
+    Op(
+        "linear_cosine",
+        linear_cosine,
+        linear_cosine_reference,
+        (),
+        "angle between the logits of a student's head and a teacher's, from hidden states",
         MEMORY,
     ),
     # losses that replace no layer

@@ -195,6 +195,8 @@ def _ways(kind: Kind | None, module: nn.Module, wanted: Mapping[str, object]) ->
     if kind is None:
         return "it is of no form that an op could replace"
     ways = why_not(module) or kind.ways(module)
+    if not isinstance(ways, str):
+        ways = [way for way in ways if way.key in wanted or not way.asked]
     # all of them, if any is wanted: which it is decides the comparison, not the switch
     return ways if isinstance(ways, str) or any(way.key in wanted for way in ways) else ()
 

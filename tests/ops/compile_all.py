@@ -185,6 +185,22 @@ def glu() -> None:
     ops.glu(leaf(2, 4096, dtype=torch.float32), leaf(2, 4096, dtype=torch.float32)).sum().backward()
 
 
+def experts() -> None:
+    half, full = torch.bfloat16, torch.float32
+    for t, h, i, dtype, options in (
+        (64, 2048, 768, half, {}),  # Qwen3-30B-A3B
+        (512, 2048, 768, half, {"act": "gelu_tanh"}),
+        (512, 2880, 2880, half, {"interleaved": True, "alpha": 1.702, "limit": 7.0, "offset": 1.0}),  # GPT-OSS
+        (512, 100, 36, half, {}),
+        (64, 2048, 768, full, {}),
+    ):
+        weights = leaf(2, 2 * i, h, dtype=dtype), leaf(2, h, i, dtype=dtype)
+        ids = torch.zeros(t, 1, dtype=torch.int64)
+        ops.experts(leaf(t, h, dtype=dtype), *weights, ids, leaf(t, 1, dtype=dtype), **options).sum().backward()
+    frozen = [weight.detach() for weight in weights]
+    ops.experts(leaf(t, h, dtype=full), *frozen, ids, leaf(t, 1).detach()).sum().backward()
+
+
 def rope() -> None:
     for d, r, interleaved, dtype in (
         (128, 128, False, torch.bfloat16),
@@ -298,6 +314,14 @@ def linear_kl_div() -> None:
     teacher = leaf(2, 16).detach(), leaf(50257, 16).detach()
     for reverse in (False, True):
         ops.linear_kl_div(leaf(2, 8), leaf(50257, 8), *teacher, reverse=reverse, temperature=2.0).backward()
+
+
+def linear_cosine() -> None:
+    labels = torch.zeros(2, dtype=torch.int64)
+    for v, dtype in ((32000, torch.bfloat16), (32000, torch.float32), (50257, torch.bfloat16)):
+        student, teacher = ((leaf(2, h, dtype=dtype), leaf(v, h, dtype=dtype)) for h in (8, 16))
+        ops.linear_cosine(*student, *(t.detach() for t in teacher), labels).backward()
+    ops.linear_cosine(*student, *(t.detach() for t in teacher)).backward()
 
 
 def kl_div() -> None:

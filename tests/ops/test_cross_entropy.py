@@ -16,7 +16,8 @@ OPTIONS = [
     {},
     {"label_smoothing": 0.1},
     {"z_loss": 0.01},
-    {"softcap": 2.0},
+    {"softcap": 2.0, "logit_scale": 0.7},
+    {"logit_scale": 1.4},
     {"label_smoothing": 0.3, "z_loss": 0.02, "softcap": 5.0, "reduction": "sum", "ignore_index": 3},
 ]
 

@@ -11,6 +11,7 @@ from allocations import Peak
 from torch import Tensor
 
 from ds_fused.ops import _tiles
+from ds_fused.ops.linear_cosine import linear_cosine
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy
 from ds_fused.ops.linear_jsd import linear_jsd
 from ds_fused.ops.linear_kl_div import linear_kl_div
@@ -43,12 +44,17 @@ def kl_div(x, weight, labels, **options):
     return linear_kl_div(x, weight, x.detach() + 1, weight.detach(), labels, **options)
 
 
+def cosine(x, weight, labels, **options):
+    return linear_cosine(x, weight, x.detach() + 1, weight.detach(), labels, **options)
+
+
 LOSSES = {
     cross_entropy: 1,
     in_forward: 1,
     log_probs: 1,
     jsd: 2,  # heads
     kl_div: 2,
+    cosine: 2,
 }
 
 

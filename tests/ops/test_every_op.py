@@ -13,9 +13,8 @@ import ds_fused.ops as ops
 from ds_fused.ops.registry import OPS
 
 # of which PyTorch's own differ under autocast; tested in their own files
-AUTOCAST = {"layer_norm", "add_layer_norm", "group_norm", "softmax", "multi_token_attention"} | {
-    op.name for op in OPS if "linear" in op.name
-}
+AUTOCAST = {"layer_norm", "add_layer_norm", "group_norm", "softmax", "multi_token_attention", "experts"}
+AUTOCAST |= {op.name for op in OPS if "linear" in op.name}
 LABELS = [3, 1, -100, 4, 0, 2]
 
 
@@ -51,6 +50,10 @@ def example(
             [some(1, 2, 3, 8), some(1, 1, 3, 8), weight, some(8, seed=1)],
         ),
         "glu": (op, [x, some(6, 8, seed=1)]),
+        "experts": (
+            lambda *tensors: op(*tensors[:3], (labels % 3).view(3, 2), tensors[3]),
+            [some(3, 8), some(3, 10, 8), some(3, 8, 5), some(3, 2)],
+        ),
         "relu2": (op, [x]),
         "embedding": (lambda head: op(labels.clamp_min(0), head), [head]),
         "softmax": (op, [x]),
@@ -62,6 +65,7 @@ def example(
         "linear_log_probs": (lambda x, w: op(x, w, labels, entropy=True, **options), [x, head]),
         "linear_jsd": (lambda x, w: op(x, w, *teacher, labels), [x, head]),
         "linear_kl_div": (lambda x, w: op(x, w, *teacher, labels), [x, head]),
+        "linear_cosine": (lambda x, w: op(x, w, *teacher, labels), [x, head]),
         "kl_div": (lambda x: op(x.log_softmax(-1), others.softmax(-1)), [logits]),
         "jsd": (lambda x: op(x, others, labels), [logits]),
         "tvd": (lambda x: op(x, others, labels), [logits]),

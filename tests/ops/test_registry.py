@@ -26,7 +26,13 @@ def test_keys_are_unique():
     assert len(keys) == len(set(keys))
     norms = {"rms_norm", "add_rms_norm", "layer_norm", "group_norm", "gated_rms_norm"}
     mlps = {"swiglu", "geglu", "reglu", "relu2"}
-    assert set(keys) == norms | mlps | {"rope", "qk_norm_rope", "cross_entropy", "fused_linear_cross_entropy"}
+    assert set(keys) == norms | mlps | {
+        "rope",
+        "qk_norm_rope",
+        "experts",
+        "cross_entropy",
+        "fused_linear_cross_entropy",
+    }
 
 
 def test_options_are_arguments_of_the_function():

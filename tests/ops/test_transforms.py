@@ -44,6 +44,7 @@ def test_heads_say_that_they_do_not(device):
         ("linear_log_probs", lambda x: ops.linear_log_probs(x, weight, labels).sum()),
         ("linear_jsd", lambda x: ops.linear_jsd(x, weight, x.detach(), weight)),
         ("linear_kl_div", lambda x: ops.linear_kl_div(x, weight, x.detach(), weight)),
+        ("linear_cosine", lambda x: ops.linear_cosine(x, weight, x.detach(), weight)),
     ):
         with pytest.raises(RuntimeError, match=f"{name}: torch.func's transforms .* transform {name}_reference"):
             torch.func.grad(run)(x)

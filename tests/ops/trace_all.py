@@ -82,6 +82,19 @@ def modulated_rms_norm() -> Iterator[Case]:
     yield lambda x, six: ops.modulated_rms_norm(x, None, *six.chunk(6, -1)[:2]), six
 
 
+def experts() -> Iterator[Case]:
+    def routed(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor) -> Tensor:
+        ids = torch.zeros(weights.shape, dtype=torch.int64)
+        return ops.experts(x, gate_up, down, ids, weights, limit=7.0)
+
+    for tokens, sizes in (((3, 4, 5), ((64, 48),)), ((70,), ((64, 48), (128, 32), (33, 7)))):
+        yield (
+            routed,
+            [(leaf(n, h), leaf(3, 2 * i, h), leaf(3, h, i), leaf(n, 2)) for n in tokens for h, i in sizes],
+        )
+    yield routed, [(leaf(n, 2, 64), leaf(3, 96, 64).detach(), leaf(3, 64, 48), leaf(n, 2, 2)) for n in (3, 4)]
+
+
 def embedding() -> Iterator[Case]:
     yield ops.embedding, [(labels(n), leaf(11, 64)) for n in (3, 4, 5)]
     yield ops.embedding, [(labels(600), leaf(11, h)) for h in (64, 128, 2000)]
@@ -233,6 +246,11 @@ def linear_jsd() -> Iterator[Case]:
 def linear_kl_div() -> Iterator[Case]:
     for reverse in (False, True):
         yield partial(ops.linear_kl_div, reverse=reverse), [heads(n) for n in (3, 4)]
+
+
+def linear_cosine() -> Iterator[Case]:
+    yield ops.linear_cosine, [(*heads(n), labels(n)) for n in (3, 4, 5)]
+    yield partial(ops.linear_cosine, keep_mb=0, reduction="sum"), [heads(n) for n in (3, 4)]
 
 
 def kl_div() -> Iterator[Case]:

@@ -11,7 +11,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import ds_fused
-from ds_fused.modules import mlp, product
+from ds_fused.modules import experts, mlp, product
 from ds_fused.modules.mlp import Gate
 from ds_fused.policies.kinds import Way, choose, find
 from tests.policies.tiny import NAMED, Tiny, assert_same_step, batch, counts, twins
@@ -52,6 +52,49 @@ def test_each_implementation(family: Tiny, implementation: str, monkeypatch: pyt
     assert calls[used] >= least, calls
 
 
+# of the first kinds: plain; clamped; with layers that have none; without a bias, GPT-OSS's has one
+@pytest.mark.parametrize("name", ["Mixtral", "DeepseekV4", "Qwen3Moe", "GraniteMoe", "GptOss"])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_in_one_op(name: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, stock = twins(NAMED[name])
+    for each in (model, stock):
+        each.set_experts_implementation(implementation)
+    there = len(experts_of(model))
+    found = counts(ds_fused.apply(model, {"experts": True, "swiglu": True}))
+    # with biases, inside the other implementation
+    assert found.get("experts", 0) == (0 if name == "GptOss" else there)
+    assert found.get("swiglu", 0) == {"Mixtral": 0, "GraniteMoe": 0, "Qwen3Moe": 1}.get(name, there)
+    calls = []
+    monkeypatch.setattr(experts, "experts", lambda *args, **form: calls.append(form) or ds_fused.experts(*args, **form))
+    assert_same_step(model, stock, tolerance=1e-5)
+    assert len(calls) >= found.get("experts", 0)
+    assert all((form["limit"] is None) == (name != "DeepseekV4") for form in calls)
+
+
+def test_in_one_op_only_where_it_is_asked_for() -> None:
+    assert counts(ds_fused.apply(NAMED["Mixtral"].make(), {"swiglu": True})) == {"swiglu": 2}
+    assert counts(ds_fused.apply(NAMED["Mixtral"].make(), {"experts": True})) == {"experts": 2}
+    assert "experts" not in counts(ds_fused.apply(NAMED["Mixtral"].make()))
+
+
+def test_weights_that_are_stored_the_other_way() -> None:
+    class Turned(MixtralExperts):
+        """As GPT-OSS's, without biases."""
+
+        def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            turned = MixtralExperts.__new__(MixtralExperts)
+            turned.__dict__.update(vars(self))
+            turned._parameters = {name: p.transpose(1, 2) for name, p in self._parameters.items()}
+            return turned(hidden_states, top_k_index, top_k_weights)
+
+    (layer, *_) = experts_of(NAMED["Mixtral"].make())
+    layer.is_transposed = True
+    found = outcome(layer, Turned, asked=True)
+    assert dict(found.state)["fused_transposed"]
+    for cls in (MixtralExperts, Flipped):
+        assert isinstance(outcome(layer, cls, asked=True), str)
+
+
 def test_switched_after_the_replacement() -> None:
     model, stock = twins(NAMED["Mixtral"])
     ds_fused.apply(model, {"swiglu": True})
@@ -71,10 +114,12 @@ def test_router_and_auxiliary_loss_are_as_they_were() -> None:
     assert_same_step(model, stock, tolerance=1e-5)
 
 
-def outcome(experts: nn.Module, cls: type, dtype: torch.dtype = torch.float32) -> Way | str:
+def outcome(experts: nn.Module, cls: type, dtype: torch.dtype = torch.float32, asked: bool = False) -> Way | str:
+    """``asked``: of the ways into one op, else of those inside another implementation."""
     experts.__class__ = cls
     kind = find(experts)
-    return choose(kind, experts, kind.ways(experts), torch.device("cpu"), dtype)
+    ways = [way for way in kind.ways(experts) if way.asked == asked]
+    return choose(kind, experts, ways, torch.device("cpu"), dtype)
 
 
 class Flipped(MixtralExperts):

@@ -35,7 +35,7 @@ def lora_on_the_head() -> dict:
 
 @case
 def experts() -> dict:
-    """A mixture with each implementation of its products; the auxiliary loss of the router is a part of the loss."""
+    """A mixture with each implementation of its products, and in one op; the router's auxiliary loss is a part."""
 
     def build(implementation: str) -> torch.nn.Module:
         torch.manual_seed(4)
@@ -44,7 +44,8 @@ def experts() -> dict:
         model.set_experts_implementation(implementation)
         return model
 
-    return {name: both(lambda name=name: build(name), stage=3) for name in ("eager", "grouped_mm", "batched_mm")}
+    found = {name: both(lambda name=name: build(name), stage=3) for name in ("eager", "grouped_mm", "batched_mm")}
+    return found | {"whole": both(lambda: build("grouped_mm"), stage=3, block={"experts": True})}
 
 
 @case

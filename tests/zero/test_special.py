@@ -178,7 +178,7 @@ def test_experts(ranks):
     for result in ranks:
         for implementation, each in result.items():
             equal_losses([each])
-            assert each["replaced"]["swiglu"] == LAYERS, implementation
+            assert each["replaced"]["experts" if implementation == "whole" else "swiglu"] == LAYERS, implementation
 
 
 def test_instance_forward(ranks):

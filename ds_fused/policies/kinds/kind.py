@@ -28,6 +28,7 @@ class Way:
     mixin: type
     state: tuple[tuple[str, object], ...] = ()  # what the mix-in finds on the layer: name, value
     how: tuple = ()  # what it is built with
+    asked: bool = False  # whether it is one only where its own key is on
 
 
 Proof = Callable[[nn.Module, Way, torch.device, torch.dtype], "str | None"]

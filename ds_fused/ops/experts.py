@@ -1,0 +1,306 @@
+"""The experts of a mixture: of each token the weighted sum of what the k experts of its choice make of it,
+
+    y = sum over choices c of weights[c] * down[e] @ (act(gate) * up)      gate, up = gate_up[e] @ x      e = ids[c]
+
+``act`` and the options of the gate are those of glu: silu, gelu ..., halves or ``interleaved``, alpha, limit, offset.
+
+    forward     pairs (token, choice) sorted by expert                                            _routes.py
+                h [N, 2I] = x[tokens] @ gate_up[e].T    a [N, I] = glu(h)    z [N, H] = a @ down[e].T
+                y [T, H] = sum of weights * z over the places of a token's choices
+    backward    da [N, I] = dy[tokens] @ down[e]
+                dh = glu's backward of weights * da,   dweights = sum(da * a),   a again          in one pass over da, h
+                ddown[e] = dy[tokens].T @ (weights * a)                  dgate_up[e] = dh.T @ x[tokens]
+                dx = sum over a token's choices of dh @ gate_up[e]
+
+Rows of x and dy are gathered by the products that read them, sums are fp32, nothing is added by atomics, and the host
+waits for nothing: it launches for as many tiles of rows as there could be.
+
+Saved for backward: x, the weights of experts and of choices, h, and 12 N bytes of routes.
+Work: 6 NHI FLOPs forward, 12 NHI backward. Traffic beside the products' own: forward 3 NI of glu and NH + TH of the
+sum, backward 6 NI and NH + TH.
+
+Sizes: T tokens (leading dimensions, flattened), k choices each, N = T k pairs, E experts, H hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ds_fused.ops._gates import GLUForm, check_form, glu_back, load_gate_and_up, store_gate_and_up
+from ds_fused.ops._grouped_products import product_of_experts, product_of_rows, rows_of_a_tile
+from ds_fused.ops._ids import flat_ids
+from ds_fused.ops._launch import launch
+from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._routes import Routes, routes_of
+from ds_fused.ops._triton import (
+    autocast_dtype,
+    cdiv,
+    check_dtypes,
+    like,
+    power_of_2,
+    rows_of,
+    runs_kernels,
+    warps_for,
+)
+from ds_fused.ops.glu import glu_fwd, glu_reference
+
+# columns of a program, and of a thread: of the sums over choices, and of the backward's pass. Not measured yet.
+SUM_BLOCK, SUM_PER_THREAD = 1024, 8
+GATE_BLOCK, GATE_PER_THREAD = 1024, 8
+
+
+def experts_reference(
+    x: Tensor,  # [..., H]
+    gate_up: Tensor,  # [E, 2I, H]
+    down: Tensor,  # [E, H, I]
+    ids: Tensor,  # [..., k]
+    weights: Tensor,  # [..., k]
+    act: str = "silu",
+    *,
+    interleaved: bool = False,
+    alpha: float = 1.0,
+    limit: float | None = None,
+    offset: float = 0.0,
+) -> Tensor:
+    """What this file computes, in PyTorch: the specification, the CPU path and the yardstick of the tests."""
+    gate = {"act": act, "interleaved": interleaved, "alpha": alpha, "limit": limit, "offset": offset}
+    flat, n_choices = ids.reshape(-1), ids.shape[-1]
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=gate_up.shape[0] + 1).tolist()
+    *rows, nobodys = x.reshape(-1, x.shape[-1])[order // n_choices].split(counts)
+    done = [
+        F.linear(glu_reference(F.linear(own, into), **gate), back)
+        for own, into, back in zip(rows, gate_up, down, strict=True)
+    ]
+    each = torch.cat([*done, torch.zeros_like(nobodys, dtype=done[0].dtype)])
+    each = each[order.argsort()].view(*ids.shape, x.shape[-1])
+    wide = torch.promote_types(each.dtype, torch.float32)
+    return (each.to(wide) * weights[..., None]).sum(-2).to(x.dtype)
+
+
+@triton.jit
+def _sum_of_choices_kernel(
+    z_ptr,  # [N, H] by places
+    weights_ptr,  # [N] by pairs; HAS_WEIGHTS: read
+    places_ptr,  # [N] by pairs
+    y_ptr,  # [T, H]
+    n_cols,
+    N_CHOICES: tl.constexpr, HAS_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < n_cols
+    y = tl.zeros((BLOCK,), tl.float32)
+    for choice in tl.static_range(N_CHOICES):
+        pair = token * N_CHOICES + choice
+        place = tl.load(places_ptr + pair).to(tl.int64)
+        z = tl.load(z_ptr + place * n_cols + cols, mask=mask & (place >= 0), other=0.0).to(tl.float32)
+        if HAS_WEIGHTS:
+            z *= tl.load(weights_ptr + pair).to(tl.float32)
+        y += z
+    tl.store(y_ptr + token * n_cols + cols, y, mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_ends"])
+def _experts_gate_bwd_kernel(
+    da_ptr,  # [N, I]; WANTS_A: becomes weights * a
+    h_ptr,  # [N, 2I]
+    dh_ptr,  # [N, 2I]
+    weights_ptr,  # [N] by pairs
+    dweights_ptr,  # [N] by pairs
+    pairs_ptr,  # [N]
+    ends_ptr,  # [E, chunks]
+    n_ends,
+    n_cols,
+    ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
+    WANTS_DH: tl.constexpr, WANTS_A: tl.constexpr, WANTS_DWEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    # behind the last place is nothing
+    if row < tl.load(ends_ptr + n_ends - 1):
+        pair = tl.load(pairs_ptr + row)
+        weight = tl.load(weights_ptr + pair).to(tl.float32)
+        da_ptr += row * n_cols
+        h_ptr += row * 2 * n_cols
+        dh_ptr += row * 2 * n_cols
+        total = tl.zeros((BLOCK,), tl.float32)
+        for first in range(0, n_cols, BLOCK):
+            cols = first + tl.arange(0, BLOCK)
+            mask = cols < n_cols
+            da = tl.load(da_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+            gate, up = load_gate_and_up(h_ptr, h_ptr + n_cols, first, n_cols, INTERLEAVED, BLOCK)
+            dgate, dup, a = glu_back(weight * da, gate, up, ACT, ALPHA, LIMIT, OFFSET)
+            if WANTS_DH:
+                store_gate_and_up(dh_ptr, dh_ptr + n_cols, dgate, dup, first, n_cols, True, True, INTERLEAVED, BLOCK)
+            if WANTS_A:
+                tl.store(da_ptr + cols, weight * a, mask=mask)
+            # beyond the row da is 0, and a, with an offset, need not be
+            total += tl.where(mask, da * a, 0.0)
+        if WANTS_DWEIGHTS:
+            tl.store(dweights_ptr + pair, tl.sum(total, axis=0))
+
+
+def sum_of_choices(z: Tensor, routes: Routes, weights: Tensor | None, n_tokens: int, dtype: torch.dtype) -> Tensor:
+    """z [N, H] by places, weights [N] by pairs (None: ones) -> [T, H] of that dtype."""
+    n, h = z.shape
+    y = torch.empty((n_tokens, h), dtype=dtype, device=z.device)
+    block = min(SUM_BLOCK, power_of_2(h))
+    launch(
+        _sum_of_choices_kernel, (n_tokens, cdiv(h, block)),
+        z, z if weights is None else weights, routes.places, y, h,
+        N_CHOICES=n // n_tokens, HAS_WEIGHTS=weights is not None, BLOCK=block,
+        num_warps=warps_for(block, SUM_PER_THREAD),
+    )  # fmt: skip
+    return y
+
+
+def gate_bwd(
+    da: Tensor,  # [N, I]; with wants_a it becomes weights * a
+    h: Tensor,  # [N, 2I]
+    weights: Tensor,  # [N] by pairs
+    routes: Routes,
+    form: GLUForm,
+    interleaved: bool,
+    *,
+    wants_dh: bool,
+    wants_a: bool,
+    wants_dweights: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dh [N, 2I] and dweights [N], those that are wanted."""
+    n, i = da.shape
+    dh = like(h) if wants_dh else None
+    # zeros, for pairs without a place
+    dweights = torch.zeros_like(weights) if wants_dweights else None
+    block = min(GATE_BLOCK, power_of_2(i))
+    launch(
+        _experts_gate_bwd_kernel, (n,),
+        da, h, h if dh is None else dh, weights, weights if dweights is None else dweights, routes.pairs,
+        routes.ends, routes.ends.numel(), i,
+        ACT=form.act, ALPHA=form.alpha, LIMIT=form.limit, OFFSET=form.offset, INTERLEAVED=interleaved,
+        WANTS_DH=wants_dh, WANTS_A=wants_a, WANTS_DWEIGHTS=wants_dweights, BLOCK=block,
+        num_warps=warps_for(block, GATE_PER_THREAD),
+    )  # fmt: skip
+    return dh, dweights
+
+
+class ExpertsFunction(torch.autograd.Function):
+    """x [T, H], gate_up [E, 2I, H], down [E, H, I], ids and weights [N] by pairs to y [T, H]; T is not 0.
+
+    Of x's dtype are y and dx alone: under autocast it is wider than that of the products, the experts' own.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        form: GLUForm,
+        interleaved: bool,
+    ) -> Tensor:
+        (n_tokens, _), n, n_experts = x.shape, ids.shape[0], gate_up.shape[0]
+        tile_rows = rows_of_a_tile(n, down)
+        routes = routes_of(ids, n // n_tokens, n_experts, tile_rows)
+        rows = x.to(down.dtype)
+        h = product_of_rows(rows, gate_up, routes, tile_rows, gathers=True)
+        z = product_of_rows(glu_fwd(h, None, form, interleaved), down, routes, tile_rows)
+        ctx.save_for_backward(rows, gate_up, down, weights, h, *routes)
+        ctx.how = x.dtype, tile_rows, form, interleaved
+        return sum_of_choices(z, routes, weights, n_tokens, x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        rows, gate_up, down, weights, h, *routes = ctx.saved_tensors
+        routes, (dtype, tile_rows, form, interleaved) = Routes(*routes), ctx.how
+        wants_dx, wants_dgate_up, wants_ddown, _, wants_dweights, *_ = ctx.needs_input_grad
+        dy = rows_of(dy.to(down.dtype))
+        da = product_of_rows(dy, down, routes, tile_rows, gathers=True, transposed=True)
+        dh, dweights = gate_bwd(
+            da, h, weights, routes, form, interleaved,
+            wants_dh=wants_dx or wants_dgate_up, wants_a=wants_ddown, wants_dweights=wants_dweights,
+        )  # fmt: skip
+        dx = dgate_up = ddown = None
+        if wants_ddown:
+            # da holds weights * a by now
+            ddown = product_of_experts(da, dy, routes, down, swapped=True)
+        del da
+        if wants_dx:
+            z = product_of_rows(dh, gate_up, routes, tile_rows, transposed=True)
+            dx = sum_of_choices(z, routes, None, rows.shape[0], dtype)
+            del z
+        if wants_dgate_up:
+            dgate_up = product_of_experts(dh, rows, routes, gate_up)
+        return dx, dgate_up, ddown, None, dweights, None, None
+
+
+def _check(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, form: GLUForm) -> None:
+    op = "experts"
+    check_form(op, form)
+    if gate_up.ndim != 3 or down.ndim != 3 or gate_up.shape != (down.shape[0], 2 * down.shape[2], down.shape[1]):
+        raise ValueError(
+            f"{op}: gate_up {tuple(gate_up.shape)} and down {tuple(down.shape)} must be [E, 2I, H] and [E, H, I]"
+        )
+    if 0 in down.shape:
+        raise ValueError(f"{op}: down is {tuple(down.shape)}; there must be an expert, and no side may be 0")
+    if x.ndim == 0 or x.shape[-1] != down.shape[1]:
+        raise ValueError(f"{op}: x {tuple(x.shape)} must be [..., {down.shape[1]}], as wide as the experts")
+    if ids.ndim == 0 or ids.shape[:-1] != x.shape[:-1] or ids.shape[-1] == 0:
+        raise ValueError(f"{op}: ids {tuple(ids.shape)} must be the choices of each token of x, {tuple(x.shape[:-1])}")
+    if weights.shape != ids.shape:
+        raise ValueError(f"{op}: weights {tuple(weights.shape)} must be one for each of ids {tuple(ids.shape)}")
+    for name, tensor in (("gate_up", gate_up), ("down", down), ("ids", ids), ("weights", weights)):
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, x on {x.device}; they must share a device")
+    if autocast_dtype(x) is None and not x.dtype == gate_up.dtype == down.dtype:
+        raise ValueError(
+            f"{op}: x is {x.dtype}, gate_up {gate_up.dtype}, down {down.dtype}; outside autocast they must be the same"
+        )
+    if ids.numel() >= 2**31:
+        raise ValueError(f"{op}: {ids.numel()} choices of all tokens; they are counted in int32")
+
+
+def experts(
+    x: Tensor,  # [..., H]
+    gate_up: Tensor,  # [E, 2I, H]
+    down: Tensor,  # [E, H, I]
+    ids: Tensor,  # [..., k] int64 or int32, in [0, E]
+    weights: Tensor,  # [..., k]
+    act: str = "silu",
+    *,
+    interleaved: bool = False,
+    alpha: float = 1.0,
+    limit: float | None = None,
+    offset: float = 0.0,
+) -> Tensor:
+    """Each token's sum, weighted, of what the experts of its choice make of it: [..., H], of x's dtype.
+
+    Expert e computes ``down[e] @ glu(gate_up[e] @ x, act=act, ...)``; the options are glu's. The gate stands in the
+    first I rows of gate_up and up in the others, or with ``interleaved`` in every other one. Weights of experts that
+    are stored [E, H, 2I] and [E, I, H] are passed as ``transpose(1, 2)``: nothing is copied. Gradients go to x, both
+    weights of the experts and the weights of the choices; those of an expert that nobody chose are 0.
+
+    A choice of E is nobody's and adds nothing, as where experts are spread over ranks. Any other id that is no expert's
+    is an error: here on a CPU, on the device else.
+    """
+    form = GLUForm(act, alpha, limit, offset)
+    _check(x, gate_up, down, ids, weights, form)
+    flat = flat_ids("experts", ids, gate_up.shape[0] + 1)
+    if not runs_kernels(x):
+        return experts_reference(
+            x, gate_up, down, ids, weights, act, interleaved=interleaved, alpha=alpha, limit=limit, offset=offset
+        )
+    check_dtypes("experts", x=x, gate_up=gate_up, down=down, weights=weights)
+    if flat.shape[0] == 0:
+        # nothing to compute, but gradients of zeros
+        return x + 0 * (gate_up.sum() + down.sum() + weights.sum()).to(x.dtype)
+    dtype = autocast_dtype(x) or x.dtype
+    weights = weights.reshape(-1).contiguous()
+    y = ExpertsFunction.apply(rows_of(x), gate_up.to(dtype), down.to(dtype), flat, weights, form, interleaved)
+    return y.view(x.shape)
