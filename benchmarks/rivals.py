@@ -1085,9 +1085,13 @@ def _our_linear_divergence(name: str, **options) -> Callable[[Tensors], Call]:
 def divergence_providers(name: str, beta: float) -> dict[str, Provider]:
     plain = _plain_divergence(beta)
     return {
-        "ds_fused": Provider(_our_linear_divergence(name), note="8 MHV where it fits keep_mb, else 12"),
+        "ds_fused": Provider(_our_linear_divergence(name), note=f"8 MHV: {_IN_FORWARD}"),
+        "ds_fused keep": Provider(
+            _our_linear_divergence(name, grad_in_forward=False), note="8 MHV where it fits keep_mb, else 12"
+        ),
         "ds_fused keep_mb=0": Provider(
-            _our_linear_divergence(name, keep_mb=0), note="12 MHV: both logits computed again in backward"
+            _our_linear_divergence(name, grad_in_forward=False, keep_mb=0),
+            note="12 MHV: both logits computed again in backward",
         ),
         "hf_eager": Provider(_eager(plain), note="plain PyTorch"),
         "compile": Provider(_compiled(plain)),
