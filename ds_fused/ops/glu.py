@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_fused.ops._launch import launch
+from ds_fused.ops._launch import Kept, Ready, launch_ready, ready
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._rows import place, walk
 from ds_fused.ops._sigmoid import sigmoid_and_slope
@@ -41,6 +41,8 @@ ACTS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
 # backward at 8192 x 14336 on H100 (benchmarks/results/h100/tune.csv); interleaved columns are not measured yet
 BLOCK = 2048
 NUM_WARPS = 8
+
+_launches: Kept[Ready] = Kept()
 
 
 class GLUForm(NamedTuple):
@@ -201,20 +203,24 @@ def glu_fwd(gate: Tensor, up: Tensor | None, form: GLUForm, interleaved: bool = 
     if up is None:
         *sizes, width = gate.shape
         y = torch.empty(*sizes, width // 2, dtype=gate.dtype, device=gate.device)
-        halves = not interleaved
-        way = walk(y.shape, BLOCK, gate, by_row=halves)
+        tensors, halves = (gate, gate, y), not interleaved
     else:
-        halves = False
         y = like(gate, None if up.dtype == gate.dtype else torch.promote_types(gate.dtype, up.dtype))
-        way = walk(y.shape, BLOCK, gate, up)
-    if way.programs:
-        launch(
+        tensors, halves = (gate, up, y), False
+    key = _key(tensors, form, interleaved, up is None)
+    it = _launches.get(key)
+    if it is None:
+        way = walk(y.shape, BLOCK, *tensors[:2], by_row=halves)
+        if not way.programs:
+            return y
+        it = ready(
             _glu_fwd_kernel, (way.programs,),
-            way.tensors[0], way.tensors[-1], y, way.strides[0], way.strides[-1],
-            way.n_cols if halves else 0, way.n_cols,
+            *way.strides, way.n_cols if halves else 0, way.n_cols,
             ACT=form.act, ALPHA=form.alpha, LIMIT=form.limit, OFFSET=form.offset, INTERLEAVED=interleaved,
             FLAT=way.flat, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
+        tensors = _walked(tensors[:2], way.tensors, key, it) + (y,)
+    launch_ready(it, *tensors)
     return y
 
 
@@ -229,23 +235,42 @@ def glu_bwd(
 ) -> None:
     """dy [..., D]; writes dgate and dup, as gate and up. None: not wanted, or of up that gate holds both."""
     if up is None:
-        halves = not interleaved
         wants_dgate = wants_dup = True
-        way = walk(dy.shape, BLOCK, dy, gate, dgate, by_row=halves)
-        which = (0, 1, 1, 2, 2)
+        tensors, halves = (dy, gate, gate, dgate, dgate), not interleaved
     else:
-        halves = False
         wants_dgate, wants_dup = dgate is not None, dup is not None
         # what is not wanted is not written, and lends a pointer only. New tensors are rows in place
-        way = walk(dy.shape, BLOCK, dy, gate, up, dup if dgate is None else dgate, dgate if dup is None else dup)
-        which = (0, 1, 2, 3, 4)
-    if way.programs:
-        launch(
+        tensors, halves = (dy, gate, up, dgate if wants_dgate else dup, dup if wants_dup else dgate), False
+    key = _key(tensors, form, interleaved, up is None, wants_dgate, wants_dup)
+    it = _launches.get(key)
+    if it is None:
+        way = walk(dy.shape, BLOCK, *tensors, by_row=halves)
+        if not way.programs:
+            return
+        it = ready(
             _glu_bwd_kernel, (way.programs,),
-            *[way.tensors[i] for i in which], *[way.strides[i] for i in which], way.n_cols if halves else 0, way.n_cols,
+            *way.strides, way.n_cols if halves else 0, way.n_cols,
             ACT=form.act, ALPHA=form.alpha, LIMIT=form.limit, OFFSET=form.offset, INTERLEAVED=interleaved,
             WANTS_DGATE=wants_dgate, WANTS_DUP=wants_dup, FLAT=way.flat, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
+        tensors = _walked(tensors, way.tensors, key, it)
+    launch_ready(it, *tensors)
+
+
+def _key(tensors: tuple[Tensor, ...], *facts: object) -> tuple[object, ...] | None:
+    """What a launch over these tensors follows from."""
+    if torch.compiler.is_compiling():
+        return None
+    return tensors[0].shape, *[x.stride() for x in tensors], *facts, BLOCK, NUM_WARPS
+
+
+def _walked(
+    tensors: tuple[Tensor, ...], rows: tuple[Tensor, ...], key: tuple[object, ...] | None, it: Ready
+) -> tuple[Tensor, ...]:
+    """What the launch takes. It is kept where rows lie where the tensors do, which then are as good."""
+    if key is not None and all(a.data_ptr() == b.data_ptr() for a, b in zip(tensors, rows, strict=True)):
+        _launches.keep(key, it)
+    return rows
 
 
 class GLUFunction(torch.autograd.Function):

@@ -31,6 +31,14 @@ def test_both_ways_up_to_the_c_function():
     assert done.returncode == 0, done.stdout[-6000:]
 
 
+def test_what_is_kept_takes_no_memory_without_end(monkeypatch):
+    monkeypatch.setattr(_launch.Kept, "MOST", 3)
+    kept = _launch.Kept()
+    for n in range(20):
+        assert kept.keep((n,), n) == n and kept[n,] == n and len(kept) <= 3
+    assert kept.keep(None, "of a graph") == "of a graph" and None not in kept
+
+
 def moved(x: Tensor, elements: int) -> Tensor:
     """Its values so many elements behind an address that 16 divides."""
     storage = torch.empty(x.numel() + 16, dtype=x.dtype, device=x.device)
