@@ -22,11 +22,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fused.ops._launch import launch
-from ds_fused.ops._norms import Wanted, check_cast, check_per_column, contiguous
+from ds_fused.ops._norms import RMSForm, Wanted, check_cast, check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._row_tiles import tile
+from ds_fused.ops._row_tiles import in_turn, tile
 from ds_fused.ops._sums import sum_partials
-from ds_fused.ops._triton import cdiv, check_dtypes, like, resident, row_stride, rows_of, runs_kernels, stages_for
+from ds_fused.ops._triton import cdiv, check_dtypes, like, resident, row_stride, rows_of, runs_kernels
 from ds_fused.ops._wide_rms_norm import (
     _rms_norm_bwd_walk_kernel,
     _rms_norm_fwd_walk_kernel,
@@ -169,9 +169,7 @@ def rms_norm_fwd(
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    eps: float,
-    offset: float,
-    cast_before: bool,
+    form: RMSForm,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[..., D] x 2, [D] x 2 -> y [..., D], what was normalised (x, or x + residual) [..., D], rstd [N]."""
     total = x
@@ -179,7 +177,7 @@ def rms_norm_fwd(
         total = like(x, torch.promote_types(x.dtype, residual.dtype))
         residual = rows_of(residual)
     dtype = total.dtype
-    if cast_before:
+    if form.cast_before:
         for scale in (weight, bias):
             dtype = dtype if scale is None else torch.promote_types(dtype, scale.dtype)
     y = like(x, dtype)
@@ -192,8 +190,8 @@ def rms_norm_fwd(
     tensors = (x, residual, weight, bias, y, None if residual is None else total, rstd)
     strides = (row_stride(x), 0 if residual is None else row_stride(residual))
     constants = {
-        "OFFSET": offset,
-        "CAST_BEFORE": cast_before,
+        "OFFSET": form.offset,
+        "CAST_BEFORE": form.cast_before,
         "HAS_WEIGHT": weight is not None,
         "HAS_BIAS": bias is not None,
         "HAS_RESIDUAL": residual is not None,
@@ -203,11 +201,11 @@ def rms_norm_fwd(
     if block.rows:
         launch(
             _rms_norm_fwd_kernel, (cdiv(n, block.rows),),
-            *tensors, *strides, n, d, eps,
+            *tensors, *strides, n, d, form.eps,
             BLOCK_ROWS=block.rows, **constants,
         )  # fmt: skip
     else:
-        launch(_rms_norm_fwd_walk_kernel, (n,), *tensors, *strides, d, eps, **constants)
+        launch(_rms_norm_fwd_walk_kernel, (n,), *tensors, *strides, d, form.eps, **constants)
     return y, total, rstd
 
 
@@ -218,8 +216,7 @@ def rms_norm_bwd(
     bias: Tensor | None,
     rstd: Tensor,
     dsum: Tensor | None,
-    offset: float,
-    cast_before: bool,
+    form: RMSForm,
     wanted: Wanted,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dy, x [..., D], weight, bias [D], rstd [N], dsum [..., D] -> dx [..., D], dweight [D], dbias [D], those wanted.
@@ -237,32 +234,20 @@ def rms_norm_bwd(
         return dx, dweight, dbias
     # a second row of sums takes as many registers again
     block = tile(d, TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD // 2 if wanted.dbias else WHOLE_ROW_BWD)
-    constants = {
-        "OFFSET": offset,
-        "CAST_BEFORE": cast_before,
-        "HAS_WEIGHT": weight is not None,
-        "HAS_DSUM": dsum is not None,
-        "WANTS_DX": wanted.dx,
-        "WANTS_DWEIGHT": wanted.dweight,
-        "WANTS_DBIAS": wanted.dbias,
-        "BLOCK_COLS": block.cols,
-        "num_warps": block.warps,
-    }
-    if block.rows:
-        kernel = _rms_norm_bwd_kernel
-        itemsizes = dy.itemsize + x.itemsize + (0 if dsum is None else dsum.itemsize)
-        tile_bytes = itemsizes * block.rows * block.cols
-        constants |= {"BLOCK_ROWS": block.rows, "STAGES": stages_for(STAGES_BWD, tile_bytes)}
-    else:
-        kernel = _rms_norm_bwd_walk_kernel
-    programs = min(cdiv(n, max(1, block.rows)), resident(x, WARPS_PER_MULTIPROCESSOR, block.warps))
+    itemsizes = dy.itemsize + x.itemsize + (0 if dsum is None else dsum.itemsize)
+    programs, tiles = in_turn(block, n, resident(x, WARPS_PER_MULTIPROCESSOR, block.warps), itemsizes, STAGES_BWD)
     made = [vector for vector in (dweight, dbias) if vector is not None]
     # [1 or 2, programs, D]
     partial = torch.empty(len(made) * programs * d, dtype=torch.float32, device=x.device)
     dweights = partial if wanted.dweight else None
     dbiases = None if not wanted.dbias else partial[programs * d :] if wanted.dweight else partial
     strides = (row_stride(dy), row_stride(x), 0 if dsum is None else row_stride(dsum))
-    launch(kernel, (programs,), dy, x, weight, rstd, dsum, dx, dweights, dbiases, *strides, n, d, **constants)
+    launch(
+        _rms_norm_bwd_kernel if block.rows else _rms_norm_bwd_walk_kernel, (programs,),
+        dy, x, weight, rstd, dsum, dx, dweights, dbiases, *strides, n, d,
+        OFFSET=form.offset, CAST_BEFORE=form.cast_before, HAS_WEIGHT=weight is not None, HAS_DSUM=dsum is not None,
+        WANTS_DX=wanted.dx, WANTS_DWEIGHT=wanted.dweight, WANTS_DBIAS=wanted.dbias, **tiles,
+    )  # fmt: skip
     if made:
         sum_partials(partial, programs, d, *made)
     return dx, dweight, dbias
@@ -272,21 +257,18 @@ class RMSNormFunction(torch.autograd.Function):
     """Autograd around the launchers, which flatten: a view that autograd sees is a node forward and one backward."""
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float, cast_before: bool
-    ) -> Tensor:
-        y, _, rstd = rms_norm_fwd(x, None, weight, bias, eps, offset, cast_before)
+    def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, form: RMSForm) -> Tensor:
+        y, _, rstd = rms_norm_fwd(x, None, weight, bias, form)
         ctx.save_for_backward(x, weight, bias, rstd)
-        ctx.offset, ctx.cast_before = offset, cast_before
+        ctx.form = form
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight, bias, rstd = ctx.saved_tensors
         wanted = Wanted(*ctx.needs_input_grad[:3])
-        gradients = rms_norm_bwd(dy, x, weight, bias, rstd, None, ctx.offset, ctx.cast_before, wanted)
-        return *gradients, None, None, None
+        return *rms_norm_bwd(dy, x, weight, bias, rstd, None, ctx.form, wanted), None
 
 
 def rms_norm(
@@ -308,8 +290,8 @@ def rms_norm(
         return rms_norm_reference(x, weight, bias=bias, eps=eps, offset=offset, cast=cast)
     check_dtypes("rms_norm", x=x, weight=weight, bias=bias)
     weight, bias = contiguous(weight), contiguous(bias)
+    form = RMSForm(eps, offset, cast == "before_weight")
     if torch.compiler.is_compiling():
         # dynamo 2.11 can't hold sizes of what is made of x inside the Function; and here views cost nothing
-        y = RMSNormFunction.apply(rows_of(x), weight, bias, eps, offset, cast == "before_weight")
-        return y.view(x.shape)
-    return RMSNormFunction.apply(x, weight, bias, eps, offset, cast == "before_weight")
+        return RMSNormFunction.apply(rows_of(x), weight, bias, form).view(x.shape)
+    return RMSNormFunction.apply(x, weight, bias, form)
