@@ -121,19 +121,21 @@ def _load_gate_and_up(gate_ptr, up_ptr, first, n_cols, INTERLEAVED: tl.constexpr
 
 @triton.jit
 def _glu_fwd_kernel(
-    gate_ptr,  # [N, D]; INTERLEAVED: [N, 2D]
-    up_ptr,  # [N, D], or gate's [N, 2D] from its column up_start on
+    gate_ptr,  # [N, D]; INTERLEAVED, HALVES: [N, 2D]
+    up_ptr,  # [N, D]; not read where gate holds both
     y_ptr,  # [N, D]
     gate_stride,  # elements from one row to the next; y has no gaps
     up_stride,
-    up_start,
     n_cols,
     ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
-    FLAT: tl.constexpr, BLOCK: tl.constexpr,
+    HALVES: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, first = place(n_cols, FLAT, BLOCK)
     gate_ptr += row * gate_stride
-    up_ptr += row * up_stride + up_start
+    if HALVES:
+        up_ptr = gate_ptr + n_cols
+    else:
+        up_ptr += row * up_stride
     gate, up = _load_gate_and_up(gate_ptr, up_ptr, first, n_cols, INTERLEAVED, BLOCK)
     if LIMIT is not None:
         # not tl.minimum, which may lose NaN
@@ -149,25 +151,28 @@ def _glu_fwd_kernel(
 @triton.jit
 def _glu_bwd_kernel(
     dy_ptr,  # [N, D]
-    gate_ptr,  # [N, D]; INTERLEAVED: [N, 2D]
-    up_ptr,  # [N, D], or gate's [N, 2D] from its column up_start on
+    gate_ptr,  # [N, D]; INTERLEAVED, HALVES: [N, 2D]
+    up_ptr,  # [N, D]; not read where gate holds both
     dgate_ptr,  # as gate
-    dup_ptr,  # as up
+    dup_ptr,  # as up; not written where dgate holds both: a graph gives memory of its own to each name that is written
     dy_stride,  # elements from one row to the next
     gate_stride,
     up_stride,
     dgate_stride,
     dup_stride,
-    up_start,
     n_cols,
     ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
-    WANTS_DGATE: tl.constexpr, WANTS_DUP: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
+    HALVES: tl.constexpr, WANTS_DGATE: tl.constexpr, WANTS_DUP: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, first = place(n_cols, FLAT, BLOCK)
     gate_ptr += row * gate_stride
-    up_ptr += row * up_stride + up_start
     dgate_ptr += row * dgate_stride
-    dup_ptr += row * dup_stride + up_start
+    if HALVES:
+        up_ptr = gate_ptr + n_cols
+        dup_ptr = dgate_ptr + n_cols
+    else:
+        up_ptr += row * up_stride
+        dup_ptr += row * dup_stride
     cols = first + tl.arange(0, BLOCK)
     mask = cols < n_cols
 
@@ -203,24 +208,24 @@ def glu_fwd(gate: Tensor, up: Tensor | None, form: GLUForm, interleaved: bool = 
     if up is None:
         *sizes, width = gate.shape
         y = torch.empty(*sizes, width // 2, dtype=gate.dtype, device=gate.device)
-        tensors, halves = (gate, gate, y), not interleaved
+        tensors, which, halves = (gate,), (0, 0), not interleaved
     else:
         y = like(gate, None if up.dtype == gate.dtype else torch.promote_types(gate.dtype, up.dtype))
-        tensors, halves = (gate, up, y), False
+        tensors, which, halves = (gate, up), (0, 1), False
     key = _key(tensors, form, interleaved, up is None)
     it = _launches.get(key)
     if it is None:
-        way = walk(y.shape, BLOCK, *tensors[:2], by_row=halves)
+        way = walk(y.shape, BLOCK, *tensors, by_row=halves)
         if not way.programs:
             return y
         it = ready(
             _glu_fwd_kernel, (way.programs,),
-            *way.strides, way.n_cols if halves else 0, way.n_cols,
+            *[way.strides[i] for i in which], way.n_cols,
             ACT=form.act, ALPHA=form.alpha, LIMIT=form.limit, OFFSET=form.offset, INTERLEAVED=interleaved,
-            FLAT=way.flat, BLOCK=BLOCK, num_warps=NUM_WARPS,
+            HALVES=halves, FLAT=way.flat, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
-        tensors = _walked(tensors[:2], way.tensors, key, it) + (y,)
-    launch_ready(it, *tensors)
+        tensors = _walked(tensors, way.tensors, key, it)
+    launch_ready(it, *[tensors[i] for i in which], y)
     return y
 
 
@@ -236,11 +241,12 @@ def glu_bwd(
     """dy [..., D]; writes dgate and dup, as gate and up. None: not wanted, or of up that gate holds both."""
     if up is None:
         wants_dgate = wants_dup = True
-        tensors, halves = (dy, gate, gate, dgate, dgate), not interleaved
+        tensors, which, halves = (dy, gate, dgate), (0, 1, 1, 2, 2), not interleaved
     else:
         wants_dgate, wants_dup = dgate is not None, dup is not None
         # what is not wanted is not written, and lends a pointer only. New tensors are rows in place
-        tensors, halves = (dy, gate, up, dgate if wants_dgate else dup, dup if wants_dup else dgate), False
+        tensors = dy, gate, up, dgate if wants_dgate else dup, dup if wants_dup else dgate
+        which, halves = (0, 1, 2, 3, 4), False
     key = _key(tensors, form, interleaved, up is None, wants_dgate, wants_dup)
     it = _launches.get(key)
     if it is None:
@@ -249,12 +255,13 @@ def glu_bwd(
             return
         it = ready(
             _glu_bwd_kernel, (way.programs,),
-            *way.strides, way.n_cols if halves else 0, way.n_cols,
+            *[way.strides[i] for i in which], way.n_cols,
             ACT=form.act, ALPHA=form.alpha, LIMIT=form.limit, OFFSET=form.offset, INTERLEAVED=interleaved,
-            WANTS_DGATE=wants_dgate, WANTS_DUP=wants_dup, FLAT=way.flat, BLOCK=BLOCK, num_warps=NUM_WARPS,
+            HALVES=halves, WANTS_DGATE=wants_dgate, WANTS_DUP=wants_dup, FLAT=way.flat, BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
         )  # fmt: skip
         tensors = _walked(tensors, way.tensors, key, it)
-    launch_ready(it, *tensors)
+    launch_ready(it, *[tensors[i] for i in which])
 
 
 def _key(tensors: tuple[Tensor, ...], *facts: object) -> tuple[object, ...] | None:
