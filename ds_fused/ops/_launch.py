@@ -94,6 +94,13 @@ class Kept(dict[tuple[object, ...] | None, T], Generic[T]):
         return value
 
 
+def lie_alike(given: tuple[Tensor | None, ...], rows: tuple[Tensor | None, ...]) -> bool:
+    """Whether no copy was made of what was given: kernels, which see addresses, then read it as well as its rows."""
+    if torch.compiler.is_compiling():
+        return False
+    return all(x is None or x.data_ptr() == y.data_ptr() for x, y in zip(given, rows, strict=True))
+
+
 class Ready(NamedTuple):
     """A launch but for its tensors, which come first among a kernel's arguments. `ready` makes one."""
 
