@@ -5,6 +5,9 @@ arguments, prints options into a key, asks for allocators and hooks, and asks th
 Here one loop over the arguments makes a key, under which lies the C function of the compiled kernel, and that is called
 with addresses.
 
+`launch_ready` does so for what `ready` has made of all but the tensors: the loop is over these alone, and most calls of
+an op find it by their shapes (`Kept`).
+
 In every call anew, the key tells apart all that Triton's specialisation does: of a tensor its dtype and whether 16
 divides its address; of an integer whether it is 1, whether 16 divides it and how wide it is; None; the constants, among
 them num_warps and num_stages; the device. It may be finer than Triton's own (``do_not_specialize``): two keys then lead

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_fused.ops import _triton
+from ds_fused.ops import _row_tiles, _triton
 from ds_fused.ops._launch import Kept, Ready, launch_ready, lie_alike, ready
 from ds_fused.ops._norms import RMSForm, Wanted, check_cast, check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
@@ -179,7 +179,6 @@ def rms_norm_fwd(
     total = x
     if residual is not None:
         total = like(x, torch.promote_types(x.dtype, residual.dtype))
-        residual = rows_of(residual)
     dtype = total.dtype
     if form.cast_before:
         for scale in (weight, bias):
@@ -187,18 +186,17 @@ def rms_norm_fwd(
     y = like(x, dtype)
     key = None
     if not torch.compiler.is_compiling():
-        constants = TILE_FWD, PER_THREAD_FWD, WHOLE_ROW_FWD, _triton.LANES
+        constants = TILE_FWD, PER_THREAD_FWD, WHOLE_ROW_FWD, _row_tiles.WALK_BLOCK, _triton.LANES
         residual_strides = None if residual is None else residual.stride()
         key = x.shape, x.stride(), residual_strides, weight is None, bias is None, form, constants
-    if key not in _forwards:
+    found = _forwards.get(key)
+    if found is None:
         lent = x, residual
         x, residual = rows_of(x), None if residual is None else rows_of(residual)
-        it = _forward(x, residual, weight, bias, form)
+        found = _forward(x, residual, weight, bias, form), x.shape[0]
         if lie_alike(lent, (x, residual)):
-            _forwards.keep(key, (it, x.shape[0]))
-        n = x.shape[0]
-    else:
-        it, n = _forwards[key]
+            _forwards.keep(key, found)
+    it, n = found
     rstd = torch.empty(n, dtype=torch.float32, device=x.device)
     if it is not None:
         launch_ready(it, x, residual, weight, bias, y, None if residual is None else total, rstd)
@@ -253,18 +251,18 @@ def rms_norm_bwd(
         return dx, dweight, dbias
     key = None
     if not torch.compiler.is_compiling():
-        constants = TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD, WARPS_PER_MULTIPROCESSOR, STAGES_BWD, _triton.LANES
+        grid = WARPS_PER_MULTIPROCESSOR, STAGES_BWD, _triton.LANES
+        constants = TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD, _row_tiles.WALK_BLOCK, *grid
         of_dsum = None if dsum is None else (dsum.stride(), dsum.dtype)
         places = x.shape, x.stride(), x.dtype, x.device, dy.stride(), dy.dtype, of_dsum
         key = places, weight is None, wanted, form, constants
-    if key not in _backwards:
+    it = _backwards.get(key)
+    if it is None:
         lent = dy, x, dsum
         dy, x, dsum = rows_of(dy), rows_of(x), None if dsum is None else rows_of(dsum)
         it = _backward(dy, x, weight, dsum, form, wanted)
         if lie_alike(lent, (dy, x, dsum)):
             _backwards.keep(key, it)
-    else:
-        it = _backwards[key]
     (programs,) = it.grid
     made = [vector for vector in (dweight, dbias) if vector is not None]
     # [1 or 2, programs, D]
