@@ -72,6 +72,7 @@ def calls(device: torch.device) -> list[tuple[Callable[..., Tensor], tuple[Tenso
             (lambda x: ops.glu(x, interleaved=True), (x,)),
             (lambda x, weight: ops.group_norm(x.movedim(-1, 1), 3, weight), (x, weight)),
             (lambda x, weight: ops.group_norm(x.movedim(-1, 1), 2, weight), (x, weight)),
+            (lambda x, weight: ops.group_norm(x.detach().movedim(-1, 1), 2, weight), (x, weight)),
             (lambda x, weight: ops.group_norm(x.movedim(-1, 1), 2, weight, weight, eps=1e-2), (x, weight)),
             (lambda x: ops.group_norm(x.movedim(-1, 1), 2), (x,)),
         ]
@@ -103,7 +104,9 @@ def test_what_is_kept_changes_no_launch(device, monkeypatch):
         noted.clear()
         for call, inputs in calls(device):
             leaves = [x.detach().requires_grad_() for x in inputs]
-            torch.autograd.grad(call(*leaves).float().sum(), leaves, allow_unused=True)
+            y = call(*leaves)
+            # an expanded number, as a sum's gradient is, would be copied, and what copies are launched with is not kept
+            torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)
         return [*noted]
 
     kept = [launches() for _ in range(2)]
