@@ -57,6 +57,12 @@ def _cross_entropy_fwd_kernel(
     IS_FIRST: tl.constexpr, IS_LAST: tl.constexpr,  # slab of the row
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    # Inductor passes fp64
+    logit_scale = tl.cast(logit_scale, tl.float32)
+    on_each = tl.cast(on_each, tl.float32)
+    on_label = tl.cast(on_label, tl.float32)
+    softcap = tl.cast(softcap, tl.float32)
+    z_loss = tl.cast(z_loss, tl.float32)
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
     if label == ignore_index:
@@ -174,6 +180,12 @@ def _cross_entropy_bwd_kernel(
     HAS_SOFTCAP: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    # Inductor passes fp64
+    logit_scale = tl.cast(logit_scale, tl.float32)
+    softcap = tl.cast(softcap, tl.float32)
+    wanted_label = tl.cast(wanted_label, tl.float32)
+    wanted_other = tl.cast(wanted_other, tl.float32)
+    z_loss = tl.cast(z_loss, tl.float32)
     pid = tl.program_id(0).to(tl.int64)
     row = pid // n_blocks
     start = (pid % n_blocks).to(tl.int32) * BLOCK

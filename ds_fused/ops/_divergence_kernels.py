@@ -115,6 +115,9 @@ def _divergence_fwd_kernel(
     n_cols, ignore_index, scale, beta,
     HAS_LABELS: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    # Inductor passes fp64
+    beta = tl.cast(beta, tl.float32)
+    scale = tl.cast(scale, tl.float32)
     row = tl.program_id(0).to(tl.int64)
     counts = True
     if HAS_LABELS:
@@ -199,6 +202,8 @@ def _kl_fwd_kernel(
     n_cols, ignore_index, scale,
     HAS_LABELS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    # Inductor passes fp64
+    scale = tl.cast(scale, tl.float32)
     row = tl.program_id(0).to(tl.int64)
     counts = True
     if HAS_LABELS:
@@ -267,6 +272,9 @@ def _divergence_bwd_kernel(
     n_cols, n_blocks, ignore_index, scale, beta,
     HAS_LABELS: tl.constexpr, WANTS_P: tl.constexpr, WANTS_Q: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    # Inductor passes fp64
+    beta = tl.cast(beta, tl.float32)
+    scale = tl.cast(scale, tl.float32)
     pid = tl.program_id(0).to(tl.int64)
     row = pid // n_blocks
     start = (pid % n_blocks).to(tl.int32) * BLOCK

@@ -85,6 +85,8 @@ def _group_norm_merge_moments_kernel(
     eps,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    # Inductor passes fp64
+    eps = tl.cast(eps, tl.float32)
     group = tl.program_id(0).to(tl.int64)
     moments_ptr += group * group_channels
     some = tl.load(moments_ptr)

@@ -112,6 +112,8 @@ def _rms_norm_rope_fwd_kernel(
     CAST_BEFORE: tl.constexpr, BLOCK_Q_HEADS: tl.constexpr, BLOCK_K_HEADS: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
+    # Inductor passes fp64
+    eps = tl.cast(eps, tl.float32)
     # tokens are divided in 32 bits, which is much faster; from there on it is 64
     batch = (tl.program_id(0) // n_tokens).to(tl.int64)
     token = (tl.program_id(0) % n_tokens).to(tl.int64)

@@ -60,6 +60,8 @@ def _gated_rms_norm_fwd_walk_kernel(
     BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """One group that is too wide for registers."""
+    # Inductor passes fp64
+    eps = tl.cast(eps, tl.float32)
     pid = tl.program_id(0).to(tl.int64)
     row, group = pid // n_groups, pid % n_groups
     squares = tl.zeros((BLOCK_COLS,), tl.float32)

@@ -30,6 +30,8 @@ def _layer_norm_fwd_walk_kernel(
     BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """One row that is too wide for registers."""
+    # Inductor passes fp64
+    eps = tl.cast(eps, tl.float32)
     row = tl.program_id(0).to(tl.int64)
     # every lane keeps count, mean and squared distances of its own values (Welford's update), and they are merged once
     count = tl.zeros((BLOCK_COLS,), tl.float32)

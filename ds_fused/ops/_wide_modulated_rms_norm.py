@@ -55,6 +55,8 @@ def _modulated_rms_norm_fwd_walk_kernel(
     BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """One row that is too wide for registers."""
+    # Inductor passes fp64
+    eps = tl.cast(eps, tl.float32)
     row = tl.program_id(0).to(tl.int64)
     modulation = row // n_rows
     squares = tl.zeros((BLOCK_COLS,), tl.float32)

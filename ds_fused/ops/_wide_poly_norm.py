@@ -63,6 +63,8 @@ def _poly_norm_fwd_walk_kernel(
     HAS_BIAS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """One row that is too wide for registers, read twice."""
+    # Inductor passes fp64
+    eps = tl.cast(eps, tl.float32)
     row = tl.program_id(0).to(tl.int64)
     sixths = tl.zeros((BLOCK_COLS,), tl.float32)
     fourths = tl.zeros((BLOCK_COLS,), tl.float32)

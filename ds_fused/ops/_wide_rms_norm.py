@@ -72,6 +72,8 @@ def _rms_norm_fwd_walk_kernel(
     BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """One row that is too wide for registers."""
+    # Inductor passes fp64
+    eps = tl.cast(eps, tl.float32)
     row = tl.program_id(0).to(tl.int64)
     squares = tl.zeros((BLOCK_COLS,), tl.float32)
     for start in range(0, n_cols, BLOCK_COLS):

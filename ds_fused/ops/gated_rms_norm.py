@@ -105,6 +105,8 @@ def _gated_rms_norm_fwd_kernel(
     GATE_FIRST: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
+    # Inductor passes fp64
+    eps = tl.cast(eps, tl.float32)
     pid = tl.program_id(0).to(tl.int64)
     group = pid % n_groups
     rows = pid // n_groups * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]

@@ -110,6 +110,8 @@ def _group_norm_fwd_kernel(
     SAMPLES: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, SPACE: tl.constexpr,
 ):  # fmt: skip
     """Whole groups."""
+    # Inductor passes fp64
+    eps = tl.cast(eps, tl.float32)
     sample, group, channel, in_group, exists = _channels_of_tile(n_groups, group_channels, SAMPLES, GROUPS, CHANNELS)
     sample += tl.program_id(0).to(tl.int64) * SAMPLES
     exists = exists & (sample < n_samples)

@@ -26,6 +26,7 @@ from torch._higher_order_ops.triton_kernel_wrap import (
     triton_kernel_wrapper_mutation,
 )
 from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
 
 import ds_fused.ops as ops
 from ds_fused.ops._warmup import Absent
@@ -283,19 +284,34 @@ class Traced(Exception):
 
 
 def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., None]:
-    """Inductor gives each tensor that a kernel writes memory of its own, so one that goes in twice would be two."""
+    """What Inductor would do otherwise than a launch does is a problem, too: it gives each tensor that a kernel writes
+    memory of its own, so one that goes in twice would be two; and it passes floats in fp64.
+    """
     for part in graph.modules():
         for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
             if node.target is triton_kernel_wrapper_mutation:
-                names = names_written(node)
+                kernel, names = kernel_of(node), names_written(node)
                 if len({node.kwargs["kwargs"][name] for name in names}) < len(names):
-                    kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
-                    raise ValueError(f"{kernel.fn.__name__} writes one tensor by two of {', '.join(names)}")
+                    raise ValueError(f"{kernel.__name__} writes one tensor by two of {', '.join(names)}")
+                if wide := floats_that_stay_wide(kernel, node):
+                    raise ValueError(f"{kernel.__name__} does not make {', '.join(wide)} fp32 by tl.cast")
 
     def run(*_: object) -> None:
         raise Traced
 
     return run
+
+
+def kernel_of(node: torch.fx.Node) -> JITFunction:
+    kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+    return kernel if isinstance(kernel, JITFunction) else kernel.fn  # in an autotuner, which holds num_warps
+
+
+def floats_that_stay_wide(kernel: JITFunction, node: torch.fx.Node) -> list[str]:
+    constants = kernel_side_table.get_constant_args(node.kwargs["constant_args_idx"])
+    fixed = {param.name for param in kernel.params if param.is_constexpr}
+    floats = [name for name, x in {**node.kwargs["kwargs"], **constants}.items() if isinstance(x, float)]
+    return [name for name in floats if name not in fixed and f"{name} = tl.cast({name}, tl.float32)" not in kernel.src]
 
 
 def names_written(node: torch.fx.Node) -> list[str]:
