@@ -13,6 +13,7 @@ PARTS = {
     "lent_logits": ("cross_entropy",),
     "one_pass": ("linear_cross_entropy",),
     "one_pass_node": ("linear_cross_entropy",),
+    "divergence_in_forward": ("linear_jsd", "linear_kl_div", "linear_cosine"),
     "frozen_head": ("linear_cross_entropy",),
     "stationary": ("linear_cross_entropy", "linear_log_probs"),
     "slab_embedding": ("embedding",),

@@ -1213,9 +1213,13 @@ def _our_linear_divergence(name: str, **options) -> Callable[[Tensors], Call]:
 def divergence_providers(name: str, beta: float) -> dict[str, Provider]:
     plain = _plain_divergence(beta)
     return {
-        "ds_fused": Provider(_our_linear_divergence(name), note="8 MHV where it fits keep_mb, else 12"),
+        "ds_fused": Provider(_our_linear_divergence(name), note=f"8 MHV: {_IN_FORWARD}"),
+        "ds_fused keep": Provider(
+            _our_linear_divergence(name, grad_in_forward=False), note="8 MHV where it fits keep_mb, else 12"
+        ),
         "ds_fused keep_mb=0": Provider(
-            _our_linear_divergence(name, keep_mb=0), note="12 MHV: both logits computed again in backward"
+            _our_linear_divergence(name, grad_in_forward=False, keep_mb=0),
+            note="12 MHV: both logits computed again in backward",
         ),
         "hf_eager": Provider(_eager(plain), note="plain PyTorch"),
         "compile": Provider(_compiled(plain)),
@@ -1224,7 +1228,7 @@ def divergence_providers(name: str, beta: float) -> dict[str, Provider]:
 
 
 COSINE = {
-    "ds_fused": Provider(_our_linear_divergence("linear_cosine"), note="8 MHV where it fits keep_mb, else 12"),
+    "ds_fused": Provider(_our_linear_divergence("linear_cosine"), note="8 MHV: gradients made in forward"),
     "hf_eager": Provider(_eager(_plain_cosine), note="plain PyTorch"),
     "compile": Provider(_compiled(_plain_cosine)),
     "liger": Provider(_liger_cosine, note="1024 tokens at a time, compiled"),

@@ -295,17 +295,18 @@ class DeferredLogits:
     def __torch_function__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if args and isinstance(args[0], cls):
-            # of logarithms of probabilities both losses are the same
-            if func is F.cross_entropy or (func is F.nll_loss and args[0].log_probs):
-                fused = args[0].head.cross_entropy(*args, **kwargs)
-                if fused is not None:
-                    return fused
-            if func in (F.log_softmax, torch.log_softmax):
-                return args[0].log_softmax(*args[1:], **kwargs)
-        method = _RECORDED.get(func)
-        if method is not None and isinstance(args[0], cls) and not kwargs:
-            return method(*args)
-        if func in (torch.mul, torch.multiply) and len(args) == 2 and not kwargs:
+            logits = args[0]
+            # nll_loss takes logarithms of probabilities, and of these cross_entropy is the same number
+            if func is F.cross_entropy or (func is F.nll_loss and logits.log_probs):
+                loss = logits.head.cross_entropy(*args, **kwargs)
+                if loss is not None:
+                    return loss
+            elif func in (F.log_softmax, torch.log_softmax):
+                return logits.log_softmax(*args[1:], **kwargs)
+            elif func in _RECORDED and not kwargs:
+                return _RECORDED[func](*args)
+        elif func in (torch.mul, torch.multiply) and len(args) == 2 and not kwargs:
+            # a number times logits
             return args[1] * args[0]
         return func(*materialised(args), **materialised(kwargs))
 

@@ -19,11 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_fused.ops._launch import launch
+from ds_fused.ops import _triton
+from ds_fused.ops._launch import Kept, Ready, launch_ready, ready
 from ds_fused.ops._loss import LossOptions, cross_entropy_bwd_torch, cross_entropy_fwd_torch
 from ds_fused.ops._softmax_parts import capped, dz_of_entropy, dz_of_loss, online, online_entropy
 from ds_fused.ops._triton import cdiv, power_of_2, row_stride, runs_kernels, warps_for
@@ -33,6 +35,9 @@ from ds_fused.ops._triton import cdiv, power_of_2, row_stride, runs_kernels, war
 # 0.4 % and best (benchmarks/results/h100/tune.csv)
 FWD_BLOCK, FWD_STAGES, FWD_PER_THREAD = 4096, 4, 32
 BWD_BLOCK, BWD_PER_THREAD = 4096, 16
+
+_forwards: Kept[Ready] = Kept()
+_backwards: Kept[Ready] = Kept()
 
 
 @triton.jit
@@ -167,11 +172,13 @@ def _cross_entropy_bwd_kernel(
     lse_ptr,  # [2, N]: peak and rest
     logits_ptr, dlogits_ptr,  # [N, n_cols], may be one and the same
     weight_ptr, token_weights_ptr,  # [n_cols], [2, N]: see the forward
+    count_ptr,  # []: what dloss is to be divided by
     dloss_stride, dentropy_stride, lse_stride, logits_stride, dlogits_stride, token_weights_stride,
     n_cols, n_blocks, first_id,
     ignore_index,
     logit_scale, softcap, z_loss, wanted_label, wanted_other,  # probabilities: without z_loss, dz is p - wanted
-    HAS_SOFTCAP: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     # Inductor passes fp64
     logit_scale = tl.cast(logit_scale, tl.float32)
@@ -194,6 +201,8 @@ def _cross_entropy_bwd_kernel(
         tl.store(out_ptr + cols, tl.zeros([BLOCK], tl.float32), mask=mask)
     else:
         dloss = tl.load(dloss_ptr + row * dloss_stride).to(tl.float32)
+        if HAS_COUNT:
+            dloss = tl.div_rn(dloss, tl.load(count_ptr).to(tl.float32))
         peak, rest = tl.load(lse_ptr + row), tl.load(lse_ptr + lse_stride + row)
         col = (label.to(tl.int64) - first_id).to(tl.int32)  # compared with every column: at half the cost of int64
         on_lse = 2.0 * z_loss * (peak + rest)
@@ -243,27 +252,38 @@ def cross_entropy_fwd(
     n, n_cols = logits.shape
     if n == 0:
         return
-    block = min(FWD_BLOCK, power_of_2(n_cols))
-    smoothing = options.label_smoothing
-    launch(
-        _cross_entropy_fwd_kernel, (n,),
-        logits, labels, loss, entropy, lse,
-        # a tensor that stands for one that is not there is never touched
-        loss if right is None else right, loss if weight is None else weight,
-        lse if token_weights is None else token_weights,
-        row_stride(logits), row_stride(lse), row_stride(lse if token_weights is None else token_weights),
-        n_cols, first_id, options.ignore_index,
-        float(options.logit_scale), float(options.softcap or 1.0), float(options.z_loss),
-        1.0 - smoothing, smoothing / n_vocab,
-        HAS_SOFTCAP=options.softcap is not None, HAS_SMOOTHING=smoothing > 0.0,
-        HAS_WEIGHT=weight is not None, HAS_ACCURACY=right is not None, HAS_ENTROPY=entropy is not None,
-        IS_FIRST=is_first, IS_LAST=is_last,
-        BLOCK=block, STAGES=FWD_STAGES, num_warps=warps_for(block, FWD_PER_THREAD),
+    # a tensor that stands for one that is not there is never touched
+    at_labels = lse if token_weights is None else token_weights
+    key = None
+    if not torch.compiler.is_compiling():
+        facts = n_vocab, first_id, is_first, is_last, right is None, weight is None, entropy is None
+        constants = FWD_BLOCK, FWD_STAGES, FWD_PER_THREAD, _triton.LANES
+        key = logits.shape, logits.stride(0), lse.stride(0), at_labels.stride(0), options, facts, constants
+    it = _forwards.get(key)
+    if it is None:
+        block = min(FWD_BLOCK, power_of_2(n_cols))
+        smoothing = options.label_smoothing
+        it = _forwards.keep(
+            key,
+            ready(
+                _cross_entropy_fwd_kernel, (n,),
+                row_stride(logits), row_stride(lse), row_stride(at_labels), n_cols, first_id, options.ignore_index,
+                float(options.logit_scale), float(options.softcap or 1.0), float(options.z_loss),
+                1.0 - smoothing, smoothing / n_vocab,
+                HAS_SOFTCAP=options.softcap is not None, HAS_SMOOTHING=smoothing > 0.0,
+                HAS_WEIGHT=weight is not None, HAS_ACCURACY=right is not None, HAS_ENTROPY=entropy is not None,
+                IS_FIRST=is_first, IS_LAST=is_last,
+                BLOCK=block, STAGES=FWD_STAGES, num_warps=warps_for(block, FWD_PER_THREAD),
+            ),
+        )  # fmt: skip
+    launch_ready(
+        it, logits, labels, loss, entropy, lse, loss if right is None else right, loss if weight is None else weight,
+        at_labels,
     )  # fmt: skip
 
 
 def cross_entropy_bwd(
-    dloss: Tensor,  # [N], any stride: an expanded scalar is not copied
+    dloss: Tensor,  # [N], any stride: an expanded scalar is not copied; [] as well
     logits: Tensor,  # [N, n_cols]
     labels: Tensor,
     lse: Tensor,  # [2, N], over all slabs
@@ -276,27 +296,40 @@ def cross_entropy_bwd(
     token_weights: Tensor | None = None,  # [2, N] fp32
     entropy: Tensor | None = None,  # [N] fp32, over all slabs
     dentropy: Tensor | None = None,  # [N], any stride
+    count: Tensor | None = None,  # [] int64, by which dloss is to be divided
 ) -> None:
     n, n_cols = logits.shape
     if n == 0:
         return
-    block = min(BWD_BLOCK, power_of_2(n_cols))
-    n_blocks = cdiv(n_cols, block)
-    smoothing = options.label_smoothing
-    launch(
-        _cross_entropy_bwd_kernel, (n * n_blocks,),
-        dloss, labels, entropy, dentropy, lse, logits, dlogits,
-        lse if weight is None else weight, lse if token_weights is None else token_weights,
-        dloss.stride(0), 0 if dentropy is None else dentropy.stride(0),
-        row_stride(lse), row_stride(logits), row_stride(dlogits),
-        row_stride(lse if token_weights is None else token_weights),
-        n_cols, n_blocks, first_id, options.ignore_index,
-        float(options.logit_scale), float(options.softcap or 1.0), float(options.z_loss),
-        1.0 - smoothing + smoothing / n_vocab, smoothing / n_vocab,
-        HAS_SOFTCAP=options.softcap is not None, HAS_WEIGHT=weight is not None,
-        HAS_ENTROPY=dentropy is not None,
-        BLOCK=block, num_warps=warps_for(block, BWD_PER_THREAD),
-    )  # fmt: skip
+    at_labels = lse if token_weights is None else token_weights
+    key = None
+    if not torch.compiler.is_compiling():
+        strides = dloss.stride(), lse.stride(0), logits.stride(0), dlogits.stride(0), at_labels.stride(0)
+        entropies = None if dentropy is None else dentropy.stride()
+        facts = n_vocab, first_id, weight is None, entropies, count is None
+        key = logits.shape, strides, options, facts, BWD_BLOCK, BWD_PER_THREAD, _triton.LANES
+    it = _backwards.get(key)
+    if it is None:
+        block = min(BWD_BLOCK, power_of_2(n_cols))
+        n_blocks = cdiv(n_cols, block)
+        smoothing = options.label_smoothing
+        it = _backwards.keep(
+            key,
+            ready(
+                _cross_entropy_bwd_kernel, (n * n_blocks,),
+                dloss.stride(0) if dloss.ndim else 0, 0 if dentropy is None else dentropy.stride(0),
+                row_stride(lse), row_stride(logits), row_stride(dlogits), row_stride(at_labels),
+                n_cols, n_blocks, first_id, options.ignore_index,
+                float(options.logit_scale), float(options.softcap or 1.0), float(options.z_loss),
+                1.0 - smoothing + smoothing / n_vocab, smoothing / n_vocab,
+                HAS_SOFTCAP=options.softcap is not None, HAS_WEIGHT=weight is not None,
+                HAS_ENTROPY=dentropy is not None, HAS_COUNT=count is not None,
+                BLOCK=block, num_warps=warps_for(block, BWD_PER_THREAD),
+            ),
+        )  # fmt: skip
+    launch_ready(
+        it, dloss, labels, entropy, dentropy, lse, logits, dlogits, lse if weight is None else weight, at_labels, count
+    )
 
 
 def softmax_passes(x: Tensor) -> tuple[Callable[..., None], Callable[..., None]]:

@@ -5,6 +5,9 @@ arguments, prints options into a key, asks for allocators and hooks, and asks th
 Here one loop over the arguments makes a key, under which lies the C function of the compiled kernel, and that is called
 with addresses.
 
+`launch_ready` does so for what `ready` has made of all but the tensors: the loop is over these alone, and most calls of
+an op find it by their shapes (`Kept`).
+
 In every call anew, the key tells apart all that Triton's specialisation does: of a tensor its dtype and whether 16
 divides its address; of an integer whether it is 1, whether 16 divides it and how wide it is; None; the constants, among
 them num_warps and num_stages; the device. It may be finer than Triton's own (``do_not_specialize``): two keys then lead
@@ -29,7 +32,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -42,6 +45,8 @@ from ds_fused.ops._triton import on_device
 KNOWN = ("3.6",)
 
 _runtime, _compilation = triton.knobs.runtime, triton.knobs.compilation
+
+T = TypeVar("T")
 
 log = logging.getLogger("ds_fused")
 
@@ -74,6 +79,81 @@ _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", _nowhe
 _current_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
+class Kept(dict[tuple[object, ...] | None, T], Generic[T]):
+    """What follows from shapes and strides, by them: most calls repeat the shapes of an earlier one.
+
+    What else it follows from, as a file's constants, has to be in the keys. Nothing is kept under None, the key of a
+    graph's calls, whose sizes may be symbols. Lengths that never repeat take no memory without end: a full one begins
+    anew.
+    """
+
+    MOST = 1024
+
+    def keep(self, key: tuple[object, ...] | None, value: T) -> T:
+        if key is not None:
+            if len(self) >= self.MOST:
+                self.clear()
+            self[key] = value
+        return value
+
+
+def lie_alike(given: tuple[Tensor | None, ...], rows: tuple[Tensor | None, ...]) -> bool:
+    """Whether no copy was made of what was given: kernels, which see addresses, then read it as well as its rows."""
+    if torch.compiler.is_compiling():
+        return False
+    return all(x is None or x.data_ptr() == y.data_ptr() for x, y in zip(given, rows, strict=True))
+
+
+class Ready(NamedTuple):
+    """A launch but for its tensors, which come first among a kernel's arguments. `ready` makes one."""
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    numbers: tuple[float | None, ...]
+    constants: dict[str, object]
+    facts: tuple[object, ...]  # what the key has of all this
+
+
+def ready(kernel: JITFunction, grid: tuple[int, ...], *numbers: float | None, **constants: object) -> Ready:
+    """For launchers that have the same shapes over and over, and keep it (`Kept`)."""
+    if torch.compiler.is_compiling():
+        return Ready(kernel, grid, numbers, constants, ())
+    facts = id(kernel), *constants, *constants.values(), *[_of_number(number) for number in numbers]
+    return Ready(kernel, grid, numbers, constants, facts)
+
+
+def launch_ready(it: Ready, *tensors: Tensor | None) -> None:
+    """``launch(it.kernel, it.grid, *tensors, *it.numbers, **it.constants)``, by a key of its own."""
+    kernel, grid, numbers, constants, known = it
+    if torch.compiler.is_compiling():
+        kernel[grid](*tensors, *numbers, **constants)
+        return
+    device = tensors[0].get_device()
+    if device != _current_device():
+        launch_elsewhere(kernel, grid, (*tensors, *numbers), constants)
+        return
+    facts: list[object] = [known, device]
+    passed: list[int | None] = []
+    for tensor in tensors:
+        if tensor is None:
+            facts.append(None)
+            passed.append(None)
+        elif tensor.get_device() != device:
+            kernel[grid](*tensors, *numbers, **constants)
+            return
+        else:
+            address = tensor.data_ptr()
+            facts.append((tensor.dtype,) if address & 15 else tensor.dtype)
+            passed.append(address)
+    key = tuple(facts)
+    entrance = _entrances.get(key)
+    if entrance is None or _is_watched(kernel):
+        _ordinarily(key, kernel, grid, (*tensors, *numbers), constants)
+        return
+    x, y, z = (*grid, 1, 1)[:3]
+    entrance.call(x, y, z, _current_stream(device), *entrance.before, *passed, *numbers, *entrance.behind)
+
+
 def launch(kernel: JITFunction, grid: tuple[int, ...], *args: Tensor | float | None, **constants: object) -> None:
     """``kernel[grid](*args, **constants)`` on the device of args[0], a tensor. Constants are the constexpr ones."""
     if torch.compiler.is_compiling():
@@ -103,14 +183,25 @@ def launch(kernel: JITFunction, grid: tuple[int, ...], *args: Tensor | float | N
             passed.append(address)
     key = tuple(facts)
     entrance = _entrances.get(key)
-    watched = _is_watched(kernel)
-    if entrance is None or watched:
-        compiled = kernel[grid](*args, **constants)
-        if entrance is None and not watched:
-            _rehearse(key, kernel, compiled, grid, args, constants)
+    if entrance is None or _is_watched(kernel):
+        _ordinarily(key, kernel, grid, args, constants)
         return
     x, y, z = (*grid, 1, 1)[:3]
     entrance.call(x, y, z, _current_stream(device), *entrance.before, *passed, *entrance.behind)
+
+
+def _ordinarily(
+    key: tuple[object, ...],
+    kernel: JITFunction,
+    grid: tuple[int, ...],
+    args: tuple[object, ...],
+    constants: dict[str, object],
+) -> None:
+    """The ordinary way, and a rehearsal where there is no entrance yet and nobody watches."""
+    is_new = key not in _entrances and not _is_watched(kernel)
+    compiled = kernel[grid](*args, **constants)
+    if is_new:
+        _rehearse(key, kernel, compiled, grid, args, constants)
 
 
 def launch_elsewhere(
@@ -119,6 +210,13 @@ def launch_elsewhere(
     """The ordinary way, on a device that is not the current one, or not known to `launch`."""
     with on_device(args[0]):
         kernel[grid](*args, **constants)
+
+
+def _of_number(number: float | None) -> object:
+    """What a key tells of one: as in the loop of `launch`, where a call of this would take a third of the time."""
+    if type(number) is not int:
+        return type(number)
+    return ("" if number & 15 else "16") if 0 <= number < 2**31 and number != 1 else _seldom(number)
 
 
 def _seldom(n: int) -> tuple[object, ...]:

@@ -1,13 +1,20 @@
 """The divergence between a student's head and a teacher's, token by token: how linear_jsd, linear_kl_div and
 linear_cosine run.
 
-The row passes are _teacher_divergence.py's and _cosine.py's. The forward walks chunks of tokens, each with both models'
-whole rows of logits: two matrix products and one pass. The teacher is frozen, so all that the backward needs of a chunk
-is the gradient of the student's logits, and that is linear in the token's upstream gradient, which is a number. So for
-the tokens that fit `keep_mb` the forward writes it, for an upstream gradient of 1, over the student's logits; the
-backward is then two matrix products, with the upstream gradient as a factor of rows of x and dx, and may run twice. Of
-the other tokens both logits are computed again, in tiles as linear_cross_entropy's: the rows' statistics are known by
-then, so a tile need not have whole rows, and cutting the vocabulary spares an fp32 copy of dweight.
+The row passes are _teacher_divergence.py's and _cosine.py's. Chunks of tokens are walked, each with both models' whole
+rows of logits: two matrix products and the passes. The teacher is frozen, so all that is wanted of a chunk is the
+gradient of the student's logits, and that is linear in the token's upstream gradient, which is a number.
+
+Of a mean or a sum this number is the same for all tokens, and one_pass.py makes the gradients in the forward, chunk
+after chunk, at 8 MHV FLOPs with as wide a teacher. Both models' logits of a chunk take at most half of what dweight is
+added up in: a smaller chunk would be more reading and writing of dweight than it spares. What follows here is for
+losses that stay apart ("none"), for fp16, and for graphs of torch.compile.
+
+For the tokens that fit `keep_mb` the forward writes the gradient of the logits, for an upstream gradient of 1, over the
+student's logits; the backward is then two matrix products, with the upstream gradient as a factor of rows of x and dx,
+and may run twice. Of the other tokens both logits are computed again, in tiles as linear_cross_entropy's: the rows'
+statistics are known by then, so a tile need not have whole rows, and cutting the vocabulary spares an fp32 copy of
+dweight.
 
 What is summed over tiles is summed in fp32, and only then rounded. In fp16 kept gradients have a headroom, and upstream
 gradients are divided by the largest of them, which comes back to an fp32 sum of dweight: the one such copy where all
@@ -23,21 +30,19 @@ Sizes: M tokens, K of them kept, H hidden (each model its own), V vocabulary, n 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ds_fused.ops._cosine import CosineOptions
+from ds_fused.ops._divergence_rows import DivergenceRows, Head, Options
 from ds_fused.ops._labels import counting_tokens, flat_labels
 from ds_fused.ops._loss import LossOptions, check_loss, reduced
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._teacher_divergence import DivergenceOptions
 from ds_fused.ops._tiles import (
     Tiling,
     check_memory,
-    logits_of,
+    of_chunk,
     product,
     side,
     tile,
@@ -47,14 +52,11 @@ from ds_fused.ops._tiles import (
     wide,
 )
 from ds_fused.ops._triton import autocast_dtype, check_dtypes, refuse_transforms, rows_of, runs_kernels
+from ds_fused.ops.one_pass import Cut, OnePassFunction, cut
 
 # what a kept gradient, which lies about in [-1, 1], is multiplied by in fp16: the small ones of a large vocabulary stay
 # clear of its least number (6e-8), and a reverse KL's, which has no bound, far from its largest
 FP16_HEADROOM = 64.0
-
-
-# the two kinds of row passes
-Options = DivergenceOptions | CosineOptions
 
 
 class _Plan(NamedTuple):
@@ -63,27 +65,6 @@ class _Plan(NamedTuple):
     chunk: int  # tokens whose rows the forward has at a time
     kept: int  # tokens whose gradients are kept: the first ones
     tiles: Tiling  # in which the backward has the logits of the others
-
-
-@dataclass(frozen=True)
-class _Head:
-    """x [M, H] and the weight and bias that make its logits, or n rows of them."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-
-    def slab(self, words: slice) -> _Head:
-        """Some words of the vocabulary, in x's dtype: under autocast the weight has its own."""
-        dtype = self.x.dtype
-        bias = None if self.bias is None else self.bias[words].to(dtype)
-        return _Head(self.x, self.weight[words].to(dtype), bias)
-
-    def logits(self, room: Tensor, tokens: slice) -> Tensor:
-        return logits_of(room, self.x[tokens], self.weight, self.bias)
-
-    def room(self, n_tokens: int, n_words: int) -> Tensor:
-        return self.x.new_empty(tile_elements(n_tokens, n_words))
 
 
 class LinearDivergenceFunction(torch.autograd.Function):
@@ -103,24 +84,18 @@ class LinearDivergenceFunction(torch.autograd.Function):
         plan: _Plan,
     ) -> Tensor:
         n_tokens, n_vocab = x.shape[0], weight.shape[0]
-        divergence, gradient = options.passes(runs_kernels(x))
         whole = slice(0, n_vocab)
-        student = _Head(x, weight, bias).slab(whole)
-        teacher = _Head(teacher_x, teacher_weight, teacher_bias).slab(whole)
+        student = Head(x, weight, bias).slab(whole)
+        teacher = Head(teacher_x, teacher_weight, teacher_bias).slab(whole)
         loss, stats = (x.new_empty(size, dtype=wide(x)) for size in (n_tokens, (options.n_stats, n_tokens)))
         one = loss.new_full((1,), _headroom(x))
         kept = student.room(plan.kept, n_vocab)
-        teacher_room = teacher.room(plan.chunk, n_vocab)
+        rows = DivergenceRows(teacher, teacher.room(plan.chunk, n_vocab), labels, options)
         room = student.room(plan.chunk, n_vocab) if plan.kept < n_tokens else None
         for tokens in (*_chunks(0, plan.kept, plan.chunk), *_chunks(plan.kept, n_tokens, plan.chunk)):
             is_kept = tokens.start < plan.kept
             z = student.logits(_rows_of_room(kept, tokens, n_vocab) if is_kept else room, tokens)
-            t = teacher.logits(teacher_room, tokens)
-            counting = None if labels is None else labels[tokens]
-            divergence(z, t, counting, loss[tokens], stats[:, tokens], options)
-            if is_kept:
-                # in place: nobody else has these logits
-                gradient(one.expand(z.shape[0]), z, t, counting, stats[:, tokens], z, options)
+            rows.walk(z, tokens, loss[tokens], stats[:, tokens], one.expand(z.shape[0]) if is_kept else None)
         again = (teacher_x, teacher_weight, teacher_bias, stats) if plan.kept < n_tokens else (None,) * 4
         ctx.save_for_backward(x, weight, bias, labels, kept, *again)
         ctx.options, ctx.plan = options, plan
@@ -138,7 +113,7 @@ class LinearDivergenceFunction(torch.autograd.Function):
             sums.begin_with(dz, _upstream(dloss[: plan.kept], labels, ctx.options))
         if again:
             _, gradient = ctx.options.passes(runs_kernels(x))
-            student, teacher = _Head(x, weight, bias), _Head(teacher_x, teacher_weight, teacher_bias)
+            student, teacher = Head(x, weight, bias), Head(teacher_x, teacher_weight, teacher_bias)
             room, teacher_room = student.room(tiles.tokens, tiles.rows), teacher.room(tiles.tokens, tiles.rows)
         for words in _chunks(0, n_vocab, tiles.rows if again else n_vocab):
             sums.open(words, dz[:, words])
@@ -146,8 +121,7 @@ class LinearDivergenceFunction(torch.autograd.Function):
                 slab, teacher_slab = student.slab(words), teacher.slab(words)
             for tokens in _chunks(plan.kept, n_tokens, tiles.tokens):
                 z, t = slab.logits(room, tokens), teacher_slab.logits(teacher_room, tokens)
-                counting = None if labels is None else labels[tokens]
-                gradient(dloss[tokens], z, t, counting, stats[:, tokens], z, ctx.options)
+                gradient(dloss[tokens], z, t, of_chunk(labels, tokens), stats[:, tokens], z, ctx.options)
                 sums.add(tokens, z, slab.weight)
             sums.close()
         return *sums.results(), None, None, None, None, None, None
@@ -265,6 +239,7 @@ def linear_divergence(
     reduction: str,
     chunk_mb: float,
     keep_mb: float,
+    grad_in_forward: bool,
 ) -> Tensor:
     """linear_jsd, linear_kl_div and linear_cosine."""
     refuse_transforms(op)
@@ -294,6 +269,12 @@ def linear_divergence(
         flat = flat_labels(labels)
         count = counting_tokens(op, flat, n_vocab, options.ignore_index)
     wants = [training and y is not None and y.requires_grad for y in (student_x, student_weight, student_bias)]
+    in_forward = grad_in_forward and reduction != "none" and x.dtype != torch.float16
+    if in_forward and any(wants) and not torch.compiler.is_compiling():
+        how = _cut(x, student_weight, chunk_mb, dweight=wants[1])
+        teacher = Head(t, teacher_weight, teacher_bias).slab(slice(0, n_vocab))
+        losses = DivergenceRows(teacher, teacher.room(min(how.tokens, x.shape[0]), n_vocab), flat, options)
+        return OnePassFunction.apply(x, student_weight, student_bias, losses, count, op, reduction, *how)
     plan = _plan(x.shape[0], n_vocab, x, chunk_mb, keep_mb if any(wants) else 0, dx=wants[0], dweight=wants[1])
     loss = LinearDivergenceFunction.apply(
         x, student_weight, student_bias, t, teacher_weight, teacher_bias, flat, options, plan
@@ -301,12 +282,25 @@ def linear_divergence(
     return reduced(loss, shape, count, reduction)
 
 
+def _cut(x: Tensor, weight: Tensor, chunk_mb: float, *, dweight: bool) -> Cut:
+    """See the top. An fp32 sum of dweight is twice what bf16 is, to read and write too."""
+    (n_vocab, n_hidden), size = weight.shape, x.element_size()
+
+    def within(n_bytes: int) -> Cut:
+        room = min(int(chunk_mb * 2**20), n_bytes)
+        return cut(x.shape[0], n_vocab, n_hidden, 2 * size, room, "auto", trains=dweight)
+
+    how = within(n_vocab * n_hidden * size // 2)
+    return how if how.native else within(n_vocab * n_hidden * 4 // 2)
+
+
 def _plan(n: int, n_vocab: int, x: Tensor, chunk_mb: float, keep_mb: float, *, dx: bool, dweight: bool) -> _Plan:
     chunk_bytes = int(chunk_mb * 2**20)
     a_row = tile_elements(1, n_vocab) * x.element_size()
     kept = whole_rows(n, int(keep_mb * 2**20) // a_row)
-    chunk = side(max(n, 1), chunk_bytes // a_row)
-    return _Plan(chunk, kept, tiling(n - kept, n_vocab, x.element_size(), chunk_bytes, 0, dx=dx, dweight=dweight))
+    # a row of each model
+    chunk = side(max(n, 1), chunk_bytes // (2 * a_row))
+    return _Plan(chunk, kept, tiling(n - kept, n_vocab, 2 * x.element_size(), chunk_bytes, 0, dx=dx, dweight=dweight))
 
 
 def _check_head(

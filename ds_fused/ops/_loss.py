@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class LossOptions:
+class LossOptions(NamedTuple):
     """The loss as a number of each token's logits; the reduction over tokens is not its business."""
 
     ignore_index: int = -100

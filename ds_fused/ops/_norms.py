@@ -10,6 +10,14 @@ from torch import Tensor
 CASTS = ("before_weight", "after_weight")
 
 
+class RMSForm(NamedTuple):
+    """How an RMS norm normalises rows: see rms_norm.py."""
+
+    eps: float
+    offset: float
+    cast_before: bool
+
+
 class Wanted(NamedTuple):
     """Which gradients backward has to make."""
 

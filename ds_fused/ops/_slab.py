@@ -5,8 +5,6 @@ Sizes: V vocabulary, n rows of a slab.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor
 
 from ds_fused.ops._loss import LossOptions
@@ -27,7 +25,7 @@ def labels_in_order(labels: Tensor, options: LossOptions, slabs: WeightSlabs) ->
         return labels, options
     ignored = labels == options.ignore_index
     places = slabs.places[labels.masked_fill(ignored, 0)].masked_fill_(ignored, IGNORED)
-    return places, replace(options, ignore_index=IGNORED)
+    return places, options._replace(ignore_index=IGNORED)
 
 
 class Slab:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_fused.ops._norms import Wanted, check_cast, check_per_column, contiguous
+from ds_fused.ops._norms import RMSForm, Wanted, check_cast, check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._triton import check_dtypes, rows_of, runs_kernels
 from ds_fused.ops.rms_norm import rms_norm_bwd, rms_norm_fwd, rms_norm_reference
@@ -39,12 +39,10 @@ class AddRMSNormFunction(torch.autograd.Function):
     """Autograd around rms_norm's launchers."""
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, cast_before: bool
-    ) -> tuple[Tensor, Tensor]:
-        y, total, rstd = rms_norm_fwd(x, residual, weight, None, eps, offset, cast_before)
+    def forward(ctx, x: Tensor, residual: Tensor, weight: Tensor | None, form: RMSForm) -> tuple[Tensor, Tensor]:
+        y, total, rstd = rms_norm_fwd(x, residual, weight, None, form)
         ctx.save_for_backward(total, weight, rstd)
-        ctx.offset, ctx.cast_before, ctx.dtypes = offset, cast_before, (x.dtype, residual.dtype)
+        ctx.form, ctx.dtypes = form, (x.dtype, residual.dtype)
         # the last sum of a model may go nowhere: no zeros are made, read and added then
         ctx.set_materialize_grads(False)
         if not any(ctx.needs_input_grad[:2]):
@@ -55,7 +53,7 @@ class AddRMSNormFunction(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx, dy: Tensor | None, dsum: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         total, weight, rstd = ctx.saved_tensors
         wants_dx = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         if dy is None:
@@ -63,14 +61,14 @@ class AddRMSNormFunction(torch.autograd.Function):
         else:
             wanted = Wanted(wants_dx, ctx.needs_input_grad[2], False)
             dsum = dsum if wants_dx else None
-            dx, dweight, _ = rms_norm_bwd(dy, total, weight, None, rstd, dsum, ctx.offset, ctx.cast_before, wanted)
+            dx, dweight, _ = rms_norm_bwd(dy, total, weight, None, rstd, dsum, ctx.form, wanted)
         # x and residual get one tensor, as those of PyTorch's own + do: autograd sees that two hold it, and neither
         # adds to it in place nor lets it become two .grad. A copy would cost a quarter of the backward's traffic
         given = [
             dx.to(dtype) if dx is not None and wants else None
             for dtype, wants in zip(ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
         ]
-        return *given, dweight, None, None, None
+        return *given, dweight, None
 
 
 def add_rms_norm(
@@ -94,7 +92,8 @@ def add_rms_norm(
         return add_rms_norm_reference(x, residual, weight, eps=eps, offset=offset, cast=cast)
     check_dtypes("add_rms_norm", x=x, residual=residual, weight=weight)
     weight = contiguous(weight)
+    form = RMSForm(eps, offset, cast == "before_weight")
     if torch.compiler.is_compiling():  # as in rms_norm
-        rows = AddRMSNormFunction.apply(rows_of(x), rows_of(residual), weight, eps, offset, cast == "before_weight")
+        rows = AddRMSNormFunction.apply(rows_of(x), rows_of(residual), weight, form)
         return tuple(y.view(x.shape) for y in rows)
-    return AddRMSNormFunction.apply(x, residual, weight, eps, offset, cast == "before_weight")
+    return AddRMSNormFunction.apply(x, residual, weight, form)

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_fused.ops._cross_entropy_kernels import cross_entropy_bwd, cross_entropy_fwd
-from ds_fused.ops._labels import counting_tokens, flat_labels
+from ds_fused.ops._labels import counting_tokens, flat_labels, reduced_losses, refuse_illegal
 from ds_fused.ops._lent_logits import LentLogitsFunction
 from ds_fused.ops._loss import (
     LossOptions,
@@ -92,8 +92,9 @@ def cross_entropy_reference(
 class CrossEntropyFunction(torch.autograd.Function):
     """Logits [N, V] and labels [N] to the mean or the sum of the losses, fp32 [], or to one a token [N].
 
-    ``total``: what a mean divides by. ``of_token`` [N], ``weight``, ``token_weights``: see weights_of_tokens. ``more``:
-    lse [2, N] and right [N] as well.
+    ``total``: what a mean divides by; None where the labels are still to be looked at, beside the reduction.
+    ``of_token`` [N], ``weight``, ``token_weights``: see weights_of_tokens. ``more``: lse [2, N] and right [N] as well,
+    and if there was none the total.
     """
 
     @staticmethod
@@ -109,23 +110,29 @@ class CrossEntropyFunction(torch.autograd.Function):
         weight: Tensor | None,
         token_weights: Tensor | None,
         more: bool,
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, ...]:
         n, n_vocab = logits.shape
         loss = torch.empty(n, dtype=torch.float32, device=logits.device)
         lse = torch.empty(2, n, dtype=torch.float32, device=logits.device)
         right = torch.empty_like(loss) if more else None
         weights = {"weight": weight, "token_weights": token_weights}
         cross_entropy_fwd(logits, labels, loss, lse, options, n_vocab=n_vocab, right=right, **weights)
+        ctx.at_once = reduction != "none" and total is None
+        if ctx.at_once:
+            loss, total, are_legal = reduced_losses(loss, labels, n_vocab, options.ignore_index, reduction)
+            refuse_illegal("cross_entropy", labels, are_legal, n_vocab, options.ignore_index)
+        else:
+            loss = weighted(loss, of_token, (weight, token_weights))
+            if reduction != "none":
+                # here, where autograd makes no nodes of it
+                loss = reduced(loss, loss.shape, total, reduction)
         ctx.save_for_backward(logits, labels, lse, total, of_token, weight, token_weights)
         ctx.options, ctx.reduction, ctx.overwrite, ctx.overwritten = options, reduction, overwrite, False
-        loss = weighted(loss, of_token, (weight, token_weights))
-        if reduction != "none":
-            # here, where autograd makes no nodes of it
-            loss = reduced(loss, loss.shape, total, reduction)
         if not more:
             return loss
-        ctx.mark_non_differentiable(lse, right)
-        return loss, lse, right
+        others = (lse, right, total) if ctx.at_once else (lse, right)
+        ctx.mark_non_differentiable(*others)
+        return loss, *others
 
     @staticmethod
     @once_differentiable
@@ -144,10 +151,13 @@ class CrossEntropyFunction(torch.autograd.Function):
             torch.autograd.graph.increment_version(logits)
         else:
             dlogits = like(logits)
-        weights = {"weight": weight, "token_weights": token_weights}
         n, n_vocab = logits.shape
-        dloss = dloss_of_tokens(dloss, n, total, of_token, (weight, token_weights), ctx.reduction)
-        cross_entropy_bwd(dloss, logits, labels, lse, dlogits, ctx.options, n_vocab=n_vocab, **weights)
+        if ctx.at_once:
+            how = {"count": total if ctx.reduction == "mean" else None}
+        else:
+            how = {"weight": weight, "token_weights": token_weights}
+            dloss = dloss_of_tokens(dloss, n, total, of_token, (weight, token_weights), ctx.reduction)
+        cross_entropy_bwd(dloss, logits, labels, lse, dlogits, ctx.options, n_vocab=n_vocab, **how)
         return dlogits, *[None] * 9
 
 
@@ -189,11 +199,12 @@ def cross_entropy(
     if logits.ndim == 0:
         raise ValueError("cross_entropy: logits must be [..., vocabulary], got a scalar")
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    check_loss("cross_entropy", options, labels, reduction, logits.shape[:-1], logits.shape[-1], logits.device)
-    check_weight("cross_entropy", "weight", weight, logits.shape[-1], logits.device)
+    *shape, n_vocab = logits.shape
+    check_loss("cross_entropy", options, labels, reduction, tuple(shape), n_vocab, logits.device)
+    check_weight("cross_entropy", "weight", weight, n_vocab, logits.device)
     flat = flat_labels(labels)
-    count = counting_tokens("cross_entropy", flat, logits.shape[-1], ignore_index)
     if not runs_kernels(logits):
+        counting_tokens("cross_entropy", flat, n_vocab, ignore_index)
         return cross_entropy_reference(
             logits, labels, weight=weight, ignore_index=ignore_index, reduction=reduction,
             label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, logit_scale=logit_scale,
@@ -201,17 +212,26 @@ def cross_entropy(
         )  # fmt: skip
     check_dtypes("cross_entropy", logits=logits)
     rows = rows_of(logits)
-    of_token, in_kernel = weights_of_tokens(weight, flat, options, torch.float32)
     more = return_z_loss or return_accuracy
-    total = total_weight(of_token, count) if reduction == "mean" else None
-    if grad_in_forward and reduction != "none" and _may_be_lent(rows):
+    compiling = torch.compiler.is_compiling()
+    is_lent = grad_in_forward and reduction != "none" and _may_be_lent(rows)
+    overwrite = (overwrite_logits or grad_in_forward) and (compiling or lie_apart(rows))
+    of_token, in_kernel, count, total = None, (None, None), None, None
+    # else the reduction's launch looks at the labels
+    if is_lent or compiling or weight is not None or reduction == "none":
+        count = counting_tokens("cross_entropy", flat, n_vocab, ignore_index)
+        of_token, in_kernel = weights_of_tokens(weight, flat, options, torch.float32)
+        total = total_weight(of_token, count) if reduction == "mean" else count
+    if is_lent:
         results = LentLogitsFunction.apply(rows, flat, options, reduction, upstream, total, of_token, in_kernel, more)
     else:
-        overwrite = (overwrite_logits or grad_in_forward) and (torch.compiler.is_compiling() or lie_apart(rows))
         results = CrossEntropyFunction.apply(
             rows, flat, options, reduction, overwrite, total, of_token, *in_kernel, more
         )
-    loss, lse, right = results if more else (results, None, None)
+    if not more and reduction != "none":
+        return results
+    loss, lse, right, *found = results if more else (results, None, None)
+    (count,) = found or (count,)
     z_losses = z_loss * lse.sum(0) ** 2 if return_z_loss else None
     return outputs(loss, z_losses, right if return_accuracy else None, of_token, count, labels.shape, reduction)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from ds_fused.ops._launch import launch
 from ds_fused.ops._norms import check_cast, check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._row_tiles import tile
+from ds_fused.ops._row_tiles import in_turn, tile
 from ds_fused.ops._sums import sum_partials
 from ds_fused.ops._triton import cdiv, check_dtypes, like, resident, row_stride, rows_of, runs_kernels
 from ds_fused.ops._wide_gated_rms_norm import (
@@ -237,27 +237,18 @@ def gated_rms_norm_bwd(
         return dx, dgate, torch.zeros_like(weight) if wants_dweight else None
     n_cols = d // form.n_groups
     block = tile(n_cols, TILE_BWD, PER_THREAD_BWD, WHOLE_GROUP_BWD)
-    constants = {
-        "GATE_FIRST": form.gate_first,
-        "HAS_WEIGHT": weight is not None,
-        "ACT": form.act,
-        "WANTS_DX": wants_dx,
-        "WANTS_DGATE": wants_dgate,
-        "WANTS_DWEIGHT": wants_dweight,
-        "BLOCK_COLS": block.cols,
-        "num_warps": block.warps,
-    }
-    if block.rows:
-        kernel = _gated_rms_norm_bwd_kernel
-        constants |= {"BLOCK_ROWS": block.rows, "STAGES": STAGES_BWD}
-    else:
-        kernel = _gated_rms_norm_bwd_walk_kernel
     # a program stays with its group, whose part of dweight it adds up
     most = max(1, resident(x, WARPS_PER_MULTIPROCESSOR, block.warps) // form.n_groups)
-    programs = min(cdiv(n, max(1, block.rows)), most)
+    itemsizes = dy.itemsize + x.itemsize + gate.itemsize
+    programs, tiles = in_turn(block, n, most, itemsizes, STAGES_BWD)
     dweights = torch.empty((programs, d), dtype=torch.float32, device=x.device) if wants_dweight else None
-    tensors = (dy, x, gate, weight, rstd, dx, dgate, dweights, row_stride(dy), row_stride(x), row_stride(gate))
-    launch(kernel, (programs * form.n_groups,), *tensors, n, form.n_groups, n_cols, **constants)
+    launch(
+        _gated_rms_norm_bwd_kernel if block.rows else _gated_rms_norm_bwd_walk_kernel, (programs * form.n_groups,),
+        dy, x, gate, weight, rstd, dx, dgate, dweights,
+        row_stride(dy), row_stride(x), row_stride(gate), n, form.n_groups, n_cols,
+        GATE_FIRST=form.gate_first, HAS_WEIGHT=weight is not None, ACT=form.act, WANTS_DX=wants_dx,
+        WANTS_DGATE=wants_dgate, WANTS_DWEIGHT=wants_dweight, **tiles,
+    )  # fmt: skip
     dweight = torch.empty_like(weight) if wants_dweight else None
     if wants_dweight:
         sum_partials(dweights, programs, d, dweight)

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fused.ops._gates import GLUForm, check_form, glu_back, glu_of, load_gate_and_up, store_gate_and_up
-from ds_fused.ops._launch import launch
+from ds_fused.ops._launch import Kept, Ready, launch_ready, lie_alike, ready
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._rows import place, walk
 from ds_fused.ops._triton import check_dtypes, lie_apart, like, rows_of, runs_kernels
@@ -37,6 +37,8 @@ from ds_fused.ops._triton import check_dtypes, lie_apart, like, rows_of, runs_ke
 # backward at 8192 x 14336 on H100 (benchmarks/results/h100/tune.csv); interleaved columns are not measured yet
 BLOCK = 2048
 NUM_WARPS = 8
+
+_launches: Kept[Ready] = Kept()
 
 
 def glu_reference(
@@ -125,19 +127,24 @@ def glu_fwd(gate: Tensor, up: Tensor | None, form: GLUForm, interleaved: bool = 
     if up is None:
         *sizes, width = gate.shape
         y = torch.empty(*sizes, width // 2, dtype=gate.dtype, device=gate.device)
-        halves = not interleaved
-        way = walk(y.shape, BLOCK, gate, by_row=halves)
+        tensors, which, halves = (gate,), (0, 0), not interleaved
     else:
-        halves = False
         y = like(gate, None if up.dtype == gate.dtype else torch.promote_types(gate.dtype, up.dtype))
-        way = walk(y.shape, BLOCK, gate, up)
-    if way.programs:
-        launch(
+        tensors, which, halves = (gate, up), (0, 1), False
+    key = _key(tensors, form, interleaved, up is None)
+    it = _launches.get(key)
+    if it is None:
+        way = walk(y.shape, BLOCK, *tensors, by_row=halves)
+        if not way.programs:
+            return y
+        it = ready(
             _glu_fwd_kernel, (way.programs,),
-            way.tensors[0], way.tensors[-1], y, way.strides[0], way.strides[-1], way.n_cols,
+            *[way.strides[i] for i in which], way.n_cols,
             ACT=form.act, ALPHA=form.alpha, LIMIT=form.limit, OFFSET=form.offset, INTERLEAVED=interleaved,
             HALVES=halves, FLAT=way.flat, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
+        tensors = _walked(tensors, way.tensors, key, it)
+    launch_ready(it, *[tensors[i] for i in which], y)
     return y
 
 
@@ -152,24 +159,44 @@ def glu_bwd(
 ) -> None:
     """dy [..., D]; writes dgate and dup, as gate and up. None: not wanted, or of up that gate holds both."""
     if up is None:
-        halves = not interleaved
         wants_dgate = wants_dup = True
-        way = walk(dy.shape, BLOCK, dy, gate, dgate, by_row=halves)
-        which = (0, 1, 1, 2, 2)
+        tensors, which, halves = (dy, gate, dgate), (0, 1, 1, 2, 2), not interleaved
     else:
-        halves = False
         wants_dgate, wants_dup = dgate is not None, dup is not None
         # what is not wanted is not written, and lends a pointer only. New tensors are rows in place
-        way = walk(dy.shape, BLOCK, dy, gate, up, dup if dgate is None else dgate, dgate if dup is None else dup)
-        which = (0, 1, 2, 3, 4)
-    if way.programs:
-        launch(
+        tensors = dy, gate, up, dgate if wants_dgate else dup, dup if wants_dup else dgate
+        which, halves = (0, 1, 2, 3, 4), False
+    key = _key(tensors, form, interleaved, up is None, wants_dgate, wants_dup)
+    it = _launches.get(key)
+    if it is None:
+        way = walk(dy.shape, BLOCK, *tensors, by_row=halves)
+        if not way.programs:
+            return
+        it = ready(
             _glu_bwd_kernel, (way.programs,),
-            *[way.tensors[i] for i in which], *[way.strides[i] for i in which], way.n_cols,
+            *[way.strides[i] for i in which], way.n_cols,
             ACT=form.act, ALPHA=form.alpha, LIMIT=form.limit, OFFSET=form.offset, INTERLEAVED=interleaved,
             HALVES=halves, WANTS_DGATE=wants_dgate, WANTS_DUP=wants_dup, FLAT=way.flat, BLOCK=BLOCK,
             num_warps=NUM_WARPS,
         )  # fmt: skip
+        tensors = _walked(tensors, way.tensors, key, it)
+    launch_ready(it, *[tensors[i] for i in which])
+
+
+def _key(tensors: tuple[Tensor, ...], *facts: object) -> tuple[object, ...] | None:
+    """What a launch over these tensors follows from."""
+    if torch.compiler.is_compiling():
+        return None
+    return tensors[0].shape, *[x.stride() for x in tensors], *facts, BLOCK, NUM_WARPS
+
+
+def _walked(
+    tensors: tuple[Tensor, ...], rows: tuple[Tensor, ...], key: tuple[object, ...] | None, it: Ready
+) -> tuple[Tensor, ...]:
+    """What the launch takes. It is kept where rows lie where the tensors do, which then are as good."""
+    if lie_alike(tensors, rows):
+        _launches.keep(key, it)
+    return rows
 
 
 class GLUFunction(torch.autograd.Function):

@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ds_fused.ops import _triton
 from ds_fused.ops._group_parts import Parts, Sizes, bwd_in_parts, fwd_in_parts, sample_stride
-from ds_fused.ops._launch import launch
+from ds_fused.ops._launch import Kept, Ready, launch_ready, ready
 from ds_fused.ops._norms import Wanted, contiguous
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._sums import partials, sum_partials
@@ -47,6 +48,10 @@ WARPS_PER_MULTIPROCESSOR = 32
 # an H100, ms of 16x512x128x128 and 16x320x64x64, both ways: 0.779, 0.147; with 4 warps 0.810, 0.152
 # (results/h100/tune.csv)
 PART_TILE, PART_SPACE, PART_WARPS, PART_TURNS = 2048, 2048, 8, 8
+
+# launches of whole groups
+_forwards: Kept[Ready] = Kept()
+_backwards: Kept[tuple[Ready, int]] = Kept()
 
 
 def group_norm_reference(
@@ -223,23 +228,31 @@ def group_norm_fwd(
     x: Tensor, n_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [N, C, *], weight, bias [C] -> y [N, C, *] of dtype, mean [N, G], rstd [N, G]."""
-    sizes = Sizes.of(x, n_groups)
     y = like(x, dtype)
-    mean = torch.empty(sizes.samples, n_groups, dtype=torch.float32, device=x.device)
+    mean = torch.empty(x.shape[0], n_groups, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    if sizes.rows * sizes.space == 0:
-        return y, mean, rstd
-    has = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
-    whole = _whole(sizes, TILE_FWD, PER_THREAD_FWD, WHOLE_GROUP_FWD)
-    if whole is None:
-        fwd_in_parts(x, weight, bias, y, mean, rstd, sizes, _parts(sizes), eps)
-        return y, mean, rstd
-    grid = (cdiv(sizes.samples, whole["SAMPLES"]), cdiv(n_groups, whole["GROUPS"]))
-    launch(
-        _group_norm_fwd_kernel, grid,
-        x, weight, bias, y, mean, rstd, sample_stride(x), *sizes, sizes.group_size, eps,
-        **has, **whole,
-    )  # fmt: skip
+    key = None
+    if not torch.compiler.is_compiling():
+        constants = TILE_FWD, PER_THREAD_FWD, WHOLE_GROUP_FWD, _triton.LANES
+        key = x.shape, x.stride(0), n_groups, eps, weight is None, bias is None, constants
+    it = _forwards.get(key)
+    if it is None:
+        sizes = Sizes.of(x, n_groups)
+        if sizes.rows * sizes.space == 0:
+            return y, mean, rstd
+        whole = _whole(sizes, TILE_FWD, PER_THREAD_FWD, WHOLE_GROUP_FWD)
+        if whole is None:
+            fwd_in_parts(x, weight, bias, y, mean, rstd, sizes, _parts(sizes), eps)
+            return y, mean, rstd
+        it = _forwards.keep(
+            key,
+            ready(
+                _group_norm_fwd_kernel, (cdiv(sizes.samples, whole["SAMPLES"]), cdiv(n_groups, whole["GROUPS"])),
+                sample_stride(x), *sizes, sizes.group_size, eps,
+                HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, **whole,
+            ),
+        )  # fmt: skip
+    launch_ready(it, x, weight, bias, y, mean, rstd)
     return y, mean, rstd
 
 
@@ -254,48 +267,48 @@ def group_norm_bwd(
     wanted: Wanted,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dy, x [N, C, *], weight, bias [C], mean, rstd [N, G] -> dx [N, C, *], dweight, dbias [C]; None if not wanted."""
-    sizes = Sizes.of(x, n_groups)
-    nothing = sizes.rows * sizes.space == 0
+    nothing = x.numel() == 0
     make = torch.zeros_like if nothing else torch.empty_like
     dx = like(x) if wanted.dx else None
     dweight = make(weight) if wanted.dweight else None
     dbias = make(bias) if wanted.dbias else None
     if nothing:
         return dx, dweight, dbias
-    whole = _whole(sizes, TILE_BWD, PER_THREAD_BWD, WHOLE_GROUP_BWD)
-    if whole is not None:
-        partial, n_partials = _backward_of_whole_groups(dy, x, weight, mean, rstd, dx, sizes, whole, wanted)
-    else:
+    sums = wanted.dweight or wanted.dbias
+    key = None
+    if not torch.compiler.is_compiling():
+        constants = TILE_BWD, PER_THREAD_BWD, WHOLE_GROUP_BWD, WARPS_PER_MULTIPROCESSOR, _triton.LANES
+        key = x.shape, dy.stride(0), x.stride(0), n_groups, weight is None, wanted.dx, sums, x.device, constants
+    whole = _backwards.get(key)
+    if whole is None:
+        sizes = Sizes.of(x, n_groups)
+        tile = _whole(sizes, TILE_BWD, PER_THREAD_BWD, WHOLE_GROUP_BWD)
+        if tile is not None:
+            whole = _backwards.keep(key, _backward_of_whole_groups(dy, x, weight, sizes, tile, wanted.dx, sums))
+    if whole is None:
         partial, n_partials = bwd_in_parts(dy, x, weight, mean, rstd, dx, sizes, _parts(sizes))
-    if wanted.dweight or wanted.dbias:
-        sum_partials(partial, n_partials, sizes.channels, dweight, dbias)
+    else:
+        it, n_partials = whole
+        partial = partials(x, n_partials, x.shape[1]) if sums else None
+        launch_ready(it, dy, x, weight, mean, rstd, dx, partial)
+    if sums:
+        sum_partials(partial, n_partials, x.shape[1], dweight, dbias)
     return dx, dweight, dbias
 
 
 def _backward_of_whole_groups(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dx: Tensor | None,
-    sizes: Sizes,
-    whole: dict[str, int],
-    wanted: Wanted,
-) -> tuple[Tensor | None, int]:
-    """Fills dx; the partial sums of dweight and dbias, and how many there are."""
-    group_blocks = cdiv(sizes.groups, whole["GROUPS"])
-    most = max(1, resident(x, WARPS_PER_MULTIPROCESSOR, whole["num_warps"]) // group_blocks)
-    programs = min(cdiv(sizes.samples, whole["SAMPLES"]), most)
-    n_partials = programs * whole["SAMPLES"]
-    sums = wanted.dweight or wanted.dbias
-    partial = partials(x, n_partials, sizes.channels) if sums else None
-    launch(
+    dy: Tensor, x: Tensor, weight: Tensor | None, sizes: Sizes, tile: dict[str, int], wants_dx: bool, wants_sums: bool
+) -> tuple[Ready, int]:
+    """A launch, and how many partial sums of dweight and dbias it leaves."""
+    group_blocks = cdiv(sizes.groups, tile["GROUPS"])
+    most = max(1, resident(x, WARPS_PER_MULTIPROCESSOR, tile["num_warps"]) // group_blocks)
+    programs = min(cdiv(sizes.samples, tile["SAMPLES"]), most)
+    it = ready(
         _group_norm_bwd_kernel, (programs, group_blocks),
-        dy, x, weight, mean, rstd, dx, partial, sample_stride(dy), sample_stride(x), *sizes, sizes.group_size,
-        HAS_WEIGHT=weight is not None, WANTS_DX=wanted.dx, WANTS_SUMS=sums, **whole,
+        sample_stride(dy), sample_stride(x), *sizes, sizes.group_size,
+        HAS_WEIGHT=weight is not None, WANTS_DX=wants_dx, WANTS_SUMS=wants_sums, **tile,
     )  # fmt: skip
-    return partial, n_partials
+    return it, programs * tile["SAMPLES"]
 
 
 class GroupNormFunction(torch.autograd.Function):

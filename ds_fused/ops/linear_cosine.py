@@ -51,16 +51,16 @@ def linear_cosine(
     reduction: str = "mean",
     chunk_mb: int = 512,
     keep_mb: int = 2048,
+    grad_in_forward: bool = True,
 ) -> Tensor:
     """``1 - F.cosine_similarity(student's logits, teacher's logits, -1)``, in fp32.
 
     The teacher is frozen: its tensors must not require a gradient. Tokens whose label is ``ignore_index`` count
     nothing; labels have no other meaning.
 
-    ``chunk_mb``: MiB of logits of each model that are worked on at a time. ``keep_mb``: MiB of gradients of the
-    student's logits kept for backward; for the other tokens both logits are computed again.
+    ``chunk_mb``, ``keep_mb``, ``grad_in_forward``: as linear_jsd's.
     """
     return linear_divergence(
         "linear_cosine", student_x, student_weight, teacher_x, teacher_weight, labels,
-        CosineOptions(ignore_index), student_bias, teacher_bias, reduction, chunk_mb, keep_mb,
+        CosineOptions(ignore_index), student_bias, teacher_bias, reduction, chunk_mb, keep_mb, grad_in_forward,
     )  # fmt: skip

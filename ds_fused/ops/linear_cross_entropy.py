@@ -35,7 +35,7 @@ from ds_fused.ops._tiles import (
 from ds_fused.ops._triton import autocast_dtype, check_dtypes, refuse_transforms, rows_of, runs_kernels
 from ds_fused.ops.cross_entropy import cross_entropy_reference
 from ds_fused.ops.frozen_head import FrozenHeadFunction
-from ds_fused.ops.one_pass import OnePassFunction, cut
+from ds_fused.ops.one_pass import CrossEntropyRows, OnePassFunction, cut
 from ds_fused.ops.one_pass_node import one_pass_node
 from ds_fused.ops.slabs import WeightSlabs, WholeWeight, in_order
 from ds_fused.ops.stationary import StationaryFunction
@@ -196,7 +196,8 @@ def token_losses(
         if trains:
             sizes = (*rows.shape[:1], *weight.shape, rows.element_size())
             how = cut(*sizes, chunk_bytes, accumulate, trains=handle.requires_grad)
-            loss = OnePassFunction.apply(rows, weight, bias, flat, count, options, reduction, *how)
+            losses = CrossEntropyRows(flat, options)
+            loss = OnePassFunction.apply(rows, weight, bias, losses, count, op, reduction, *how)
             return TokenLosses(loss, count)
     trains_x_alone = trains and not handle.requires_grad and (bias is None or not bias.requires_grad)
     in_one_go = trains_x_alone and not entropy and in_kernel[0] is None and frozen_head.takes(options)

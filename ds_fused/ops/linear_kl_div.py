@@ -58,17 +58,22 @@ def linear_kl_div(
     reduction: str = "mean",
     chunk_mb: int = 512,
     keep_mb: int = 2048,
+    grad_in_forward: bool = True,
 ) -> Tensor:
     """KL(teacher || student) of two heads, or with ``reverse`` KL(student || teacher), in fp32.
 
     It is not multiplied by ``temperature ** 2``. The teacher is frozen: its tensors must not require a gradient. Tokens
     whose label is ``ignore_index`` count nothing; labels have no other meaning.
 
-    ``chunk_mb``: MiB of logits of each model that are worked on at a time. ``keep_mb``: MiB of gradients of the
-    student's logits kept for backward; for the other tokens both logits are computed again.
+    ``chunk_mb``: MiB of logits, both models', that are worked on at a time; less where weights are small.
+
+    ``grad_in_forward``: where the loss is a mean or a sum and x not in fp16, gradients are made in the forward, chunk
+    after chunk: each logit is computed once and none is kept, and a second backward raises. Otherwise, and in a graph
+    of torch.compile, ``keep_mb`` MiB of gradients of the student's logits are kept for backward; for the other tokens
+    both logits are computed again. The result is the same.
     """
     return linear_divergence(
         "linear_kl_div", student_x, student_weight, teacher_x, teacher_weight, labels,
         DivergenceOptions(float(reverse), temperature, ignore_index), student_bias, teacher_bias, reduction,
-        chunk_mb, keep_mb,
+        chunk_mb, keep_mb, grad_in_forward,
     )  # fmt: skip

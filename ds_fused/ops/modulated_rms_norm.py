@@ -23,9 +23,9 @@ from ds_fused.ops._modulated_rms_norm_kernels import (
     _modulated_rms_norm_fwd_kernel,
     _modulated_rms_norm_sums_kernel,
 )
-from ds_fused.ops._norms import check_cast, check_per_column, contiguous
+from ds_fused.ops._norms import RMSForm, check_cast, check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._row_tiles import tile
+from ds_fused.ops._row_tiles import in_turn, tile
 from ds_fused.ops._sums import SUM_COLS, partials, sum_partials
 from ds_fused.ops._triton import (
     cdiv,
@@ -35,21 +35,24 @@ from ds_fused.ops._triton import (
     row_stride,
     rows_of,
     runs_kernels,
-    stages_for,
 )
 from ds_fused.ops._wide_modulated_rms_norm import (
     _modulated_rms_norm_bwd_walk_kernel,
     _modulated_rms_norm_fwd_walk_kernel,
 )
-from ds_fused.ops.rms_norm import rms_norm_reference
+from ds_fused.ops.rms_norm import (
+    PER_THREAD_BWD,
+    PER_THREAD_FWD,
+    STAGES_BWD,
+    TILE_BWD,
+    TILE_FWD,
+    WARPS_PER_MULTIPROCESSOR,
+    WHOLE_ROW_FWD,
+    rms_norm_reference,
+)
 
-# as in rms_norm, whose backward with a bias keeps as many sums; not measured yet
-WHOLE_ROW_FWD = 32768
+# as in rms_norm, whose backward with a bias keeps as many sums; nor are its other constants measured here yet
 WHOLE_ROW_BWD = 8192
-TILE_FWD, PER_THREAD_FWD = 2048, 16
-TILE_BWD, PER_THREAD_BWD = 2048, 8
-WARPS_PER_MULTIPROCESSOR = 32
-STAGES_BWD = 3
 # rows of partial sums that are added at a time: of one modulation there are few
 SUM_ROWS = 32
 # modulations that one program adds up, one after the other
@@ -76,13 +79,11 @@ def modulated_rms_norm_fwd(
     weight: Tensor | None,
     scale: Tensor,
     shift: Tensor | None,
-    eps: float,
-    offset: float,
-    cast_before: bool,
+    form: RMSForm,
 ) -> tuple[Tensor, Tensor]:
     """x [..., D], weight [D], scale, shift [..., D] of M rows -> y [..., D], rstd [N]."""
     dtype = torch.promote_types(x.dtype, scale.dtype)
-    dtypes = ([weight] if cast_before else []) + [shift]
+    dtypes = ([weight] if form.cast_before else []) + [shift]
     for t in dtypes:
         dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
     y = like(x, dtype)
@@ -95,8 +96,8 @@ def modulated_rms_norm_fwd(
     tensors = (x, weight, scale, shift, y, rstd)
     strides = (row_stride(x), row_stride(scale), 0 if shift is None else row_stride(shift))
     constants = {
-        "OFFSET": offset,
-        "CAST_BEFORE": cast_before,
+        "OFFSET": form.offset,
+        "CAST_BEFORE": form.cast_before,
         "HAS_WEIGHT": weight is not None,
         "HAS_SHIFT": shift is not None,
         "BLOCK_COLS": block.cols,
@@ -106,11 +107,11 @@ def modulated_rms_norm_fwd(
     if block.rows:
         launch(
             _modulated_rms_norm_fwd_kernel, (cdiv(n, block.rows),),
-            *tensors, *strides, n_rows, n, d, eps,
+            *tensors, *strides, n_rows, n, d, form.eps,
             BLOCK_ROWS=block.rows, **constants,
         )  # fmt: skip
     else:
-        launch(_modulated_rms_norm_fwd_walk_kernel, (n,), *tensors, *strides, n_rows, d, eps, **constants)
+        launch(_modulated_rms_norm_fwd_walk_kernel, (n,), *tensors, *strides, n_rows, d, form.eps, **constants)
     return y, rstd
 
 
@@ -121,8 +122,7 @@ def modulated_rms_norm_bwd(
     scale: Tensor,
     shift: Tensor | None,
     rstd: Tensor,
-    offset: float,
-    cast_before: bool,
+    form: RMSForm,
     wants: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
     """dy, x [..., D], weight [D], scale, shift [..., D] of M rows, rstd [N] -> gradients of x, weight, scale and shift.
@@ -142,7 +142,8 @@ def modulated_rms_norm_bwd(
     groups = 1 if per_row else m
     block = tile(d, TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD)
     most = max(1, resident(x, WARPS_PER_MULTIPROCESSOR, block.warps) // groups)
-    programs = min(cdiv(n // groups, max(1, block.rows)), most)
+    itemsizes = dy.itemsize + x.itemsize + (scale.itemsize if per_row else 0)
+    programs, tiles = in_turn(block, n // groups, most, itemsizes, STAGES_BWD)
     wants_products = wants[1] or (wants[2] and not per_row)
     wants_sums = wants[3] and not per_row
     products = sums = None
@@ -150,27 +151,13 @@ def modulated_rms_norm_bwd(
         # [2, groups * programs, D]
         products = partials(x, groups * programs, d)
         sums = products[groups * programs * d :]
-    forms = {"OFFSET": offset, "CAST_BEFORE": cast_before, "HAS_WEIGHT": weight is not None}
-    constants = {
-        "PER_ROW": per_row,
-        "WANTS_DX": wants[0],
-        "WANTS_PRODUCTS": wants_products,
-        "WANTS_DSCALE": wants[2],
-        "WANTS_DSHIFT": wants[3],
-        "BLOCK_COLS": block.cols,
-        "num_warps": block.warps,
-    }
-    if block.rows:
-        kernel = _modulated_rms_norm_bwd_kernel
-        tile_bytes = (dy.itemsize + x.itemsize + (scale.itemsize if per_row else 0)) * block.rows * block.cols
-        constants |= {"BLOCK_ROWS": block.rows, "STAGES": stages_for(STAGES_BWD, tile_bytes)}
-    else:
-        kernel = _modulated_rms_norm_bwd_walk_kernel
+    forms = {"OFFSET": form.offset, "CAST_BEFORE": form.cast_before, "HAS_WEIGHT": weight is not None}
     launch(
-        kernel, (groups * programs,),
+        _modulated_rms_norm_bwd_kernel if block.rows else _modulated_rms_norm_bwd_walk_kernel, (groups * programs,),
         dy, x, weight, scale, rstd, dx, dscale if per_row else None, dshift if per_row else None, products, sums,
         row_stride(dy), row_stride(x), row_stride(scale), n // groups, programs, d,
-        **forms, **constants,
+        PER_ROW=per_row, WANTS_DX=wants[0], WANTS_PRODUCTS=wants_products, WANTS_DSCALE=wants[2],
+        WANTS_DSHIFT=wants[3], **forms, **tiles,
     )  # fmt: skip
     if per_row:
         if wants[1]:
@@ -201,13 +188,11 @@ class ModulatedRMSNormFunction(torch.autograd.Function):
         weight: Tensor | None,
         scale: Tensor,
         shift: Tensor | None,
-        eps: float,
-        offset: float,
-        cast_before: bool,
+        form: RMSForm,
     ) -> Tensor:
-        y, rstd = modulated_rms_norm_fwd(x, weight, scale, shift, eps, offset, cast_before)
+        y, rstd = modulated_rms_norm_fwd(x, weight, scale, shift, form)
         ctx.save_for_backward(x, weight, scale, shift, rstd)
-        ctx.offset, ctx.cast_before = offset, cast_before
+        ctx.form = form
         return y
 
     @staticmethod
@@ -215,8 +200,7 @@ class ModulatedRMSNormFunction(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale, shift, rstd = ctx.saved_tensors
         wants = ctx.needs_input_grad[:4]
-        gradients = modulated_rms_norm_bwd(dy, x, weight, scale, shift, rstd, ctx.offset, ctx.cast_before, wants)
-        return *gradients, None, None, None
+        return *modulated_rms_norm_bwd(dy, x, weight, scale, shift, rstd, ctx.form, wants), None
 
 
 def _leading(x: Tensor, name: str, modulation: Tensor) -> int | None:
@@ -277,9 +261,9 @@ def modulated_rms_norm(
     check_dtypes("modulated_rms_norm", x=x, weight=weight, scale=scale, shift=shift)
     scale, shift = rows
     weight = contiguous(weight)
-    options = eps, offset, cast == "before_weight"
+    form = RMSForm(eps, offset, cast == "before_weight")
     if torch.compiler.is_compiling():
         # as in rms_norm
         scale, shift = rows_of(scale), None if shift is None else rows_of(shift)
-        return ModulatedRMSNormFunction.apply(rows_of(x), weight, scale, shift, *options).view(x.shape)
-    return ModulatedRMSNormFunction.apply(x, weight, scale, shift, *options)
+        return ModulatedRMSNormFunction.apply(rows_of(x), weight, scale, shift, form).view(x.shape)
+    return ModulatedRMSNormFunction.apply(x, weight, scale, shift, form)

@@ -1,21 +1,22 @@
-"""linear_cross_entropy whose gradients are made in the forward: each logit is computed once, and none is kept.
+"""A head and its loss, with gradients made in the forward: each logit is computed once, and none is kept.
 
 For each chunk of T tokens
 
     z [T, V] = x @ weight.T
-    dz         over z, by one softmax pass, which also leaves the loss
+    dz         over z, by the loss's passes, which also leave what each token loses
     dx [T, H]  = dz @ weight     complete
     dw [V, H] += dz.T @ x        over chunks, see below
 
 A loss that is a mean or a sum has one number as its upstream gradient, by which the backward multiplies what is there:
-exact for any such number. Losses that stay apart ("none") need the backward of two_pass.py, and so does
-fp16: what its loss scale would keep above the least number is rounded away before the scale is known.
+exact for any such number. Losses that stay apart ("none") need a backward of their own (two_pass.py,
+_linear_divergence.py), and so does fp16: what its loss scale would keep above the least number is rounded away before
+the scale is known.
 
 dw is added up in its own dtype where that costs no more than twice the error of one product, else in fp32; or as
 ``accumulate`` says (see ``cut``).
 
-Saved for backward: dx, dw and dbias. Work: 6 MHV FLOPs, 4 under a weight that is not trained. Traffic of the softmax
-passes: 1 read and 1 write of z, and what they look at again comes from L2 (_lent_logits.py).
+Saved for backward: dx, dw and dbias. Work: 6 MHV FLOPs, 4 under a weight that is not trained. Traffic of cross
+entropy's passes: 1 read and 1 write of z, and what they look at again comes from L2 (_lent_logits.py).
 
 Sizes: M tokens, T of them in a chunk, H hidden, V vocabulary.
 """
@@ -23,7 +24,8 @@ Sizes: M tokens, T of them in a chunk, H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,11 +35,11 @@ from ds_fused.ops._lent_logits import lent_logits
 from ds_fused.ops._loss import LossOptions, cross_entropy_bwd_torch, cross_entropy_fwd_torch
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._scale import scaled
-from ds_fused.ops._tiles import MOST_ROUNDINGS, logits_of, part, product, side, sum_dtype, tile_elements, wide
+from ds_fused.ops._tiles import MOST_ROUNDINGS, logits_of, of_chunk, part, product, side, sum_dtype, tile_elements, wide
 from ds_fused.ops._triton import cdiv, runs_kernels
 
-# not yet measured. each chunk reads and writes dw, so fewer tokens than these are not worth their memory
-LEAST_TOKENS = 1024
+# not yet measured. each chunk reads and writes dw; with fewer tokens than these that takes an H100 longer than dz.T @ x
+LEAST_TOKENS = 512
 
 
 class Cut(NamedTuple):
@@ -60,18 +62,33 @@ def cut(
     return Cut(larger, True) if spared else Cut(tokens, False)
 
 
-def _lent_logits_torch(
-    z: Tensor, labels: Tensor, loss: Tensor, lse: Tensor, dloss: Tensor, options: LossOptions
-) -> None:
-    """`lent_logits` where no kernel runs."""
-    cross_entropy_fwd_torch(z, labels, loss, lse, options, n_vocab=z.shape[1])
-    cross_entropy_bwd_torch(dloss, z, labels, lse, z, options, n_vocab=z.shape[1])
+class RowLoss(Protocol):
+    """What tokens lose, each by its row of logits."""
+
+    def __call__(self, z: Tensor, chunk: slice, loss: Tensor, upstream: Tensor | None) -> None:
+        """Of these tokens the logits z [T, V] to loss [T], fp32, written.
+
+        Over z comes its gradient, for the upstream gradients [T], any stride; without them z is nobody's.
+        """
 
 
-def _loss_alone(z: Tensor, labels: Tensor, loss: Tensor, lse: Tensor, dloss: Tensor, options: LossOptions) -> None:
-    """`lent_logits` where nobody wants the gradient."""
-    softmax, _ = softmax_passes(z)
-    softmax(z, labels, loss, lse, options, n_vocab=z.shape[1])
+@dataclass(frozen=True)
+class CrossEntropyRows:
+    """Cross entropy as a RowLoss."""
+
+    labels: Tensor  # [M]
+    options: LossOptions
+
+    def __call__(self, z: Tensor, chunk: slice, loss: Tensor, upstream: Tensor | None) -> None:
+        labels, lse, whole = self.labels[chunk], loss.new_empty(2, loss.shape[0]), z.shape[1]
+        if upstream is None:
+            softmax, _ = softmax_passes(z)
+            softmax(z, labels, loss, lse, self.options, n_vocab=whole)
+        elif runs_kernels(z):
+            lent_logits(z, labels, loss, lse, upstream, self.options)
+        else:
+            cross_entropy_fwd_torch(z, labels, loss, lse, self.options, n_vocab=whole)
+            cross_entropy_bwd_torch(upstream, z, labels, lse, z, self.options, n_vocab=whole)
 
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -81,9 +98,8 @@ def one_pass(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    labels: Tensor,
-    count: Tensor,  # of the labels that count
-    options: LossOptions,
+    losses: RowLoss,
+    count: Tensor | int,  # of the tokens that count
     reduction: str,
     tokens: int,  # T
     native: bool,  # dw is added up in its own dtype
@@ -91,10 +107,6 @@ def one_pass(
 ) -> tuple[Tensor, Gradients]:
     """The mean or the sum of the losses, fp32 [], and the gradients for an upstream gradient of 1."""
     n_tokens, n_vocab = x.shape[0], weight.shape[0]
-    if any(wants):
-        softmax = lent_logits if runs_kernels(x) else _lent_logits_torch
-    else:
-        softmax = _loss_alone
     # under autocast the weight has its own dtype: a copy that lives as long as this forward
     rows, offsets = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     wants_dx, wants_dw, wants_dbias = wants
@@ -104,15 +116,17 @@ def one_pass(
     sums = sum_dtype(weight.dtype, x, n_chunks, native=native)
     dw = torch.empty_like(weight, dtype=sums, memory_format=torch.contiguous_format) if wants_dw else None
     dbias = torch.zeros_like(bias, dtype=wide(x)) if wants_dbias else None
-    loss, lse = (x.new_empty(size, dtype=wide(x)) for size in (n_tokens, (2, n_tokens)))
-    one = torch.ones((), dtype=wide(x), device=x.device)
-    upstream = (one / count if reduction == "mean" else one).expand(n_tokens)
+    loss = x.new_empty(n_tokens, dtype=wide(x))
+    upstream = None
+    if any(wants):
+        one = torch.ones((), dtype=wide(x), device=x.device)
+        upstream = (one / count if reduction == "mean" else one).expand(n_tokens)
     room = x.new_empty(tile_elements(min(tokens, n_tokens), n_vocab))
     for start in range(0, n_tokens, tokens):
         chunk = slice(start, start + tokens)
-        part, label = x[chunk], labels[chunk]
+        part = x[chunk]
         z = logits_of(room, part, rows, offsets)
-        softmax(z, label, loss[chunk], lse[:, chunk], upstream[chunk], options)
+        losses(z, chunk, loss[chunk], of_chunk(upstream, chunk))
         if wants_dx:
             product(dx[chunk], z, rows)
         if wants_dw:
@@ -129,7 +143,7 @@ def one_pass(
 
 
 class OnePassFunction(torch.autograd.Function):
-    """x [M, H], weight [V, H], bias [V] or None and labels [M] to the mean or the sum of the losses, fp32 []."""
+    """x [M, H], weight [V, H] and bias [V] or None to the mean or the sum of the losses, fp32 []."""
 
     @staticmethod
     def forward(
@@ -137,17 +151,17 @@ class OnePassFunction(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        labels: Tensor,
-        count: Tensor,
-        options: LossOptions,
+        losses: RowLoss,
+        count: Tensor | int,
+        op: str,  # who speaks in an error
         reduction: str,
         tokens: int,
         native: bool,
     ) -> Tensor:
         wants = ctx.needs_input_grad[:3]
-        loss, grads = one_pass(x, weight, bias, labels, count, options, reduction, tokens, native, wants)
+        loss, grads = one_pass(x, weight, bias, losses, count, reduction, tokens, native, wants)
         ctx.save_for_backward(*grads)
-        ctx.spent = False
+        ctx.op, ctx.spent = op, False
         return loss
 
     @staticmethod
@@ -155,8 +169,8 @@ class OnePassFunction(torch.autograd.Function):
     def backward(ctx, dloss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.spent:
             raise RuntimeError(
-                "linear_cross_entropy: a second backward, but the first handed out the gradients that the forward had "
-                "made; pass grad_in_forward=False to compute them each time"
+                f"{ctx.op}: a second backward, but the first handed out the gradients that the forward had made; pass "
+                "grad_in_forward=False to compute them each time"
             )
         ctx.spent = True
         made = (None if t is None else scaled(t, dloss) for t in ctx.saved_tensors)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ds_fused.ops._loss import LossOptions
 from ds_fused.ops._scale import scaled_torch
 from ds_fused.ops._tiles import wide
-from ds_fused.ops.one_pass import cut, one_pass
+from ds_fused.ops.one_pass import CrossEntropyRows, cut, one_pass
 
 
 @torch.library.custom_op("ds_fused::one_pass", mutates_args=())
@@ -40,9 +40,9 @@ def _node(
     accumulate: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss [], and dx, dw and dbias for an upstream gradient of 1; empty where they aren't wanted."""
-    options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    losses = CrossEntropyRows(labels, LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale))
     how = cut(x.shape[0], *weight.shape, x.element_size(), chunk_bytes, accumulate, trains=wants[1])
-    loss, grads = one_pass(x, weight, bias, labels, count, options, reduction, *how, wants)
+    loss, grads = one_pass(x, weight, bias, losses, count, reduction, *how, wants)
     return loss, *(x.new_empty(0) if grad is None else grad for grad in grads)
 
 

@@ -7,6 +7,7 @@ in fp32, of which x^6 must not run out (|x| < 2e6), and rounded once, to x's dty
 Saved for backward: x, weight, and the three 1/sqrt(mean(v^2) + eps) in fp32 per row.
 Traffic per element: forward 1 read + 1 write, backward 2 reads + 1 write, plus four fp32 numbers per program, the parts
 of dweight and dbias, added up in a fixed order by a second small launch (no atomics: same input, same bits).
+Tiles and grids are rms_norm's; none is measured here yet.
 
 Sizes: N rows (every leading dimension, flattened), D columns.
 """
@@ -21,9 +22,9 @@ from torch import Tensor
 from ds_fused.ops._launch import launch
 from ds_fused.ops._norms import Wanted
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._row_tiles import tile
+from ds_fused.ops._row_tiles import in_turn, tile
 from ds_fused.ops._sums import partials, sum_partials
-from ds_fused.ops._triton import cdiv, check_dtypes, resident, row_stride, rows_of, runs_kernels, stages_for
+from ds_fused.ops._triton import cdiv, check_dtypes, resident, row_stride, rows_of, runs_kernels
 from ds_fused.ops._wide_poly_norm import (
     _poly_norm_bwd_walk_kernel,
     _poly_norm_fwd_walk_kernel,
@@ -32,14 +33,16 @@ from ds_fused.ops._wide_poly_norm import (
     slope,
     store_parts,
 )
-
-# as rms_norm's, of which none is measured here yet
-WHOLE_ROW_FWD = 32768
-WHOLE_ROW_BWD = 16384
-TILE_FWD, PER_THREAD_FWD = 2048, 16
-TILE_BWD, PER_THREAD_BWD = 2048, 8
-WARPS_PER_MULTIPROCESSOR = 32
-STAGES_BWD = 3
+from ds_fused.ops.rms_norm import (
+    PER_THREAD_BWD,
+    PER_THREAD_FWD,
+    STAGES_BWD,
+    TILE_BWD,
+    TILE_FWD,
+    WARPS_PER_MULTIPROCESSOR,
+    WHOLE_ROW_BWD,
+    WHOLE_ROW_FWD,
+)
 
 
 def poly_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
@@ -178,16 +181,14 @@ def poly_norm_bwd(
         return dx, dweight, dbias
     sums = wanted.dweight or wanted.dbias
     block = tile(d, TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD)
-    constants = {"WANTS_DX": wanted.dx, "WANTS_SUMS": sums, "BLOCK_COLS": block.cols, "num_warps": block.warps}
-    if block.rows:
-        kernel = _poly_norm_bwd_kernel
-        tile_bytes = (dy.itemsize + x.itemsize) * block.rows * block.cols
-        constants |= {"BLOCK_ROWS": block.rows, "STAGES": stages_for(STAGES_BWD, tile_bytes)}
-    else:
-        kernel = _poly_norm_bwd_walk_kernel
-    programs = min(cdiv(n, max(1, block.rows)), resident(x, WARPS_PER_MULTIPROCESSOR, block.warps))
+    most = resident(x, WARPS_PER_MULTIPROCESSOR, block.warps)
+    programs, tiles = in_turn(block, n, most, dy.itemsize + x.itemsize, STAGES_BWD)
     partial = partials(x, programs, 3, programs) if sums else None
-    launch(kernel, (programs,), dy, x, weight, rstds, dx, partial, row_stride(dy), row_stride(x), n, d, **constants)
+    launch(
+        _poly_norm_bwd_kernel if block.rows else _poly_norm_bwd_walk_kernel, (programs,),
+        dy, x, weight, rstds, dx, partial, row_stride(dy), row_stride(x), n, d,
+        WANTS_DX=wanted.dx, WANTS_SUMS=sums, **tiles,
+    )  # fmt: skip
     if sums:
         sum_partials(partial, programs, 3, dweight, None, dbias, programs)
     return dx, dweight, dbias

@@ -78,6 +78,12 @@ MEMORY = MappingProxyType(
         "keep_mb": Option(int, 2048, "MiB of logits kept for backward instead of being computed again"),
     }
 )
+DIVERGENCE = MappingProxyType(
+    {
+        **MEMORY,
+        "grad_in_forward": Option(bool, True, "of a mean or a sum: gradients made in forward, so nothing is kept"),
+    }
+)
 
 
 OPS: tuple[Op, ...] = (
@@ -224,7 +230,7 @@ OPS: tuple[Op, ...] = (
         linear_jsd_reference,
         (),
         "generalised Jensen-Shannon divergence of a student's head and a teacher's, from hidden states",
-        MEMORY,
+        DIVERGENCE,
     ),
     Op(
         "linear_kl_div",
@@ -232,7 +238,7 @@ OPS: tuple[Op, ...] = (
         linear_kl_div_reference,
         (),
         "forward or reverse KL divergence of a student's head and a teacher's, from hidden states",
-        MEMORY,
+        DIVERGENCE,
     ),
     Op(
         "linear_cosine",
@@ -240,7 +246,7 @@ OPS: tuple[Op, ...] = (
         linear_cosine_reference,
         (),
         "angle between the logits of a student's head and a teacher's, from hidden states",
-        MEMORY,
+        DIVERGENCE,
     ),
     # losses that replace no layer
     Op("kl_div", kl_div, kl_div_reference, (), "KL divergence of log-probabilities from a target, as in PyTorch"),

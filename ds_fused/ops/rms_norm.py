@@ -21,12 +21,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_fused.ops._launch import launch
-from ds_fused.ops._norms import Wanted, check_cast, check_per_column, contiguous
+from ds_fused.ops import _row_tiles, _triton
+from ds_fused.ops._launch import Kept, Ready, launch_ready, lie_alike, ready
+from ds_fused.ops._norms import RMSForm, Wanted, check_cast, check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._row_tiles import tile
+from ds_fused.ops._row_tiles import in_turn, tile
 from ds_fused.ops._sums import sum_partials
-from ds_fused.ops._triton import cdiv, check_dtypes, like, resident, row_stride, rows_of, runs_kernels, stages_for
+from ds_fused.ops._triton import cdiv, check_dtypes, like, resident, row_stride, rows_of, runs_kernels
 from ds_fused.ops._wide_rms_norm import (
     _rms_norm_bwd_walk_kernel,
     _rms_norm_fwd_walk_kernel,
@@ -48,6 +49,9 @@ TILE_BWD, PER_THREAD_BWD = 2048, 8
 # elements a thread and 16 warps: 0.081, 0.285, unknown (results/h100/tune.csv).
 WARPS_PER_MULTIPROCESSOR = 32
 STAGES_BWD = 3
+
+_forwards: Kept[tuple[Ready | None, int]] = Kept()
+_backwards: Kept[Ready] = Kept()
 
 
 def rms_norm_reference(
@@ -171,46 +175,58 @@ def rms_norm_fwd(
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    eps: float,
-    offset: float,
-    cast_before: bool,
+    form: RMSForm,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[..., D] x 2, [D] x 2 -> y [..., D], what was normalised (x, or x + residual) [..., D], rstd [N]."""
     total = x
     if residual is not None:
         total = like(x, torch.promote_types(x.dtype, residual.dtype))
-        residual = rows_of(residual)
     dtype = total.dtype
-    if cast_before:
+    if form.cast_before:
         for scale in (weight, bias):
             dtype = dtype if scale is None else torch.promote_types(dtype, scale.dtype)
     y = like(x, dtype)
-    x = rows_of(x)
-    n, d = x.shape
+    key = None
+    if not torch.compiler.is_compiling():
+        constants = TILE_FWD, PER_THREAD_FWD, WHOLE_ROW_FWD, _row_tiles.WALK_BLOCK, _triton.LANES
+        residual_strides = None if residual is None else residual.stride()
+        key = x.shape, x.stride(), residual_strides, weight is None, bias is None, form, constants
+    found = _forwards.get(key)
+    if found is None:
+        lent = x, residual
+        x, residual = rows_of(x), None if residual is None else rows_of(residual)
+        found = _forward(x, residual, weight, bias, form), x.shape[0]
+        if lie_alike(lent, (x, residual)):
+            _forwards.keep(key, found)
+    it, n = found
     rstd = torch.empty(n, dtype=torch.float32, device=x.device)
+    if it is not None:
+        launch_ready(it, x, residual, weight, bias, y, None if residual is None else total, rstd)
+    return y, total, rstd
+
+
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, form: RMSForm
+) -> Ready | None:
+    """The launch for these rows, if there are any."""
+    n, d = x.shape
     if n == 0 or d == 0:
-        return y, total, rstd
+        return None
     block = tile(d, TILE_FWD, PER_THREAD_FWD, WHOLE_ROW_FWD)
-    tensors = (x, residual, weight, bias, y, None if residual is None else total, rstd)
-    strides = (row_stride(x), 0 if residual is None else row_stride(residual))
+    strides = row_stride(x), 0 if residual is None else row_stride(residual)
     constants = {
-        "OFFSET": offset,
-        "CAST_BEFORE": cast_before,
+        "OFFSET": form.offset,
+        "CAST_BEFORE": form.cast_before,
         "HAS_WEIGHT": weight is not None,
         "HAS_BIAS": bias is not None,
         "HAS_RESIDUAL": residual is not None,
         "BLOCK_COLS": block.cols,
         "num_warps": block.warps,
     }
-    if block.rows:
-        launch(
-            _rms_norm_fwd_kernel, (cdiv(n, block.rows),),
-            *tensors, *strides, n, d, eps,
-            BLOCK_ROWS=block.rows, **constants,
-        )  # fmt: skip
-    else:
-        launch(_rms_norm_fwd_walk_kernel, (n,), *tensors, *strides, d, eps, **constants)
-    return y, total, rstd
+    if not block.rows:
+        return ready(_rms_norm_fwd_walk_kernel, (n,), *strides, d, form.eps, **constants)
+    grid = (cdiv(n, block.rows),)
+    return ready(_rms_norm_fwd_kernel, grid, *strides, n, d, form.eps, BLOCK_ROWS=block.rows, **constants)
 
 
 def rms_norm_bwd(
@@ -220,75 +236,80 @@ def rms_norm_bwd(
     bias: Tensor | None,
     rstd: Tensor,
     dsum: Tensor | None,
-    offset: float,
-    cast_before: bool,
+    form: RMSForm,
     wanted: Wanted,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dy, x [..., D], weight, bias [D], rstd [N], dsum [..., D] -> dx [..., D], dweight [D], dbias [D], those wanted.
 
     Of bias only the dtype counts, and of dsum, which is added to dx, nothing where no dx is wanted.
     """
-    dx = like(x) if wanted.dx else None
-    dy, x, dsum = rows_of(dy), rows_of(x), None if dsum is None else rows_of(dsum)
-    n, d = x.shape
-    nothing = n == 0 or d == 0
+    d = x.shape[-1]
+    nothing = x.numel() == 0
     make = torch.zeros_like if nothing else torch.empty_like
+    dx = like(x) if wanted.dx else None
     dweight = make(weight) if wanted.dweight else None
     dbias = make(bias) if wanted.dbias else None
     if nothing or not any(wanted):
         return dx, dweight, dbias
-    # a second row of sums takes as many registers again
-    block = tile(d, TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD // 2 if wanted.dbias else WHOLE_ROW_BWD)
-    constants = {
-        "OFFSET": offset,
-        "CAST_BEFORE": cast_before,
-        "HAS_WEIGHT": weight is not None,
-        "HAS_DSUM": dsum is not None,
-        "WANTS_DX": wanted.dx,
-        "WANTS_DWEIGHT": wanted.dweight,
-        "WANTS_DBIAS": wanted.dbias,
-        "BLOCK_COLS": block.cols,
-        "num_warps": block.warps,
-    }
-    if block.rows:
-        kernel = _rms_norm_bwd_kernel
-        itemsizes = dy.itemsize + x.itemsize + (0 if dsum is None else dsum.itemsize)
-        tile_bytes = itemsizes * block.rows * block.cols
-        constants |= {"BLOCK_ROWS": block.rows, "STAGES": stages_for(STAGES_BWD, tile_bytes)}
-    else:
-        kernel = _rms_norm_bwd_walk_kernel
-    programs = min(cdiv(n, max(1, block.rows)), resident(x, WARPS_PER_MULTIPROCESSOR, block.warps))
+    key = None
+    if not torch.compiler.is_compiling():
+        grid = WARPS_PER_MULTIPROCESSOR, STAGES_BWD, _triton.LANES
+        constants = TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD, _row_tiles.WALK_BLOCK, *grid
+        of_dsum = None if dsum is None else (dsum.stride(), dsum.dtype)
+        places = x.shape, x.stride(), x.dtype, x.device, dy.stride(), dy.dtype, of_dsum
+        key = places, weight is None, wanted, form, constants
+    it = _backwards.get(key)
+    if it is None:
+        lent = dy, x, dsum
+        dy, x, dsum = rows_of(dy), rows_of(x), None if dsum is None else rows_of(dsum)
+        it = _backward(dy, x, weight, dsum, form, wanted)
+        if lie_alike(lent, (dy, x, dsum)):
+            _backwards.keep(key, it)
+    (programs,) = it.grid
     made = [vector for vector in (dweight, dbias) if vector is not None]
     # [1 or 2, programs, D]
     partial = torch.empty(len(made) * programs * d, dtype=torch.float32, device=x.device)
     dweights = partial if wanted.dweight else None
     dbiases = None if not wanted.dbias else partial[programs * d :] if wanted.dweight else partial
-    strides = (row_stride(dy), row_stride(x), 0 if dsum is None else row_stride(dsum))
-    launch(kernel, (programs,), dy, x, weight, rstd, dsum, dx, dweights, dbiases, *strides, n, d, **constants)
+    launch_ready(it, dy, x, weight, rstd, dsum, dx, dweights, dbiases)
     if made:
         sum_partials(partial, programs, d, *made)
     return dx, dweight, dbias
+
+
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, dsum: Tensor | None, form: RMSForm, wanted: Wanted
+) -> Ready:
+    """The launch for these rows, of which there are some."""
+    n, d = x.shape
+    # a second row of sums takes as many registers again
+    block = tile(d, TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD // 2 if wanted.dbias else WHOLE_ROW_BWD)
+    itemsizes = dy.itemsize + x.itemsize + (0 if dsum is None else dsum.itemsize)
+    programs, tiles = in_turn(block, n, resident(x, WARPS_PER_MULTIPROCESSOR, block.warps), itemsizes, STAGES_BWD)
+    return ready(
+        _rms_norm_bwd_kernel if block.rows else _rms_norm_bwd_walk_kernel, (programs,),
+        row_stride(dy), row_stride(x), 0 if dsum is None else row_stride(dsum), n, d,
+        OFFSET=form.offset, CAST_BEFORE=form.cast_before, HAS_WEIGHT=weight is not None, HAS_DSUM=dsum is not None,
+        WANTS_DX=wanted.dx, WANTS_DWEIGHT=wanted.dweight, WANTS_DBIAS=wanted.dbias, **tiles,
+    )  # fmt: skip
 
 
 class RMSNormFunction(torch.autograd.Function):
     """Autograd around the launchers, which flatten: a view that autograd sees is a node forward and one backward."""
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float, cast_before: bool
-    ) -> Tensor:
-        y, _, rstd = rms_norm_fwd(x, None, weight, bias, eps, offset, cast_before)
+    def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, form: RMSForm) -> Tensor:
+        y, _, rstd = rms_norm_fwd(x, None, weight, bias, form)
         ctx.save_for_backward(x, weight, bias, rstd)
-        ctx.offset, ctx.cast_before = offset, cast_before
+        ctx.form = form
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight, bias, rstd = ctx.saved_tensors
         wanted = Wanted(*ctx.needs_input_grad[:3])
-        gradients = rms_norm_bwd(dy, x, weight, bias, rstd, None, ctx.offset, ctx.cast_before, wanted)
-        return *gradients, None, None, None
+        return *rms_norm_bwd(dy, x, weight, bias, rstd, None, ctx.form, wanted), None
 
 
 def rms_norm(
@@ -310,8 +331,8 @@ def rms_norm(
         return rms_norm_reference(x, weight, bias=bias, eps=eps, offset=offset, cast=cast)
     check_dtypes("rms_norm", x=x, weight=weight, bias=bias)
     weight, bias = contiguous(weight), contiguous(bias)
+    form = RMSForm(eps, offset, cast == "before_weight")
     if torch.compiler.is_compiling():
         # dynamo 2.11 can't hold sizes of what is made of x inside the Function; and here views cost nothing
-        y = RMSNormFunction.apply(rows_of(x), weight, bias, eps, offset, cast == "before_weight")
-        return y.view(x.shape)
-    return RMSNormFunction.apply(x, weight, bias, eps, offset, cast == "before_weight")
+        return RMSNormFunction.apply(rows_of(x), weight, bias, form).view(x.shape)
+    return RMSNormFunction.apply(x, weight, bias, form)

@@ -24,7 +24,7 @@ from torch import Tensor
 from ds_fused.ops._heads import angle_strides, as_called, as_kernels_read, is_swapped, neighbours, room, strides
 from ds_fused.ops._launch import launch
 from ds_fused.ops._norm_and_turn import _rms_norm_rope_bwd_kernel, _rms_norm_rope_fwd_kernel
-from ds_fused.ops._norms import check_cast, check_per_column
+from ds_fused.ops._norms import RMSForm, check_cast, check_per_column
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._rope import RopeForm, check_rope
 from ds_fused.ops._sums import partials, sum_partials
@@ -63,14 +63,6 @@ def rms_norm_rope_reference(
     return rope_reference(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim, keep_dtype=keep_dtype)
 
 
-class NormForm(NamedTuple):
-    """How rows are normalised: see rms_norm.py."""
-
-    eps: float
-    offset: float
-    cast_before: bool
-
-
 class Wanted(NamedTuple):
     """Which gradients backward has to make."""
 
@@ -99,7 +91,7 @@ def rms_norm_rope_fwd(
     k_weight: Tensor,
     cos: Tensor,
     sin: Tensor,
-    norm: NormForm,
+    norm: RMSForm,
     keep_dtype: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[B, Hq, T, D], [B, Hk, T, D], [D] x 2, cos, sin -> q', k' in the layout of q and k, rstd [B, T, Hq + Hk]."""
@@ -135,7 +127,7 @@ def rms_norm_rope_bwd(
     cos: Tensor,
     sin: Tensor,
     rstd: Tensor,
-    norm: NormForm,
+    norm: RMSForm,
     wanted: Wanted,
     swapped: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
@@ -186,7 +178,7 @@ class RMSNormRopeFunction(torch.autograd.Function):
         k_weight: Tensor,
         cos: Tensor,
         sin: Tensor,
-        norm: NormForm,
+        norm: RMSForm,
         keep_dtype: bool,
     ) -> tuple[Tensor, Tensor]:
         yq, yk, rstd = rms_norm_rope_fwd(q, k, q_weight, k_weight, cos, sin, norm, keep_dtype)
@@ -246,6 +238,6 @@ def rms_norm_rope(
     check_dtypes("rms_norm_rope", q=q, k=k, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
     n_dims = q.ndim
     q, k, cos, sin = as_kernels_read(q, k, cos, sin, unsqueeze_dim)
-    norm = NormForm(eps, offset, cast == "before_weight")
+    norm = RMSForm(eps, offset, cast == "before_weight")
     ys = RMSNormRopeFunction.apply(q, k, q_weight.contiguous(), k_weight.contiguous(), cos, sin, norm, keep_dtype)
     return as_called(ys, n_dims, unsqueeze_dim)

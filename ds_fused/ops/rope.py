@@ -19,14 +19,24 @@ Sizes: B batch, T tokens, H heads (q and k have their own number), D columns of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_fused.ops._heads import angle_strides, as_called, as_kernels_read, is_swapped, neighbours, room, strides
-from ds_fused.ops._launch import launch
+from ds_fused.ops._heads import (
+    angle_strides,
+    as_called,
+    as_kernels_read,
+    as_pairs,
+    is_swapped,
+    neighbours,
+    room,
+    strides,
+)
+from ds_fused.ops._launch import Kept, Ready, launch_ready, ready
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._rope import RopeForm, check_inplace, check_rope
 from ds_fused.ops._triton import check_dtypes, power_of_2, runs_kernels
@@ -240,6 +250,21 @@ def _rope_kernel(
     )
 
 
+class Turn(NamedTuple):
+    """What a call of rope does, beside its tensors."""
+
+    form: RopeForm
+    dtypes: tuple[torch.dtype, torch.dtype]  # of the results
+    inplace: bool
+    is_plain: bool  # kernels read the tensors as they are
+    # the launches of tensors that lie as this call's do, by `_rope`'s key. None in a graph, whose sizes may be symbols
+    launches: dict[tuple[object, ...], Ready] | None
+
+
+# calls whose tensors lie alike differ in nothing that a check or a launcher looks at
+_turns: Kept[Turn] = Kept()
+
+
 def _rope(
     q: Tensor | None,
     k: Tensor | None,
@@ -247,49 +272,65 @@ def _rope(
     sin: Tensor | None,
     yq: Tensor | None,
     yk: Tensor | None,
-    form: RopeForm,
-    *,
-    backward: bool = False,
-    inplace: bool = False,
+    turn: Turn,
+    key: tuple[object, ...] = (),
 ) -> None:
     """q, yq [B, Hq, T, D], k, yk [B, Hk, T, D], cos, sin [(3,) (B or 1,) T, R]: writes yq and yk, or one of both.
 
-    Inplace: they lie over q and k.
+    Inplace: they lie over q and k. ``key``: of a backward, all that the turn itself doesn't say of it.
     """
-    heads_dim = form.heads_dim
-    q_heads, k_heads = 0 if q is None else q.shape[heads_dim], 0 if k is None else k.shape[heads_dim]
+    it = None if turn.launches is None else turn.launches.get(key)
     # heads that there are not are not touched: any pointer does
-    q, yq = (k, yk) if q is None else (q, yq)
-    k, yk = (q, yq) if k is None else (k, yk)
+    tensors = (
+        k if q is None else q, q if k is None else k, cos, cos if sin is None else sin,
+        yk if q is None else yq, yq if k is None else yk,
+    )  # fmt: skip
+    if it is None:
+        grid, numbers, constants = _arguments(*tensors, turn, q is not None, k is not None, backward=key != ())
+        if not grid[0]:
+            return
+        it = ready(_rope_kernel, grid, *numbers, **constants)
+        if turn.launches is not None:
+            turn.launches[key] = it
+    launch_ready(it, *tensors)
+
+
+def _arguments(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    yq: Tensor,
+    yk: Tensor,
+    turn: Turn,
+    has_q: bool,
+    has_k: bool,
+    *,
+    backward: bool,
+) -> tuple[tuple[int], tuple[int, ...], dict[str, object]]:
+    """The grid, which may be empty, and what a launch takes behind its tensors."""
+    form = turn.form
+    heads_dim = form.heads_dim
     shape, k_shape = q.shape, k.shape
+    q_heads, k_heads = shape[heads_dim] if has_q else 0, k_shape[heads_dim] if has_k else 0
     batch, n_tokens, d = shape[0], shape[3 - heads_dim], shape[3]
     r = cos.shape[-1]
-    if batch * n_tokens * d == 0:
-        return
     block_pairs = power_of_2(r // 2)
     most_heads = max(1, TILE_PAIRS // block_pairs)
     time, height, width = form.sections or (0, 0, 0)
-    launch(
-        _rope_kernel, (batch * n_tokens,),
-        q, k, cos, cos if sin is None else sin, yq, yk,
+    numbers = (
         *strides(q, shape, heads_dim), *strides(k, k_shape, heads_dim),
         *strides(yq, shape, heads_dim), *strides(yk, k_shape, heads_dim),
         *angle_strides(cos, form.sections is not None), n_tokens,
+    )  # fmt: skip
+    constants = dict(
         Q_HEADS=q_heads, K_HEADS=k_heads, D=d, R=r, INTERLEAVED=form.interleaved, COMPLEX=form.complex,
         SECTIONS=form.sections is not None, TIME=time, HEIGHT=height, WIDTH=width, ALTERNATING=form.alternating,
-        BACKWARD=backward, INPLACE=inplace, BLOCK_Q_HEADS=min(power_of_2(q_heads), most_heads),
+        BACKWARD=backward, INPLACE=turn.inplace and not backward, BLOCK_Q_HEADS=min(power_of_2(q_heads), most_heads),
         BLOCK_K_HEADS=min(power_of_2(k_heads), most_heads), BLOCK_PAIRS=block_pairs, BLOCK_REST=power_of_2(d - r),
         num_warps=NUM_WARPS,
     )  # fmt: skip
-
-
-def _result(x: Tensor, cos: Tensor, sin: Tensor | None, keep_dtype: bool) -> Tensor:
-    """Room for x turned: strides in the order of x's, without its gaps."""
-    dtype = x.dtype
-    if not keep_dtype:
-        dtype = torch.promote_types(dtype, cos.dtype)
-        dtype = dtype if sin is None else torch.promote_types(dtype, sin.dtype)
-    return torch.empty_like(x, dtype=dtype)
+    return (batch * n_tokens if d else 0,), numbers, constants
 
 
 class RopeFunction(torch.autograd.Function):
@@ -299,30 +340,22 @@ class RopeFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx,
-        q: Tensor,
-        k: Tensor,
-        cos: Tensor,
-        sin: Tensor | None,
-        form: RopeForm,
-        keep_dtype: bool,
-        inplace: bool,
-    ) -> tuple[Tensor, Tensor]:
-        if inplace:
+    def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor | None, turn: Turn) -> tuple[Tensor, Tensor]:
+        if turn.inplace:
             # mark_dirty is no way: autograd refuses it for two views, which q and k are in every model. So the results
             # are other tensors over the same memory, and whoever saved q or k gets autograd's error, not wrong numbers
             yq, yk = q.detach(), k.detach()
         else:
-            yq, yk = _result(q, cos, sin, keep_dtype), _result(k, cos, sin, keep_dtype)
-        _rope(q, k, cos, sin, yq, yk, form, inplace=inplace)
-        if inplace and not q.is_inference():
+            # strides in the order of q's and k's, without their gaps
+            yq, yk = torch.empty_like(q, dtype=turn.dtypes[0]), torch.empty_like(k, dtype=turn.dtypes[1])
+        _rope(q, k, cos, sin, yq, yk, turn)
+        if turn.inplace and not q.is_inference():
             torch.autograd.graph.increment_version((q, k))
         ctx.save_for_backward(cos, sin)
         wanted_q, wanted_k = ctx.needs_input_grad[:2]
         if wanted_q != wanted_k:
             ctx.mark_non_differentiable(yk if wanted_q else yq)
-        ctx.form = form
+        ctx.turn = turn
         ctx.swapped, ctx.dtypes = (is_swapped(yq), is_swapped(yk)), (q.dtype, k.dtype)
         return yq, yk
 
@@ -330,14 +363,15 @@ class RopeFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dyq: Tensor, dyk: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        dys, dxs = [], []
-        for i, dy in enumerate((dyq, dyk)):
-            wanted = ctx.needs_input_grad[i]
-            dys.append(neighbours(dy) if wanted else None)
-            # in the layout that q and k had, whatever attention handed back: the projections want it
-            dxs.append(room(dy, ctx.swapped[i], ctx.dtypes[i]) if wanted else None)
-        _rope(*dys, cos, sin, *dxs, ctx.form, backward=True)
-        return *dxs, None, None, None, None, None
+        wants_q, wants_k = ctx.needs_input_grad[:2]
+        dyq, dyk = neighbours(dyq) if wants_q else None, neighbours(dyk) if wants_k else None
+        # in the layout that q and k had, whatever attention handed back: the projections want it
+        dq = room(dyq, ctx.swapped[0], ctx.dtypes[0]) if wants_q else None
+        dk = room(dyk, ctx.swapped[1], ctx.dtypes[1]) if wants_k else None
+        # a hook may have brought the angles back in another layout
+        places = [None if x is None else x.stride() for x in (dyq, dyk, cos)]
+        _rope(dyq, dyk, cos, sin, dq, dk, ctx.turn, ("backward", *places, *ctx.swapped))
+        return dq, dk, None, None, None
 
 
 def rope(
@@ -370,24 +404,70 @@ def rope(
     """
     compiling = torch.compiler.is_compiling()
     sections = None if sections is None else tuple(sections)
-    # dynamo can't say the strides of all layouts, and there views cost nothing
-    heads_dim = 1 if compiling else unsqueeze_dim
-    form = RopeForm(interleaved, sections, alternating, cos.is_complex(), heads_dim)
-    check_rope("rope", q, k, cos, sin, unsqueeze_dim, form)
-    if inplace and not compiling:
-        check_inplace(q, k)
     if not runs_kernels(q, k, cos, sin):
+        form = RopeForm(interleaved, sections, alternating, cos.is_complex())
+        check_rope("rope", q, k, cos, sin, unsqueeze_dim, form)
+        if inplace and not compiling:
+            check_inplace(q, k)
         return rope_reference(
             q, k, cos, sin, interleaved=interleaved, unsqueeze_dim=unsqueeze_dim, sections=sections,
             alternating=alternating, keep_dtype=keep_dtype, inplace=inplace and not compiling,
         )  # fmt: skip
-    if form.complex:
-        cos = torch.view_as_real(cos.resolve_conj()).flatten(-2)
-    check_dtypes("rope", q=q, k=k, cos=cos, sin=sin)
+    options = interleaved, unsqueeze_dim, sections, alternating, keep_dtype, inplace
+    if compiling:
+        turn = _turn(q, k, cos, sin, *options)
+    else:
+        key = (
+            q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, cos.shape, cos.stride(), cos.dtype,
+            None if sin is None else (sin.shape, sin.stride(), sin.dtype, sin.requires_grad), cos.requires_grad,
+            *options, TILE_PAIRS, NUM_WARPS,
+        )  # fmt: skip
+        turn = _turns.get(key)
+        if turn is None:
+            turn = _turn(q, k, cos, sin, *options)
+            # angles that require a gradient are refused, but not under no_grad
+            if not (cos.requires_grad or (sin is not None and sin.requires_grad)):
+                _turns.keep(key, turn)
+        if inplace:
+            check_inplace(q, k)
+    if turn.form.complex:
+        cos = as_pairs(cos)
+    if turn.is_plain:
+        return RopeFunction.apply(q, k, cos, sin, turn)
     n_dims = q.ndim
-    if not compiling:
-        # the form says it
-        unsqueeze_dim = 1
-    q, k, cos, sin = as_kernels_read(q, k, cos, sin, unsqueeze_dim)
-    ys = RopeFunction.apply(q, k, cos, sin, form, keep_dtype or inplace, inplace and not compiling)
-    return as_called(ys, n_dims, unsqueeze_dim)
+    # of eager tensors the form says where their heads are
+    heads_dim = unsqueeze_dim if compiling else 1
+    q, k, cos, sin = as_kernels_read(q, k, cos, sin, heads_dim)
+    return as_called(RopeFunction.apply(q, k, cos, sin, turn), n_dims, heads_dim)
+
+
+def _turn(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor | None,
+    interleaved: bool,
+    unsqueeze_dim: int,
+    sections: tuple[int, int, int] | None,
+    alternating: bool,
+    keep_dtype: bool,
+    inplace: bool,
+) -> Turn:
+    """What rope does of these tensors, or one clear error."""
+    compiling = torch.compiler.is_compiling()
+    # dynamo can't say the strides of all layouts, and there views cost nothing
+    form = RopeForm(interleaved, sections, alternating, cos.is_complex(), 1 if compiling else unsqueeze_dim)
+    check_rope("rope", q, k, cos, sin, unsqueeze_dim, form)
+    real = cos.real if form.complex else cos
+    check_dtypes("rope", q=q, k=k, cos=real, sin=sin)
+    dtypes = q.dtype, k.dtype
+    if not (keep_dtype or inplace):
+        angle = real.dtype if sin is None else torch.promote_types(real.dtype, sin.dtype)
+        dtypes = torch.promote_types(q.dtype, angle), torch.promote_types(k.dtype, angle)
+    is_plain = (
+        not compiling
+        and q.ndim == 4
+        and all(x is None or x.stride(-1) == 1 for x in (q, k, cos, sin))
+        and (sin is None or cos.stride() == sin.stride())
+    )
+    return Turn(form, dtypes, inplace and not compiling, is_plain, None if compiling else {})

@@ -109,6 +109,8 @@ NOT_RECORDED = {
     "negative cap": lambda z: z.tanh() * -2.0,
     "scale by a tensor": lambda z: z * torch.full((), 0.7),
     "functional": lambda z: F.relu(z),
+    "named": lambda z: torch.tanh(input=z),
+    "the other one named": lambda z: torch.mul(2.0, other=z),
     "a step on log_softmax": lambda z: F.log_softmax(z, dim=-1) * 2.0,
     "log_softmax over tokens": lambda z: F.log_softmax(z, dim=1),
     "transposed classes": lambda z: z.transpose(1, 2).transpose(1, 2),

@@ -1,4 +1,4 @@
-"""Both ways of `launch` up to the C function, which here takes note of what it is called with: no GPU is needed.
+"""Both ways of a launch up to the C function, which here takes note of what it is called with: no GPU is needed.
 
     python -m pytest --noconftest tests/ops/launch_stubbed.py
 
@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from compile_all import EXAMPLES, kernels  # noqa: E402
 
 from ds_fused.ops import _launch  # noqa: E402
-from ds_fused.ops._launch import launch  # noqa: E402
+from ds_fused.ops._launch import Ready, launch, launch_ready, ready  # noqa: E402
 from ds_fused.ops._warmup import Absent  # noqa: E402
 
 CPU = -1  # index of its device
@@ -89,9 +90,20 @@ def addresses(call: tuple[object, ...]) -> tuple[object, ...]:
 
 def assert_same_both_ways(kernel: JITFunction, grid: tuple[int, ...], *args: object, **constants: object) -> None:
     """What C takes from Triton's launcher, and from ours when it has an entrance."""
+    assert_as_triton(lambda: launch(kernel, grid, *args, **constants), kernel, grid, *args, **constants)
+
+
+def assert_same_when_ready(it: Ready, *tensors: Tensor | None) -> None:
+    kernel, grid, numbers, constants, _ = it
+    assert_as_triton(lambda: launch_ready(it, *tensors), kernel, grid, *tensors, *numbers, **constants)
+
+
+def assert_as_triton(
+    ours: Callable[[], None], kernel: JITFunction, grid: tuple[int, ...], *args: object, **constants: object
+) -> None:
     ordinary = _taken(lambda: kernel[grid](*args, **constants))
-    launch(kernel, grid, *args, **constants)
-    direct = _taken(lambda: launch(kernel, grid, *args, **constants))
+    ours()
+    direct = _taken(ours)
     assert direct[HOOKS] == (None, None, None) != ordinary[HOOKS], "the ordinary way was taken"
     assert not any(isinstance(arg, Tensor) for arg in direct)
     ordinary = addresses(ordinary)
@@ -156,6 +168,15 @@ def test_what_triton_tells_apart_the_key_tells_apart():
         assert_same_both_ways(_some_kernel, (1,), x, x, 2, 2, 0.5, True, **given, num_warps=warps, num_stages=stages)
 
 
+def test_numbers_that_are_ready_are_told_apart_too():
+    for x, n in itertools.product(TENSORS, INTEGERS):
+        assert_same_when_ready(ready(_some_kernel, (3,), n, n, 1e-6, True, A=1), x, None)
+    for n, other in itertools.product(INTEGERS, OTHERS):
+        assert_same_when_ready(ready(_some_kernel, (3, 2, 1), n, 4, other, n, A=None), aligned(0), None)
+    for x, y in itertools.product(TENSORS, (*TENSORS, None)):
+        assert_same_when_ready(ready(_some_kernel, (3, 2), 5, 7, 0.0, False, A="silu", num_warps=8), x, y)
+
+
 def test_one_call_site_sees_its_tensors_move():
     storage = torch.empty(64, dtype=torch.float32)
     for first in (0, 1, 4, 2, 0, 3):
@@ -169,9 +190,15 @@ def test_every_launch_of_every_op(monkeypatch):
         launched.add(kernel.__name__)
         assert_same_both_ways(kernel, grid, *args, **constants)
 
+    def both_ready(it: Ready, *tensors: Tensor | None) -> None:
+        launched.add(it.kernel.__name__)
+        assert_same_when_ready(it, *tensors)
+
     for name, module in list(sys.modules.items()):
-        if name.startswith("ds_fused.ops.") and module is not _launch and hasattr(module, "launch"):
-            monkeypatch.setattr(module, "launch", both)
+        if name.startswith("ds_fused.ops.") and module is not _launch:
+            for way, stand_in in (("launch", both), ("launch_ready", both_ready)):
+                if hasattr(module, way):
+                    monkeypatch.setattr(module, way, stand_in)
     # so that ops take CPU tensors to their kernels, which were made without it
     monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "1")
     for example in EXAMPLES:
@@ -231,6 +258,24 @@ def test_who_watches_sees_the_ordinary_way(where, name, value, monkeypatch):
     monkeypatch.setattr(f"{where}.{name}", value)
     assert not is_direct(some()) and not is_direct(some(A=2)) and not is_direct(some(A=2))
     assert len(_launch._entrances) == 1
+
+
+def test_a_ready_launch_is_watched_and_elsewhere_like_any_other(monkeypatch):
+    x = aligned(0)
+    it = ready(_some_kernel, (2,), 5, 5, 0.5, True, A=1)
+    for _ in range(2):
+        assert not is_direct(_taken(lambda: launch_ready(it, x, OnAnotherGPU(x))))
+    launch_ready(it, x, x)
+    assert is_direct(_taken(lambda: launch_ready(it, x, x)))
+    for where, name, value in (
+        (triton.knobs.runtime, "debug", True),
+        (torch.compiler, "is_compiling", lambda: True),
+        (_launch, "_current_device", _launch._nowhere),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, value)
+            assert not is_direct(_taken(lambda: launch_ready(it, x, x)))
+    assert is_direct(_taken(lambda: launch_ready(it, x, x)))
 
 
 class OnAnotherGPU(Tensor):

@@ -79,7 +79,7 @@ def test_memory_is_one_chunk_of_logits(loss_of: Callable[..., Tensor], device):
     rest = M * (H * ITEM + 40) + 512
     with torch.no_grad(), Peak(x, weight, labels) as peak:
         # as much as there is may be kept, for nobody
-        loss_of(x, weight, labels, chunk_mb=chunk / 2**20, keep_mb=1)
+        loss_of(x, weight, labels, chunk_mb=LOSSES[loss_of] * chunk / 2**20, keep_mb=1)
     assert LOSSES[loss_of] * chunk <= peak.bytes <= LOSSES[loss_of] * chunk + rest
     assert peak.bytes < ALL / 2
 
@@ -112,7 +112,7 @@ def test_each_logit_is_computed_once(loss_of: Callable[..., Tensor], device, mon
 
         monkeypatch.setattr(torch, name, counted)
     with torch.no_grad():
-        loss = loss_of(x, weight, labels, chunk_mb=CHUNK * V * ITEM / 2**20, keep_mb=1)
+        loss = loss_of(x, weight, labels, chunk_mb=LOSSES[loss_of] * CHUNK * V * ITEM / 2**20, keep_mb=1)
     assert sizes == [(CHUNK, V)] * (LOSSES[loss_of] * M // CHUNK)
     assert not loss.requires_grad
 
@@ -127,7 +127,7 @@ def test_memory_of_a_real_size(loss_of: Callable[..., Tensor], device):
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     with torch.no_grad():
-        loss_of(x, weight, labels, chunk_mb=512)
+        loss_of(x, weight, labels, chunk_mb=512 * LOSSES[loss_of])
     peak = torch.cuda.max_memory_allocated() - before
     # a chunk of each head, a divergence's own x, and a little for cuBLAS and the allocator
     assert peak < LOSSES[loss_of] * 512 * 2**20 + x.numel() * 2 + 96 * 2**20

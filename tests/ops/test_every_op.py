@@ -63,9 +63,9 @@ def example(
         "cross_entropy": (lambda x: op(x, labels), [logits]),
         "linear_cross_entropy": (lambda x, w: op(x, w, labels, **options), [x, head]),
         "linear_log_probs": (lambda x, w: op(x, w, labels, entropy=True, **options), [x, head]),
-        "linear_jsd": (lambda x, w: op(x, w, *teacher, labels), [x, head]),
-        "linear_kl_div": (lambda x, w: op(x, w, *teacher, labels), [x, head]),
-        "linear_cosine": (lambda x, w: op(x, w, *teacher, labels), [x, head]),
+        "linear_jsd": (lambda x, w: op(x, w, *teacher, labels, **options), [x, head]),
+        "linear_kl_div": (lambda x, w: op(x, w, *teacher, labels, **options), [x, head]),
+        "linear_cosine": (lambda x, w: op(x, w, *teacher, labels, **options), [x, head]),
         "kl_div": (lambda x: op(x.log_softmax(-1), others.softmax(-1)), [logits]),
         "jsd": (lambda x: op(x, others, labels), [logits]),
         "tvd": (lambda x: op(x, others, labels), [logits]),
@@ -84,7 +84,13 @@ every_op = pytest.mark.parametrize("name", [op.name for op in OPS])
 
 
 # of what they lend their gradients the memory, where an option does not forbid it
-CAN = {"linear_cross_entropy": {"grad_in_forward": False, "keep_mb": 0}, "linear_log_probs": {"keep_mb": 0}}
+CAN = {
+    "linear_cross_entropy": {"grad_in_forward": False, "keep_mb": 0},
+    "linear_log_probs": {"keep_mb": 0},
+    "linear_jsd": {"grad_in_forward": False},
+    "linear_kl_div": {"grad_in_forward": False},
+    "linear_cosine": {"grad_in_forward": False},
+}
 
 
 @every_op

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
-from accuracy import randn, same_bits
+from accuracy import nan_filled, randn, same_bits
 
 import ds_fused.ops as ops
 from ds_fused.ops import _labels
-from ds_fused.ops._labels import counting_tokens, label_facts
+from ds_fused.ops._labels import counting_tokens, label_facts, reduced_losses
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
@@ -28,6 +28,20 @@ def test_facts(n, dtype, device, monkeypatch):
         labels[-1] = -1  # in the last block
         assert not label_facts(labels, 9, -100)[1]
         assert label_facts(labels, 9, -1)[1] == (not (labels == -100).any())
+
+
+@pytest.mark.parametrize("n", [0, 1, 4, 9])
+def test_losses_are_reduced_beside_them(n, device, monkeypatch):
+    monkeypatch.setattr(_labels, "BLOCK", 4)
+    labels = torch.arange(n, device=device)
+    labels[::3] = -100
+    loss = randn(n, device=device).float().masked_fill(labels == -100, 0.0)
+    kept = (labels != -100).sum()
+    for reduction, wanted in (("sum", loss.sum()), ("mean", loss.sum() / kept)):
+        with nan_filled():
+            total, count, are_legal = reduced_losses(loss, labels, 8, -100, reduction)
+        torch.testing.assert_close(total, wanted, equal_nan=True)
+        assert count == kept and bool(are_legal) == (n < 9)
 
 
 def test_an_illegal_label_is_named_on_a_cpu():

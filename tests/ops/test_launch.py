@@ -31,6 +31,90 @@ def test_both_ways_up_to_the_c_function():
     assert done.returncode == 0, done.stdout[-6000:]
 
 
+def test_what_is_kept_takes_no_memory_without_end(monkeypatch):
+    monkeypatch.setattr(_launch.Kept, "MOST", 3)
+    kept = _launch.Kept()
+    for n in range(20):
+        assert kept.keep((n,), n) == n and kept[n,] == n and len(kept) <= 3
+    assert kept.keep(None, "of a graph") == "of a graph" and None not in kept
+
+
+def calls(device: torch.device) -> list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
+    """Ops that keep launches, on tensors that differ from call to call in what a launch may follow from."""
+
+    def some(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return randn(*shape, device=device).to(dtype)
+
+    labels = torch.tensor([3, -100, 1, 0], device=device)
+    calls = []
+    for x in (
+        some(4, 6),
+        some(2, 4, 6),
+        some(4, 12)[:, 3:9],
+        some(6, 4).T,
+        some(4, 6, dtype=torch.bfloat16),
+        some(1, 6),
+    ):
+        weight, flipped = some(6), x.flip(0)
+        calls += [
+            (ops.rms_norm, (x, weight)),
+            (ops.rms_norm, (x, weight.bfloat16())),
+            (lambda x, weight: ops.rms_norm(x.detach(), weight), (x, weight)),
+            (lambda x: ops.rms_norm(x, None, cast="after_weight"), (x,)),
+            (lambda x, weight: ops.rms_norm(x, weight, eps=1e-2, offset=1.0), (x, weight)),
+            (lambda x, weight: ops.rms_norm(x, weight, bias=weight), (x, weight)),
+            (lambda x, y, weight: torch.stack(ops.add_rms_norm(x, y, weight)), (x, flipped, weight)),
+            (ops.glu, (x, flipped)),
+            (lambda x, y: ops.glu(x.detach(), y), (x, flipped)),
+            (lambda x, y: ops.glu(x, y, "gelu_tanh"), (x, flipped)),
+            (lambda x, y: ops.glu(x, y, limit=0.5, offset=1.0), (x, flipped)),
+            (ops.glu, (x,)),
+            (lambda x: ops.glu(x, interleaved=True), (x,)),
+            (lambda x, weight: ops.group_norm(x.movedim(-1, 1), 3, weight), (x, weight)),
+            (lambda x, weight: ops.group_norm(x.movedim(-1, 1), 2, weight), (x, weight)),
+            (lambda x, weight: ops.group_norm(x.detach().movedim(-1, 1), 2, weight), (x, weight)),
+            (lambda x, weight: ops.group_norm(x.movedim(-1, 1), 2, weight, weight, eps=1e-2), (x, weight)),
+            (lambda x: ops.group_norm(x.movedim(-1, 1), 2), (x,)),
+        ]
+    for x in (some(4, 6), some(4, 7), some(4, 12)[:, :6], some(4, 6, dtype=torch.bfloat16)):
+        for options in ({}, {"reduction": "sum"}, {"reduction": "none"}, {"softcap": 2.0}, {"z_loss": 0.1}):
+            calls.append((lambda x, options=options: ops.cross_entropy(x, labels, **options), (x,)))
+        calls.append((lambda x: ops.cross_entropy(x, labels, label_smoothing=0.2), (x,)))
+        calls.append((lambda x: ops.cross_entropy(x, labels, return_accuracy=True)[0], (x,)))
+    return calls
+
+
+def test_what_is_kept_changes_no_launch(device, monkeypatch):
+    noted: list[tuple[object, ...]] = []
+
+    def note(kernel: object, grid: tuple[int, ...], *args: object, **constants: object) -> None:
+        args = [(x.dtype, x.numel()) if isinstance(x, Tensor) else x for x in args]
+        noted.append((kernel, grid, *args, *constants.items()))
+
+    def note_ready(it: _launch.Ready, *tensors: Tensor | None) -> None:
+        note(it.kernel, it.grid, *tensors, *it.numbers, **it.constants)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("ds_fused.ops.") and module is not _launch:
+            for way, stand_in in (("launch", note), ("launch_ready", note_ready)):
+                if hasattr(module, way):
+                    monkeypatch.setattr(module, way, stand_in)
+
+    def launches() -> list[tuple[object, ...]]:
+        noted.clear()
+        for call, inputs in calls(device):
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            y = call(*leaves)
+            # an expanded number, as a sum's gradient is, would be copied, and what copies are launched with is not kept
+            torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)
+        return [*noted]
+
+    kept = [launches() for _ in range(2)]
+    monkeypatch.setattr(_launch.Kept, "get", lambda self, key: None)
+    anew = launches()
+    assert kept == [anew, anew] and len(anew) > 300
+
+
 def moved(x: Tensor, elements: int) -> Tensor:
     """Its values so many elements behind an address that 16 divides."""
     storage = torch.empty(x.numel() + 16, dtype=x.dtype, device=x.device)

@@ -15,13 +15,11 @@ from ds_fused.ops._tiles import Tiling
 from ds_fused.ops.linear_jsd import linear_jsd, linear_jsd_reference
 
 MB = 2**-20  # chunk_mb and keep_mb in bytes
-# all at once, kept or made again; chunks of 4 tokens and slabs of 4 words made again; some kept; chunks, all kept
+# gradients made in the backward; test_divergence_in_forward.py has the others. All at once, kept or made again; chunks
+# of 4 tokens and slabs of 4 words made again; some kept; chunks, all kept
 CUTS = [
-    {"chunk_mb": 1, "keep_mb": 1},
-    {"chunk_mb": 1, "keep_mb": 0},
-    {"chunk_mb": MB, "keep_mb": 0},
-    {"chunk_mb": MB, "keep_mb": 300 * MB},
-    {"chunk_mb": MB, "keep_mb": 1},
+    {"chunk_mb": chunk, "keep_mb": keep, "grad_in_forward": False}
+    for chunk, keep in ((1, 1), (1, 0), (MB, 0), (MB, 300 * MB), (MB, 1))
 ]
 BETAS = [0.0, 0.1, 0.5, 1.0]  # the ends are other functions
 
@@ -41,7 +39,7 @@ def ours(x, weight, bias, tx, tweight, tbias, labels=None, **options):
     return linear_jsd(x, weight, tx, tweight, labels, student_bias=bias, teacher_bias=tbias, **options)
 
 
-def theirs(x, weight, bias, tx, tweight, tbias, labels=None, chunk_mb=0, keep_mb=0, **options):
+def theirs(x, weight, bias, tx, tweight, tbias, labels=None, chunk_mb=0, keep_mb=0, grad_in_forward=False, **options):
     return linear_jsd_reference(x, weight, tx, tweight, labels, student_bias=bias, teacher_bias=tbias, **options)
 
 
@@ -69,8 +67,8 @@ def test_plan(monkeypatch):
     x = torch.empty(0, dtype=torch.bfloat16)
     # Llama-3-8B, 8192 tokens: all are kept, a chunk has 2048
     assert _plan(8192, 128256, x, 512, 2048, dx=True, dweight=True)[:2] == (2048, 8192)
-    # twice as many: half of them; the others again, along the vocabulary
-    assert _plan(16384, 128256, x, 512, 2048, dx=True, dweight=True) == (2048, 8192, Tiling(8192, 32256, 0))
+    # twice as many: half of them; the others again, along the vocabulary, at 252 MiB for each model
+    assert _plan(16384, 128256, x, 512, 2048, dx=True, dweight=True) == (2048, 8192, Tiling(8192, 16128, 0))
     assert _plan(16384, 128256, x, 512, 0, dx=True, dweight=True)[:2] == (2048, 0)
 
 
@@ -131,7 +129,7 @@ def test_a_frozen_weight_costs_no_product(where, monkeypatch):
         "ds_fused.ops._linear_divergence.product",
         lambda out, *args, **options: (shapes.append(tuple(out.shape)), stock(out, *args, **options)),
     )
-    linear_jsd(x.requires_grad_(), weight, tx, tweight, labels).backward()
+    linear_jsd(x.requires_grad_(), weight, tx, tweight, labels, **CUTS[0]).backward()
     assert shapes == [(11, 5)]
 
 
@@ -201,7 +199,7 @@ def test_equal_heads_have_no_divergence(where):
 def test_dweight_is_as_good_as_one_product(where):
     # 26 chunks, each rounded to bf16 when added, would be several times worse
     inputs = some(256, 8, 48, where)
-    cut = {"chunk_mb": 8 * 96 * MB, "keep_mb": 50 * 96 * MB}
+    cut = {"chunk_mb": 16 * 96 * MB, "keep_mb": 50 * 96 * MB, "grad_in_forward": False}
     as_accurate(ours, theirs, inputs, torch.bfloat16, frozen=TEACHER, reduction="sum", **cut)
 
 
@@ -285,7 +283,7 @@ def test_compiled_without_graph_breaks(where):
     leaves = [t.requires_grad_() for t in tensors[:3]]
 
     def step(*tensors):
-        return ours(*tensors, chunk_mb=8 * 4 * 4 * MB, keep_mb=2 * 8 * 4 * MB)
+        return ours(*tensors, chunk_mb=2 * 8 * 4 * 4 * MB, keep_mb=2 * 8 * 4 * MB)
 
     expected = torch.autograd.grad(step(*tensors, labels), leaves)
     torch.compiler.reset()
@@ -306,7 +304,8 @@ def test_scratch_is_bounded(kept, where, monkeypatch):
     # the plain passes and products make fp32 copies of a tile, which the kernels don't: let them be the smaller matter
     monkeypatch.setattr(_tiles, "LEAST_SIDE", 16)
     with Allocations() as made:
-        linear_jsd(x, weight, tx, tweight, labels, chunk_mb=MB, keep_mb=kept * v * 2 * MB).backward()
+        options = {"chunk_mb": MB, "keep_mb": kept * v * 2 * MB, "grad_in_forward": False}
+        linear_jsd(x, weight, tx, tweight, labels, **options).backward()
     sizes = [n for at, (n, _, _) in made.seen.items() if at not in lent]
     # dweight alone has V x H; the copies of the weight in fp32 are this CPU's products'
     assert max(sizes) <= v * (h + 1) < m * v
@@ -375,7 +374,7 @@ def test_real_size(keep_mb, beta, where, monkeypatch):
     monkeypatch.undo()  # the sides of real life
     x, weight, _, tx, tweight, _, labels = some(2048, 4096, 128256, where)
     inputs = [x, 0.02 * weight, None, tx, 0.02 * tweight, None, labels]
-    options = {"chunk_mb": 128, "keep_mb": keep_mb, "reduction": "sum", "beta": beta}
+    options = {"chunk_mb": 256, "keep_mb": keep_mb, "reduction": "sum", "beta": beta, "grad_in_forward": False}
     as_accurate(ours, theirs, inputs, torch.bfloat16, frozen=TEACHER, **options)
 
 
@@ -389,11 +388,11 @@ def test_memory_of_a_real_size(where, monkeypatch):
     x.requires_grad_(), weight.requires_grad_()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    linear_jsd(x, weight, tx, tweight, chunk_mb=512, keep_mb=0).backward()
+    linear_jsd(x, weight, tx, tweight, chunk_mb=512, keep_mb=0, grad_in_forward=False).backward()
     outputs = (x.numel() + weight.numel()) * 2
     peak = torch.cuda.max_memory_allocated() - before - outputs
-    # a tile of each, dx in fp32, and a little for cuBLAS and the allocator
-    assert peak < 2 * 520 * 2**20 + x.numel() * 4 + 96 * 2**20
+    # a tile of both, dx in fp32, and a little for cuBLAS and the allocator
+    assert peak < 520 * 2**20 + x.numel() * 4 + 96 * 2**20
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("where")
 only_plain = pytest.mark.parametrize("where", ["plain"], indirect=True)
 
 
-def theirs(*inputs, chunk_mb=0, **options):
+def theirs(*inputs, chunk_mb=0, grad_in_forward=True, **options):
     return linear_kl_div_reference(*inputs, **options)
 
 

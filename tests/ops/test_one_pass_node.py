@@ -36,10 +36,11 @@ def test_is_what_an_operator_has_to_be(wants, where):
 
 def test_where_nothing_trains_the_loss_alone_is_computed(where, monkeypatch):
     monkeypatch.delattr(one_pass, "lent_logits")
-    monkeypatch.delattr(one_pass, "_lent_logits_torch")
+    monkeypatch.delattr(one_pass, "cross_entropy_bwd_torch")
     x, weight, bias, labels = (t.float() if t.is_floating_point() else t for t in some(9, where))
-    count, options = (labels >= 0).sum(), LossOptions(label_smoothing=0.1, softcap=5.0)
-    loss, gradients = one_pass.one_pass(x, weight, bias, labels, count, options, "mean", 4, True, (False, False, False))
+    losses = one_pass.CrossEntropyRows(labels, LossOptions(label_smoothing=0.1, softcap=5.0))
+    count, nothing = (labels >= 0).sum(), (False, False, False)
+    loss, gradients = one_pass.one_pass(x, weight, bias, losses, count, "mean", 4, True, nothing)
     wanted = linear_cross_entropy_reference(x, weight, labels, bias=bias, label_smoothing=0.1, softcap=5.0)
     torch.testing.assert_close(loss, wanted)
     assert gradients == (None, None, None)

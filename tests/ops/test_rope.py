@@ -139,6 +139,16 @@ def test_complex_angles(sizes, dtype, device):
     judge([q.transpose(1, 2), k.transpose(1, 2), freqs[:1], None], dtype, interleaved=True, unsqueeze_dim=2)
 
 
+def test_angles_with_a_gradient_are_refused_after_a_call_without(device):
+    q, k, cos, sin = inputs_of(1, 2, 1, 3, 4, 4, device, torch.float32)
+    cos.requires_grad_()
+    for _ in range(2):
+        with torch.no_grad():
+            rope(q, k, cos, sin)
+        with pytest.raises(ValueError, match="cos and sin get no gradient"):
+            rope(q, k, cos, sin)
+
+
 def test_complex_angles_of_halves_and_conjugates(device):
     q, k, *_ = inputs_of(2, 3, 1, 5, 9, 6, device, torch.float32)
     freqs = frequencies(2, 5, 6, device)
@@ -146,6 +156,36 @@ def test_complex_angles_of_halves_and_conjugates(device):
     there = rope(q, k, freqs)
     for got, wanted in zip(rope(*there, freqs.conj()), (q, k), strict=True):
         assert torch.allclose(got, wanted, atol=1e-6)
+
+
+def test_calls_that_differ_are_told_apart(device):
+    """What is kept of one is for those that lie alike: tokens, heads, layouts, dtypes, angles and options in turn."""
+    q, k, cos, sin = inputs_of(2, 3, 1, 5, 8, 8, device, torch.float32)
+    upright = q.contiguous(), k.contiguous()
+    gaps = torch.cat((q, q), -1)[..., :8], k
+    rows = q.transpose(1, 2), k.transpose(1, 2)
+    calls = [
+        *(((q, k, cos, sin), options) for options in ({}, {"interleaved": True}, {"keep_dtype": True})),
+        ((*upright, cos, sin), {}),
+        ((*gaps, cos, sin), {}),
+        ((*rows, cos, sin), {"unsqueeze_dim": 2}),
+        ((q[..., ::1, :].bfloat16(), k, cos, sin), {}),
+        ((q[:, :, :4], k[:, :, :4], cos[:, :4], sin[:, :4]), {}),
+        ((q, k, cos[..., :6], sin[..., :6]), {}),
+        ((q, k, cos[:1], sin[:1]), {}),
+        ((q, k, cos[0], sin[0]), {}),
+        ((q, k, cos, sin.bfloat16()), {}),
+        ((q[0], k[0], cos[0], sin[0]), {}),
+    ]
+    for _ in range(2):
+        for inputs, options in calls:
+            results = []
+            for f in (rope, rope_reference):
+                leaves = [x.detach().clone(memory_format=torch.preserve_format) for x in inputs[:2]]
+                ys = f(*(x.requires_grad_() for x in leaves), *inputs[2:], **options)
+                results.append([*ys, *torch.autograd.grad(sum((y.float() ** 2).sum() for y in ys), leaves)])
+            for got, wanted in zip(*results, strict=True):
+                assert got.dtype == wanted.dtype and torch.allclose(got, wanted, rtol=1e-2, atol=1e-2)
 
 
 SECTIONS = [

@@ -33,13 +33,16 @@ only_plain = pytest.mark.parametrize("where", ["plain"], indirect=True)
 def kernels_in_turn(monkeypatch) -> None:
     """For ranks that are threads: the interpreter runs one kernel at a time."""
     lock = threading.Lock()
-    for module in (_cross_entropy_kernels, _labels, _merge):
 
-        def launch(*args: object, launch: Callable[..., None] = module.launch, **options: object) -> None:
+    def in_turn(launch: Callable[..., None]) -> Callable[..., None]:
+        def locked(*args: object, **options: object) -> None:
             with lock:
                 launch(*args, **options)
 
-        monkeypatch.setattr(module, "launch", launch)
+        return locked
+
+    for module, way in ((_cross_entropy_kernels, "launch_ready"), (_labels, "launch"), (_merge, "launch")):
+        monkeypatch.setattr(module, way, in_turn(getattr(module, way)))
 
 
 def ours(x, weight, labels, bias=None, **options):
