@@ -110,6 +110,19 @@ def modulated_norm_inputs(generator: torch.Generator, b: int, t: int, d: int) ->
     return Inputs({"x": x.requires_grad_(), "weight": weight, "scale": scale, "shift": shift, "dy": dy}, ("dy",))
 
 
+def attention_residual_inputs(generator: torch.Generator, n: int, t: int, d: int) -> Inputs:
+    stack, dy = _randn(generator, n, t, d).requires_grad_(), _randn(generator, t, d)
+    # scores of about one: no block is alone
+    query = nn.Parameter(_randn(generator, d, scale=d**-0.5))
+    return Inputs({"stack": stack, "query": query, "weight": nn.Parameter(_randn(generator, d)), "dy": dy}, ("dy",))
+
+
+def listed_blocks_inputs(generator: torch.Generator, n: int, t: int, d: int) -> Inputs:
+    tensors = attention_residual_inputs(generator, n, t, d).tensors
+    stack = tensors.pop("stack").detach()
+    return Inputs({f"block{i}": stack[i].clone().requires_grad_() for i in range(n)} | tensors, ("dy",))
+
+
 def embedding_inputs(generator: torch.Generator, n: int, h: int, n_vocab: int) -> Inputs:
     # words are not equally frequent: the cube of a uniform number has one in ten tokens among a thousandth of the words
     ids = torch.rand(n, generator=generator, device=generator.device).pow(3).mul(n_vocab).long().clamp_max(n_vocab - 1)
@@ -300,6 +313,11 @@ def _modulated_norm_bytes(b: int, t: int, d: int) -> tuple[int, int]:
     return SIZE * (2 * b * t * d + 2 * b * d + d), SIZE * (5 * b * t * d + 5 * b * d + 3 * d)
 
 
+def _attention_residual_bytes(n: int, t: int, d: int) -> tuple[int, int]:
+    # blocks -> y; blocks, dy -> their gradients; query and weight each way, and their gradients
+    return SIZE * ((n + 1) * t * d + 2 * d), SIZE * ((3 * n + 2) * t * d + 6 * d)
+
+
 def _embedding_bytes(n: int, h: int, n_vocab: int) -> tuple[int, int]:
     # rows of the weight -> y; dy -> dweight, which is whole
     return SIZE * 2 * n * h, SIZE * (3 * n * h + n_vocab * h)
@@ -428,6 +446,16 @@ CASES = (
         "modulated_rms_norm", "", modulated_norm_inputs, rivals.MODULATED_NORM,
         sweep=((12, 4096, 3072), (64, 256, 1152)), launch_bound=(2, 8, 1024), tiny=(2, 5, 48),
         bytes=_modulated_norm_bytes,
+    ),
+    # eight blocks at Llama-3-8B's width, sixteen at DeepSeek-V3's
+    Case(
+        "attention_residual", "", attention_residual_inputs, rivals.ATTENTION_RESIDUAL,
+        sweep=((8, 16384, 4096), (16, 4096, 7168)), launch_bound=(4, 16, 1024), tiny=(3, 5, 48),
+        bytes=_attention_residual_bytes,
+    ),
+    Case(
+        "attention_residual", "blocks", listed_blocks_inputs, rivals.LISTED_ATTENTION_RESIDUAL,
+        sweep=((8, 16384, 4096),), launch_bound=(4, 16, 1024), tiny=(3, 5, 48), bytes=_attention_residual_bytes,
     ),
     Case(
         "embedding", "", embedding_inputs, rivals.EMBEDDING,

@@ -246,6 +246,60 @@ MODULATED_NORM = {
 }
 
 
+# --- attention_residual: stack [N, T, D] or N blocks [T, D], query, weight [D]; no model of transformers has one ---
+
+
+def _attention_residual(stack, query, weight):
+    wide = stack.float()
+    keys = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS) * weight
+    shares = (keys * query).sum(-1, keepdim=True).softmax(0)
+    return (shares * wide).sum(0).to(stack.dtype)
+
+
+def _blocks(t: Tensors) -> list[Tensor]:
+    return [x for name, x in t.items() if name.startswith("block")]
+
+
+def _eager_attention_residual(t: Tensors):
+    return _attention_residual, (t["stack"], t["query"], t["weight"])
+
+
+def _eager_listed_attention_residual(t: Tensors):
+    def stacked(query, weight, *blocks):
+        return _attention_residual(torch.stack(blocks), query, weight)
+
+    return stacked, (t["query"], t["weight"], *_blocks(t))
+
+
+def _liger_attention_residual(t: Tensors) -> Call:
+    op = _liger().liger_attn_res
+    return lambda: op(t["stack"], t["query"], t["weight"], EPS)
+
+
+def _liger_listed_attention_residual(t: Tensors) -> Call:
+    op, blocks = _liger().liger_attn_res, _blocks(t)
+    return lambda: op(torch.stack(blocks), t["query"], t["weight"], EPS)
+
+
+def _our_attention_residual(t: Tensors) -> Call:
+    op, blocks = _ops().attention_residual, t["stack"] if "stack" in t else _blocks(t)
+    return lambda: op(blocks, t["query"], t["weight"], eps=EPS)
+
+
+ATTENTION_RESIDUAL = {
+    "ds_fused": Provider(_our_attention_residual),
+    "hf_eager": Provider(_eager(_eager_attention_residual), note="the formula in fp32"),
+    "compile": Provider(_compiled(_eager_attention_residual)),
+    "liger": Provider(_liger_attention_residual),
+}
+LISTED_ATTENTION_RESIDUAL = {
+    "ds_fused": Provider(_our_attention_residual),
+    "hf_eager": Provider(_eager(_eager_listed_attention_residual), note="torch.stack and the formula in fp32"),
+    "compile": Provider(_compiled(_eager_listed_attention_residual)),
+    "liger": Provider(_liger_listed_attention_residual, note="of torch.stack: a list itself is an error"),
+}
+
+
 # --- embedding: ids [N], weight [V, H] ---
 
 

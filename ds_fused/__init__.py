@@ -12,6 +12,7 @@ _HOME = {
     "add_rms_norm": "ds_fused.ops",
     "gated_rms_norm": "ds_fused.ops",
     "modulated_rms_norm": "ds_fused.ops",
+    "attention_residual": "ds_fused.ops",
     "embedding": "ds_fused.ops",
     "softmax": "ds_fused.ops",
     "sparsemax": "ds_fused.ops",

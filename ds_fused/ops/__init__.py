@@ -2,6 +2,7 @@
 
 from ds_fused.ops.add_layer_norm import add_layer_norm
 from ds_fused.ops.add_rms_norm import add_rms_norm
+from ds_fused.ops.attention_residual import attention_residual
 from ds_fused.ops.cross_entropy import cross_entropy
 from ds_fused.ops.dyt import dyt
 from ds_fused.ops.embedding import embedding
@@ -28,6 +29,7 @@ from ds_fused.ops.tvd import tvd
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "attention_residual",
     "cross_entropy",
     "dyt",
     "embedding",

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from ds_fused.ops._tiles import ACCUMULATE
 from ds_fused.ops.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from ds_fused.ops.add_rms_norm import add_rms_norm, add_rms_norm_reference
+from ds_fused.ops.attention_residual import attention_residual, attention_residual_reference
 from ds_fused.ops.cross_entropy import cross_entropy, cross_entropy_reference
 from ds_fused.ops.dyt import dyt, dyt_reference
 from ds_fused.ops.embedding import embedding, embedding_reference
@@ -139,6 +140,13 @@ OPS: tuple[Op, ...] = (
         modulated_rms_norm_reference,
         (),
         "root-mean-square norm, scaled and shifted by the sample or the row: diffusion transformers",
+    ),
+    Op(
+        "attention_residual",
+        attention_residual,
+        attention_residual_reference,
+        (),
+        "residual connection by attention over the outputs of earlier blocks, in a stack or each by itself",
     ),
     Op(
         "embedding",

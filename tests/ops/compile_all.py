@@ -105,6 +105,20 @@ def modulated_rms_norm() -> None:
     ops.modulated_rms_norm(leaf(2, 2, 4096), None, leaf(2, 1, 4096, dtype=full), leaf(4096).detach()).sum().backward()
 
 
+def attention_residual() -> None:
+    half, full = torch.bfloat16, torch.float32
+    for n, t, d, dtype in (
+        (8, 64, 128, half),
+        (8, 2, 4096, half),
+        (8, 2, 8192, half),  # the widest of which the backward holds the query
+        (3, 2, 16384, half),  # the widest
+        (3, 2, 16384, full),
+    ):
+        ops.attention_residual(leaf(n, t, d, dtype=dtype), leaf(d, dtype=dtype), leaf(d, dtype=dtype)).sum().backward()
+    for n in (9, 16):
+        ops.attention_residual([leaf(2, 4096) for _ in range(n)], leaf(4096)).sum().backward()
+
+
 def embedding() -> None:
     for h, dtype in ((576, torch.bfloat16), (4096, torch.float32)):
         # more than one chunk, so that there is something to join

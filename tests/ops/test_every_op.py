@@ -41,6 +41,7 @@ def example(
         "group_norm": (lambda x, *more: op(x, 4, *more), [x, weight, some(8, seed=1)]),
         "gated_rms_norm": (op, [x, some(6, 8, seed=1), weight]),
         "modulated_rms_norm": (op, [some(2, 3, 8), weight, some(2, 1, 8), some(2, 1, 8, seed=1)]),
+        "attention_residual": (lambda q, *blocks: op(blocks, q), [weight, *(some(6, 8, seed=i) for i in (1, 2, 3))]),
         "dyt": (op, [x, some(1), weight]),
         "poly_norm": (op, [x, some(3), some(1)]),
         "rope": (lambda q, k: op(*turned(q, k)), [some(1, 2, 3, 8), some(1, 1, 3, 8)]),

@@ -76,6 +76,13 @@ def modulated_rms_norm() -> Iterator[Case]:
     yield lambda x, six: ops.modulated_rms_norm(x, None, *six.chunk(6, -1)[:2]), six
 
 
+def attention_residual() -> Iterator[Case]:
+    yield ops.attention_residual, [(leaf(n, 3, 64), leaf(64), leaf(64)) for n in (3, 4, 5)]
+    yield ops.attention_residual, [(leaf(3, 2, t, d), leaf(d), leaf(d)) for t, d in ((3, 64), (4, 64), (4, 128))]
+    for n in (1, 3, 17):
+        yield lambda query, *blocks: ops.attention_residual(blocks, query), [(leaf(64), *[leaf(2, 3, 64)] * n)]
+
+
 def embedding() -> Iterator[Case]:
     yield ops.embedding, [(labels(n), leaf(11, 64)) for n in (3, 4, 5)]
     yield ops.embedding, [(labels(600), leaf(11, h)) for h in (64, 128, 2000)]
