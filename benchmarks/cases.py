@@ -123,6 +123,49 @@ def listed_blocks_inputs(generator: torch.Generator, n: int, t: int, d: int) -> 
     return Inputs({f"block{i}": stack[i].clone().requires_grad_() for i in range(n)} | tensors, ("dy",))
 
 
+# four, as DeepSeek-V4 has
+N_STREAMS = 4
+N_COEFFICIENTS = N_STREAMS * (N_STREAMS + 2)
+
+
+def coefficients_inputs(generator: torch.Generator, t: int, c: int) -> Inputs:
+    n, m = N_STREAMS, N_COEFFICIENTS
+    x = _randn(generator, t, n, c).requires_grad_()
+    # as Liger has it: of its kernels one transposed would be a copy
+    phi = nn.Parameter(_randn(generator, n * c, m, scale=(n * c) ** -0.5))
+    bias, scale = nn.Parameter(_randn(generator, m).float()), nn.Parameter(torch.ones(3, device=generator.device))
+    # dpost and dpre lean to one side, as dyt_inputs' dy: each of dscale is a number
+    upstream = {
+        "dpre": _randn(generator, t, n).float() + x.detach()[..., 0].float(),
+        "dpost": _randn(generator, t, n).float() + x.detach()[..., 0].float(),
+        "dres": _randn(generator, t, n, n).float(),
+    }
+    return Inputs({"x": x, "phi": phi, "bias": bias, "scale": scale, **upstream}, tuple(upstream))
+
+
+def streams_inputs(generator: torch.Generator, t: int, c: int) -> Inputs:
+    n = N_STREAMS
+    tensors = {
+        "x": _randn(generator, t, n, c).requires_grad_(),
+        "y": _randn(generator, t, c).requires_grad_(),
+        "post": torch.rand(t, n, generator=generator, device=generator.device).requires_grad_(),
+        "res": torch.rand(t, n, n, generator=generator, device=generator.device).softmax(-1).requires_grad_(),
+    }
+    return Inputs(tensors | {"dout": _randn(generator, t, n, c)}, ("dout",))
+
+
+def pre_inputs(generator: torch.Generator, t: int, c: int) -> Inputs:
+    tensors = streams_inputs(generator, t, c).tensors
+    x, pre = tensors["x"], tensors["post"]
+    return Inputs({"x": x, "pre": pre, "dy": _randn(generator, t, c)}, ("dy",))
+
+
+def connection_inputs(generator: torch.Generator, t: int, c: int) -> Inputs:
+    tensors = coefficients_inputs(generator, t, c).tensors
+    tensors = {name: x for name, x in tensors.items() if not name.startswith("d")}
+    return Inputs(tensors | {"dout": _randn(generator, t, N_STREAMS, c)}, ("dout",))
+
+
 def embedding_inputs(generator: torch.Generator, n: int, h: int, n_vocab: int) -> Inputs:
     # words are not equally frequent: the cube of a uniform number has one in ten tokens among a thousandth of the words
     ids = torch.rand(n, generator=generator, device=generator.device).pow(3).mul(n_vocab).long().clamp_max(n_vocab - 1)
@@ -318,6 +361,33 @@ def _attention_residual_bytes(n: int, t: int, d: int) -> tuple[int, int]:
     return SIZE * ((n + 1) * t * d + 2 * d), SIZE * ((3 * n + 2) * t * d + 6 * d)
 
 
+def _coefficients_bytes(t: int, c: int) -> tuple[int, int]:
+    # x; x -> dx; phi each way and its gradient. Coefficients in fp32 and their gradients
+    n, m = N_STREAMS, N_COEFFICIENTS
+    small = 4 * t * m
+    return SIZE * (t * n * c + n * c * m) + small, SIZE * 3 * (t * n * c + n * c * m) + 2 * small
+
+
+def _pre_bytes(t: int, c: int) -> tuple[int, int]:
+    # x -> y; x, dy -> dx; pre each way and its gradient, in fp32
+    n = N_STREAMS
+    return SIZE * (n + 1) * t * c + 4 * t * n, SIZE * (3 * n + 2) * t * c + 12 * t * n
+
+
+def _post_res_bytes(t: int, c: int) -> tuple[int, int]:
+    # x, y -> out; x, y, dout -> dx, dy; post and res each way and their gradients, in fp32
+    n = N_STREAMS
+    small = 4 * t * n * (n + 1)
+    return SIZE * (2 * n + 1) * t * c + small, SIZE * (5 * n + 3) * t * c + 3 * small
+
+
+def _connection_bytes(t: int, c: int) -> tuple[int, int]:
+    # x -> out; x, dout -> dx; phi each way and its gradient. No algorithm is known that takes a token's streams once:
+    # what the layer reads hangs on all of them
+    n, m = N_STREAMS, N_COEFFICIENTS
+    return SIZE * (2 * t * n * c + n * c * m), SIZE * (5 * t * n * c + 3 * n * c * m)
+
+
 def _embedding_bytes(n: int, h: int, n_vocab: int) -> tuple[int, int]:
     # rows of the weight -> y; dy -> dweight, which is whole
     return SIZE * 2 * n * h, SIZE * (3 * n * h + n_vocab * h)
@@ -456,6 +526,24 @@ CASES = (
     Case(
         "attention_residual", "blocks", listed_blocks_inputs, rivals.LISTED_ATTENTION_RESIDUAL,
         sweep=((8, 16384, 4096),), launch_bound=(4, 16, 1024), tiny=(3, 5, 48), bytes=_attention_residual_bytes,
+    ),
+    # DeepSeek-V4-Flash
+    Case(
+        "mhc_coefficients", "", coefficients_inputs, rivals.COEFFICIENTS,
+        sweep=((16384, 4096), (8192, 4096)), launch_bound=(16, 256), tiny=(5, 12), bytes=_coefficients_bytes,
+    ),
+    Case(
+        "mhc_pre", "", pre_inputs, rivals.STREAMS_PRE,
+        sweep=((16384, 4096),), launch_bound=(16, 256), tiny=(5, 12), bytes=_pre_bytes,
+    ),
+    Case(
+        "mhc_post_res", "", streams_inputs, rivals.STREAMS_POST_RES,
+        sweep=((16384, 4096),), launch_bound=(16, 256), tiny=(5, 12), bytes=_post_res_bytes,
+    ),
+    # in front of a layer that does nothing, and behind it
+    Case(
+        "mhc_in", "connection", connection_inputs, rivals.CONNECTION,
+        sweep=((16384, 4096), (8192, 4096)), launch_bound=(16, 256), tiny=(5, 12), bytes=_connection_bytes,
     ),
     Case(
         "embedding", "", embedding_inputs, rivals.EMBEDDING,

@@ -1,4 +1,4 @@
-"""Two corrections of triton 3.6's interpreter, without which a CPU judges other kernels than a GPU runs."""
+"""Three corrections of triton 3.6's interpreter, without which a CPU judges other kernels than a GPU runs."""
 
 from __future__ import annotations
 
@@ -28,3 +28,12 @@ def correct() -> None:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = patch_lang_tensor
+
+    # TODO: goes when triton's interpreter multiplies bf16 (it takes the bits for integers)
+    stock_dot = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self: object, a: interpreter.TensorHandle, b: interpreter.TensorHandle, *more: object) -> object:
+        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return stock_dot(self, a, b, *more)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot

@@ -19,6 +19,7 @@ from ds_fused.nn.norms import (
     PolyNorm,
     RMSNorm,
 )
+from ds_fused.nn.residuals import HyperConnection
 from ds_fused.nn.softmax import Softmax, Sparsemax
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "GatedRMSNorm",
     "GeGLU",
     "GroupNorm",
+    "HyperConnection",
     "JSDLoss",
     "KLDivLoss",
     "LayerNorm",

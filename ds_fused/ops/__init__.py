@@ -16,6 +16,10 @@ from ds_fused.ops.linear_cross_entropy import linear_cross_entropy
 from ds_fused.ops.linear_jsd import linear_jsd
 from ds_fused.ops.linear_kl_div import linear_kl_div
 from ds_fused.ops.linear_log_probs import linear_log_probs
+from ds_fused.ops.mhc_coefficients import mhc_coefficients
+from ds_fused.ops.mhc_in import mhc_in
+from ds_fused.ops.mhc_post_res import mhc_post_res
+from ds_fused.ops.mhc_pre import mhc_pre
 from ds_fused.ops.modulated_rms_norm import modulated_rms_norm
 from ds_fused.ops.poly_norm import poly_norm
 from ds_fused.ops.relu2 import relu2
@@ -43,6 +47,10 @@ __all__ = [
     "linear_jsd",
     "linear_kl_div",
     "linear_log_probs",
+    "mhc_coefficients",
+    "mhc_in",
+    "mhc_post_res",
+    "mhc_pre",
     "modulated_rms_norm",
     "poly_norm",
     "relu2",

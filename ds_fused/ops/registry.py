@@ -30,6 +30,13 @@ from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross
 from ds_fused.ops.linear_jsd import linear_jsd, linear_jsd_reference
 from ds_fused.ops.linear_kl_div import linear_kl_div, linear_kl_div_reference
 from ds_fused.ops.linear_log_probs import linear_log_probs, linear_log_probs_reference
+from ds_fused.ops.mhc_coefficients import (
+    mhc_coefficients,
+    mhc_coefficients_reference,
+)
+from ds_fused.ops.mhc_in import mhc_in, mhc_in_reference
+from ds_fused.ops.mhc_post_res import mhc_post_res, mhc_post_res_reference
+from ds_fused.ops.mhc_pre import mhc_pre, mhc_pre_reference
 from ds_fused.ops.modulated_rms_norm import modulated_rms_norm, modulated_rms_norm_reference
 from ds_fused.ops.poly_norm import poly_norm, poly_norm_reference
 from ds_fused.ops.relu2 import relu2, relu2_reference
@@ -147,6 +154,34 @@ OPS: tuple[Op, ...] = (
         attention_residual_reference,
         (),
         "residual connection by attention over the outputs of earlier blocks, in a stack or each by itself",
+    ),
+    Op(
+        "mhc_coefficients",
+        mhc_coefficients,
+        mhc_coefficients_reference,
+        (),
+        "hyper-connections (mHC): projection of a token's streams, gates, and Sinkhorn-Knopp's iterations",
+    ),
+    Op(
+        "mhc_pre",
+        mhc_pre,
+        mhc_pre_reference,
+        (),
+        "hyper-connections: what a layer reads of the streams",
+    ),
+    Op(
+        "mhc_in",
+        mhc_in,
+        mhc_in_reference,
+        (),
+        "hyper-connections: coefficients and what a layer reads, with one gradient of the streams",
+    ),
+    Op(
+        "mhc_post_res",
+        mhc_post_res,
+        mhc_post_res_reference,
+        (),
+        "hyper-connections: streams mixed, and the layer's output to each",
     ),
     Op(
         "embedding",

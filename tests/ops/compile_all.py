@@ -119,6 +119,42 @@ def attention_residual() -> None:
         ops.attention_residual([leaf(2, 4096) for _ in range(n)], leaf(4096)).sum().backward()
 
 
+def mhc_coefficients() -> None:
+    half, full = torch.bfloat16, torch.float32
+    for t, n, c, dtype, weight_dtype in (
+        (64, 4, 4096, half, half),  # the largest tiles
+        (64, 4, 4096, half, full),
+        (64, 4, 1024, full, full),
+        (64, 8, 1024, half, half),
+    ):
+        m = n * (n + 2)
+        tensors = leaf(m, n * c, dtype=weight_dtype), leaf(m, dtype=full), leaf(3, dtype=full)
+        outputs = ops.mhc_coefficients(leaf(t, n, c, dtype=dtype), *tensors)
+        torch.autograd.backward([y.sum() for y in outputs])
+
+
+def mhc_in() -> None:
+    # what the backward of the coefficients adds to
+    tensors = leaf(24, 4 * 4096), leaf(24), leaf(3)
+    torch.autograd.backward([y.sum() for y in ops.mhc_in(leaf(64, 4, 4096), *tensors)])
+
+
+def mhc_pre() -> None:
+    for n, c, dtype in ((4, 4096, torch.bfloat16), (4, 4096, torch.float32), (8, 1024, torch.bfloat16)):
+        ops.mhc_pre(leaf(2, n, c, dtype=dtype), leaf(2, n, dtype=torch.float32)).sum().backward()
+
+
+def mhc_post_res() -> None:
+    full = torch.float32
+    for n, c, dtype in (
+        (4, 4096, torch.bfloat16),
+        (4, 4096, full),
+        (8, 1024, torch.bfloat16),
+    ):
+        streams = leaf(2, n, c, dtype=dtype), leaf(2, c, dtype=dtype)
+        ops.mhc_post_res(*streams, leaf(2, n, dtype=full), leaf(2, n, n, dtype=full)).sum().backward()
+
+
 def embedding() -> None:
     for h, dtype in ((576, torch.bfloat16), (4096, torch.float32)):
         # more than one chunk, so that there is something to join
