@@ -119,19 +119,21 @@ def _load_gate_and_up(gate_ptr, up_ptr, first, n_cols, INTERLEAVED: tl.constexpr
 
 @triton.jit
 def _glu_fwd_kernel(
-    gate_ptr,  # [N, D]; INTERLEAVED: [N, 2D]
-    up_ptr,  # [N, D], or gate's [N, 2D] from its column up_start on
+    gate_ptr,  # [N, D]; INTERLEAVED, HALVES: [N, 2D]
+    up_ptr,  # [N, D]; not read where gate holds both
     y_ptr,  # [N, D]
     gate_stride,  # elements from one row to the next; y has no gaps
     up_stride,
-    up_start,
     n_cols,
     ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
-    FLAT: tl.constexpr, BLOCK: tl.constexpr,
+    HALVES: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, first = place(n_cols, FLAT, BLOCK)
     gate_ptr += row * gate_stride
-    up_ptr += row * up_stride + up_start
+    if HALVES:
+        up_ptr = gate_ptr + n_cols
+    else:
+        up_ptr += row * up_stride
     gate, up = _load_gate_and_up(gate_ptr, up_ptr, first, n_cols, INTERLEAVED, BLOCK)
     if LIMIT is not None:
         # not tl.minimum, which may lose NaN
@@ -147,25 +149,28 @@ def _glu_fwd_kernel(
 @triton.jit
 def _glu_bwd_kernel(
     dy_ptr,  # [N, D]
-    gate_ptr,  # [N, D]; INTERLEAVED: [N, 2D]
-    up_ptr,  # [N, D], or gate's [N, 2D] from its column up_start on
+    gate_ptr,  # [N, D]; INTERLEAVED, HALVES: [N, 2D]
+    up_ptr,  # [N, D]; not read where gate holds both
     dgate_ptr,  # as gate
-    dup_ptr,  # as up
+    dup_ptr,  # as up; not written where dgate holds both: a graph gives memory of its own to each name that is written
     dy_stride,  # elements from one row to the next
     gate_stride,
     up_stride,
     dgate_stride,
     dup_stride,
-    up_start,
     n_cols,
     ACT: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
-    WANTS_DGATE: tl.constexpr, WANTS_DUP: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
+    HALVES: tl.constexpr, WANTS_DGATE: tl.constexpr, WANTS_DUP: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, first = place(n_cols, FLAT, BLOCK)
     gate_ptr += row * gate_stride
-    up_ptr += row * up_stride + up_start
     dgate_ptr += row * dgate_stride
-    dup_ptr += row * dup_stride + up_start
+    if HALVES:
+        up_ptr = gate_ptr + n_cols
+        dup_ptr = dgate_ptr + n_cols
+    else:
+        up_ptr += row * up_stride
+        dup_ptr += row * dup_stride
     cols = first + tl.arange(0, BLOCK)
     mask = cols < n_cols
 
@@ -210,10 +215,9 @@ def glu_fwd(gate: Tensor, up: Tensor | None, form: GLUForm, interleaved: bool = 
     if way.programs:
         launch(
             _glu_fwd_kernel, (way.programs,),
-            way.tensors[0], way.tensors[-1], y, way.strides[0], way.strides[-1],
-            way.n_cols if halves else 0, way.n_cols,
+            way.tensors[0], way.tensors[-1], y, way.strides[0], way.strides[-1], way.n_cols,
             ACT=form.act, ALPHA=form.alpha, LIMIT=form.limit, OFFSET=form.offset, INTERLEAVED=interleaved,
-            FLAT=way.flat, BLOCK=BLOCK, num_warps=NUM_WARPS,
+            HALVES=halves, FLAT=way.flat, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
     return y
 
@@ -242,9 +246,10 @@ def glu_bwd(
     if way.programs:
         launch(
             _glu_bwd_kernel, (way.programs,),
-            *[way.tensors[i] for i in which], *[way.strides[i] for i in which], way.n_cols if halves else 0, way.n_cols,
+            *[way.tensors[i] for i in which], *[way.strides[i] for i in which], way.n_cols,
             ACT=form.act, ALPHA=form.alpha, LIMIT=form.limit, OFFSET=form.offset, INTERLEAVED=interleaved,
-            WANTS_DGATE=wants_dgate, WANTS_DUP=wants_dup, FLAT=way.flat, BLOCK=BLOCK, num_warps=NUM_WARPS,
+            HALVES=halves, WANTS_DGATE=wants_dgate, WANTS_DUP=wants_dup, FLAT=way.flat, BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
         )  # fmt: skip
 
 

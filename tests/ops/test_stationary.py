@@ -291,7 +291,9 @@ def on_shards(job: Job, xs: list[Tensor], weight: Tensor, labels: list[Tensor]) 
     def rank_of(rank: int) -> None:
         outputs[rank] = job(xs[rank], shards[rank], labels[rank], rank)
         assert all(name == "gather" for name, _ in shards[rank].collectives)
-        backward(outputs[rank])
+        # in this thread: otherwise one thread runs the backwards of all who share a GPU, and each waits for the others
+        with torch.autograd.set_multithreading_enabled(False):
+            backward(outputs[rank])
 
     on_ranks(all_ranks, rank_of)
     return [*(y.detach() for of_rank in outputs for y in of_rank), *(x.grad for x in xs), weight.grad], shards

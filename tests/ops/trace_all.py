@@ -20,6 +20,11 @@ import torch.utils._triton
 import triton
 from compile_all import leaf, of_every_op
 from torch import Tensor
+from torch._higher_order_ops.triton_kernel_wrap import (
+    get_mutated_tensors,
+    kernel_side_table,
+    triton_kernel_wrapper_mutation,
+)
 from triton.backends.compiler import GPUTarget
 
 import ds_fused.ops as ops
@@ -313,11 +318,30 @@ class Traced(Exception):
     """Dynamo has its graph, which is all that was to be seen."""
 
 
-def backend(*_: object) -> Callable[..., None]:
+def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., None]:
+    """Inductor gives each tensor that a kernel writes memory of its own, so one that goes in twice would be two."""
+    for part in graph.modules():
+        for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+            if node.target is triton_kernel_wrapper_mutation:
+                names = names_written(node)
+                if len({node.kwargs["kwargs"][name] for name in names}) < len(names):
+                    kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+                    raise ValueError(f"{kernel.fn.__name__} writes one tensor by two of {', '.join(names)}")
+
     def run(*_: object) -> None:
         raise Traced
 
     return run
+
+
+def names_written(node: torch.fx.Node) -> list[str]:
+    """The pointers by which a launch in a graph writes, as Inductor finds them."""
+    kwargs = {
+        name: arg.meta["example_value"] if isinstance(arg, torch.fx.Node) else arg
+        for name, arg in node.kwargs["kwargs"].items()
+    }
+    where = [node.kwargs[key] for key in ("kernel_idx", "constant_args_idx")]
+    return get_mutated_tensors(*where, kwargs, node.kwargs["tma_descriptor_metadata"])
 
 
 def problem(call: Callable[..., object], inputs: list[tuple[Tensor, ...]]) -> str | None:
