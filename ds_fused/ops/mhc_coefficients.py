@@ -213,9 +213,10 @@ def mhc_coefficients_bwd(
     gates = max(2, min(32, GATES // sizes.side**2))
     programs = min(cdiv(sizes.rows, gates), multiprocessors(x) * GATES_PER_MULTIPROCESSOR)
     dz = torch.empty_like(mix)
-    # factors of tokens, partial sums of programs, and their scratch
-    room = [sizes.rows, programs * 2 * m, programs * options.iterations * 2 * sizes.side * gates]
-    factor, partial, scratch = torch.empty(sum(room), dtype=torch.float32, device=device).split(room)
+    # scratch of the programs, their partial sums, and last the factors of tokens: any number of them leaves the others'
+    # addresses divisible, which kernels are compiled for
+    room = [programs * options.iterations * 2 * sizes.side * gates, programs * 2 * m, sizes.rows]
+    scratch, partial, factor = torch.empty(sum(room), dtype=torch.float32, device=device).split(room)
     launch(
         _mhc_gates_bwd_kernel, (programs,),
         mix, rstd, bias, scale, *(None if d is None else d.contiguous() for d in (dpre, dpost, dres)),
@@ -224,15 +225,15 @@ def mhc_coefficients_bwd(
         N=n, SIDE=sizes.side, HAS_DPRE=dpre is not None, HAS_DPOST=dpost is not None, HAS_DRES=dres is not None,
         BLOCK=gates, num_warps=1,
     )  # fmt: skip
-    splits, dweights = 1, dweight
+    # of dweight, where tokens are in parts; else it is written at once
+    splits, dweights = 1, None
     if wants[0] or wants[1]:
         block_rows, block_cols = sizes.block_rows(x, MOST_ROWS_BWD), _block_cols(COLS_BWD, x, sizes)
         chunks = n * cdiv(sizes.cols, block_cols)
-        if wants[1]:
-            most = cdiv(sizes.rows, block_rows)
-            splits = max(1, min(most, multiprocessors(x) * PROGRAMS_PER_MULTIPROCESSOR_BWD // chunks))
-            if splits > 1:
-                dweights = torch.empty((splits, *weight.shape), dtype=torch.float32, device=device)
+        most = cdiv(sizes.rows, block_rows)
+        splits = max(1, min(most, multiprocessors(x) * PROGRAMS_PER_MULTIPROCESSOR_BWD // chunks))
+        if wants[1] and splits > 1:
+            dweights = torch.empty((splits, *weight.shape), dtype=torch.float32, device=device)
         dy = pre = dstreams = None
         dy_stride = dstreams_stride = 0
         if through is not None:
@@ -245,18 +246,19 @@ def mhc_coefficients_bwd(
         x, stride = streams_of(x)
         launch(
             _mhc_projection_bwd_kernel, (chunks, splits),
-            x, weight, dz, factor, dy, pre, dstreams, dx, dweights,
+            x, weight, dz, factor, dy, pre, dstreams, dx, dweight if dweights is None else dweights,
             stride, dy_stride, dstreams_stride, *_weight_strides(weight), sizes.rows, sizes.cols,
             N=n, BLOCK_M=sizes.block_m, WANTS_DX=wants[0], WANTS_DWEIGHT=wants[1],
             HAS_DY=dy is not None, HAS_DSTREAMS=dstreams is not None, **_products(x, weight),
             BLOCK_ROWS=block_rows, BLOCK_COLS=block_cols, STAGES=STAGES_BWD,
             num_warps=WARPS_BWD * (1 if sizes.block_m <= 32 else 2 if sizes.block_m <= 128 else 4),
         )  # fmt: skip
-    if wants[2] or wants[3] or splits > 1:
+    in_parts = dweights is not None
+    if wants[2] or wants[3] or in_parts:
         launch(
-            _mhc_sums_kernel, (1 + (cdiv(weight.numel(), SUM_BLOCK) if splits > 1 else 0),),
+            _mhc_sums_kernel, (1 + (cdiv(weight.numel(), SUM_BLOCK) if in_parts else 0),),
             partial, dweights, dbias, dscale, dweight, programs, splits, weight.numel(),
-            N=n, BLOCK_M=sizes.block_m, HAS_DWEIGHTS=splits > 1, WANTS_DBIAS=wants[2], WANTS_DSCALE=wants[3],
+            N=n, BLOCK_M=sizes.block_m, HAS_DWEIGHTS=in_parts, WANTS_DBIAS=wants[2], WANTS_DSCALE=wants[3],
             BLOCK_ROWS=SUM_COEFFICIENTS // sizes.block_m, BLOCK=SUM_BLOCK, num_warps=4,
         )  # fmt: skip
     return dx, dweight, dbias, dscale
