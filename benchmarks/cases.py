@@ -134,12 +134,13 @@ def coefficients_inputs(generator: torch.Generator, t: int, c: int) -> Inputs:
     # as Liger has it: of its kernels one transposed would be a copy
     phi = nn.Parameter(_randn(generator, n * c, m, scale=(n * c) ** -0.5))
     bias, scale = nn.Parameter(_randn(generator, m).float()), nn.Parameter(torch.ones(3, device=generator.device))
-    # dpost and dpre lean to one side, as dyt_inputs' dy: each of dscale is a number
+    # gradients lean on what is projected, for dyt_inputs' reason: each of dscale is a number
+    mix = (x.flatten(1) @ phi).detach().float()
     upstream = {
-        "dpre": _randn(generator, t, n).float() + x.detach()[..., 0].float(),
-        "dpost": _randn(generator, t, n).float() + x.detach()[..., 0].float(),
-        "dres": _randn(generator, t, n, n).float(),
+        name: _randn(generator, t, part.shape[1]).float() + part
+        for name, part in zip(("dpre", "dpost", "dres"), mix.split([n, n, n * n], 1), strict=True)
     }
+    upstream["dres"] = upstream["dres"].view(t, n, n)
     return Inputs({"x": x, "phi": phi, "bias": bias, "scale": scale, **upstream}, tuple(upstream))
 
 
