@@ -31,22 +31,10 @@ def query_of_keys(query_ptr, weight_ptr, cols, mask, HAS_WEIGHT: tl.constexpr):
     return query
 
 
-# n_rows and n_blocks are not specialized: each connection of a model has one block more than the one before
-@triton.jit(do_not_specialize=["n_rows", "n_blocks"])
-def _attention_residual_fwd_kernel(
-    v_ptr,  # [N, T, D], or the first of N blocks [T, D], of which the others are:
-    v1_ptr, v2_ptr, v3_ptr, v4_ptr, v5_ptr, v6_ptr, v7_ptr, v8_ptr,
-    v9_ptr, v10_ptr, v11_ptr, v12_ptr, v13_ptr, v14_ptr, v15_ptr,
-    query_ptr,  # [D]
-    weight_ptr,  # [D]
-    y_ptr,  # [T, D]
-    saved_ptr,  # [2 N + 2, T] fp32: the blocks' scores, their 1/rms; the largest score, and the sum of exponentials
-    block_stride,  # elements from one block of a stack to the next
-    v_stride,  # elements from one row to the next; y has no gaps
-    n_blocks,
-    n_rows,
-    n_cols,
-    eps,
+@triton.jit
+def forward(
+    v_ptr, pointers,  # a stack; or the first of the blocks, and the others, None where there are none
+    query_ptr, weight_ptr, y_ptr, saved_ptr, block_stride, v_stride, n_blocks, n_rows, n_cols, eps,
     LISTED: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -63,12 +51,7 @@ def _attention_residual_fwd_kernel(
         total = tl.zeros((BLOCK_ROWS, 1), tl.float32)
         y = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
         for i in tl.range(0, n_blocks, num_stages=STAGES):
-            at = block_at(
-                i, v_ptr,
-                (v1_ptr, v2_ptr, v3_ptr, v4_ptr, v5_ptr, v6_ptr, v7_ptr, v8_ptr,
-                 v9_ptr, v10_ptr, v11_ptr, v12_ptr, v13_ptr, v14_ptr, v15_ptr),
-                block_stride, LISTED,
-            )  # fmt: skip
+            at = block_at(i, v_ptr, pointers, block_stride, LISTED)
             v = tl.load(at + rows * v_stride + cols, mask=mask, other=0.0).to(tl.float32)
             rstd = tl.rsqrt(tl.sum(v * v, axis=1, keep_dims=True) / n_cols + eps)
             score = rstd * tl.sum(v * query, axis=1, keep_dims=True)
@@ -84,25 +67,50 @@ def _attention_residual_fwd_kernel(
         tl.store(y_ptr + rows * n_cols + cols, y / total, mask=mask)
 
 
+# n_rows and n_blocks are not specialized: each connection of a model has one block more than the one before
 @triton.jit(do_not_specialize=["n_rows", "n_blocks"])
-def _attention_residual_bwd_kernel(
-    dy_ptr,  # [T, D]
-    v_ptr,  # as in the forward, and so the gradients of the blocks:
-    v1_ptr, v2_ptr, v3_ptr, v4_ptr, v5_ptr, v6_ptr, v7_ptr, v8_ptr,
-    v9_ptr, v10_ptr, v11_ptr, v12_ptr, v13_ptr, v14_ptr, v15_ptr,
-    dv_ptr,
-    dv1_ptr, dv2_ptr, dv3_ptr, dv4_ptr, dv5_ptr, dv6_ptr, dv7_ptr, dv8_ptr,
-    dv9_ptr, dv10_ptr, dv11_ptr, dv12_ptr, dv13_ptr, dv14_ptr, dv15_ptr,
+def _attention_residual_fwd_kernel(
+    v_ptr,  # [N, T, D]
     query_ptr,  # [D]
     weight_ptr,  # [D]
-    saved_ptr,  # [2 N + 2, T]
-    partial_ptr,  # [programs, D] fp32: this program's part of the gradient of query * weight
-    dy_stride,  # elements from one row to the next; gradients have no gaps
-    block_stride,
-    v_stride,
+    y_ptr,  # [T, D]
+    saved_ptr,  # [2 N + 2, T] fp32: the blocks' scores, their 1/rms; the largest score, and the sum of exponentials
+    block_stride,  # elements from one block to the next
+    v_stride,  # elements from one row to the next; y has no gaps
     n_blocks,
     n_rows,
     n_cols,
+    eps,
+    HAS_WEIGHT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Of a stack."""
+    forward(
+        v_ptr, None, query_ptr, weight_ptr, y_ptr, saved_ptr, block_stride, v_stride, n_blocks, n_rows, n_cols, eps,
+        False, HAS_WEIGHT, BLOCK_ROWS, BLOCK_COLS, STAGES,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_blocks"])
+def _attention_residual_fwd_listed_kernel(
+    v_ptr, v1_ptr, v2_ptr, v3_ptr, v4_ptr, v5_ptr, v6_ptr, v7_ptr,  # [T, D]
+    v8_ptr, v9_ptr, v10_ptr, v11_ptr, v12_ptr, v13_ptr, v14_ptr, v15_ptr,
+    query_ptr, weight_ptr, y_ptr, saved_ptr, v_stride, n_blocks, n_rows, n_cols, eps,
+    HAS_WEIGHT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Of blocks that lie each by itself; kernels for stacks have no such pointers, which take the host time."""
+    forward(
+        v_ptr,
+        (v1_ptr, v2_ptr, v3_ptr, v4_ptr, v5_ptr, v6_ptr, v7_ptr, v8_ptr,
+         v9_ptr, v10_ptr, v11_ptr, v12_ptr, v13_ptr, v14_ptr, v15_ptr),
+        query_ptr, weight_ptr, y_ptr, saved_ptr, 0, v_stride, n_blocks, n_rows, n_cols, eps,
+        True, HAS_WEIGHT, BLOCK_ROWS, BLOCK_COLS, STAGES,
+    )  # fmt: skip
+
+
+@triton.jit
+def backward(
+    dy_ptr, v_ptr, pointers, dv_ptr, dpointers,  # as in the forward
+    query_ptr, weight_ptr, saved_ptr, partial_ptr, dy_stride, block_stride, v_stride, n_blocks, n_rows, n_cols,
     LISTED: tl.constexpr, HAS_WEIGHT: tl.constexpr, WANTS_DV: tl.constexpr, WANTS_SUMS: tl.constexpr,
     HOLDS_QUERY: tl.constexpr,  # in registers, for all tokens
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
@@ -126,12 +134,7 @@ def _attention_residual_bwd_kernel(
         # the mean of dy v by the blocks' shares, which each block's own is compared with
         mean = tl.zeros((BLOCK_ROWS, 1), tl.float32)
         for i in tl.range(0, n_blocks, num_stages=STAGES):
-            at = block_at(
-                i, v_ptr,
-                (v1_ptr, v2_ptr, v3_ptr, v4_ptr, v5_ptr, v6_ptr, v7_ptr, v8_ptr,
-                 v9_ptr, v10_ptr, v11_ptr, v12_ptr, v13_ptr, v14_ptr, v15_ptr),
-                block_stride, LISTED,
-            )  # fmt: skip
+            at = block_at(i, v_ptr, pointers, block_stride, LISTED)
             v = tl.load(at + rows * v_stride + cols, mask=mask, other=0.0).to(tl.float32)
             score = tl.load(saved_ptr + i * far + rows, mask=exists, other=0.0)
             mean += tl.exp(score - top) / total * tl.sum(dy * v, axis=1, keep_dims=True)
@@ -139,12 +142,7 @@ def _attention_residual_bwd_kernel(
         # from the last block, which is nearest
         for k in tl.range(0, n_blocks, num_stages=STAGES):
             i = n_blocks - 1 - k
-            at = block_at(
-                i, v_ptr,
-                (v1_ptr, v2_ptr, v3_ptr, v4_ptr, v5_ptr, v6_ptr, v7_ptr, v8_ptr,
-                 v9_ptr, v10_ptr, v11_ptr, v12_ptr, v13_ptr, v14_ptr, v15_ptr),
-                block_stride, LISTED,
-            )  # fmt: skip
+            at = block_at(i, v_ptr, pointers, block_stride, LISTED)
             v = tl.load(at + rows * v_stride + cols, mask=mask, other=0.0).to(tl.float32)
             score = tl.load(saved_ptr + i * far + rows, mask=exists, other=0.0)
             rstd = tl.load(saved_ptr + (n_blocks + i) * far + rows, mask=exists, other=0.0)
@@ -157,15 +155,61 @@ def _attention_residual_bwd_kernel(
                 if not HOLDS_QUERY:
                     query = query_of_keys(query_ptr, weight_ptr, cols, cols < n_cols, HAS_WEIGHT)
                 dv = share * dy + dscore * (query - (rstd * score / n_cols) * v)
-                at = block_at(
-                    i, dv_ptr,
-                    (dv1_ptr, dv2_ptr, dv3_ptr, dv4_ptr, dv5_ptr, dv6_ptr, dv7_ptr, dv8_ptr,
-                     dv9_ptr, dv10_ptr, dv11_ptr, dv12_ptr, dv13_ptr, dv14_ptr, dv15_ptr),
-                    far * n_cols, LISTED,
-                )  # fmt: skip
+                at = block_at(i, dv_ptr, dpointers, far * n_cols, LISTED)
                 tl.store(at + rows * n_cols + cols, dv, mask=mask)
     if WANTS_SUMS:
         tl.store(partial_ptr + pid * n_cols + cols, tl.sum(dquery, axis=0, keep_dims=True), mask=cols < n_cols)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_blocks"])
+def _attention_residual_bwd_kernel(
+    dy_ptr,  # [T, D]
+    v_ptr,  # [N, T, D]
+    dv_ptr,  # [N, T, D]
+    query_ptr,  # [D]
+    weight_ptr,  # [D]
+    saved_ptr,  # [2 N + 2, T]
+    partial_ptr,  # [programs, D] fp32: this program's part of the gradient of query * weight
+    dy_stride,  # elements from one row to the next; gradients have no gaps
+    block_stride,
+    v_stride,
+    n_blocks,
+    n_rows,
+    n_cols,
+    HAS_WEIGHT: tl.constexpr, WANTS_DV: tl.constexpr, WANTS_SUMS: tl.constexpr, HOLDS_QUERY: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Of a stack."""
+    backward(
+        dy_ptr, v_ptr, None, dv_ptr, None, query_ptr, weight_ptr, saved_ptr, partial_ptr,
+        dy_stride, block_stride, v_stride, n_blocks, n_rows, n_cols,
+        False, HAS_WEIGHT, WANTS_DV, WANTS_SUMS, HOLDS_QUERY, BLOCK_ROWS, BLOCK_COLS, STAGES,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_blocks"])
+def _attention_residual_bwd_listed_kernel(
+    dy_ptr,  # [T, D]
+    v_ptr, v1_ptr, v2_ptr, v3_ptr, v4_ptr, v5_ptr, v6_ptr, v7_ptr,  # [T, D]
+    v8_ptr, v9_ptr, v10_ptr, v11_ptr, v12_ptr, v13_ptr, v14_ptr, v15_ptr,
+    dv_ptr, dv1_ptr, dv2_ptr, dv3_ptr, dv4_ptr, dv5_ptr, dv6_ptr, dv7_ptr,  # [T, D]
+    dv8_ptr, dv9_ptr, dv10_ptr, dv11_ptr, dv12_ptr, dv13_ptr, dv14_ptr, dv15_ptr,
+    query_ptr, weight_ptr, saved_ptr, partial_ptr, dy_stride, v_stride, n_blocks, n_rows, n_cols,
+    HAS_WEIGHT: tl.constexpr, WANTS_DV: tl.constexpr, WANTS_SUMS: tl.constexpr, HOLDS_QUERY: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Of blocks that lie each by itself."""
+    backward(
+        dy_ptr,
+        v_ptr,
+        (v1_ptr, v2_ptr, v3_ptr, v4_ptr, v5_ptr, v6_ptr, v7_ptr, v8_ptr,
+         v9_ptr, v10_ptr, v11_ptr, v12_ptr, v13_ptr, v14_ptr, v15_ptr),
+        dv_ptr,
+        (dv1_ptr, dv2_ptr, dv3_ptr, dv4_ptr, dv5_ptr, dv6_ptr, dv7_ptr, dv8_ptr,
+         dv9_ptr, dv10_ptr, dv11_ptr, dv12_ptr, dv13_ptr, dv14_ptr, dv15_ptr),
+        query_ptr, weight_ptr, saved_ptr, partial_ptr, dy_stride, 0, v_stride, n_blocks, n_rows, n_cols,
+        True, HAS_WEIGHT, WANTS_DV, WANTS_SUMS, HOLDS_QUERY, BLOCK_ROWS, BLOCK_COLS, STAGES,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_programs"])
