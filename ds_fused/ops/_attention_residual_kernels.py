@@ -38,6 +38,7 @@ def forward(
     LISTED: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """The mean of the blocks goes on from one to the next, as their softmax does."""
     cols = tl.arange(0, BLOCK_COLS)[None, :]
     query = query_of_keys(query_ptr, weight_ptr, cols, cols < n_cols, HAS_WEIGHT)
     far = n_rows.to(tl.int64)  # from one block's scores to the next one's
@@ -115,6 +116,7 @@ def backward(
     HOLDS_QUERY: tl.constexpr,  # in registers, for all tokens
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """Twice over the blocks of a token: for the mean of dy v, and for their gradients."""
     pid = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_COLS)[None, :]
     if HOLDS_QUERY:

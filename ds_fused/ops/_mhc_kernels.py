@@ -53,10 +53,10 @@ def normed_rows(matrix, rows, columns, missing, eps):
 
 
 @triton.jit
-def logits_of(mix_ptr, bias_ptr, scale_ptr, coefficient, mask, part: tl.constexpr, far, token):
-    """Those of a part of the coefficients, and what of them is projected; far: from one's tokens to the next one's."""
-    mix = tl.load(mix_ptr + coefficient * far + token, mask=mask, other=0.0)
-    bias = tl.load(bias_ptr + coefficient + token * 0, mask=mask, other=0.0).to(tl.float32)
+def logits_of(mix_ptr, bias_ptr, scale_ptr, coefficient, exists, part: tl.constexpr, n_rows, token):
+    """Those of a part of the coefficients, and what of them is projected."""
+    mix = tl.load(mix_ptr + coefficient * n_rows.to(tl.int64) + token, mask=exists & (token < n_rows), other=0.0)
+    bias = tl.load(bias_ptr + coefficient, mask=exists, other=0.0).to(tl.float32)
     return mix * tl.load(scale_ptr + part).to(tl.float32) + bias, mix
 
 
@@ -122,17 +122,18 @@ def _mhc_coefficients_fwd_kernel(
     i = tl.arange(0, SIDE)[:, None]
     token = first + tl.arange(0, BLOCK_ROWS)[None, :]
     mask = (i < N) & (token < n_rows)
-    logits, _ = logits_of(mix_ptr, bias_ptr, scale_ptr, i, mask, 0, far, token)
+    logits, _ = logits_of(mix_ptr, bias_ptr, scale_ptr, i, i < N, 0, n_rows, token)
     tl.store(pre_ptr + token * N + i, tl.sigmoid(logits) + pre_eps, mask=mask)
-    logits, _ = logits_of(mix_ptr, bias_ptr, scale_ptr, N + i, mask, 1, far, token)
+    logits, _ = logits_of(mix_ptr, bias_ptr, scale_ptr, N + i, i < N, 1, n_rows, token)
     tl.store(post_ptr + token * N + i, tl.sigmoid(logits) * post_factor, mask=mask)
 
     i = tl.arange(0, SIDE)[:, None, None]
     j = tl.arange(0, SIDE)[None, :, None]
     token = first + tl.arange(0, BLOCK_ROWS)[None, None, :]
-    mask = (i < N) & (j < N) & (token < n_rows)
-    logits, _ = logits_of(mix_ptr, bias_ptr, scale_ptr, 2 * N + i * N + j, mask, 2, far, token)
-    _, matrix = start(logits, (i < N) & (j < N) & (token >= 0), sinkhorn_eps)
+    exists = (i < N) & (j < N)
+    mask = exists & (token < n_rows)
+    logits, _ = logits_of(mix_ptr, bias_ptr, scale_ptr, 2 * N + i * N + j, exists, 2, n_rows, token)
+    _, matrix = start(logits, exists, sinkhorn_eps)
     no_row, no_column = tl.where(i < N, 0.0, 1.0), tl.where(j < N, 0.0, 1.0)
     by_row = tl.full((SIDE, 1, BLOCK_ROWS), 1.0, tl.float32)
     by_column = tl.full((1, SIDE, BLOCK_ROWS), 1.0, tl.float32)
@@ -194,7 +195,7 @@ def _mhc_gates_bwd_kernel(
         mask = (i2 < N) & (token < n_rows)
         dlogits = tl.zeros((SIDE, BLOCK), tl.float32)
         if HAS_DPRE:
-            logits, mix = logits_of(mix_ptr, bias_ptr, scale_ptr, i2, mask, 0, far, token)
+            logits, mix = logits_of(mix_ptr, bias_ptr, scale_ptr, i2, i2 < N, 0, n_rows, token)
             dlogits = tl.load(dpre_ptr + token * N + i2, mask=mask, other=0.0) * sigmoid_and_slope(logits)[1]
             dpre_sums += dlogits
             pre_products += dlogits * mix
@@ -202,7 +203,7 @@ def _mhc_gates_bwd_kernel(
         tl.store(dz_ptr + i2 * far + token, scale * dlogits * rstd, mask=mask)
         dlogits = tl.zeros((SIDE, BLOCK), tl.float32)
         if HAS_DPOST:
-            logits, mix = logits_of(mix_ptr, bias_ptr, scale_ptr, N + i2, mask, 1, far, token)
+            logits, mix = logits_of(mix_ptr, bias_ptr, scale_ptr, N + i2, i2 < N, 1, n_rows, token)
             dpost = tl.load(dpost_ptr + token * N + i2, mask=mask, other=0.0)
             dlogits = dpost * post_factor * sigmoid_and_slope(logits)[1]
             dpost_sums += dlogits
@@ -211,12 +212,13 @@ def _mhc_gates_bwd_kernel(
         tl.store(dz_ptr + (N + i2) * far + token, post_scale * dlogits * rstd, mask=mask)
 
         token = begin + lane[None, None, :]
-        mask = (i < N) & (j < N) & (token < n_rows)
+        exists = (i < N) & (j < N)
+        mask = exists & (token < n_rows)
         coefficient = 2 * N + i * N + j
         dlogits = tl.zeros((SIDE, SIDE, BLOCK), tl.float32)
         if HAS_DRES:
-            logits, mix = logits_of(mix_ptr, bias_ptr, scale_ptr, coefficient, mask, 2, far, token)
-            shares, matrix = start(logits, (i < N) & (j < N) & (token >= 0), sinkhorn_eps)
+            logits, mix = logits_of(mix_ptr, bias_ptr, scale_ptr, coefficient, exists, 2, n_rows, token)
+            shares, matrix = start(logits, exists, sinkhorn_eps)
             by_row = tl.full((SIDE, 1, BLOCK), 1.0, tl.float32)
             by_column = tl.full((1, SIDE, BLOCK), 1.0, tl.float32)
             by_column = normed_columns(matrix, by_row, by_column, no_column, sinkhorn_eps)
