@@ -110,13 +110,11 @@ def attention_residual() -> None:
     for n, t, d, dtype in (
         (8, 64, 128, half),
         (8, 2, 4096, half),
-        (8, 2, 8192, half),  # the widest of which the backward holds the query
         (3, 2, 16384, half),  # the widest
         (3, 2, 16384, full),
     ):
         ops.attention_residual(leaf(n, t, d, dtype=dtype), leaf(d, dtype=dtype), leaf(d, dtype=dtype)).sum().backward()
-    for n in (9, 16):
-        ops.attention_residual([leaf(2, 4096) for _ in range(n)], leaf(4096)).sum().backward()
+    ops.attention_residual([leaf(2, 4096) for _ in range(16)], leaf(4096)).sum().backward()
 
 
 def mhc_coefficients() -> None:
@@ -125,7 +123,6 @@ def mhc_coefficients() -> None:
         (64, 4, 4096, half, half),  # the largest tiles
         (64, 4, 4096, half, full),
         (64, 4, 1024, full, full),
-        (64, 8, 1024, half, half),
     ):
         m = n * (n + 2)
         tensors = leaf(m, n * c, dtype=weight_dtype), leaf(m, dtype=full), leaf(3, dtype=full)
