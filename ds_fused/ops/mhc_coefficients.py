@@ -10,8 +10,9 @@ Sinkhorn-Knopp: a softmax over columns + sinkhorn_eps, of which columns are divi
 iterations - 1 times, rows by theirs and columns by theirs, which comes near a matrix whose rows and columns sum to one.
 From Xie et al., "mHC: Manifold-Constrained Hyper-Connections" (DeepSeek, 2025, arXiv 2512.24880).
 
-Everything is computed in fp32, products of bf16 streams by tensor cores: a weight of fp32 is cut into three bf16
-numbers, which have all its bits. The gradient is that of the iterations as they are, not of their limit.
+Everything is computed in fp32, products by tensor cores: beside streams of bf16 a weight of fp32 is cut into three bf16
+numbers, which have all its bits, and products in fp32 are three in tf32. The gradient is that of the iterations as they
+are, not of their limit.
 
 Saved for backward: x, weight, bias and scale, and in fp32 mix and 1/rms, M + 1 numbers of a token (M = N^2 + 2 N).
 Traffic per token: forward K reads, backward K reads + K writes; the rest is small. Backward, the iterations run once
@@ -139,11 +140,29 @@ class Sizes(NamedTuple):
         return 16 if self.rows <= many else min(32, most) if self.rows <= 2 * many else most
 
 
-def _products(x: Tensor, weight: Tensor) -> dict[str, object]:
-    """How products are made exact: see `product` in _mhc_kernels.py."""
-    parts = 0 if x.dtype != torch.bfloat16 else 1 if weight.dtype == x.dtype else 3
-    # of AMD's devices tensor cores have no such mode in Triton
-    return {"PARTS": parts, "PRECISION": "ieee" if _triton.LANES == 64 else "tf32x3"}
+class Products(NamedTuple):
+    """How products with x are made as exact as the result asks for: see `product` in _mhc_kernels.py."""
+
+    parts: int
+    precision: str
+
+    @classmethod
+    def of(cls, x: Tensor, weight: Tensor, *, backward: bool) -> Products:
+        precision = "tf32x3"
+        if x.dtype == torch.bfloat16:
+            parts = 1 if weight.dtype == x.dtype else 3
+        elif x.dtype == torch.float16 == weight.dtype:
+            # backward not in fp16, whose range gradients would leave; tf32 has all bits of x
+            parts, precision = (0, "tf32") if backward else (1, precision)
+        else:
+            parts = 0
+        # of AMD's devices tensor cores have no such modes in Triton
+        return cls(parts, "ieee" if _triton.LANES == 64 else precision)
+
+    def tiles(self, cols: int, sizes: Sizes) -> dict[str, object]:
+        """And the columns of x's and the weight's tiles: fewer where products are in fp32, or coefficients many."""
+        fewer = (2 if self.parts == 0 else 1) * (1 if sizes.block_m <= 32 else 2 if sizes.block_m <= 128 else 8)
+        return {"PARTS": self.parts, "PRECISION": self.precision, "BLOCK_COLS": max(16, cols // fewer)}
 
 
 def mhc_coefficients_fwd(
@@ -165,15 +184,10 @@ def mhc_coefficients_fwd(
         x, weight, bias, scale, pre, post, res, mix, rstd,
         stride, *_weight_strides(weight), sizes.rows, n * sizes.cols, options.iterations,
         options.eps, options.pre_eps, options.sinkhorn_eps, options.post_factor,
-        N=n, SIDE=sizes.side, BLOCK_M=sizes.block_m, **_products(x, weight),
-        BLOCK_ROWS=block_rows, BLOCK_COLS=_block_cols(COLS_FWD, x, sizes), STAGES=STAGES_FWD, num_warps=WARPS_FWD,
+        N=n, SIDE=sizes.side, BLOCK_M=sizes.block_m, **Products.of(x, weight, backward=False).tiles(COLS_FWD, sizes),
+        BLOCK_ROWS=block_rows, STAGES=STAGES_FWD, num_warps=WARPS_FWD,
     )  # fmt: skip
     return pre, post, res, mix, rstd
-
-
-def _block_cols(cols: int, x: Tensor, sizes: Sizes) -> int:
-    """Of x's tile and the weight's: fewer where numbers are wider or coefficients many."""
-    return max(16, cols * 2 // x.itemsize // (1 if sizes.block_m <= 32 else 2 if sizes.block_m <= 128 else 8))
 
 
 def _weight_strides(weight: Tensor) -> tuple[int, int]:
@@ -228,8 +242,9 @@ def mhc_coefficients_bwd(
     # of dweight, where tokens are in parts; else it is written at once
     splits, dweights = 1, None
     if wants[0] or wants[1]:
-        block_rows, block_cols = sizes.block_rows(x, MOST_ROWS_BWD), _block_cols(COLS_BWD, x, sizes)
-        chunks = n * cdiv(sizes.cols, block_cols)
+        block_rows = sizes.block_rows(x, MOST_ROWS_BWD)
+        tiles = Products.of(x, weight, backward=True).tiles(COLS_BWD, sizes)
+        chunks = n * cdiv(sizes.cols, tiles["BLOCK_COLS"])
         most = cdiv(sizes.rows, block_rows)
         splits = max(1, min(most, multiprocessors(x) * PROGRAMS_PER_MULTIPROCESSOR_BWD // chunks))
         if wants[1] and splits > 1:
@@ -249,8 +264,8 @@ def mhc_coefficients_bwd(
             x, weight, dz, factor, dy, pre, dstreams, dx, dweight if dweights is None else dweights,
             stride, dy_stride, dstreams_stride, *_weight_strides(weight), sizes.rows, sizes.cols,
             N=n, BLOCK_M=sizes.block_m, WANTS_DX=wants[0], WANTS_DWEIGHT=wants[1],
-            HAS_DY=dy is not None, HAS_DSTREAMS=dstreams is not None, **_products(x, weight),
-            BLOCK_ROWS=block_rows, BLOCK_COLS=block_cols, STAGES=STAGES_BWD,
+            HAS_DY=dy is not None, HAS_DSTREAMS=dstreams is not None, **tiles,
+            BLOCK_ROWS=block_rows, STAGES=STAGES_BWD,
             num_warps=WARPS_BWD * (1 if sizes.block_m <= 32 else 2 if sizes.block_m <= 128 else 4),
         )  # fmt: skip
     in_parts = dweights is not None

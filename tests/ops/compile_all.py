@@ -122,6 +122,7 @@ def mhc_coefficients() -> None:
     for t, n, c, dtype, weight_dtype in (
         (64, 4, 4096, half, half),  # the largest tiles
         (64, 4, 4096, half, full),
+        (64, 4, 1024, torch.float16, torch.float16),
         (64, 4, 1024, full, full),
     ):
         m = n * (n + 2)
