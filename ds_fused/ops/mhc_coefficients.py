@@ -227,10 +227,11 @@ def mhc_coefficients_bwd(
     gates = max(2, min(32, GATES // sizes.side**2))
     programs = min(cdiv(sizes.rows, gates), multiprocessors(x) * GATES_PER_MULTIPROCESSOR)
     dz = torch.empty_like(mix)
-    # scratch of the programs, their partial sums, and last the factors of tokens: any number of them leaves the others'
-    # addresses divisible, which kernels are compiled for
-    room = [programs * options.iterations * 2 * sizes.side * gates, programs * 2 * m, sizes.rows]
-    scratch, partial, factor = torch.empty(sum(room), dtype=torch.float32, device=device).split(room)
+    # each in memory of its own: torch.compile gives every name that a kernel writes memory of its own
+    factor, partial, scratch = (
+        torch.empty(size, dtype=torch.float32, device=device)
+        for size in (sizes.rows, programs * 2 * m, programs * options.iterations * 2 * sizes.side * gates)
+    )
     launch(
         _mhc_gates_bwd_kernel, (programs,),
         mix, rstd, bias, scale, *(None if d is None else d.contiguous() for d in (dpre, dpost, dres)),
