@@ -131,7 +131,7 @@ N_COEFFICIENTS = N_STREAMS * (N_STREAMS + 2)
 def coefficients_inputs(generator: torch.Generator, t: int, c: int) -> Inputs:
     n, m = N_STREAMS, N_COEFFICIENTS
     x = _randn(generator, t, n, c).requires_grad_()
-    # as Liger has it: of its kernels one transposed would be a copy
+    # as Liger has it; ours copies it
     phi = nn.Parameter(_randn(generator, n * c, m, scale=(n * c) ** -0.5))
     bias, scale = nn.Parameter(_randn(generator, m).float()), nn.Parameter(torch.ones(3, device=generator.device))
     # gradients lean on what is projected, for dyt_inputs' reason: each of dscale is a number

@@ -391,7 +391,7 @@ _PRE, _POST_RES = _arguments(_stock_pre, "x", "pre"), _arguments(_stock_post_res
 _CONNECTION = _arguments(_stock_connection, "x", "phi", "bias", "scale")
 _V4 = "DeepSeek-V4's steps"
 COEFFICIENTS = {
-    "ds_fused": Provider(_our_coefficients),
+    "ds_fused": Provider(_our_coefficients, note="with a copy of the transposed phi"),
     "hf_eager": Provider(_eager(_COEFFICIENTS), note=_V4),
     "compile": Provider(_compiled(_COEFFICIENTS)),
     "liger": Provider(_liger_coefficients),
@@ -409,7 +409,7 @@ STREAMS_POST_RES = {
     "liger": Provider(_liger_post_res),
 }
 CONNECTION = {
-    "ds_fused": Provider(_our_connection),
+    "ds_fused": Provider(_our_connection, note="with a copy of the transposed phi"),
     "hf_eager": Provider(_eager(_CONNECTION), note=_V4),
     "compile": Provider(_compiled(_CONNECTION)),
     "liger": Provider(_liger_connection),

@@ -72,9 +72,7 @@ def _mhc_coefficients_fwd_kernel(
     res_ptr,  # [T, N, N]
     mix_ptr,  # [M, T] fp32: what is projected, by the norm
     rstd_ptr,  # [T]
-    x_stride,  # elements from one row to the next
-    weight_stride,
-    weight_step,  # elements from one column to the next
+    x_stride,  # elements from one row to the next; the weight has no gaps
     n_rows,
     n_cols,
     iterations,
@@ -101,7 +99,7 @@ def _mhc_coefficients_fwd_kernel(
             other=0.0,
         )
         weight = tl.load(
-            weight_ptr + m[None, :] * weight_stride + cols[:, None] * weight_step,
+            weight_ptr + m[None, :] * n_cols + cols[:, None],
             mask=(m < N * N + 2 * N)[None, :] & (cols < n_cols)[:, None],
             other=0.0,
         )

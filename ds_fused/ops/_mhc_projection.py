@@ -22,11 +22,9 @@ def _mhc_projection_bwd_kernel(
     dstreams_ptr,  # [T, K]: the gradient of x itself, where it goes on elsewhere too
     dx_ptr,  # [T, K]
     dweights_ptr,  # [S, M, K]: the sums over these tokens
-    x_stride,  # elements from one row to the next; dx has no gaps
+    x_stride,  # elements from one row to the next; weight and dx have no gaps
     dy_stride,
     dstreams_stride,
-    weight_stride,
-    weight_step,  # elements from one column to the next
     n_rows,
     n_cols,  # of a stream
     N: tl.constexpr, BLOCK_M: tl.constexpr, WANTS_DX: tl.constexpr, WANTS_DWEIGHT: tl.constexpr,
@@ -45,7 +43,7 @@ def _mhc_projection_bwd_kernel(
     is_coefficient = m < N * N + 2 * N
     if WANTS_DX:
         weight = tl.load(
-            weight_ptr + m[:, None] * weight_stride + cols[None, :] * weight_step,
+            weight_ptr + m[:, None] * (n_cols * N) + cols[None, :],
             mask=is_coefficient[:, None] & (col < n_cols)[None, :],
             other=0.0,
         )

@@ -182,18 +182,12 @@ def mhc_coefficients_fwd(
     launch(
         _mhc_coefficients_fwd_kernel, (cdiv(sizes.rows, block_rows),),
         x, weight, bias, scale, pre, post, res, mix, rstd,
-        stride, *_weight_strides(weight), sizes.rows, n * sizes.cols, options.iterations,
+        stride, sizes.rows, n * sizes.cols, options.iterations,
         options.eps, options.pre_eps, options.sinkhorn_eps, options.post_factor,
         N=n, SIDE=sizes.side, BLOCK_M=sizes.block_m, **Products.of(x, weight, backward=False).tiles(COLS_FWD, sizes),
         BLOCK_ROWS=block_rows, STAGES=STAGES_FWD, num_warps=WARPS_FWD,
     )  # fmt: skip
     return pre, post, res, mix, rstd
-
-
-def _weight_strides(weight: Tensor) -> tuple[int, int]:
-    if torch.compiler.is_compiling() and weight.is_contiguous():
-        return weight.shape[1], 1  # as in row_stride
-    return weight.stride()
 
 
 def mhc_coefficients_bwd(
@@ -217,8 +211,9 @@ def mhc_coefficients_bwd(
     nothing = x.numel() == 0
     make = torch.zeros_like if nothing else torch.empty_like
     dx = _triton.like(x) if wants[0] else None
-    dweight = make(weight, memory_format=torch.contiguous_format) if wants[1] else None
-    dbias, dscale = (make(t) if wanted else None for t, wanted in zip((bias, scale), wants[2:], strict=True))
+    dweight, dbias, dscale = (
+        make(t) if wanted else None for t, wanted in zip((weight, bias, scale), wants[1:], strict=True)
+    )
     if nothing or not any(wants):
         return dx, dweight, dbias, dscale
     sizes, device = Sizes.of(x), x.device
@@ -263,7 +258,7 @@ def mhc_coefficients_bwd(
         launch(
             _mhc_projection_bwd_kernel, (chunks, splits),
             x, weight, dz, factor, dy, pre, dstreams, dx, dweight if dweights is None else dweights,
-            stride, dy_stride, dstreams_stride, *_weight_strides(weight), sizes.rows, sizes.cols,
+            stride, dy_stride, dstreams_stride, sizes.rows, sizes.cols,
             N=n, BLOCK_M=sizes.block_m, WANTS_DX=wants[0], WANTS_DWEIGHT=wants[1],
             HAS_DY=dy is not None, HAS_DSTREAMS=dstreams is not None, **tiles,
             BLOCK_ROWS=block_rows, STAGES=STAGES_BWD,
@@ -330,7 +325,7 @@ def mhc_coefficients(
     """pre [..., N], post [..., N] and res [..., N, N] in fp32, of streams x [..., N, C].
 
     weight [N^2 + 2 N, N C], as that of nn.Linear, bias [N^2 + 2 N], scale [3]: for pre, post and res. Liger's phi is
-    the transposed weight, which is read where it lies: ``phi.T``. N is at most 16; up to 4 it is fast.
+    the transposed weight: ``phi.T``, which is copied. N is at most 16; up to 4 it is fast.
     """
     op = "mhc_coefficients"
     check_coefficients(op, x, weight, bias, scale, iterations)
@@ -338,7 +333,7 @@ def mhc_coefficients(
     if not runs_kernels(x, weight, bias, scale):
         return mhc_coefficients_reference(x, weight, bias, scale, **options._asdict())
     check_dtypes(op, x=x, weight=weight, bias=bias, scale=scale)
-    bias, scale = bias.contiguous(), scale.contiguous()
+    weight, bias, scale = weight.contiguous(), bias.contiguous(), scale.contiguous()
     if torch.compiler.is_compiling():
         # as in rms_norm
         n, c = x.shape[-2:]

@@ -104,7 +104,7 @@ def mhc_in(
     if not runs_kernels(x, weight, bias, scale):
         return mhc_in_reference(x, weight, bias, scale, **options._asdict())
     check_dtypes("mhc_in", x=x, weight=weight, bias=bias, scale=scale)
-    bias, scale = bias.contiguous(), scale.contiguous()
+    weight, bias, scale = weight.contiguous(), bias.contiguous(), scale.contiguous()
     if torch.compiler.is_compiling():
         # dynamo holds no Function that hands an input on
         pre, post, res = mhc_coefficients(x, weight, bias, scale, **options._asdict())
