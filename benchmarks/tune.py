@@ -98,6 +98,33 @@ SEARCHES = (
         "modulated_rms_norm", "", "backward", ((12, 4096, 3072),),
         {"PER_THREAD_BWD": (8, 16), "STAGES_BWD": (1, 2, 3), "WARPS_PER_MULTIPROCESSOR": (16, 32, 64)},
     ),
+    Search(
+        "attention_residual", "", "forward", ((8, 16384, 4096),),
+        {"PER_THREAD_FWD": (8, 16), "STAGES_FWD": (2, 3, 4), "WARPS_PER_MULTIPROCESSOR_FWD": (16, 24, 32)},
+    ),
+    Search(
+        "attention_residual", "", "backward", ((8, 16384, 4096), (16, 4096, 7168)),
+        {"PER_THREAD_BWD": (8, 16), "STAGES_BWD": (2, 3, 4), "WARPS_PER_MULTIPROCESSOR_BWD": (8, 16, 32)},
+    ),
+    Search(
+        "mhc_coefficients", "", "forward", ((16384, 4096),),
+        {"MOST_ROWS_FWD": (64, 128), "COLS_FWD": (64, 128), "WARPS_FWD": (4, 8), "STAGES_FWD": (3, 4)},
+    ),
+    Search(
+        "mhc_coefficients", "", "backward", ((16384, 4096),),
+        {
+            "MOST_ROWS_BWD": (32, 64), "WARPS_BWD": (4, 8), "STAGES_BWD": (3, 4),
+            "PROGRAMS_PER_MULTIPROCESSOR_BWD": (1, 2, 4),
+        },
+    ),
+    Search(
+        "mhc_pre", "", "both", ((16384, 4096),),
+        {"BLOCK": (512, 1024, 2048), "WARPS": (2, 4, 8)},
+    ),
+    Search(
+        "mhc_post_res", "", "both", ((16384, 4096),),
+        {"ELEMENTS": (4096, 8192), "WARPS": (1, 2, 4), "STAGES_FWD": (1, 3), "STAGES_BWD": (1, 3)},
+    ),
     Search("softmax", "", "forward", ((131072, 4096),), {"PER_THREAD": (8, 16, 32)}, file="_along_rows"),
     Search("softmax", "", "backward", ((131072, 4096),), {"PER_THREAD": (8, 16, 32)}, file="_along_rows"),
     Search("softmax", "", "forward", ((8192, 128256),), {"WALK_COLS": (4096, 8192, 16384)}),

@@ -174,6 +174,35 @@ def test_neighborhood_attention_refuses_what_does_not_fit():
         nn.NeighborhoodAttention(D, 3, 4)
 
 
+def test_a_hyper_connection(device):
+    n, eps = 3, 0.1
+
+    class Stock(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(D, D)
+            self.fn = torch.nn.Parameter(torch.empty(15, n * D).normal_(std=0.02))
+            self.base, self.scale = torch.nn.Parameter(torch.zeros(15)), torch.nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            flat = x.flatten(-2)
+            mix = (flat @ self.fn.T) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
+            parts = zip(mix.split([n, n, n * n], -1), self.base.split([n, n, n * n]), strict=True)
+            pre, post, res = (scale * part + base for scale, (part, base) in zip(self.scale, parts, strict=True))
+            res = res.unflatten(-1, (n, n)).softmax(-1)
+            for dim in (-2, -1, -2):
+                res = res / res.sum(dim, keepdim=True)
+            y = self.layer((pre.sigmoid().unsqueeze(-1) * x).sum(-2))
+            return res @ x + 2 * post.sigmoid().unsqueeze(-1) * y.unsqueeze(-2)
+
+    x = torch.stack([X, X.flip(-1), X.flip(0)], -2)
+    options = {"iterations": 2, "eps": eps, "sinkhorn_eps": 0.0}
+    agree(lambda: nn.HyperConnection(torch.nn.Linear(D, D), n, D, **options), Stock, device, x)
+    assert "3, 12, iterations=2" in repr(nn.HyperConnection(torch.nn.Identity(), n, D, **options))
+    with pytest.raises(TypeError, match="tmax"):
+        nn.HyperConnection(torch.nn.Identity(), n, D, tmax=20)
+
+
 @pytest.mark.parametrize(("kind", "act"), [("SwiGLU", "silu"), ("GeGLU", "gelu_pytorch_tanh")])
 def test_mlps_are_those_of_llama(kind, act, device):
     from transformers import LlamaConfig

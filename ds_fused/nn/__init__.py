@@ -23,6 +23,7 @@ from ds_fused.nn.norms import (
 )
 from ds_fused.nn.policy import LinearGRPOLoss
 from ds_fused.nn.preference import LinearCPOLoss, LinearDPOLoss, LinearKTOLoss, LinearORPOLoss, LinearSimPOLoss
+from ds_fused.nn.residuals import HyperConnection
 from ds_fused.nn.softmax import Softmax, Sparsemax
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "GatedRMSNorm",
     "GeGLU",
     "GroupNorm",
+    "HyperConnection",
     "JSDLoss",
     "KLDivLoss",
     "LayerNorm",

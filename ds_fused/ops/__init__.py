@@ -2,6 +2,7 @@
 
 from ds_fused.ops.add_layer_norm import add_layer_norm
 from ds_fused.ops.add_rms_norm import add_rms_norm
+from ds_fused.ops.attention_residual import attention_residual
 from ds_fused.ops.cross_entropy import cross_entropy
 from ds_fused.ops.dyt import dyt
 from ds_fused.ops.embedding import embedding
@@ -17,6 +18,10 @@ from ds_fused.ops.linear_cross_entropy import linear_cross_entropy
 from ds_fused.ops.linear_jsd import linear_jsd
 from ds_fused.ops.linear_kl_div import linear_kl_div
 from ds_fused.ops.linear_log_probs import linear_log_probs
+from ds_fused.ops.mhc_coefficients import mhc_coefficients
+from ds_fused.ops.mhc_in import mhc_in
+from ds_fused.ops.mhc_post_res import mhc_post_res
+from ds_fused.ops.mhc_pre import mhc_pre
 from ds_fused.ops.modulated_rms_norm import modulated_rms_norm
 from ds_fused.ops.multi_token_attention import multi_token_attention
 from ds_fused.ops.neighborhood_attention import neighborhood_attention
@@ -32,6 +37,7 @@ from ds_fused.ops.tvd import tvd
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "attention_residual",
     "cross_entropy",
     "dyt",
     "embedding",
@@ -47,6 +53,10 @@ __all__ = [
     "linear_jsd",
     "linear_kl_div",
     "linear_log_probs",
+    "mhc_coefficients",
+    "mhc_in",
+    "mhc_post_res",
+    "mhc_pre",
     "modulated_rms_norm",
     "multi_token_attention",
     "neighborhood_attention",

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from ds_fused.ops._tiles import ACCUMULATE
 from ds_fused.ops.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from ds_fused.ops.add_rms_norm import add_rms_norm, add_rms_norm_reference
+from ds_fused.ops.attention_residual import attention_residual, attention_residual_reference
 from ds_fused.ops.cross_entropy import cross_entropy, cross_entropy_reference
 from ds_fused.ops.dyt import dyt, dyt_reference
 from ds_fused.ops.embedding import embedding, embedding_reference
@@ -31,6 +32,13 @@ from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross
 from ds_fused.ops.linear_jsd import linear_jsd, linear_jsd_reference
 from ds_fused.ops.linear_kl_div import linear_kl_div, linear_kl_div_reference
 from ds_fused.ops.linear_log_probs import linear_log_probs, linear_log_probs_reference
+from ds_fused.ops.mhc_coefficients import (
+    mhc_coefficients,
+    mhc_coefficients_reference,
+)
+from ds_fused.ops.mhc_in import mhc_in, mhc_in_reference
+from ds_fused.ops.mhc_post_res import mhc_post_res, mhc_post_res_reference
+from ds_fused.ops.mhc_pre import mhc_pre, mhc_pre_reference
 from ds_fused.ops.modulated_rms_norm import modulated_rms_norm, modulated_rms_norm_reference
 from ds_fused.ops.multi_token_attention import multi_token_attention, multi_token_attention_reference
 from ds_fused.ops.neighborhood_attention import neighborhood_attention, neighborhood_attention_reference
@@ -157,6 +165,41 @@ OPS: tuple[Op, ...] = (
         modulated_rms_norm_reference,
         (),
         "root-mean-square norm, scaled and shifted by the sample or the row: diffusion transformers",
+    ),
+    Op(
+        "attention_residual",
+        attention_residual,
+        attention_residual_reference,
+        (),
+        "residual connection by attention over the outputs of earlier blocks, in a stack or each by itself",
+    ),
+    Op(
+        "mhc_coefficients",
+        mhc_coefficients,
+        mhc_coefficients_reference,
+        (),
+        "hyper-connections (mHC): projection of a token's streams, gates, and Sinkhorn-Knopp's iterations",
+    ),
+    Op(
+        "mhc_pre",
+        mhc_pre,
+        mhc_pre_reference,
+        (),
+        "hyper-connections: what a layer reads of the streams",
+    ),
+    Op(
+        "mhc_in",
+        mhc_in,
+        mhc_in_reference,
+        (),
+        "hyper-connections: coefficients and what a layer reads, with one gradient of the streams",
+    ),
+    Op(
+        "mhc_post_res",
+        mhc_post_res,
+        mhc_post_res_reference,
+        (),
+        "hyper-connections: streams mixed, and the layer's output to each",
     ),
     Op(
         "embedding",

@@ -108,6 +108,54 @@ def modulated_rms_norm() -> None:
     ops.modulated_rms_norm(leaf(2, 2, 4096), None, leaf(2, 1, 4096, dtype=full), leaf(4096).detach()).sum().backward()
 
 
+def attention_residual() -> None:
+    half, full = torch.bfloat16, torch.float32
+    for n, t, d, dtype in (
+        (8, 64, 128, half),
+        (8, 2, 4096, half),
+        (3, 2, 16384, half),  # the widest
+        (3, 2, 16384, full),
+    ):
+        ops.attention_residual(leaf(n, t, d, dtype=dtype), leaf(d, dtype=dtype), leaf(d, dtype=dtype)).sum().backward()
+    ops.attention_residual([leaf(2, 4096) for _ in range(16)], leaf(4096)).sum().backward()
+
+
+def mhc_coefficients() -> None:
+    half, full = torch.bfloat16, torch.float32
+    for t, n, c, dtype, weight_dtype in (
+        (64, 4, 4096, half, half),  # the largest tiles
+        (64, 4, 4096, half, full),
+        (64, 4, 1024, torch.float16, torch.float16),
+        (64, 4, 1024, full, full),
+    ):
+        m = n * (n + 2)
+        tensors = leaf(m, n * c, dtype=weight_dtype), leaf(m, dtype=full), leaf(3, dtype=full)
+        outputs = ops.mhc_coefficients(leaf(t, n, c, dtype=dtype), *tensors)
+        torch.autograd.backward([y.sum() for y in outputs])
+
+
+def mhc_in() -> None:
+    # what the backward of the coefficients adds to
+    tensors = leaf(24, 4 * 4096), leaf(24), leaf(3)
+    torch.autograd.backward([y.sum() for y in ops.mhc_in(leaf(64, 4, 4096), *tensors)])
+
+
+def mhc_pre() -> None:
+    for n, c, dtype in ((4, 4096, torch.bfloat16), (4, 4096, torch.float32), (8, 1024, torch.bfloat16)):
+        ops.mhc_pre(leaf(2, n, c, dtype=dtype), leaf(2, n, dtype=torch.float32)).sum().backward()
+
+
+def mhc_post_res() -> None:
+    full = torch.float32
+    for n, c, dtype in (
+        (4, 4096, torch.bfloat16),
+        (4, 4096, full),
+        (8, 1024, torch.bfloat16),
+    ):
+        streams = leaf(2, n, c, dtype=dtype), leaf(2, c, dtype=dtype)
+        ops.mhc_post_res(*streams, leaf(2, n, dtype=full), leaf(2, n, n, dtype=full)).sum().backward()
+
+
 def embedding() -> None:
     for h, dtype in ((576, torch.bfloat16), (4096, torch.float32)):
         # more than one chunk, so that there is something to join

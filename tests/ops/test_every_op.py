@@ -34,6 +34,7 @@ def example(
     op, x, weight, head = getattr(ops, name), some(6, 8), some(8), some(11, 8, seed=1)
     teacher = some(6, 8, seed=2), some(11, 8, seed=3)
     logits, others = some(6, 11), some(6, 11, seed=4)
+    streams = [some(6, 4, 8), some(24, 32, seed=5), some(24), some(3)]
     calls = {
         "rms_norm": (op, [x, weight]),
         "layer_norm": (op, [x, weight, some(8, seed=1)]),
@@ -42,6 +43,11 @@ def example(
         "group_norm": (lambda x, *more: op(x, 4, *more), [x, weight, some(8, seed=1)]),
         "gated_rms_norm": (op, [x, some(6, 8, seed=1), weight]),
         "modulated_rms_norm": (op, [some(2, 3, 8), weight, some(2, 1, 8), some(2, 1, 8, seed=1)]),
+        "attention_residual": (lambda q, *blocks: op(blocks, q), [weight, *(some(6, 8, seed=i) for i in (1, 2, 3))]),
+        "mhc_coefficients": (op, streams),
+        "mhc_in": (op, streams),
+        "mhc_pre": (op, [streams[0], some(6, 4)]),
+        "mhc_post_res": (op, [streams[0], x, some(6, 4), some(6, 4, 4)]),
         "dyt": (op, [x, some(1), weight]),
         "poly_norm": (op, [x, some(3), some(1)]),
         "rope": (lambda q, k: op(*turned(q, k)), [some(1, 2, 3, 8), some(1, 1, 3, 8)]),

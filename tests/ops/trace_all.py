@@ -95,6 +95,42 @@ def experts() -> Iterator[Case]:
     yield routed, [(leaf(n, 2, 64), leaf(3, 96, 64).detach(), leaf(3, 64, 48), leaf(n, 2, 2)) for n in (3, 4)]
 
 
+def attention_residual() -> Iterator[Case]:
+    yield ops.attention_residual, [(leaf(n, 3, 64), leaf(64), leaf(64)) for n in (3, 4, 5)]
+    yield ops.attention_residual, [(leaf(3, 2, t, d), leaf(d), leaf(d)) for t, d in ((3, 64), (4, 64), (4, 128))]
+    for n in (1, 3, 17):
+        yield lambda query, *blocks: ops.attention_residual(blocks, query), [(leaf(64), *[leaf(2, 3, 64)] * n)]
+
+
+def streams(*leading: int, n: int = 4, c: int = 16, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
+    m = n * (n + 2)
+    return leaf(*leading, n, c, dtype=dtype), leaf(m, n * c), leaf(m, dtype=torch.float32), leaf(3)
+
+
+def mhc_coefficients() -> Iterator[Case]:
+    yield ops.mhc_coefficients, [streams(2, t) for t in (3, 4, 5)]
+    yield ops.mhc_coefficients, [streams(t, c=c) for t, c in ((64, 16), (64, 32), (200, 32))]
+    yield (
+        lambda x, phi, *more: ops.mhc_coefficients(x.transpose(0, 1), phi.T, *more)[2],
+        [(x.detach(), leaf(64, 24), bias, scale) for x, _, bias, scale in (streams(2, t) for t in (3, 4))],
+    )
+
+
+def mhc_in() -> Iterator[Case]:
+    yield ops.mhc_in, [streams(2, t) for t in (3, 4, 5)]
+
+
+def mhc_pre() -> Iterator[Case]:
+    yield ops.mhc_pre, [(leaf(2, t, 4, c), leaf(2, t, 4)) for t, c in ((3, 16), (4, 16), (4, 32))]
+
+
+def mhc_post_res() -> Iterator[Case]:
+    yield (
+        ops.mhc_post_res,
+        [(leaf(2, t, 4, c), leaf(2, t, c), leaf(2, t, 4), leaf(2, t, 4, 4)) for t, c in ((3, 16), (4, 16), (4, 32))],
+    )
+
+
 def embedding() -> Iterator[Case]:
     yield ops.embedding, [(labels(n), leaf(11, 64)) for n in (3, 4, 5)]
     yield ops.embedding, [(labels(600), leaf(11, h)) for h in (64, 128, 2000)]

@@ -1,0 +1,44 @@
+"""Residual connections."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ds_fused.nn._options import known, listed
+from ds_fused.ops import mhc_in, mhc_post_res
+
+
+class HyperConnection(torch.nn.Module):
+    """A layer [..., C] -> [..., C] between residual streams: ``res x + post layer(pre x)`` for x [..., N, C] (mHC).
+
+    fn, base and scale have the names and first values of transformers' DeepSeek-V4, whose res is the transposed one.
+    ``layer`` is called with what comes after x as well. Options are those of ``mhc_coefficients``.
+    """
+
+    def __init__(
+        self,
+        layer: torch.nn.Module,
+        num_streams: int,
+        hidden_size: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: object,
+    ) -> None:
+        super().__init__()
+        place = {"device": device, "dtype": dtype}
+        coefficients = num_streams * (num_streams + 2)
+        self.layer = layer
+        self.fn = torch.nn.Parameter(torch.empty(coefficients, num_streams * hidden_size, **place).normal_(std=0.02))
+        self.base = torch.nn.Parameter(torch.zeros(coefficients, **place))
+        self.scale = torch.nn.Parameter(torch.ones(3, **place))
+        self.num_streams, self.hidden_size = num_streams, hidden_size
+        self.options = known(mhc_in, options)
+
+    def forward(self, x: Tensor, *more: object, **named: object) -> Tensor:
+        y, post, res, x = mhc_in(x, self.fn, self.base, self.scale, **self.options)
+        return mhc_post_res(x, self.layer(y, *more, **named), post, res)
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, (f"{self.num_streams}, {self.hidden_size}", listed(self.options))))

@@ -1,0 +1,265 @@
+"""Attention over depth: ``y = sum_i p_i v_i``, p the softmax over i of ``<query, weight * v_i / rms(v_i)>``.
+
+What a block adds to is no sum of the blocks before it but a mean of their outputs v_1 ... v_N, weighted token by token:
+the residual connection of "Attention Residuals" (Kimi Team, Moonshot AI, 2026, arXiv 2603.15031).
+rms(v) = sqrt(mean(v^2) + eps). Computed in fp32 and rounded once, to the blocks' dtype.
+
+Saved for backward: the blocks, query and weight; in fp32 score and 1/rms of each token and block, and of each token the
+largest score and the sum of exponentials.
+Traffic per token, in rows of D: forward N reads + 1 write, the softmax going on from block to block; backward N + 1
+reads + N writes, the blocks being read a second time where they were just read (L2), plus one row of fp32 partial sums
+per program, added up in a fixed order by a second small launch (no atomics: same input, same bits).
+
+Blocks lie in one stack, or each by itself, up to LISTED of them without a copy: the kernels take their addresses.
+
+Sizes: N blocks, T tokens (every leading dimension, flattened), D columns.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ds_fused.ops._attention_residual_kernels import (
+    _attention_residual_bwd_kernel,
+    _attention_residual_bwd_listed_kernel,
+    _attention_residual_fwd_kernel,
+    _attention_residual_fwd_listed_kernel,
+    _attention_residual_sums_kernel,
+)
+from ds_fused.ops._launch import launch
+from ds_fused.ops._norms import contiguous
+from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._row_tiles import tile
+from ds_fused.ops._sums import SUM_COLS, SUM_ROWS
+from ds_fused.ops._triton import (
+    cdiv,
+    check_dtypes,
+    like,
+    multiprocessors,
+    resident,
+    row_stride,
+    rows_of,
+    runs_kernels,
+    stages_for,
+)
+
+log = logging.getLogger("ds_fused")
+
+# blocks that need not lie in one stack: as many pointers as the kernels take
+LISTED = 16
+# the widest row that a program's registers hold; of wider ones than the second the backward reads the query again for
+# each block: at 16384 columns of fp32 196 bytes a thread would spill on sm90
+WIDEST = 16384
+WIDEST_QUERY = 8192
+# None of these is measured yet. At 4096 columns a program has 8 warps, and ptxas gives its threads 78 registers forward
+# and 105 backward on sm90: three and two programs are resident.
+TILE_FWD, PER_THREAD_FWD, STAGES_FWD = 2048, 16, 3
+TILE_BWD, PER_THREAD_BWD, STAGES_BWD = 2048, 16, 3
+WARPS_PER_MULTIPROCESSOR_FWD = 24
+WARPS_PER_MULTIPROCESSOR_BWD = 16
+# of L2, for what the programs read a second time, in bytes: half of an H100's
+MOST_READ_AGAIN = 24 * 2**20
+
+
+def attention_residual_reference(
+    blocks: Tensor | Sequence[Tensor], query: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6
+) -> Tensor:
+    """What this file computes, in PyTorch: the specification, the CPU path and the yardstick of the tests."""
+    stack = blocks if isinstance(blocks, Tensor) else torch.stack([*blocks])
+    wide = stack.to(torch.promote_types(stack.dtype, torch.float32))
+    keys = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        keys = keys * weight.to(wide.dtype)
+    shares = (keys * query.to(wide.dtype)).sum(-1, keepdim=True).softmax(0)
+    return (shares * wide).sum(0).to(stack.dtype)
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    log.warning(line)
+
+
+class Blocks(NamedTuple):
+    """How the kernels find the blocks."""
+
+    tensors: tuple[Tensor | None, ...]  # a stack [N, T, D]; or rows [T, D], and None up to LISTED
+    listed: bool
+    strides: tuple[int, ...]  # elements from one block of a stack to the next, and from one row to the next
+    count: int
+    rows: int
+    cols: int
+
+    @classmethod
+    def of(cls, blocks: Sequence[Tensor]) -> Blocks:
+        """One stack [N, ..., D], or rows [..., D]."""
+        if len(blocks) == 1:
+            stack = blocks[0]
+            if stack.ndim != 3:
+                stack = stack.flatten(1, -2) if stack.ndim > 3 else stack.unsqueeze(1)
+            n, t, d = stack.shape
+            if torch.compiler.is_compiling():
+                # as in row_stride: dynamo can't say the strides of every tensor
+                return cls((stack.contiguous(),), False, (t * d, d), n, t, d)
+            if stack.stride(2) != 1 and d != 1:
+                stack = stack.contiguous()
+            return cls((stack,), False, stack.stride()[:2], n, t, d)
+        rows = [rows_of(block) for block in blocks]
+        if len({row_stride(block) for block in rows}) > 1:
+            rows = [block.contiguous() for block in rows]
+        return cls(_padded(rows), True, (row_stride(rows[0]),), len(rows), *rows[0].shape)
+
+
+def _padded(tensors: list[Tensor]) -> tuple[Tensor | None, ...]:
+    return *tensors, *[None] * (LISTED - len(tensors))
+
+
+def attention_residual_fwd(
+    blocks: Sequence[Tensor], query: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """A stack [N, ..., D] or blocks [..., D], query, weight [D] -> y [..., D], saved [2 N + 2, T]."""
+    first, at = blocks[0], Blocks.of(blocks)
+    # half the host time of torch.empty, as `like` is
+    y = like(first) if at.listed else first.new_empty(*first.shape[1:])
+    saved = torch.empty((2 * at.count + 2, at.rows), dtype=torch.float32, device=first.device)
+    if at.rows == 0 or at.cols == 0:
+        return y, saved
+    block = tile(at.cols, TILE_FWD, PER_THREAD_FWD, WIDEST)
+    launch(
+        _attention_residual_fwd_listed_kernel if at.listed else _attention_residual_fwd_kernel,
+        (min(cdiv(at.rows, block.rows), resident(first, WARPS_PER_MULTIPROCESSOR_FWD, block.warps)),),
+        *at.tensors, query, weight, y, saved, *at.strides, at.count, at.rows, at.cols, eps,
+        HAS_WEIGHT=weight is not None, BLOCK_ROWS=block.rows, BLOCK_COLS=block.cols,
+        STAGES=stages_for(STAGES_FWD, first.itemsize * block.rows * block.cols), num_warps=block.warps,
+    )  # fmt: skip
+    return y, saved
+
+
+def attention_residual_bwd(
+    dy: Tensor,
+    blocks: Sequence[Tensor],
+    query: Tensor,
+    weight: Tensor | None,
+    saved: Tensor,
+    wants: tuple[bool, bool, bool],
+) -> tuple[list[Tensor] | None, Tensor | None, Tensor | None]:
+    """dy [..., D], blocks, query, weight [D], saved -> the blocks' gradients, dquery, dweight [D]; those wanted."""
+    at = Blocks.of(blocks)
+    nothing = at.rows == 0 or at.cols == 0
+    make = torch.zeros_like if nothing else torch.empty_like
+    dblocks = [like(block) for block in blocks] if wants[0] else None
+    dquery = make(query) if wants[1] else None
+    dweight = make(weight) if wants[2] else None
+    if nothing or not any(wants):
+        return dblocks, dquery, dweight
+    dy = rows_of(dy)
+    sums = wants[1] or wants[2]
+    # the pointers of a list take registers: at 16 elements a thread of 4096 columns 149 to 166 on sm90, at 8 84
+    per_thread = PER_THREAD_BWD // 2 if at.listed and at.cols <= 4096 else PER_THREAD_BWD
+    block = tile(at.cols, TILE_BWD, per_thread, WIDEST)
+    holds_query = block.cols <= WIDEST_QUERY
+    itemsize = dy.itemsize
+    again = max(multiprocessors(dy), MOST_READ_AGAIN // (at.count * itemsize * block.rows * block.cols))
+    if not holds_query:
+        itemsize += query.itemsize + (0 if weight is None else weight.itemsize)
+    programs = min(cdiv(at.rows, block.rows), resident(dy, WARPS_PER_MULTIPROCESSOR_BWD, block.warps), again)
+    partial = torch.empty((programs, at.cols), dtype=torch.float32, device=dy.device) if sums else None
+    gradients = [None] if dblocks is None else dblocks
+    launch(
+        _attention_residual_bwd_listed_kernel if at.listed else _attention_residual_bwd_kernel, (programs,),
+        dy, *at.tensors, *(_padded(gradients) if at.listed else gradients), query, weight, saved, partial,
+        row_stride(dy), *at.strides, at.count, at.rows, at.cols,
+        HAS_WEIGHT=weight is not None, WANTS_DV=wants[0], WANTS_SUMS=sums,
+        HOLDS_QUERY=holds_query,
+        BLOCK_ROWS=block.rows, BLOCK_COLS=block.cols, STAGES=stages_for(STAGES_BWD, itemsize * block.rows * block.cols),
+        num_warps=block.warps,
+    )  # fmt: skip
+    if sums:
+        launch(
+            _attention_residual_sums_kernel, (cdiv(at.cols, SUM_COLS),),
+            partial, query, weight, dquery, dweight, programs, at.cols,
+            HAS_WEIGHT=weight is not None, WANTS_DQUERY=wants[1], WANTS_DWEIGHT=wants[2],
+            BLOCK_ROWS=SUM_ROWS, BLOCK_COLS=SUM_COLS, num_warps=8,
+        )  # fmt: skip
+    return dblocks, dquery, dweight
+
+
+class AttentionResidualFunction(torch.autograd.Function):
+    """Autograd around the launchers, which flatten (see RMSNormFunction). One block is a stack."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, weight: Tensor | None, eps: float, *blocks: Tensor) -> Tensor:
+        y, saved = attention_residual_fwd(blocks, query, weight, eps)
+        ctx.save_for_backward(query, weight, saved, *blocks)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        query, weight, saved, *blocks = ctx.saved_tensors
+        wants_query, wants_weight, _, *each = ctx.needs_input_grad
+        dblocks, dquery, dweight = attention_residual_bwd(
+            dy, blocks, query, weight, saved, (any(each), wants_query, wants_weight)
+        )
+        if dblocks is None:
+            return dquery, dweight, None, *[None] * len(blocks)
+        return dquery, dweight, None, *[d if wants else None for d, wants in zip(dblocks, each, strict=True)]
+
+
+def _as_tensors(blocks: Tensor | Sequence[Tensor], query: Tensor, weight: Tensor | None) -> list[Tensor]:
+    """One stack, or from two to LISTED blocks."""
+    op = "attention_residual"
+    if isinstance(blocks, Tensor):
+        if blocks.ndim < 2 or blocks.shape[0] == 0:
+            raise ValueError(f"{op}: blocks {tuple(blocks.shape)} must be a stack of at least one block, [N, ..., D]")
+        tensors, d = [blocks], blocks.shape[-1]
+    else:
+        tensors = [*blocks]
+        if not tensors:
+            raise ValueError(f"{op}: blocks is empty; there must be at least one")
+        first = tensors[0]
+        if first.ndim == 0:
+            raise ValueError(f"{op}: blocks[0] is a number; it must have a last dimension, its columns")
+        for i, block in enumerate(tensors):
+            if block.shape != first.shape or block.dtype != first.dtype:
+                raise ValueError(
+                    f"{op}: blocks[{i}] is {block.dtype} {tuple(block.shape)}, blocks[0] {first.dtype} "
+                    f"{tuple(first.shape)}; all must have one shape and dtype"
+                )
+        d = first.shape[-1]
+        if len(tensors) == 1 or len(tensors) > LISTED:
+            tensors = [torch.stack(tensors)]
+    for name, vector in (("query", query), ("weight", weight)):
+        if vector is not None and vector.shape != (d,):
+            raise ValueError(f"{op}: {name} {tuple(vector.shape)} must be one value per column of the blocks, ({d},)")
+    return tensors
+
+
+def attention_residual(
+    blocks: Tensor | Sequence[Tensor], query: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6
+) -> Tensor:
+    """The mean of N blocks' outputs by the softmax over them of ``query . rms_norm(block, weight)``: [..., D].
+
+    blocks: a stack [N, ..., D], or a sequence of N tensors [..., D] of one dtype (more than 16 are stacked, which
+    copies them); query [D]; weight [D] or None, that of the keys' norm. Rows of more than 16384 columns run the
+    reference, and a line says so.
+    """
+    tensors = _as_tensors(blocks, query, weight)
+    d = tensors[0].shape[-1]
+    if d > WIDEST:
+        _say_once(f"ds_fused: attention_residual: rows of {d} columns are wider than {WIDEST}: PyTorch computes them")
+    if d > WIDEST or not runs_kernels(*tensors, query, weight):
+        return attention_residual_reference(blocks, query, weight, eps=eps)
+    check_dtypes("attention_residual", blocks=tensors[0], query=query, weight=weight)
+    query, weight = query.contiguous(), contiguous(weight)
+    if torch.compiler.is_compiling():
+        # as in rms_norm
+        shape = tensors[0].shape[1:] if len(tensors) == 1 else tensors[0].shape
+        flat = [t.reshape(t.shape[0], -1, t.shape[-1]) if len(tensors) == 1 else rows_of(t) for t in tensors]
+        return AttentionResidualFunction.apply(query, weight, eps, *flat).view(shape)
+    return AttentionResidualFunction.apply(query, weight, eps, *tensors)
