@@ -160,8 +160,13 @@ class _Started:
 def _wait(started: Sequence[_Started], timeout: float) -> list[Ended]:
     try:
         too_late = _watch(started, time.monotonic() + timeout)
+    except KeyboardInterrupt:
+        # by somebody's time limit: how far they have come is worth having
+        for s in started:
+            s.end()
+        # pytest shows nothing that is printed here
+        raise KeyboardInterrupt(_shown([s.ended() for s in started])) from None
     finally:
-        # also when the test run is interrupted
         for s in started:
             s.end()
     ended = [s.ended() for s in started]

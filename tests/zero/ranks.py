@@ -145,6 +145,8 @@ def main(out: Path, names: list[str]) -> None:
         runs = {"stock": attempt(by_name[name], fused=False), "fused": attempt(by_name[name], fused=True)}
         if dist.get_rank() == 0:
             torch.save(runs, out / f"{name}.pt")
+            failed = ", ".join(run for run, result in runs.items() if "error" in result)
+            print(name, f"failed: {failed}" if failed else "trained", flush=True)
 
 
 if __name__ == "__main__":
