@@ -192,7 +192,8 @@ def product_of_experts(left: Tensor, right: Tensor, routes: Routes, like: Tensor
     expert_stride, left_stride, right_stride = _strides(dweight)
     if swapped:
         left_stride, right_stride = right_stride, left_stride
-    tile = _tile(like, n_left, n_right, left.shape[0], levels=2)
+    # steps as of many rows: how many an expert has the device alone knows, and a traced graph then is for any N
+    tile = _tile(like, n_left, n_right, STEP, levels=2)
     launch(
         _product_of_experts_kernel, (like.shape[0] * cdiv(n_left, tile.rows) * cdiv(n_right, tile.cols),),
         left, right, dweight, routes.tokens, routes.ends, row_stride(left), row_stride(right),

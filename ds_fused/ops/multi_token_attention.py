@@ -28,7 +28,7 @@ from torch import Tensor
 from ds_fused.ops._along_rows import LEFT, ZERO
 from ds_fused.ops._causal_conv import Window, causal_conv, causal_conv_taps, fits
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._triton import autocast_dtype, check_dtypes, like, runs_kernels
+from ds_fused.ops._triton import autocast_dtype, check_dtypes, like, rows_of, runs_kernels
 from ds_fused.ops.softmax import softmax_bwd, softmax_fwd, softmax_reference
 from ds_fused.ops.sparsemax import sparsemax_bwd, sparsemax_fwd, sparsemax_reference
 
@@ -54,7 +54,9 @@ def multi_token_attention_reference(
 
 
 class MultiTokenAttentionFunction(torch.autograd.Function):
-    """Autograd around rows and convolution; ``window`` is None where the convolution is PyTorch's."""
+    """Autograd around rows and convolution: scores come as rows [B C L, L], and with their shape; ``window`` is None
+    where the convolution is PyTorch's.
+    """
 
     @staticmethod
     def forward(
@@ -62,12 +64,13 @@ class MultiTokenAttentionFunction(torch.autograd.Function):
         scores: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        shape: torch.Size,
         options: tuple[tuple[int, int], tuple[int, int], tuple[int, int], int],
         window: Window | None,
         sparse: bool,
     ) -> Tensor:
         rows = sparsemax_fwd if sparse else softmax_fwd
-        p = rows(scores, weight.dtype, ZERO if window is None else LEFT)
+        p = rows(scores, weight.dtype, ZERO if window is None else LEFT).view(shape)
         if window is None:
             y = F.conv2d(p, weight, bias, *options).tril_()
         else:
@@ -96,8 +99,8 @@ class MultiTokenAttentionFunction(torch.autograd.Function):
             rows = sparsemax_bwd if ctx.sparse else softmax_bwd
             # over our own dp: PyTorch's may lie with its heads last, in a compiled graph unknown to us
             over = ctx.window is not None and dp.dtype == ctx.dtype
-            dscores = rows(dp, p, dp if over else like(p, ctx.dtype), ZERO)
-        return dscores, dweight, dbias, None, None, None
+            dscores = rows(dp, p, dp if over else like(p, ctx.dtype), ZERO).flatten(0, 2)
+        return dscores, dweight, dbias, None, None, None, None
 
 
 def _conv_bwd(
@@ -196,4 +199,6 @@ def multi_token_attention(
     window = Window(n_out // groups, n_sources, height, width, options[2], options[1])
     if options[0] != (1, 1) or not fits(window, weight):
         window = None
-    return MultiTokenAttentionFunction.apply(scores.contiguous(), weight.contiguous(), bias, options, window, sparse)
+    # flattened here: dynamo 2.11 can't hold the sizes of what was made of an input
+    rows = rows_of(scores.contiguous())
+    return MultiTokenAttentionFunction.apply(rows, weight.contiguous(), bias, scores.shape, options, window, sparse)
