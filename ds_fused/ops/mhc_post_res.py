@@ -99,7 +99,8 @@ def mhc_post_res(x: Tensor, y: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """``res @ x + post * y`` for each token: [..., N, C], of x's dtype.
 
     Streams x [..., N, C], the layer's output y [..., C], post [..., N], res [..., N, N]: ``res[..., i, j]`` is what of
-    stream j goes to stream i (DeepSeek-V4 of transformers has it the other way: ``res.transpose(-1, -2)``).
+    stream j goes to stream i (DeepSeek-V4 of transformers has it the other way: ``res.transpose(-1, -2)``). N is at
+    most 16.
     """
     op = "mhc_post_res"
     check_streams(op, x)
