@@ -208,7 +208,8 @@ def neighborhood_attention(
 ) -> Tensor:
     """``softmax(scale * q k^T) v`` over the kernel_size tokens around each; [B, H, T, D].
 
-    ``dilation``: only every so manieth token is a neighbour, of as many as before. ``scale``: 1 / sqrt(D) where None.
+    ``dilation``: the step from one neighbour to the next, of which there are as many as before. ``scale``: 1 / sqrt(D)
+    where None.
     ``border``: at the ends of the sequence a token has the neighbours that there are ("cut"), or the kernel_size
     nearest to the end ("shift").
     q, k and v have one shape and one dtype, and up to 256 columns. Any strides are read in place if the columns of a
