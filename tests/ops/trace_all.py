@@ -377,7 +377,10 @@ def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., None]
     for part in graph.modules():
         for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
             if node.target is triton_kernel_wrapper_mutation:
-                kernel, names = kernel_of(node), names_written(node)
+                kernel = kernel_of(node)
+                tensors = [x for x in node.kwargs["kwargs"].values() if isinstance(x, torch.fx.Node)]
+                # asked only where it matters: the answer takes Inductor a compilation's first steps
+                names = names_written(node) if len(set(tensors)) < len(tensors) else []
                 if len({node.kwargs["kwargs"][name] for name in names}) < len(names):
                     raise ValueError(f"{kernel.__name__} writes one tensor by two of {', '.join(names)}")
                 if wide := floats_that_stay_wide(kernel, node):
