@@ -50,6 +50,7 @@ from ds_fused.ops._triton import (
     row_stride,
     rows_of,
     runs_kernels,
+    without_autocast,
 )
 
 # None of these is measured yet. Tokens of a tile, at most: for as many the forward reads the weight again, from L2.
@@ -92,7 +93,9 @@ def mhc_coefficients_reference(
     flat = x.flatten(-2)
     flat = flat.to(torch.promote_types(x.dtype, torch.float32))
     weight, bias, scale = (t.to(flat.dtype) for t in (weight, bias, scale))
-    mix = F.linear(flat, weight) * torch.rsqrt(flat.pow(2).mean(-1, keepdim=True) + eps)
+    with without_autocast(x):
+        mix = F.linear(flat, weight)
+    mix = mix * torch.rsqrt(flat.pow(2).mean(-1, keepdim=True) + eps)
     pre, post, res = (
         factor * part + offset
         for factor, part, offset in zip(scale, mix.split([n, n, n * n], -1), bias.split([n, n, n * n]), strict=True)

@@ -45,6 +45,13 @@ def test_frozen(frozen, device):
     judge(inputs_of(5, n=3, c=7, device=device), torch.bfloat16, frozen=frozen)
 
 
+def test_autocast_changes_nothing():
+    inputs = [t.float() for t in inputs_of(5, n=3, c=7, device="cpu")]
+    wanted = mhc_post_res_reference(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same_bits(mhc_post_res_reference(*inputs), wanted)
+
+
 def test_strided(device):
     inputs = [t.bfloat16() for t in inputs_of(6, 2, n=3, c=8, device=device)]
     for at in (slice(None, None, 2), (slice(None), 1)):
