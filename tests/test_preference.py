@@ -167,7 +167,7 @@ def test_orpo_of_answers_that_are_nearly_certain():
     torch.testing.assert_close(mean.grad, wide.grad.float(), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("kl", [None, torch.tensor(0.2)])
+@pytest.mark.parametrize("kl", [None, 0.2, torch.tensor(0.2)])
 @pytest.mark.parametrize("average", [False, True])
 def test_kto(average, kl):
     loss, is_chosen = nn.LinearKTOLoss(beta=0.3, average=average), torch.tensor([True, False, True, True, False, False])
@@ -311,6 +311,15 @@ def test_errors():
         (lambda: nn.LinearCPOLoss()(X[1:], WEIGHT, ANSWERS[1:]), r"LinearCPOLoss: labels \(5, 7\) must be \[2B, T\]"),
         (lambda: nn.LinearORPOLoss()(X, WEIGHT, ANSWERS, nll_labels=LABELS[:, :6]), r"nll_labels \(6, 6\) must be"),
         (lambda: nn.LinearDPOLoss()(X, WEIGHT, ANSWERS, ref_x=REF_X), "LinearDPOLoss: a reference needs both"),
+        (lambda: nn.LinearDPOLoss()(X, WEIGHT, ANSWERS, ref_bias=BIAS), "LinearDPOLoss: a reference needs both"),
+        (
+            lambda: nn.LinearDPOLoss()(X, WEIGHT, ANSWERS, ref_x=X, ref_weight=WEIGHT, ref_log_probs=OLD.sum(-1)),
+            "LinearDPOLoss: ref_log_probs and a reference's head both came",
+        ),
+        (
+            lambda: nn.LinearGRPOLoss(beta=0.1)(X, WEIGHT, LABELS, ADVANTAGES, ref_weight=WEIGHT, ref_log_probs=OLD),
+            "LinearGRPOLoss: ref_log_probs and a reference's head both came",
+        ),
         (lambda: nn.LinearDPOLoss()(X, WEIGHT, ANSWERS, ref_log_probs=OLD), r"ref_log_probs \(6, 7\) must be one for"),
         (lambda: nn.LinearKTOLoss()(X, WEIGHT, ANSWERS, MASK), r"is_chosen \(6, 7\) \[B\]"),
     ):

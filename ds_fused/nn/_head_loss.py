@@ -34,11 +34,14 @@ class HeadLoss(torch.nn.Module):
         return linear_log_probs(x, weight, labels, bias=bias, ignore_index=self.ignore_index, **self.head)
 
     def reference_log_probs(
-        self, labels: Tensor, x: Tensor | None, weight: Tensor | None, bias: Tensor | None
+        self, labels: Tensor, x: Tensor | None, weight: Tensor | None, bias: Tensor | None, given: Tensor | None
     ) -> Tensor | None:
-        """Of each token, from a frozen model; None where there is none."""
-        if x is None and weight is None:
-            return None
+        """Of each token, from a frozen model, or what is ``given``; None where there is no reference."""
+        has_head = any(t is not None for t in (x, weight, bias))
+        if given is not None and has_head:
+            raise ValueError(f"{type(self).__name__}: ref_log_probs and a reference's head both came; pass one of them")
+        if not has_head:
+            return given
         if x is None or weight is None:
             raise ValueError(f"{type(self).__name__}: a reference needs both ref_x and ref_weight")
         with torch.no_grad():

@@ -146,7 +146,7 @@ def kto_loss(
     log_probs: Tensor,  # [B]
     is_chosen: Tensor,  # [B] bool
     ref_log_probs: Tensor | None = None,  # [B]; None: 0
-    kl: Tensor | None = None,  # a number, or [B]; None: 0
+    kl: Tensor | float | None = None,  # a number, or [B]; None: 0
     *,
     beta: float = 0.1,
 ) -> Tensor:
@@ -156,7 +156,7 @@ def kto_loss(
     """
     rewards = log_probs if ref_log_probs is None else log_probs - ref_log_probs
     if kl is not None:
-        rewards = rewards - kl.detach()
+        rewards = rewards - (kl.detach() if isinstance(kl, Tensor) else kl)
     return torch.sigmoid(beta * torch.where(is_chosen, -rewards, rewards)).mean()
 
 

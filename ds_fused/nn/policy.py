@@ -39,8 +39,8 @@ class LinearGRPOLoss(HeadLoss):
         ref_log_probs: Tensor | None = None,  # [B, T]: instead, what it gave each token
     ) -> Tensor | tuple[Tensor, GRPOMetrics]:
         labels = ids if mask is None else ids.masked_fill(~mask.bool(), self.ignore_index)
-        if ref_log_probs is None and self.options["beta"] != 0.0:
-            ref_log_probs = self.reference_log_probs(labels, ref_x, ref_weight, ref_bias)
+        if self.options["beta"] != 0.0:
+            ref_log_probs = self.reference_log_probs(labels, ref_x, ref_weight, ref_bias, ref_log_probs)
         return self.loss(
             self.log_probs(x, weight, labels, bias), advantages, mask, old_log_probs, ref_log_probs, importance_ratio,
             n_tokens, **self.options,

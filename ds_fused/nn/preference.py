@@ -46,8 +46,8 @@ class _AnswersLoss(HeadLoss):
         self, labels: Tensor, x: Tensor | None, weight: Tensor | None, bias: Tensor | None, given: Tensor | None
     ) -> Tensor | None:
         """What the reference gives each answer; None without one."""
+        log_probs = self.reference_log_probs(labels, x, weight, bias, given)
         if given is None:
-            log_probs = self.reference_log_probs(labels, x, weight, bias)
             return None if log_probs is None else self._of_answers(log_probs, labels != self.ignore_index)
         if given.shape != labels.shape[:1]:
             raise ValueError(
@@ -212,7 +212,7 @@ class LinearKTOLoss(_AnswersLoss):
         is_chosen: Tensor,  # [B] bool
         *,
         bias: Tensor | None = None,  # [V]
-        kl: Tensor | None = None,  # a number, or [B]
+        kl: Tensor | float | None = None,  # a number, or [B]
         ref_x: Tensor | None = None,  # [B, T, H']
         ref_weight: Tensor | None = None,  # [V, H']
         ref_bias: Tensor | None = None,  # [V]

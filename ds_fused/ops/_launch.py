@@ -79,21 +79,28 @@ _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", _nowhe
 _current_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
-class Kept(dict[tuple[object, ...] | None, T], Generic[T]):
+class Kept(Generic[T]):
     """What follows from shapes and strides, by them: most calls repeat the shapes of an earlier one.
 
     What else it follows from, as a file's constants, has to be in the keys. Nothing is kept under None, the key of a
-    graph's calls, whose sizes may be symbols. Lengths that never repeat take no memory without end: a full one begins
-    anew.
+    graph's calls, whose sizes may be symbols; nor is what is there looked at for it: a graph of torch.compile that saw
+    a dict would hold for the dict's length alone, and be made anew after each eager call of a new shape. Lengths that
+    never repeat take no memory without end: a full one begins anew.
     """
 
     MOST = 1024
 
+    def __init__(self) -> None:
+        self.by_key: dict[tuple[object, ...], T] = {}
+
+    def get(self, key: tuple[object, ...] | None) -> T | None:
+        return None if key is None else self.by_key.get(key)
+
     def keep(self, key: tuple[object, ...] | None, value: T) -> T:
         if key is not None:
-            if len(self) >= self.MOST:
-                self.clear()
-            self[key] = value
+            if len(self.by_key) >= self.MOST:
+                self.by_key.clear()
+            self.by_key[key] = value
         return value
 
 

@@ -119,6 +119,10 @@ def check_loss(
     """One clear error for each bad argument; what stands in the labels is judged in _labels.py."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{op}: reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
+    if any([isinstance(option, Tensor) for option in options]):
+        # it would get no gradient, and what is kept by options would not see its value change
+        name = next(name for name, option in options._asdict().items() if isinstance(option, Tensor))
+        raise ValueError(f"{op}: {name} is a tensor; it must be a number (a factor that trains goes on the logits)")
     if not 0.0 <= options.label_smoothing <= 1.0:
         raise ValueError(f"{op}: label_smoothing is {options.label_smoothing}; it must lie in [0, 1]")
     if options.softcap is not None and not options.softcap > 0.0:

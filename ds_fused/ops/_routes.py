@@ -71,7 +71,7 @@ def _place_kernel(
     pairs = chunk * CHUNK + here
     mask = pairs < n_pairs
     ids = tl.load(ids_ptr + pairs, mask=mask, other=-1).to(tl.int64)
-    # again, for to lay what was loaded along another axis takes shared memory and a barrier
+    # loaded again: to lay it along another axis would take shared memory and a barrier
     others = tl.load(ids_ptr + pairs, mask=mask, other=-1).to(tl.int64)
     from_here_on = tl.sum(((ids[:, None] == others[None, :]) & (here[:, None] <= here[None, :])).to(tl.int32), axis=1)
     is_ones = mask & (ids < n_experts)

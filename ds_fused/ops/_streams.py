@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ds_fused.ops._triton import rows_of
 
+# all of a token's are in a tile, and of res their square
+MOST_STREAMS = 16
+
 
 def tokens_of(x: Tensor) -> int:
     """T of x [..., N, C]."""
@@ -24,6 +27,11 @@ def streams_of(x: Tensor) -> tuple[Tensor, int]:
     return rows, rows.stride(0)
 
 
-def check_streams(op: str, x: Tensor) -> None:
+def check_streams(op: str, x: Tensor, least: int = 0) -> None:
     if x.ndim < 2:
         raise ValueError(f"{op}: x {tuple(x.shape)} must have two last dimensions, streams and columns")
+    n, c = x.shape[-2:]
+    if not least <= n <= MOST_STREAMS or c < least:
+        raise ValueError(
+            f"{op}: x {tuple(x.shape)} has {n} streams of {c} columns; there may be {least} to {MOST_STREAMS}"
+        )

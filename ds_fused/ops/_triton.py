@@ -104,6 +104,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """For products of a reference that are to be as wide as its tensors."""
+    return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
+
+
 def norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     """Of what PyTorch's own norms make of values of dtype on x's device: under a GPU's autocast fp32, else the same."""
     return torch.float32 if x.device.type != "cpu" and autocast_dtype(x) is not None else dtype

@@ -19,7 +19,7 @@ from ds_fused.ops._mhc_streams import (
 )
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._streams import check_streams, streams_of, tokens_of
-from ds_fused.ops._triton import check_dtypes, like, power_of_2, row_stride, rows_of, runs_kernels
+from ds_fused.ops._triton import check_dtypes, like, power_of_2, row_stride, rows_of, runs_kernels, without_autocast
 
 # None of these is measured yet. N^2 columns of fp32 that a program adds up in backward, 128 in each of 64 threads; of
 # these 16 registers for each column of four streams
@@ -33,7 +33,9 @@ def mhc_post_res_reference(x: Tensor, y: Tensor, post: Tensor, res: Tensor) -> T
     """What this file computes, in PyTorch: the specification, the CPU path and the yardstick of the tests."""
     wide = torch.promote_types(x.dtype, torch.float32)
     x_wide, y_wide, post, res = (t.to(wide) for t in (x, y, post, res))
-    return (res @ x_wide + post.unsqueeze(-1) * y_wide.unsqueeze(-2)).to(x.dtype)
+    with without_autocast(x):
+        mixed = res @ x_wide
+    return (mixed + post.unsqueeze(-1) * y_wide.unsqueeze(-2)).to(x.dtype)
 
 
 def _blocks(n: int) -> dict[str, int]:
@@ -99,7 +101,8 @@ def mhc_post_res(x: Tensor, y: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """``res @ x + post * y`` for each token: [..., N, C], of x's dtype.
 
     Streams x [..., N, C], the layer's output y [..., C], post [..., N], res [..., N, N]: ``res[..., i, j]`` is what of
-    stream j goes to stream i (DeepSeek-V4 of transformers has it the other way: ``res.transpose(-1, -2)``).
+    stream j goes to stream i (DeepSeek-V4 of transformers has it the other way: ``res.transpose(-1, -2)``). N is at
+    most 16.
     """
     op = "mhc_post_res"
     check_streams(op, x)

@@ -78,7 +78,10 @@ class MHCPreFunction(torch.autograd.Function):
 
 
 def mhc_pre(x: Tensor, pre: Tensor) -> Tensor:
-    """``sum_i pre[..., i] x[..., i, :]``: streams x [..., N, C], pre [..., N] -> [..., C], of x's dtype."""
+    """``sum_i pre[..., i] x[..., i, :]``: streams x [..., N, C], pre [..., N] -> [..., C], of x's dtype.
+
+    N is at most 16.
+    """
     op = "mhc_pre"
     check_streams(op, x)
     if pre.shape != x.shape[:-1]:

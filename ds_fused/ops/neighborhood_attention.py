@@ -28,7 +28,7 @@ from ds_fused.ops._neighborhood_attention_kernels import (
     _neighborhood_attention_fwd_kernel,
 )
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._triton import cdiv, check_dtypes, power_of_2, runs_kernels
+from ds_fused.ops._triton import autocast_dtype, cdiv, check_dtypes, power_of_2, runs_kernels
 
 BORDERS = ("cut", "shift")
 MOST_COLS = 256
@@ -208,11 +208,12 @@ def neighborhood_attention(
 ) -> Tensor:
     """``softmax(scale * q k^T) v`` over the kernel_size tokens around each; [B, H, T, D].
 
-    ``dilation``: only every so manieth token is a neighbour, of as many as before. ``scale``: 1 / sqrt(D) where None.
+    ``dilation``: the step from one neighbour to the next, of which there are as many as before. ``scale``: 1 / sqrt(D)
+    where None.
     ``border``: at the ends of the sequence a token has the neighbours that there are ("cut"), or the kernel_size
     nearest to the end ("shift").
-    q, k and v have one shape and one dtype, and up to 256 columns. Any strides are read in place if the columns of a
-    head lie side by side; the result lies in memory as q does.
+    q, k and v have one shape and one dtype, under autocast that of autocast, and up to 256 columns. Any strides are
+    read in place if the columns of a head lie side by side; the result lies in memory as q does.
     """
     if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape:
         raise ValueError(
@@ -220,15 +221,21 @@ def neighborhood_attention(
             f"shape, [batch, heads, tokens, columns]"
         )
     check_window("neighborhood_attention", kernel_size, dilation, border)
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"neighborhood_attention: q is {q.dtype}, k {k.dtype} and v {v.dtype}; they must be the same")
+    dtype = autocast_dtype(q)
+    if dtype is None and not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"neighborhood_attention: q is {q.dtype}, k {k.dtype} and v {v.dtype}; outside autocast they must be the "
+            f"same"
+        )
     if not runs_kernels(q, k, v):
         return neighborhood_attention_reference(
             q, k, v, kernel_size=kernel_size, dilation=dilation, scale=scale, border=border
         )
-    check_dtypes("neighborhood_attention", q=q)
+    check_dtypes("neighborhood_attention", q=q, k=k, v=v)
     if q.shape[3] > MOST_COLS:
         raise ValueError(f"neighborhood_attention: q has {q.shape[3]} columns a head; kernels exist for {MOST_COLS}")
     scale = _scale_of(q) if scale is None else float(scale)
+    if dtype is not None:
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     q, k, v = neighbours(q), neighbours(k), neighbours(v)
     return NeighborhoodAttentionFunction.apply(q, k, v, kernel_size, dilation, scale, border == "shift")

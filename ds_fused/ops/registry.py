@@ -228,7 +228,7 @@ OPS: tuple[Op, ...] = (
         neighborhood_attention,
         neighborhood_attention_reference,
         (),
-        "attention of each token to those around it, every one or every so manieth; nothing of T x T",
+        "attention of each token to those around it, side by side or in steps; nothing of T x T",
     ),
     Op(
         "cross_entropy",

@@ -420,7 +420,8 @@ def rope(
         key = (
             q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, cos.shape, cos.stride(), cos.dtype,
             None if sin is None else (sin.shape, sin.stride(), sin.dtype, sin.requires_grad), cos.requires_grad,
-            *options, TILE_PAIRS, NUM_WARPS,
+            # conjugates are copied, to other strides
+            cos.is_conj(), *options, TILE_PAIRS, NUM_WARPS,
         )  # fmt: skip
         turn = _turns.get(key)
         if turn is None:

@@ -35,8 +35,8 @@ def test_what_is_kept_takes_no_memory_without_end(monkeypatch):
     monkeypatch.setattr(_launch.Kept, "MOST", 3)
     kept = _launch.Kept()
     for n in range(20):
-        assert kept.keep((n,), n) == n and kept[n,] == n and len(kept) <= 3
-    assert kept.keep(None, "of a graph") == "of a graph" and None not in kept
+        assert kept.keep((n,), n) == n and kept.get((n,)) == n and len(kept.by_key) <= 3
+    assert kept.keep(None, "of a graph") == "of a graph" and kept.get(None) is None
 
 
 def calls(device: torch.device) -> list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:

@@ -110,6 +110,13 @@ def test_logits_that_are_far_apart(device):
     judge([x, weight, bias, 10 * scale], torch.float32)
 
 
+def test_autocast_changes_nothing():
+    x, *parameters = (t.float() for t in streams(5, n=2, c=64, device="cpu"))
+    wanted = mhc_coefficients_reference(x, *parameters)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(same_bits, mhc_coefficients_reference(x, *parameters), wanted))
+
+
 def test_it_is_that_of_deepseek_v4(device):
     transformers = pytest.importorskip("transformers")
     if not hasattr(transformers, "DeepseekV4Config"):

@@ -45,6 +45,13 @@ def test_frozen(frozen, device):
     judge(inputs_of(5, n=3, c=7, device=device), torch.bfloat16, frozen=frozen)
 
 
+def test_autocast_changes_nothing():
+    inputs = [t.float() for t in inputs_of(5, n=3, c=7, device="cpu")]
+    wanted = mhc_post_res_reference(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same_bits(mhc_post_res_reference(*inputs), wanted)
+
+
 def test_strided(device):
     inputs = [t.bfloat16() for t in inputs_of(6, 2, n=3, c=8, device=device)]
     for at in (slice(None, None, 2), (slice(None), 1)):
@@ -92,6 +99,7 @@ def test_errors_name_the_argument(device):
     x, y, post, res = (t.float() for t in inputs_of(2, n=3, c=5, device=device))
     for inputs, said in (
         ((x[0, 0], y, post, res), r"x \(5,\) must have two last dimensions"),
+        ((x.repeat(1, 6, 1), y, post, res), r"x \(2, 18, 5\) has 18 streams .* 0 to 16"),
         ((x, y[:1], post, res), r"y \(1, 5\) must be \(2, 5\) for x \(2, 3, 5\)"),
         ((x, y, post[:, :2], res), r"post \(2, 2\) must be \(2, 3\)"),
         ((x, y, post, res[:, :2]), r"res \(2, 2, 3\) must be \(2, 3, 3\)"),

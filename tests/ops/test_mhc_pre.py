@@ -91,6 +91,8 @@ def test_errors_name_the_argument(device):
     x, pre = (t.float() for t in inputs_of(2, n=3, c=5, device=device))
     with pytest.raises(ValueError, match=r"mhc_pre: x \(5,\) must have two last dimensions"):
         mhc_pre(x[0, 0], pre)
+    with pytest.raises(ValueError, match=r"mhc_pre: x \(2, 18, 5\) has 18 streams .* 0 to 16"):
+        mhc_pre(x.repeat(1, 6, 1), pre.repeat(1, 6))
     with pytest.raises(ValueError, match=r"mhc_pre: pre \(2, 2\) must be one value per stream of x"):
         mhc_pre(x, pre[:, :2])
     with pytest.raises(ValueError, match="mhc_pre: pre is torch.float64"):

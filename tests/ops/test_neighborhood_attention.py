@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import as_accurate, randn, same_bits
+from heads import as_accurate_under_autocast
 
 import ds_fused.ops.registry as registry
 from ds_fused.ops.neighborhood_attention import (
@@ -180,6 +181,16 @@ def test_compiles_to_one_graph(device):
         assert same_bits(a, b)
 
 
+def test_autocast_decides_the_dtype(device):
+    inputs = three(1, 2, 23, 8, device=device)
+    as_accurate_under_autocast(
+        neighborhood_attention, neighborhood_attention_reference, inputs, kernel_size=5, floor=FLOOR
+    )
+    q, k, v = inputs
+    with torch.autocast(device.type, torch.bfloat16):
+        assert neighborhood_attention(q.float(), k.float(), v.bfloat16()).dtype == torch.bfloat16
+
+
 def test_errors_name_the_argument(device):
     q, k, v = (x.float() for x in three(1, 2, 5, 8, device=device))
     with pytest.raises(ValueError, match=r"neighborhood_attention: q \(2, 5, 8\), k \(1, 2, 5, 8\)"):
@@ -193,7 +204,7 @@ def test_errors_name_the_argument(device):
         neighborhood_attention(q, k, v, dilation=0)
     with pytest.raises(ValueError, match="neighborhood_attention: border is 'wrap'; it must be 'cut' or 'shift'"):
         neighborhood_attention(q, k, v, border="wrap")
-    with pytest.raises(ValueError, match=r"q is torch.float32, k torch.bfloat16 and v torch.float32; they must be"):
+    with pytest.raises(ValueError, match=r"q is torch.float32, k torch.bfloat16 and v torch.float32; outside autocast"):
         neighborhood_attention(q, k.bfloat16(), v)
     with pytest.raises(ValueError, match="neighborhood_attention: q is torch.float64; kernels exist for"):
         neighborhood_attention(q.double(), k.double(), v.double())

@@ -156,6 +156,11 @@ def test_complex_angles_of_halves_and_conjugates(device):
     there = rope(q, k, freqs)
     for got, wanted in zip(rope(*there, freqs.conj()), (q, k), strict=True):
         assert torch.allclose(got, wanted, atol=1e-6)
+    # of a longer table, which lie as their conjugates don't
+    freqs = frequencies(2, 7, 6, device)[:, :5]
+    for angles in (freqs, freqs.conj(), freqs):
+        for got, wanted in zip(rope(q, k, angles), rope_reference(q, k, angles), strict=True):
+            assert torch.allclose(got, wanted, atol=1e-6)
 
 
 def test_calls_that_differ_are_told_apart(device):

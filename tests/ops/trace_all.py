@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -29,6 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import ds_fused.ops as ops
+from ds_fused.ops._launch import Kept
 from ds_fused.ops._warmup import Absent
 
 MULTIPROCESSORS = 132
@@ -355,6 +357,13 @@ def poly_norm() -> Iterator[Case]:
 
 
 EXAMPLES = of_every_op(globals())
+KEPT = [
+    kept
+    for name, module in [*sys.modules.items()]
+    if name.startswith("ds_fused.ops.")
+    for kept in vars(module).values()
+    if isinstance(kept, Kept)
+]
 
 
 class Traced(Exception):
@@ -406,9 +415,15 @@ def names_written(node: torch.fx.Node) -> list[str]:
 
 
 def problem(call: Callable[..., object], inputs: list[tuple[Tensor, ...]]) -> str | None:
-    """What kept dynamo from making one graph of a call."""
+    """What kept dynamo from making one graph of a call, or has it make one again for the same call."""
     torch.compiler.reset()
-    compiled = torch.compile(call, fullgraph=True, backend=backend)
+    graphs = []
+
+    def counting(graph: torch.fx.GraphModule, more: list[Tensor]) -> Callable[..., None]:
+        graphs.append(graph)
+        return backend(graph, more)
+
+    compiled = torch.compile(call, fullgraph=True, backend=counting)
     for tensors in inputs:
         try:
             compiled(*tensors)
@@ -417,7 +432,15 @@ def problem(call: Callable[..., object], inputs: list[tuple[Tensor, ...]]) -> st
         except Exception as error:
             shapes = ", ".join(str(list(t.shape)) for t in tensors)
             return f"{shapes}: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
-    return None
+    made = len(graphs)
+    # as eager calls of other shapes do
+    for kept in KEPT:
+        kept.keep(("eager",), None)
+    with suppress(Traced):
+        compiled(*inputs[-1])
+    for kept in KEPT:
+        kept.by_key.clear()
+    return "what eager calls keep makes the graph anew" if len(graphs) > made else None
 
 
 def pretend_to_have_a_gpu() -> None:
