@@ -41,7 +41,7 @@ def forward(
     """The mean of the blocks goes on from one to the next, as their softmax does."""
     cols = tl.arange(0, BLOCK_COLS)[None, :]
     query = query_of_keys(query_ptr, weight_ptr, cols, cols < n_cols, HAS_WEIGHT)
-    far = n_rows.to(tl.int64)  # from one block's scores to the next one's
+    far = tl.cast(n_rows, tl.int64)  # from one block's scores to the next one's
     step = tl.num_programs(0).to(tl.int64) * BLOCK_ROWS
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK_ROWS, n_rows, step):
         rows = start + tl.arange(0, BLOCK_ROWS)[:, None]
@@ -127,7 +127,7 @@ def backward(
         query = query_of_keys(query_ptr, weight_ptr, cols, cols < n_cols, HAS_WEIGHT)
     if WANTS_SUMS:
         dquery = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-    far = n_rows.to(tl.int64)  # from one block's scores to the next one's
+    far = tl.cast(n_rows, tl.int64)  # from one block's scores to the next one's
     step = tl.num_programs(0).to(tl.int64) * BLOCK_ROWS
     for start in range(pid * BLOCK_ROWS, n_rows, step):
         rows = start + tl.arange(0, BLOCK_ROWS)[:, None]

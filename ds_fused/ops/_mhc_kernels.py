@@ -55,7 +55,7 @@ def normed_rows(matrix, rows, columns, missing, eps):
 @triton.jit
 def logits_of(mix_ptr, bias_ptr, scale_ptr, coefficient, exists, part: tl.constexpr, n_rows, token):
     """Those of a part of the coefficients, and what of them is projected."""
-    mix = tl.load(mix_ptr + coefficient * n_rows.to(tl.int64) + token, mask=exists & (token < n_rows), other=0.0)
+    mix = tl.load(mix_ptr + coefficient * tl.cast(n_rows, tl.int64) + token, mask=exists & (token < n_rows), other=0.0)
     bias = tl.load(bias_ptr + coefficient, mask=exists, other=0.0).to(tl.float32)
     return mix * tl.load(scale_ptr + part).to(tl.float32) + bias, mix
 
@@ -90,7 +90,7 @@ def _mhc_coefficients_fwd_kernel(
     sinkhorn_eps = tl.cast(sinkhorn_eps, tl.float32)
     post_factor = tl.cast(post_factor, tl.float32)
     first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
-    far = n_rows.to(tl.int64)
+    far = tl.cast(n_rows, tl.int64)
     rows = first + tl.arange(0, BLOCK_ROWS)
     exists = rows < n_rows
     m = tl.arange(0, BLOCK_M)
@@ -174,7 +174,7 @@ def _mhc_gates_bwd_kernel(
     sinkhorn_eps = tl.cast(sinkhorn_eps, tl.float32)
     post_factor = tl.cast(post_factor, tl.float32)
     pid = tl.program_id(0).to(tl.int64)
-    far = n_rows.to(tl.int64)
+    far = tl.cast(n_rows, tl.int64)
     i2 = tl.arange(0, SIDE)[:, None]
     i = tl.arange(0, SIDE)[:, None, None]
     j = tl.arange(0, SIDE)[None, :, None]

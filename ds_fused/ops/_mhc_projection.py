@@ -38,7 +38,7 @@ def _mhc_projection_bwd_kernel(
     col = (tl.program_id(0) % blocks) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     cols = stream * n_cols + col
     width = tl.cast(n_cols, tl.int64) * N
-    far = n_rows.to(tl.int64)
+    far = tl.cast(n_rows, tl.int64)
     m = tl.arange(0, BLOCK_M)
     is_coefficient = m < N * N + 2 * N
     if WANTS_DX:
