@@ -247,13 +247,15 @@ def attention_residual(
 
     blocks: a stack [N, ..., D], or a sequence of N tensors [..., D] of one dtype (more than 16 are stacked, which
     copies them); query [D]; weight [D] or None, that of the keys' norm. Rows of more than 16384 columns run the
-    reference, and a line says so.
+    reference, and a line says so outside of graphs.
     """
     tensors = _as_tensors(blocks, query, weight)
     d = tensors[0].shape[-1]
-    if d > WIDEST:
+    has_kernels = runs_kernels(*tensors, query, weight)
+    # a graph can't hold a line of a log
+    if has_kernels and d > WIDEST and not torch.compiler.is_compiling():
         _say_once(f"ds_fused: attention_residual: rows of {d} columns are wider than {WIDEST}: PyTorch computes them")
-    if d > WIDEST or not runs_kernels(*tensors, query, weight):
+    if d > WIDEST or not has_kernels:
         return attention_residual_reference(blocks, query, weight, eps=eps)
     check_dtypes("attention_residual", blocks=tensors[0], query=query, weight=weight)
     query, weight = query.contiguous(), contiguous(weight)

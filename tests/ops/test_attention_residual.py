@@ -121,6 +121,15 @@ def test_rows_that_no_program_holds_run_the_reference_and_a_line_says_so(device,
     ]
 
 
+def test_no_line_where_pytorch_computes_all_rows(monkeypatch, caplog):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(FILE, "WIDEST", 8)
+    FILE._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        attention_residual(*(t.float() for t in inputs_of(3, 5, 9, device=torch.device("cpu"))))
+    assert not caplog.records
+
+
 def test_without_weight(device):
     inputs = [*inputs_of(3, 5, 9, device=device)[:2], None]
     as_accurate(attention_residual, attention_residual_reference, inputs, torch.bfloat16, eps=1e-3)

@@ -100,6 +100,8 @@ def experts() -> Iterator[Case]:
 def attention_residual() -> Iterator[Case]:
     yield ops.attention_residual, [(leaf(n, 3, 64), leaf(64), leaf(64)) for n in (3, 4, 5)]
     yield ops.attention_residual, [(leaf(3, 2, t, d), leaf(d), leaf(d)) for t, d in ((3, 64), (4, 64), (4, 128))]
+    # wider than its kernels take
+    yield ops.attention_residual, [(leaf(2, 3, 20480), leaf(20480))]
     for n in (1, 3, 17):
         yield lambda query, *blocks: ops.attention_residual(blocks, query), [(leaf(64), *[leaf(2, 3, 64)] * n)]
 
