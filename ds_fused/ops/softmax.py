@@ -179,6 +179,8 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
     check_dtypes("softmax", x=x)
     if dim not in (-1, x.ndim - 1):
         x = x.transpose(dim, -1)
-        # flattened here: dynamo 2.11 can't hold the sizes of what was made of an input
         return SoftmaxFunction.apply(rows_of(x), result_dtype(x)).view(x.shape).transpose(dim, -1)
+    if torch.compiler.is_compiling():
+        # flattened here: dynamo 2.11 can't hold the sizes of what was made of an input
+        return SoftmaxFunction.apply(rows_of(x), result_dtype(x)).view(x.shape)
     return SoftmaxFunction.apply(x, result_dtype(x))

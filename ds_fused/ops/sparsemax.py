@@ -247,6 +247,8 @@ def sparsemax(x: Tensor, dim: int = -1) -> Tensor:
     check_dtypes("sparsemax", x=x)
     if dim not in (-1, x.ndim - 1):
         x = x.transpose(dim, -1)
-        # flattened here: dynamo 2.11 can't hold the sizes of what was made of an input
         return SparsemaxFunction.apply(rows_of(x)).view(x.shape).transpose(dim, -1)
+    if torch.compiler.is_compiling():
+        # flattened here: dynamo 2.11 can't hold the sizes of what was made of an input
+        return SparsemaxFunction.apply(rows_of(x)).view(x.shape)
     return SparsemaxFunction.apply(x)

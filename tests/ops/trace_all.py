@@ -153,6 +153,7 @@ def along_a_dimension(op: Callable[..., Tensor]) -> Iterator[Case]:
     for widths in ((257, 40960), (40960, 257), (257, 20480)):
         yield op, [(leaf(65, d),) for d in widths]
     yield op, [(leaf(2, n, 64),) for n in (3, 4, 5)]
+    yield op, [(leaf(b, 3, d, d),) for b, d in ((2, 64), (3, 128))]
     yield partial(op, dim=1), [(leaf(2, n, 64),) for n in (3, 4, 5)]
 
 
