@@ -13,8 +13,8 @@ import ds_fused.ops as ops
 from ds_fused.ops.registry import OPS
 
 # of which PyTorch's own differ under autocast; tested in their own files
-AUTOCAST = {"layer_norm", "add_layer_norm", "group_norm", "softmax", "multi_token_attention", "experts"}
-AUTOCAST |= {op.name for op in OPS if "linear" in op.name}
+AUTOCAST = {"layer_norm", "add_layer_norm", "group_norm", "softmax", "experts"}
+AUTOCAST |= {"multi_token_attention", "neighborhood_attention", *(op.name for op in OPS if "linear" in op.name)}
 LABELS = [3, 1, -100, 4, 0, 2]
 
 
