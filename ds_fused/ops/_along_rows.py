@@ -5,6 +5,9 @@ Or the rows are those of square matrices [.., D, D], of which a row sees what do
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -98,6 +101,17 @@ def along_rows(
         stages = stages_for(WALK_STAGES, walk_cols * sum(x.element_size() for x in inputs))
         launch(walk, (n,), *tensors, d, ABOVE=above, BLOCK_COLS=walk_cols, STAGES=stages, num_warps=warps)
     return out
+
+
+def along_dim(apply: Callable[[Tensor], Tensor], x: Tensor, dim: int) -> Tensor:
+    """``apply``, which works on the last dimension of tensors as they lie, along another one: over a copy."""
+    is_last = dim in (-1, x.ndim - 1)
+    if is_last and not torch.compiler.is_compiling():
+        return apply(x)
+    # flattened here: dynamo 2.11 can't hold the sizes of what was made of an input
+    x = x if is_last else x.transpose(dim, -1)
+    y = apply(rows_of(x)).view(x.shape)
+    return y if is_last else y.transpose(dim, -1)
 
 
 def check_dim(op: str, x: Tensor, dim: int) -> None:

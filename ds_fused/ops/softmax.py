@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fused.ops import _along_rows
-from ds_fused.ops._along_rows import SEEN, along_rows, check_dim, ends_of, load_seen, store_seen
+from ds_fused.ops._along_rows import SEEN, along_dim, along_rows, check_dim, ends_of, load_seen, store_seen
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._triton import autocast_dtype, check_dtypes, like, rows_of, runs_kernels
+from ds_fused.ops._triton import autocast_dtype, check_dtypes, like, runs_kernels
 
 # On an H100, ms of 8192x128256, forward and backward: 1.91, 3.12; with 8192 columns 2.11, 3.33; with 4096 and 256
 # threads 2.14, 3.52 (results/h100/tune.csv)
@@ -177,10 +177,5 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
     if not runs_kernels(x):
         return softmax_reference(x, dim)
     check_dtypes("softmax", x=x)
-    if dim not in (-1, x.ndim - 1):
-        x = x.transpose(dim, -1)
-        return SoftmaxFunction.apply(rows_of(x), result_dtype(x)).view(x.shape).transpose(dim, -1)
-    if torch.compiler.is_compiling():
-        # flattened here: dynamo 2.11 can't hold the sizes of what was made of an input
-        return SoftmaxFunction.apply(rows_of(x), result_dtype(x)).view(x.shape)
-    return SoftmaxFunction.apply(x, result_dtype(x))
+    dtype = result_dtype(x)
+    return along_dim(lambda x: SoftmaxFunction.apply(x, dtype), x, dim)

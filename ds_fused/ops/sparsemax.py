@@ -25,9 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fused.ops import _along_rows
-from ds_fused.ops._along_rows import SEEN, along_rows, check_dim, ends_of, load_seen, store_seen
+from ds_fused.ops._along_rows import SEEN, along_dim, along_rows, check_dim, ends_of, load_seen, store_seen
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._triton import check_dtypes, like, rows_of, runs_kernels
+from ds_fused.ops._triton import check_dtypes, like, runs_kernels
 
 # with more the forward spills. On an H100, ms of 2048x128256, forward and backward: 1.30, 0.59; with 4096 and 256
 # threads 1.60, 0.59
@@ -245,10 +245,4 @@ def sparsemax(x: Tensor, dim: int = -1) -> Tensor:
     if not runs_kernels(x):
         return sparsemax_reference(x, dim)
     check_dtypes("sparsemax", x=x)
-    if dim not in (-1, x.ndim - 1):
-        x = x.transpose(dim, -1)
-        return SparsemaxFunction.apply(rows_of(x)).view(x.shape).transpose(dim, -1)
-    if torch.compiler.is_compiling():
-        # flattened here: dynamo 2.11 can't hold the sizes of what was made of an input
-        return SparsemaxFunction.apply(rows_of(x)).view(x.shape)
-    return SparsemaxFunction.apply(x)
+    return along_dim(SparsemaxFunction.apply, x, dim)
