@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ds_fused.ops._rope_kernels import angles_of
 from ds_fused.ops._wide_rms_norm import weight_at
-from ds_fused.ops.rope import angles_of
 
 
 @triton.jit
