@@ -132,29 +132,22 @@ def causal_conv_taps(dy: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor | Non
     outs = min(window.outs, max(1, MOST_TAPS // taps))
     is_ragged = x.shape[3] % 16 or y_cols % 16
     tile_rows = RAGGED_TAP_ROWS if is_ragged else TAP_ROWS
-    programs = n_channels // outs * window.n_sources * cdiv(window.height, taps) * window.tap_chunks
+    blocks = n_channels // outs * window.n_sources * cdiv(window.height, taps)
+    programs = blocks * window.tap_chunks
     row_tiles = batch * cdiv(y_rows + (window.height - 1) * window.dilation[0], tile_rows)
     parts = max(1, min(row_tiles, resident(x, WARPS_PER_MULTIPROCESSOR, TAP_WARPS) // programs))
-    part_size = programs * K * outs * taps * COLS
+    part_size = blocks * outs * taps * (window.width + (dbias is not None)) * COLS
     room = torch.empty(parts * part_size, dtype=torch.float32, device=x.device)
-    constants = {
-        "WANTS_DBIAS": dbias is not None,
-        "CHUNKS": window.tap_chunks,
-        "OUTS": outs,
-        "TAPS": taps,
-        "BLOCK_K": K,
-        "BLOCK_COLS": COLS,
-    }
+    constants = {"WANTS_DBIAS": dbias is not None, "OUTS": outs, "TAPS": taps, "BLOCK_COLS": COLS}
     launch(
         _causal_conv_taps_kernel, (programs, parts),
         x, dy, room, batch, *x.shape[2:], y_rows, y_cols, n_channels, window.n_outs, window.n_sources,
-        window.height, window.dilation[0], window.padding[0],
-        PAD_COLS=window.pad_cols, BLOCK_ROWS=tile_rows, STAGES=1 if is_ragged else TAP_STAGES, num_warps=TAP_WARPS,
-        **constants,
+        window.height, window.width, *window.dilation, window.padding[0], window.shift,
+        PAD_COLS=window.pad_cols, CHUNKS=window.tap_chunks, BLOCK_ROWS=tile_rows, BLOCK_K=K,
+        STAGES=1 if is_ragged else TAP_STAGES, num_warps=TAP_WARPS, **constants,
     )  # fmt: skip
     launch(
         _causal_conv_sums_kernel, (n_channels * window.n_sources * window.height,),
-        room, dweight, dbias, parts, part_size, window.n_sources, window.height, window.width, window.dilation[1],
-        window.shift,
+        room, dweight, dbias, parts, part_size, window.n_sources, window.height, window.width,
         BLOCK_WIDTH=power_of_2(window.width + 1), num_warps=4, **constants,
     )  # fmt: skip

@@ -154,7 +154,7 @@ def _causal_conv_kernel(
 def _causal_conv_taps_kernel(
     x_ptr,  # [B, C / n_outs * S, x_rows, x_cols]
     dy_ptr,  # [B, C, y_rows, y_cols]
-    parts_ptr,  # [P, C / OUTS, S, blocks of taps, CHUNKS, BLOCK_K, OUTS, TAPS, BLOCK_COLS] fp32
+    parts_ptr,  # [P, C / OUTS, S, blocks of taps, OUTS, TAPS, width (+ 1 for dbias), BLOCK_COLS] fp32
     n_batch,
     x_rows,
     x_cols,
@@ -164,13 +164,16 @@ def _causal_conv_taps_kernel(
     n_outs,
     n_sources,
     height,
-    dilation,
+    width,
+    row_dilation,
+    col_dilation,
     pad_rows,
+    shift,
     WANTS_DBIAS: tl.constexpr, PAD_COLS: tl.constexpr, CHUNKS: tl.constexpr, OUTS: tl.constexpr, TAPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """x^T dy over every P-th tile of rows: the gradient of the banded matrices, of OUTS channels and TAPS rows of taps
-    at once, for each of which dy is moved against x.
+    at once, for each of which dy is moved against x. What is kept are the diagonals with taps.
     """
     pid = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -187,14 +190,14 @@ def _causal_conv_taps_kernel(
     tap = first_tap + stack // BLOCK_COLS % TAPS
     out = (stack // BLOCK_COLS // TAPS).to(tl.int64)
     # taps past the last read no row
-    down = tl.where(tap < height, tap * dilation, x_rows + y_rows)
+    down = tl.where(tap < height, tap * row_dilation, x_rows + y_rows)
     taps = tl.zeros((BLOCK_K, OUTS * TAPS * BLOCK_COLS), tl.float32)
     # a column of x that no tap meets
     is_last = k == CHUNKS * BLOCK_K - PAD_COLS - 1
     one = tl.full((1, 1), 1.0, tl.float32).to(x_ptr.dtype.element_ty)
 
     # rows of x with what it is padded by: for the first tap all rows of dy
-    row_tiles = tl.cdiv(y_rows + (height - 1) * dilation, BLOCK_ROWS)
+    row_tiles = tl.cdiv(y_rows + (height - 1) * row_dilation, BLOCK_ROWS)
     for item in range(part, n_batch * row_tiles, tl.num_programs(1)):
         batch = (item // row_tiles).to(tl.int64)
         first_row = item % row_tiles * BLOCK_ROWS
@@ -210,7 +213,7 @@ def _causal_conv_taps_kernel(
         end = tl.minimum(first_row + BLOCK_ROWS, y_cols)
         # tiles of dy and of x all of which lies below the diagonal
         whole = tl.minimum(
-            first_row + 1 - (height - 1) * dilation,
+            first_row + 1 - (height - 1) * row_dilation,
             first_row + 1 - pad_rows + PAD_COLS - (chunk + 1) * BLOCK_K + BLOCK_COLS,
         )
         whole = tl.maximum(tl.minimum(whole, end), 0) // BLOCK_COLS * BLOCK_COLS
@@ -231,13 +234,24 @@ def _causal_conv_taps_kernel(
                 x = tl.where(is_last, one, x)
             taps = tl.dot(tl.trans(x), dy, taps)
 
-    parts_ptr += (part * tl.num_programs(0).to(tl.int64) + pid) * BLOCK_K * OUTS * TAPS * BLOCK_COLS
-    tl.store(parts_ptr + tl.arange(0, BLOCK_K)[:, None] * OUTS * TAPS * BLOCK_COLS + stack, taps)
+    # the chunks of a row of taps have diagonals of one room
+    n_diagonals = width + WANTS_DBIAS
+    parts_ptr += (part * (tl.num_programs(0) // CHUNKS).to(tl.int64) + pid // CHUNKS) * (
+        OUTS * TAPS * n_diagonals * BLOCK_COLS
+    )
+    place = tl.trans(k + PAD_COLS - shift) - col
+    diagonal = place // col_dilation
+    is_kept = (place >= 0) & (place % col_dilation == 0) & (diagonal < width)
+    if WANTS_DBIAS:
+        is_dbias = tl.trans(is_last)
+        diagonal = tl.where(is_dbias, width, diagonal)
+        is_kept = is_kept | is_dbias
+    tl.store(parts_ptr + (stack // BLOCK_COLS * n_diagonals + diagonal) * BLOCK_COLS + col, taps, mask=is_kept)
 
 
 @triton.jit(do_not_specialize=["n_parts"])
 def _causal_conv_sums_kernel(
-    parts_ptr,  # [P, C / OUTS, S, blocks of taps, CHUNKS, BLOCK_K, OUTS, TAPS, BLOCK_COLS] fp32
+    parts_ptr,  # [P, C / OUTS, S, blocks of taps, OUTS, TAPS, width (+ 1 for dbias), BLOCK_COLS] fp32
     dweight_ptr,  # [C, S, height, width]
     dbias_ptr,  # [C]
     n_parts,
@@ -245,30 +259,24 @@ def _causal_conv_sums_kernel(
     n_sources,
     height,
     width,
-    dilation,
-    shift,
-    WANTS_DBIAS: tl.constexpr, CHUNKS: tl.constexpr, OUTS: tl.constexpr, TAPS: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_COLS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    WANTS_DBIAS: tl.constexpr, OUTS: tl.constexpr, TAPS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A row of taps: the sums along the diagonals of its matrix, over all parts. Of dbias: along the last row."""
+    """A row of taps: the sums along the diagonals of its matrix, over all parts; after them that of dbias."""
     pid = tl.program_id(0).to(tl.int64)
     tap = pid % height
     channel, source = pid // height // n_sources, pid // height % n_sources
     block = (channel // OUTS * n_sources + source) * tl.cdiv(height, TAPS) + tap // TAPS
-    row_size = OUTS * TAPS * BLOCK_COLS
-    parts_ptr += block * CHUNKS * BLOCK_K * row_size + (channel % OUTS * TAPS + tap % TAPS) * BLOCK_COLS
-    col_tap = tl.arange(0, BLOCK_WIDTH)[:, None]
+    n_diagonals = width + WANTS_DBIAS
+    parts_ptr += ((block * OUTS + channel % OUTS) * TAPS + tap % TAPS) * n_diagonals * BLOCK_COLS
+    diagonal = tl.arange(0, BLOCK_WIDTH)
     cols = tl.arange(0, BLOCK_COLS)[None, :]
-    k = cols + col_tap * dilation + shift
-    if WANTS_DBIAS:
-        # after the last tap
-        k = tl.where(col_tap == width, CHUNKS * BLOCK_K - 1, k)
     total = tl.zeros((BLOCK_WIDTH, BLOCK_COLS), tl.float32)
     for _ in range(n_parts):
-        total += tl.load(parts_ptr + k * row_size + cols, mask=col_tap < width + WANTS_DBIAS, other=0.0)
+        at = parts_ptr + diagonal[:, None] * BLOCK_COLS + cols
+        total += tl.load(at, mask=diagonal[:, None] < n_diagonals, other=0.0)
         parts_ptr += part_size
-    col_taps = tl.arange(0, BLOCK_WIDTH)
     sums = tl.sum(total, axis=1)
-    tl.store(dweight_ptr + pid * width + col_taps, sums, mask=col_taps < width)
+    tl.store(dweight_ptr + pid * width + diagonal, sums, mask=diagonal < width)
     if WANTS_DBIAS and (tap == 0) & (source == 0):
-        tl.store(dbias_ptr + channel + col_taps * 0, sums, mask=col_taps == width)
+        tl.store(dbias_ptr + channel + diagonal * 0, sums, mask=diagonal == width)
