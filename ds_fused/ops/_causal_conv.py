@@ -34,9 +34,9 @@ MOST_OUTS = 4
 # 64 rows, 8 warps or 2 stages take 1.2 to 1.5 times as long (same case: 268 us)
 TAP_ROWS, TAPS, MOST_TAPS = 32, 8, 8
 TAP_WARPS, TAP_STAGES = 4, 3
-# such a tile, where the columns of a plane are no multiple of 16: each element is loaded by itself, from an address of
-# its own, for more of which registers don't suffice
-RAGGED_TAP_ROWS = 16
+# where the columns of a plane are no multiple of 16 each element is loaded by itself, from an address of its own, for
+# more of which the registers of fewer threads don't suffice
+RAGGED_TAP_ROWS, RAGGED_WARPS = 16, 8
 WARPS_PER_MULTIPROCESSOR = 16
 # a library's convolution multiplies what is masked, but no zeros of a band: where an element of y takes more products
 # than this, it is taken for the faster one
@@ -109,6 +109,7 @@ def causal_conv(
     """
     batch, n_channels, y_rows, y_cols = y.shape
     n_pairs = n_channels * window.n_sources
+    ragged = _is_ragged(x, y)
     bands = x.new_empty(n_pairs * window.height * window.chunks * K * COLS)
     launch(
         _causal_conv_bands_kernel, (n_pairs * window.height, window.chunks),
@@ -120,9 +121,14 @@ def causal_conv(
         x, bands, bias, y, *x.shape[2:], y_rows, y_cols, n_channels, window.n_outs, window.n_sources, window.height,
         window.dilation[0], window.padding[0],
         HAS_BIAS=bias is not None, FILLS=not flipped, OUTS=window.outs, PAD_COLS=window.pad_cols, CHUNKS=window.chunks,
-        BLOCK_ROWS=ROWS, BLOCK_K=K, BLOCK_COLS=COLS, STAGES=STAGES, num_warps=WARPS,
+        BLOCK_ROWS=ROWS, BLOCK_K=K, BLOCK_COLS=COLS, STAGES=1 if ragged else STAGES,
+        num_warps=RAGGED_WARPS if ragged else WARPS,
     )  # fmt: skip
     return y
+
+
+def _is_ragged(x: Tensor, y: Tensor) -> bool:
+    return bool(x.shape[3] % 16 or y.shape[3] % 16)
 
 
 def causal_conv_taps(dy: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor | None, window: Window) -> None:
@@ -130,12 +136,12 @@ def causal_conv_taps(dy: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor | Non
     batch, n_channels, y_rows, y_cols = dy.shape
     taps = min(TAPS, power_of_2(window.height))
     outs = min(window.outs, max(1, MOST_TAPS // taps))
-    is_ragged = x.shape[3] % 16 or y_cols % 16
-    tile_rows = RAGGED_TAP_ROWS if is_ragged else TAP_ROWS
+    ragged = _is_ragged(x, dy)
+    tile_rows, warps = (RAGGED_TAP_ROWS, RAGGED_WARPS) if ragged else (TAP_ROWS, TAP_WARPS)
     blocks = n_channels // outs * window.n_sources * cdiv(window.height, taps)
     programs = blocks * window.tap_chunks
     row_tiles = batch * cdiv(y_rows + (window.height - 1) * window.dilation[0], tile_rows)
-    parts = max(1, min(row_tiles, resident(x, WARPS_PER_MULTIPROCESSOR, TAP_WARPS) // programs))
+    parts = max(1, min(row_tiles, resident(x, WARPS_PER_MULTIPROCESSOR, warps) // programs))
     part_size = blocks * outs * taps * (window.width + (dbias is not None)) * COLS
     room = torch.empty(parts * part_size, dtype=torch.float32, device=x.device)
     constants = {"WANTS_DBIAS": dbias is not None, "OUTS": outs, "TAPS": taps, "BLOCK_COLS": COLS}
@@ -144,7 +150,7 @@ def causal_conv_taps(dy: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor | Non
         x, dy, room, batch, *x.shape[2:], y_rows, y_cols, n_channels, window.n_outs, window.n_sources,
         window.height, window.width, *window.dilation, window.padding[0], window.shift,
         PAD_COLS=window.pad_cols, CHUNKS=window.tap_chunks, BLOCK_ROWS=tile_rows, BLOCK_K=K,
-        STAGES=1 if is_ragged else TAP_STAGES, num_warps=TAP_WARPS, **constants,
+        STAGES=1 if ragged else TAP_STAGES, num_warps=warps, **constants,
     )  # fmt: skip
     launch(
         _causal_conv_sums_kernel, (n_channels * window.n_sources * window.height,),
