@@ -34,7 +34,8 @@ def load_tile(ptr, first, n, step, n_cols, ROWS: tl.constexpr, COLS: tl.constexp
     """The tokens of a class from ``first`` on [ROWS, COLS], a step apart; zeros where there is none."""
     rows = tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, COLS)[None, :]
-    mask = (first + rows >= 0) & (first + rows < n) & (cols < n_cols)
+    # as unsigned numbers those before the first are large
+    mask = ((first + rows).to(tl.uint32) < n) & (cols < n_cols)
     # what is the same in each turn of a loop is added last
     return tl.load(ptr + tl.cast(first, tl.int64) * step + (rows.to(tl.int64) * step + cols), mask=mask, other=0.0)
 
@@ -265,10 +266,10 @@ def _neighborhood_attention_dkv_kernel(
         lse = tl.load(lse_ptr + queries * dilation, mask=queries < n, other=float("inf"))
         inner = tl.load(inner_ptr + queries * dilation, mask=queries < n, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(dy), input_precision=PRECISION)
         p = tl.exp2(s * (scale * LOG2_E) - lse[None, :])
         p = tl.where(near(queries[None, :], keys[:, None], half, n, SHIFTS), p, 0.0)
         dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(dy), input_precision=PRECISION)
         ds = p * (dp - inner[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     store_tile(dk_ptr, first, first, n, dk_token_stride * dilation, n_cols, dk * scale, BLOCK_KEYS, BLOCK_COLS)

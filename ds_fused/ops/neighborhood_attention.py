@@ -41,12 +41,15 @@ from ds_fused.ops._triton import autocast_dtype, cdiv, check_dtypes, power_of_2,
 BORDERS = ("cut", "shift")
 MOST_COLS = 256
 # windows that reach so far to either side are of one tile of so many tokens, whose program owns what is left of it
-FWD_BLOCKS = ((8, 64),)
-BWD_BLOCKS = ((4, 32), (8, 64))
+# (H100, 64x16x1024x128, us: of 3 tokens forward 356 and backward 718, where walks take 410 and 1245; of 16 410 and
+# 1120, walks 407 and 1241; backward of 7 787 in tiles of 32 and 909 of 64)
+FWD_BLOCKS = ((16, 64),)
+BWD_BLOCKS = ((7, 32), (16, 64))
 # of wider ones tokens of a tile, neighbours that it meets at a time, and such that are in flight: queries and keys
-# forward and for dq, keys and queries for dk and dv (H100, window 255, 16x16x2048x128: 343, 433 and 597 us; tiles of
-# 128 tokens take 1.1 to 1.2 times as long)
-FWD_TILE, DQ_TILE, DKV_TILE = (64, 64, 3), (64, 64, 2), (64, 32, 3)
+# forward and for dq, keys and queries for dk and dv. Where registers suffice for three such programs on a
+# multiprocessor the first two take 311 and 420 us (H100, window 255, 16x16x2048x128), else 359 and 442; the third takes
+# 573. With tiles of 128 tokens all take 1.1 to 1.2 times as long
+FWD_TILE, DQ_TILE, DKV_TILE = (64, 32, 3), (64, 32, 2), (64, 32, 1)
 # more columns than this leave registers for fewer tokens
 FEW_COLS = 128
 
@@ -83,11 +86,13 @@ def _scale_of(q: Tensor) -> float:
 
 
 def _block(x: Tensor, reach: int, blocks: tuple[tuple[int, int], ...]) -> int | None:
-    """Of x [B, H, T, D] the tokens of the one tile that such windows are of; None for wider ones."""
+    """Of x [B, H, T, D] the tokens of the one tile that such windows are of; None where they are walked."""
     if x.dtype == torch.float32:
         # products of fp32 are not for the tensor cores, and hold a whole row of each factor in registers
         return None
-    return next((block for most, block in blocks if reach <= most), None)
+    # backward such a tile is there four times in shared memory, of which some GPUs have 99 KiB
+    most_tokens = 64 * FEW_COLS // max(FEW_COLS, x.shape[-1])
+    return next((block for most, block in blocks if reach <= most and block <= most_tokens), None)
 
 
 def _tile(x: Tensor, tile: tuple[int, int, int]) -> tuple[int, int, dict[str, object]]:
@@ -106,7 +111,7 @@ def _tile(x: Tensor, tile: tuple[int, int, int]) -> tuple[int, int, dict[str, ob
     return own, others, constants
 
 
-def _of_block(x: Tensor, block: int, shifts: bool) -> dict[str, object]:
+def _block_constants(x: Tensor, block: int, shifts: bool) -> dict[str, object]:
     """Constants of a launch over x [B, H, T, D] for windows of one tile."""
     cols = max(16, power_of_2(x.shape[-1]))
     return {"SHIFTS": shifts, "BLOCK": block, "BLOCK_COLS": cols, "num_warps": 4 if cols <= FEW_COLS else 8}
@@ -137,7 +142,7 @@ def neighborhood_attention_fwd(
     block = _block(q, reach, FWD_BLOCKS)
     if block:
         grid = _grid(shape, dilation, block - 2 * reach)
-        launch(_neighborhood_attention_block_fwd_kernel, grid, *args, **_of_block(q, block, shifts))
+        launch(_neighborhood_attention_block_fwd_kernel, grid, *args, **_block_constants(q, block, shifts))
     else:
         rows, keys, constants = _tile(q, FWD_TILE)
         launch(
@@ -182,7 +187,7 @@ def neighborhood_attention_bwd(
             _neighborhood_attention_block_bwd_kernel, _grid(shape, dilation, block - 2 * reach),
             dy, q, k, v, y, lse, dq, dk, dv,
             *of_dy, *of_q, *of_k, *of_v, *of_y, *of_dq, *of_dk, *of_dv, *sizes,
-            WANTS_DQ=wants_dq, WANTS_DKV=wants_dkv, **_of_block(q, block, shifts),
+            WANTS_DQ=wants_dq, WANTS_DKV=wants_dkv, **_block_constants(q, block, shifts),
         )  # fmt: skip
         return dq, dk, dv
     inner = torch.empty_like(lse) if wants_dkv else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -36,19 +35,20 @@ def some(shape, taps, *, device, groups=None, outs=None) -> list[torch.Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def one_algorithm(monkeypatch) -> Iterator[None]:
-    """fp32 is PyTorch's convolution, whose deterministic gradients, which the judge asks ours for, are 60 times as far
-    off as its others: so are the yardstick's.
-    """
+def no_tf32(monkeypatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def judged(inputs, dtype, **options) -> None:
-    options = {"groups": inputs[0].shape[1] // inputs[1].shape[1], **options}
-    as_accurate(multi_token_attention, multi_token_attention_reference, inputs, dtype, **options)
+    # fp32 is PyTorch's convolution, whose sums have an order of their own
+    floor = 2e-5 if dtype == torch.float32 and inputs[0].is_cuda else 0.0
+    options = {"groups": inputs[0].shape[1] // inputs[1].shape[1], "floor": floor, **options}
+    # the judge asks ours for deterministic gradients, which are up to 60 times as far off there: so does the yardstick
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        as_accurate(multi_token_attention, multi_token_attention_reference, inputs, dtype, **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", FEW)
