@@ -128,6 +128,7 @@ def causal_conv(
 
 
 def _is_ragged(x: Tensor, y: Tensor) -> bool:
+    """Whether elements of the planes [., ., rows, cols] are loaded one by one."""
     return bool(x.shape[3] % 16 or y.shape[3] % 16)
 
 

@@ -208,7 +208,7 @@ def neighborhood_attention_bwd(
 
 
 class NeighborhoodAttentionFunction(torch.autograd.Function):
-    """Autograd around the two launches; sees q, k and v [B, H, T, D] in any strides but that of the columns."""
+    """Autograd around the launchers; sees q, k and v [B, H, T, D] in any strides but that of the columns."""
 
     @staticmethod
     def forward(

@@ -98,6 +98,11 @@ def test_several_tiles(taps, more, options, dtype, device):
     judged(some((1, 2, 21), taps, device=device, **more), dtype, **options)
 
 
+@pytest.mark.usefixtures("small_tiles")
+def test_tiles_all_of_which_lies_below_the_diagonal(device):
+    judged(some((1, 1, 64), (3, 3), device=device), torch.bfloat16, padding=1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{"stride": 2, "padding": 1}, {"stride": (1, 3)}])
 def test_a_stride_is_pytorchs(options, dtype, device):
