@@ -84,12 +84,18 @@ def multi_token_providers(padding: tuple[int, int]) -> dict[str, Provider]:
         from ds_fused.ops.multi_token_attention import MultiTokenAttentionFunction
 
         options = (1, 1), padding, (1, 1), groups_of(t)
-        return lambda: MultiTokenAttentionFunction.apply(*parts(t), options, None, False)
+        shape = t["scores"].shape
+
+        def call():
+            scores, *parameters = parts(t)
+            return MultiTokenAttentionFunction.apply(scores.flatten(0, 2), *parameters, shape, options, None, False)
+
+        return call
 
     return {
         "ds_fused": Provider(ours),
         "ds_fused library": Provider(library, note="with PyTorch's convolution, as in fp32"),
         "hf_eager": Provider(_eager(plain), note="the definition in PyTorch"),
         "compile": Provider(_compiled(plain)),
-        "liger": Provider(ligers),
+        "liger": Provider(ligers, note="its kernels for 2048 tokens and more do not compile with Triton 3.6"),
     }

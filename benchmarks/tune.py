@@ -138,7 +138,7 @@ SEARCHES = (
     ),
     Search(
         "multi_token_attention", "5x11 a head", "backward", ((2, 16, 2048),),
-        {"TAP_ROWS": (16, 32, 64), "TAPS": (4, 8), "TAP_WARPS": (4, 8), "WARPS_PER_MULTIPROCESSOR": (8, 16, 32)},
+        {"TAP_ROWS": (16, 32, 64), "TAP_STAGES": (2, 3, 4), "TAP_WARPS": (4, 8), "WARPS_PER_MULTIPROCESSOR": (8, 16)},
         file="_causal_conv",
     ),
     Search(
@@ -148,11 +148,14 @@ SEARCHES = (
     ),
     Search(
         "neighborhood_attention", "window 7", "both", ((64, 16, 1024, 128), (4, 16, 4096, 64)),
-        {"NARROW_ROWS": (32, 64, 128), "NARROW_KEYS": (16, 32, 64), "STAGES": (1, 2, 3)},
+        {"FWD_BLOCKS": (((8, 32),), ((8, 64),)), "BWD_BLOCKS": (((8, 32),), ((8, 64),))},
     ),
     Search(
         "neighborhood_attention", "window 255", "both", ((16, 16, 2048, 128),),
-        {"WIDE_ROWS": (64, 128), "WIDE_KEYS": (32, 64, 128), "STAGES": (1, 2, 3)},
+        {
+            "FWD_TILE": ((64, 64, 2), (64, 64, 3), (64, 32, 3)), "DQ_TILE": ((64, 64, 2), (64, 32, 3)),
+            "DKV_TILE": ((64, 64, 1), (64, 32, 2), (64, 32, 3)),
+        },
     ),
     Search(
         "embedding", "", "backward", ((16384, 4096, 128256), (32768, 576, 49152)),

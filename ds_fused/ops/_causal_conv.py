@@ -25,19 +25,19 @@ from ds_fused.ops._causal_conv_kernels import (
 from ds_fused.ops._launch import launch
 from ds_fused.ops._triton import cdiv, power_of_2, resident
 
-# None is measured yet. A tile of y, and columns of x that are multiplied at a time
+# A tile of y, and columns of x that are multiplied at a time. Tiles of 64 rows, or of 64 columns in chunks of 32, come
+# to the same; 8 warps take 1.3 times as long (H100, L = 2048, 5x11 taps a head: 347 us)
 ROWS, COLS, K = 128, 32, 64
-WARPS = 8
+WARPS, STAGES = 4, 3
 MOST_OUTS = 4
-# a tile of rows for the gradient of the taps, and rows of taps that share its product at most
-TAP_ROWS, TAPS = 32, 8
-# such a tile, where the columns of a plane are no multiple of 16: each element is loaded by itself, from an address of
-# its own, for more of which registers don't suffice
-RAGGED_TAP_ROWS = 16
-TAP_WARPS = 8
+# a tile of rows for the gradient of the taps, rows of taps that share its product at most, and those of all channels.
+# 64 rows, 8 warps or 2 stages take 1.2 to 1.5 times as long (same case: 268 us)
+TAP_ROWS, TAPS, MOST_TAPS = 32, 8, 8
+TAP_WARPS, TAP_STAGES = 4, 3
+# where the columns of a plane are no multiple of 16 each element is loaded by itself, from an address of its own, for
+# more of which the registers of fewer threads don't suffice
+RAGGED_TAP_ROWS, RAGGED_WARPS = 16, 8
 WARPS_PER_MULTIPROCESSOR = 16
-# what is loaded ahead passes by L1, where a row of x is found again for all taps but the first
-STAGES = 1
 # a library's convolution multiplies what is masked, but no zeros of a band: where an element of y takes more products
 # than this, it is taken for the faster one
 MOST_PRODUCTS = 2048
@@ -73,6 +73,11 @@ class Window(NamedTuple):
         return cdiv(COLS + (self.width - 1) * self.dilation[1] + self.shift, K)
 
     @property
+    def tap_chunks(self) -> int:
+        """With one column more, for dbias."""
+        return cdiv(COLS + (self.width - 1) * self.dilation[1] + self.shift + 1, K)
+
+    @property
     def outs(self) -> int:
         """Channels of y that share the tiles of x."""
         return math.gcd(self.n_outs, MOST_OUTS)
@@ -104,6 +109,7 @@ def causal_conv(
     """
     batch, n_channels, y_rows, y_cols = y.shape
     n_pairs = n_channels * window.n_sources
+    ragged = _is_ragged(x, y)
     bands = x.new_empty(n_pairs * window.height * window.chunks * K * COLS)
     launch(
         _causal_conv_bands_kernel, (n_pairs * window.height, window.chunks),
@@ -115,40 +121,40 @@ def causal_conv(
         x, bands, bias, y, *x.shape[2:], y_rows, y_cols, n_channels, window.n_outs, window.n_sources, window.height,
         window.dilation[0], window.padding[0],
         HAS_BIAS=bias is not None, FILLS=not flipped, OUTS=window.outs, PAD_COLS=window.pad_cols, CHUNKS=window.chunks,
-        BLOCK_ROWS=ROWS, BLOCK_K=K, BLOCK_COLS=COLS, STAGES=STAGES, num_warps=WARPS,
+        BLOCK_ROWS=ROWS, BLOCK_K=K, BLOCK_COLS=COLS, STAGES=1 if ragged else STAGES,
+        num_warps=RAGGED_WARPS if ragged else WARPS,
     )  # fmt: skip
     return y
+
+
+def _is_ragged(x: Tensor, y: Tensor) -> bool:
+    """Whether elements of the planes [., ., rows, cols] are loaded one by one."""
+    return bool(x.shape[3] % 16 or y.shape[3] % 16)
 
 
 def causal_conv_taps(dy: Tensor, x: Tensor, dweight: Tensor, dbias: Tensor | None, window: Window) -> None:
     """Fills dweight [C_out, C_in of a group, height, width] and dbias [C_out] from dy and x without gaps."""
     batch, n_channels, y_rows, y_cols = dy.shape
     taps = min(TAPS, power_of_2(window.height))
-    tile_rows = TAP_ROWS if x.shape[3] % 16 == y_cols % 16 == 0 else RAGGED_TAP_ROWS
-    n_pairs = n_channels * window.n_sources
-    programs = n_pairs * cdiv(window.height, taps) * window.chunks
-    parts = max(1, min(batch * cdiv(y_rows, tile_rows), resident(x, WARPS_PER_MULTIPROCESSOR, TAP_WARPS) // programs))
-    part_size = programs * taps * K * COLS
+    outs = min(window.outs, max(1, MOST_TAPS // taps))
+    ragged = _is_ragged(x, dy)
+    tile_rows, warps = (RAGGED_TAP_ROWS, RAGGED_WARPS) if ragged else (TAP_ROWS, TAP_WARPS)
+    blocks = n_channels // outs * window.n_sources * cdiv(window.height, taps)
+    programs = blocks * window.tap_chunks
+    row_tiles = batch * cdiv(y_rows + (window.height - 1) * window.dilation[0], tile_rows)
+    parts = max(1, min(row_tiles, resident(x, WARPS_PER_MULTIPROCESSOR, warps) // programs))
+    part_size = blocks * outs * taps * (window.width + (dbias is not None)) * COLS
     room = torch.empty(parts * part_size, dtype=torch.float32, device=x.device)
-    dbias_room = None
-    if dbias is not None:
-        dbias_room = torch.empty(parts * n_channels * COLS, dtype=torch.float32, device=x.device)
-    constants = {
-        "WANTS_DBIAS": dbias is not None,
-        "CHUNKS": window.chunks,
-        "TAPS": taps,
-        "BLOCK_K": K,
-        "BLOCK_COLS": COLS,
-    }
+    constants = {"WANTS_DBIAS": dbias is not None, "OUTS": outs, "TAPS": taps, "BLOCK_COLS": COLS}
     launch(
         _causal_conv_taps_kernel, (programs, parts),
-        x, dy, room, dbias_room, batch, *x.shape[2:], y_rows, y_cols, n_channels, window.n_outs, window.n_sources,
-        window.height, window.dilation[0], window.padding[0],
-        PAD_COLS=window.pad_cols, BLOCK_ROWS=tile_rows, STAGES=STAGES, num_warps=TAP_WARPS, **constants,
+        x, dy, room, batch, *x.shape[2:], y_rows, y_cols, n_channels, window.n_outs, window.n_sources,
+        window.height, window.width, *window.dilation, window.padding[0], window.shift,
+        PAD_COLS=window.pad_cols, CHUNKS=window.tap_chunks, BLOCK_ROWS=tile_rows, BLOCK_K=K,
+        STAGES=1 if ragged else TAP_STAGES, num_warps=warps, **constants,
     )  # fmt: skip
     launch(
-        _causal_conv_sums_kernel, (n_pairs * window.height,),
-        room, dbias_room, dweight, dbias, parts, part_size, n_channels, window.n_sources, window.height, window.width,
-        window.dilation[1], window.shift,
-        BLOCK_WIDTH=power_of_2(window.width), num_warps=4, **constants,
+        _causal_conv_sums_kernel, (n_channels * window.n_sources * window.height,),
+        room, dweight, dbias, parts, part_size, window.n_sources, window.height, window.width,
+        BLOCK_WIDTH=power_of_2(window.width + 1), num_warps=4, **constants,
     )  # fmt: skip

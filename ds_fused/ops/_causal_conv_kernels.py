@@ -63,6 +63,35 @@ def _causal_conv_bands_kernel(
 
 
 @triton.jit
+def _causal_conv_tile(
+    x_ptr, bands_ptr, x_rows, x_cols, first_row, first_col, n_sources, height, dilation, pad_rows,
+    WHOLE: tl.constexpr, OUTS: tl.constexpr, PAD_COLS: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The products that a tile of y [BLOCK_ROWS, OUTS * BLOCK_COLS] is of. WHOLE: of x nothing above its diagonal."""
+    y = tl.zeros((BLOCK_ROWS, OUTS * BLOCK_COLS), tl.float32)
+    rows = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
+    k = tl.arange(0, BLOCK_K)
+    stack = tl.arange(0, OUTS * BLOCK_COLS)[None, :]
+    for turn in tl.range(0, n_sources * height * CHUNKS, num_stages=STAGES):
+        chunk = turn % CHUNKS
+        source = turn // CHUNKS // height
+        tap = turn // CHUNKS % height
+        near = rows + (tap * dilation - pad_rows)
+        offsets = (source.to(tl.int64) * x_rows + near) * x_cols
+        x_at = first_col - PAD_COLS + chunk * BLOCK_K + k[None, :]
+        if WHOLE:
+            # no element passes through a register
+            inside = (near >= 0) & (near < x_rows) & (x_at >= 0) & (x_at < x_cols)
+            x = tl.load(x_ptr + offsets + x_at, mask=inside, other=0.0)
+        else:
+            x = _below(x_ptr, near, offsets, x_at, x_rows, x_cols)
+        band = tl.load(bands_ptr + (turn * BLOCK_K + k[:, None]) * OUTS * BLOCK_COLS + stack)
+        y = tl.dot(x, band, y)
+    return y
+
+
+@triton.jit
 def _causal_conv_kernel(
     x_ptr,  # [B, C / n_outs * S, x_rows, x_cols]
     bands_ptr,  # [C / OUTS, S, height, K, OUTS, BLOCK_COLS]
@@ -96,24 +125,20 @@ def _causal_conv_kernel(
     plane = group * n_outs + out
     channel = plane % n_channels
 
+    x_ptr += group * n_sources * x_rows * x_cols
+    bands_ptr += channel // OUTS * n_sources * height * CHUNKS * BLOCK_K * OUTS * BLOCK_COLS
     y = tl.zeros((BLOCK_ROWS, OUTS * BLOCK_COLS), tl.float32)
     has_some = first_col < first_row + BLOCK_ROWS
-    if has_some:
-        x_ptr += group * n_sources * x_rows * x_cols
-        bands_ptr += channel // OUTS * n_sources * height * CHUNKS * BLOCK_K * OUTS * BLOCK_COLS
-        rows = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
-        k = tl.arange(0, BLOCK_K)
-        stack = tl.arange(0, OUTS * BLOCK_COLS)[None, :]
-        for turn in tl.range(0, n_sources * height * CHUNKS, num_stages=STAGES):
-            chunk = turn % CHUNKS
-            source = turn // CHUNKS // height
-            tap = turn // CHUNKS % height
-            near = rows + (tap * dilation - pad_rows)
-            offsets = (source.to(tl.int64) * x_rows + near) * x_cols
-            x_at = first_col - PAD_COLS + chunk * BLOCK_K + k[None, :]
-            x = _below(x_ptr, near, offsets, x_at, x_rows, x_cols)
-            band = tl.load(bands_ptr + (turn * BLOCK_K + k[:, None]) * OUTS * BLOCK_COLS + stack)
-            y += tl.dot(x, band)
+    if first_col + CHUNKS * BLOCK_K - PAD_COLS <= first_row - pad_rows + 1:
+        y = _causal_conv_tile(
+            x_ptr, bands_ptr, x_rows, x_cols, first_row, first_col, n_sources, height, dilation, pad_rows,
+            True, OUTS, PAD_COLS, CHUNKS, BLOCK_ROWS, BLOCK_K, BLOCK_COLS, STAGES,
+        )  # fmt: skip
+    elif has_some:
+        y = _causal_conv_tile(
+            x_ptr, bands_ptr, x_rows, x_cols, first_row, first_col, n_sources, height, dilation, pad_rows,
+            False, OUTS, PAD_COLS, CHUNKS, BLOCK_ROWS, BLOCK_K, BLOCK_COLS, STAGES,
+        )  # fmt: skip
     if FILLS or has_some:
         tile = tl.reshape(y, (BLOCK_ROWS, OUTS, BLOCK_COLS))
         outs = tl.arange(0, OUTS)[None, :, None]
@@ -129,8 +154,7 @@ def _causal_conv_kernel(
 def _causal_conv_taps_kernel(
     x_ptr,  # [B, C / n_outs * S, x_rows, x_cols]
     dy_ptr,  # [B, C, y_rows, y_cols]
-    parts_ptr,  # [P, C, S, blocks of taps, CHUNKS, TAPS * BLOCK_K, BLOCK_COLS] fp32
-    dbias_ptr,  # [P, C, BLOCK_COLS] fp32
+    parts_ptr,  # [P, C / OUTS, S, blocks of taps, OUTS, TAPS, width (+ 1 for dbias), BLOCK_COLS] fp32
     n_batch,
     x_rows,
     x_cols,
@@ -140,89 +164,119 @@ def _causal_conv_taps_kernel(
     n_outs,
     n_sources,
     height,
-    dilation,
+    width,
+    row_dilation,
+    col_dilation,
     pad_rows,
-    WANTS_DBIAS: tl.constexpr, PAD_COLS: tl.constexpr, CHUNKS: tl.constexpr, TAPS: tl.constexpr,
+    shift,
+    WANTS_DBIAS: tl.constexpr, PAD_COLS: tl.constexpr, CHUNKS: tl.constexpr, OUTS: tl.constexpr, TAPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """x^T dy over every P-th tile of rows, for TAPS rows of taps at once: the gradient of the banded matrices."""
+    """x^T dy over every P-th tile of rows: the gradient of the banded matrices, of OUTS channels and TAPS rows of taps
+    at once, for each of which dy is moved against x. What is kept are the diagonals with taps.
+    """
     pid = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    chunk = pid % CHUNKS
+    chunk = (pid % CHUNKS).to(tl.int32)
     tap_blocks = tl.cdiv(height, TAPS)
-    tap_block = pid // CHUNKS % tap_blocks
+    first_tap = (pid // CHUNKS % tap_blocks).to(tl.int32) * TAPS
     pair = pid // CHUNKS // tap_blocks
-    channel, source = pair // n_sources, pair % n_sources
+    channel, source = pair // n_sources * OUTS, pair % n_sources
 
-    tap = tap_block.to(tl.int32) * TAPS + tl.arange(0, TAPS)[None, :, None]
+    k = chunk * BLOCK_K + tl.arange(0, BLOCK_K)[None, :] - PAD_COLS
+    stack = tl.arange(0, OUTS * TAPS * BLOCK_COLS)[None, :]
+    col = stack % BLOCK_COLS
+    sixteen = stack // 16 * 16 % BLOCK_COLS
+    tap = first_tap + stack // BLOCK_COLS % TAPS
+    out = (stack // BLOCK_COLS // TAPS).to(tl.int64)
     # taps past the last read no row
-    x_row = tl.where(tap < height, tap * dilation - pad_rows, x_rows)
-    x_col = chunk.to(tl.int32) * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :] - PAD_COLS
-    taps = tl.zeros((TAPS * BLOCK_K, BLOCK_COLS), tl.float32)
-    dbias = tl.zeros((BLOCK_COLS,), tl.float32)
+    down = tl.where(tap < height, tap * row_dilation, x_rows + y_rows)
+    taps = tl.zeros((BLOCK_K, OUTS * TAPS * BLOCK_COLS), tl.float32)
+    # a column of x that no tap meets
+    is_last = k == CHUNKS * BLOCK_K - PAD_COLS - 1
+    one = tl.full((1, 1), 1.0, tl.float32).to(x_ptr.dtype.element_ty)
 
-    row_tiles = tl.cdiv(y_rows, BLOCK_ROWS)
+    # rows of x with what it is padded by: for the first tap all rows of dy
+    row_tiles = tl.cdiv(y_rows + (height - 1) * row_dilation, BLOCK_ROWS)
     for item in range(part, n_batch * row_tiles, tl.num_programs(1)):
         batch = (item // row_tiles).to(tl.int64)
         first_row = item % row_tiles * BLOCK_ROWS
-        rows = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
-        dy_offsets = ((batch * n_channels + channel) * y_rows + rows) * y_cols
-        n_sets = n_channels // n_outs
-        plane = (batch * n_sets + channel // n_outs) * n_sources + source
-        near = rows[:, :, None] + x_row
-        x_offsets = (plane * x_rows + near) * x_cols
-        for first_col in tl.range(0, tl.minimum(first_row + BLOCK_ROWS, y_cols), BLOCK_COLS, num_stages=STAGES):
-            cols = first_col + tl.arange(0, BLOCK_COLS)[None, :]
-            dy = _below(dy_ptr, rows, dy_offsets, cols, y_rows, y_cols)
-            x = _below(x_ptr, near, x_offsets, first_col + x_col, x_rows, x_cols)
-            x = tl.reshape(x, (BLOCK_ROWS, TAPS * BLOCK_K))
-            taps += tl.dot(tl.trans(x), dy)
+        plane = (batch * (n_channels // n_outs) + channel // n_outs) * n_sources + source
+        x_row = first_row - pad_rows + tl.arange(0, BLOCK_ROWS)[:, None]
+        x_offset = x_row.to(tl.int64) * x_cols
+        x_plane = x_ptr + plane * x_rows * x_cols
+        dy_row = first_row + tl.arange(0, BLOCK_ROWS)[:, None] - down
+        dy_offset = (out * y_rows + dy_row) * y_cols
+        dy_plane = dy_ptr + (batch * n_channels + channel) * y_rows * y_cols
+        has_x = (x_row >= 0) & (x_row < x_rows)
+        has_dy = (dy_row >= 0) & (dy_row < y_rows)
+        end = tl.minimum(first_row + BLOCK_ROWS, y_cols)
+        # tiles of dy and of x all of which lies below the diagonal
+        whole = tl.minimum(
+            first_row + 1 - (height - 1) * row_dilation,
+            first_row + 1 - pad_rows + PAD_COLS - (chunk + 1) * BLOCK_K + BLOCK_COLS,
+        )
+        whole = tl.maximum(tl.minimum(whole, end), 0) // BLOCK_COLS * BLOCK_COLS
+        for first_col in tl.range(0, whole, BLOCK_COLS, num_stages=STAGES):
+            x_col = first_col + k
+            dy = tl.load(dy_plane + first_col + (dy_offset + col), mask=has_dy & (first_col + col < y_cols), other=0.0)
+            x = tl.load(x_plane + first_col + (x_offset + k), mask=has_x & (x_col >= 0) & (x_col < x_cols), other=0.0)
             if WANTS_DBIAS:
-                dbias += tl.sum(dy.to(tl.float32), axis=0)
+                x = tl.where(is_last, one, x)
+            taps = tl.dot(tl.trans(x), dy, taps)
+        for first_col in range(whole, end, BLOCK_COLS):
+            # as _below has it, which doesn't see that 16 columns share an answer
+            reaches = has_dy & (first_col + col < y_cols) & (first_col + sixteen <= dy_row)
+            dy = tl.load(dy_plane + first_col + (dy_offset + col), mask=reaches, other=0.0)
+            dy = tl.where(first_col + col <= dy_row, dy, 0.0)
+            x = _below(x_plane, x_row, x_offset, first_col + k, x_rows, x_cols)
+            if WANTS_DBIAS:
+                x = tl.where(is_last, one, x)
+            taps = tl.dot(tl.trans(x), dy, taps)
 
-    cols = tl.arange(0, BLOCK_COLS)[None, :]
-    parts_ptr += (part * tl.num_programs(0).to(tl.int64) + pid) * TAPS * BLOCK_K * BLOCK_COLS
-    tl.store(parts_ptr + tl.arange(0, TAPS * BLOCK_K)[:, None] * BLOCK_COLS + cols, taps)
-    if WANTS_DBIAS and (source == 0) & (tap_block == 0) & (chunk == 0):
-        tl.store(dbias_ptr + (part * n_channels + channel) * BLOCK_COLS + tl.arange(0, BLOCK_COLS), dbias)
+    # the chunks of a row of taps have diagonals of one room
+    n_diagonals = width + WANTS_DBIAS
+    parts_ptr += (part * (tl.num_programs(0) // CHUNKS).to(tl.int64) + pid // CHUNKS) * (
+        OUTS * TAPS * n_diagonals * BLOCK_COLS
+    )
+    place = tl.trans(k + PAD_COLS - shift) - col
+    diagonal = place // col_dilation
+    is_kept = (place >= 0) & (place % col_dilation == 0) & (diagonal < width)
+    if WANTS_DBIAS:
+        is_dbias = tl.trans(is_last)
+        diagonal = tl.where(is_dbias, width, diagonal)
+        is_kept = is_kept | is_dbias
+    tl.store(parts_ptr + (stack // BLOCK_COLS * n_diagonals + diagonal) * BLOCK_COLS + col, taps, mask=is_kept)
 
 
 @triton.jit(do_not_specialize=["n_parts"])
 def _causal_conv_sums_kernel(
-    parts_ptr,  # [P, C, S, blocks of taps, CHUNKS, TAPS * BLOCK_K, BLOCK_COLS] fp32
-    dbias_parts_ptr,  # [P, C, BLOCK_COLS] fp32
+    parts_ptr,  # [P, C / OUTS, S, blocks of taps, OUTS, TAPS, width (+ 1 for dbias), BLOCK_COLS] fp32
     dweight_ptr,  # [C, S, height, width]
     dbias_ptr,  # [C]
     n_parts,
     part_size,  # elements
-    n_channels,
     n_sources,
     height,
     width,
-    dilation,
-    shift,
-    WANTS_DBIAS: tl.constexpr, CHUNKS: tl.constexpr, TAPS: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_COLS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    WANTS_DBIAS: tl.constexpr, OUTS: tl.constexpr, TAPS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A row of taps: the sums along the diagonals of its matrix, over all parts."""
+    """A row of taps: the sums along the diagonals of its matrix, over all parts; after them that of dbias."""
     pid = tl.program_id(0).to(tl.int64)
     tap = pid % height
-    pair = pid // height
-    col_tap = tl.arange(0, BLOCK_WIDTH)[:, None]
+    channel, source = pid // height // n_sources, pid // height % n_sources
+    block = (channel // OUTS * n_sources + source) * tl.cdiv(height, TAPS) + tap // TAPS
+    n_diagonals = width + WANTS_DBIAS
+    parts_ptr += ((block * OUTS + channel % OUTS) * TAPS + tap % TAPS) * n_diagonals * BLOCK_COLS
+    diagonal = tl.arange(0, BLOCK_WIDTH)
     cols = tl.arange(0, BLOCK_COLS)[None, :]
-    k = cols + col_tap * dilation + shift
-    block = (pair * tl.cdiv(height, TAPS) + tap // TAPS) * CHUNKS + k // BLOCK_K
-    place = (block * TAPS * BLOCK_K + tap % TAPS * BLOCK_K + k % BLOCK_K) * BLOCK_COLS + cols
     total = tl.zeros((BLOCK_WIDTH, BLOCK_COLS), tl.float32)
     for _ in range(n_parts):
-        total += tl.load(parts_ptr + place, mask=col_tap < width, other=0.0)
+        at = parts_ptr + diagonal[:, None] * BLOCK_COLS + cols
+        total += tl.load(at, mask=diagonal[:, None] < n_diagonals, other=0.0)
         parts_ptr += part_size
-    col_taps = tl.arange(0, BLOCK_WIDTH)
-    tl.store(dweight_ptr + pid * width + col_taps, tl.sum(total, axis=1), mask=col_taps < width)
-
-    if WANTS_DBIAS and (tap == 0) & (pair % n_sources == 0):
-        channel = pair // n_sources
-        sums = tl.zeros((BLOCK_COLS,), tl.float32)
-        for part in range(n_parts):
-            sums += tl.load(dbias_parts_ptr + (part * n_channels + channel) * BLOCK_COLS + tl.arange(0, BLOCK_COLS))
-        tl.store(dbias_ptr + channel, tl.sum(sums))
+    sums = tl.sum(total, axis=1)
+    tl.store(dweight_ptr + pid * width + diagonal, sums, mask=diagonal < width)
+    if WANTS_DBIAS and (tap == 0) & (source == 0):
+        tl.store(dbias_ptr + channel + diagonal * 0, sums, mask=diagonal == width)

@@ -72,7 +72,9 @@ class MultiTokenAttentionFunction(torch.autograd.Function):
         rows = sparsemax_fwd if sparse else softmax_fwd
         p = rows(scores, weight.dtype, ZERO if window is None else LEFT).view(shape)
         if window is None:
-            y = F.conv2d(p, weight, bias, *options).tril_()
+            y = F.conv2d(p, weight, bias, *options)
+            # of what was changed in place a graph of torch 2.11 has gradients of 0
+            y = y.tril() if torch.compiler.is_compiling() else y.tril_()
         else:
             y = p.new_empty(*p.shape[:1], *weight.shape[:1], *window.size(*p.shape[2:]))
             if y.numel():

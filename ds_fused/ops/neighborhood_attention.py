@@ -5,11 +5,14 @@ them: neighborhood attention (Hassani et al. 2023) in one dimension. At the ends
 Liger's; with ``border="shift"`` the window moves inwards instead, as NATTEN's, and each token has kernel_size
 neighbours, if there are as many.
 
-Nothing of the size of T x T exists. Softmax is summed up as it goes (Dao et al. 2022), in fp32; weights and their
-gradients are rounded to the inputs' dtype before they are multiplied, and computed again in the backward.
+Nothing of the size of T x T exists. Softmax is in fp32, of wide windows summed up as it goes (Dao et al. 2022); weights
+and their gradients are rounded to the inputs' dtype before they are multiplied, and computed again in the backward.
+A window of few tokens is worked on in one tile of tokens and of all that they see (_neighborhood_attention_block_
+kernels.py), a wider one is walked (_neighborhood_attention_kernels.py), backward once for dq and once for dk and dv.
 Saved for backward: q, k, v, y, and the logarithm of the sum of exponentials in fp32 per token and head.
-Traffic per element of q: forward 3 reads + 1 write, backward 5 reads + 3 writes; neighbours that another program reads
-too come from L2. Each gradient is written by one program (no atomics: same input, same bits).
+Traffic per element of q: forward 3 reads + 1 write, backward 5 reads + 3 writes, of wide windows 4 reads more;
+neighbours that another program reads too come from L2. Each gradient is written by one program (no atomics: same
+input, same bits).
 
 Sizes: B batch entries, H heads, T tokens, D columns.
 """
@@ -23,8 +26,13 @@ from torch import Tensor
 
 from ds_fused.ops._heads import is_swapped, neighbours, room, strides
 from ds_fused.ops._launch import launch
+from ds_fused.ops._neighborhood_attention_block_kernels import (
+    _neighborhood_attention_block_bwd_kernel,
+    _neighborhood_attention_block_fwd_kernel,
+)
 from ds_fused.ops._neighborhood_attention_kernels import (
-    _neighborhood_attention_bwd_kernel,
+    _neighborhood_attention_dkv_kernel,
+    _neighborhood_attention_dq_kernel,
     _neighborhood_attention_fwd_kernel,
 )
 from ds_fused.ops._once import once_differentiable
@@ -32,13 +40,16 @@ from ds_fused.ops._triton import autocast_dtype, cdiv, check_dtypes, power_of_2,
 
 BORDERS = ("cut", "shift")
 MOST_COLS = 256
-# tokens of a tile, and neighbours that it meets at a time: of windows of up to NARROW tokens to a side, and of wider
-# ones. Not measured yet. A tile of R tokens multiplies whole blocks of R + kernel_size - 1 neighbours, so that a narrow
-# window wants small ones
-NARROW = 64
-NARROW_ROWS, NARROW_KEYS = 64, 32
-WIDE_ROWS, WIDE_KEYS = 128, 64
-STAGES = 2
+# windows that reach so far to either side are of one tile of so many tokens, whose program owns what is left of it
+# (H100, 64x16x1024x128, us: of 3 tokens forward 356 and backward 718, where walks take 410 and 1245; of 16 410 and
+# 1120, walks 407 and 1241; backward of 7 787 in tiles of 32 and 909 of 64)
+FWD_BLOCKS = ((16, 64),)
+BWD_BLOCKS = ((7, 32), (16, 64))
+# of wider ones tokens of a tile, neighbours that it meets at a time, and such that are in flight: queries and keys
+# forward and for dq, keys and queries for dk and dv. Where registers suffice for three such programs on a
+# multiprocessor the first two take 311 and 420 us (H100, window 255, 16x16x2048x128), else 359 and 442; the third takes
+# 573. With tiles of 128 tokens all take 1.1 to 1.2 times as long
+FWD_TILE, DQ_TILE, DKV_TILE = (64, 32, 3), (64, 32, 2), (64, 32, 1)
 # more columns than this leave registers for fewer tokens
 FEW_COLS = 128
 
@@ -74,36 +85,41 @@ def _scale_of(q: Tensor) -> float:
     return max(1, q.shape[-1]) ** -0.5
 
 
-def _constants(x: Tensor, half: int, *, backward: bool) -> dict[str, object]:
-    """Of a launch over x [B, H, T, D] with so many neighbours on each side."""
+def _block(x: Tensor, reach: int, blocks: tuple[tuple[int, int], ...]) -> int | None:
+    """Of x [B, H, T, D] the tokens of the one tile that such windows are of; None where they are walked."""
+    if x.dtype == torch.float32:
+        # products of fp32 are not for the tensor cores, and hold a whole row of each factor in registers
+        return None
+    # backward such a tile is there four times in shared memory, of which some GPUs have 99 KiB
+    most_tokens = 64 * FEW_COLS // max(FEW_COLS, x.shape[-1])
+    return next((block for most, block in blocks if reach <= most and block <= most_tokens), None)
+
+
+def _tile(x: Tensor, tile: tuple[int, int, int]) -> tuple[int, int, dict[str, object]]:
+    """Of a launch over x [B, H, T, D]: tokens that a program owns, those that it meets at a time, and constants."""
     cols = max(16, power_of_2(x.shape[-1]))
-    # products of fp32 are not for the tensor cores, and hold a whole row of each factor in registers
-    is_wide = x.dtype == torch.float32
-    if is_wide:
-        rows = keys = 32 if cols <= FEW_COLS // 2 else 16
+    own, others, stages = tile
+    if x.dtype == torch.float32:
+        # as in _block
+        own = others = 32 if cols <= FEW_COLS // 2 else 16
+        stages = 1
     elif cols > FEW_COLS:
-        rows = keys = 32
-    elif half <= NARROW:
-        rows, keys = NARROW_ROWS, NARROW_KEYS
-    else:
-        rows, keys = WIDE_ROWS, WIDE_KEYS
-        if backward and cols == FEW_COLS:
-            # two sums of a tile's size
-            rows //= 2
-    few = not is_wide and rows * cols <= 64 * (64 if backward else 128)
-    return {
-        "PRECISION": "ieee" if is_wide else "tf32",
-        "BLOCK_ROWS": rows,
-        "BLOCK_KEYS": keys,
-        "BLOCK_COLS": cols,
-        "STAGES": 1 if is_wide else STAGES,
-        "num_warps": 4 if few else 8,
-    }
+        own = others = 32
+    few = x.dtype != torch.float32 and cols <= FEW_COLS
+    precision = "ieee" if x.dtype == torch.float32 else "tf32"
+    constants = {"PRECISION": precision, "BLOCK_COLS": cols, "STAGES": stages, "num_warps": 4 if few else 8}
+    return own, others, constants
 
 
-def _grid(shape: torch.Size, dilation: int, rows: int) -> tuple[int]:
+def _block_constants(x: Tensor, block: int, shifts: bool) -> dict[str, object]:
+    """Constants of a launch over x [B, H, T, D] for windows of one tile."""
+    cols = max(16, power_of_2(x.shape[-1]))
+    return {"SHIFTS": shifts, "BLOCK": block, "BLOCK_COLS": cols, "num_warps": 4 if cols <= FEW_COLS else 8}
+
+
+def _grid(shape: torch.Size, dilation: int, own: int) -> tuple[int]:
     batch, n_heads, n_tokens, _ = shape
-    return (batch * n_heads * dilation * cdiv(cdiv(n_tokens, dilation), rows),)
+    return (batch * n_heads * dilation * cdiv(cdiv(n_tokens, dilation), own),)
 
 
 def neighborhood_attention_fwd(
@@ -116,14 +132,23 @@ def neighborhood_attention_fwd(
     lse = torch.empty((batch, n_heads, n_tokens), dtype=torch.float32, device=q.device)
     if batch * n_heads * n_tokens * d == 0:
         return y, lse
-    # more classes than tokens would be empty
-    dilation, half = min(dilation, n_tokens), kernel_size // 2
-    constants = _constants(q, half, backward=False)
-    launch(
-        _neighborhood_attention_fwd_kernel, _grid(shape, dilation, constants["BLOCK_ROWS"]),
+    # more classes than tokens would be empty, and nobody is further away than the last token from the first
+    dilation, half = min(dilation, n_tokens), min(kernel_size // 2, n_tokens)
+    args = (
         q, k, v, y, lse, *strides(q, shape), *strides(k, shape), *strides(v, shape), *strides(y, shape),
-        n_heads, n_tokens, d, half, dilation, scale, SHIFTS=shifts, **constants,
+        n_heads, n_tokens, d, half, dilation, scale,
     )  # fmt: skip
+    reach = half * (1 + shifts)
+    block = _block(q, reach, FWD_BLOCKS)
+    if block:
+        grid = _grid(shape, dilation, block - 2 * reach)
+        launch(_neighborhood_attention_block_fwd_kernel, grid, *args, **_block_constants(q, block, shifts))
+    else:
+        rows, keys, constants = _tile(q, FWD_TILE)
+        launch(
+            _neighborhood_attention_fwd_kernel, _grid(shape, dilation, rows), *args,
+            SHIFTS=shifts, BLOCK_ROWS=rows, BLOCK_KEYS=keys, **constants,
+        )  # fmt: skip
     return y, lse
 
 
@@ -151,21 +176,39 @@ def neighborhood_attention_bwd(
     )
     if batch * n_heads * n_tokens * d == 0:
         return dq, dk, dv
-    dilation, half = min(dilation, n_tokens), kernel_size // 2
-    constants = _constants(q, half, backward=True)
+    dilation, half = min(dilation, n_tokens), min(kernel_size // 2, n_tokens)
+    sizes = n_heads, n_tokens, d, half, dilation, scale
+    of_dy, of_q, of_k, of_v, of_y = (strides(x, shape) for x in (dy, q, k, v, y))
+    of_dq, of_dk, of_dv = ((0, 0, 0) if x is None else strides(x, shape) for x in (dq, dk, dv))
+    reach = half * (1 + shifts)
+    block = _block(q, reach, BWD_BLOCKS)
+    if block:
+        launch(
+            _neighborhood_attention_block_bwd_kernel, _grid(shape, dilation, block - 2 * reach),
+            dy, q, k, v, y, lse, dq, dk, dv,
+            *of_dy, *of_q, *of_k, *of_v, *of_y, *of_dq, *of_dk, *of_dv, *sizes,
+            WANTS_DQ=wants_dq, WANTS_DKV=wants_dkv, **_block_constants(q, block, shifts),
+        )  # fmt: skip
+        return dq, dk, dv
+    inner = torch.empty_like(lse) if wants_dkv else None
+    rows, keys, constants = _tile(q, DQ_TILE)
     launch(
-        _neighborhood_attention_bwd_kernel, _grid(shape, dilation, constants["BLOCK_ROWS"]),
-        dy, q, k, v, y, lse, dq, dk, dv,
-        *strides(dy, shape), *strides(q, shape), *strides(k, shape), *strides(v, shape), *strides(y, shape),
-        *[stride for x in (dq, dk, dv) for stride in ((0, 0, 0) if x is None else strides(x, shape))],
-        n_heads, n_tokens, d, half, dilation, scale,
-        WANTS_DQ=wants_dq, WANTS_DKV=wants_dkv, SHIFTS=shifts, **constants,
+        _neighborhood_attention_dq_kernel, _grid(shape, dilation, rows),
+        dy, q, k, v, y, lse, inner, dq, *of_dy, *of_q, *of_k, *of_v, *of_y, *of_dq, *sizes,
+        WANTS_DQ=wants_dq, WANTS_INNER=wants_dkv, SHIFTS=shifts, BLOCK_ROWS=rows, BLOCK_KEYS=keys, **constants,
     )  # fmt: skip
+    if wants_dkv:
+        keys, rows, constants = _tile(q, DKV_TILE)
+        launch(
+            _neighborhood_attention_dkv_kernel, _grid(shape, dilation, keys),
+            dy, q, k, v, lse, inner, dk, dv, *of_dy, *of_q, *of_k, *of_v, *of_dk, *of_dv, *sizes,
+            SHIFTS=shifts, BLOCK_ROWS=rows, BLOCK_KEYS=keys, **constants,
+        )  # fmt: skip
     return dq, dk, dv
 
 
 class NeighborhoodAttentionFunction(torch.autograd.Function):
-    """Autograd around the two launches; sees q, k and v [B, H, T, D] in any strides but that of the columns."""
+    """Autograd around the launchers; sees q, k and v [B, H, T, D] in any strides but that of the columns."""
 
     @staticmethod
     def forward(

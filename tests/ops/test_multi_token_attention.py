@@ -40,10 +40,15 @@ def no_tf32(monkeypatch) -> None:
 
 
 def judged(inputs, dtype, **options) -> None:
-    # fp32 is PyTorch's convolution, which may take another algorithm where the judge asks for a deterministic one
+    # fp32 is PyTorch's convolution, whose sums have an order of their own
     floor = 2e-5 if dtype == torch.float32 and inputs[0].is_cuda else 0.0
     options = {"groups": inputs[0].shape[1] // inputs[1].shape[1], "floor": floor, **options}
-    as_accurate(multi_token_attention, multi_token_attention_reference, inputs, dtype, **options)
+    # the judge asks ours for deterministic gradients, which are up to 60 times as far off there: so does the yardstick
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        as_accurate(multi_token_attention, multi_token_attention_reference, inputs, dtype, **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", FEW)
@@ -91,6 +96,11 @@ def test_multi_token_attention_of_real_sizes(shape, taps, more, options, dtype, 
 @pytest.mark.usefixtures("small_tiles")
 def test_several_tiles(taps, more, options, dtype, device):
     judged(some((1, 2, 21), taps, device=device, **more), dtype, **options)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_tiles_all_of_which_lies_below_the_diagonal(device):
+    judged(some((1, 1, 64), (3, 3), device=device), torch.bfloat16, padding=1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -10,9 +10,8 @@ from heads import as_accurate_under_autocast
 
 import ds_fused.ops.registry as registry
 from ds_fused.ops.neighborhood_attention import (
-    NARROW,
-    NARROW_ROWS,
-    WIDE_ROWS,
+    FWD_BLOCKS,
+    FWD_TILE,
     neighborhood_attention,
     neighborhood_attention_reference,
 )
@@ -33,12 +32,12 @@ def three(*shape: int, device: torch.device) -> list[torch.Tensor]:
     ("shape", "kernel_size", "dilation"),
     [
         ((2, 2, 37, 5), 7, 1),  # one tile of odd sizes
-        ((1, 1, NARROW_ROWS + 2, 33), 9, 1),  # two, the second of which has 2 tokens
+        ((1, 1, FWD_BLOCKS[0][1] + 2, 33), 9, 1),  # two, the second of which has 2 tokens
         ((1, 1, 151, 16), 5, 2),  # classes of 76 and 75 tokens
         ((1, 1, 5, 8), 3, 2),  # classes of 3 and 2
         ((1, 1, 23, 8), 101, 1),  # a window wider than the sequence
-        pytest.param((1, 1, WIDE_ROWS + 70, 40), 2 * NARROW + 3, 1, marks=pytest.mark.all),
-        pytest.param((1, 1, 300, 8), 2 * NARROW + 3, 2, marks=pytest.mark.all),
+        pytest.param((1, 1, FWD_TILE[0] + 70, 40), 2 * FWD_BLOCKS[-1][0] + 3, 1, marks=pytest.mark.all),
+        pytest.param((1, 1, 300, 8), 2 * FWD_BLOCKS[-1][0] + 3, 2, marks=pytest.mark.all),
     ],
 )
 def test_neighborhood_attention(shape, kernel_size, dilation, dtype, device):
@@ -51,11 +50,11 @@ def test_neighborhood_attention(shape, kernel_size, dilation, dtype, device):
 @pytest.mark.parametrize(
     ("n_tokens", "kernel_size", "dilation"),
     [
-        (NARROW_ROWS + 2, 9, 1),
+        (FWD_BLOCKS[0][1] + 2, 9, 1),
         (23, 7, 3),
         (5, 7, 2),  # fewer in a class than in a window
-        pytest.param(WIDE_ROWS + 70, 2 * NARROW + 3, 1, marks=pytest.mark.all),
-        pytest.param(4 * NARROW_ROWS, 2 * NARROW + 1, 1, marks=pytest.mark.all),
+        pytest.param(FWD_TILE[0] + 70, 2 * FWD_BLOCKS[-1][0] + 3, 1, marks=pytest.mark.all),
+        pytest.param(4 * FWD_BLOCKS[0][1], 2 * FWD_BLOCKS[-1][0] + 1, 1, marks=pytest.mark.all),
     ],
 )
 def test_shifted_windows(n_tokens, kernel_size, dilation, dtype, device):
