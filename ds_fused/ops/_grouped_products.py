@@ -51,6 +51,15 @@ class Tile(NamedTuple):
     stages: int
 
 
+@triton.jit
+def _plus_product(total, left, right):
+    if left.dtype == tl.float32:
+        # a step's sum by itself: one number after the other onto the whole loses more than cuBLAS does. An ordinary
+        # addition triton makes a start of the product's sum
+        return tl.fma(tl.dot(left, right, input_precision="ieee"), 1.0, total)
+    return tl.dot(left, right, total)
+
+
 @triton.jit(do_not_specialize=["n_tiles", "n_chunks"])
 def _product_of_rows_kernel(
     a_ptr,  # [N, n_in]; GATHERS: [T, n_in]
@@ -103,7 +112,7 @@ def _product_of_rows_kernel(
             else:
                 inside = (ins[:, None] < n_in - start) & (cols[None, :] < n_out)
                 weight = tl.load(weight_ptrs, mask=inside, other=0.0)
-            y = tl.dot(a, weight, y, input_precision="ieee")
+            y = _plus_product(y, a, weight)
             a_ptrs += STEP
             weight_ptrs += STEP * weight_in_stride
         y_ptrs = y_ptr + rows[:, None] * n_out + cols[None, :]
@@ -146,7 +155,7 @@ def _product_of_experts_kernel(
         left = tl.load(left_ptrs, mask=inside[None, :] & (lefts[:, None] < n_left), other=0.0)
         right_ptrs = right_ptr + tokens[:, None] * right_stride + rights[None, :]
         right = tl.load(right_ptrs, mask=inside[:, None] & (rights[None, :] < n_right), other=0.0)
-        total = tl.dot(left, right, total, input_precision="ieee")
+        total = _plus_product(total, left, right)
     dweight_ptr += expert * dweight_expert_stride
     dweight_ptrs = dweight_ptr + lefts[:, None] * dweight_left_stride + rights[None, :] * dweight_right_stride
     mask = (lefts[:, None] < n_left) & (rights[None, :] < n_right)
