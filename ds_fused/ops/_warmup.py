@@ -69,6 +69,11 @@ def target_of(name: str) -> GPUTarget:
     raise ValueError(f"target is {name!r}; it can be such as sm90 or gfx942")
 
 
+def copies_tiles_on(target: GPUTarget) -> bool:
+    """_triton.copies_tiles, of a GPU that need not be here."""
+    return target.backend == "cuda" and target.arch // 10 in _triton.COPIES_TILES
+
+
 def target_here() -> str | None:
     """The name of the current GPU, or None without one."""
     if not torch.cuda.is_available():
@@ -96,7 +101,7 @@ def noted(target: GPUTarget) -> Iterator[list[Launch]]:
     _launch.launch_elsewhere = note
     _triton.KERNEL_DEVICES, _triton.LANES = ("meta",), target.warp_size
     _triton._multiprocessors[META] = MULTIPROCESSORS
-    _triton._copies_tiles[META] = target.backend == "cuda" and target.arch // 10 in _triton.COPIES_TILES
+    _triton._copies_tiles[META] = copies_tiles_on(target)
     try:
         yield found
     finally:
