@@ -57,16 +57,15 @@ def _in_order_kernel(
         tl.store(y_ptr + place * n_cols + cols, x, mask=mask & (place >= 0))
 
 
-@triton.jit(do_not_specialize=["n_chunks"])
+@triton.jit
 def _product_of_rows_tma_kernel(
     y_ptr,  # [N, n_out]
     a,  # [N, n_in] in tiles [ROWS, STEP]
     weight,  # [E, n_out, n_in] in tiles [1, COLS, STEP]; TRANSPOSED: [E, n_in, n_out], [1, STEP, COLS]
-    ends_ptr,  # [E, chunks]
+    bounds_ptr,  # [E + 1]
     tile_experts_ptr,  # [tiles]
     tile_rows_ptr,  # [tiles]
     n_tiles_ptr,  # [1]
-    n_chunks,
     n_out,
     n_in,
     TRANSPOSED: tl.constexpr,
@@ -83,7 +82,7 @@ def _product_of_rows_tma_kernel(
         tile = first + within % size
         expert = tl.load(tile_experts_ptr + tile)
         row = tl.load(tile_rows_ptr + tile)
-        end = tl.load(ends_ptr + (expert + 1).to(tl.int64) * n_chunks - 1)
+        end = tl.load(bounds_ptr + expert + 1)
         col = within // size * COLS
         y = tl.zeros((ROWS, COLS), tl.float32)
         for start in range(0, n_in, STEP):
@@ -97,17 +96,16 @@ def _product_of_rows_tma_kernel(
         tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(rows[:, None] < end) & (cols[None, :] < n_out))
 
 
-@triton.jit(do_not_specialize=["n_chunks"])
+@triton.jit
 def _product_of_experts_tma_kernel(
     dweight_ptr,  # [E, n_left, n_right] by its strides
     left,  # [N, n_left] in tiles [STEP, ROWS] that end with an expert
     right,  # [N, n_right] in tiles [STEP, COLS] that end with an expert
-    ends_ptr,  # [E, chunks]
+    bounds_ptr,  # [E + 1]
     dweight_expert_stride,
     dweight_left_stride,
     dweight_right_stride,
     n_experts,
-    n_chunks,
     n_left,
     n_right,
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr,
@@ -119,8 +117,8 @@ def _product_of_experts_tma_kernel(
     # steps of all of the program's tiles, at least one each, so that its loads go on from tile to tile in one loop
     experts = tl.arange(0, EXPERTS)
     mask = experts < n_experts
-    last_ptrs = ends_ptr + (experts.to(tl.int64) + 1) * n_chunks - 1
-    counts = tl.load(last_ptrs, mask=mask, other=0) - tl.load(last_ptrs - n_chunks, mask=mask & (experts > 0), other=0)
+    bounds_ptrs = bounds_ptr + experts
+    counts = tl.load(bounds_ptrs + 1, mask=mask, other=0) - tl.load(bounds_ptrs, mask=mask, other=0)
     steps = tl.maximum(tl.cdiv(counts, STEP), 1)
     before = tl.cdiv(tl.maximum(experts * each - program, 0), programs)
     behind = tl.cdiv(tl.maximum((experts + 1) * each - program, 0), programs)
@@ -137,9 +135,8 @@ def _product_of_experts_tma_kernel(
         if at >= count:
             tile += programs
             expert = tile // each
-            last_ptr = ends_ptr + (expert + 1).to(tl.int64) * n_chunks - 1
-            begin = tl.load(last_ptr - n_chunks, mask=expert > 0, other=0)
-            count = tl.load(last_ptr) - begin
+            begin = tl.load(bounds_ptr + expert)
+            count = tl.load(bounds_ptr + expert + 1) - begin
             at = 0
             left_col = tile // across % down * ROWS
             right_col = tile % across * COLS
@@ -192,8 +189,7 @@ def product_of_rows_tma(a: Tensor, weight: Tensor, routes: Routes, *, transposed
         _product_of_rows_tma_kernel, (min(multiprocessors(a), most),),
         (
             y, TensorDescriptor.from_tensor(a, [ROWS, STEP]), TensorDescriptor.from_tensor(weight, box),
-            routes.ends, routes.tile_experts, routes.tile_rows, routes.n_tiles,
-            routes.ends.shape[1], n_out, n_in,
+            routes.bounds, routes.tile_experts, routes.tile_rows, routes.n_tiles, n_out, n_in,
         ),
         {
             "TRANSPOSED": transposed, "GROUP": GROUP, "ROWS": ROWS, "COLS": COLS, "STEP": STEP,
@@ -211,7 +207,7 @@ def product_of_experts_tma(left: Tensor, right: Tensor, routes: Routes, dweight:
         _product_of_experts_tma_kernel, (min(multiprocessors(left), tiles),),
         (
             dweight, create_ragged_descriptor(left, [STEP, ROWS]), create_ragged_descriptor(right, [STEP, COLS]),
-            routes.ends, *dweight.stride(), n_experts, routes.ends.shape[1], n_left, n_right,
+            routes.bounds, *dweight.stride(), n_experts, n_left, n_right,
         ),
         {
             "EXPERTS": power_of_2(n_experts), "ROWS": ROWS, "COLS": COLS, "STEP": STEP,

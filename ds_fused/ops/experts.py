@@ -12,12 +12,13 @@
                 ddown[e] = dy[tokens].T @ (weights * a)                  dgate_up[e] = dh.T @ x[tokens]
                 dx = sum over a token's choices of dh @ gate_up[e]
 
-Rows of x and dy are gathered by the products that read them, sums are fp32, nothing is added by atomics, and the host
-waits for nothing: it launches for as many tiles of rows as there could be.
+Rows of x and dy are gathered by the products that read them or, where tiles are copied (_grouped_products_tma.py),
+brought into order before, x once more in the backward. Sums are fp32, nothing is added by atomics, and the host waits
+for nothing: it launches for as many tiles of rows as there could be.
 
 Saved for backward: x, the weights of experts and of choices, h, and 12 N bytes of routes.
 Work: 6 NHI FLOPs forward, 12 NHI backward. Traffic beside the products' own: forward 3 NI of glu and NH + TH of the
-sum, backward 6 NI and NH + TH.
+sum, backward 6 NI and NH + TH; for the order NH + TH forward and twice that backward.
 
 Sizes: T tokens (leading dimensions, flattened), k choices each, N = T k pairs, E experts, H hidden, I intermediate.
 """
