@@ -31,7 +31,7 @@ from ds_fused.ops._routes import Routes
 from ds_fused.ops._triton import cdiv, multiprocessors, power_of_2, row_stride, warps_for
 
 ROWS, COLS, STEP = 128, 256, 64
-NUM_WARPS, STAGES = 8, 3
+NUM_WARPS, STAGES = 8, 4
 GROUP = 8
 # columns of a program of in_order, and of a thread
 BLOCK, PER_THREAD = 1024, 8
