@@ -47,9 +47,8 @@ def launches(monkeypatch) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 # T, k, E, H, I: sides that are no multiples of a tile's too
-@pytest.mark.parametrize("shape", [(2, 1, 1, 16, 16), (13, 2, 3, 48, 32)])
+@pytest.mark.parametrize("shape, dtype", [((2, 1, 1, 16, 16), torch.float16), ((13, 2, 3, 48, 32), torch.bfloat16)])
 def test_experts(shape, dtype, device, launches):
     as_accurate(experts, experts_reference, inputs_of(*shape, device=device), dtype)
     assert {"product_of_rows_tma", "product_of_experts_tma"} <= set(launches)
@@ -104,6 +103,17 @@ def test_rows_in_order(device):
     routes = _routes.routes_of(ids.view(-1), 2, 3, 16)
     last = int((ids < 3).sum())
     assert torch.equal(tma.in_order(x, routes)[:last], x[routes.tokens[:last].long()])
+
+
+@pytest.mark.gpu
+def test_compiles_to_one_graph(device):
+    torch.compiler.reset()
+    compiled = torch.compile(experts, fullgraph=True)
+    for t in (70, 300, 301):
+        inputs = [v.bfloat16() if v.is_floating_point() else v for v in inputs_of(t, 2, 4, 64, 48, device)]
+        leaves = [v.requires_grad_() for v in inputs if v.is_floating_point()]
+        results = [(y, *torch.autograd.grad(y.sum(), leaves)) for y in (compiled(*inputs), experts(*inputs))]
+        torch.testing.assert_close(*results)
 
 
 def test_nodes_know_what_they_make(device):
