@@ -66,6 +66,7 @@ class Tile(NamedTuple):
 
 @triton.jit
 def _plus_product(total, left, right):
+    """total + left @ right, total in fp32."""
     if left.dtype == tl.float32:
         # a step's sum by itself: one number after the other onto the whole loses more than cuBLAS does. An ordinary
         # addition triton makes a start of the product's sum

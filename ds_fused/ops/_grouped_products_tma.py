@@ -30,8 +30,8 @@ from ds_fused.ops._launch import launch
 from ds_fused.ops._routes import Routes
 from ds_fused.ops._triton import cdiv, multiprocessors, power_of_2, row_stride, warps_for
 
-# the best or within 1 % of it on one H100, of tiles of 128 x 256, 256 x 128 and, two programs to a multiprocessor,
-# 128 x 128 and 64 x 256; steps of 32 and 64; 3 and 4 stages; groups of 4, 8 and 16 (benchmarks/notes.md)
+# on one H100 the best for 512 and 1024 rows an expert, of tiles of 128 x 256, 256 x 128 and, two programs to a
+# multiprocessor, 128 x 128; steps of 32 and 64; 3 and 4 stages; groups of 4, 8 and 16 (benchmarks/notes.md)
 ROWS, COLS, STEP = 128, 256, 64
 NUM_WARPS, STAGES = 8, 4
 GROUP = 8
@@ -187,6 +187,7 @@ def product_of_rows_tma(a: Tensor, weight: Tensor, routes: Routes, *, transposed
     y = torch.empty((n, n_out), dtype=a.dtype, device=a.device)
     most = routes.tile_experts.shape[0] * cdiv(n_out, COLS)
     box = [1, STEP, COLS] if transposed else [1, COLS, STEP]
+    # the ordinary way, on which triton makes of a descriptor what the device reads
     _launch.launch_elsewhere(
         _product_of_rows_tma_kernel, (min(multiprocessors(a), most),),
         (

