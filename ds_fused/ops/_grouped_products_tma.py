@@ -9,7 +9,7 @@ order before. As many programs as multiprocessors walk over the tiles, and the l
 way while it writes one.
 
 Rows of an expert end anywhere. Beyond them product_of_rows_tma computes what it doesn't store, and
-product_of_experts_tma reads zeros: the descriptor has the expert's end where a tensor ends (triton.tools.ragged_tma).
+product_of_experts_tma reads zeros, as where a tensor ends (tiles_that_end).
 
 A graph of torch.compile has each product as one node.
 
@@ -22,7 +22,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ds_fused.ops import _launch
@@ -39,6 +38,8 @@ GROUP = 8
 BLOCK, PER_THREAD = 1024, 8
 # bytes: what addresses and strides of a descriptor have to be multiples of
 ALIGNED = 16
+# rows that tiles_that_end speaks of
+FAR = tl.constexpr(2**30)
 
 
 @triton.jit
@@ -101,8 +102,8 @@ def _product_of_rows_tma_kernel(
 @triton.jit
 def _product_of_experts_tma_kernel(
     dweight_ptr,  # [E, n_left, n_right] by its strides
-    left,  # [N, n_left] in tiles [STEP, ROWS] that end with an expert
-    right,  # [N, n_right] in tiles [STEP, COLS] that end with an expert
+    left,  # [N, n_left] in tiles [STEP, ROWS]; tiles_that_end
+    right,  # [N, n_right] in tiles [STEP, COLS]; tiles_that_end
     bounds_ptr,  # [E + 1]
     dweight_expert_stride,
     dweight_left_stride,
@@ -142,8 +143,8 @@ def _product_of_experts_tma_kernel(
             at = 0
             left_col = tile // across % down * ROWS
             right_col = tile % across * COLS
-        left_tile = load_ragged(left, begin, count, [at, left_col])
-        right_tile = load_ragged(right, begin, count, [at, right_col])
+        left_tile = left.load([FAR, begin + count, FAR - count + at, left_col]).reshape(STEP, ROWS)
+        right_tile = right.load([FAR, begin + count, FAR - count + at, right_col]).reshape(STEP, COLS)
         total = tl.dot(left_tile.T, right_tile, total)
         if at + STEP >= count:
             lefts, rights = left_col + tl.arange(0, ROWS), right_col + tl.arange(0, COLS)
@@ -175,6 +176,19 @@ def can_be_copied(x: Tensor) -> bool:
     """Whether a descriptor can say where x lies, the last of whose dimensions is the one without gaps."""
     *strides, last = x.stride()
     return last == 1 and not any(n * x.element_size() % ALIGNED for n in strides) and x.data_ptr() % ALIGNED == 0
+
+
+def tiles_that_end(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
+    """x [N, D] in tiles [rows, cols] that are 0 from some row on.
+
+    The tile at [FAR, end, FAR - count + i, col] begins with the i-th of the count rows before row `end`. The third
+    dimension has FAR rows, so it is 0 behind them. The second leads to row end, and the first, whose stride falls short
+    of 2^34 by a row's, back by FAR rows: addresses have 64 bits, and FAR * 2^34 elements are no distance.
+    """
+    (n, d), stride = x.shape, x.stride(0)
+    return TensorDescriptor(
+        x, [FAR.value + 1, n + 1, FAR.value, d], [2**34 - stride, stride, stride, 1], [1, 1, rows, cols]
+    )
 
 
 def product_of_rows_tma(a: Tensor, weight: Tensor, routes: Routes, *, transposed: bool) -> Tensor:
@@ -209,7 +223,7 @@ def product_of_experts_tma(left: Tensor, right: Tensor, routes: Routes, dweight:
     _launch.launch_elsewhere(
         _product_of_experts_tma_kernel, (min(multiprocessors(left), tiles),),
         (
-            dweight, create_ragged_descriptor(left, [STEP, ROWS]), create_ragged_descriptor(right, [STEP, COLS]),
+            dweight, tiles_that_end(left, STEP, ROWS), tiles_that_end(right, STEP, COLS),
             routes.bounds, *dweight.stride(), n_experts, n_left, n_right,
         ),
         {
