@@ -200,13 +200,14 @@ SEARCHES = (
         "glu", "silu", "forward", ((8192, 14336),),
         {"BLOCK": (1024, 2048, 4096, 8192), "NUM_WARPS": (2, 4, 8, 16)},
     ),
+    # these shapes are multiplied by tiles that are copied; the one below is not
     Search(
         "experts", "", "both", ((8192, 8, 128, 2048, 768), (4096, 2, 8, 4096, 14336)),
-        {"COLS": (128, 256), "STEP": (32, 64), "NUM_WARPS": (4, 8), "STAGES": (3, 4)}, file="_grouped_products",
+        {"COLS": (128, 256), "STAGES": (3, 4), "GROUP": (4, 8, 16)}, file="_grouped_products_tma",
     ),
     Search(
-        "experts", "", "both", ((4096, 2, 8, 4096, 14336),), {"GROUP": (4, 8, 16), "ROWS": (64, 128)},
-        file="_grouped_products",
+        "experts", "", "both", ((1024, 2, 8, 1024, 768),),
+        {"COLS": (128, 256), "STEP": (32, 64), "NUM_WARPS": (4, 8), "STAGES": (3, 4)}, file="_grouped_products",
     ),
     Search(
         "rope", "", "both", ((4, 4096, 32, 8, 128), (1, 32768, 64, 8, 128)),

@@ -34,6 +34,8 @@ class Routes(NamedTuple):
     ends: Tensor  # [E, chunks]: the last of each expert's is where its places end, the last of all the last place
     tile_experts: Tensor  # [tiles]; E where there are fewer tiles
     tile_rows: Tensor  # [tiles]: the first place of each
+    n_tiles: Tensor  # [1]: how many there are
+    bounds: Tensor  # [E + 1]: 0 and where the places of each expert end
 
 
 @triton.jit(do_not_specialize=["n_pairs", "n_chunks"])
@@ -86,6 +88,8 @@ def _tile_kernel(
     ends_ptr,  # [E, chunks]
     tile_experts_ptr,  # [tiles]
     tile_rows_ptr,  # [tiles]
+    n_tiles_ptr,  # [1]
+    bounds_ptr,  # [E + 1]
     n_tiles,
     n_experts,
     n_chunks,
@@ -107,6 +111,10 @@ def _tile_kernel(
     row = tl.sum(tl.where(is_its, begin[None, :] + (tiles[:, None] - (behind - count)[None, :]) * ROWS, 0), axis=1)
     tl.store(tile_experts_ptr + tiles, expert, mask=tiles < n_tiles)
     tl.store(tile_rows_ptr + tiles, row, mask=tiles < n_tiles)
+    if tl.program_id(0) == 0:
+        tl.store(n_tiles_ptr, tl.sum(count, axis=0))
+        tl.store(bounds_ptr, 0)
+        tl.store(bounds_ptr + 1 + experts, end, mask=mask)
 
 
 def routes_of(ids: Tensor, n_choices: int, n_experts: int, tile_rows: int) -> Routes:
@@ -125,9 +133,10 @@ def routes_of(ids: Tensor, n_choices: int, n_experts: int, tile_rows: int) -> Ro
     pairs, tokens, places = (torch.empty(n, dtype=torch.int32, device=ids.device) for _ in range(3))
     launch(_place_kernel, (chunks,), ids, ends, pairs, tokens, places, n, n_experts, chunks, n_choices, CHUNK=CHUNK)
     tile_experts, tile_firsts = (torch.empty(n_tiles, dtype=torch.int32, device=ids.device) for _ in range(2))
+    found, bounds = (torch.empty(size, dtype=torch.int32, device=ids.device) for size in (1, n_experts + 1))
     launch(
         _tile_kernel, (cdiv(n_tiles, FOUND),),
-        ends, tile_experts, tile_firsts, n_tiles, n_experts, chunks,
+        ends, tile_experts, tile_firsts, found, bounds, n_tiles, n_experts, chunks,
         ROWS=tile_rows, FOUND=FOUND, EXPERTS=power_of_2(n_experts),
     )  # fmt: skip
-    return Routes(pairs, tokens, places, ends, tile_experts, tile_firsts)
+    return Routes(pairs, tokens, places, ends, tile_experts, tile_firsts, found, bounds)

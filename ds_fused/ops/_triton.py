@@ -14,7 +14,11 @@ LANES = 64 if torch.version.hip else 32  # threads of a warp
 # of shared memory, in bytes: sm80 has 163 KiB for a program
 MOST_IN_FLIGHT = 128 * 1024
 
+# compute capabilities that copy tiles by descriptors and have the shared memory for large ones
+COPIES_TILES = (9, 10)
+
 _multiprocessors: dict[torch.device, int] = {}
+_copies_tiles: dict[torch.device, bool] = {}
 
 
 def runs_kernels(*tensors: Tensor | None) -> bool:
@@ -131,6 +135,23 @@ def _ask_multiprocessors(device: torch.device) -> int:
     if device.type == "xpu":
         return torch.xpu.get_device_properties(device).gpu_subslice_count
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def copies_tiles(x: Tensor) -> bool:
+    """Whether x's device copies tiles by descriptors (TMA), for which kernels of their own are written."""
+    device = x.device
+    if torch.compiler.is_compiling():
+        return _ask_copies_tiles(device)
+    known = _copies_tiles.get(device)
+    if known is None:
+        known = _copies_tiles[device] = _ask_copies_tiles(device)
+    return known
+
+
+def _ask_copies_tiles(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_properties(device).major in COPIES_TILES
 
 
 def resident(x: Tensor, warps_per_multiprocessor: int, warps: int) -> int:

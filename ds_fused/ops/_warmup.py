@@ -7,8 +7,8 @@
         print(done)
 
 What is compiled lands in Triton's cache under the keys that the real launches will have: of a tensor these know the
-dtype and whether 16 divides its address (a meta tensor's address is its offset), of an integer whether it is 1, whether
-16 divides it and how wide it is, and the constants.
+dtype and whether 16 divides its address (a meta tensor's address is its offset), of a descriptor the dtype and the
+tile, of an integer whether it is 1, whether 16 divides it and how wide it is, and the constants.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, KernelParam
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ds_fused.ops import _launch, _triton
 
@@ -68,6 +69,11 @@ def target_of(name: str) -> GPUTarget:
     raise ValueError(f"target is {name!r}; it can be such as sm90 or gfx942")
 
 
+def copies_tiles_on(target: GPUTarget) -> bool:
+    """_triton.copies_tiles, of a GPU that need not be here."""
+    return target.backend == "cuda" and target.arch // 10 in _triton.COPIES_TILES
+
+
 def target_here() -> str | None:
     """The name of the current GPU, or None without one."""
     if not torch.cuda.is_available():
@@ -95,11 +101,12 @@ def noted(target: GPUTarget) -> Iterator[list[Launch]]:
     _launch.launch_elsewhere = note
     _triton.KERNEL_DEVICES, _triton.LANES = ("meta",), target.warp_size
     _triton._multiprocessors[META] = MULTIPROCESSORS
+    _triton._copies_tiles[META] = copies_tiles_on(target)
     try:
         yield found
     finally:
         _launch.launch_elsewhere, _triton.KERNEL_DEVICES, _triton.LANES = stock
-        del _triton._multiprocessors[META]
+        del _triton._multiprocessors[META], _triton._copies_tiles[META]
         found += launches.values()
 
 
@@ -107,6 +114,8 @@ def _sort(arg: object, param: KernelParam) -> object:
     """All that Triton may tell about an argument."""
     if isinstance(arg, Tensor):
         return arg.dtype, arg.data_ptr() % 16 == 0
+    if isinstance(arg, TensorDescriptor):
+        return arg.base.dtype, *arg.block_shape
     if type(arg) is int:
         width = -(2**31) <= arg < 2**31
         return width if param.do_not_specialize else (arg == 1, arg % 16 == 0, width)

@@ -56,5 +56,6 @@ def gathered_anew(weight: nn.Parameter) -> None:
     """Released, and gathered into other memory."""
     full = weight.data.clone()
     weight.data.fill_(float("nan"))
-    weight.data = torch.empty(0)
+    # of the same device and dtype: else autograd begins anew with the parameter
+    weight.data = full.new_empty(0)
     weight.data = full

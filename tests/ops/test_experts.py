@@ -166,10 +166,11 @@ def test_routes(n, e, device):
     )
     assert torch.equal(routes.places.long(), order.argsort().masked_fill(ids == e, -1))
     ends = torch.bincount(ids, minlength=e + 1)[:e].cumsum(0).tolist()
-    assert routes.ends[:, -1].tolist() == ends
+    assert routes.ends[:, -1].tolist() == ends and routes.bounds.tolist() == [0, *ends]
     begins = [0, *ends[:-1]]
     tiles = [(x, row) for x in range(e) for row in range(begins[x], ends[x], 16)]
     found = list(zip(routes.tile_experts.tolist(), routes.tile_rows.tolist(), strict=True))
+    assert int(routes.n_tiles) == len(tiles)
     assert found[: len(tiles)] == tiles and {x for x, _ in found[len(tiles) :]} <= {e}
 
 

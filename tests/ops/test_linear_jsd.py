@@ -8,6 +8,7 @@ from accuracy import as_accurate, nan_filled, randn
 from allocations import Allocations
 from heads import as_accurate_under_autocast, gathered_anew
 from three_slabs import ThreeSlabs
+from torch import Tensor
 
 from ds_fused.ops import _divergence_kernels, _tiles
 from ds_fused.ops._linear_divergence import _plan
@@ -365,15 +366,22 @@ def test_kernels_refuse_fp64(where):
         linear_jsd(*wide)
 
 
+@pytest.fixture(scope="module")
+def of_a_real_size(device) -> list[Tensor | None]:
+    """Made once: a CPU takes ten seconds for so many random numbers."""
+    x, weight, _, tx, tweight, _, labels = some(2048, 4096, 128256, device)
+    tensors = (x, 0.02 * weight, None, tx, 0.02 * tweight, None)
+    return [*(None if t is None else t.bfloat16() for t in tensors), labels]
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("whole_gpu")
 @only_kernels
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("keep_mb", [0, 256, 1024])
-def test_real_size(keep_mb, beta, where, monkeypatch):
+def test_real_size(keep_mb, beta, of_a_real_size, monkeypatch):
     monkeypatch.undo()  # the sides of real life
-    x, weight, _, tx, tweight, _, labels = some(2048, 4096, 128256, where)
-    inputs = [x, 0.02 * weight, None, tx, 0.02 * tweight, None, labels]
+    inputs = of_a_real_size
     options = {"chunk_mb": 256, "keep_mb": keep_mb, "reduction": "sum", "beta": beta, "grad_in_forward": False}
     as_accurate(ours, theirs, inputs, torch.bfloat16, frozen=TEACHER, **options)
 

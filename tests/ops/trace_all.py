@@ -94,6 +94,8 @@ def experts() -> Iterator[Case]:
             routed,
             [(leaf(n, h), leaf(3, 2 * i, h), leaf(3, h, i), leaf(n, 2)) for n in tokens for h, i in sizes],
         )
+    # so many that tiles are copied
+    yield routed, [(leaf(n, 2048), leaf(3, 1536, 2048), leaf(3, 2048, 768), leaf(n, 2)) for n in (700, 701, 702)]
     yield routed, [(leaf(n, 2, 64), leaf(3, 96, 64).detach(), leaf(3, 64, 48), leaf(n, 2, 2)) for n in (3, 4)]
 
 
@@ -453,6 +455,7 @@ def pretend_to_have_a_gpu() -> None:
     answers = {
         "runs_kernels": lambda *_: True,
         "multiprocessors": lambda _: MULTIPROCESSORS,
+        "copies_tiles": lambda _: True,
         # on a CPU it reads them
         "flat_ids": lambda _op, ids, _n_vocab: ids.reshape(-1),
     }
