@@ -1,4 +1,4 @@
-"""Tiles of [N, D] for kernels that need rows as a whole: several rows, one, one in three blocks, or one that is walked."""
+"""Tiles of [N, D] for kernels that need rows as a whole: several, one, one in three blocks, or one that is walked."""
 
 from __future__ import annotations
 
