@@ -127,9 +127,15 @@ SEARCHES = (
     ),
     Search("softmax", "", "forward", ((131072, 4096),), {"PER_THREAD": (8, 16, 32)}, file="_along_rows"),
     Search("softmax", "", "backward", ((131072, 4096),), {"PER_THREAD": (8, 16, 32)}, file="_along_rows"),
-    Search("softmax", "", "forward", ((8192, 128256),), {"WALK_COLS": (4096, 8192, 16384)}),
-    Search("softmax", "", "backward", ((8192, 128256),), {"WALK_COLS": (4096, 8192, 16384)}),
-    Search("sparsemax", "", "forward", ((32768, 4096),), {"PER_THREAD": (8, 16, 32)}, file="_along_rows"),
+    Search(
+        "softmax", "", "forward", ((8192, 128256),),
+        {"PART_FWD": (4096, 8192, 16384), "PART_PER_THREAD_FWD": (8, 16, 32)}, file="_along_rows",
+    ),
+    Search(
+        "softmax", "", "backward", ((8192, 128256),),
+        {"PART_BWD": (4096, 8192, 16384), "PART_PER_THREAD_BWD": (8, 16, 32)}, file="_along_rows",
+    ),
+    Search("sparsemax", "", "forward", ((32768, 4096),), {"PER_THREAD_FWD": (8, 16, 32)}),
     Search("sparsemax", "", "forward", ((2048, 128256),), {"WALK_COLS": (4096, 8192, 16384)}),
     Search(
         "multi_token_attention", "5x11 a head", "forward", ((2, 16, 2048),),
@@ -193,8 +199,12 @@ SEARCHES = (
         {"PER_THREAD_BWD": (8, 16), "STAGES_BWD": (1, 2, 3), "WARPS_PER_MULTIPROCESSOR": (16, 32, 64)},
     ),
     Search(
-        "group_norm", f"{N_GROUPS} groups", "both", ((16, 512, 128, 128), (16, 320, 64, 64)),
-        {"PART_TILE": (2048, 4096, 8192), "PART_WARPS": (4, 8), "PART_TURNS": (2, 4, 8, 16)},
+        "group_norm", f"{N_GROUPS} groups", "forward", ((16, 512, 128, 128), (16, 320, 64, 64)),
+        {"PART_TILE_FWD": (4096, 8192, 16384), "PART_PER_THREAD_FWD": (16, 32, 64)},
+    ),
+    Search(
+        "group_norm", f"{N_GROUPS} groups", "backward", ((16, 512, 128, 128), (16, 320, 64, 64)),
+        {"PART_TILE_BWD": (4096, 8192), "PART_PER_THREAD_BWD": (8, 16, 32)},
     ),
     Search(
         "glu", "silu", "forward", ((8192, 14336),),

@@ -1,10 +1,12 @@
-"""Group norm of groups too large for a tile: twice over everything, in parts that many programs share.
+"""Group norm of groups too large for one program: each of several keeps a part of the group in registers.
 
-A row is one channel of one sample. The first walk leaves moments (backward: sums) of each part of a row, a small launch
-merges those of a group, and the second walk goes over all parts again, from the end of the tensor, which is what L2
-still holds. Sums of dweight and dbias come from the same parts.
+A part is a tile: some channels of the group, and some values of each. Its program measures it, leaves what it found,
+waits until all programs of the group have (_meet.py), merges what they found, and writes its part. Everything is then
+read once. Where programs can't meet, the same kernel is launched twice: to measure, and to write.
 
-Sizes: N samples, C channels, G groups, S values of a channel, K parts of a row.
+Sums of dweight and dbias come from the same parts.
+
+Sizes: N samples, C channels, G groups, S values of a channel, P parts of a group, K parts of a channel.
 """
 
 from __future__ import annotations
@@ -18,252 +20,186 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fused.ops._launch import launch
+from ds_fused.ops._meet import MEASURES_ALONE, arrivals, meet, passes, team_and_member
 from ds_fused.ops._sums import partials
 from ds_fused.ops._triton import cdiv, power_of_2
 
-# Not yet measured.
+# values side by side of a channel that a tile has at least, where there are so many
+NARROWEST = 256
+# parts whose measures are merged at a time, at most
 MERGE_BLOCK = 256
 
 
 @triton.jit
-def _part(block, x_stride, n_rows, n_channels, n_space, ROWS: tl.constexpr):
-    """Some rows (a channel of a sample each) of block: their numbers, channels, offsets in x, and if they are there."""
-    row = block * ROWS + tl.arange(0, ROWS)
-    channel = row % n_channels
-    return row, channel, (row // n_channels) * x_stride + channel * n_space, row < n_rows
+def _merged(count, mean, squares, other_count, other_mean, other_squares):
+    """Of two sets together: how many values, their mean, and the sum of squared distances from it."""
+    total = count + other_count
+    share = tl.where(total > 0.0, other_count / tl.maximum(total, 1.0), 0.0)
+    distance = other_mean - mean
+    return total, mean + distance * share, squares + other_squares + distance * distance * count * share
 
 
-@triton.jit(do_not_specialize=["n_rows"])
-def _group_norm_moments_kernel(
-    x_ptr,  # [N, C, S]
-    moments_ptr,  # [2, K, N * C] fp32: mean, and sum of squared distances from it, of each part of a row
-    x_stride,
-    n_rows,
-    n_channels,
-    n_space,
-    part_size,  # values of a row that a part has; the last one may have fewer
-    ROWS: tl.constexpr, SPACE: tl.constexpr,
-):  # fmt: skip
-    part = tl.program_id(1).to(tl.int64)
-    row, _, offset, exists = _part(tl.program_id(0).to(tl.int64), x_stride, n_rows, n_channels, n_space, ROWS)
-    first = part * part_size
-    end = tl.minimum(first + part_size, n_space)
+@triton.jit
+def _tile(part, group_channels, n_space, FULL: tl.constexpr, ROWS: tl.constexpr, SPACE: tl.constexpr):
+    """Of a part: its first channel and its place in that channel, where it starts in the group, how far its values are
+    from there [ROWS, SPACE], which channels exist [ROWS], and which values. FULL: all do, in every part.
+    """
+    blocks = tl.cdiv(n_space, SPACE)
+    channel = part // blocks * ROWS
+    place = part % blocks
+    rows = tl.arange(0, ROWS)
     lane = tl.arange(0, SPACE)[None, :]
-    # every lane keeps count, mean and squared distances of its own values (Welford's update), and they are merged once
-    count = tl.zeros((ROWS, SPACE), tl.float32)
-    means = tl.zeros((ROWS, SPACE), tl.float32)
-    squares = tl.zeros((ROWS, SPACE), tl.float32)
-    turn = 0.0
-    for start in range(first, end, SPACE):
-        mask = exists[:, None] & (start + lane < end)
-        x = tl.load(x_ptr + offset[:, None] + start + lane, mask=mask, other=0.0).to(tl.float32)
-        turn += 1.0
-        distance = tl.where(mask, x - means, 0.0)
-        means += distance * (1.0 / turn)  # one division for all lanes
-        squares += tl.where(mask, distance * (x - means), 0.0)
-        count += tl.where(mask, 1.0, 0.0)
-    # measured from the first lane's mean, so that values far from zero don't cost bits
-    some = tl.sum(tl.where(lane == 0, means, 0.0), axis=1)
-    mean = some + tl.sum(count * (means - some[:, None]), axis=1) / (end - first)
-    means -= mean[:, None]
-    squares = tl.sum(squares + count * means * means, axis=1)
-    tl.store(moments_ptr + part * n_rows + row, mean, mask=exists)
-    tl.store(moments_ptr + (tl.num_programs(1) + part) * n_rows + row, squares, mask=exists)
+    if FULL:
+        exists = tl.full((ROWS,), True, tl.int1)
+        mask = tl.full((ROWS, SPACE), True, tl.int1)
+    else:
+        exists = channel + rows < group_channels
+        mask = exists[:, None] & (place * SPACE + lane < n_space)
+    # 32 bits suffice in a tile, and take half of the registers
+    offset = rows[:, None] * n_space + lane
+    return channel, place, channel.to(tl.int64) * n_space + place * SPACE, offset, exists, mask
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_parts"])
-def _group_norm_merge_moments_kernel(
-    moments_ptr,  # [2, K, N * C]
-    mean_ptr,  # [N, G]
-    rstd_ptr,  # [N, G]
-    n_rows,
-    n_parts,
-    part_size,
-    group_channels,
-    n_space,
-    group_size,
-    eps,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    # Inductor passes fp64
-    eps = tl.cast(eps, tl.float32)
-    group = tl.program_id(0).to(tl.int64)
-    moments_ptr += group * group_channels
-    some = tl.load(moments_ptr)
-    shift = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, n_parts * group_channels, BLOCK):
-        entry = start + tl.arange(0, BLOCK).to(tl.int64)
-        part = entry // group_channels
-        mask = part < n_parts
-        count = tl.minimum(part_size, n_space - part * part_size).to(tl.float32)
-        mean = tl.load(moments_ptr + part * n_rows + entry % group_channels, mask=mask, other=0.0)
-        shift += tl.where(mask, count * (mean - some), 0.0)
-    total_mean = some + tl.sum(shift) / group_size
-
-    squares = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, n_parts * group_channels, BLOCK):
-        entry = start + tl.arange(0, BLOCK).to(tl.int64)
-        part = entry // group_channels
-        mask = part < n_parts
-        count = tl.minimum(part_size, n_space - part * part_size).to(tl.float32)
-        place = part * n_rows + entry % group_channels
-        mean = tl.load(moments_ptr + place, mask=mask, other=0.0) - total_mean
-        own = tl.load(moments_ptr + n_parts * n_rows + place, mask=mask, other=0.0)
-        squares += tl.where(mask, own + count * mean * mean, 0.0)
-    tl.store(mean_ptr + group, total_mean)
-    tl.store(rstd_ptr + group, tl.rsqrt(tl.sum(squares) / group_size + eps))
-
-
-@triton.jit(do_not_specialize=["n_rows"])
-def _group_norm_apply_kernel(
+@triton.jit
+def _group_norm_part_fwd_kernel(
     x_ptr,  # [N, C, S]
     weight_ptr,  # [C]
     bias_ptr,  # [C]
     y_ptr,  # [N, C, S]
     mean_ptr,  # [N, G]
     rstd_ptr,  # [N, G]
-    x_stride,
-    n_rows,
-    n_channels,
-    n_space,
-    part_size,
-    group_channels,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ROWS: tl.constexpr, SPACE: tl.constexpr,
-):  # fmt: skip
-    # from the end, whose values were read last
-    block = tl.num_programs(0).to(tl.int64) - 1 - tl.program_id(0)
-    row, channel, offset, exists = _part(block, x_stride, n_rows, n_channels, n_space, ROWS)
-    lane = tl.arange(0, SPACE)[None, :]
-    mean = tl.load(mean_ptr + row // group_channels, mask=exists, other=0.0)[:, None]
-    scale = tl.load(rstd_ptr + row // group_channels, mask=exists, other=0.0)[:, None]
-    if HAS_WEIGHT:
-        scale *= tl.load(weight_ptr + channel, mask=exists, other=0.0).to(tl.float32)[:, None]
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)[:, None]
-    first = (tl.num_programs(1).to(tl.int64) - 1 - tl.program_id(1)) * part_size
-    end = tl.minimum(first + part_size, n_space)
-    for start in range(first, end, SPACE):
-        mask = exists[:, None] & (start + lane < end)
-        x = tl.load(x_ptr + offset[:, None] + start + lane, mask=mask, other=0.0).to(tl.float32)
-        y = (x - mean) * scale
-        if HAS_BIAS:
-            y += bias
-        tl.store(y_ptr + (row * n_space)[:, None] + start + lane, y, mask=mask)
-
-
-@triton.jit(do_not_specialize=["n_rows"])
-def _group_norm_sums_kernel(
-    dy_ptr,  # [N, C, S]
-    x_ptr,  # [N, C, S]
-    mean_ptr,  # [N, G]
-    rstd_ptr,  # [N, G]
-    sums_ptr,  # [2, K, N * C] fp32: sums of dy * x_hat, and of dy, of each part of a row
-    dy_stride,
-    x_stride,
-    n_rows,
-    n_channels,
-    n_space,
-    part_size,
-    group_channels,
-    ROWS: tl.constexpr, SPACE: tl.constexpr,
-):  # fmt: skip
-    part = tl.program_id(1).to(tl.int64)
-    block = tl.program_id(0).to(tl.int64)
-    row, _, offset, exists = _part(block, x_stride, n_rows, n_channels, n_space, ROWS)
-    _, _, dy_offset, _ = _part(block, dy_stride, n_rows, n_channels, n_space, ROWS)
-    lane = tl.arange(0, SPACE)[None, :]
-    mean = tl.load(mean_ptr + row // group_channels, mask=exists, other=0.0)[:, None]
-    rstd = tl.load(rstd_ptr + row // group_channels, mask=exists, other=0.0)[:, None]
-    first = part * part_size
-    end = tl.minimum(first + part_size, n_space)
-    dys = tl.zeros((ROWS, SPACE), tl.float32)
-    products = tl.zeros((ROWS, SPACE), tl.float32)
-    for start in range(first, end, SPACE):
-        mask = exists[:, None] & (start + lane < end)
-        dy = tl.load(dy_ptr + dy_offset[:, None] + start + lane, mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + offset[:, None] + start + lane, mask=mask, other=0.0).to(tl.float32)
-        dys += dy
-        products += dy * ((x - mean) * rstd)
-    tl.store(sums_ptr + part * n_rows + row, tl.sum(products, axis=1), mask=exists)
-    tl.store(sums_ptr + (tl.num_programs(1) + part) * n_rows + row, tl.sum(dys, axis=1), mask=exists)
-
-
-@triton.jit(do_not_specialize=["n_rows", "n_parts"])
-def _group_norm_merge_sums_kernel(
-    sums_ptr,  # [2, K, N * C]
-    weight_ptr,  # [C]
-    means_ptr,  # [2, N, G] fp32: of weight * dy * x_hat, and of weight * dy
-    n_rows,
-    n_parts,
+    moments_ptr,  # [2, N, G, P] fp32: mean, and sum of squared distances from it, of each part
+    arrivals_ptr,  # [1 + N * G]
+    x_stride,  # elements from one sample to the next; y has no gaps
     n_groups,
     group_channels,
+    n_space,
     group_size,
-    HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+    n_parts,
+    eps,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, MEASURES: tl.constexpr, WRITES: tl.constexpr,
+    FULL: tl.constexpr, ROWS: tl.constexpr, SPACE: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
-    group = tl.program_id(0).to(tl.int64)
-    along = tl.zeros((BLOCK,), tl.float32)
-    aside = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, n_parts * group_channels, BLOCK):
-        entry = start + tl.arange(0, BLOCK).to(tl.int64)
-        part = entry // group_channels
-        mask = part < n_parts
-        in_group = entry % group_channels
-        place = part * n_rows + group * group_channels + in_group
-        products = tl.load(sums_ptr + place, mask=mask, other=0.0)
-        dys = tl.load(sums_ptr + n_parts * n_rows + place, mask=mask, other=0.0)
+    # Inductor passes fp64
+    eps = tl.cast(eps, tl.float32)
+    group, part = team_and_member(arrivals_ptr, n_parts, MEASURES, WRITES)
+    in_group, place, start, offset, exists, mask = _tile(part, group_channels, n_space, FULL, ROWS, SPACE)
+    first_channel = (group % n_groups) * group_channels
+    x_ptr += (group // n_groups) * x_stride + first_channel * n_space + start
+    channel = first_channel + in_group + tl.arange(0, ROWS)
+    # as it is, not in fp32: half of the registers
+    x = tl.load(x_ptr + offset, mask=mask, other=0.0)
+
+    moments_ptr += group * n_parts
+    squares_ptr = moments_ptr + tl.num_programs(0).to(tl.int64)
+    if MEASURES:
+        rows = ROWS if FULL else tl.minimum(group_channels - in_group, ROWS)
+        width = SPACE if FULL else tl.minimum(n_space - place * SPACE, SPACE)
+        wide = x.to(tl.float32)
+        mean = tl.sum(tl.sum(wide, axis=1)) / (rows * width)
+        wide = tl.where(mask, wide - mean, 0.0)
+        tl.store(moments_ptr + part, mean)
+        tl.store(squares_ptr + part, tl.sum(tl.sum(wide * wide, axis=1)))
+    if MEASURES and WRITES:
+        meet(arrivals_ptr, group, n_parts)
+    if WRITES:
+        counts = tl.zeros((MERGE,), tl.float32)
+        means = tl.zeros((MERGE,), tl.float32)
+        all_squares = tl.zeros((MERGE,), tl.float32)
+        blocks = tl.cdiv(n_space, SPACE)
+        for first in range(0, n_parts, MERGE):
+            other = first + tl.arange(0, MERGE)
+            there = other < n_parts
+            values = tl.minimum(group_channels - other // blocks * ROWS, ROWS)
+            values *= tl.minimum(n_space - other % blocks * SPACE, SPACE)
+            counts, means, all_squares = _merged(
+                counts, means, all_squares,
+                tl.where(there, values, 0).to(tl.float32),
+                tl.load(moments_ptr + other, mask=there, other=0.0),
+                tl.load(squares_ptr + other, mask=there, other=0.0),
+            )  # fmt: skip
+        # measured from the first part's mean, so that values far from zero don't cost bits
+        some = tl.load(moments_ptr)
+        mean = some + tl.sum(counts * (means - some)) / group_size
+        means -= mean
+        squares = tl.sum(all_squares + counts * means * means)
+        rstd = tl.rsqrt(squares / group_size + eps)
+        tl.store(mean_ptr + group, mean, mask=part == 0)
+        tl.store(rstd_ptr + group, rstd, mask=part == 0)
+        y = (x.to(tl.float32) - mean) * rstd
         if HAS_WEIGHT:
-            channel = (group % n_groups) * group_channels + in_group
-            weight = tl.load(weight_ptr + channel, mask=mask, other=0.0).to(tl.float32)
-            products *= weight
-            dys *= weight
-        along += products
-        aside += dys
-    tl.store(means_ptr + group, tl.sum(along) / group_size)
-    tl.store(means_ptr + tl.num_programs(0) + group, tl.sum(aside) / group_size)
+            y *= tl.load(weight_ptr + channel, mask=exists, other=0.0).to(tl.float32)[:, None]
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)[:, None]
+        tl.store(y_ptr + group * group_size + start + offset, y, mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
-def _group_norm_dx_kernel(
+@triton.jit
+def _group_norm_part_bwd_kernel(
     dy_ptr,  # [N, C, S]
     x_ptr,  # [N, C, S]
     weight_ptr,  # [C]
     mean_ptr,  # [N, G]
     rstd_ptr,  # [N, G]
-    means_ptr,  # [2, N, G]
     dx_ptr,  # [N, C, S]
-    dy_stride,
+    sums_ptr,  # [2, K, N, C] fp32: sums of dy * x_hat, and of dy, of each part of a channel
+    arrivals_ptr,  # [1 + N * G]
+    dy_stride,  # elements from one sample to the next; dx has no gaps
     x_stride,
-    n_rows,
-    n_channels,
-    n_space,
-    part_size,
+    n_groups,
     group_channels,
-    HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr, SPACE: tl.constexpr,
+    n_space,
+    group_size,
+    n_parts,
+    HAS_WEIGHT: tl.constexpr, MEASURES: tl.constexpr, WRITES: tl.constexpr,
+    FULL: tl.constexpr, ROWS: tl.constexpr, SPACE: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
-    # from the end, whose values were read last
-    block = tl.num_programs(0).to(tl.int64) - 1 - tl.program_id(0)
-    row, channel, offset, exists = _part(block, x_stride, n_rows, n_channels, n_space, ROWS)
-    _, _, dy_offset, _ = _part(block, dy_stride, n_rows, n_channels, n_space, ROWS)
-    lane = tl.arange(0, SPACE)[None, :]
-    group = row // group_channels
-    mean = tl.load(mean_ptr + group, mask=exists, other=0.0)[:, None]
-    rstd = tl.load(rstd_ptr + group, mask=exists, other=0.0)[:, None]
-    along = tl.load(means_ptr + group, mask=exists, other=0.0)[:, None]
-    aside = tl.load(means_ptr + n_rows // group_channels + group, mask=exists, other=0.0)[:, None]
-    if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + channel, mask=exists, other=0.0).to(tl.float32)[:, None]
-    first = (tl.num_programs(1).to(tl.int64) - 1 - tl.program_id(1)) * part_size
-    end = tl.minimum(first + part_size, n_space)
-    for start in range(first, end, SPACE):
-        mask = exists[:, None] & (start + lane < end)
-        dy = tl.load(dy_ptr + dy_offset[:, None] + start + lane, mask=mask, other=0.0).to(tl.float32)
-        x_hat = tl.load(x_ptr + offset[:, None] + start + lane, mask=mask, other=0.0).to(tl.float32)
-        x_hat = (x_hat - mean) * rstd
+    group, part = team_and_member(arrivals_ptr, n_parts, MEASURES, WRITES)
+    in_group, place, start, offset, exists, mask = _tile(part, group_channels, n_space, FULL, ROWS, SPACE)
+    first_channel = (group % n_groups) * group_channels
+    dy_ptr += (group // n_groups) * dy_stride + first_channel * n_space + start
+    x_ptr += (group // n_groups) * x_stride + first_channel * n_space + start
+    channel = in_group + tl.arange(0, ROWS)
+    # as they are, not in fp32: half of the registers
+    dy = tl.load(dy_ptr + offset, mask=mask, other=0.0)
+    x = tl.load(x_ptr + offset, mask=mask, other=0.0)
+    mean = tl.load(mean_ptr + group)
+    rstd = tl.load(rstd_ptr + group)
+
+    blocks = tl.cdiv(n_space, SPACE)
+    n_rows = tl.num_programs(0).to(tl.int64) // n_parts * group_channels
+    sums_ptr += group * group_channels
+    dys_ptr = sums_ptr + blocks * n_rows
+    if MEASURES:
+        wide = dy.to(tl.float32)
+        # where the mask is off x - mean is no zero, but its dy is
+        products = tl.sum(wide * (x.to(tl.float32) - mean), axis=1) * rstd
+        tl.store(sums_ptr + place * n_rows + channel, products, mask=exists)
+        tl.store(dys_ptr + place * n_rows + channel, tl.sum(wide, axis=1), mask=exists)
+    if MEASURES and WRITES:
+        meet(arrivals_ptr, group, n_parts)
+    if WRITES:
+        along = tl.zeros((MERGE,), tl.float32)
+        aside = tl.zeros((MERGE,), tl.float32)
+        for first in range(0, blocks * group_channels, MERGE):
+            entry = first + tl.arange(0, MERGE)
+            other = entry % group_channels
+            at = (entry // group_channels).to(tl.int64) * n_rows + other
+            there = entry < blocks * group_channels
+            one = tl.load(sums_ptr + at, mask=there, other=0.0)
+            two = tl.load(dys_ptr + at, mask=there, other=0.0)
+            if HAS_WEIGHT:
+                weight = tl.load(weight_ptr + first_channel + other, mask=there, other=0.0).to(tl.float32)
+                one *= weight
+                two *= weight
+            along += one
+            aside += two
+        dx = dy.to(tl.float32)
         if HAS_WEIGHT:
-            dy *= weight
-        dx = rstd * (dy - aside - x_hat * along)
-        tl.store(dx_ptr + (row * n_space)[:, None] + start + lane, dx, mask=mask)
+            dx *= tl.load(weight_ptr + first_channel + channel, mask=exists, other=0.0).to(tl.float32)[:, None]
+        x_hat = (x.to(tl.float32) - mean) * rstd
+        dx = rstd * (dx - tl.sum(aside) / group_size - x_hat * (tl.sum(along) / group_size))
+        tl.store(dx_ptr + group * group_size + start + offset, dx, mask=mask)
 
 
 class Sizes(NamedTuple):
@@ -293,20 +229,35 @@ class Sizes(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """How the rows of groups too large for a tile are cut: tiles of rows x space, parts of part_size values."""
+    """How a group too large for a tile is cut."""
 
-    rows: int
-    space: int
-    part_size: int
-    count: int
+    count: int  # of a group
+    of_channel: int
+    rows: int  # channels of a tile
+    space: int  # values of each
     warps: int
+    full: bool  # no tile has less
 
     @classmethod
-    def of(cls, sizes: Sizes, tile: int, most_space: int, warps: int, turns: int) -> Parts:
-        """Tiles of `tile` elements, at most most_space of one row; a program takes `turns` of them."""
-        space = min(power_of_2(sizes.space), most_space)
-        part_size = space * turns
-        return cls(max(1, tile // space), space, part_size, cdiv(sizes.space, part_size), warps)
+    def of(cls, sizes: Sizes, tile: int, warps: int) -> Parts:
+        """Tiles of so many elements, as few as may be."""
+        widest = min(tile, power_of_2(sizes.space))
+        fewest = None
+        for halvings in range(max(1, widest // NARROWEST).bit_length()):
+            space = widest >> halvings
+            rows, of_channel = tile // space, cdiv(sizes.space, space)
+            count = cdiv(sizes.group_channels, rows) * of_channel
+            # of as few the widest; the kernels' places in a tile are 32 bits wide
+            if fewest is None or (count < fewest.count and rows * sizes.space < 2**31):
+                full = sizes.group_channels % rows == 0 and sizes.space % space == 0
+                fewest = cls(count, of_channel, rows, space, warps, full)
+        return fewest
+
+    def constants(self, n_entries: int) -> dict[str, int]:
+        """Of a kernel that merges so many numbers."""
+        merge = min(MERGE_BLOCK, power_of_2(n_entries))
+        tile = {"FULL": self.full, "ROWS": self.rows, "SPACE": self.space}
+        return {**tile, "MERGE": merge, "num_warps": self.warps}
 
 
 def sample_stride(x: Tensor) -> int:
@@ -329,27 +280,17 @@ def fwd_in_parts(
     eps: float,
 ) -> None:
     """x [N, C, S], weight, bias [C]; fills y [N, C, S], mean and rstd [N, G]."""
-    stride = sample_stride(x)
-    grid = (cdiv(sizes.rows, parts.rows), parts.count)
-    tile = {"ROWS": parts.rows, "SPACE": parts.space, "num_warps": parts.warps}
-    moments = torch.empty((2, parts.count, sizes.rows), dtype=torch.float32, device=x.device)
-    launch(
-        _group_norm_moments_kernel, grid,
-        x, moments, stride, sizes.rows, sizes.channels, sizes.space, parts.part_size,
-        **tile,
-    )  # fmt: skip
-    launch(
-        _group_norm_merge_moments_kernel, (sizes.samples * sizes.groups,),
-        moments, mean, rstd, sizes.rows, parts.count, parts.part_size, sizes.group_channels, sizes.space,
-        sizes.group_size, eps,
-        BLOCK=MERGE_BLOCK, num_warps=4,
-    )  # fmt: skip
-    launch(
-        _group_norm_apply_kernel, grid,
-        x, weight, bias, y, mean, rstd, stride, sizes.rows, sizes.channels, sizes.space, parts.part_size,
-        sizes.group_channels,
-        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, **tile,
-    )  # fmt: skip
+    groups = sizes.samples * sizes.groups
+    moments = torch.empty(2 * groups * parts.count, dtype=torch.float32, device=x.device)
+    steps = passes(x, parts.count)
+    arrived = arrivals(x, groups, steps)
+    for step in steps:
+        launch(
+            _group_norm_part_fwd_kernel, (groups * parts.count,),
+            x, weight, bias, y, mean, rstd, moments, arrived,
+            sample_stride(x), sizes.groups, sizes.group_channels, sizes.space, sizes.group_size, parts.count, eps,
+            HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, **step, **parts.constants(parts.count),
+        )  # fmt: skip
 
 
 def bwd_in_parts(
@@ -363,24 +304,17 @@ def bwd_in_parts(
     parts: Parts,
 ) -> tuple[Tensor, int]:
     """Fills dx; the partial sums of dweight and dbias, and how many there are."""
-    grid = (cdiv(sizes.rows, parts.rows), parts.count)
-    tile = {"ROWS": parts.rows, "SPACE": parts.space, "num_warps": parts.warps}
-    strides = sample_stride(dy), sample_stride(x)
-    # [2, K, N, C]: a part of a sample is one of the partial sums of dweight and dbias
-    n_partials = parts.count * sizes.samples
+    groups = sizes.samples * sizes.groups
+    # [2, K, N, C]: a part of a channel of a sample is one of the partial sums of dweight and dbias
+    n_partials = parts.of_channel * sizes.samples
     sums = partials(x, n_partials, sizes.channels)
-    numbers = sizes.rows, sizes.channels, sizes.space, parts.part_size, sizes.group_channels
-    launch(_group_norm_sums_kernel, grid, dy, x, mean, rstd, sums, *strides, *numbers, **tile)
-    if dx is not None:
-        means = torch.empty((2, *mean.shape), dtype=torch.float32, device=x.device)
+    steps = (MEASURES_ALONE,) if dx is None else passes(x, parts.count)
+    arrived = arrivals(x, groups, steps)
+    for step in steps:
         launch(
-            _group_norm_merge_sums_kernel, (sizes.samples * sizes.groups,),
-            sums, weight, means, sizes.rows, parts.count, sizes.groups, sizes.group_channels, sizes.group_size,
-            HAS_WEIGHT=weight is not None, BLOCK=MERGE_BLOCK, num_warps=4,
-        )  # fmt: skip
-        launch(
-            _group_norm_dx_kernel, grid,
-            dy, x, weight, mean, rstd, means, dx, *strides, *numbers,
-            HAS_WEIGHT=weight is not None, **tile,
+            _group_norm_part_bwd_kernel, (groups * parts.count,),
+            dy, x, weight, mean, rstd, dx, sums, arrived, sample_stride(dy), sample_stride(x),
+            sizes.groups, sizes.group_channels, sizes.space, sizes.group_size, parts.count,
+            HAS_WEIGHT=weight is not None, **step, **parts.constants(parts.of_channel * sizes.group_channels),
         )  # fmt: skip
     return sums, n_partials

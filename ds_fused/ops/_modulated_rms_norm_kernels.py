@@ -28,23 +28,31 @@ def _modulated_rms_norm_fwd_kernel(
     eps,
     OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SHIFT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    BLOCKS: tl.constexpr,  # side by side, of which a row is made up
 ):  # fmt: skip
     # Inductor passes fp64
     eps = tl.cast(eps, tl.float32)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-    cols = tl.arange(0, BLOCK_COLS)[None, :]
-    mask = (rows < n_all) & (cols < n_cols)
     modulation = rows // n_rows
-
-    x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / n_cols + eps)
+    blocks = ()
+    squares = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+    for block in tl.static_range(BLOCKS):
+        cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+        mask = (rows < n_all) & (cols < n_cols)
+        x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        blocks = blocks + (x,)
+        squares += x * x
+    rstd = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / n_cols + eps)
     tl.store(rstd_ptr + rows, rstd, mask=rows < n_all)
-    y = modulated(
-        x * rstd, weight_ptr, scale_ptr, shift_ptr,
-        cols, modulation * scale_stride + cols, modulation * shift_stride + cols, mask, cols < n_cols,
-        x_ptr.dtype.element_ty, OFFSET, CAST_BEFORE, HAS_WEIGHT, HAS_SHIFT,
-    )  # fmt: skip
-    tl.store(y_ptr + rows * n_cols + cols, y, mask=mask)
+    for block in tl.static_range(BLOCKS):
+        cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+        mask = (rows < n_all) & (cols < n_cols)
+        y = modulated(
+            blocks[block] * rstd, weight_ptr, scale_ptr, shift_ptr,
+            cols, modulation * scale_stride + cols, modulation * shift_stride + cols, mask, cols < n_cols,
+            x_ptr.dtype.element_ty, OFFSET, CAST_BEFORE, HAS_WEIGHT, HAS_SHIFT,
+        )  # fmt: skip
+        tl.store(y_ptr + rows * n_cols + cols, y, mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_programs"])
@@ -68,52 +76,68 @@ def _modulated_rms_norm_bwd_kernel(
     OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     PER_ROW: tl.constexpr,  # each row has a modulation of its own, and all rows count as those of one
     WANTS_DX: tl.constexpr, WANTS_PRODUCTS: tl.constexpr, WANTS_DSCALE: tl.constexpr, WANTS_DSHIFT: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     modulation, program = pid // n_programs, pid % n_programs
-    cols = tl.arange(0, BLOCK_COLS)[None, :]
-    weight = weight_or_one(weight_ptr, cols, cols < n_cols, OFFSET, CAST_BEFORE, HAS_WEIGHT)
-    if not PER_ROW:
-        scale_at = modulation * scale_stride + cols
-        factor = 1.0 + tl.load(scale_ptr + scale_at, mask=cols < n_cols, other=0.0).to(tl.float32)
-    if WANTS_PRODUCTS:
-        products = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-    if WANTS_DSHIFT and not PER_ROW:
-        sums = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+    weights, products, sums = (), (), ()
+    for block in tl.static_range(BLOCKS):
+        cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+        weight = weight_or_one(weight_ptr, cols, cols < n_cols, OFFSET, CAST_BEFORE, HAS_WEIGHT)
+        if not PER_ROW:
+            scale_at = modulation * scale_stride + cols
+            weight *= 1.0 + tl.load(scale_ptr + scale_at, mask=cols < n_cols, other=0.0).to(tl.float32)
+        weights = weights + (weight,)
+        products = products + (tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32),)
+        sums = sums + (tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32),)
 
     step = n_programs * BLOCK_ROWS
     for start in tl.range(program * BLOCK_ROWS, n_rows, step, num_stages=STAGES):
         own = start + tl.arange(0, BLOCK_ROWS)[:, None]
         rows = modulation * n_rows + own
-        mask = (own < n_rows) & (cols < n_cols)
-        dy = tl.load(dy_ptr + rows * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + rows, mask=own < n_rows, other=0.0)
-        x_hat = x * rstd
-        if PER_ROW:
-            factor = 1.0 + tl.load(scale_ptr + rows * scale_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        hats, dhats, more_products, more_sums = (), (), (), ()
+        along = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+        for block in tl.static_range(BLOCKS):
+            cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+            mask = (own < n_rows) & (cols < n_cols)
+            dy = tl.load(dy_ptr + rows * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
+            x_hat = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32) * rstd
+            dhat = dy * weights[block]
+            product = dy * x_hat
+            if PER_ROW:
+                factor = 1.0 + tl.load(scale_ptr + rows * scale_stride + cols, mask=mask, other=0.0).to(tl.float32)
+                if WANTS_DSCALE:
+                    tl.store(dscale_ptr + rows * n_cols + cols, product * weights[block], mask=mask)
+                if WANTS_DSHIFT:
+                    tl.store(dshift_ptr + rows * n_cols + cols, dy, mask=mask)
+                dhat *= factor
+                product *= factor
             if WANTS_PRODUCTS:
-                products += dy * factor * x_hat
-            if WANTS_DSCALE:
-                tl.store(dscale_ptr + rows * n_cols + cols, dy * x_hat * weight, mask=mask)
-            if WANTS_DSHIFT:
-                tl.store(dshift_ptr + rows * n_cols + cols, dy, mask=mask)
-        else:
-            if WANTS_PRODUCTS:
-                products += dy * x_hat
-            if WANTS_DSHIFT:
-                sums += dy
+                more_products = more_products + (products[block] + product,)
+            if WANTS_DSHIFT and not PER_ROW:
+                more_sums = more_sums + (sums[block] + dy,)
+            along += dhat * x_hat
+            hats = hats + (x_hat,)
+            dhats = dhats + (dhat,)
+        if WANTS_PRODUCTS:
+            products = more_products
+        if WANTS_DSHIFT and not PER_ROW:
+            sums = more_sums
         if WANTS_DX:
-            dhat = dy * factor * weight
-            dx = rstd * (dhat - x_hat * (tl.sum(dhat * x_hat, axis=1, keep_dims=True) / n_cols))
-            tl.store(dx_ptr + rows * n_cols + cols, dx, mask=mask)
+            mean = tl.sum(along, axis=1, keep_dims=True) / n_cols
+            for block in tl.static_range(BLOCKS):
+                cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+                dx = rstd * (dhats[block] - hats[block] * mean)
+                tl.store(dx_ptr + rows * n_cols + cols, dx, mask=(own < n_rows) & (cols < n_cols))
 
-    here = pid * n_cols + cols
-    if WANTS_PRODUCTS:
-        tl.store(products_ptr + here, tl.sum(products, axis=0, keep_dims=True), mask=cols < n_cols)
-    if WANTS_DSHIFT and not PER_ROW:
-        tl.store(sums_ptr + here, tl.sum(sums, axis=0, keep_dims=True), mask=cols < n_cols)
+    for block in tl.static_range(BLOCKS):
+        cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+        here = pid * n_cols + cols
+        if WANTS_PRODUCTS:
+            tl.store(products_ptr + here, tl.sum(products[block], axis=0, keep_dims=True), mask=cols < n_cols)
+        if WANTS_DSHIFT and not PER_ROW:
+            tl.store(sums_ptr + here, tl.sum(sums[block], axis=0, keep_dims=True), mask=cols < n_cols)
 
 
 @triton.jit(do_not_specialize=["n_modulations", "n_programs"])

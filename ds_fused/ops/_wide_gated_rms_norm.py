@@ -98,37 +98,52 @@ def weight_or_one(weight_ptr, cols, mask, HAS_WEIGHT: tl.constexpr):
 
 
 @triton.jit
-def load_bwd(
-    dy_ptr, x_ptr, gate_ptr, dy_at, x_at, gate_at, mask, weight, rstd, GATE_FIRST: tl.constexpr, ACT: tl.constexpr
-):  # fmt: skip
-    """x, act(gate) and its slope, what was normalised, dy, and the gradients of weight * hat and of hat."""
-    dy = tl.load(dy_ptr + dy_at, mask=mask, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + gate_at, mask=mask, other=0.0).to(tl.float32)
-    act, slope = act_and_slope(gate, ACT)
-    if GATE_FIRST:
-        hat = x * act * rstd
-        dweighted = dy
+def load_bwd(dy_ptr, x_ptr, gate_ptr, dy_at, x_at, gate_at, mask):
+    """dy, x and the gate, as they are."""
+    dy = tl.load(dy_ptr + dy_at, mask=mask, other=0.0)
+    x = tl.load(x_ptr + x_at, mask=mask, other=0.0)
+    gate = tl.load(gate_ptr + gate_at, mask=mask, other=0.0)
+    return dy, x, gate
+
+
+@triton.jit
+def dweight_bwd(dy, x, gate, rstd, GATE_FIRST: tl.constexpr, ACT: tl.constexpr, AGAIN: tl.constexpr):
+    """What dweight gets, in fp32: weight times that, summed over a group, is the gradient along what was normalised.
+
+    AGAIN: by other steps than store_bwd's, or the compiler would keep act(gate) and its slope for that in registers.
+    """
+    gate = gate.to(tl.float32)
+    if AGAIN:
+        act = 1.0 / (1.0 + tl.exp(-gate))
+        if ACT == "silu":
+            act *= gate
     else:
-        hat = x * rstd
-        dweighted = dy * act
-    return x, act, slope, hat, dy, dweighted, dweighted * weight
+        act, _ = act_and_slope(gate, ACT)
+    dy, x = dy.to(tl.float32), x.to(tl.float32)
+    if GATE_FIRST:
+        return dy * (x * act * rstd)
+    return dy * act * (x * rstd)
 
 
 @triton.jit
 def store_bwd(
-    dx_ptr, dgate_ptr, at, mask, x, act, slope, hat, dy, dhat, weight, rstd, mean,
-    GATE_FIRST: tl.constexpr, WANTS_DX: tl.constexpr, WANTS_DGATE: tl.constexpr,
+    dx_ptr, dgate_ptr, at, mask, dy, x, gate, weight, rstd, mean,
+    GATE_FIRST: tl.constexpr, ACT: tl.constexpr, WANTS_DX: tl.constexpr, WANTS_DGATE: tl.constexpr,
 ):  # fmt: skip
-    """dx and dgate, those wanted. mean: that of dhat * hat over the group."""
-    dseen = rstd * (dhat - hat * mean)
+    """dx and dgate, those wanted. mean: that of weight * dweight_bwd over the group."""
+    dy, x = dy.to(tl.float32), x.to(tl.float32)
+    act, slope = act_and_slope(gate.to(tl.float32), ACT)
+    if GATE_FIRST:
+        dseen = rstd * (dy * weight - x * act * rstd * mean)
+        dx = dseen * act
+        dgate = dseen * x * slope
+    else:
+        hat = x * rstd
+        dx = rstd * (dy * act * weight - hat * mean)
+        dgate = dy * weight * hat * slope
     if WANTS_DX:
-        tl.store(dx_ptr + at, dseen * act if GATE_FIRST else dseen, mask=mask)
+        tl.store(dx_ptr + at, dx, mask=mask)
     if WANTS_DGATE:
-        if GATE_FIRST:
-            dgate = dseen * x * slope
-        else:
-            dgate = dy * weight * hat * slope
         tl.store(dgate_ptr + at, dgate, mask=mask)
 
 
@@ -164,28 +179,27 @@ def _gated_rms_norm_bwd_walk_kernel(
                 mask = start + tl.arange(0, BLOCK_COLS) < n_cols
                 cols = group * n_cols + start + tl.arange(0, BLOCK_COLS)
                 weight = weight_or_one(weight_ptr, cols, mask, HAS_WEIGHT)
-                x, act, slope, hat, dy, dweighted, dhat = load_bwd(
+                dy, x, gate = load_bwd(
                     dy_ptr, x_ptr, gate_ptr,
-                    row * dy_stride + cols, row * x_stride + cols, row * gate_stride + cols,
-                    mask, weight, rstd, GATE_FIRST, ACT,
+                    row * dy_stride + cols, row * x_stride + cols, row * gate_stride + cols, mask,
                 )  # fmt: skip
-                products += dhat * hat
+                products += weight * dweight_bwd(dy, x, gate, rstd, GATE_FIRST, ACT, False)
         mean = tl.sum(products) / n_cols
 
         for start in range(0, n_cols, BLOCK_COLS):
             mask = start + tl.arange(0, BLOCK_COLS) < n_cols
             cols = group * n_cols + start + tl.arange(0, BLOCK_COLS)
             weight = weight_or_one(weight_ptr, cols, mask, HAS_WEIGHT)
-            x, act, slope, hat, dy, dweighted, dhat = load_bwd(
+            dy, x, gate = load_bwd(
                 dy_ptr, x_ptr, gate_ptr,
-                row * dy_stride + cols, row * x_stride + cols, row * gate_stride + cols,
-                mask, weight, rstd, GATE_FIRST, ACT,
+                row * dy_stride + cols, row * x_stride + cols, row * gate_stride + cols, mask,
             )  # fmt: skip
             if WANTS_DWEIGHT:
-                add_to(dweights_ptr + program * width + cols, dweighted * hat, mask, row == program)
+                dweight = dweight_bwd(dy, x, gate, rstd, GATE_FIRST, ACT, False)
+                add_to(dweights_ptr + program * width + cols, dweight, mask, row == program)
             store_bwd(
-                dx_ptr, dgate_ptr, row * width + cols, mask, x, act, slope, hat, dy, dhat, weight, rstd, mean,
-                GATE_FIRST, WANTS_DX, WANTS_DGATE,
+                dx_ptr, dgate_ptr, row * width + cols, mask, dy, x, gate, weight, rstd, mean,
+                GATE_FIRST, ACT, WANTS_DX, WANTS_DGATE,
             )  # fmt: skip
         # the next row's threads must see these sums
         tl.debug_barrier()

@@ -35,6 +35,10 @@ MOST_COLS = 1024
 # 32 warps and 2 of them 0.137, 0.464 (results/h100/tune.csv)
 WARPS_PER_MULTIPROCESSOR = 16
 STAGES_BWD = 3
+# where several rows share a tile: of 1048576x128 0.183 and 0.291 ms, with the above 0.203 and 0.354
+NARROW_COLS = 512
+NARROW_PER_THREAD_FWD = 16
+NARROW_TILE_BWD, NARROW_PER_THREAD_BWD = 4096, 16
 
 
 def dyt_reference(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -153,7 +157,8 @@ def dyt_fwd(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None, dtype
     n, d = x.shape
     if n == 0 or d == 0:
         return y
-    block = tile(min(d, MOST_COLS), TILE_FWD, PER_THREAD_FWD, MOST_COLS)
+    per_thread = NARROW_PER_THREAD_FWD if d <= min(NARROW_COLS, MOST_COLS) else PER_THREAD_FWD
+    block = tile(min(d, MOST_COLS), TILE_FWD, per_thread, MOST_COLS)
     launch(
         _dyt_fwd_kernel, (cdiv(n, block.rows), cdiv(d, block.cols)),
         x, alpha, weight, bias, y, row_stride(x), n, d,
@@ -175,7 +180,10 @@ def dyt_bwd(
     dbias = make(bias) if wanted.dbias else None
     if n == 0 or d == 0:
         return dx, dalpha, dweight, dbias
-    block = tile(min(d, MOST_COLS), TILE_BWD, PER_THREAD_BWD, MOST_COLS)
+    if d <= min(NARROW_COLS, MOST_COLS):
+        block = tile(d, NARROW_TILE_BWD, NARROW_PER_THREAD_BWD, MOST_COLS)
+    else:
+        block = tile(min(d, MOST_COLS), TILE_BWD, PER_THREAD_BWD, MOST_COLS)
     column_blocks = cdiv(d, block.cols)
     most = max(1, resident(x, WARPS_PER_MULTIPROCESSOR, block.warps) // column_blocks)
     programs = min(cdiv(n, block.rows), most)

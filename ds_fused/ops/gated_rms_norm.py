@@ -34,6 +34,7 @@ from ds_fused.ops._wide_gated_rms_norm import (
     _gated_rms_norm_bwd_walk_kernel,
     _gated_rms_norm_fwd_walk_kernel,
     act_and_slope,
+    dweight_bwd,
     load_bwd,
     store_bwd,
     weight_or_one,
@@ -54,6 +55,10 @@ TILE_BWD, PER_THREAD_BWD = 4096, 16
 # 262144x128 (norm_first): 0.284, 0.134; with 2048 and 8 elements and 2 tiles 0.314, 0.152 (results/h100/tune.csv).
 WARPS_PER_MULTIPROCESSOR = 32
 STAGES_BWD = 1
+# of rows wider than a tile: two more rows wait in shared memory, and the gate is computed twice, since registers are
+# short. 0.487 ms of 16384x8192 (gate_first), with the above 0.544, and where it is computed once 0.666
+WIDE_WARPS_PER_MULTIPROCESSOR = 16
+WIDE_STAGES_BWD = 3
 
 
 def gated_rms_norm_reference(
@@ -143,6 +148,7 @@ def _gated_rms_norm_bwd_kernel(
     n_cols,
     GATE_FIRST: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACT: tl.constexpr,
     WANTS_DX: tl.constexpr, WANTS_DGATE: tl.constexpr, WANTS_DWEIGHT: tl.constexpr,
+    AGAIN: tl.constexpr,  # from what was loaded to what is stored is computed anew, after the mean: half the registers
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
@@ -159,17 +165,17 @@ def _gated_rms_norm_bwd_kernel(
         rows = start + tl.arange(0, BLOCK_ROWS)[:, None]
         mask = (rows < n_rows) & col_mask
         rstd = tl.load(rstd_ptr + rows * n_groups + group, mask=rows < n_rows, other=0.0)
-        x, act, slope, hat, dy, dweighted, dhat = load_bwd(
+        dy, x, gate = load_bwd(
             dy_ptr, x_ptr, gate_ptr,
-            rows * dy_stride + cols, rows * x_stride + cols, rows * gate_stride + cols,
-            mask, weight, rstd, GATE_FIRST, ACT,
+            rows * dy_stride + cols, rows * x_stride + cols, rows * gate_stride + cols, mask,
         )  # fmt: skip
+        part = dweight_bwd(dy, x, gate, rstd, GATE_FIRST, ACT, AGAIN)
         if WANTS_DWEIGHT:
-            dweight += dweighted * hat
-        mean = tl.sum(dhat * hat, axis=1, keep_dims=True) / n_cols
+            dweight += part
+        mean = tl.sum(part * weight, axis=1, keep_dims=True) / n_cols
         store_bwd(
-            dx_ptr, dgate_ptr, rows * width + cols, mask, x, act, slope, hat, dy, dhat, weight, rstd, mean,
-            GATE_FIRST, WANTS_DX, WANTS_DGATE,
+            dx_ptr, dgate_ptr, rows * width + cols, mask, dy, x, gate, weight, rstd, mean,
+            GATE_FIRST, ACT, WANTS_DX, WANTS_DGATE,
         )  # fmt: skip
 
     if WANTS_DWEIGHT:
@@ -238,9 +244,13 @@ def gated_rms_norm_bwd(
     n_cols = d // form.n_groups
     block = tile(n_cols, TILE_BWD, PER_THREAD_BWD, WHOLE_GROUP_BWD)
     # a program stays with its group, whose part of dweight it adds up
-    most = max(1, resident(x, WARPS_PER_MULTIPROCESSOR, block.warps) // form.n_groups)
+    is_wide = block.rows == 1 and block.cols > TILE_BWD
+    warps = WIDE_WARPS_PER_MULTIPROCESSOR if is_wide else WARPS_PER_MULTIPROCESSOR
+    most = max(1, resident(x, warps, block.warps) // form.n_groups)
     itemsizes = dy.itemsize + x.itemsize + gate.itemsize
-    programs, tiles = in_turn(block, n, most, itemsizes, STAGES_BWD)
+    programs, tiles = in_turn(block, n, most, itemsizes, WIDE_STAGES_BWD if is_wide else STAGES_BWD)
+    if block.rows:
+        tiles["AGAIN"] = is_wide
     dweights = torch.empty((programs, d), dtype=torch.float32, device=x.device) if wants_dweight else None
     launch(
         _gated_rms_norm_bwd_kernel if block.rows else _gated_rms_norm_bwd_walk_kernel, (programs * form.n_groups,),

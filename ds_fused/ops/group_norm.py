@@ -3,10 +3,11 @@
 weight and bias, one value per channel, may each be None; std = sqrt(var + eps). Computed in fp32 and rounded once.
 Idea: Wu and He, "Group Normalization" (2018).
 
-A group that fits a tile is read once. Larger ones are read twice, in parts: that is _group_parts.py.
+A group that fits a tile is one program's. Larger ones are shared by several, in parts: that is _group_parts.py.
 
 Saved for backward: x, weight, and mean and 1/std in fp32 per group.
-Traffic per element: forward 1 read + 1 write, backward 2 reads + 1 write; in parts forward 2 + 1, backward 4 + 1.
+Traffic per element: forward 1 read + 1 write, backward 2 reads + 1 write; in parts, where programs can't meet or a
+group has too many, forward 2 + 1 and backward 4 + 1.
 dweight and dbias are added up from sums per channel in a fixed order (no atomics: same input, same bits).
 
 Sizes: N samples, C channels, G groups, S values of a channel (every dimension behind it, flattened).
@@ -44,10 +45,9 @@ WHOLE_GROUP_BWD = 16384
 TILE_FWD, PER_THREAD_FWD = 2048, 16
 TILE_BWD, PER_THREAD_BWD = 2048, 8
 WARPS_PER_MULTIPROCESSOR = 32
-# in parts: elements of a tile, the most of one channel, its warps, and how many tiles of a channel a program takes. On
-# an H100, ms of 16x512x128x128 and 16x320x64x64, both ways: 0.779, 0.147; with 4 warps 0.810, 0.152
-# (results/h100/tune.csv)
-PART_TILE, PART_SPACE, PART_WARPS, PART_TURNS = 2048, 2048, 8, 8
+# in parts: elements of a tile, and of a thread
+PART_TILE_FWD, PART_PER_THREAD_FWD = 8192, 32
+PART_TILE_BWD, PART_PER_THREAD_BWD = 8192, 32
 
 # launches of whole groups
 _forwards: Kept[Ready] = Kept()
@@ -220,10 +220,6 @@ def _whole(sizes: Sizes, elements: int, per_thread: int, widest: int) -> dict[st
     }
 
 
-def _parts(sizes: Sizes) -> Parts:
-    return Parts.of(sizes, PART_TILE, PART_SPACE, PART_WARPS, PART_TURNS)
-
-
 def group_norm_fwd(
     x: Tensor, n_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,7 +238,8 @@ def group_norm_fwd(
             return y, mean, rstd
         whole = _whole(sizes, TILE_FWD, PER_THREAD_FWD, WHOLE_GROUP_FWD)
         if whole is None:
-            fwd_in_parts(x, weight, bias, y, mean, rstd, sizes, _parts(sizes), eps)
+            parts = Parts.of(sizes, PART_TILE_FWD, warps_for(PART_TILE_FWD, PART_PER_THREAD_FWD))
+            fwd_in_parts(x, weight, bias, y, mean, rstd, sizes, parts, eps)
             return y, mean, rstd
         it = _forwards.keep(
             key,
@@ -286,7 +283,8 @@ def group_norm_bwd(
         if tile is not None:
             whole = _backwards.keep(key, _backward_of_whole_groups(dy, x, weight, sizes, tile, wanted.dx, sums))
     if whole is None:
-        partial, n_partials = bwd_in_parts(dy, x, weight, mean, rstd, dx, sizes, _parts(sizes))
+        parts = Parts.of(sizes, PART_TILE_BWD, warps_for(PART_TILE_BWD, PART_PER_THREAD_BWD))
+        partial, n_partials = bwd_in_parts(dy, x, weight, mean, rstd, dx, sizes, parts)
     else:
         it, n_partials = whole
         partial = partials(x, n_partials, x.shape[1]) if sums else None

@@ -25,7 +25,7 @@ from ds_fused.ops import _row_tiles, _triton
 from ds_fused.ops._launch import Kept, Ready, launch_ready, lie_alike, ready
 from ds_fused.ops._norms import RMSForm, Wanted, check_cast, check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._row_tiles import in_turn, tile
+from ds_fused.ops._row_tiles import in_turn, tile, tile_of_blocks
 from ds_fused.ops._sums import sum_partials
 from ds_fused.ops._triton import cdiv, check_dtypes, like, resident, row_stride, rows_of, runs_kernels
 from ds_fused.ops._wide_rms_norm import (
@@ -40,8 +40,9 @@ from ds_fused.ops._wide_rms_norm import (
 # Above them the registers of 1024 threads spill on sm90 (at 16384 the backward spills 52 bytes a thread, in fp32 116).
 WHOLE_ROW_FWD = 32768
 WHOLE_ROW_BWD = 16384
-# elements of a tile when a row is narrower (as many rows as fit), and of a thread
-TILE_FWD, PER_THREAD_FWD = 2048, 16
+# elements of a tile when a row is narrower (as many rows as fit), and of a thread; forward, of a thread in each block
+# of a row in three, by layer_norm's measurement
+TILE_FWD, PER_THREAD_FWD, IN_BLOCK_FWD = 2048, 16, 8
 TILE_BWD, PER_THREAD_BWD = 2048, 8
 # the backward's persistent grid: at 8 elements a thread ptxas gives it at most 64 registers on sm90, so 32 warps are
 # resident, and none waits for a place; STAGES_BWD tiles of a program are in flight (1: no pipeline). On an H100, ms of
@@ -96,22 +97,31 @@ def _rms_norm_fwd_kernel(
     OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    BLOCKS: tl.constexpr,  # side by side, of which a row is made up
 ):  # fmt: skip
     # Inductor passes fp64
     eps = tl.cast(eps, tl.float32)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-    cols = tl.arange(0, BLOCK_COLS)[None, :]
-    mask = (rows < n_rows) & (cols < n_cols)
-
-    here = rows * n_cols + cols
-    x = x_or_sum(
-        x_ptr, residual_ptr, sum_ptr, rows * x_stride + cols, rows * residual_stride + cols, here, mask, HAS_RESIDUAL
-    )
-    rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / n_cols + eps)
+    blocks = ()
+    squares = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+    for block in tl.static_range(BLOCKS):
+        cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+        x = x_or_sum(
+            x_ptr, residual_ptr, sum_ptr, rows * x_stride + cols, rows * residual_stride + cols, rows * n_cols + cols,
+            (rows < n_rows) & (cols < n_cols), HAS_RESIDUAL,
+        )  # fmt: skip
+        blocks = blocks + (x,)
+        squares += x * x
+    rstd = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / n_cols + eps)
     tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
     dtype: tl.constexpr = sum_ptr.dtype.element_ty if HAS_RESIDUAL else x_ptr.dtype.element_ty
-    y = scaled(x * rstd, weight_ptr, bias_ptr, cols, cols < n_cols, dtype, OFFSET, CAST_BEFORE, HAS_WEIGHT, HAS_BIAS)
-    tl.store(y_ptr + here, y, mask=mask)
+    for block in tl.static_range(BLOCKS):
+        cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+        y = scaled(
+            blocks[block] * rstd, weight_ptr, bias_ptr, cols, cols < n_cols, dtype,
+            OFFSET, CAST_BEFORE, HAS_WEIGHT, HAS_BIAS,
+        )  # fmt: skip
+        tl.store(y_ptr + rows * n_cols + cols, y, mask=(rows < n_rows) & (cols < n_cols))
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -188,7 +198,8 @@ def rms_norm_fwd(
     y = like(x, dtype)
     key = None
     if not torch.compiler.is_compiling():
-        constants = TILE_FWD, PER_THREAD_FWD, WHOLE_ROW_FWD, _row_tiles.WALK_BLOCK, _triton.LANES
+        of_rows = _row_tiles.WALK_BLOCK, _row_tiles.LEAST_THIRD, _triton.LANES
+        constants = TILE_FWD, PER_THREAD_FWD, IN_BLOCK_FWD, WHOLE_ROW_FWD, *of_rows
         residual_strides = None if residual is None else residual.stride()
         key = x.shape, x.stride(), residual_strides, weight is None, bias is None, form, constants
     found = _forwards.get(key)
@@ -212,7 +223,7 @@ def _forward(
     n, d = x.shape
     if n == 0 or d == 0:
         return None
-    block = tile(d, TILE_FWD, PER_THREAD_FWD, WHOLE_ROW_FWD)
+    block = tile_of_blocks(d, TILE_FWD, PER_THREAD_FWD, WHOLE_ROW_FWD, IN_BLOCK_FWD)
     strides = row_stride(x), 0 if residual is None else row_stride(residual)
     constants = {
         "OFFSET": form.offset,
@@ -226,7 +237,10 @@ def _forward(
     if not block.rows:
         return ready(_rms_norm_fwd_walk_kernel, (n,), *strides, d, form.eps, **constants)
     grid = (cdiv(n, block.rows),)
-    return ready(_rms_norm_fwd_kernel, grid, *strides, n, d, form.eps, BLOCK_ROWS=block.rows, **constants)
+    return ready(
+        _rms_norm_fwd_kernel, grid, *strides, n, d, form.eps,
+        BLOCK_ROWS=block.rows, BLOCKS=block.blocks, **constants,
+    )  # fmt: skip
 
 
 def rms_norm_bwd(

@@ -1,10 +1,10 @@
 """Softmax along a dimension: ``y = exp(x) / sum(exp(x))``, in fp32, one pass forward and one pass back.
 
 Saved for backward: y, which whoever multiplies by it holds too.
-Traffic per element: forward 1 read + 1 write, backward 2 reads (dy, y) + 1 write; rows too wide for registers are read
-twice, the second time mostly from L2.
+Traffic per element: forward 1 read + 1 write, backward 2 reads (dy, y) + 1 write. Rows too wide for
+the registers of one program are shared by several (_meet.py); where they can't meet, everything is read twice.
 
-Sizes: N rows (every dimension but the one that sums to 1, flattened), D columns.
+Sizes: N rows (every dimension but the one that sums to 1, flattened), D columns, P parts of a row.
 """
 
 from __future__ import annotations
@@ -15,13 +15,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fused.ops import _along_rows
-from ds_fused.ops._along_rows import SEEN, along_dim, along_rows, check_dim, ends_of, load_seen, store_seen
+from ds_fused.ops._along_rows import (
+    SEEN,
+    along_dim,
+    along_rows,
+    check_dim,
+    ends_of,
+    in_parts,
+    load_seen,
+    store_seen,
+)
+from ds_fused.ops._meet import meet, team_and_member
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._triton import autocast_dtype, check_dtypes, like, runs_kernels
-
-# On an H100, ms of 8192x128256, forward and backward: 1.91, 3.12; with 8192 columns 2.11, 3.33; with 4096 and 256
-# threads 2.14, 3.52 (results/h100/tune.csv)
-WALK_COLS = 16384
 
 
 def softmax_reference(x: Tensor, dim: int = -1) -> Tensor:
@@ -57,36 +63,50 @@ def _softmax_fwd_kernel(
 
 
 @triton.jit
-def _softmax_fwd_walk_kernel(
+def _softmax_part_fwd_kernel(
     x_ptr,  # [N, D]
     y_ptr,  # [N, D]
-    x_stride,
+    measures_ptr,  # [2, N, P] fp32: the maximum of each part, and its sum of exponentials below that
+    arrivals_ptr,  # [1 + N]
+    x_stride,  # elements from one row to the next; y has no gaps
     n_cols,
-    ABOVE: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
+    n_parts,
+    ABOVE: tl.constexpr, MEASURES: tl.constexpr, WRITES: tl.constexpr, BLOCK: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
-    """One row that is too wide for registers. A lane keeps its maximum, and a sum that is scaled where that grows."""
-    row = tl.program_id(0).to(tl.int64)
+    row, part = team_and_member(arrivals_ptr, n_parts, MEASURES, WRITES)
     n_seen, n_written = ends_of(row, n_cols, ABOVE)
-    high = tl.full((BLOCK_COLS,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK_COLS,), tl.float32)
-    for start in tl.range(0, n_seen, BLOCK_COLS, num_stages=STAGES):
-        cols = start + tl.arange(0, BLOCK_COLS)
-        x = tl.load(x_ptr + row * x_stride + cols, mask=cols < n_seen, other=-float("inf")).to(tl.float32)
-        higher = tl.maximum(high, x)
-        # a lane may have seen nothing but -inf yet (a mask), and -inf less -inf is NaN
-        shift = tl.where(higher == -float("inf"), 0.0, higher)
-        total = total * tl.exp(high - shift) + tl.exp(x - shift)
-        high = higher
-    highest = tl.max(high)
-    # a lane of -inf alone has the sum 0
-    scale = tl.div_rn(1.0, tl.sum(total * tl.exp(high - highest)))
-    # backwards: what was seen last is seen first again, and what is written leaves L2 first
-    last = (tl.cdiv(n_written, BLOCK_COLS) - 1) * BLOCK_COLS
-    for back in tl.range(0, n_written, BLOCK_COLS, num_stages=STAGES):
-        cols = last - back + tl.arange(0, BLOCK_COLS)
-        x = tl.load(x_ptr + row * x_stride + cols, mask=cols < n_seen, other=-float("inf")).to(tl.float32)
-        y = tl.exp(x - highest) * scale
-        tl.store(y_ptr + row * n_cols + cols, y, mask=cols < n_written, eviction_policy="evict_first")
+    cols = part * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * x_stride + cols, mask=cols < n_seen, other=-float("inf"))
+    measures_ptr += row * n_parts
+    sums_ptr = measures_ptr + tl.num_programs(0).to(tl.int64)
+    if MEASURES:
+        high = tl.max(x.to(tl.float32))
+        # a part may be nothing but -inf (a mask), and -inf less -inf is NaN
+        shift = tl.where(high == -float("inf"), 0.0, high)
+        y = tl.exp(x.to(tl.float32) - shift)
+        tl.store(measures_ptr + part, high)
+        tl.store(sums_ptr + part, tl.sum(y))
+    if MEASURES and WRITES:
+        meet(arrivals_ptr, row, n_parts)
+    if WRITES:
+        highs = tl.full((MERGE,), -float("inf"), tl.float32)
+        sums = tl.zeros((MERGE,), tl.float32)
+        for first in range(0, n_parts, MERGE):
+            other = first + tl.arange(0, MERGE)
+            own = tl.load(measures_ptr + other, mask=other < n_parts, other=-float("inf"))
+            higher = tl.maximum(highs, own)
+            finite = tl.where(higher == -float("inf"), 0.0, higher)
+            sums *= tl.exp(highs - finite)
+            sums += tl.load(sums_ptr + other, mask=other < n_parts, other=0.0) * tl.exp(own - finite)
+            highs = higher
+        highest = tl.max(highs)
+        # parts of -inf alone have the sum 0. Triton's own division is off by two units in the last place
+        scale = tl.div_rn(1.0, tl.sum(sums * tl.exp(highs - highest)))
+        if MEASURES:
+            y *= tl.exp(high - highest) * scale
+        else:
+            y = tl.exp(x.to(tl.float32) - highest) * scale
+        tl.store(y_ptr + row * n_cols + cols, y, mask=cols < n_written)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -110,45 +130,52 @@ def _softmax_bwd_kernel(
 
 
 @triton.jit
-def _softmax_bwd_walk_kernel(
+def _softmax_part_bwd_kernel(
     dy_ptr,  # [N, D]
     y_ptr,  # [N, D]
     dx_ptr,  # [N, D]
-    dy_stride,
+    measures_ptr,  # [N, P] fp32: sums of dy * y
+    arrivals_ptr,  # [1 + N]
+    dy_stride,  # elements from one row to the next; y and dx have no gaps
     n_cols,
-    ABOVE: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
+    n_parts,
+    ABOVE: tl.constexpr, MEASURES: tl.constexpr, WRITES: tl.constexpr, BLOCK: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
-    """One row that is too wide for registers."""
-    row = tl.program_id(0).to(tl.int64)
+    row, part = team_and_member(arrivals_ptr, n_parts, MEASURES, WRITES)
     n_seen, n_written = ends_of(row, n_cols, ABOVE)
-    products = tl.zeros((BLOCK_COLS,), tl.float32)
-    for start in tl.range(0, n_seen, BLOCK_COLS, num_stages=STAGES):
-        cols = start + tl.arange(0, BLOCK_COLS)
-        mask = cols < n_seen
-        dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
-        products += dy * tl.load(y_ptr + row * n_cols + cols, mask=mask, other=0.0).to(tl.float32)
-    inner = tl.sum(products)
-    last = (tl.cdiv(n_written, BLOCK_COLS) - 1) * BLOCK_COLS
-    for back in tl.range(0, n_written, BLOCK_COLS, num_stages=STAGES):
-        cols = last - back + tl.arange(0, BLOCK_COLS)
-        mask = cols < n_seen
-        dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
-        y = tl.load(y_ptr + row * n_cols + cols, mask=mask, other=0.0).to(tl.float32)
-        dx = y * (dy - inner)
-        tl.store(dx_ptr + row * n_cols + cols, dx, mask=cols < n_written, eviction_policy="evict_first")
+    cols = part * BLOCK + tl.arange(0, BLOCK)
+    # as they are, not in fp32: half of the registers
+    dy = tl.load(dy_ptr + row * dy_stride + cols, mask=cols < n_seen, other=0.0)
+    y = tl.load(y_ptr + row * n_cols + cols, mask=cols < n_seen, other=0.0)
+    measures_ptr += row * n_parts
+    if MEASURES:
+        tl.store(measures_ptr + part, tl.sum(dy.to(tl.float32) * y.to(tl.float32)))
+    if MEASURES and WRITES:
+        meet(arrivals_ptr, row, n_parts)
+    if WRITES:
+        products = tl.zeros((MERGE,), tl.float32)
+        for first in range(0, n_parts, MERGE):
+            other = first + tl.arange(0, MERGE)
+            products += tl.load(measures_ptr + other, mask=other < n_parts, other=0.0)
+        dx = y.to(tl.float32) * (dy.to(tl.float32) - tl.sum(products))
+        tl.store(dx_ptr + row * n_cols + cols, dx, mask=cols < n_written)
 
 
 def softmax_fwd(x: Tensor, dtype: torch.dtype, above: str = SEEN) -> Tensor:
     """x [..., D] -> y [..., D] of that dtype."""
     y = like(x, dtype)
-    widest = _along_rows.WHOLE_ROW_FWD
-    return along_rows(_softmax_fwd_kernel, _softmax_fwd_walk_kernel, widest, WALK_COLS, y, x, above=above)
+    if x.shape[-1] > _along_rows.WHOLE_ROW_FWD:
+        part = _along_rows.PART_FWD, _along_rows.PART_PER_THREAD_FWD
+        return in_parts(_softmax_part_fwd_kernel, 2, *part, y, x, above=above)
+    return along_rows(_softmax_fwd_kernel, y, x, above=above)
 
 
 def softmax_bwd(dy: Tensor, y: Tensor, dx: Tensor, above: str = SEEN) -> Tensor:
     """dy, y [..., D] -> dx [..., D], which may be dy."""
-    widest = _along_rows.WHOLE_ROW_BWD
-    return along_rows(_softmax_bwd_kernel, _softmax_bwd_walk_kernel, widest, WALK_COLS, dx, dy, y, above=above)
+    if dy.shape[-1] > _along_rows.WHOLE_ROW_BWD:
+        part = _along_rows.PART_BWD, _along_rows.PART_PER_THREAD_BWD
+        return in_parts(_softmax_part_bwd_kernel, 1, *part, dx, dy, y, above=above)
+    return along_rows(_softmax_bwd_kernel, dx, dy, y, above=above)
 
 
 class SoftmaxFunction(torch.autograd.Function):

@@ -10,10 +10,11 @@ normally distributed ones), in registers for rows that fit.
 The gradient uses the support alone, y > 0: there ``dx = dy - mean of dy over the support``, elsewhere 0.
 
 Saved for backward: y, which whoever multiplies by it holds too.
-Traffic per element: forward 1 read + 1 write, backward 1 read (y) + 1 write, and dy where y > 0; rows too wide for
-registers are read once more per Newton step, mostly from L2.
+Traffic per element: forward 1 read + 1 write, backward 1 read (y) + 1 write, and dy where y > 0. Rows too wide for the
+registers of one program are read once more per Newton step, mostly from L2; backward, several programs share them
+(_meet.py).
 
-Sizes: N rows (every dimension but the one that sums to 1, flattened), D columns.
+Sizes: N rows (every dimension but the one that sums to 1, flattened), D columns, P parts of a row.
 """
 
 from __future__ import annotations
@@ -25,13 +26,30 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fused.ops import _along_rows
-from ds_fused.ops._along_rows import SEEN, along_dim, along_rows, check_dim, ends_of, load_seen, store_seen
+from ds_fused.ops._along_rows import (
+    SEEN,
+    along_dim,
+    along_rows,
+    check_dim,
+    ends_of,
+    in_parts,
+    load_seen,
+    store_seen,
+)
+from ds_fused.ops._launch import launch
+from ds_fused.ops._meet import meet, team_and_member
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._triton import check_dtypes, like, runs_kernels
+from ds_fused.ops._triton import check_dtypes, like, row_stride, rows_of, runs_kernels, stages_for, warps_for
 
-# with more the forward spills. On an H100, ms of 2048x128256, forward and backward: 1.30, 0.59; with 4096 and 256
-# threads 1.60, 0.59
+# elements of a thread, forward: its steps wait for sums over all threads of a row, so few threads, and many rows beside
+# one another. On an H100, ms of 32768x4096: of a kernel that sums both numbers of a step at once 0.343, with 16 0.378
+PER_THREAD_FWD = 32
+# columns of a wider row that the forward works on at a time, by 1024 threads, so that few rows share a multiprocessor
+# and what a walk saw last is still in L2 for the next one; with more it spills. On an H100, ms of 2048x128256: 1.30;
+# with 4096 and 256 threads 1.60
 WALK_COLS = 8192
+# its tiles in flight
+WALK_STAGES = 3
 
 
 def sparsemax_reference(x: Tensor, dim: int = -1) -> Tensor:
@@ -181,43 +199,68 @@ def _sparsemax_bwd_kernel(
 
 
 @triton.jit
-def _sparsemax_bwd_walk_kernel(
+def _sparsemax_part_bwd_kernel(
     dy_ptr,  # [N, D]
     y_ptr,  # [N, D]
     dx_ptr,  # [N, D]
+    measures_ptr,  # [2, N, P] fp32: the size of each part's support, and the sum of dy over it
+    arrivals_ptr,  # [1 + N]
     dy_stride,
     n_cols,
-    ABOVE: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
+    n_parts,
+    ABOVE: tl.constexpr, MEASURES: tl.constexpr, WRITES: tl.constexpr, BLOCK: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
-    """One row that is too wide for registers."""
-    row = tl.program_id(0).to(tl.int64)
+    """Part of a row that is too wide for registers."""
+    row, part = team_and_member(arrivals_ptr, n_parts, MEASURES, WRITES)
     n_seen, n_written = ends_of(row, n_cols, ABOVE)
-    sizes = tl.zeros((BLOCK_COLS,), tl.float32)
-    sums = tl.zeros((BLOCK_COLS,), tl.float32)
-    for start in tl.range(0, n_seen, BLOCK_COLS, num_stages=STAGES):
-        cols = start + tl.arange(0, BLOCK_COLS)
-        support = tl.load(y_ptr + row * n_cols + cols, mask=cols < n_seen, other=0.0) > 0.0
-        sums += tl.load(dy_ptr + row * dy_stride + cols, mask=support, other=0.0).to(tl.float32)
-        sizes += support.to(tl.float32)
-    mean = tl.sum(sums) / tl.maximum(tl.sum(sizes), 1.0)
-    for start in tl.range(0, n_written, BLOCK_COLS, num_stages=STAGES):
-        cols = start + tl.arange(0, BLOCK_COLS)
-        support = tl.load(y_ptr + row * n_cols + cols, mask=cols < n_seen, other=0.0) > 0.0
-        dy = tl.load(dy_ptr + row * dy_stride + cols, mask=support, other=0.0).to(tl.float32)
+    cols = part * BLOCK + tl.arange(0, BLOCK)
+    support = tl.load(y_ptr + row * n_cols + cols, mask=cols < n_seen, other=0.0) > 0.0
+    dy = tl.load(dy_ptr + row * dy_stride + cols, mask=support, other=0.0).to(tl.float32)
+    measures_ptr += row * n_parts
+    sums_ptr = measures_ptr + tl.num_programs(0).to(tl.int64)
+    if MEASURES:
+        tl.store(measures_ptr + part, tl.sum(support.to(tl.float32)))
+        tl.store(sums_ptr + part, tl.sum(dy))
+    if MEASURES and WRITES:
+        meet(arrivals_ptr, row, n_parts)
+    if WRITES:
+        sizes = tl.zeros((MERGE,), tl.float32)
+        sums = tl.zeros((MERGE,), tl.float32)
+        for first in range(0, n_parts, MERGE):
+            other = first + tl.arange(0, MERGE)
+            sizes += tl.load(measures_ptr + other, mask=other < n_parts, other=0.0)
+            sums += tl.load(sums_ptr + other, mask=other < n_parts, other=0.0)
+        mean = tl.sum(sums) / tl.maximum(tl.sum(sizes), 1.0)
         tl.store(dx_ptr + row * n_cols + cols, tl.where(support, dy - mean, 0.0), mask=cols < n_written)
 
 
 def sparsemax_fwd(x: Tensor, dtype: torch.dtype, above: str = SEEN) -> Tensor:
     """x [..., D] -> y [..., D] of that dtype."""
     y = like(x, dtype)
-    widest = _along_rows.WHOLE_ROW_FWD
-    return along_rows(_sparsemax_fwd_kernel, _sparsemax_fwd_walk_kernel, widest, WALK_COLS, y, x, above=above)
+    if x.shape[-1] > _along_rows.WHOLE_ROW_FWD:
+        return _walked_fwd(x, y, above)
+    return along_rows(_sparsemax_fwd_kernel, y, x, above=above, per_thread=PER_THREAD_FWD)
+
+
+def _walked_fwd(x: Tensor, y: Tensor, above: str) -> Tensor:
+    x = rows_of(x)
+    n, d = x.shape
+    if n:
+        launch(
+            _sparsemax_fwd_walk_kernel, (n,),
+            x, y, row_stride(x), d,
+            ABOVE=above, BLOCK_COLS=WALK_COLS, STAGES=stages_for(WALK_STAGES, WALK_COLS * x.itemsize),
+            num_warps=warps_for(WALK_COLS, max(1, WALK_COLS // 1024)),
+        )  # fmt: skip
+    return y
 
 
 def sparsemax_bwd(dy: Tensor, y: Tensor, dx: Tensor, above: str = SEEN) -> Tensor:
     """dy, y [..., D] -> dx [..., D], which may be dy."""
-    widest = _along_rows.WHOLE_ROW_BWD
-    return along_rows(_sparsemax_bwd_kernel, _sparsemax_bwd_walk_kernel, widest, WALK_COLS, dx, dy, y, above=above)
+    if dy.shape[-1] > _along_rows.WHOLE_ROW_BWD:
+        part = _along_rows.PART_BWD, _along_rows.PART_PER_THREAD_BWD
+        return in_parts(_sparsemax_part_bwd_kernel, 2, *part, dx, dy, y, above=above)
+    return along_rows(_sparsemax_bwd_kernel, dx, dy, y, above=above)
 
 
 class SparsemaxFunction(torch.autograd.Function):

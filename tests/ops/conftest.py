@@ -43,8 +43,9 @@ def pair_blocks(monkeypatch) -> None:
 
 @pytest.fixture
 def walked(monkeypatch) -> None:
-    """Rows of more than 8 columns are walked in blocks of 16, by softmax and sparsemax."""
+    """Rows of more than 8 columns are wide: blocks of 16, where sparsemax walks them, and parts of 16."""
     monkeypatch.setattr(_along_rows, "WHOLE_ROW_FWD", 8)
     monkeypatch.setattr(_along_rows, "WHOLE_ROW_BWD", 8)
-    for name in ("softmax", "sparsemax"):
-        monkeypatch.setattr(registry.op(name).module, "WALK_COLS", 16)
+    monkeypatch.setattr(registry.op("sparsemax").module, "WALK_COLS", 16)
+    monkeypatch.setattr(_along_rows, "PART_FWD", 16)
+    monkeypatch.setattr(_along_rows, "PART_BWD", 16)

@@ -49,6 +49,13 @@ def test_rows_too_wide_for_a_tile_are_walked(dtype, cast, device, monkeypatch):
 
 
 @pytest.mark.parametrize("cast", CASTS)
+def test_rows_in_three_blocks(cast, device, monkeypatch):
+    monkeypatch.setattr(_row_tiles, "LEAST_THIRD", 4)
+    inputs = inputs_of(5, 11, device=device)
+    as_accurate(add_rms_norm, add_rms_norm_reference, inputs, torch.bfloat16, cast=cast)
+
+
+@pytest.mark.parametrize("cast", CASTS)
 def test_without_weight(cast, device):
     inputs = [*inputs_of(5, 33, device=device)[:2], None]
     as_accurate(add_rms_norm, add_rms_norm_reference, inputs, torch.bfloat16, cast=cast)

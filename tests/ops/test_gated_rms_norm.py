@@ -99,6 +99,14 @@ def test_frozen(frozen, order, device):
     judge(inputs_of(5, 33, device=device), torch.float32, order=order, frozen=frozen)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("act", ["silu", "sigmoid"])
+def test_rows_wider_than_a_tile_compute_the_gate_again(act, order, device, monkeypatch):
+    monkeypatch.setattr(FILE, "TILE_BWD", 16)
+    monkeypatch.setattr(FILE, "WIDE_WARPS_PER_MULTIPROCESSOR", 2)
+    judge(inputs_of(5, 33, device=device), torch.bfloat16, order=order, act=act)
+
+
 @pytest.mark.parametrize("frozen", [(0,), (1,), (0, 1)])
 def test_frozen_and_walked(frozen, device, monkeypatch):
     monkeypatch.setattr(FILE, "WHOLE_GROUP_BWD", 8)

@@ -62,6 +62,14 @@ def test_norm_of_real_sizes(shape, dtype, op, device):
     as_accurate(function, reference, inputs, dtype)
 
 
+@pytest.mark.parametrize("op, dtype", [("layer_norm", torch.float32), ("add_layer_norm", torch.bfloat16)])
+def test_rows_in_three_blocks(dtype, op, device, monkeypatch):
+    monkeypatch.setattr(_row_tiles, "LEAST_THIRD", 4)
+    # of 4 columns, the last one short
+    function, reference, inputs = norm_and_inputs(op, (5, 11), device)
+    as_accurate(function, reference, inputs, dtype, eps=0.5)
+
+
 @pytest.fixture
 def narrow_tiles(monkeypatch):
     monkeypatch.setattr(FILE, "WHOLE_ROW_FWD", 8)

@@ -7,6 +7,7 @@ import torch
 from accuracy import as_accurate, randn
 
 import ds_fused.ops.registry as registry
+from ds_fused.ops import _row_tiles
 from ds_fused.ops.modulated_rms_norm import MOST_IN_TURN, modulated_rms_norm, modulated_rms_norm_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -71,6 +72,16 @@ def test_rows_too_wide_for_a_tile_are_walked(of, cast, device, monkeypatch):
     for dtype in (torch.float32, torch.bfloat16):
         as_accurate(modulated_rms_norm, modulated_rms_norm_reference, inputs, dtype, cast=cast)
     as_accurate(modulated_rms_norm, modulated_rms_norm_reference, inputs, torch.float32, frozen=(0, 1))
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("of", [(11,), (2, 1, 11), (2, 5, 11)])
+def test_rows_in_three_blocks(of, cast, device, monkeypatch):
+    monkeypatch.setattr(_row_tiles, "LEAST_THIRD", 4)
+    monkeypatch.setattr(registry.op("modulated_rms_norm").module, "WARPS_PER_MULTIPROCESSOR", 2)
+    # of 4 columns, the last one short; two programs take more than one row
+    inputs = some((2, 5, 11), device, of=of)
+    as_accurate(modulated_rms_norm, modulated_rms_norm_reference, inputs, torch.bfloat16, cast=cast)
 
 
 @pytest.mark.parametrize("cast", CASTS)

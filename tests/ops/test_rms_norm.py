@@ -56,6 +56,18 @@ def test_rows_too_wide_for_a_tile_are_walked(dtype, cast, device, monkeypatch):
 
 
 @pytest.mark.parametrize("cast", CASTS)
+def test_rows_in_three_blocks(cast, device, monkeypatch):
+    monkeypatch.setattr(_row_tiles, "LEAST_THIRD", 4)
+    # of 4 columns, the last one short
+    x, weight, bias = [randn(*shape, device=device) for shape in ((5, 11), (11,), (11,))]
+
+    def norm(function):
+        return lambda x, weight, **options: function(x, weight, bias=bias.to(weight.dtype), **options)
+
+    as_accurate(norm(rms_norm), norm(rms_norm_reference), [x, weight], torch.bfloat16, cast=cast)
+
+
+@pytest.mark.parametrize("cast", CASTS)
 def test_offset(cast, device):
     inputs = [randn(5, 33, device=device), randn(33, device=device)]
     as_accurate(rms_norm, rms_norm_reference, inputs, torch.bfloat16, cast=cast, offset=1.0)
