@@ -223,7 +223,11 @@ def mhc_coefficients_bwd(
 
     gates = max(2, min(32, GATES // sizes.side**2))
     programs = min(cdiv(sizes.rows, gates), multiprocessors(x) * GATES_PER_MULTIPROCESSOR)
-    dz = torch.empty_like(mix)
+    products = Products.of(x, weight, backward=True)
+    dz = torch.empty(
+        (max(1, products.parts), sizes.rows, sizes.block_m),
+        dtype=x.dtype if products.parts else torch.float32, device=device,
+    )  # fmt: skip
     # each in memory of its own: torch.compile gives every name that a kernel writes memory of its own
     factor, partial, scratch = (
         torch.empty(size, dtype=torch.float32, device=device)
@@ -234,14 +238,14 @@ def mhc_coefficients_bwd(
         mix, rstd, bias, scale, *(None if d is None else d.contiguous() for d in (dpre, dpost, dres)),
         dz, factor, scratch, partial, sizes.rows, n * sizes.cols, options.iterations, options.sinkhorn_eps,
         options.post_factor,
-        N=n, SIDE=sizes.side, HAS_DPRE=dpre is not None, HAS_DPOST=dpost is not None, HAS_DRES=dres is not None,
-        BLOCK=gates, num_warps=1,
+        N=n, SIDE=sizes.side, BLOCK_M=sizes.block_m, PARTS=products.parts,
+        HAS_DPRE=dpre is not None, HAS_DPOST=dpost is not None, HAS_DRES=dres is not None, BLOCK=gates, num_warps=1,
     )  # fmt: skip
     # of dweight, where tokens are in parts; else it is written at once
     splits, dweights = 1, None
     if wants[0] or wants[1]:
         block_rows = sizes.block_rows(x, MOST_ROWS_BWD)
-        tiles = Products.of(x, weight, backward=True).tiles(COLS_BWD, sizes)
+        tiles = products.tiles(COLS_BWD, sizes)
         chunks = n * cdiv(sizes.cols, tiles["BLOCK_COLS"])
         most = cdiv(sizes.rows, block_rows)
         splits = max(1, min(most, multiprocessors(x) * PROGRAMS_PER_MULTIPROCESSOR_BWD // chunks))
