@@ -45,10 +45,12 @@ def test_a_list(n, dtype, device):
     as_accurate(listed, reference_listed, [*vectors, *stack], dtype, frozen=[0, 1])
 
 
-def gradients(op, dtype, shape, device, seed):
-    """Of query and weight."""
+def gradients(op, dtype, shape, device, seed, exact=False):
+    """Of query and weight; exact: of the same values in fp64."""
     stack, query, weight = (t.to(dtype) for t in inputs_of(*shape, device=device))
     stack, dy = (randn(*s, device=device, seed=10 * seed + i).to(dtype) for i, s in ((1, shape), (2, shape[1:])))
+    if exact:
+        stack, query, weight, dy = (t.double() for t in (stack, query, weight, dy))
     parameters = query.requires_grad_(), weight.requires_grad_()
     return torch.cat(torch.autograd.grad(op(stack, *parameters), parameters, dy))
 
@@ -66,11 +68,7 @@ def test_sums(shape, dtype, device):
             gradients(op, dtype, shape, device, seed) for op in (attention_residual, attention_residual_reference)
         )
         assert same_bits(sums, gradients(attention_residual, dtype, shape, device, seed))
-
-        def exactly(*tensors):
-            return attention_residual_reference(*(t.double() for t in tensors))
-
-        exact = gradients(exactly, dtype, shape, device, seed).double()
+        exact = gradients(attention_residual_reference, dtype, shape, device, seed, exact=True)
         ours, theirs = (a + (b.double() - exact).square().sum() for a, b in ((ours, sums), (theirs, torchs)))
     assert ours.sqrt() <= 2 * theirs.sqrt()
 
