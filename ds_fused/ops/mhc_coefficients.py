@@ -53,16 +53,19 @@ from ds_fused.ops._triton import (
     without_autocast,
 )
 
-# None of these is measured yet. Tokens of a tile, at most: for as many the forward reads the weight again, from L2.
-# Backward twice as many spill 384 bytes a thread on sm90 with what mhc_in adds; of these ptxas gives a
-# thread 239 registers, so that two programs are resident
+# Tokens of a tile, at most: for as many the forward reads the weight again, from L2. None of the forward's is measured
+# against others yet
 MOST_ROWS_FWD, COLS_FWD, WARPS_FWD, STAGES_FWD = 64, 128, 4, 4
-MOST_ROWS_BWD, COLS_BWD, WARPS_BWD, STAGES_BWD = 32, 128, 4, 3
-PROGRAMS_PER_MULTIPROCESSOR_BWD = 2
+# 16384 tokens of four streams of 4096 columns on an H100: 384 us, with what mhc_in adds 655; with four warps and two
+# programs a multiprocessor 387 and 970, with half the columns 403 and 677
+MOST_ROWS_BWD, COLS_BWD, WARPS_BWD, STAGES_BWD = 64, 128, 8, 4
+# with what mhc_in adds a fourth tile would take more shared memory than an A100 has
+STAGES_IN = 3
+PROGRAMS_PER_MULTIPROCESSOR_BWD = 1
 # N^2 numbers of its tokens that a program of the gates, one warp, holds of each matrix, and the programs of a
 # multiprocessor that have scratch
 GATES, GATES_PER_MULTIPROCESSOR = 256, 16
-# of the sums: weights of a program, and coefficients of all that it adds up at a time
+# of the sums: weights of a program, and coefficients of all that it adds up at a time (2048: 32 us, 16384: 13)
 SUM_BLOCK, SUM_COEFFICIENTS = 1024, 16384
 
 
@@ -245,7 +248,8 @@ def mhc_coefficients_bwd(
     # of dweight, where tokens are in parts; else it is written at once
     splits, dweights = 1, None
     if wants[0] or wants[1]:
-        block_rows = sizes.block_rows(x, MOST_ROWS_BWD)
+        # parts of fp32 take twice the registers
+        block_rows = sizes.block_rows(x, MOST_ROWS_BWD // (1 if products.parts else 2))
         tiles = products.tiles(COLS_BWD, sizes)
         chunks = n * cdiv(sizes.cols, tiles["BLOCK_COLS"])
         most = cdiv(sizes.rows, block_rows)
@@ -268,8 +272,8 @@ def mhc_coefficients_bwd(
             stride, dy_stride, dstreams_stride, sizes.rows, sizes.cols,
             N=n, BLOCK_M=sizes.block_m, WANTS_DX=wants[0], WANTS_DWEIGHT=wants[1],
             HAS_DY=dy is not None, HAS_DSTREAMS=dstreams is not None, **tiles,
-            BLOCK_ROWS=block_rows, STAGES=STAGES_BWD,
-            num_warps=WARPS_BWD * (1 if sizes.block_m <= 32 else 2 if sizes.block_m <= 128 else 4),
+            BLOCK_ROWS=block_rows, STAGES=STAGES_BWD if through is None else STAGES_IN,
+            num_warps=WARPS_BWD * (1 if sizes.block_m <= 128 else 2),
         )  # fmt: skip
     in_parts = dweights is not None
     if wants[2] or wants[3] or in_parts:
