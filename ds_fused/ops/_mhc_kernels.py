@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ds_fused.ops._exp import exp_of
 from ds_fused.ops._sigmoid import sigmoid_and_slope
 
 
@@ -38,17 +39,6 @@ def store_in_parts(at, part_stride, x, mask, PARTS: tl.constexpr):
         high = x.to(at.dtype.element_ty)
         tl.store(at + part * part_stride, high, mask=mask)
         x -= high.to(tl.float32)
-
-
-@triton.jit
-def exp_of(x):
-    """e^x, off by an ulp: tl.exp rounds x log2(e), by more the farther from zero it is."""
-    # from there on it is zero, and what is infinite has no rest
-    x = tl.where(x < -200.0, -200.0, x)
-    whole = tl.floor(x * 1.4426950408889634 + 0.5)
-    # ln(2) in two parts, of which the first has few bits: what is taken away is exact
-    rest = (x - whole * 0.693359375) + whole * 2.12194440e-4
-    return tl.exp2(whole) * tl.exp2(rest * 1.4426950408889634)
 
 
 @triton.jit

@@ -50,18 +50,19 @@ from ds_fused.ops._triton import (
     row_stride,
     rows_of,
     runs_kernels,
+    stages_for,
     without_autocast,
 )
 
 # Tokens of a tile, at most: for as many the forward reads the weight again, from L2. None of the forward's is measured
 # against others yet
 MOST_ROWS_FWD, COLS_FWD, WARPS_FWD, STAGES_FWD = 64, 128, 4, 4
-# 16384 tokens of four streams of 4096 columns on an H100: 384 us, with what mhc_in adds 655; with four warps and two
-# programs a multiprocessor 387 and 970, with half the columns 403 and 677
-MOST_ROWS_BWD, COLS_BWD, WARPS_BWD, STAGES_BWD = 64, 128, 8, 4
-# with what mhc_in adds a fourth tile would take more shared memory than an A100 has
-STAGES_IN = 3
-PROGRAMS_PER_MULTIPROCESSOR_BWD = 1
+# 386 us for 16384 tokens of four streams of 4096 columns on an H100; four warps and two programs a multiprocessor 388,
+# half the columns 403, twice the columns 391
+MOST_ROWS_BWD, COLS_BWD, WARPS_BWD, STAGES_BWD, PROGRAMS_PER_MULTIPROCESSOR_BWD = 64, 128, 8, 4, 1
+# with what mhc_in adds: 616 us, with twice the tokens 655 to 688, with four times as many 608 in more shared memory
+# than an A100 has
+MOST_ROWS_IN, PROGRAMS_PER_MULTIPROCESSOR_IN = 32, 2
 # N^2 numbers of its tokens that a program of the gates, one warp, holds of each matrix, and the programs of a
 # multiprocessor that have scratch
 GATES, GATES_PER_MULTIPROCESSOR = 256, 16
@@ -248,12 +249,16 @@ def mhc_coefficients_bwd(
     # of dweight, where tokens are in parts; else it is written at once
     splits, dweights = 1, None
     if wants[0] or wants[1]:
-        # parts of fp32 take twice the registers
-        block_rows = sizes.block_rows(x, MOST_ROWS_BWD // (1 if products.parts else 2))
+        most, per_multiprocessor = MOST_ROWS_BWD, PROGRAMS_PER_MULTIPROCESSOR_BWD
+        if through is not None:
+            most, per_multiprocessor = MOST_ROWS_IN, PROGRAMS_PER_MULTIPROCESSOR_IN
+        if products.parts == 0:
+            # which are made of fp32 in registers
+            most = min(most, 32)
+        block_rows = sizes.block_rows(x, most)
         tiles = products.tiles(COLS_BWD, sizes)
         chunks = n * cdiv(sizes.cols, tiles["BLOCK_COLS"])
-        most = cdiv(sizes.rows, block_rows)
-        splits = max(1, min(most, multiprocessors(x) * PROGRAMS_PER_MULTIPROCESSOR_BWD // chunks))
+        splits = max(1, min(cdiv(sizes.rows, block_rows), multiprocessors(x) * per_multiprocessor // chunks))
         if wants[1] and splits > 1:
             dweights = torch.empty((splits, *weight.shape), dtype=torch.float32, device=device)
         dy = pre = dstreams = None
@@ -266,13 +271,16 @@ def mhc_coefficients_bwd(
             if dstreams is not None:
                 dstreams, dstreams_stride = streams_of(dstreams)
         x, stride = streams_of(x)
+        # of a tile that is in flight
+        of_x = tiles["BLOCK_COLS"] * x.itemsize * (1 + (dy is not None) + (dstreams is not None))
+        row_bytes = of_x + max(1, products.parts) * sizes.block_m * dz.itemsize
         launch(
             _mhc_projection_bwd_kernel, (chunks, splits),
             x, weight, dz, factor, dy, pre, dstreams, dx, dweight if dweights is None else dweights,
             stride, dy_stride, dstreams_stride, sizes.rows, sizes.cols,
             N=n, BLOCK_M=sizes.block_m, WANTS_DX=wants[0], WANTS_DWEIGHT=wants[1],
             HAS_DY=dy is not None, HAS_DSTREAMS=dstreams is not None, **tiles,
-            BLOCK_ROWS=block_rows, STAGES=STAGES_BWD if through is None else STAGES_IN,
+            BLOCK_ROWS=block_rows, STAGES=stages_for(STAGES_BWD, block_rows * row_bytes),
             num_warps=WARPS_BWD * (1 if sizes.block_m <= 128 else 2),
         )  # fmt: skip
     in_parts = dweights is not None

@@ -30,8 +30,8 @@ def reference_listed(*inputs, **options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-# one element; odd, several rows in a tile and more than the persistent grid has; one column over a block
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (4, 2, 35, 33), (2, 3, 1025)])
+# one element; odd; more rows than the persistent grid has, and a group that is not full; one column over a block
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (6, 2, 9, 33), (2, 3, 1025)])
 def test_a_stack(shape, dtype, device):
     inputs = inputs_of(*shape, device=device)
     as_accurate(attention_residual, attention_residual_reference, inputs, dtype, frozen=[1, 2])
@@ -59,7 +59,7 @@ def gradients(op, dtype, shape, device, seed, exact=False):
 # errors of many are judged together.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "shape", [(3, 5, 7), (4, 67, 33), *(pytest.param((8, 2049, d), marks=pytest.mark.gpu) for d in (1024, 4096, 16384))]
+    "shape", [(3, 5, 7), (4, 19, 33), *(pytest.param((8, 2049, d), marks=pytest.mark.gpu) for d in (1024, 4096, 16384))]
 )
 def test_sums(shape, dtype, device):
     ours = theirs = 0.0
