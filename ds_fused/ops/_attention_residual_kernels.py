@@ -134,7 +134,7 @@ def dots_of(
 
 @triton.jit
 def gradient_of(
-    i, v_ptr, pointers, dv_ptr, dpointers, v_at, dv_at, block_stride, dv_stride, dy, query, dquery,
+    i, v_ptr, pointers, dv_ptr, dpointers, v_at, dv_at, block_stride, dv_stride, dy_at, dy, query, dquery,
     query_ptr, weight_ptr, shrink, mean, saved_ptr, scratch_ptr, far, n_blocks, n_cols, cols,
     LISTED: tl.constexpr, HAS_WEIGHT: tl.constexpr, WANTS_DV: tl.constexpr, WANTS_SUMS: tl.constexpr,
     HOLDS_QUERY: tl.constexpr,
@@ -153,6 +153,7 @@ def gradient_of(
         dquery += dscore * v
     if WANTS_DV:
         if not HOLDS_QUERY:
+            dy = tl.load(dy_at, mask=mask, other=0.0).to(tl.float32)
             query = query_of_keys(query_ptr, weight_ptr, cols, mask, HAS_WEIGHT)
         dv = share * dy + dscore * query - (dscore * rstd * score / n_cols) * v
         at = block_at(i, dv_ptr, dpointers, dv_stride, LISTED) + dv_at
@@ -166,7 +167,7 @@ def backward(
     query_ptr, weight_ptr, saved_ptr, scratch_ptr, partial_ptr,
     dy_stride, block_stride, v_stride, n_blocks, n_rows, n_cols,
     LISTED: tl.constexpr, HAS_WEIGHT: tl.constexpr, WANTS_DV: tl.constexpr, WANTS_SUMS: tl.constexpr,
-    HOLDS_QUERY: tl.constexpr,  # in registers, for all tokens
+    HOLDS_QUERY: tl.constexpr,  # in registers, for all tokens, and dy for all blocks
     GROUP: tl.constexpr, UNROLL: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """Twice over the blocks of a token: for dy v of each, and for their gradients."""
@@ -181,7 +182,8 @@ def backward(
     dv_stride = far * n_cols
     scratch_ptr += pid * (2 * n_blocks)
     for row in range(pid, n_rows, tl.num_programs(0).to(tl.int64)):
-        dy = tl.load(dy_ptr + row * dy_stride + cols, mask=is_column, other=0.0).to(tl.float32)
+        dy_at = dy_ptr + row * dy_stride + cols
+        dy = tl.load(dy_at, mask=is_column, other=0.0).to(tl.float32)
         top = tl.load(saved_ptr + 2 * n_blocks * far + row)
         v_at, dv_at = row * v_stride + cols, row * n_cols + cols
         # The mean of dy v by the blocks' shares, which each block's own is compared with. It is made of the very
@@ -203,8 +205,8 @@ def backward(
         # from the last block, which is nearest
         for k in tl.range(0, n_blocks, loop_unroll_factor=UNROLL):
             dquery = gradient_of(
-                n_blocks - 1 - k, v_ptr, pointers, dv_ptr, dpointers, v_at, dv_at, block_stride, dv_stride, dy, query,
-                dquery, query_ptr, weight_ptr, shrink, mean, saved_ptr + row, scratch_ptr, far, n_blocks, n_cols,
+                n_blocks - 1 - k, v_ptr, pointers, dv_ptr, dpointers, v_at, dv_at, block_stride, dv_stride, dy_at, dy,
+                query, dquery, query_ptr, weight_ptr, shrink, mean, saved_ptr + row, scratch_ptr, far, n_blocks, n_cols,
                 cols, LISTED, HAS_WEIGHT, WANTS_DV, WANTS_SUMS, HOLDS_QUERY,
             )  # fmt: skip
         # the next token's come where these have been read
