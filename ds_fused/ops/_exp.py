@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def exp_of(x):
-    """e^x, off by an ulp: tl.exp rounds x log2(e), by more the farther from zero it is."""
+    """e^x, x <= 0. tl.exp rounds x log2(e), by more the farther from zero it is; here that product is at most 1/2."""
     # from there on it is zero, and what is infinite has no rest
     x = tl.where(x < -200.0, -200.0, x)
     whole = tl.floor(x * 1.4426950408889634 + 0.5)
