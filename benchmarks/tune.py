@@ -100,11 +100,11 @@ SEARCHES = (
     ),
     Search(
         "attention_residual", "", "forward", ((8, 16384, 4096),),
-        {"PER_THREAD_FWD": (8, 16), "STAGES_FWD": (2, 3, 4), "WARPS_PER_MULTIPROCESSOR_FWD": (16, 24, 32)},
+        {"MOST_GROUP_FWD": (1, 2, 4), "STAGES_FWD": (2, 3, 4), "WARPS_PER_MULTIPROCESSOR_FWD": (16, 24)},
     ),
     Search(
         "attention_residual", "", "backward", ((8, 16384, 4096), (16, 4096, 7168)),
-        {"PER_THREAD_BWD": (8, 16), "STAGES_BWD": (2, 3, 4), "WARPS_PER_MULTIPROCESSOR_BWD": (8, 16, 32)},
+        {"MOST_GROUP_BWD": (2, 4, 8), "UNROLL_BWD": (1, 2, 4), "WARPS_PER_MULTIPROCESSOR_BWD": (8, 16, 24)},
     ),
     Search(
         "mhc_coefficients", "", "forward", ((16384, 4096),),
@@ -113,8 +113,8 @@ SEARCHES = (
     Search(
         "mhc_coefficients", "", "backward", ((16384, 4096),),
         {
-            "MOST_ROWS_BWD": (32, 64), "WARPS_BWD": (4, 8), "STAGES_BWD": (3, 4),
-            "PROGRAMS_PER_MULTIPROCESSOR_BWD": (1, 2, 4),
+            "MOST_ROWS_BWD": (32, 64, 128), "WARPS_BWD": (4, 8), "STAGES_BWD": (3, 4),
+            "PROGRAMS_PER_MULTIPROCESSOR_BWD": (1, 2),
         },
     ),
     Search(

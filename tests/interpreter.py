@@ -1,4 +1,4 @@
-"""Three corrections of triton 3.6's interpreter, without which a CPU judges other kernels than a GPU runs."""
+"""Four corrections of triton 3.6's interpreter, without which a CPU judges other kernels than a GPU runs."""
 
 from __future__ import annotations
 
@@ -37,3 +37,8 @@ def correct() -> None:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = patch_lang_tensor
+
+    # TODO: goes when triton's interpreter takes the products that its compilers do (its own are in fp32, or wider)
+    precisions = (*interpreter.InterpreterOptions.allowed_dot_input_precisions, "bf16x6")
+    options = interpreter.InterpreterOptions(allowed_dot_input_precisions=precisions)
+    interpreter.interpreter_builder.options = options

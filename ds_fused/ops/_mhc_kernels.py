@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ds_fused.ops._exp import exp_of
 from ds_fused.ops._sigmoid import sigmoid_and_slope
 
 
@@ -30,26 +31,38 @@ def product(a, b, PARTS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def store_in_parts(at, part_stride, x, mask, PARTS: tl.constexpr):
+    """x in fp32; or as so many numbers of the pointers' dtype, the sum of which is x."""
+    if PARTS == 0:
+        tl.store(at, x, mask=mask)
+    for part in tl.static_range(PARTS):
+        high = x.to(at.dtype.element_ty)
+        tl.store(at + part * part_stride, high, mask=mask)
+        x -= high.to(tl.float32)
+
+
+@triton.jit
 def start(logits, exists, eps):
     """softmax over the columns of logits [SIDE, SIDE, tokens], and it + eps, from where the iterations go on."""
     logits = tl.where(exists, logits, float("-inf"))
     top = tl.max(logits, axis=1, keep_dims=True)
     # a row that is not there has nothing but -inf
-    shares = tl.exp(logits - tl.where(top == float("-inf"), 0.0, top))
+    shares = exp_of(logits - tl.where(top == float("-inf"), 0.0, top))
     total = tl.sum(shares, axis=1, keep_dims=True)
-    shares /= tl.where(total == 0.0, 1.0, total)
+    shares = tl.div_rn(shares, tl.where(total == 0.0, 1.0, total))
     return shares, tl.where(exists, shares + eps, 0.0)
 
 
 @triton.jit
 def normed_columns(matrix, rows, columns, missing, eps):
     """Factors of the columns that make their sums one; matrix is multiplied by those of rows and columns before."""
-    return columns / (tl.sum(matrix * rows * columns, axis=0, keep_dims=True) + eps + missing)
+    # div_rn: the quotients of twenty iterations, each off by two ulp, are a matrix off by six
+    return tl.div_rn(columns, tl.sum(matrix * rows * columns, axis=0, keep_dims=True) + eps + missing)
 
 
 @triton.jit
 def normed_rows(matrix, rows, columns, missing, eps):
-    return rows / (tl.sum(matrix * rows * columns, axis=1, keep_dims=True) + eps + missing)
+    return tl.div_rn(rows, tl.sum(matrix * rows * columns, axis=1, keep_dims=True) + eps + missing)
 
 
 @triton.jit
@@ -156,7 +169,7 @@ def _mhc_gates_bwd_kernel(
     dpre_ptr,  # [T, N]
     dpost_ptr,  # [T, N]
     dres_ptr,  # [T, N, N]
-    dz_ptr,  # [M, T] fp32: the gradient of x @ weight.T
+    dz_ptr,  # [PARTS, T, BLOCK_M]: the gradient of x @ weight.T, cut into numbers of x's dtype; or fp32 in one
     factor_ptr,  # [T] fp32: what of dx is x times it, through the norm
     scratch_ptr,  # [programs, iterations, 2, SIDE, BLOCK] fp32: factors of rows and columns after each iteration
     partial_ptr,  # [programs, 2, M] fp32: this program's sums of dlogits, and of dlogits times mix
@@ -165,7 +178,7 @@ def _mhc_gates_bwd_kernel(
     iterations,
     sinkhorn_eps,
     post_factor,
-    N: tl.constexpr, SIDE: tl.constexpr,
+    N: tl.constexpr, SIDE: tl.constexpr, BLOCK_M: tl.constexpr, PARTS: tl.constexpr,
     HAS_DPRE: tl.constexpr, HAS_DPOST: tl.constexpr, HAS_DRES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -174,7 +187,7 @@ def _mhc_gates_bwd_kernel(
     sinkhorn_eps = tl.cast(sinkhorn_eps, tl.float32)
     post_factor = tl.cast(post_factor, tl.float32)
     pid = tl.program_id(0).to(tl.int64)
-    far = tl.cast(n_rows, tl.int64)
+    part_stride = tl.cast(n_rows, tl.int64) * BLOCK_M
     i2 = tl.arange(0, SIDE)[:, None]
     i = tl.arange(0, SIDE)[:, None, None]
     j = tl.arange(0, SIDE)[None, :, None]
@@ -206,7 +219,7 @@ def _mhc_gates_bwd_kernel(
             dpre_sums += dlogits
             pre_products += dlogits * mix
             along += scale * tl.sum(dlogits * mix, axis=0)
-        tl.store(dz_ptr + i2 * far + token, scale * dlogits * rstd, mask=mask)
+        store_in_parts(dz_ptr + token * BLOCK_M + i2, part_stride, scale * dlogits * rstd, mask, PARTS)
         dlogits = tl.zeros((SIDE, BLOCK), tl.float32)
         if HAS_DPOST:
             logits, mix = logits_of(mix_ptr, bias_ptr, scale_ptr, N + i2, i2 < N, 1, n_rows, token)
@@ -215,7 +228,7 @@ def _mhc_gates_bwd_kernel(
             dpost_sums += dlogits
             post_products += dlogits * mix
             along += post_scale * tl.sum(dlogits * mix, axis=0)
-        tl.store(dz_ptr + (N + i2) * far + token, post_scale * dlogits * rstd, mask=mask)
+        store_in_parts(dz_ptr + token * BLOCK_M + N + i2, part_stride, post_scale * dlogits * rstd, mask, PARTS)
 
         token = begin + lane[None, None, :]
         exists = (i < N) & (j < N)
@@ -245,9 +258,9 @@ def _mhc_gates_bwd_kernel(
                 column_before = tl.load(column_scratch + k * (2 * SIDE * BLOCK))
                 # of y = x / (sum(x) + eps): dx = (dy - sum(dy y)) / (sum(x) + eps)
                 mean = tl.sum(dmatrix * (matrix * by_row * by_column), axis=0, keep_dims=True)
-                dmatrix = (dmatrix - mean) * (by_column / column_before)
+                dmatrix = (dmatrix - mean) * tl.div_rn(by_column, column_before)
                 mean = tl.sum(dmatrix * (matrix * by_row * column_before), axis=1, keep_dims=True)
-                dmatrix = (dmatrix - mean) * (by_row / row_before)
+                dmatrix = (dmatrix - mean) * tl.div_rn(by_row, row_before)
                 by_row, by_column = row_before, column_before
             # what is not there has been given a gradient by the means
             mean = tl.sum(dmatrix * (matrix * by_column), axis=0, keep_dims=True)
@@ -259,7 +272,7 @@ def _mhc_gates_bwd_kernel(
             # the next tokens' factors come where these have been read
             tl.debug_barrier()
         rstd = tl.load(rstd_ptr + token, mask=token < n_rows, other=0.0)
-        tl.store(dz_ptr + coefficient * far + token, res_scale * dlogits * rstd, mask=mask)
+        store_in_parts(dz_ptr + token * BLOCK_M + coefficient, part_stride, res_scale * dlogits * rstd, mask, PARTS)
         token = begin + lane
         rstd = tl.load(rstd_ptr + token, mask=token < n_rows, other=0.0)
         tl.store(factor_ptr + token, -along * rstd * rstd / n_cols, mask=token < n_rows)

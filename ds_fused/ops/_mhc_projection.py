@@ -15,7 +15,7 @@ from ds_fused.ops._mhc_kernels import product
 def _mhc_projection_bwd_kernel(
     x_ptr,  # [T, K]
     weight_ptr,  # [M, K]
-    dz_ptr,  # [M, T] fp32: the gradient of x @ weight.T
+    dz_ptr,  # [PARTS, T, BLOCK_M]: the gradient of x @ weight.T, cut into numbers of x's dtype; or fp32 in one
     factor_ptr,  # [T] fp32: what of dx is x times it
     dy_ptr,  # [T, C]: the gradient of what the layer reads, of which pre goes to each stream
     pre_ptr,  # [T, N]
@@ -36,51 +36,56 @@ def _mhc_projection_bwd_kernel(
     blocks = tl.cdiv(n_cols, BLOCK_COLS)
     stream = tl.program_id(0) // blocks
     col = (tl.program_id(0) % blocks) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    cols = stream * n_cols + col
+    cols = (stream * n_cols + col)[None, :]
+    col = col[None, :]
     width = tl.cast(n_cols, tl.int64) * N
-    far = tl.cast(n_rows, tl.int64)
+    far = tl.cast(n_rows, tl.int64) * BLOCK_M  # from one part of dz to the next
+    WHOLE: tl.constexpr = 0 if PARTS == 0 else 1  # no operand is cut here
     m = tl.arange(0, BLOCK_M)
     is_coefficient = m < N * N + 2 * N
     if WANTS_DX:
         weight = tl.load(
-            weight_ptr + m[:, None] * (n_cols * N) + cols[None, :],
-            mask=is_coefficient[:, None] & (col < n_cols)[None, :],
+            weight_ptr + m[:, None] * (n_cols * N) + cols,
+            mask=is_coefficient[:, None] & (col < n_cols),
             other=0.0,
         )
     dweight = tl.zeros((BLOCK_COLS, BLOCK_M), tl.float32)
+    # within a tile: what of an address is the same for all tiles is computed once
+    row = tl.arange(0, BLOCK_ROWS)
+    below = row.to(tl.int64)[:, None]
     split = tl.program_id(1).to(tl.int64)
     step = tl.num_programs(1).to(tl.int64) * BLOCK_ROWS
     for begin in tl.range(split * BLOCK_ROWS, n_rows, step, num_stages=STAGES):
-        rows = begin + tl.arange(0, BLOCK_ROWS)
-        exists = rows < n_rows
-        mask = exists[:, None] & (col < n_cols)[None, :]
-        x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0)
-        dz = tl.load(
-            dz_ptr + m[None, :] * far + rows[:, None], mask=exists[:, None] & is_coefficient[None, :], other=0.0
-        )
+        exists = row < n_rows - begin
+        mask = exists[:, None] & (col < n_cols)
+        is_dz = exists[:, None] & is_coefficient[None, :]
+        x = tl.load(x_ptr + begin * x_stride + (below * x_stride + cols), mask=mask, other=0.0)
+        dz_at = dz_ptr + begin * BLOCK_M + (row[:, None] * BLOCK_M + m[None, :])
+        dz = tl.load(dz_at, mask=is_dz, other=0.0)
         if WANTS_DWEIGHT:
+            added = product(tl.trans(x), dz, WHOLE, PRECISION)
+            for part in tl.static_range(1, PARTS):
+                added += tl.dot(tl.trans(x), tl.load(dz_at + part * far, mask=is_dz, other=0.0))
             # fma: as in the forward
-            dweight = tl.fma(product(tl.trans(x), dz, PARTS, PRECISION), 1.0, dweight)
+            dweight = tl.fma(added, 1.0, dweight)
         if WANTS_DX:
-            factor = tl.load(factor_ptr + rows, mask=exists, other=0.0)
-            if PARTS == 0:
-                dx = product(dz, weight, 0, PRECISION)
-            else:
-                # rounded as dx is
-                dx = product(dz.to(x.dtype), weight, 1, PRECISION)
+            # of parts the first alone: rounded as dx is
+            dx = product(dz, weight, WHOLE, PRECISION)
+            factor = tl.load(factor_ptr + begin + row, mask=exists, other=0.0)
             dx += factor[:, None] * x.to(tl.float32)
             if HAS_DY:
-                dy = tl.load(dy_ptr + rows[:, None] * dy_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
-                dx += tl.load(pre_ptr + rows * N + stream, mask=exists, other=0.0)[:, None] * dy
+                dy = tl.load(dy_ptr + begin * dy_stride + (below * dy_stride + col), mask=mask, other=0.0)
+                pre = tl.load(pre_ptr + (begin + row) * N + stream, mask=exists, other=0.0)
+                dx += pre[:, None] * dy.to(tl.float32)
             if HAS_DSTREAMS:
-                at = dstreams_ptr + rows[:, None] * dstreams_stride + cols[None, :]
+                at = dstreams_ptr + begin * dstreams_stride + (below * dstreams_stride + cols)
                 dx += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-            tl.store(dx_ptr + rows[:, None] * width + cols[None, :], dx, mask=mask)
+            tl.store(dx_ptr + begin * width + (below * width + cols), dx, mask=mask)
     if WANTS_DWEIGHT:
         tl.store(
-            dweights_ptr + (split * (N * N + 2 * N) + m[None, :]) * width + cols[:, None],
+            dweights_ptr + (split * (N * N + 2 * N) + m[None, :]) * width + tl.trans(cols),
             dweight,
-            mask=is_coefficient[None, :] & (col < n_cols)[:, None],
+            mask=is_coefficient[None, :] & tl.trans(col < n_cols),
         )
 
 

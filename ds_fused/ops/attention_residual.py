@@ -5,10 +5,10 @@ the residual connection of "Attention Residuals" (Kimi Team, Moonshot AI, 2026, 
 rms(v) = sqrt(mean(v^2) + eps). Computed in fp32 and rounded once, to the blocks' dtype.
 
 Saved for backward: the blocks, query and weight; in fp32 score and 1/rms of each token and block, and of each token the
-largest score and the sum of exponentials.
+largest score.
 Traffic per token, in rows of D: forward N reads + 1 write, the softmax going on from block to block; backward N + 1
-reads + N writes, the blocks being read a second time where they were just read (L2), plus one row of fp32 partial sums
-per program, added up in a fixed order by a second small launch (no atomics: same input, same bits).
+reads + N writes, the blocks being read a second time where they were just read (L1 or L2), plus one row of fp32 partial
+sums per program, added up in a fixed order by a second small launch (no atomics: same input, same bits).
 
 Blocks lie in one stack, or each by itself, up to LISTED of them without a copy: the kernels take their addresses.
 
@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ds_fused.ops import _triton
 from ds_fused.ops._attention_residual_kernels import (
     _attention_residual_bwd_kernel,
     _attention_residual_bwd_listed_kernel,
@@ -35,18 +36,19 @@ from ds_fused.ops._attention_residual_kernels import (
 from ds_fused.ops._launch import launch
 from ds_fused.ops._norms import contiguous
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._row_tiles import tile
 from ds_fused.ops._sums import SUM_COLS, SUM_ROWS
 from ds_fused.ops._triton import (
     cdiv,
     check_dtypes,
     like,
     multiprocessors,
+    power_of_2,
     resident,
     row_stride,
     rows_of,
     runs_kernels,
     stages_for,
+    warps_for,
 )
 
 log = logging.getLogger("ds_fused")
@@ -57,11 +59,16 @@ LISTED = 16
 # each block: at 16384 columns of fp32 196 bytes a thread would spill on sm90
 WIDEST = 16384
 WIDEST_QUERY = 8192
-# None of these is measured yet. At 4096 columns a program has 8 warps, and ptxas gives its threads 78 registers forward
-# and 105 backward on sm90: three and two programs are resident.
-TILE_FWD, PER_THREAD_FWD, STAGES_FWD = 2048, 16, 3
-TILE_BWD, PER_THREAD_BWD, STAGES_BWD = 2048, 16, 3
-WARPS_PER_MULTIPROCESSOR_FWD = 24
+# Elements of the blocks that a program takes up at a time, and these blocks, at most. On an H100, us: forward one block
+# and two 430 and 427 at 8x16384x4096, one, two and four 506, 385 and 405 at 16x4096x7168; backward four and eight 931
+# and 954, at 16x4096x7168 918 and 931
+TILE_FWD, MOST_GROUP_FWD, PER_THREAD_FWD, STAGES_FWD = 16384, 2, 16, 3
+TILE_BWD, MOST_GROUP_BWD, PER_THREAD_BWD = 32768, 4, 16
+# Blocks whose gradients are computed side by side: one, two, four 1018, 934, 931 us. Of a list, each with two of 32
+# pointers, two take 934 us; four take registers that a second program needs, 1310
+UNROLL_BWD, UNROLL_LISTED_BWD = 4, 2
+# two programs of 8 warps: three, where registers let them, take 1174 us, 1024 of a list
+WARPS_PER_MULTIPROCESSOR_FWD = 16
 WARPS_PER_MULTIPROCESSOR_BWD = 16
 # of L2, for what the programs read a second time, in bytes: half of an H100's
 MOST_READ_AGAIN = 24 * 2**20
@@ -115,6 +122,20 @@ class Blocks(NamedTuple):
         return cls(_padded(rows), True, (row_stride(rows[0]),), len(rows), *rows[0].shape)
 
 
+def row_tile(d: int, per_thread: int) -> tuple[int, int]:
+    """Columns and warps of a program, which has a row of d columns whole."""
+    cols = power_of_2(d)
+    return cols, warps_for(cols, per_thread)
+
+
+def group_of(at: Blocks, cols: int, elements: int, most: int) -> int:
+    """How many blocks a program takes up at a time: a power of two."""
+    if at.listed and _triton.LANES == 64:
+        # for AMD's devices Triton compiles no tile whose rows have pointers of their own
+        return 1
+    return max(1, min(power_of_2(at.count), most, elements // cols))
+
+
 def _padded(tensors: list[Tensor]) -> tuple[Tensor | None, ...]:
     return *tensors, *[None] * (LISTED - len(tensors))
 
@@ -122,20 +143,21 @@ def _padded(tensors: list[Tensor]) -> tuple[Tensor | None, ...]:
 def attention_residual_fwd(
     blocks: Sequence[Tensor], query: Tensor, weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """A stack [N, ..., D] or blocks [..., D], query, weight [D] -> y [..., D], saved [2 N + 2, T]."""
+    """A stack [N, ..., D] or blocks [..., D], query, weight [D] -> y [..., D], saved [2 N + 1, T]."""
     first, at = blocks[0], Blocks.of(blocks)
     # half the host time of torch.empty, as `like` is
     y = like(first) if at.listed else first.new_empty(*first.shape[1:])
-    saved = torch.empty((2 * at.count + 2, at.rows), dtype=torch.float32, device=first.device)
+    saved = torch.empty((2 * at.count + 1, at.rows), dtype=torch.float32, device=first.device)
     if at.rows == 0 or at.cols == 0:
         return y, saved
-    block = tile(at.cols, TILE_FWD, PER_THREAD_FWD, WIDEST)
+    cols, warps = row_tile(at.cols, PER_THREAD_FWD)
+    group = group_of(at, cols, TILE_FWD, MOST_GROUP_FWD)
     launch(
         _attention_residual_fwd_listed_kernel if at.listed else _attention_residual_fwd_kernel,
-        (min(cdiv(at.rows, block.rows), resident(first, WARPS_PER_MULTIPROCESSOR_FWD, block.warps)),),
+        (min(at.rows, resident(first, WARPS_PER_MULTIPROCESSOR_FWD, warps)),),
         *at.tensors, query, weight, y, saved, *at.strides, at.count, at.rows, at.cols, eps,
-        HAS_WEIGHT=weight is not None, BLOCK_ROWS=block.rows, BLOCK_COLS=block.cols,
-        STAGES=stages_for(STAGES_FWD, first.itemsize * block.rows * block.cols), num_warps=block.warps,
+        HAS_WEIGHT=weight is not None, GROUP=group, BLOCK_COLS=cols,
+        STAGES=stages_for(STAGES_FWD, first.itemsize * group * cols), num_warps=warps,
     )  # fmt: skip
     return y, saved
 
@@ -159,25 +181,24 @@ def attention_residual_bwd(
         return dblocks, dquery, dweight
     dy = rows_of(dy)
     sums = wants[1] or wants[2]
-    # the pointers of a list take registers: at 16 elements a thread of 4096 columns 149 to 166 on sm90, at 8 84
-    per_thread = PER_THREAD_BWD // 2 if at.listed and at.cols <= 4096 else PER_THREAD_BWD
-    block = tile(at.cols, TILE_BWD, per_thread, WIDEST)
-    holds_query = block.cols <= WIDEST_QUERY
-    itemsize = dy.itemsize
-    again = max(multiprocessors(dy), MOST_READ_AGAIN // (at.count * itemsize * block.rows * block.cols))
-    if not holds_query:
-        itemsize += query.itemsize + (0 if weight is None else weight.itemsize)
-    programs = min(cdiv(at.rows, block.rows), resident(dy, WARPS_PER_MULTIPROCESSOR_BWD, block.warps), again)
+    cols, warps = row_tile(at.cols, PER_THREAD_BWD)
+    holds_query = cols <= WIDEST_QUERY
+    # 1024 threads have 64 registers each
+    is_crowded = warps * _triton.LANES > 512
+    again = max(multiprocessors(dy), MOST_READ_AGAIN // (at.count * dy.itemsize * cols))
+    programs = min(at.rows, resident(dy, WARPS_PER_MULTIPROCESSOR_BWD, warps), again)
+    # each in memory of its own: see mhc_coefficients_bwd
+    scratch = torch.empty(2 * programs * at.count, dtype=torch.float32, device=dy.device)
     partial = torch.empty((programs, at.cols), dtype=torch.float32, device=dy.device) if sums else None
     gradients = [None] if dblocks is None else dblocks
     launch(
         _attention_residual_bwd_listed_kernel if at.listed else _attention_residual_bwd_kernel, (programs,),
-        dy, *at.tensors, *(_padded(gradients) if at.listed else gradients), query, weight, saved, partial,
+        dy, *at.tensors, *(_padded(gradients) if at.listed else gradients), query, weight, saved, scratch, partial,
         row_stride(dy), *at.strides, at.count, at.rows, at.cols,
-        HAS_WEIGHT=weight is not None, WANTS_DV=wants[0], WANTS_SUMS=sums,
-        HOLDS_QUERY=holds_query,
-        BLOCK_ROWS=block.rows, BLOCK_COLS=block.cols, STAGES=stages_for(STAGES_BWD, itemsize * block.rows * block.cols),
-        num_warps=block.warps,
+        HAS_WEIGHT=weight is not None, WANTS_DV=wants[0], WANTS_SUMS=sums, HOLDS_QUERY=holds_query,
+        GROUP=1 if is_crowded else group_of(at, cols, TILE_BWD, MOST_GROUP_BWD),
+        UNROLL=1 if is_crowded else UNROLL_LISTED_BWD if at.listed else UNROLL_BWD,
+        BLOCK_COLS=cols, num_warps=warps,
     )  # fmt: skip
     if sums:
         launch(

@@ -11,7 +11,7 @@ iterations - 1 times, rows by theirs and columns by theirs, which comes near a m
 From Xie et al., "mHC: Manifold-Constrained Hyper-Connections" (DeepSeek, 2025, arXiv 2512.24880).
 
 Everything is computed in fp32, products by tensor cores: beside streams of bf16 a weight of fp32 is cut into three bf16
-numbers, which have all its bits, and products in fp32 are three in tf32. The gradient is that of the iterations as they
+numbers, which have all its bits, and products in fp32 are six in bf16. The gradient is that of the iterations as they
 are, not of their limit.
 
 Saved for backward: x, weight, bias and scale, and in fp32 mix and 1/rms, M + 1 numbers of a token (M = N^2 + 2 N).
@@ -50,20 +50,24 @@ from ds_fused.ops._triton import (
     row_stride,
     rows_of,
     runs_kernels,
+    stages_for,
     without_autocast,
 )
 
-# None of these is measured yet. Tokens of a tile, at most: for as many the forward reads the weight again, from L2.
-# Backward twice as many spill 384 bytes a thread on sm90 with what mhc_in adds; of these ptxas gives a
-# thread 239 registers, so that two programs are resident
+# Tokens of a tile, at most: for as many the forward reads the weight again, from L2. None of the forward's is measured
+# against others yet
 MOST_ROWS_FWD, COLS_FWD, WARPS_FWD, STAGES_FWD = 64, 128, 4, 4
-MOST_ROWS_BWD, COLS_BWD, WARPS_BWD, STAGES_BWD = 32, 128, 4, 3
-PROGRAMS_PER_MULTIPROCESSOR_BWD = 2
+# 386 us for 16384 tokens of four streams of 4096 columns on an H100; four warps and two programs a multiprocessor 388,
+# half the columns 403, twice the columns 391
+MOST_ROWS_BWD, COLS_BWD, WARPS_BWD, STAGES_BWD, PROGRAMS_PER_MULTIPROCESSOR_BWD = 64, 128, 8, 4, 1
+# with what mhc_in adds: 616 us, with twice the tokens 655 to 688, with four times as many 608 in more shared memory
+# than an A100 has
+MOST_ROWS_IN, PROGRAMS_PER_MULTIPROCESSOR_IN = 32, 2
 # N^2 numbers of its tokens that a program of the gates, one warp, holds of each matrix, and the programs of a
 # multiprocessor that have scratch
 GATES, GATES_PER_MULTIPROCESSOR = 256, 16
-# of the sums: weights of a program, and coefficients of all that it adds up at a time
-SUM_BLOCK, SUM_COEFFICIENTS = 1024, 2048
+# of the sums: weights of a program, and coefficients of all that it adds up at a time (2048: 32 us, 16384: 13)
+SUM_BLOCK, SUM_COEFFICIENTS = 1024, 16384
 
 
 class Options(NamedTuple):
@@ -150,7 +154,8 @@ class Products(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, weight: Tensor, *, backward: bool) -> Products:
-        precision = "tf32x3"
+        # six products of bf16: three of tf32, in as much time, are off by five times what PyTorch's are
+        precision = "bf16x6"
         if x.dtype == torch.bfloat16:
             parts = 1 if weight.dtype == x.dtype else 3
         elif x.dtype == torch.float16 == weight.dtype:
@@ -223,7 +228,11 @@ def mhc_coefficients_bwd(
 
     gates = max(2, min(32, GATES // sizes.side**2))
     programs = min(cdiv(sizes.rows, gates), multiprocessors(x) * GATES_PER_MULTIPROCESSOR)
-    dz = torch.empty_like(mix)
+    products = Products.of(x, weight, backward=True)
+    dz = torch.empty(
+        (max(1, products.parts), sizes.rows, sizes.block_m),
+        dtype=x.dtype if products.parts else torch.float32, device=device,
+    )  # fmt: skip
     # each in memory of its own: torch.compile gives every name that a kernel writes memory of its own
     factor, partial, scratch = (
         torch.empty(size, dtype=torch.float32, device=device)
@@ -234,17 +243,22 @@ def mhc_coefficients_bwd(
         mix, rstd, bias, scale, *(None if d is None else d.contiguous() for d in (dpre, dpost, dres)),
         dz, factor, scratch, partial, sizes.rows, n * sizes.cols, options.iterations, options.sinkhorn_eps,
         options.post_factor,
-        N=n, SIDE=sizes.side, HAS_DPRE=dpre is not None, HAS_DPOST=dpost is not None, HAS_DRES=dres is not None,
-        BLOCK=gates, num_warps=1,
+        N=n, SIDE=sizes.side, BLOCK_M=sizes.block_m, PARTS=products.parts,
+        HAS_DPRE=dpre is not None, HAS_DPOST=dpost is not None, HAS_DRES=dres is not None, BLOCK=gates, num_warps=1,
     )  # fmt: skip
     # of dweight, where tokens are in parts; else it is written at once
     splits, dweights = 1, None
     if wants[0] or wants[1]:
-        block_rows = sizes.block_rows(x, MOST_ROWS_BWD)
-        tiles = Products.of(x, weight, backward=True).tiles(COLS_BWD, sizes)
+        most, per_multiprocessor = MOST_ROWS_BWD, PROGRAMS_PER_MULTIPROCESSOR_BWD
+        if through is not None:
+            most, per_multiprocessor = MOST_ROWS_IN, PROGRAMS_PER_MULTIPROCESSOR_IN
+        if products.parts == 0:
+            # which are made of fp32 in registers
+            most = min(most, 32)
+        block_rows = sizes.block_rows(x, most)
+        tiles = products.tiles(COLS_BWD, sizes)
         chunks = n * cdiv(sizes.cols, tiles["BLOCK_COLS"])
-        most = cdiv(sizes.rows, block_rows)
-        splits = max(1, min(most, multiprocessors(x) * PROGRAMS_PER_MULTIPROCESSOR_BWD // chunks))
+        splits = max(1, min(cdiv(sizes.rows, block_rows), multiprocessors(x) * per_multiprocessor // chunks))
         if wants[1] and splits > 1:
             dweights = torch.empty((splits, *weight.shape), dtype=torch.float32, device=device)
         dy = pre = dstreams = None
@@ -257,14 +271,17 @@ def mhc_coefficients_bwd(
             if dstreams is not None:
                 dstreams, dstreams_stride = streams_of(dstreams)
         x, stride = streams_of(x)
+        # of a tile that is in flight
+        of_x = tiles["BLOCK_COLS"] * x.itemsize * (1 + (dy is not None) + (dstreams is not None))
+        row_bytes = of_x + max(1, products.parts) * sizes.block_m * dz.itemsize
         launch(
             _mhc_projection_bwd_kernel, (chunks, splits),
             x, weight, dz, factor, dy, pre, dstreams, dx, dweight if dweights is None else dweights,
             stride, dy_stride, dstreams_stride, sizes.rows, sizes.cols,
             N=n, BLOCK_M=sizes.block_m, WANTS_DX=wants[0], WANTS_DWEIGHT=wants[1],
             HAS_DY=dy is not None, HAS_DSTREAMS=dstreams is not None, **tiles,
-            BLOCK_ROWS=block_rows, STAGES=STAGES_BWD,
-            num_warps=WARPS_BWD * (1 if sizes.block_m <= 32 else 2 if sizes.block_m <= 128 else 4),
+            BLOCK_ROWS=block_rows, STAGES=stages_for(STAGES_BWD, block_rows * row_bytes),
+            num_warps=WARPS_BWD * (1 if sizes.block_m <= 128 else 2),
         )  # fmt: skip
     in_parts = dweights is not None
     if wants[2] or wants[3] or in_parts:
@@ -272,7 +289,7 @@ def mhc_coefficients_bwd(
             _mhc_sums_kernel, (1 + (cdiv(weight.numel(), SUM_BLOCK) if in_parts else 0),),
             partial, dweights, dbias, dscale, dweight, programs, splits, weight.numel(),
             N=n, BLOCK_M=sizes.block_m, HAS_DWEIGHTS=in_parts, WANTS_DBIAS=wants[2], WANTS_DSCALE=wants[3],
-            BLOCK_ROWS=SUM_COEFFICIENTS // sizes.block_m, BLOCK=SUM_BLOCK, num_warps=4,
+            BLOCK_ROWS=SUM_COEFFICIENTS // sizes.block_m, BLOCK=SUM_BLOCK, num_warps=8,
         )  # fmt: skip
     return dx, dweight, dbias, dscale
 

@@ -30,8 +30,8 @@ def reference_listed(*inputs, **options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-# one element; odd, several rows in a tile and more than the persistent grid has; one column over a block
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (4, 2, 35, 33), (2, 3, 1025)])
+# one element; odd; more rows than the persistent grid has, and a group that is not full; one column over a block
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (6, 2, 9, 33), (2, 3, 1025)])
 def test_a_stack(shape, dtype, device):
     inputs = inputs_of(*shape, device=device)
     as_accurate(attention_residual, attention_residual_reference, inputs, dtype, frozen=[1, 2])
@@ -45,10 +45,12 @@ def test_a_list(n, dtype, device):
     as_accurate(listed, reference_listed, [*vectors, *stack], dtype, frozen=[0, 1])
 
 
-def gradients(op, dtype, shape, device, seed):
-    """Of query and weight."""
+def gradients(op, dtype, shape, device, seed, exact=False):
+    """Of query and weight; exact: of the same values in fp64."""
     stack, query, weight = (t.to(dtype) for t in inputs_of(*shape, device=device))
     stack, dy = (randn(*s, device=device, seed=10 * seed + i).to(dtype) for i, s in ((1, shape), (2, shape[1:])))
+    if exact:
+        stack, query, weight, dy = (t.double() for t in (stack, query, weight, dy))
     parameters = query.requires_grad_(), weight.requires_grad_()
     return torch.cat(torch.autograd.grad(op(stack, *parameters), parameters, dy))
 
@@ -57,7 +59,7 @@ def gradients(op, dtype, shape, device, seed):
 # errors of many are judged together.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "shape", [(3, 5, 7), (4, 67, 33), *(pytest.param((8, 2049, d), marks=pytest.mark.gpu) for d in (1024, 4096, 16384))]
+    "shape", [(3, 5, 7), (4, 19, 33), *(pytest.param((8, 2049, d), marks=pytest.mark.gpu) for d in (1024, 4096, 16384))]
 )
 def test_sums(shape, dtype, device):
     ours = theirs = 0.0
@@ -66,11 +68,7 @@ def test_sums(shape, dtype, device):
             gradients(op, dtype, shape, device, seed) for op in (attention_residual, attention_residual_reference)
         )
         assert same_bits(sums, gradients(attention_residual, dtype, shape, device, seed))
-
-        def exactly(*tensors):
-            return attention_residual_reference(*(t.double() for t in tensors))
-
-        exact = gradients(exactly, dtype, shape, device, seed).double()
+        exact = gradients(attention_residual_reference, dtype, shape, device, seed, exact=True)
         ours, theirs = (a + (b.double() - exact).square().sum() for a, b in ((ours, sums), (theirs, torchs)))
     assert ours.sqrt() <= 2 * theirs.sqrt()
 
