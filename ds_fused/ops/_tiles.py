@@ -18,6 +18,9 @@ SIDE_STEP = 256
 ROW_STEP = 64
 # n sums that grow as a random walk, each rounded, are sqrt(n / 2) times as far off as one rounding
 MOST_ROUNDINGS = 8
+# Slabs that a forward leaves gathered for its backward. That begins with them and one gradient, and holds two slabs and
+# two gradients later: so these take no more
+KEPT_SLABS = 3
 ACCUMULATE = ("auto", "native", "fp32")
 
 
@@ -28,6 +31,7 @@ class Tiling:
     tokens: int  # of a chunk
     rows: int  # of a slab
     kept: int  # tiles kept for backward: the first ones, slab by slab
+    kept_slabs: int = 0  # of a weight that comes in slabs, those whose rows are kept for backward: the last ones
 
 
 def check_memory(op: str, chunk_mb: float, keep_mb: float) -> None:
@@ -51,6 +55,7 @@ def tiling(
     dweight: bool,
     casts: bool = False,  # the weight, slab by slab
     slab_rows: int | None = None,  # where the weight comes in slabs of its own
+    keeps_slabs: bool = False,
 ) -> Tiling:
     """Tiles of at most about `chunk_bytes`, cut so that little other scratch is needed: see two_pass.py."""
     tokens, rows = max(n_tokens, 1), slab_rows or n_vocab
@@ -59,7 +64,8 @@ def tiling(
             rows = side(n_vocab, chunk_bytes // (tokens * itemsize))
         tokens = side(tokens, chunk_bytes // (rows * itemsize))
     n_tiles = -(-n_vocab // rows) * -(-n_tokens // tokens)
-    return Tiling(tokens, rows, min(n_tiles, keep_bytes // (tile_elements(tokens, rows) * itemsize)))
+    kept = min(n_tiles, keep_bytes // (tile_elements(tokens, rows) * itemsize))
+    return Tiling(tokens, rows, kept, KEPT_SLABS if keeps_slabs else 0)
 
 
 def side(size: int, fits: int, ranks: int = 1, least: int | None = None) -> int:
