@@ -6,6 +6,7 @@ Sizes: M tokens, V vocabulary, n rows of a slab.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from torch import Tensor
 LEAST_SIDE = 2048
 # sides are whole tiles of the matrix products
 SIDE_STEP = 256
+# a product has only slow kernels along a side that is no multiple of it (338 for 149 ms, benchmarks/notes.md)
+PRODUCT_STEP = 8
 # elements: rows of logits start on a cache line, so the softmax pass reads 16 bytes at a time for odd vocabularies too
 ROW_STEP = 64
 # n sums that grow as a random walk, each rounded, are sqrt(n / 2) times as far off as one rounding
@@ -74,7 +77,7 @@ def side(size: int, fits: int, ranks: int = 1, least: int | None = None) -> int:
     ``ranks``: so many such parts, one of each rank, make a side together. ``least``: of one part, where it is not
     LEAST_SIDE of all ranks.
     """
-    step = max(1, SIDE_STEP // ranks)
+    step = in_products(SIDE_STEP, ranks)
     if fits < step:
         # steps are for sides of many
         step = 1
@@ -83,6 +86,12 @@ def side(size: int, fits: int, ranks: int = 1, least: int | None = None) -> int:
         return size
     parts = -(-size // most)
     return -(-size // (parts * step)) * step
+
+
+def in_products(size: int, ranks: int) -> int:
+    """The largest part of which ``ranks`` make up to `size`, and a side of products; at least 1."""
+    step = PRODUCT_STEP // gcd(PRODUCT_STEP, ranks)
+    return max(1, size // ranks // step * step or size // ranks)
 
 
 def part(size: int, parts: int) -> int:
