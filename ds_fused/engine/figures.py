@@ -94,11 +94,11 @@ def of_stream(head: Head, most: int, chunk_bytes: int, keep_bytes: int) -> Figur
     keep_bytes = keep_bytes if trains else 0
     cut = tiling(
         most, n_vocab, itemsize, chunk_bytes, keep_bytes, dx=True, dweight=trains, slab_rows=head.slab_rows,
-        keeps_slabs=trains,
+        n_slabs=head.n_slabs, keeps_slabs=trains,
     )  # fmt: skip
     chunks = -(-most // cut.tokens)
     n_tiles = head.n_slabs * chunks
-    made_again = 2 * trains * (1 - min(1.0, cut.kept / max(1, n_tiles)))
+    made_again = 2 * trains * (1 - min(1.0, cut.kept * cut.tokens * cut.rows / max(1, most * n_vocab)))
     flops = (4 + 2 * trains + made_again) * most * head.elements
     slab_bytes = head.slab_rows * hidden * itemsize
     # those that are kept, and one to work in

@@ -33,7 +33,7 @@ class Tiling:
 
     tokens: int  # of a chunk
     rows: int  # of a slab
-    kept: int  # tiles kept for backward: the first ones, slab by slab
+    kept: int  # tiles kept for backward: the last ones, slab by slab, for the first slab may be small
     kept_slabs: int = 0  # of a weight that comes in slabs, those whose rows are kept for backward: the last ones
 
 
@@ -57,17 +57,24 @@ def tiling(
     dx: bool,
     dweight: bool,
     casts: bool = False,  # the weight, slab by slab
-    slab_rows: int | None = None,  # where the weight comes in slabs of its own
+    slab_rows: int | None = None,  # where the weight comes in slabs of its own: the most that any has
+    n_slabs: int | None = None,  # and how many they are
     keeps_slabs: bool = False,
 ) -> Tiling:
     """Tiles of at most about `chunk_bytes`, cut so that little other scratch is needed: see two_pass.py."""
     tokens, rows = max(n_tokens, 1), slab_rows or n_vocab
+    if slab_rows is not None:
+        # slabs are cut for the products (engine/shards.py): so little more is worth no second chunk and sum of dweight
+        chunk_bytes += chunk_bytes // 32
     if slab_rows is not None or tokens * rows * itemsize > max(chunk_bytes, keep_bytes):
         if slab_rows is None and (dweight or casts) and (tokens < n_vocab or not dx):
             rows = side(n_vocab, chunk_bytes // (tokens * itemsize))
         tokens = side(tokens, chunk_bytes // (rows * itemsize))
-    n_tiles = -(-n_vocab // rows) * -(-n_tokens // tokens)
+    n_tiles = (n_slabs or -(-n_vocab // rows)) * -(-n_tokens // tokens)
     kept = min(n_tiles, keep_bytes // (tile_elements(tokens, rows) * itemsize))
+    if n_slabs is not None and n_tokens * n_vocab * itemsize <= keep_bytes:
+        # not all are as large
+        kept = n_tiles
     return Tiling(tokens, rows, kept, KEPT_SLABS if keeps_slabs else 0)
 
 

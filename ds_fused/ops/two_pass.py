@@ -63,6 +63,8 @@ class TwoPassFunction(torch.autograd.Function):
         right = torch.empty_like(loss) if more else None
         entropies = torch.empty_like(loss) if entropy else None
         kept: list[Tensor] = []
+        n_chunks = -(-n_tokens // tiles.tokens)
+        first_kept = len(source) * n_chunks - tiles.kept
         kept_rows: dict[int, Tensor] = {}
         room = None
         for k in range(len(source)):
@@ -72,13 +74,14 @@ class TwoPassFunction(torch.autograd.Function):
             if k + 1 < len(source):
                 source.prefetch(k + 1)
             slab = Slab(source, k, rows, x, bias, class_weight)
-            for start in range(0, n_tokens, tiles.tokens):
+            for i, start in enumerate(range(0, n_tokens, tiles.tokens)):
                 chunk = slice(start, start + tiles.tokens)
-                if len(kept) < tiles.kept:
+                if k * n_chunks + i >= first_kept:
                     kept.append(x.new_empty(tile_elements(x[chunk].shape[0], slab.rows.shape[0])))
+                    room = kept[-1]
                 elif room is None:
                     room = room_of(x, tiles)
-                z = logits_of(kept[-1] if room is None else room, x[chunk], slab.rows, slab.bias)
+                z = logits_of(room, x[chunk], slab.rows, slab.bias)
                 softmax_fwd(
                     z, labels[chunk], loss[chunk], lse[:, chunk], options,
                     **slab.place, is_first=k == 0, is_last=k == len(source) - 1, right=of_chunk(right, chunk),
@@ -122,6 +125,7 @@ class TwoPassFunction(torch.autograd.Function):
         dbias = torch.zeros_like(bias, dtype=wide(x)) if wants_dbias else None
         room = None
         n_chunks = -(-n_tokens // tiles.tokens)
+        first_kept = len(source) * n_chunks - len(kept)
         for k in reversed(range(len(source))):
             is_first = k == len(source) - 1
             rows = kept_rows.pop(k) if k in kept_rows else source.gather(k)
@@ -134,8 +138,8 @@ class TwoPassFunction(torch.autograd.Function):
                 dw_sum = dw if dw.dtype == dtype else torch.empty_like(dw, dtype=dtype)
             for i, start in enumerate(range(0, n_tokens, tiles.tokens)):
                 chunk = slice(start, start + tiles.tokens)
-                if k * n_chunks + i < len(kept):
-                    z = tile(kept[k * n_chunks + i], x[chunk].shape[0], slab.rows.shape[0])
+                if k * n_chunks + i >= first_kept:
+                    z = tile(kept[k * n_chunks + i - first_kept], x[chunk].shape[0], slab.rows.shape[0])
                 else:
                     if room is None:
                         room = room_of(x, tiles)

@@ -66,6 +66,12 @@ def test_tiling(monkeypatch):
     assert tiling(8192, 128256, 2, 512 * 2**20, 0, dx=False, dweight=False, casts=True) == Tiling(8192, 32256, 0)
     # slabs of their own are cut along the tokens
     assert tiling(8192, 128256, 2, 128 * 2**20, 0, **cut, slab_rows=16032) == Tiling(4096, 16032, 0)
+    # nine, of which the first two are small: together they fit
+    nine = dict(slab_rows=16896, n_slabs=9)
+    assert tiling(8192, 128256, 2, 512 * 2**20, 2048 * 2**20, **cut, **nine) == Tiling(8192, 16896, 9)
+    assert tiling(8192, 128256, 2, 512 * 2**20, 2000 * 2**20, **cut, **nine) == Tiling(8192, 16896, 7)
+    # a little more than chunk_mb
+    assert tiling(16384, 128256, 2, 512 * 2**20, 0, **cut, slab_rows=16896) == Tiling(16384, 16896, 0)
     assert tiling(0, 7, 2, 1, 0, **cut) == Tiling(1, 7, 0)
 
 
