@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.scale_model import Machine
-from benchmarks.scale_points import STEPS_ON, Point, Setting
+from benchmarks.scale_points import HOSTS, STEPS_ON, Point, Setting
 
 ROUNDS = 30
 # of a logarithm, for numeric derivatives
@@ -46,7 +46,7 @@ PARAMETERS = (
     Parameter("collective", "us", 1e-6, 50, "by how much each delays them beside its bytes"),
     *(
         Parameter(f"hook {name}", "us", 1e-6, 2000, "host time of a module's gather and release under ZeRO-3, a pass")
-        for name in STEPS_ON
+        for name in HOSTS
     ),
     Parameter("wait", "ms", 1e-3, 15, "of a whole step: the host's way to its first product and to the optimizer"),
     Parameter("start", "ms", 1e-3, 3, "host time before the first product of a head that is measured alone"),
@@ -61,7 +61,9 @@ def setting(values: Sequence[float]) -> Setting:
         names = (gemm, "attention", f"memory {card}", "delay", "collective", f"hook {host}", "wait")
         return Machine(*(of[name] for name in names), ROOM_GIB[card] * 2**30)
 
-    machines = {name: machine(name.split()[-1], f"products {name}", name) for name in STEPS_ON}
+    machines = {name: machine(name.split()[-1], f"products {name}", name) for name in HOSTS}
+    # no step of one GPU was of ZeRO-3
+    machines["1 x H100"] = machine("H100", "products 1 x H100", "2 x H100")
     # a head alone waits for no hook
     machines |= {"H100": machine("H100", "products", "2 x H100"), "H200": machines["4 x H200"]}
     return Setting(machines, of["start"])

@@ -432,7 +432,12 @@ def _start_bytes(job: Job) -> float:
     shape, way = job.shape, job.way
     ahead = 2 * shape.layer if way.sizes == "large" else PREFETCH
     weights = 2 * (shape.layer + ahead) if job.stage == 3 else 0.0
-    return states_bytes(job) + 2 * way.bucket(shape) + weights + 2 * shape.hidden * job.tokens
+    return states_bytes(job) + _bucket_bytes(job) + weights + 2 * shape.hidden * job.tokens
+
+
+def _bucket_bytes(job: Job) -> float:
+    """ZeRO-3 always has the room in which gradients travel."""
+    return 2 * job.way.bucket(job.shape) if job.stage == 3 else 0.0
 
 
 def loss_of(job: Job, machine: Machine) -> Loss:
@@ -556,9 +561,12 @@ def attention_seconds(job: Job, machine: Machine) -> float:
 
 
 def states_bytes(job: Job) -> float:
-    """Weights and gradients in bf16, master copy and two moments in fp32, as the stage shares them."""
-    shared = {0: 0, 1: 12, 2: 14, 3: 16}[job.stage]
-    return job.shape.elements * (16 - shared + shared / job.ranks)
+    """Between steps: weights and gradients in bf16, master copy and two moments in fp32, as the stage shares them.
+
+    Stage 2 lets go of its gradients with the update.
+    """
+    whole, shared = {0: (16, 0), 1: (4, 12), 2: (2, 12), 3: (0, 16)}[job.stage]
+    return job.shape.elements * (whole + shared / job.ranks)
 
 
 @functools.cache
@@ -581,8 +589,11 @@ def peak_bytes(job: Job, machine: Machine) -> float:
 def _peak_bytes(job: Job, machine: Machine, spared: Kept) -> float:
     """The largest of what the loss, the last layer's backward and the optimizer hold, beside what is always there."""
     shape, way, tokens = job.shape, job.way, job.tokens
-    always = states_bytes(job) + 2 * way.bucket(shape)
+    always = states_bytes(job) + _bucket_bytes(job)
     update = weights = 0.0
+    if job.stage == 2:
+        # gradients as they came, flat, and in fp32
+        update = 8 * shape.elements / job.ranks
     if job.stage == 3:
         # a group's gradients as they came and in fp32; no weight is gathered then
         update = 6 * largest_group(shape, job.ranks, way.group(shape))
@@ -607,8 +618,8 @@ def _peak_bytes(job: Job, machine: Machine, spared: Kept) -> float:
     else:
         waiting, one = waiting + one * shape.layers, 0.0
     loss = loss_of(job, machine).held
-    if way.loss != "ours" and job.stage == 3:
-        # the head's weight is one of those that are gathered
+    if way.loss != "ours" or job.stage < 3:
+        # the head's weight is one of those that are gathered, or always there
         loss -= 2 * shape.head
     # x and the output of the last norm, and a gradient; not fused, the norm has x in fp32 as well
     loss += (2 * 3 + 4 * (not way.fused)) * shape.hidden * tokens

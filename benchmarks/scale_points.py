@@ -60,8 +60,9 @@ OUTDATED = {
     ("h100x2/zero3_head_rivals", "8192x5376x262144", way): "its slabs of 11916 rows are cut in whole tiles since"
     for way in ("stream", "stream slab_mb=64", "stream keep all")
 }
-# whose steps have been measured: machines with hosts of their own, and cards that ran at rates of their own
-STEPS_ON = ("2 x H100", "4 x H100", "4 x H200")
+# whose steps have been measured: cards that ran at rates of their own, and under ZeRO-3 hosts of their own
+STEPS_ON = ("1 x H100", "2 x H100", "4 x H100", "4 x H200")
+HOSTS = STEPS_ON[1:]
 # (file, way): as what it is modelled, since its name means something else now
 THEN = {
     ("h100x2/end_to_end_small", "ours-small"): "ours-small-device",
