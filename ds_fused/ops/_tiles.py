@@ -96,7 +96,10 @@ def side(size: int, fits: int, ranks: int = 1, least: int | None = None) -> int:
 
 
 def in_products(size: int, ranks: int) -> int:
-    """The largest part of which ``ranks`` make up to `size`, and a side of products; at least 1."""
+    """The largest part of a rank for which all ``ranks`` together have at most `size`, in whole PRODUCT_STEPs.
+
+    Of less than a step for each as many as there are, at least 1.
+    """
     step = PRODUCT_STEP // gcd(PRODUCT_STEP, ranks)
     return max(1, size // ranks // step * step or size // ranks)
 
