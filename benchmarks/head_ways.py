@@ -296,10 +296,10 @@ WAYS: Mapping[str, Way] = {
         "6 MHV for the logits that fit keep_mb=2048, 8 for the others", fused=_fused("gather", grad_in_forward=False)
     ),
     "gather keep_mb=0": Sharded("8 MHV", fused=_fused("gather", grad_in_forward=False, keep_mb=0)),
-    "stream": Sharded("8 MHV, slab_mb=128", fused=_fused("stream", slab_mb=128, keep_mb=0)),
+    "stream": Sharded("8 MHV, slab_mb=132", fused=_fused("stream", keep_mb=0)),
     "stream slab_mb=64": Sharded("8 MHV", fused=_fused("stream", slab_mb=64, keep_mb=0)),
-    "stream keep all": Sharded("6 MHV: all logits kept, in bf16", fused=_fused("stream", slab_mb=128, keep_mb=ALL)),
-    "stream frozen": Sharded("4 MHV: the weight is not trained", fused=_fused("stream", slab_mb=128), frozen=True),
+    "stream keep all": Sharded("6 MHV: all logits kept, in bf16", fused=_fused("stream", keep_mb=ALL)),
+    "stream frozen": Sharded("4 MHV: the weight is not trained", fused=_fused("stream"), frozen=True),
     "stock frozen": Sharded("all logits, in fp32; the weight is not trained", frozen=True),
     "stationary": Sharded("6 MHV, chunk_mb=512", fused=_fused("stationary")),
     "stationary chunk_mb=320": Sharded("6 MHV", fused=_fused("stationary", chunk_mb=320)),

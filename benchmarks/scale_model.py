@@ -45,7 +45,7 @@ OPTIMIZER_BYTES = 16
 # 28 B would take half of that, so it is no matter of the memory's rate
 ADAM = 17.7e-12
 # the defaults of "fused_linear_cross_entropy"
-CHUNK_MB, KEEP_MB, SLAB_MB = 512, 2048, 128
+CHUNK_MB, KEEP_MB, SLAB_MB = 512, 2048, 132
 # of the memory, what "recompute": "fit" plans with
 KEPT_SHARE = 0.9
 # elements: DeepSpeed's sub_group_size, which the optimizer updates together

@@ -52,6 +52,8 @@ GATHER_KEPT_BEFORE = "2026-11-26"
 # since then slabs and blocks are cut otherwise: the memory that these took before is not the model's, nor is that of a
 # step in which "fit" kept one layer of 16 less beside such a head
 CUT_BEFORE = {"stream": "2026-11-26 12:00"} | dict.fromkeys(("stationary", "auto"), "2026-11-26 14:00")
+# the default of slab_mb was another before
+SLAB_MB_WAS, SLAB_MB_SINCE = 128, "2026-11-26 19:00"
 KEPT_LESS = {("h100x2/end_to_end", "8b-16layers, 4 x 8192", "ours-fast")}
 # (file, shape, way): why a row has no place in the check
 OUTDATED = {
@@ -112,9 +114,10 @@ def heads(results: Path = RESULTS) -> Iterator[Point | Skipped]:
         measured, name = json.loads(path.read_text()), f"{path.parent.name}/{path.stem}"
         device, ranks = _card(measured["header"]), int(measured["header"]["ranks"])
         keeps = measured["header"]["date"] < GATHER_KEPT_BEFORE
+        slab_mb = SLAB_MB_WAS if measured["header"]["date"] < SLAB_MB_SINCE else SLAB_MB
         for row in merged(measured["rows"]):
             shape, way = row["shape"], row["way"]
-            found = head_loss("gather keep" if keeps and way == "gather" else way, shape, ranks, device)
+            found = head_loss("gather keep" if keeps and way == "gather" else way, shape, ranks, device, slab_mb)
             reason = OUTDATED.get((name, shape, way)) or _no_parameters(measured["header"], device)
             reason = reason or (NO_MODEL if found is None else None)
             if row["status"] != "ok" or reason:
@@ -132,7 +135,9 @@ def heads(results: Path = RESULTS) -> Iterator[Point | Skipped]:
 LossOf = Callable[[Setting], Loss]
 
 
-def head_loss(way: str, shape: str, ranks: int, device: str | None) -> tuple[LossOf, bool] | None:
+def head_loss(
+    way: str, shape: str, ranks: int, device: str | None, slab_mb: int = SLAB_MB
+) -> tuple[LossOf, bool] | None:
     """Of a way of zero3_head.py, and whether it runs in an engine; None where there is no model of it."""
     tokens, hidden, vocab = sizes = _sizes(shape)
     name, _, rest = way.partition(" ")
@@ -153,7 +158,7 @@ def head_loss(way: str, shape: str, ranks: int, device: str | None) -> tuple[Los
             return _fixed(_with(loss, whole)), True
         # the weight is among what was there before
         return _fixed(Loss(loss.work, loss.held - 2 * vocab * hidden)), False
-    head = Head.cut(Shards(vocab, hidden, ranks), int(options.get("slab_mb", SLAB_MB)) * MIB)
+    head = Head.cut(Shards(vocab, hidden, ranks), int(options.get("slab_mb", slab_mb)) * MIB)
     chunk, keep = int(options.get("chunk_mb", CHUNK_MB)) * MIB, int(keep_mb * MIB)
     if name == "stream":
         return _fixed(sharded_loss(of_stream(head, tokens, chunk, keep))), True

@@ -60,7 +60,8 @@ HEAD_OPTIONS: Mapping[str, Option] = MappingProxyType(
             '"stationary" it stays on its ranks, and the tokens travel; "auto" takes one of these two',
             ("auto", "stream", "stationary", "gather"),
         ),
-        "slab_mb": Option(int, 128, 'MiB of weight gathered at a time in mode "stream", or of rows in a lookup'),
+        # 132: at 4096 columns twice shards.WAVE_ROWS
+        "slab_mb": Option(int, 132, 'MiB of weight gathered at a time in mode "stream", or of rows in a lookup'),
     }
 )
 # MLPs in tiles; off where it is not named

@@ -92,10 +92,13 @@ def of_stream(head: Head, most: int, chunk_bytes: int, keep_bytes: int) -> Figur
     itemsize, trains = head.itemsize, head.trains
     # a frozen head is done with in the forward, see ops/frozen_head.py
     keep_bytes = keep_bytes if trains else 0
-    cut = tiling(most, n_vocab, itemsize, chunk_bytes, keep_bytes, dx=True, dweight=trains, slab_rows=head.slab_rows)
+    cut = tiling(
+        most, n_vocab, itemsize, chunk_bytes, keep_bytes, dx=True, dweight=trains, slab_rows=head.slab_rows,
+        n_slabs=head.n_slabs, keeps_slabs=trains,
+    )  # fmt: skip
     chunks = -(-most // cut.tokens)
     n_tiles = head.n_slabs * chunks
-    made_again = 2 * trains * (1 - min(1.0, cut.kept / max(1, n_tiles)))
+    made_again = 2 * trains * (1 - min(1.0, cut.kept * cut.tokens * cut.rows / max(1, most * n_vocab)))
     flops = (4 + 2 * trains + made_again) * most * head.elements
     slab_bytes = head.slab_rows * hidden * itemsize
     # those that are kept, and one to work in
@@ -112,10 +115,11 @@ def of_stream(head: Head, most: int, chunk_bytes: int, keep_bytes: int) -> Figur
         # the gradient of a slab is added up in fp32
         held += 4 * head.slab_rows * hidden
         traffic += 4 * head.elements * (chunks - 1)
-    # backward begins with the slab that forward ended with
-    whole = head.elements * itemsize
-    wire = (3 * whole - slab_bytes if trains else whole) * (ranks - 1) // ranks
-    calls = 3 * head.n_slabs - 1 if trains else head.n_slabs
+    # backward begins with the slabs that forward ended with
+    whole, kept_slabs = head.elements * itemsize, min(cut.kept_slabs, head.n_slabs)
+    kept_bytes = min(kept_slabs * slab_bytes, whole)
+    wire = (3 * whole - kept_bytes if trains else whole) * (ranks - 1) // ranks
+    calls = 3 * head.n_slabs - kept_slabs if trains else head.n_slabs
     return Figures("stream", f"{head.n_slabs} slabs", held, wire, calls, traffic, flops)
 
 

@@ -24,11 +24,17 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ds_fused.ops._tiles import side
+from ds_fused.ops._tiles import in_products, side
 
 # the first plain slab is so many times smaller than the others: its gather and its reduce-scatter, which nothing hides,
 # take 0.2 for 0.96 ms of a timeline of four H100, at 128 MiB a slab
 FIRST = 4
+# Rows whose products are whole waves of 128 x 256 tiles on the 132 multiprocessors of an H100, at tokens and columns in
+# multiples of 512. Twice as many take 36.4 to 37.1 ms of products over 8192 x 4096 x 128256 where slabs of 15616 rows
+# take 37.7 to 38.3 (benchmarks/notes.md). The same everywhere: the ranks of a job must cut alike
+WAVE_ROWS = 132 * 64
+# of what fits, so much is enough: more slabs ask for more collectives
+WAVES_AT_LEAST = 7 / 8
 
 
 @dataclass(frozen=True)
@@ -63,18 +69,31 @@ class Shards:
         return min(max(0, end - first) for first, end in zip(self.first_rows, ends, strict=False))
 
     def cuts(self, row_bytes: int, slab_bytes: int) -> list[slice]:
-        """Each plain slab's part of the common rows: even ones of at most slab_bytes of all ranks together.
+        """Each plain slab's part of the common rows, at most slab_bytes of all ranks together.
 
-        Where there are several, the first is smaller still: nothing is computed yet while it comes, and nothing more
-        when it is the last to go.
+        Even ones, or of whole waves, where nearly as many rows make them. Where there are several, the first is smaller
+        still: nothing is computed yet while it comes, and nothing more when it is the last to go.
         """
         most = max(1, slab_bytes // (self.ranks * row_bytes))
         even = side(self.common, most, self.ranks, least=1)
         if even >= self.common:
             return [slice(0, self.common)]
+        wave = in_products(WAVE_ROWS, self.ranks)
+        in_waves = most // wave * wave
+        if in_waves >= WAVES_AT_LEAST * most:
+            return self._cuts_in_waves(wave, in_waves)
         first = side(even, -(-even // FIRST), self.ranks, least=1)
         rows = side(self.common - first, most, self.ranks, least=1)
         starts = [0, *range(first, self.common, rows)]
+        return [slice(a, b) for a, b in zip(starts, [*starts[1:], self.common], strict=True)]
+
+    def _cuts_in_waves(self, wave: int, rows: int) -> list[slice]:
+        """Of so many rows each, but the first ones, of which only the first is no whole wave."""
+        first = self.common % wave or wave
+        starts = [0, first, *range(self.common % rows or rows, self.common, rows)]
+        if 2 * first > rows:
+            starts.append(side(first, -(-first // 2), self.ranks, least=1))
+        starts = sorted(set(starts) - {self.common})
         return [slice(a, b) for a, b in zip(starts, [*starts[1:], self.common], strict=True)]
 
     def spans(self, cuts: list[slice]) -> list[slice]:

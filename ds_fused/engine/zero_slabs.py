@@ -5,13 +5,14 @@ whole gradient ever being there. The result is stock's: gradients are averaged o
 them, in its dtype, and handed to its optimizer as the partition that its own reduce-scatter would have made;
 accumulation, clipping, overflow check, loss scale and offload are the optimizer's from there.
 
-Collectives: an all-gather a slab, in forward and (for a head) in backward, and a reduce-scatter a slab in backward.
-Their number, order and sizes follow from (V, H, W, slab size) alone, never from tokens or labels: no rank can wait for
-another that had nothing to do. The gather of a slab is under way while the slab before is computed, and so is its
-reduce-scatter while the next one is.
+Collectives: an all-gather a slab, in forward and (for a head, but for the slabs that forward has left) in backward, and
+a reduce-scatter a slab in backward. Their number, order and sizes follow from (V, H, W, slab size) alone, never from
+tokens or labels: no rank can wait for another that had nothing to do. The gather of a slab is under way while the slab
+before is computed, and so is its reduce-scatter while the next one is.
 
-Memory: two slabs of weight; in backward two of gradient, too. What comes of it is written where the optimizer keeps
-this rank's part of the gradient; offloaded to the CPU, that part is held here until it is complete.
+Memory: two slabs of weight, between a forward and its backward three; in backward two of gradient, too. What comes of
+it is written where the optimizer keeps this rank's part of the gradient; offloaded to the CPU, that part is held here
+until it is complete.
 """
 
 from __future__ import annotations

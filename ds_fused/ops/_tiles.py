@@ -6,6 +6,7 @@ Sizes: M tokens, V vocabulary, n rows of a slab.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -14,10 +15,15 @@ from torch import Tensor
 LEAST_SIDE = 2048
 # sides are whole tiles of the matrix products
 SIDE_STEP = 256
+# a product has only slow kernels along a side that is no multiple of it (338 for 149 ms, benchmarks/notes.md)
+PRODUCT_STEP = 8
 # elements: rows of logits start on a cache line, so the softmax pass reads 16 bytes at a time for odd vocabularies too
 ROW_STEP = 64
 # n sums that grow as a random walk, each rounded, are sqrt(n / 2) times as far off as one rounding
 MOST_ROUNDINGS = 8
+# Slabs that a forward leaves gathered for its backward. That begins with them and one gradient, and holds two slabs and
+# two gradients later: so these take no more
+KEPT_SLABS = 3
 ACCUMULATE = ("auto", "native", "fp32")
 
 
@@ -27,7 +33,8 @@ class Tiling:
 
     tokens: int  # of a chunk
     rows: int  # of a slab
-    kept: int  # tiles kept for backward: the first ones, slab by slab
+    kept: int  # tiles kept for backward: the last ones, slab by slab, for the first slab may be small
+    kept_slabs: int = 0  # of a weight that comes in slabs, those whose rows are kept for backward: the last ones
 
 
 def check_memory(op: str, chunk_mb: float, keep_mb: float) -> None:
@@ -50,16 +57,25 @@ def tiling(
     dx: bool,
     dweight: bool,
     casts: bool = False,  # the weight, slab by slab
-    slab_rows: int | None = None,  # where the weight comes in slabs of its own
+    slab_rows: int | None = None,  # where the weight comes in slabs of its own: the most that any has
+    n_slabs: int | None = None,  # and how many they are
+    keeps_slabs: bool = False,
 ) -> Tiling:
     """Tiles of at most about `chunk_bytes`, cut so that little other scratch is needed: see two_pass.py."""
     tokens, rows = max(n_tokens, 1), slab_rows or n_vocab
+    if slab_rows is not None:
+        # slabs are cut for the products (engine/shards.py): so little more is worth no second chunk and sum of dweight
+        chunk_bytes += chunk_bytes // 32
     if slab_rows is not None or tokens * rows * itemsize > max(chunk_bytes, keep_bytes):
         if slab_rows is None and (dweight or casts) and (tokens < n_vocab or not dx):
             rows = side(n_vocab, chunk_bytes // (tokens * itemsize))
         tokens = side(tokens, chunk_bytes // (rows * itemsize))
-    n_tiles = -(-n_vocab // rows) * -(-n_tokens // tokens)
-    return Tiling(tokens, rows, min(n_tiles, keep_bytes // (tile_elements(tokens, rows) * itemsize)))
+    n_tiles = (n_slabs or -(-n_vocab // rows)) * -(-n_tokens // tokens)
+    kept = min(n_tiles, keep_bytes // (tile_elements(tokens, rows) * itemsize))
+    if n_slabs is not None and n_tokens * n_vocab * itemsize <= keep_bytes:
+        # not all are as large
+        kept = n_tiles
+    return Tiling(tokens, rows, kept, KEPT_SLABS if keeps_slabs else 0)
 
 
 def side(size: int, fits: int, ranks: int = 1, least: int | None = None) -> int:
@@ -68,7 +84,7 @@ def side(size: int, fits: int, ranks: int = 1, least: int | None = None) -> int:
     ``ranks``: so many such parts, one of each rank, make a side together. ``least``: of one part, where it is not
     LEAST_SIDE of all ranks.
     """
-    step = max(1, SIDE_STEP // ranks)
+    step = in_products(SIDE_STEP, ranks)
     if fits < step:
         # steps are for sides of many
         step = 1
@@ -77,6 +93,15 @@ def side(size: int, fits: int, ranks: int = 1, least: int | None = None) -> int:
         return size
     parts = -(-size // most)
     return -(-size // (parts * step)) * step
+
+
+def in_products(size: int, ranks: int) -> int:
+    """The largest part of a rank for which all ``ranks`` together have at most `size`, in whole PRODUCT_STEPs.
+
+    Of less than a step for each as many as there are, at least 1.
+    """
+    step = PRODUCT_STEP // gcd(PRODUCT_STEP, ranks)
+    return max(1, size // ranks // step * step or size // ranks)
 
 
 def part(size: int, parts: int) -> int:

@@ -215,6 +215,8 @@ def token_losses(
             dx=training and x.requires_grad, dweight=training and handle.requires_grad,
             casts=weight.dtype != rows.dtype,
             slab_rows=slabs.slab_rows if slabs is not None else None,
+            n_slabs=len(slabs) if slabs is not None else None,
+            keeps_slabs=keeps and slabs is not None,
         )  # fmt: skip
         if slabs is not None:
             flat, options = labels_in_order(flat, options, slabs)

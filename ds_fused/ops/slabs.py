@@ -20,9 +20,10 @@ class WeightSlabs(Protocol):
     """A weight [V, H], each of its rows in exactly one slab.
 
     An op takes the slabs in a forward from the first to the last, and in a backward, if it has one, back again, so that
-    it may begin with the rows that it still has. It calls ``prefetch`` and ``gather`` of each (in a backward where it
-    needs rows) and, where `requires_grad`, in a backward ``scatter`` of each, then ``finish()``; the same where there
-    are no tokens at all. So the number and order of collectives depend on the weight and the op's options alone.
+    it may begin with the rows that it still has. It calls ``prefetch`` and ``gather`` of each (in a backward of those
+    whose rows it needs and has no more) and, where `requires_grad`, in a backward ``scatter`` of each, then
+    ``finish()``; the same where there are no tokens at all. So the number and order of collectives depend on the weight
+    and the op's options alone.
     """
 
     shape: tuple[int, int]  # V, H

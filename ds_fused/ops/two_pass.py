@@ -9,7 +9,8 @@ What is summed over tiles is summed in fp32, and only then rounded: dx over slab
 unless ``accumulate="native"``. So a whole weight is cut along its vocabulary while M < V, which needs no fp32 copy of
 dweight, and along the tokens else.
 
-Saved for backward: x and weight themselves, lse (8 bytes a token), and the tiles that fit `keep_mb`.
+Saved for backward: x and weight themselves, of a weight in slabs the last few, lse (8 bytes a token), and the tiles
+that fit `keep_mb`.
 Work: 6 MHV FLOPs for kept tiles, 8 for the others. Traffic of the softmax pass: as cross_entropy.
 
 Sizes: M tokens, H hidden, V vocabulary, n rows of a slab.
@@ -62,19 +63,25 @@ class TwoPassFunction(torch.autograd.Function):
         right = torch.empty_like(loss) if more else None
         entropies = torch.empty_like(loss) if entropy else None
         kept: list[Tensor] = []
+        n_chunks = -(-n_tokens // tiles.tokens)
+        first_kept = len(source) * n_chunks - tiles.kept
+        kept_rows: dict[int, Tensor] = {}
         room = None
         for k in range(len(source)):
             rows = source.gather(k)
+            if k >= len(source) - tiles.kept_slabs:
+                kept_rows[k] = rows
             if k + 1 < len(source):
                 source.prefetch(k + 1)
             slab = Slab(source, k, rows, x, bias, class_weight)
-            for start in range(0, n_tokens, tiles.tokens):
+            for i, start in enumerate(range(0, n_tokens, tiles.tokens)):
                 chunk = slice(start, start + tiles.tokens)
-                if len(kept) < tiles.kept:
+                if k * n_chunks + i >= first_kept:
                     kept.append(x.new_empty(tile_elements(x[chunk].shape[0], slab.rows.shape[0])))
+                    room = kept[-1]
                 elif room is None:
                     room = room_of(x, tiles)
-                z = logits_of(kept[-1] if room is None else room, x[chunk], slab.rows, slab.bias)
+                z = logits_of(room, x[chunk], slab.rows, slab.bias)
                 softmax_fwd(
                     z, labels[chunk], loss[chunk], lse[:, chunk], options,
                     **slab.place, is_first=k == 0, is_last=k == len(source) - 1, right=of_chunk(right, chunk),
@@ -84,8 +91,8 @@ class TwoPassFunction(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, labels, lse, class_weight, token_weights, entropies, *kept)
         ctx.slabs, ctx.tiles, ctx.options, ctx.op, ctx.overwritten = slabs, tiles, options, op, False
         ctx.native = native
-        # the backward begins with them. Those of a whole weight are looked up again, see WholeWeight
-        ctx.last_rows = None if slabs is None else rows
+        # the backward begins with them
+        ctx.kept_rows = kept_rows
         if entropy:
             return loss, entropies
         if not more:
@@ -108,8 +115,8 @@ class TwoPassFunction(torch.autograd.Function):
         tiles, n_tokens = ctx.tiles, x.shape[0]
         _, softmax_bwd = softmax_passes(x)
         source = WholeWeight(weight, tiles.rows) if ctx.slabs is None else ctx.slabs
-        rows, ctx.last_rows = ctx.last_rows, None
-        if rows is None:
+        kept_rows, ctx.kept_rows = ctx.kept_rows, {}
+        if not kept_rows:
             source.prefetch(len(source) - 1)
         wants_dx, wants_dweight, wants_dbias = ctx.needs_input_grad[:3]
 
@@ -118,11 +125,11 @@ class TwoPassFunction(torch.autograd.Function):
         dbias = torch.zeros_like(bias, dtype=wide(x)) if wants_dbias else None
         room = None
         n_chunks = -(-n_tokens // tiles.tokens)
+        first_kept = len(source) * n_chunks - len(kept)
         for k in reversed(range(len(source))):
             is_first = k == len(source) - 1
-            if rows is None or not is_first:
-                rows = source.gather(k)
-            if k > 0:
+            rows = kept_rows.pop(k) if k in kept_rows else source.gather(k)
+            if k > 0 and k - 1 not in kept_rows:
                 source.prefetch(k - 1)
             slab = Slab(source, k, rows, x, bias, class_weight)
             dw = dw_sum = source.gradient(k) if wants_dweight else None
@@ -131,8 +138,8 @@ class TwoPassFunction(torch.autograd.Function):
                 dw_sum = dw if dw.dtype == dtype else torch.empty_like(dw, dtype=dtype)
             for i, start in enumerate(range(0, n_tokens, tiles.tokens)):
                 chunk = slice(start, start + tiles.tokens)
-                if k * n_chunks + i < len(kept):
-                    z = tile(kept[k * n_chunks + i], x[chunk].shape[0], slab.rows.shape[0])
+                if k * n_chunks + i >= first_kept:
+                    z = tile(kept[k * n_chunks + i - first_kept], x[chunk].shape[0], slab.rows.shape[0])
                 else:
                     if room is None:
                         room = room_of(x, tiles)

@@ -66,6 +66,12 @@ def test_tiling(monkeypatch):
     assert tiling(8192, 128256, 2, 512 * 2**20, 0, dx=False, dweight=False, casts=True) == Tiling(8192, 32256, 0)
     # slabs of their own are cut along the tokens
     assert tiling(8192, 128256, 2, 128 * 2**20, 0, **cut, slab_rows=16032) == Tiling(4096, 16032, 0)
+    # nine, of which the first two are small: together they fit
+    nine = dict(slab_rows=16896, n_slabs=9)
+    assert tiling(8192, 128256, 2, 512 * 2**20, 2048 * 2**20, **cut, **nine) == Tiling(8192, 16896, 9)
+    assert tiling(8192, 128256, 2, 512 * 2**20, 2000 * 2**20, **cut, **nine) == Tiling(8192, 16896, 7)
+    # a little more than chunk_mb
+    assert tiling(16384, 128256, 2, 512 * 2**20, 0, **cut, slab_rows=16896) == Tiling(16384, 16896, 0)
     assert tiling(0, 7, 2, 1, 0, **cut) == Tiling(1, 7, 0)
 
 
@@ -353,16 +359,32 @@ def test_frozen_slabs(frozen, ends, where):
 
 @only_plain
 @pytest.mark.parametrize("n_tokens", [0, 6])
-def test_slabs_are_called_in_an_order_that_no_token_changes(n_tokens, where):
+@pytest.mark.parametrize(
+    ("kept", "backward"),
+    [
+        # with the rows that it still has, and back
+        (1, "prefetch 1, scatter 2, gather 1, prefetch 0, scatter 1, gather 0, scatter 0, finish"),
+        (2, "scatter 2, prefetch 0, scatter 1, gather 0, scatter 0, finish"),
+        # all, where they are no more
+        (4, "scatter 2, scatter 1, scatter 0, finish"),
+    ],
+)
+def test_slabs_are_called_in_an_order_that_no_token_changes(n_tokens, kept, backward, where, monkeypatch):
+    monkeypatch.setattr(_tiles, "KEPT_SLABS", kept)
     x, weight, labels, _ = (t.float() if t.is_floating_point() else t for t in some(6, 3, 29, where))
     slabs = ThreeSlabs(weight)
     loss = linear_cross_entropy(x[:n_tokens], slabs, labels[:n_tokens], reduction="sum")
     loss.backward()
-    forward = ["prefetch 0", "gather 0", "prefetch 1", "gather 1", "prefetch 2", "gather 2"]
-    # with the rows that it still has, and back
-    backward = ["prefetch 1", "scatter 2", "gather 1", "prefetch 0", "scatter 1", "gather 0", "scatter 0", "finish"]
-    assert slabs.calls == [*forward, *backward]
+    forward = "prefetch 0, gather 0, prefetch 1, gather 1, prefetch 2, gather 2"
+    assert ", ".join(slabs.calls) == f"{forward}, {backward}"
     assert slabs.grad.isfinite().all()
+
+
+@only_plain
+@pytest.mark.parametrize("kept", [0, 1])
+def test_slabs_whose_rows_come_again_in_backward(kept, where, monkeypatch):
+    monkeypatch.setattr(_tiles, "KEPT_SLABS", kept)
+    as_accurate(in_slabs, theirs, some(6, 3, 29, where), torch.float32, **CUTS[1])
 
 
 @only_plain

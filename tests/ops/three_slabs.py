@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class ThreeSlabs:
-    """The weight as ZeRO-3 might bring it: rows in another order, in uneven parts, gone when the next part is here.
+    """The weight as ZeRO-3 might bring it: rows in another order, in uneven parts.
 
     As on two ranks of which the other one has no tokens: the mean is half of this one's gradient, `owner` gets all.
     """
@@ -22,7 +22,7 @@ class ThreeSlabs:
         self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
         self.slab_rows, self.requires_grad = max(len(ids) for ids in self.slabs), requires_grad
         self.grad, self.calls = torch.full_like(self.weight, float("nan")), []
-        self.rows, self.coming = None, None
+        self.coming = None
 
     def __len__(self) -> int:
         return 3
@@ -36,11 +36,9 @@ class ThreeSlabs:
 
     def gather(self, k: int) -> Tensor:
         self.calls.append(f"gather {k}")
-        if self.rows is not None:
-            self.rows.fill_(float("nan"))
-        (coming, self.rows), self.coming = self.coming, None
+        (coming, rows), self.coming = self.coming, None
         assert coming == k
-        return self.rows
+        return rows
 
     def gradient(self, k: int) -> Tensor:
         return torch.full_like(self.weight[self.slabs[k]], float("nan"))
