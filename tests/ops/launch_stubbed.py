@@ -203,7 +203,8 @@ def test_every_launch_of_every_op(monkeypatch):
     monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "1")
     for example in EXAMPLES:
         example()
-    assert launched == kernels()
+    # what stands for a device here copies no tiles
+    assert launched == kernels(GPUTarget("cuda", 80, 32))
 
 
 def some(**changes: object) -> tuple[object, ...]:
