@@ -14,4 +14,5 @@ def exp_of(x):
     whole = tl.floor(x * 1.4426950408889634 + 0.5)
     # ln(2) in two parts, of which the first has few bits: what is taken away is exact
     rest = (x - whole * 0.693359375) + whole * 2.12194440e-4
-    return tl.exp2(whole) * tl.exp2(rest * 1.4426950408889634)
+    # fma: of what is added up every sum then takes the rounded number, as _mhc_kernels.scaled has it
+    return tl.fma(tl.exp2(whole), tl.exp2(rest * 1.4426950408889634), 0.0)

@@ -54,15 +54,23 @@ def start(logits, exists, eps):
 
 
 @triton.jit
+def scaled(matrix, rows, columns):
+    """The matrix by factors of its rows and columns: numbers that are rounded before they are added up."""
+    # Rounded by an fma, which no addition is taken into. Else each thread adds its own number unrounded to those of
+    # others, and the threads of one row find sums that differ by an ulp: their factors drift apart with each iteration
+    return tl.fma(matrix * rows, columns, 0.0)
+
+
+@triton.jit
 def normed_columns(matrix, rows, columns, missing, eps):
     """Factors of the columns that make their sums one; matrix is multiplied by those of rows and columns before."""
     # div_rn: the quotients of twenty iterations, each off by two ulp, are a matrix off by six
-    return tl.div_rn(columns, tl.sum(matrix * rows * columns, axis=0, keep_dims=True) + eps + missing)
+    return tl.div_rn(columns, tl.sum(scaled(matrix, rows, columns), axis=0, keep_dims=True) + eps + missing)
 
 
 @triton.jit
 def normed_rows(matrix, rows, columns, missing, eps):
-    return tl.div_rn(rows, tl.sum(matrix * rows * columns, axis=1, keep_dims=True) + eps + missing)
+    return tl.div_rn(rows, tl.sum(scaled(matrix, rows, columns), axis=1, keep_dims=True) + eps + missing)
 
 
 @triton.jit

@@ -11,8 +11,8 @@ iterations - 1 times, rows by theirs and columns by theirs, which comes near a m
 From Xie et al., "mHC: Manifold-Constrained Hyper-Connections" (DeepSeek, 2025, arXiv 2512.24880).
 
 Everything is computed in fp32, products by tensor cores: beside streams of bf16 a weight of fp32 is cut into three bf16
-numbers, which have all its bits, and products in fp32 are six in bf16. The gradient is that of the iterations as they
-are, not of their limit.
+numbers, which have all its bits, and products in fp32 are six in bf16 (three in tf32 before triton 3.6). The gradient
+is that of the iterations as they are, not of their limit.
 
 Saved for backward: x, weight, bias and scale, and in fp32 mix and 1/rms, M + 1 numbers of a token (M = N^2 + 2 N).
 Traffic per token: forward K reads, backward K reads + K writes; the rest is small. Backward, the iterations run once
@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 
 from ds_fused.ops import _triton
@@ -54,6 +55,9 @@ from ds_fused.ops._triton import (
     without_autocast,
 )
 
+# Of products in fp32. Six of bf16: three of tf32, in as much time, are off by five times what PyTorch's are.
+# TODO: the latter go when pyproject.toml asks for triton 3.6, the first that has the former
+IN_FP32 = "bf16x6" if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6) else "tf32x3"
 # Tokens of a tile, at most: for as many the forward reads the weight again, from L2. None of the forward's is measured
 # against others yet
 MOST_ROWS_FWD, COLS_FWD, WARPS_FWD, STAGES_FWD = 64, 128, 4, 4
@@ -154,8 +158,7 @@ class Products(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, weight: Tensor, *, backward: bool) -> Products:
-        # six products of bf16: three of tf32, in as much time, are off by five times what PyTorch's are
-        precision = "bf16x6"
+        precision = IN_FP32
         if x.dtype == torch.bfloat16:
             parts = 1 if weight.dtype == x.dtype else 3
         elif x.dtype == torch.float16 == weight.dtype:

@@ -127,6 +127,7 @@ def mhc_coefficients() -> None:
         (64, 4, 4096, half, full),
         (64, 4, 1024, torch.float16, torch.float16),
         (64, 4, 1024, full, full),
+        (16, 2, 1024, half, half),  # a thread has one number of a token's matrix
     ):
         m = n * (n + 2)
         tensors = leaf(m, n * c, dtype=weight_dtype), leaf(m, dtype=full), leaf(3, dtype=full)
@@ -487,6 +488,14 @@ def spilled_bytes(target: GPUTarget, asm: dict[str, str | bytes]) -> int | None:
     return int(found.group(1)) if found else None
 
 
+def sums_apart(asm: dict[str, str | bytes]) -> int | None:
+    """Additions that take a thread's own number unrounded to another's, so that their sums differ (NVIDIA)."""
+    if "ptx" not in asm:
+        return None
+    others = re.findall(r"shfl\.sync\.bfly\.b32\s+(%\w+)[|,]", asm["ptx"])
+    return len(re.findall(rf"fma\.rn\.f32\s[^;]*, (?:{'|'.join(others)});", asm["ptx"])) if others else 0
+
+
 def compile_all(target: GPUTarget, index: int) -> dict[str, object]:
     """All examples for one target."""
     compiled: dict[str, dict[str, object]] = {}
@@ -502,6 +511,7 @@ def compile_all(target: GPUTarget, index: int) -> dict[str, object]:
                 "warps": kernel.metadata.num_warps,
                 "shared": kernel.metadata.shared,
                 "spilled": spilled_bytes(target, kernel.asm),
+                "apart": sums_apart(kernel.asm),
                 "constants": {k: v for k, v in kwargs.items() if isinstance(v, (bool, int, float, str))},
             }
         return kernel
