@@ -11,6 +11,7 @@ from torch import Tensor
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KERNEL_DEVICES = ("cuda", "xpu")  # an AMD device calls itself cuda in PyTorch
 LANES = 64 if torch.version.hip else 32  # threads of a warp
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 # of shared memory, in bytes: sm80 has 163 KiB for a program
 MOST_IN_FLIGHT = 128 * 1024
 

@@ -28,7 +28,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from ds_fused.ops import _triton
@@ -57,7 +56,7 @@ from ds_fused.ops._triton import (
 
 # Of products in fp32. Six of bf16: three of tf32, in as much time, are off by five times what PyTorch's are.
 # TODO: the latter go when pyproject.toml asks for triton 3.6, the first that has the former
-IN_FP32 = "bf16x6" if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6) else "tf32x3"
+IN_FP32 = "bf16x6" if _triton.TRITON >= (3, 6) else "tf32x3"
 # Tokens of a tile, at most: for as many the forward reads the weight again, from L2. None of the forward's is measured
 # against others yet
 MOST_ROWS_FWD, COLS_FWD, WARPS_FWD, STAGES_FWD = 64, 128, 4, 4

@@ -13,6 +13,8 @@ import pytest
 TARGETS = ("cuda:80:32", "cuda:90:32", "hip:gfx942:64")
 # rms_norm's backward on fp32 rows of 16384 columns, the widest whole ones, spills 116
 MOST_SPILLED = 128  # bytes per thread
+# bytes of shared memory that a program may have
+MOST_SHARED = dict(zip(TARGETS, (163 * 1024, 227 * 1024, 64 * 1024), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,12 @@ def test_every_kernel_compiles(results, target):
     compiled = results[target]["compiled"]
     assert compiled and all(row["bytes"] > 0 for row in compiled)
     assert not results[target]["unreached"], "kernels that no example in compile_all.py launches"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_shared_memory_suffices(results, target):
+    shared = {f"{row['kernel']} {row['constants']}": row["shared"] for row in results[target]["compiled"]}
+    assert {kernel: n for kernel, n in shared.items() if n > MOST_SHARED[target]} == {}
 
 
 def test_registers_do_not_spill_on_sm90(results):
