@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from ds_fused.ops._triton import multiprocessors
 
@@ -46,10 +47,14 @@ def meet(arrivals_ptr, team, size):
         pass
 
 
+# where programs of a launch run side by side: a GPU's tensors, too, may be the interpreter's
+DEVICES = ("cuda",) if torch.version.hip is None and isinstance(meet, JITFunction) else ()
+
+
 def can_meet(x: Tensor, size: int) -> bool:
     """Whether teams of so many programs may meet on x's device."""
     # a multiprocessor has a place for one program at least; half of them may be taken by others
-    return x.is_cuda and torch.version.hip is None and 2 * size <= multiprocessors(x)
+    return x.device.type in DEVICES and 2 * size <= multiprocessors(x)
 
 
 def passes(x: Tensor, size: int) -> tuple[dict[str, bool], ...]:
