@@ -11,7 +11,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -39,8 +39,9 @@ from benchmarks.scale_model import (
     whole_head,
     whole_loss,
 )
-from ds_fused.engine.figures import Head, candidates, chosen, of_stationary, of_stream
+from ds_fused.engine.figures import Figures, Head, candidates, chosen, of_stationary, of_stream
 from ds_fused.engine.shards import Shards
+from ds_fused.ops._tiles import KEPT_SLABS
 from ds_fused.ops.stationary import block_bytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,8 +53,8 @@ GATHER_KEPT_BEFORE = "2026-11-26"
 # since then slabs and blocks are cut otherwise: the memory that these took before is not the model's, nor is that of a
 # step in which "fit" kept one layer of 16 less beside such a head
 CUT_BEFORE = {"stream": "2026-11-26 12:00"} | dict.fromkeys(("stationary", "auto"), "2026-11-26 14:00")
-# the default of slab_mb was another before
-SLAB_MB_WAS, SLAB_MB_SINCE = 128, "2026-11-26 19:00"
+# before, the default of slab_mb was another, and one slab alone was left for the backward
+SLAB_MB_WAS, SLABS_KEPT_SINCE = 128, "2026-11-26 19:00"
 KEPT_LESS = {("h100x2/end_to_end", "8b-16layers, 4 x 8192", "ours-fast")}
 # (file, shape, way): why a row has no place in the check
 OUTDATED = {
@@ -114,10 +115,10 @@ def heads(results: Path = RESULTS) -> Iterator[Point | Skipped]:
         measured, name = json.loads(path.read_text()), f"{path.parent.name}/{path.stem}"
         device, ranks = _card(measured["header"]), int(measured["header"]["ranks"])
         keeps = measured["header"]["date"] < GATHER_KEPT_BEFORE
-        slab_mb = SLAB_MB_WAS if measured["header"]["date"] < SLAB_MB_SINCE else SLAB_MB
+        one_slab = measured["header"]["date"] < SLABS_KEPT_SINCE
         for row in merged(measured["rows"]):
             shape, way = row["shape"], row["way"]
-            found = head_loss("gather keep" if keeps and way == "gather" else way, shape, ranks, device, slab_mb)
+            found = head_loss("gather keep" if keeps and way == "gather" else way, shape, ranks, device, one_slab)
             reason = OUTDATED.get((name, shape, way)) or _no_parameters(measured["header"], device)
             reason = reason or (NO_MODEL if found is None else None)
             if row["status"] != "ok" or reason:
@@ -136,7 +137,7 @@ LossOf = Callable[[Setting], Loss]
 
 
 def head_loss(
-    way: str, shape: str, ranks: int, device: str | None, slab_mb: int = SLAB_MB
+    way: str, shape: str, ranks: int, device: str | None, one_slab: bool = False
 ) -> tuple[LossOf, bool] | None:
     """Of a way of zero3_head.py, and whether it runs in an engine; None where there is no model of it."""
     tokens, hidden, vocab = sizes = _sizes(shape)
@@ -158,16 +159,25 @@ def head_loss(
             return _fixed(_with(loss, whole)), True
         # the weight is among what was there before
         return _fixed(Loss(loss.work, loss.held - 2 * vocab * hidden)), False
-    head = Head.cut(Shards(vocab, hidden, ranks), int(options.get("slab_mb", slab_mb)) * MIB)
+    slab_mb = int(options.get("slab_mb", SLAB_MB_WAS if one_slab else SLAB_MB))
+    head = Head.cut(Shards(vocab, hidden, ranks), slab_mb * MIB)
     chunk, keep = int(options.get("chunk_mb", CHUNK_MB)) * MIB, int(keep_mb * MIB)
     if name == "stream":
-        return _fixed(sharded_loss(of_stream(head, tokens, chunk, keep))), True
+        figures = of_stream(head, tokens, chunk, keep)
+        return _fixed(sharded_loss(_with_one_slab(figures, head) if one_slab else figures)), True
     if name == "stationary":
         return _fixed(sharded_loss(of_stationary(head, tokens, chunk))), True
     if name == "auto":
         both = candidates(head, tokens, chunk, KEEP_MB * MIB)
         return lambda s: sharded_loss(chosen(both, float("inf"), s.machines[device].rates(ranks))), True
     return None
+
+
+def _with_one_slab(figures: Figures, head: Head) -> Figures:
+    """Where the backward gathers all slabs but the last one again."""
+    more, ranks = min(KEPT_SLABS, head.n_slabs) - 1, head.shards.ranks
+    wire = more * head.slab_rows * head.shards.hidden * head.itemsize * (ranks - 1) // ranks
+    return replace(figures, wire=figures.wire + wire, calls=figures.calls + more)
 
 
 def _fixed(loss: Loss) -> LossOf:
@@ -224,7 +234,7 @@ def probes(folder: Path = RESULTS / "h200x4") -> Iterator[Point]:
         elif row["way"] == "stream":
             way = f"stream, {row['slabs']} slabs"
             head = Head(shards, vocab // row["slabs"], row["slabs"])
-            loss = sharded_loss(of_stream(head, tokens, 2 * tokens * vocab, 0))
+            loss = sharded_loss(_with_one_slab(of_stream(head, tokens, 2 * tokens * vocab, 0), head))
             # its peak has the outputs, dx in fp32 and the rank's part of the gradient; parts of it have no other room
             received = 2 * head.slab_rows * hidden // ranks
             loss = Loss(loss.work, loss.held + 2 * tokens * hidden + 2 * shards.size - received)

@@ -87,6 +87,22 @@ def test_a_step_compiles_nothing_more(warm, folder):
     assert len(kernels["found"]) > 8
 
 
+MEETING = """
+import torch
+from ds_fused.ops import softmax
+from ds_fused.ops._warmup import META, noted, target_of
+for name in ("sm90", "gfx942"):
+    with noted(target_of(name)) as launches:
+        softmax(torch.empty(2, 65536, dtype=torch.bfloat16, device=META))
+    print([(launch.constants["MEASURES"], launch.constants["WRITES"]) for launch in launches])
+"""
+
+
+def test_programs_meet_as_they_will_on_the_target(tmp_path):
+    done = run("-c", MEETING, cache=tmp_path)
+    assert done.stdout.splitlines() == ["[(True, True)]", "[(True, False), (False, True)]"], done.stderr
+
+
 def test_a_second_run_compiles_nothing(warm, folder):
     done = warm_up(str(folder / "config.json"), "--config", str(folder / "ds.json"), "--target", TARGET, cache=warm[0])
     assert counts(done.stdout) == (0, counts(warm[1])[0])

@@ -88,12 +88,14 @@ class Shards:
         return [slice(a, b) for a, b in zip(starts, [*starts[1:], self.common], strict=True)]
 
     def _cuts_in_waves(self, wave: int, rows: int) -> list[slice]:
-        """Of so many rows each, but the first ones, of which only the first is no whole wave."""
+        """Of so many rows each, but the first ones: the rest that is no wave, in two where it is more than half of a
+        slab, and the waves that are no whole slab.
+        """
         first = self.common % wave or wave
         starts = [0, first, *range(self.common % rows or rows, self.common, rows)]
         if 2 * first > rows:
             starts.append(side(first, -(-first // 2), self.ranks, least=1))
-        starts = sorted(set(starts) - {self.common})
+        starts = sorted(set(starts))
         return [slice(a, b) for a, b in zip(starts, [*starts[1:], self.common], strict=True)]
 
     def spans(self, cuts: list[slice]) -> list[slice]:

@@ -5,10 +5,11 @@ writes. Without meeting, one launch measures, and another one reads again and wr
 
 Who waits must not hold the place of one that it waits for. Teams are made of programs in the order in which they begin:
 of those that run some are of teams that are complete, and wait for nobody who has yet to begin, and the others are of
-one team, whose next member begins as soon as a place is free. So a device that has room for one team is enough. That it
-has, `can_meet` sees to, for devices of CUDA; on others, and in the interpreter, where a program begins when the one
-before it has ended, none meet. To number programs as they begin is Merrill and Garland's idea ("Single-pass Parallel
-Prefix Scan with Decoupled Look-back", 2016).
+one team, whose next member begins as soon as a place is free. So a device that has room for one team is enough, and
+where such launches are under way on several streams, for one of each. That it has, `can_meet` sees to, for devices of
+CUDA; on others, and in the interpreter, where a program begins when the one before it has ended, none meet. To number
+programs as they begin is Merrill and Garland's idea ("Single-pass Parallel Prefix Scan with Decoupled Look-back",
+2016).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from ds_fused.ops._triton import multiprocessors
 
@@ -46,10 +48,15 @@ def meet(arrivals_ptr, team, size):
         pass
 
 
+# where programs of a launch run side by side: a GPU's tensors, too, may be the interpreter's
+DEVICES = ("cuda",) if torch.version.hip is None and isinstance(meet, JITFunction) else ()
+
+
 def can_meet(x: Tensor, size: int) -> bool:
     """Whether teams of so many programs may meet on x's device."""
-    # a multiprocessor has a place for one program at least; half of them may be taken by others
-    return x.is_cuda and torch.version.hip is None and 2 * size <= multiprocessors(x)
+    # a multiprocessor has a place for one program at least; half of them may be taken by others that wait: those of one
+    # more such launch of the largest teams (of seven more where a row of 128k columns has 16 parts), or NCCL's
+    return x.device.type in DEVICES and 2 * size <= multiprocessors(x)
 
 
 def passes(x: Tensor, size: int) -> tuple[dict[str, bool], ...]:

@@ -28,10 +28,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, KernelParam
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ds_fused.ops import _launch, _triton
+from ds_fused.ops import _launch, _meet, _triton
 
 META = torch.device("meta")
-# of a device that is not here. Grids and scratch depend on it, not what is compiled
+# of a device that is not here. Grids and scratch depend on it; of what is compiled only whether large teams may meet
 MULTIPROCESSORS = 132
 # backend -> the class that builds the C function of a kernel, and its module
 LAUNCHERS = {
@@ -97,15 +97,16 @@ def noted(target: GPUTarget) -> Iterator[list[Launch]]:
         launches.setdefault(sort, Launch(kernel, grid, args, constants))
 
     found: list[Launch] = []
-    stock = _launch.launch_elsewhere, _triton.KERNEL_DEVICES, _triton.LANES
+    stock = _launch.launch_elsewhere, _triton.KERNEL_DEVICES, _triton.LANES, _meet.DEVICES
     _launch.launch_elsewhere = note
     _triton.KERNEL_DEVICES, _triton.LANES = ("meta",), target.warp_size
+    _meet.DEVICES = ("meta",) if target.backend == "cuda" else ()
     _triton._multiprocessors[META] = MULTIPROCESSORS
     _triton._copies_tiles[META] = copies_tiles_on(target)
     try:
         yield found
     finally:
-        _launch.launch_elsewhere, _triton.KERNEL_DEVICES, _triton.LANES = stock
+        _launch.launch_elsewhere, _triton.KERNEL_DEVICES, _triton.LANES, _meet.DEVICES = stock
         del _triton._multiprocessors[META], _triton._copies_tiles[META]
         found += launches.values()
 

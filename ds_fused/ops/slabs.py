@@ -50,7 +50,10 @@ class WeightSlabs(Protocol):
         ...
 
     def gather(self, k: int) -> Tensor:
-        """Rows [n, H] of slab k, which was prefetched. Padding rows are left out."""
+        """Rows [n, H] of slab k, which was prefetched, in memory of their own: the op may keep them for its backward.
+
+        Padding rows are left out.
+        """
         ...
 
     def gradient(self, k: int) -> Tensor:

@@ -64,14 +64,33 @@ def test_compiles_to_one_graph(shape, row, device):
 
 @pytest.mark.gpu
 @each_op
-def test_a_cuda_graph_captures_it(row, device):
-    x = randn(65, 257, device=device).bfloat16()
+@pytest.mark.parametrize("d", [257, 65536])
+def test_a_cuda_graph_captures_it(d, row, device):
+    x = randn(65, d, device=device).bfloat16()
     wanted = row.function(x)  # compiles the kernel before the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = row.function(x)
-    graph.replay()
-    assert torch.equal(y, wanted)
+    # twice: those who meet are counted from zero each time
+    for _ in range(2):
+        y.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(y, wanted)
+
+
+@pytest.mark.gpu
+def test_programs_meet_on_several_streams(device):
+    softmax = op("softmax").function
+    xs = [randn(128, 128256, device=device).bfloat16() for _ in range(4)]
+    wanted = [softmax(x) for x in xs]
+    streams = [torch.cuda.Stream(device) for _ in xs]
+    torch.cuda.synchronize(device)
+    got = []
+    for x, stream in zip(xs, streams, strict=True):
+        with torch.cuda.stream(stream):
+            got.append(softmax(x))
+    torch.cuda.synchronize(device)
+    assert all(torch.equal(y, z) for y, z in zip(got, wanted, strict=True))
 
 
 @each_op

@@ -40,6 +40,13 @@ def test_shared_memory_suffices(results, target):
     assert {kernel: n for kernel, n in shared.items() if n > MOST_SHARED[target]} == {}
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_programs_meet_on_nvidia(results, target):
+    constants = [row["constants"] for row in results[target]["compiled"]]
+    steps = {(c["MEASURES"], c["WRITES"]) for c in constants if "MEASURES" in c}
+    assert steps == ({(True, True)} if target.startswith("cuda") else {(True, False), (False, True)})
+
+
 def test_registers_do_not_spill_on_sm90(results):
     spilled = {f"{row['kernel']} {row['constants']}": row["spilled"] for row in results["cuda:90:32"]["compiled"]}
     assert None not in spilled.values(), "the assembler's report was not understood"

@@ -21,15 +21,15 @@ def test_softmax(shape, dtype, device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-# attention over 1023 keys; 4096; the widest that backward takes whole; walked backward; a vocabulary
+# attention over 1023 keys; 4096; the widest that backward takes whole; in parts backward; a vocabulary
 @pytest.mark.parametrize("shape", [(2, 8, 1023, 1023), (511, 4096), (513, 16384), (513, 32767), (65, 128256)])
 def test_softmax_of_real_sizes(shape, dtype, device):
     as_accurate(softmax, softmax_reference, [3 * randn(*shape, device=device)], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_too_wide_for_a_tile_are_walked(dtype, device, walked):
-    # 41 columns are three blocks, the last one short; so many rows that the worst error of PyTorch is no luck
+def test_rows_too_wide_for_a_tile_are_in_parts(dtype, device, walked):
+    # 41 columns are three parts, the last one short; so many rows that the worst error of PyTorch is no luck
     as_accurate(softmax, softmax_reference, [3 * randn(40, 41, device=device)], dtype)
 
 
@@ -38,7 +38,7 @@ def test_masks(way, device, request):
     if way == "walked":
         request.getfixturevalue("walked")
     x = randn(7, 41, device=device).float()
-    x[0, :20] = -INF  # the first block of a walk has nothing else
+    x[0, :20] = -INF  # the first part has nothing else
     x[1, 20:] = -INF
     x[2, ::2] = -INF
     x[3, 1:] = -INF  # one is left

@@ -23,7 +23,7 @@ def test_sparsemax(shape, scale, dtype, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1.0, 0.03])
-# attention over 1023 keys; 4096; the widest that backward takes whole; walked backward; a vocabulary
+# attention over 1023 keys; 4096; the widest that backward takes whole; in parts backward; a vocabulary
 @pytest.mark.parametrize("shape", [(2, 8, 1023, 1023), (511, 4096), (513, 16384), (513, 32767), (65, 128256)])
 def test_sparsemax_of_real_sizes(shape, scale, dtype, device):
     as_accurate(sparsemax, sparsemax_reference, [scale * randn(*shape, device=device)], dtype)

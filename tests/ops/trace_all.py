@@ -30,6 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import ds_fused.ops as ops
+from ds_fused.ops import _meet
 from ds_fused.ops._launch import Kept
 from ds_fused.ops._warmup import Absent
 
@@ -452,6 +453,7 @@ def pretend_to_have_a_gpu() -> None:
     triton.runtime.driver.set_active(Absent(GPUTarget("cuda", 90, 32), 0))
     # dynamo asks before it looks whether a function is a kernel
     torch.utils._triton.has_triton = lambda: True
+    _meet.DEVICES = ("cpu",)
     answers = {
         "runs_kernels": lambda *_: True,
         "multiprocessors": lambda _: MULTIPROCESSORS,
