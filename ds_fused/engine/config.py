@@ -61,7 +61,12 @@ HEAD_OPTIONS: Mapping[str, Option] = MappingProxyType(
             ("auto", "stream", "stationary", "gather"),
         ),
         # 132: at 4096 columns twice shards.WAVE_ROWS
-        "slab_mb": Option(int, 132, 'MiB of weight gathered at a time in mode "stream", or of rows in a lookup'),
+        "slab_mb": Option(
+            int,
+            132,
+            'MiB of weight gathered at a time in mode "stream", where the last three stay from forward to backward; or of '
+            "rows in a lookup",
+        ),
     }
 )
 # MLPs in tiles; off where it is not named
