@@ -64,8 +64,8 @@ HEAD_OPTIONS: Mapping[str, Option] = MappingProxyType(
         "slab_mb": Option(
             int,
             132,
-            'MiB of weight gathered at a time in mode "stream", where the last three stay from forward to backward; or of '
-            "rows in a lookup",
+            'MiB of weight gathered at a time in mode "stream", where the last three stay from forward to backward; or '
+            "of rows in a lookup",
         ),
     }
 )
