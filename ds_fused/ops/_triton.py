@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 import triton
@@ -17,6 +19,8 @@ MOST_IN_FLIGHT = 128 * 1024
 
 # compute capabilities that copy tiles by descriptors and have the shared memory for large ones
 COPIES_TILES = (9, 10)
+
+T = TypeVar("T")
 
 _multiprocessors: dict[torch.device, int] = {}
 _copies_tiles: dict[torch.device, bool] = {}
@@ -124,12 +128,7 @@ def multiprocessors(x: Tensor) -> int:
     device = x.device
     if device.type == "cpu":
         return 1  # the interpreter: small tests then reach the second turn of a persistent loop
-    if torch.compiler.is_compiling():
-        return _ask_multiprocessors(device)
-    count = _multiprocessors.get(device)
-    if count is None:
-        count = _multiprocessors[device] = _ask_multiprocessors(device)
-    return count
+    return _once_a_device(_ask_multiprocessors, _multiprocessors, device)
 
 
 def _ask_multiprocessors(device: torch.device) -> int:
@@ -140,19 +139,23 @@ def _ask_multiprocessors(device: torch.device) -> int:
 
 def copies_tiles(x: Tensor) -> bool:
     """Whether x's device copies tiles by descriptors (TMA), for which kernels of their own are written."""
-    device = x.device
-    if torch.compiler.is_compiling():
-        return _ask_copies_tiles(device)
-    known = _copies_tiles.get(device)
-    if known is None:
-        known = _copies_tiles[device] = _ask_copies_tiles(device)
-    return known
+    return _once_a_device(_ask_copies_tiles, _copies_tiles, x.device)
 
 
 def _ask_copies_tiles(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_properties(device).major in COPIES_TILES
+
+
+def _once_a_device(ask: Callable[[torch.device], T], known: dict[torch.device, T], device: torch.device) -> T:
+    """What is asked of a device, kept in ``known``; for a graph it is asked again, which would guard what is known."""
+    if torch.compiler.is_compiling():
+        return ask(device)
+    answer = known.get(device)
+    if answer is None:
+        answer = known[device] = ask(device)
+    return answer
 
 
 def resident(x: Tensor, warps_per_multiprocessor: int, warps: int) -> int:
