@@ -180,10 +180,9 @@ def dyt_bwd(
     dbias = make(bias) if wanted.dbias else None
     if n == 0 or d == 0:
         return dx, dalpha, dweight, dbias
-    if d <= min(NARROW_COLS, MOST_COLS):
-        block = tile(d, NARROW_TILE_BWD, NARROW_PER_THREAD_BWD, MOST_COLS)
-    else:
-        block = tile(min(d, MOST_COLS), TILE_BWD, PER_THREAD_BWD, MOST_COLS)
+    is_narrow = d <= min(NARROW_COLS, MOST_COLS)
+    elements, per_thread = (NARROW_TILE_BWD, NARROW_PER_THREAD_BWD) if is_narrow else (TILE_BWD, PER_THREAD_BWD)
+    block = tile(min(d, MOST_COLS), elements, per_thread, MOST_COLS)
     column_blocks = cdiv(d, block.cols)
     most = max(1, resident(x, WARPS_PER_MULTIPROCESSOR, block.warps) // column_blocks)
     programs = min(cdiv(n, block.rows), most)
