@@ -80,6 +80,10 @@ class EngineRun:
     def settle(self) -> None:
         self._engine.step()
 
+    def uncounted(self) -> int:
+        slab_mode = vars(self._engine).get("_ds_fused_slab_mode")
+        return 0 if slab_mode is None else slab_mode.window_bytes
+
     def close(self) -> None:
         engine, self._engine = self._engine, None
         engine.destroy()
@@ -92,6 +96,6 @@ class EngineRun:
 def _check_mode(engine: deepspeed.DeepSpeedEngine) -> None:
     """A head that was left, or whose weight is gathered in spite of the mode, is not the way that was asked for."""
     report = engine.ds_fused_report
-    reasons = [left.reason for left in report.left if left.what.startswith(("head", "loss"))]
+    reasons = [left.reason for left in report.left if left.what.startswith(("head", "loss", "copy engines"))]
     if reasons or not any(claim.key == "fused_linear_cross_entropy" for claim in report.claims):
         raise RuntimeError(f"ds_fused did not take the head: {'; '.join(reasons) or report}")

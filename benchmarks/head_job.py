@@ -160,6 +160,7 @@ def measured(name: str, case: Case, judge: Judge) -> dict[str, object]:
         if iteration >= WARM_UP:
             (ms if has_lead else idle_ms).append(took)
             peaks.append(peak)
+    uncounted = run.uncounted()
     run.close()
     case.x.grad = None
 
@@ -172,7 +173,7 @@ def measured(name: str, case: Case, judge: Judge) -> dict[str, object]:
     row["iterations_ms"] = [round(took, 3) for took in ms.tolist()]
     # bare GEMMs write into outputs made beforehand
     if case.device.type == "cuda" and errors is not None:
-        row["extra_mib"] = (peaks.max().item() - case.x.numel() * case.x.element_size()) / 2**20
+        row["extra_mib"] = (peaks.max().item() + uncounted - case.x.numel() * case.x.element_size()) / 2**20
     return row
 
 

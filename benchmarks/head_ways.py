@@ -100,6 +100,10 @@ class Run(Protocol):
         """What comes between two calls and belongs to neither."""
         ...
 
+    def uncounted(self) -> int:
+        """Bytes of the way's own that stay from call to call and that PyTorch's allocator does not count."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -179,6 +183,9 @@ class ReplicatedRun:
     def settle(self) -> None:
         self._weight.grad = None
 
+    def uncounted(self) -> int:
+        return 0
+
     def close(self) -> None:
         self._weight = None
 
@@ -218,6 +225,9 @@ class BareGemmsRun:
         raise NotImplementedError("bare GEMMs have no loss, so no gradient of one")
 
     def settle(self) -> None: ...
+
+    def uncounted(self) -> int:
+        return 0
 
     def close(self) -> None:
         self._weight = self._room = self._dx = self._dw = None
@@ -299,6 +309,12 @@ WAYS: Mapping[str, Way] = {
     "stream": Sharded("8 MHV, slab_mb=132", fused=_fused("stream", keep_mb=0)),
     "stream slab_mb=64": Sharded("8 MHV", fused=_fused("stream", slab_mb=64, keep_mb=0)),
     "stream keep all": Sharded("6 MHV: all logits kept, in bf16", fused=_fused("stream", keep_mb=ALL)),
+    "stream copy_engines": Sharded(
+        "8 MHV, slabs moved by copy engines", fused=_fused("stream", keep_mb=0, copy_engines=True), needs_gpu=True
+    ),
+    "stream copy_engines keep all": Sharded(
+        "6 MHV, the same", fused=_fused("stream", keep_mb=ALL, copy_engines=True), needs_gpu=True
+    ),
     "stream frozen": Sharded("4 MHV: the weight is not trained", fused=_fused("stream"), frozen=True),
     "stock frozen": Sharded("all logits, in fp32; the weight is not trained", frozen=True),
     "stationary": Sharded("6 MHV, chunk_mb=512", fused=_fused("stationary")),

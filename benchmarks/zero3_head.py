@@ -19,7 +19,8 @@ the second, and so on.
 - from idle ms: the same of 10 iterations without them, from a barrier on: host time is in it.
 - extra MiB: the most memory allocated during forward and backward beyond what was allocated before, less the 2 MH
   bytes of dx, which every way has to hand back. Before are: x and labels, the shard of the weight with its fp32 master
-  copy, DeepSpeed's buckets, and the part of the gradient that it keeps. Largest of all ranks and iterations.
+  copy, DeepSpeed's buckets, and the part of the gradient that it keeps. Windows for copy engines stay, and are extra
+  all the same. Largest of all ranks and iterations.
 - errors: relative, against fp32 on the same inputs: of the loss, of dx, and of the rank's part of the weight's gradient
   averaged over ranks, in the L2 norm; largest of all ranks. A way whose answer is wrong gets no time. A frozen head has
   no gradient of its weight.

@@ -67,6 +67,12 @@ HEAD_OPTIONS: Mapping[str, Option] = MappingProxyType(
             'MiB of weight gathered at a time in mode "stream", where the last three stay from forward to backward; or '
             "of rows in a lookup",
         ),
+        "copy_engines": Option(
+            bool,
+            False,
+            'in mode "stream" on one host of NVIDIA\'s GPUs: slabs are moved by copy engines, beside which products are '
+            "faster, through five slabs of memory that stay",
+        ),
     }
 )
 # MLPs in tiles; off where it is not named

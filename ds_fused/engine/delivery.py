@@ -9,6 +9,8 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from ds_fused.ops._parts import sum_parts
+
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
@@ -41,6 +43,11 @@ class Place(NamedTuple):
             torch.mul(part, factor, out=kept)
         else:
             kept.add_(part.to(kept.dtype) if factor == 1.0 else part, alpha=factor)
+
+
+    def put_sum(self, where: slice, parts: Tensor) -> None:
+        """``put`` of the sum of parts [W, n]."""
+        sum_parts(parts, self.kept[where], adds=self.adds)
 
 
 class Delivery:

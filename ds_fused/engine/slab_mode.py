@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ds_fused.engine import self_test
+from ds_fused.engine import copy_engines, self_test
 from ds_fused.engine.agreement import first_of
 from ds_fused.engine.auto import Auto
 from ds_fused.engine.config import HEAD, OP_OPTIONS, Config
+from ds_fused.engine.copy_engines import CopyEngines
 from ds_fused.engine.delivery import Delivery
 from ds_fused.engine.lookup import Lookup
 from ds_fused.engine.shards import Shards
@@ -80,6 +81,8 @@ class SlabMode:
         self._mode = config.head["mode"]
         self._slab_bytes = config.head["slab_mb"] * 2**20
         self._embeddings = config.embedding
+        self._wants_engines = config.head["copy_engines"]
+        self._engines: CopyEngines | None = None
         self._heads: dict[nn.Module, ZeroSlabs | ZeroShard | Auto] = {}
         self._biases: dict[nn.Module, ZeroVector] = {}
         self._deliveries: dict[nn.Parameter, Delivery] = {}
@@ -88,6 +91,11 @@ class SlabMode:
         """The weight of a head whose loss is to be computed without the whole of it."""
         weight = self._heads.get(head)
         return weight.of(n_tokens) if isinstance(weight, Auto) else weight
+
+    @property
+    def window_bytes(self) -> int:
+        """Of memory for copy engines: it stays, and PyTorch's allocator does not count it."""
+        return sum(weight.window_bytes for weight in self._heads.values() if isinstance(weight, ZeroSlabs))
 
     def is_sharded(self, head: nn.Module) -> bool:
         return head in self._heads
@@ -112,6 +120,11 @@ class SlabMode:
             reason = self._why_gather(engine, head)
             if reason is None:
                 delivery = self._delivery(engine, head.weight)
+                if self._wants_engines and self._mode != "stationary":
+                    reason = self._make_engines(delivery.param)
+                    if reason is not None:
+                        what = f"copy engines for head {claim.paths[0]}"
+                        report.left = (*report.left, Left(what, 1, f"collectives move its slabs, since {reason}"))
                 self._heads[head] = weight = self._weight(engine, claim, delivery)
                 if head.bias is not None and not head.bias.ds_persist:
                     self._biases[head] = ZeroVector(Delivery(head.bias, engine))
@@ -137,9 +150,19 @@ class SlabMode:
                 reason = first_of(self_test.what_differs(engine, param), param.ds_process_group)
         return reason
 
+    def _make_engines(self, param: nn.Parameter) -> str | None:
+        """Why slabs of a weight can't be moved by copy engines: on any rank; None when they are."""
+        if self._engines is None:
+            group = param.ds_process_group
+            reason = first_of(copy_engines.why_not(group), group)
+            if reason is not None:
+                return reason
+            self._engines = CopyEngines()
+        return None
+
     def _weight(self, engine: DeepSpeedEngine, claim: LinearClaim, delivery: Delivery) -> ZeroSlabs | ZeroShard | Auto:
         if self._mode == "stream":
-            return ZeroSlabs(delivery, self._slab_bytes)
+            return ZeroSlabs(delivery, self._slab_bytes, self._engines)
         shard = ZeroShard(delivery)
         if self._mode == "stationary":
             return shard
@@ -151,7 +174,7 @@ class SlabMode:
                 log.warning("ds_fused: head %s: %s", claim.paths[0], line)
 
         options = {name: option.default for name, option in OP_OPTIONS[HEAD].items()} | dict(claim.options)
-        return Auto(ZeroSlabs(delivery, self._slab_bytes), shard, options["chunk_mb"], options["keep_mb"], tell)
+        return Auto(ZeroSlabs(delivery, self._slab_bytes, self._engines), shard, options["chunk_mb"], options["keep_mb"], tell)
 
     def _lookup(self, delivery: Delivery) -> Lookup:
         # in mode "stream" collectives depend on the weight alone, here as in the head

@@ -13,6 +13,10 @@ before is computed, and so is its reduce-scatter while the next one is.
 Memory: two slabs of weight, between a forward and its backward three; in backward two of gradient, too. What comes of
 it is written where the optimizer keeps this rank's part of the gradient; offloaded to the CPU, that part is held here
 until it is complete.
+
+With copy engines (copy_engines.py) slabs lie in windows, which stay: three of weight, and two of gradient, in one of
+which each rank's parts are exchanged for those of all others, to be added up there. That is a reduce-scatter whose sum
+is rounded once.
 """
 
 from __future__ import annotations
@@ -27,9 +31,12 @@ from torch import Tensor
 
 from ds_fused.engine.delivery import Delivery, Place
 from ds_fused.engine.shards import Shards
+from ds_fused.ops._tiles import KEPT_SLABS
 
 if TYPE_CHECKING:
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    from ds_fused.engine.copy_engines import CopyEngines
 
 
 class Flight(NamedTuple):
@@ -43,10 +50,51 @@ class Flight(NamedTuple):
         return self.result
 
 
+class Windows:
+    """Where slabs lie that copy engines move: made when they are first asked for, by all ranks alike.
+
+    Slab k comes into the window k % KEPT_SLABS: so the next one, on either way, never comes to where the one before
+    still is, and a backward finds the last ones of its forward.
+    """
+
+    def __init__(self, engines: CopyEngines, n_elements: int, dtype: torch.dtype) -> None:
+        self.engines, self._elements, self._dtype = engines, n_elements, dtype
+        self._weights: list[Tensor] = []
+        self._gradients: list[Tensor] = []
+        self._given: dict[int, Tensor] = {}
+
+    @property
+    def n_bytes(self) -> int:
+        return (len(self._weights) + len(self._gradients)) * self._elements * self._dtype.itemsize
+
+    def _made(self, there: list[Tensor], n: int) -> list[Tensor]:
+        if not there:
+            there += [self.engines.window(self._elements, self._dtype) for _ in range(n)]
+        return there
+
+    def room(self, k: int, n_elements: int) -> Tensor:
+        """Of slab k's window; what lies there is lost."""
+        self._given.pop(k % KEPT_SLABS, None)
+        return self._made(self._weights, KEPT_SLABS)[k % KEPT_SLABS][:n_elements]
+
+    def gave(self, k: int, rows: Tensor) -> None:
+        self._given[k % KEPT_SLABS] = rows
+
+    def holds(self, rows: Tensor) -> bool:
+        return any(rows is given for given in self._given.values())
+
+    def parts(self, n_elements: int) -> Tensor:
+        """Room for a gradient, which is to be sent from there."""
+        return self._made(self._gradients, 2)[0][:n_elements]
+
+    def received(self, n_elements: int) -> Tensor:
+        return self._made(self._gradients, 2)[1][:n_elements]
+
+
 class ZeroSlabs:
     """One sharded weight. Every rank of its group calls the same methods in the same order."""
 
-    def __init__(self, delivery: Delivery, slab_bytes: int) -> None:
+    def __init__(self, delivery: Delivery, slab_bytes: int, engines: CopyEngines | None = None) -> None:
         self.param = param = delivery.param
         self.group = param.ds_process_group
         self.shape = (param.ds_shape[0], param.ds_shape[1])
@@ -62,6 +110,7 @@ class ZeroSlabs:
         self._seams = int(self._shards.seam_rows > 0)
         self.slab_rows = max(span.stop - span.start for span in self._spans)
         self.share = 1 / self.ranks
+        self._windows = None if engines is None else Windows(engines, self.slab_rows * self.shape[1], self.dtype)
         self._coming: Flight | None = None
         self._leaving: tuple[int, Flight] | None = None
         # in a backward
@@ -87,7 +136,13 @@ class ZeroSlabs:
 
     def __str__(self) -> str:
         slab = self.slab_rows * self.shape[1] * self.param.ds_tensor.element_size()
-        return f"its weight in {len(self)} slabs of at most {slab / 2**20:.1f} MiB over {self._shards.ranks} ranks"
+        how = "" if self._windows is None else ", by copy engines"
+        return f"its weight in {len(self)} slabs of at most {slab / 2**20:.1f} MiB over {self._shards.ranks} ranks{how}"
+
+    @property
+    def window_bytes(self) -> int:
+        """Of memory that stays and that PyTorch's allocator does not count."""
+        return 0 if self._windows is None else self._windows.n_bytes
 
     # the weight comes
 
@@ -100,7 +155,13 @@ class ZeroSlabs:
     def gather(self, k: int) -> Tensor:
         coming, self._coming = self._coming, None
         gathered = coming.land()
-        return self._seam_of(gathered) if self._is_seam(k) else gathered.view(-1, self.shape[1])
+        rows = self._seam_of(gathered) if self._is_seam(k) else gathered.view(-1, self.shape[1])
+        if self._windows is not None:
+            self._windows.gave(k, rows)
+        return rows
+
+    def holds(self, rows: Tensor) -> bool:
+        return self._windows is None or self._windows.holds(rows)
 
     def _is_seam(self, k: int) -> bool:
         return k < self._seams
@@ -120,8 +181,12 @@ class ZeroSlabs:
             mine = self._seam_room()
             for room, place in self._seam_places(self._rank):
                 mine[room] = shard[place]
-        else:
+        elif self._windows is not None:
+            everyones = self._windows.room(k, self.ranks * shard[self._place(k)].numel())
             # offloaded shards lie on the CPU
+            everyones.view(self.ranks, -1)[self._rank].copy_(shard[self._place(k)], non_blocking=True)
+            return Flight(self._windows.engines.gather(everyones), everyones)
+        else:
             mine = shard[self._place(k)].to(self.device, non_blocking=True)
         everyones = torch.empty(self._shards.ranks * mine.numel(), dtype=self.dtype, device=self.device)
         work = dist.all_gather_into_tensor(everyones, mine, group=self.group, async_op=True)
@@ -131,7 +196,18 @@ class ZeroSlabs:
 
     def gradient(self, k: int) -> Tensor:
         span = self.span(k)
-        return torch.empty(span.stop - span.start, self.shape[1], dtype=self.dtype, device=self.device)
+        if not self._exchanges(k):
+            return torch.empty(span.stop - span.start, self.shape[1], dtype=self.dtype, device=self.device)
+        if self._leaving is not None:
+            # it lies there, to be sent
+            self._leaving[1].land()
+        return self._windows.parts((span.stop - span.start) * self.shape[1]).view(-1, self.shape[1])
+
+    def _exchanges(self, k: int) -> bool:
+        """Whether the gradient of slab k goes through windows; they have the weight's dtype."""
+        if self._windows is None or self._is_seam(k):
+            return False
+        return self._optimizer.get_param_comm_dtype(self.param) == self.dtype
 
     def scatter(self, k: int, dw: Tensor) -> None:
         """Start the reduce-scatter of slab k, and take in what the one before has brought."""
@@ -140,6 +216,11 @@ class ZeroSlabs:
             self._leaving = self._partition = None
             self._kept = self._delivery.open()
         self._take_in()
+        if self._exchanges(k):
+            received = self._windows.received(dw.numel())
+            work = self._windows.engines.exchange(received, dw.view(-1))
+            self._leaving = (k, Flight(work, received))
+            return
         parts = self._seam_parts(dw) if self._is_seam(k) else dw.view(-1)
         parts = parts.to(self._optimizer.get_param_comm_dtype(self.param))
         mine = torch.empty(parts.numel() // self._shards.ranks, dtype=parts.dtype, device=self.device)
@@ -160,6 +241,8 @@ class ZeroSlabs:
         if self._is_seam(k):
             for room, place in self._seam_places(self._rank):
                 kept.put(place, mine[room])
+        elif self._exchanges(k):
+            kept.put_sum(self._place(k), mine.view(self.ranks, -1))
         else:
             kept.put(self._place(k), mine)
 

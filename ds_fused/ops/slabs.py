@@ -50,14 +50,22 @@ class WeightSlabs(Protocol):
         ...
 
     def gather(self, k: int) -> Tensor:
-        """Rows [n, H] of slab k, which was prefetched, in memory of their own: the op may keep them for its backward.
+        """Rows [n, H] of slab k, which was prefetched; padding rows are left out.
 
-        Padding rows are left out.
+        They stay until the next but one is prefetched. An op that keeps the last KEPT_SLABS for its backward asks there
+        whether the weight `holds` them yet.
         """
         ...
 
+    def holds(self, rows: Tensor) -> bool:
+        """Whether rows that `gather` gave are still what they were: other losses over the same weight may have come."""
+        ...
+
     def gradient(self, k: int) -> Tensor:
-        """Room [n, H] for the gradient of slab k, in the weight's dtype; the op writes every element, then scatters."""
+        """Room [n, H] for the gradient of slab k, in the weight's dtype; the op writes every element, then scatters.
+
+        Asked for when it is to be written: what comes from then on waits until the slab before has left.
+        """
         ...
 
     def scatter(self, k: int, dw: Tensor) -> None:
@@ -98,6 +106,9 @@ class WholeWeight:
 
     def gather(self, k: int) -> Tensor:
         return self.weight[self.span(k)]
+
+    def holds(self, rows: Tensor) -> bool:
+        return True
 
     def gradient(self, k: int) -> Tensor:
         if self.grad is None:

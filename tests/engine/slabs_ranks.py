@@ -80,6 +80,26 @@ def batch(step: int, n_vocab: int, hidden: int) -> tuple[torch.Tensor, torch.Ten
     return torch.randn(n, hidden, generator=draw), torch.full_like(labels, -100) if step == 1 else labels
 
 
+class Engines:
+    """Copy engines of CPUs: gloo's collectives over windows that begin as NaN."""
+
+    def window(self, n_elements: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.full((n_elements,), float("nan"), dtype=dtype)
+
+    def gather(self, everyones: torch.Tensor) -> object:
+        mine = everyones.view(dist.get_world_size(), -1)[dist.get_rank()].clone()
+        return zero_slabs.dist.all_gather_into_tensor(everyones, mine, async_op=True)
+
+    def exchange(self, received: torch.Tensor, parts: torch.Tensor) -> object:
+        # for another count than that of a reduce-scatter
+        return deepspeed.comm.all_to_all_single(received, parts, async_op=True)
+
+
+def two_losses(x: torch.Tensor, slabs: ZeroSlabs | ZeroShard, labels: torch.Tensor) -> torch.Tensor:
+    """The backward of the second comes first, and leaves other slabs than the first one's forward."""
+    return 0.5 * (loss(x, slabs, labels) + loss(x, slabs, labels))
+
+
 class Collectives:
     """Stands for deepspeed.comm in the module under test and notes what is started there."""
 
@@ -133,9 +153,13 @@ def main(out: str) -> None:
     gc.freeze()
     results = []
     for n_vocab, hidden, slab_bytes in WEIGHTS:
-        stock, fused, still = (Model(n_vocab, hidden) for _ in range(3))
+        stock, fused, still, copied = models = [Model(n_vocab, hidden) for _ in range(4)]
         weight = stock.head.weight.detach().clone()
-        engines = [engine_of(model) for model in (stock, fused, still)]
+        engines = [engine_of(model) for model in models]
+        copied.slabs, copied.loss_of = (
+            ZeroSlabs(Delivery(copied.head.weight, engines[3]), slab_bytes, Engines()),
+            two_losses,
+        )
         fused.slabs = ZeroSlabs(Delivery(fused.head.weight, engines[1]), slab_bytes)
         still.slabs = shard = ZeroShard(Delivery(still.head.weight, engines[2]))
         ids, rows = rows_of(fused.slabs)
@@ -149,6 +173,8 @@ def main(out: str) -> None:
             "stock": train(stock, engines[0], n_vocab, hidden),
             "fused": train(fused, engines[1], n_vocab, hidden),
             "stationary": train(still, engines[2], n_vocab, hidden),
+            "copied": train(copied, engines[3], n_vocab, hidden),
+            "windows": [copied.slabs.window_bytes, fused.slabs.window_bytes],
         }
         for name, still.loss_of in (("entropies", policy_loss), ("class weights", weighted_loss)):
             result[name] = train(still, engines[2], n_vocab, hidden)

@@ -41,7 +41,7 @@ def test_options_reach_the_op():
 def test_options_of_the_engine_do_not_reach_the_op():
     config = parse({"enabled": True, "fused_linear_cross_entropy": {"mode": "stream", "keep_mb": 1}})
     assert config.wanted["fused_linear_cross_entropy"] == {"keep_mb": 1}
-    assert config.head == {"mode": "stream", "slab_mb": 132}
+    assert config.head == {"mode": "stream", "slab_mb": 132, "copy_engines": False}
 
 
 def test_everything_can_be_said():

@@ -33,7 +33,7 @@ def test_every_row_comes_once(ranks):
 
 def test_training_is_stocks(ranks):
     for row in (row for rank in ranks for row in rank):
-        for mode in ("fused", "stationary"):
+        for mode in ("fused", "stationary", "copied"):
             # sums in another order
             assert row[mode]["losses"] == pytest.approx(row["stock"]["losses"], rel=1e-5), row["weight"]
             for mine, theirs in zip(row[mode]["weights"], row["stock"]["weights"], strict=True):
@@ -160,3 +160,20 @@ def test_a_shape_that_is_too_small_says_so():
     assert "too small" in Shards(1000, 2, 4).why_not()
     # P = 10: the second rank has the end of one row and the beginning of another
     assert "too small" in Shards(5, 8, 4).why_not()
+
+
+def test_windows_are_five_slabs(ranks):
+    for weights in zip(*ranks, strict=True):
+        n_vocab, hidden, slab_bytes = weights[0]["weight"]
+        shards = Shards(n_vocab, hidden, len(ranks))
+        spans = shards.spans(shards.cuts(4 * hidden, slab_bytes))
+        slab = 4 * hidden * max(span.stop - span.start for span in spans)
+        assert all(row["windows"] == [5 * slab, 0] for row in weights)
+
+
+def test_what_two_losses_leave_in_windows_is_the_same_on_every_rank(ranks):
+    for weights in zip(*ranks, strict=True):
+        first, slabs = weights[0]["copied"]["collectives"][0], weights[0]["slabs"]
+        assert all(seen == first for row in weights for seen in row["copied"]["collectives"]), weights[0]["weight"]
+        # the second loss finds three slabs of its forward, the first one none
+        assert [name for name, _ in first].count("all_gather_into_tensor") == 4 * slabs - min(KEPT_SLABS, slabs)

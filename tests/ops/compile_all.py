@@ -29,6 +29,7 @@ import ds_fused.ops as ops
 import ds_fused.ops._triton as shared
 from ds_fused.ops import _meet
 from ds_fused.ops._along_rows import LEFT, ZERO
+from ds_fused.ops._parts import sum_parts
 from ds_fused.ops._warmup import Absent, copies_tiles_on
 from ds_fused.ops.registry import OPS
 from ds_fused.ops.softmax import softmax_bwd, softmax_fwd
@@ -344,6 +345,9 @@ def linear_cross_entropy() -> None:
     ops.linear_cross_entropy(leaf(2, 8).detach(), OneOfTwo(), labels, return_accuracy=True)
     weights = {"class_weight": leaf(32000).detach(), "label_smoothing": 0.1}
     ops.linear_cross_entropy(leaf(2, 8).detach(), OneOfTwo(), labels, **weights)
+    # a gradient that copy engines bring
+    for dtype, adds in ((torch.bfloat16, False), (torch.float32, True)):
+        sum_parts(leaf(4, 64).detach(), leaf(64, dtype=dtype).detach(), adds=adds)
 
 
 def linear_log_probs() -> None:

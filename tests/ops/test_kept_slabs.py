@@ -38,6 +38,9 @@ class Counted:
         rows, self.coming = self.coming, None
         return rows
 
+    def holds(self, rows: Tensor) -> bool:
+        return True
+
     def gradient(self, k: int) -> Tensor:
         memory = torch.empty(ROWS, H)
         weakref.finalize(memory.untyped_storage(), self._gone)
