@@ -14,9 +14,9 @@ Memory: two slabs of weight, between a forward and its backward three; in backwa
 it is written where the optimizer keeps this rank's part of the gradient; offloaded to the CPU, that part is held here
 until it is complete.
 
-With copy engines (copy_engines.py) slabs lie in windows, which stay: three of weight, and two of gradient, in one of
-which each rank's parts are exchanged for those of all others, to be added up there. That is a reduce-scatter whose sum
-is rounded once.
+With copy engines (copy_engines.py) slabs lie in windows, which stay: two of weight, which the last two slabs of a
+forward leave for its backward, and two of gradient, from one to the other of which ranks exchange their parts, to be
+added up there: a reduce-scatter whose sum is rounded once.
 """
 
 from __future__ import annotations
@@ -31,12 +31,15 @@ from torch import Tensor
 
 from ds_fused.engine.delivery import Delivery, Place
 from ds_fused.engine.shards import Shards
-from ds_fused.ops._tiles import KEPT_SLABS
 
 if TYPE_CHECKING:
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
     from ds_fused.engine.copy_engines import CopyEngines
+
+
+# windows of weight
+TURNS = 2
 
 
 class Flight(NamedTuple):
@@ -53,8 +56,8 @@ class Flight(NamedTuple):
 class Windows:
     """Where slabs lie that copy engines move: made when they are first asked for, by all ranks alike.
 
-    Slab k comes into the window k % KEPT_SLABS: so the next one, on either way, never comes to where the one before
-    still is, and a backward finds the last ones of its forward.
+    Slabs take turns: on either way the next one never comes to where the one before still is, and a backward finds the
+    last two of its forward.
     """
 
     def __init__(self, engines: CopyEngines, n_elements: int, dtype: torch.dtype) -> None:
@@ -74,11 +77,11 @@ class Windows:
 
     def room(self, k: int, n_elements: int) -> Tensor:
         """Of slab k's window; what lies there is lost."""
-        self._given.pop(k % KEPT_SLABS, None)
-        return self._made(self._weights, KEPT_SLABS)[k % KEPT_SLABS][:n_elements]
+        self._given.pop(k % TURNS, None)
+        return self._made(self._weights, TURNS)[k % TURNS][:n_elements]
 
     def gave(self, k: int, rows: Tensor) -> None:
-        self._given[k % KEPT_SLABS] = rows
+        self._given[k % TURNS] = rows
 
     def holds(self, rows: Tensor) -> bool:
         return any(rows is given for given in self._given.values())

@@ -52,8 +52,8 @@ class WeightSlabs(Protocol):
     def gather(self, k: int) -> Tensor:
         """Rows [n, H] of slab k, which was prefetched; padding rows are left out.
 
-        They stay until the next but one is prefetched. An op that keeps the last KEPT_SLABS for its backward asks there
-        whether the weight `holds` them yet.
+        They stay until the next but one is prefetched. An op that keeps the last ones for its backward asks there
+        which of them the weight still `holds`.
         """
         ...
 

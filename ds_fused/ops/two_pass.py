@@ -36,6 +36,16 @@ def _rooms(source: WeightSlabs, k: int, x: Tensor, n_chunks: int, native: bool) 
     return dw, dw if dw.dtype == dtype else torch.empty_like(dw, dtype=dtype)
 
 
+def _held(kept_rows: dict[int, Tensor], source: WeightSlabs) -> dict[int, Tensor]:
+    """Those that a backward finds one after the other, from the last slab on."""
+    held: dict[int, Tensor] = {}
+    for k in reversed(range(len(source))):
+        if k not in kept_rows or not source.holds(kept_rows[k]):
+            break
+        held[k] = kept_rows[k]
+    return held
+
+
 class TwoPassFunction(torch.autograd.Function):
     """x [M, H], a weight [V, H] and labels [M] to one loss a token [M], fp32: any reduction or weighting goes on top.
 
@@ -122,9 +132,7 @@ class TwoPassFunction(torch.autograd.Function):
         tiles, n_tokens = ctx.tiles, x.shape[0]
         _, softmax_bwd = softmax_passes(x)
         source = WholeWeight(weight, tiles.rows) if ctx.slabs is None else ctx.slabs
-        kept_rows, ctx.kept_rows = ctx.kept_rows, {}
-        if not all(source.holds(rows) for rows in kept_rows.values()):
-            kept_rows = {}
+        kept_rows, ctx.kept_rows = _held(ctx.kept_rows, source), {}
         if not kept_rows:
             source.prefetch(len(source) - 1)
         wants_dx, wants_dweight, wants_dbias = ctx.needs_input_grad[:3]
