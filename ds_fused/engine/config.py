@@ -71,7 +71,7 @@ HEAD_OPTIONS: Mapping[str, Option] = MappingProxyType(
             bool,
             False,
             'in mode "stream" on one host of NVIDIA\'s GPUs: slabs are moved by copy engines, beside which products are '
-            "faster, through four slabs of memory that stay",
+            "faster, through five slabs of memory that stay",
         ),
     }
 )

@@ -14,9 +14,9 @@ Memory: two slabs of weight, between a forward and its backward three; in backwa
 it is written where the optimizer keeps this rank's part of the gradient; offloaded to the CPU, that part is held here
 until it is complete.
 
-With copy engines (copy_engines.py) slabs lie in windows, which stay: two of weight, which the last two slabs of a
-forward leave for its backward, and two of gradient, from one to the other of which ranks exchange their parts, to be
-added up there: a reduce-scatter whose sum is rounded once.
+With copy engines (copy_engines.py) slabs lie in windows, which stay: two of weight, in which a forward leaves its last
+two slabs for its backward; two of gradient, and one into which ranks send one another their parts of it, to be added up
+there. That is a reduce-scatter whose sum is rounded once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ds_fused.engine.copy_engines import CopyEngines
 
 
-# windows of weight
+# windows of weight, and of its gradient
 TURNS = 2
 
 
@@ -57,18 +57,21 @@ class Windows:
     """Where slabs lie that copy engines move: made when they are first asked for, by all ranks alike.
 
     Slabs take turns: on either way the next one never comes to where the one before still is, and a backward finds the
-    last two of its forward.
+    last two of its forward. A rank's own part of a gradient goes by a kernel, which waits for the end of a product that
+    has begun; so the gradient of a slab has until the end of the next one to leave.
     """
 
     def __init__(self, engines: CopyEngines, n_elements: int, dtype: torch.dtype) -> None:
         self.engines, self._elements, self._dtype = engines, n_elements, dtype
         self._weights: list[Tensor] = []
         self._gradients: list[Tensor] = []
+        self._received: list[Tensor] = []
         self._given: dict[int, Tensor] = {}
 
     @property
     def n_bytes(self) -> int:
-        return (len(self._weights) + len(self._gradients)) * self._elements * self._dtype.itemsize
+        n = len(self._weights) + len(self._gradients) + len(self._received)
+        return n * self._elements * self._dtype.itemsize
 
     def _made(self, there: list[Tensor], n: int) -> list[Tensor]:
         if not there:
@@ -86,12 +89,12 @@ class Windows:
     def holds(self, rows: Tensor) -> bool:
         return any(rows is given for given in self._given.values())
 
-    def parts(self, n_elements: int) -> Tensor:
-        """Room for a gradient, which is to be sent from there."""
-        return self._made(self._gradients, 2)[0][:n_elements]
+    def parts(self, k: int, n_elements: int) -> Tensor:
+        """Room for slab k's gradient, which is to be sent from there."""
+        return self._made(self._gradients, TURNS)[k % TURNS][:n_elements]
 
     def received(self, n_elements: int) -> Tensor:
-        return self._made(self._gradients, 2)[1][:n_elements]
+        return self._made(self._received, 1)[0][:n_elements]
 
 
 class ZeroSlabs:
@@ -199,12 +202,9 @@ class ZeroSlabs:
 
     def gradient(self, k: int) -> Tensor:
         span = self.span(k)
-        if not self._exchanges(k):
-            return torch.empty(span.stop - span.start, self.shape[1], dtype=self.dtype, device=self.device)
-        if self._leaving is not None:
-            # it lies there, to be sent
-            self._leaving[1].land()
-        return self._windows.parts((span.stop - span.start) * self.shape[1]).view(-1, self.shape[1])
+        if self._exchanges(k):
+            return self._windows.parts(k, (span.stop - span.start) * self.shape[1]).view(-1, self.shape[1])
+        return torch.empty(span.stop - span.start, self.shape[1], dtype=self.dtype, device=self.device)
 
     def _exchanges(self, k: int) -> bool:
         """Whether the gradient of slab k goes through windows; they have the weight's dtype."""

@@ -62,10 +62,7 @@ class WeightSlabs(Protocol):
         ...
 
     def gradient(self, k: int) -> Tensor:
-        """Room [n, H] for the gradient of slab k, in the weight's dtype; the op writes every element, then scatters.
-
-        Asked for when it is to be written: what comes from then on waits until the slab before has left.
-        """
+        """Room [n, H] for the gradient of slab k, in the weight's dtype; the op writes every element, then scatters."""
         ...
 
     def scatter(self, k: int, dw: Tensor) -> None:

@@ -29,13 +29,6 @@ from ds_fused.ops._tiles import Tiling, logits_of, of_chunk, product, sum_dtype,
 from ds_fused.ops.slabs import WeightSlabs, WholeWeight
 
 
-def _rooms(source: WeightSlabs, k: int, x: Tensor, n_chunks: int, native: bool) -> tuple[Tensor, Tensor]:
-    """For the gradient of slab k, and for its sum over chunks of x: the same, where that needs no other dtype."""
-    dw = source.gradient(k)
-    dtype = sum_dtype(dw.dtype, x, n_chunks, native=native)
-    return dw, dw if dw.dtype == dtype else torch.empty_like(dw, dtype=dtype)
-
-
 def _held(kept_rows: dict[int, Tensor], source: WeightSlabs) -> dict[int, Tensor]:
     """Those that a backward finds one after the other, from the last slab on."""
     held: dict[int, Tensor] = {}
@@ -149,7 +142,10 @@ class TwoPassFunction(torch.autograd.Function):
             if k > 0 and k - 1 not in kept_rows:
                 source.prefetch(k - 1)
             slab = Slab(source, k, rows, x, bias, class_weight)
-            dw = dw_sum = None
+            dw = dw_sum = source.gradient(k) if wants_dweight else None
+            if wants_dweight:
+                dtype = sum_dtype(dw.dtype, x, n_chunks, native=ctx.native)
+                dw_sum = dw if dw.dtype == dtype else torch.empty_like(dw, dtype=dtype)
             for i, start in enumerate(range(0, n_tokens, tiles.tokens)):
                 chunk = slice(start, start + tiles.tokens)
                 if k * n_chunks + i >= first_kept:
@@ -167,14 +163,12 @@ class TwoPassFunction(torch.autograd.Function):
                 if wants_dx:
                     product(dx[chunk], dz, slab.rows, add=not is_first)
                 if wants_dweight:
-                    if dw is None:
-                        dw, dw_sum = _rooms(source, k, x, n_chunks, ctx.native)
                     product(dw_sum, dz.t(), x[chunk], add=start > 0, scale=source.share)
                 if wants_dbias:
                     dbias[slab.span] += dz.sum(0, dtype=dbias.dtype)
             if wants_dweight:
                 if n_tokens == 0:
-                    dw = source.gradient(k).zero_()
+                    dw.zero_()
                 elif dw_sum is not dw:
                     dw.copy_(dw_sum)
                 source.scatter(k, dw)
