@@ -113,7 +113,7 @@ WAYS: Mapping[str, Way] = {
     "hf": Way("stock"),
     "hf-flash": Way("stock, flash attention whatever PyTorch would take", backend="FLASH_ATTENTION"),
     "hf-cudnn": Way("stock, cuDNN's attention", backend="CUDNN_ATTENTION", needs_gpu=True),
-    "hf-efficient": Way("stock, memory-efficient attention", backend="EFFICIENT_ATTENTION", needs_gpu=True),
+    "hf-math": Way("stock, attention as plain products and softmax", backend="MATH"),
     "liger": Way("Liger's kernels and its fused linear cross entropy, by its defaults", **_LIGER),
     "compile": Way("engine.compile(): torch.compile of the stock model", compiled=True),
     "alst": Way("DeepSpeed's TiledMLP and TiledFusedLogitsLoss", patch=patch_tiled),

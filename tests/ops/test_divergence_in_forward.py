@@ -195,5 +195,5 @@ def test_memory_of_a_real_size(where, monkeypatch):
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     linear_jsd(x, weight, tx, tweight).backward()
-    # Liger 0.8.5 takes 1598 MiB (benchmarks/results/h100/ops.md)
+    # Liger 0.8.5 takes 1598 MiB (benchmarks/results/h100/later/ops.md)
     assert torch.cuda.max_memory_allocated() - before < 1598 * 2**20
