@@ -162,7 +162,8 @@ def launches_of(
     problem = None
     # the weight of the head: whole, then in each way in which it may come
     head = model.get_output_embeddings()
-    ways = ways_of(head.weight, ranks, config.head["mode"], config.head["slab_mb"] * 2**20)
+    how = config.head
+    ways = ways_of(head.weight, ranks, how["mode"], how["slab_mb"] * 2**20, how["copy_engines"])
     way: WeightSlabs | VocabShard | None = None
     with noted(target) as launches:
         plan.apply(

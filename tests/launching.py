@@ -107,6 +107,8 @@ def cpu_environment(**more: str) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
+        # what scripts of several folders share lies beside this file
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, [env.get("PYTHONPATH")])]),
         # DeepSpeed looks for ninja on PATH, where a venv that is not activated has no place
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)]),
     }

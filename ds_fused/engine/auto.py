@@ -35,6 +35,7 @@ class Auto:
             slabs.dtype.itemsize,
             trains=slabs.requires_grad,
             offloaded=shard.is_offloaded,
+            copied=slabs.is_copied,
         )
         mine, least = measured(slabs, shard), shard.hosts.least
         # the slowest of each: of a call the longest

@@ -4,7 +4,8 @@ Time is a sum of four, each at a rate that was measured where the job runs: FLOP
 softmax passes move, and of sums that a product reads before it adds to them (what products read and write else is in
 their rate); bytes on the wire; and so much for each collective, however small. The transfers run beside the products,
 but they take multiprocessors and memory bandwidth from them: measured, the sum was nearer than the larger of the two.
-Over several nodes the wire's rate is the network's, and a collective takes longer the more ranks it has.
+Over several nodes the wire's rate is the network's, and a collective takes longer the more ranks it has. What copy
+engines transfer takes nothing from the products; but parts of a gradient are read and added up.
 
 Sizes: M tokens of a rank (the most of any), V vocabulary, H hidden, W ranks.
 """
@@ -20,6 +21,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from ds_fused.engine.shards import Shards
+from ds_fused.engine.windows import TURNS
 from ds_fused.ops._tiles import tile_elements, tiling
 from ds_fused.ops.stationary import block_bytes, block_tokens
 
@@ -54,6 +56,7 @@ class Head:
     itemsize: int = 2
     trains: bool = True
     offloaded: bool = False
+    copied: bool = False  # slabs are moved by copy engines
 
     @classmethod
     def cut(cls, shards: Shards, slab_bytes: int, itemsize: int = 2, **facts: bool) -> Head:
@@ -77,9 +80,10 @@ class Figures:
     calls: int  # collectives
     traffic: int  # bytes of memory that are read or written outside the products
     flops: float
+    beside: bool = False  # transfers take no time from the rest
 
     def seconds(self, rates: Rates) -> float:
-        transfers = self.wire / rates.wire + self.calls * rates.call
+        transfers = 0.0 if self.beside else self.wire / rates.wire + self.calls * rates.call
         return self.flops / rates.flops + self.traffic / rates.memory + transfers
 
     def line(self, rates: Rates) -> str:
@@ -104,7 +108,9 @@ def of_stream(head: Head, most: int, chunk_bytes: int, keep_bytes: int) -> Figur
     # those that are kept, and one to work in
     tiles = (cut.kept + (cut.kept < n_tiles)) * tile_elements(cut.tokens, cut.rows)
     held = min(tiles, most * n_vocab) * itemsize
-    if trains:
+    if head.copied:
+        held += (2 * TURNS + 1 if trains else TURNS) * slab_bytes + most * hidden * (4 - itemsize if trains else 4 + itemsize)
+    elif trains:
         # of weight and gradient two each, where there are as many; a rank's part of one; dx in fp32, not yet rounded
         held += min(4, head.n_slabs + 1) * slab_bytes + slab_bytes // ranks + most * hidden * (4 - itemsize)
     else:
@@ -117,10 +123,14 @@ def of_stream(head: Head, most: int, chunk_bytes: int, keep_bytes: int) -> Figur
         traffic += 4 * head.elements * (chunks - 1)
     # backward begins with the slabs that forward ended with
     whole, kept_slabs = head.elements * itemsize, min(cut.kept_slabs, head.n_slabs)
+    if head.copied:
+        kept_slabs = min(kept_slabs, TURNS)
+        # the sum of parts, and both ways a rank's own part put in its place
+        traffic += trains * whole * (ranks + 1) // ranks + 2 * (1 + trains) * whole // ranks
     kept_bytes = min(kept_slabs * slab_bytes, whole)
     wire = (3 * whole - kept_bytes if trains else whole) * (ranks - 1) // ranks
     calls = 3 * head.n_slabs - kept_slabs if trains else head.n_slabs
-    return Figures("stream", f"{head.n_slabs} slabs", held, wire, calls, traffic, flops)
+    return Figures("stream", f"{head.n_slabs} slabs", held, wire, calls, traffic, flops, beside=head.copied)
 
 
 def of_stationary(head: Head, most: int, chunk_bytes: int) -> Figures:

@@ -7,24 +7,31 @@ Sizes: V vocabulary rows, H columns, W ranks.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ds_fused.engine.shards import Shards
+from ds_fused.ops._parts import sum_parts
 from ds_fused.ops.slabs import WeightSlabs
 from ds_fused.ops.vocab_shard import VocabShard
 
 
-def ways_of(weight: Tensor, ranks: int, mode: str, slab_bytes: int) -> list[WeightSlabs | VocabShard]:
-    """What a head [V, H] may be in that mode, "auto" being either; nothing where it is whole."""
+def ways_of(
+    weight: Tensor, ranks: int, mode: str, slab_bytes: int, copied: bool = False
+) -> list[WeightSlabs | VocabShard]:
+    """What a head [V, H] may be in that mode, "auto" being either; nothing where it is whole.
+
+    ``copied``: slabs are moved by copy engines, where there are any.
+    """
     shards = Shards(*weight.shape, ranks)
     if ranks == 1 or shards.why_not() is not None:
         return []
     ways: list[WeightSlabs | VocabShard] = []
     if mode in ("auto", "stream"):
-        ways.append(Slabs(weight, shards, slab_bytes))
+        ways.append(Slabs(weight, shards, slab_bytes, copied))
     if mode in ("auto", "stationary"):
         # ids of the first begin with 0, and those of some others with a number that 16 does not divide
         ways += [Shard(weight, shards, rank) for rank in sorted({0, 1, ranks - 1})]
@@ -43,8 +50,8 @@ class Landed(NamedTuple):
 class Slabs:
     """Mode "stream"."""
 
-    def __init__(self, weight: Tensor, shards: Shards, slab_bytes: int) -> None:
-        self.weight = weight
+    def __init__(self, weight: Tensor, shards: Shards, slab_bytes: int, copied: bool) -> None:
+        self.weight, self._copied, self._ranks = weight, copied, shards.ranks
         self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
         self.requires_grad, self.share = weight.requires_grad, 1 / shards.ranks
         self.ids = self.places = weight.new_empty(len(weight), dtype=torch.int64)
@@ -70,7 +77,11 @@ class Slabs:
         return self.gather(k)
 
     def scatter(self, k: int, dw: Tensor) -> None:
-        """Nothing leaves."""
+        """Nothing leaves; parts that copy engines bring are added up, in either dtype that gradients may be kept in."""
+        if self._copied:
+            parts = dw.new_empty(self._ranks, dw.numel() // self._ranks)
+            for dtype, adds in product((dw.dtype, torch.float32), (False, True)):
+                sum_parts(parts, parts.new_empty(parts.shape[1], dtype=dtype), adds=adds)
 
     def finish(self) -> None:
         """Nothing was written."""

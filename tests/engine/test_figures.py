@@ -48,6 +48,19 @@ def test_bytes_on_the_wire():
     assert stream(8192, ranks=1).wire == stationary(8192, ranks=1).wire == 0
 
 
+def test_what_copy_engines_move():
+    by_kernels, copied = stream(8192), of_stream(head(copied=True), 8192, 512 * MB, 0)
+    slab = SLAB * H * 2
+    # two windows of weight in place of three slabs, and beside two of gradient one for the parts of others
+    assert copied.held == by_kernels.held + slab - slab // W
+    assert copied.wire == by_kernels.wire + slab * 3 // 4 and copied.flops == by_kernels.flops
+    # its transfers cost nothing but the sum of what they bring
+    alone = replace(by_kernels, wire=0, calls=0).seconds(RATES)
+    assert alone < copied.seconds(RATES) < 1.02 * alone < by_kernels.seconds(RATES)
+    frozen = of_stream(head(copied=True, trains=False), 8192, 512 * MB, 0)
+    assert frozen.held == stream(8192, trained=False).held
+
+
 def test_calls():
     # two gathers and a scatter of each slab, but for those that backward begins with; never by tokens
     assert stream(8192).calls == stream(1).calls == 24 - KEPT_SLABS

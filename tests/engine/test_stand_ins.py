@@ -38,6 +38,23 @@ def test_modes():
 MODES = ("auto", "stream", "stationary", "gather")
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_parts_that_copy_engines_bring_are_added_up(copied, monkeypatch):
+    launches: list[tuple[str, bool]] = []
+
+    def note(kernel: object, grid: object, args: tuple, constants: dict[str, object]) -> None:
+        if "ADDS" in constants:
+            launches.append((args[1].dtype, constants["ADDS"]))
+
+    with noted(target_of("sm90")):
+        monkeypatch.setattr(_launch, "launch_elsewhere", note)
+        (way,) = ways_of(weight(1024, 64), 2, "stream", 2**15, copied)
+        way.scatter(1, way.gradient(1))
+        monkeypatch.undo()
+    half, full = torch.bfloat16, torch.float32
+    assert launches == [(half, False), (half, True), (full, False), (full, True)] * copied
+
+
 @pytest.mark.parametrize(
     "mode, kernels", [("stream", {(True, False), (False, False), (False, True)}), ("stationary", {(True, False)})]
 )

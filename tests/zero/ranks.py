@@ -40,7 +40,9 @@ def json_of(case: products.Case, fused: bool) -> dict:
     }
     if fused:
         # slabs of one row a rank: as many as can be
-        config["ds_fused"] = {"enabled": True, "fused_linear_cross_entropy": {"mode": case.mode, "slab_mb": 0}}
+        is_copied = case.mode == products.COPIED
+        head = {"mode": "stream" if is_copied else case.mode, "slab_mb": 0, "copy_engines": is_copied}
+        config["ds_fused"] = {"enabled": True, "fused_linear_cross_entropy": head}
     return config
 
 

@@ -11,13 +11,15 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import special_slabs
 import special_stationary
 from special import CASES
 
 # each of them adds its cases
-for module in ("special_models", "special_slabs", "special_steps", "special_gathered"):
+for module in ("special_models", "special_steps", "special_gathered"):
     import_module(module)
 special_stationary.add_twins()
+special_slabs.add_copied()
 
 
 if __name__ == "__main__":

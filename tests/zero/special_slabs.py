@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,13 +11,15 @@ import jobs
 import products
 import torch
 import torch.distributed as dist
-from special import STREAM, both, case, engine_of, mine, model_of, read_by_one, reading, streamed, train
+from gloo_engines import GlooEngines
+from special import CASES, STREAM, both, case, engine_of, mine, model_of, read_by_one, reading, streamed, train
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import BartConfig, BartForConditionalGeneration, Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM
 from transformers.trainer_pt_utils import LabelSmoother
 
 import ds_fused
+from ds_fused.engine import copy_engines, slab_mode
 from ds_fused.ops import _tiles
 
 
@@ -26,6 +29,37 @@ def frozen(*trained: str) -> torch.nn.Module:
     for name, weight in model.named_parameters():
         weight.requires_grad_(any(word in name for word in trained))
     return model
+
+
+def copied(twin: Callable[[], dict]) -> Callable[[], dict]:
+    """A case of mode "stream" with what stands for copy engines on CPUs."""
+
+    def run() -> dict:
+        options = STREAM["fused_linear_cross_entropy"]
+        whys, engines = copy_engines.why_not, slab_mode.CopyEngines
+        options["copy_engines"] = True
+        copy_engines.why_not, slab_mode.CopyEngines = lambda group: None, GlooEngines
+        try:
+            return twin()
+        finally:
+            copy_engines.why_not, slab_mode.CopyEngines = whys, engines
+            del options["copy_engines"]
+
+    return run
+
+
+def add_copied() -> None:
+    """Each case of mode "stream" by copy engines as well."""
+    for name in list(CASES):
+        if name.startswith("stream_"):
+            CASES[name.replace("stream", "copied", 1)] = copied(CASES[name])
+
+
+@case
+def stream_without_copy_engines() -> dict:
+    """They are asked for on CPUs."""
+    head = STREAM["fused_linear_cross_entropy"] | {"copy_engines": True}
+    return both(model_of, stage=3, block={"fused_linear_cross_entropy": head})
 
 
 @case

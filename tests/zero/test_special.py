@@ -41,6 +41,22 @@ STATIONARY = (
     "both_ways",
     "memory",
 )
+# cases of mode "stream" that are run with copy engines, too
+COPIED = (
+    "communication_dtype",
+    "accumulation_dtype",
+    "frozen_trunk",
+    "frozen_head",
+    "uneven_ranks",
+    "autocast",
+    "offload",
+    "checkpointing",
+    "evaluation_and_saving",
+    "bias",
+    "own_loss",
+    "tied_offload",
+    "thrown_away",
+)
 # other steps than forward, backward, step, with heads of several kinds
 STEPS = (
     "coalesced",
@@ -99,6 +115,8 @@ CASES = (
     "stream_another_deepspeed",
     "stream_muon",
     "stream_is_no_use",
+    "stream_without_copy_engines",
+    *(f"copied_{name}" for name in (*COPIED, *STEPS)),
     *(f"stationary_{name}" for name in (*STATIONARY, *STEPS)),
     "stationary_class_weights",
     "stationary_entropies",
@@ -314,6 +332,7 @@ def test_stream(ended, name):
         assert result["fused"][0] != result["fused"][3]
 
 
+QUICK_COPIED = ("accumulation_dtype", "uneven_ranks", "thrown_away")
 QUICK = ("uneven_ranks", "bias", "gemma", "weighted_ranks", "both_ways")
 
 
@@ -333,6 +352,24 @@ def test_stationary(ended, name):
         # for the encoder and for the decoder
         lookups["own_loss"] = [24] * 2 * products.FEW_STEPS
         assert result.get("lookups", []) == lookups.get(name, [])
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK_COPIED else pytest.mark.all) for n in COPIED]
+)
+def test_copied(ended, name):
+    for result in ended(f"copied_{name}"):
+        assert re.search(r"its weight in 34 slabs of at most \S+ MiB over 2 ranks, by copy engines", result["report"])
+        assert result["fused"] == pytest.approx(result["stock"], rel=4e-3 if name in IN_BF16 else 1e-5)
+        assert result["fused"][0] != result["fused"][3]
+
+
+def test_stream_without_copy_engines(ranks):
+    equal_losses(ranks)
+    for result in ranks:
+        (line,) = (line for line in result["left"] if line.startswith("copy engines for head lm_head: "))
+        assert line.endswith("collectives move its slabs, since they are NCCL's, for NVIDIA's GPUs")
+        assert "by copy engines" not in result["report"]
 
 
 @pytest.mark.parametrize("name", ["class_weights", "entropies"])
@@ -387,6 +424,12 @@ def test_stream_of_each_kind(ended, name):
 @pytest.mark.parametrize("name", STEPS)
 def test_stationary_of_each_kind(ended, name):
     equal_of_each_kind(ended(f"stationary_{name}"), "its rows stay on 2 ranks, to which the tokens travel")
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("name", STEPS)
+def test_copied_of_each_kind(ended, name):
+    equal_of_each_kind(ended(f"copied_{name}"), "over 2 ranks, by copy engines")
 
 
 def equal_of_each_kind(ranks: list[dict], way: str) -> None:

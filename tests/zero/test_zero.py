@@ -193,7 +193,7 @@ def test_nothing_is_renamed(runs, case):
 def test_all_of_the_model_is_fused(runs, case):
     _, fused = runs(case)
     layers = products.SIZES["num_hidden_layers"]
-    tied_in_slabs = {"embedding": 1} if case.mode in products.SHARDED and case.tied else {}
+    tied_in_slabs = {"embedding": 1} if case.mode != "gather" and case.tied else {}
     assert fused["replaced"] == tied_in_slabs | {
         "rms_norm": 2 * layers + 1,
         "rope": layers,
@@ -204,5 +204,7 @@ def test_all_of_the_model_is_fused(runs, case):
     # of one row a rank, and one of those that lie on two ranks or are more than the others have
     shards = Shards(products.SIZES["vocab_size"], products.SIZES["hidden_size"], products.RANKS[case.device])
     slabs = shards.common + (shards.seam_rows > 0)
-    assert (f"its weight in {slabs} slabs" in fused["head"]) == (case.mode == "stream"), fused["head"]
+    in_slabs = case.mode in ("stream", products.COPIED)
+    assert (f"its weight in {slabs} slabs" in fused["head"]) == in_slabs, fused["head"]
+    assert fused["head"].endswith("by copy engines") == (case.mode == products.COPIED), fused["head"]
     assert ("its rows stay on" in fused["head"]) == (case.mode == "stationary"), fused["head"]

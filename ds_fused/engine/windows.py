@@ -1,0 +1,58 @@
+"""Memory in which copy engines (copy_engines.py) move the slabs of one weight and of its gradient."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ds_fused.engine.copy_engines import CopyEngines
+
+# windows of weight, and of its gradient
+TURNS = 2
+
+
+class Windows:
+    """Where slabs lie that copy engines move: made when they are first asked for, by all ranks alike.
+
+    Slabs take turns: on either way the next one never comes to where the one before still is, and a backward finds the
+    last two of its forward. A rank's own part of a gradient goes by a kernel, which waits for the end of a product that
+    has begun; so the gradient of a slab has until the end of the next one to leave.
+    """
+
+    def __init__(self, engines: CopyEngines, n_elements: int, dtype: torch.dtype) -> None:
+        self.engines, self._elements, self._dtype = engines, n_elements, dtype
+        self._weights: list[Tensor] = []
+        self._gradients: list[Tensor] = []
+        self._received: list[Tensor] = []
+        self._given: dict[int, Tensor] = {}
+
+    @property
+    def n_bytes(self) -> int:
+        n = len(self._weights) + len(self._gradients) + len(self._received)
+        return n * self._elements * self._dtype.itemsize
+
+    def _made(self, there: list[Tensor], n: int) -> list[Tensor]:
+        if not there:
+            there += [self.engines.window(self._elements, self._dtype) for _ in range(n)]
+        return there
+
+    def room(self, k: int, n_elements: int) -> Tensor:
+        """Of slab k's window; what lies there is lost."""
+        self._given.pop(k % TURNS, None)
+        return self._made(self._weights, TURNS)[k % TURNS][:n_elements]
+
+    def gave(self, k: int, rows: Tensor) -> None:
+        self._given[k % TURNS] = rows
+
+    def holds(self, rows: Tensor) -> bool:
+        return any(rows is given for given in self._given.values())
+
+    def parts(self, k: int, n_elements: int) -> Tensor:
+        """Room for slab k's gradient, which is to be sent from there."""
+        return self._made(self._gradients, TURNS)[k % TURNS][:n_elements]
+
+    def received(self, n_elements: int) -> Tensor:
+        return self._made(self._received, 1)[0][:n_elements]

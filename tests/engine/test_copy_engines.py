@@ -1,0 +1,66 @@
+"""Why slabs can't be moved by copy engines, where they can't."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch.distributed import _symmetric_memory as symmetric_memory
+
+from ds_fused.engine import copy_engines
+
+
+@pytest.fixture
+def able(monkeypatch, tmp_path):
+    """Four ranks of an NVIDIA host whose PyTorch and NCCL have all that is needed."""
+    monkeypatch.setattr(copy_engines, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cuda"))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(NCCL_CTA_POLICY_ZERO=2), raising=False)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 4)
+    monkeypatch.setattr(dist, "all_gather_object", lambda hosts, mine, group: hosts.__setitem__(slice(None), [mine] * 4))
+    monkeypatch.setattr(symmetric_memory, "set_backend", lambda name: None)
+    boot = tmp_path / "boot_id"
+    boot.write_text("one")
+    monkeypatch.setattr(copy_engines, "BOOT_ID", boot)
+    return boot
+
+
+def test_nothing_is_in_the_way(able):
+    assert copy_engines.why_not(None) is None
+
+
+def test_another_accelerator(able, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert copy_engines.why_not(None) == "they are NCCL's, for NVIDIA's GPUs"
+    monkeypatch.setattr(copy_engines, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cpu"))
+    assert copy_engines.why_not(None) == "they are NCCL's, for NVIDIA's GPUs"
+
+
+def test_an_older_nccl(able, monkeypatch):
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(), raising=False)
+    reason = f"PyTorch {torch.__version__} has no zero-CTA policy of NCCL (2.28 and later)"
+    assert copy_engines.why_not(None) == reason
+
+
+@pytest.mark.parametrize(
+    ("group", "world", "reason"), [(1, 1, "there is one rank"), (2, 4, "the weights lie on 2 of 4 ranks")]
+)
+def test_other_ranks(able, monkeypatch, group, world, reason):
+    monkeypatch.setattr(dist, "get_world_size", lambda of=None: world if of is None else group)
+    assert copy_engines.why_not("the group") == reason
+
+
+@pytest.mark.parametrize("boots", [["one", "two"], ["one", None]])
+def test_several_hosts(able, monkeypatch, boots):
+    monkeypatch.setattr(dist, "all_gather_object", lambda hosts, mine, group: hosts.__setitem__(slice(None), boots * 2))
+    assert copy_engines.why_not(None) == "the ranks are on several hosts"
+
+
+def test_memory_of_another_kind(able, monkeypatch):
+    def taken(name: str) -> None:
+        raise RuntimeError("Allocator already in use for CUDA\nbelow: C++")
+
+    monkeypatch.setattr(symmetric_memory, "set_backend", taken)
+    assert copy_engines.why_not(None) == "symmetric memory is not NCCL's: Allocator already in use for CUDA"
