@@ -70,8 +70,8 @@ HEAD_OPTIONS: Mapping[str, Option] = MappingProxyType(
         "copy_engines": Option(
             bool,
             False,
-            'in mode "stream" on one host of NVIDIA\'s GPUs: slabs are moved by copy engines, beside which products are '
-            "faster, through five slabs of memory that stay",
+            'in mode "stream" on one host of NVIDIA\'s GPUs: slabs are moved by copy engines, beside which products '
+            "are faster, through five slabs of memory that stay",
         ),
     }
 )

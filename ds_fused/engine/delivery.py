@@ -44,7 +44,6 @@ class Place(NamedTuple):
         else:
             kept.add_(part.to(kept.dtype) if factor == 1.0 else part, alpha=factor)
 
-
     def put_sum(self, where: slice, parts: Tensor) -> None:
         """``put`` of the sum of parts [W, n]."""
         sum_parts(parts, self.kept[where], adds=self.adds)

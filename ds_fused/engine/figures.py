@@ -109,7 +109,9 @@ def of_stream(head: Head, most: int, chunk_bytes: int, keep_bytes: int) -> Figur
     tiles = (cut.kept + (cut.kept < n_tiles)) * tile_elements(cut.tokens, cut.rows)
     held = min(tiles, most * n_vocab) * itemsize
     if head.copied:
-        held += (2 * TURNS + 1 if trains else TURNS) * slab_bytes + most * hidden * (4 - itemsize if trains else 4 + itemsize)
+        # windows; dx in fp32, not yet rounded, or rounded too
+        windows = 2 * TURNS + 1 if trains else TURNS
+        held += windows * slab_bytes + most * hidden * (4 + (-itemsize if trains else itemsize))
     elif trains:
         # of weight and gradient two each, where there are as many; a rank's part of one; dx in fp32, not yet rounded
         held += min(4, head.n_slabs + 1) * slab_bytes + slab_bytes // ranks + most * hidden * (4 - itemsize)

@@ -174,7 +174,8 @@ class SlabMode:
                 log.warning("ds_fused: head %s: %s", claim.paths[0], line)
 
         options = {name: option.default for name, option in OP_OPTIONS[HEAD].items()} | dict(claim.options)
-        return Auto(ZeroSlabs(delivery, self._slab_bytes, self._engines), shard, options["chunk_mb"], options["keep_mb"], tell)
+        slabs = ZeroSlabs(delivery, self._slab_bytes, self._engines)
+        return Auto(slabs, shard, options["chunk_mb"], options["keep_mb"], tell)
 
     def _lookup(self, delivery: Delivery) -> Lookup:
         # in mode "stream" collectives depend on the weight alone, here as in the head

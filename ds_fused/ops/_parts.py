@@ -5,7 +5,6 @@ Sizes: W ranks, N elements of the sum.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

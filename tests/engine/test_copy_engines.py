@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,15 @@ from torch.distributed import _symmetric_memory as symmetric_memory
 from ds_fused.engine import copy_engines
 
 
+def tell(monkeypatch, everyones: Callable[[str], list[str | None]]) -> None:
+    """What ranks say of themselves."""
+
+    def gather(told: list, mine: str, group: object) -> None:
+        told[:] = everyones(mine)
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+
+
 @pytest.fixture
 def able(monkeypatch, tmp_path):
     """Four ranks of an NVIDIA host whose PyTorch and NCCL have all that is needed."""
@@ -19,7 +29,7 @@ def able(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(NCCL_CTA_POLICY_ZERO=2), raising=False)
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 4)
-    monkeypatch.setattr(dist, "all_gather_object", lambda hosts, mine, group: hosts.__setitem__(slice(None), [mine] * 4))
+    tell(monkeypatch, lambda mine: [mine] * 4)
     monkeypatch.setattr(symmetric_memory, "set_backend", lambda name: None)
     boot = tmp_path / "boot_id"
     boot.write_text("one")
@@ -54,7 +64,7 @@ def test_other_ranks(able, monkeypatch, group, world, reason):
 
 @pytest.mark.parametrize("boots", [["one", "two"], ["one", None]])
 def test_several_hosts(able, monkeypatch, boots):
-    monkeypatch.setattr(dist, "all_gather_object", lambda hosts, mine, group: hosts.__setitem__(slice(None), boots * 2))
+    tell(monkeypatch, lambda mine: boots * 2)
     assert copy_engines.why_not(None) == "the ranks are on several hosts"
 
 

@@ -354,9 +354,7 @@ def test_stationary(ended, name):
         assert result.get("lookups", []) == lookups.get(name, [])
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in QUICK_COPIED else pytest.mark.all) for n in COPIED]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK_COPIED else pytest.mark.all) for n in COPIED])
 def test_copied(ended, name):
     for result in ended(f"copied_{name}"):
         assert re.search(r"its weight in 34 slabs of at most \S+ MiB over 2 ranks, by copy engines", result["report"])
