@@ -1,17 +1,22 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one go of under ten minutes: tests of training and of kernels, benchmark, launch
-# constants.
-# usage, from the repository's root:   OUT=DIR [WHEELS=DIR] bash benchmarks/gpu_session.sh [training] [tests] [run] [tune]
-# No argument: all four. WHEELS: wheels of what the machine lacks, this project's among them for its entry point; they
-# are installed without network and beside the machine's own packages.
-# Each part has its own time limit and none stops the others. OUT gets machine.txt, training.txt, tests.txt, run.txt,
-# ops.csv, ops.md, tune.txt and tune.csv.
+# Everything that wants a GPU, in one go of under ten minutes: on one GPU tests of training and of kernels, benchmark,
+# launch constants; on several the head under ZeRO-3, tests of training on all of them, a thousand steps.
+# usage, from the repository's root:   OUT=DIR [WHEELS=DIR] bash benchmarks/gpu_session.sh [PART...]
+# Parts: training tests run tune, or head zero soak; no argument: all that suit the machine. WHEELS: wheels of what the
+# machine lacks, this project's among them for its entry point; they are installed without network and beside the
+# machine's own packages.
+# Each part has its own time limit and none stops the others. OUT gets machine.txt and a .txt of each part; of run ops.csv
+# and ops.md, of tune tune.csv, of head zero3_head.md, .json and .png.
 set -uo pipefail
 
 : "${OUT:?OUT must name the folder for the results}"
-parts=${*:-training tests run tune}
-# together 9 min 20 s; what is killed keeps what it had written
+gpus=$(nvidia-smi -L | wc -l)
+if [ "$gpus" -gt 1 ]; then parts=${*:-head zero soak}; else parts=${*:-training tests run tune}; fi
+# of one GPU together 9 min 20 s, of several 9 min 40 s; what is killed keeps what it had written
 TESTS_SECONDS=${TESTS_SECONDS:-200} RUN_SECONDS=${RUN_SECONDS:-240} TUNE_SECONDS=${TUNE_SECONDS:-120}
+HEAD_SECONDS=${HEAD_SECONDS:-140} ZERO_SECONDS=${ZERO_SECONDS:-260} SOAK_SECONDS=${SOAK_SECONDS:-180}
+HEAD_WAYS='bare GEMMs,replicated keep_mb=0,replicated keep all,stream,stream copy_engines,stream keep all'
+HEAD_WAYS+=',stream copy_engines keep all,stationary'
 mkdir -p "$OUT"
 cd "$(dirname "$0")/.."
 
@@ -58,9 +63,16 @@ part tests "$TESTS_SECONDS" python3 -m pytest tests/ops -q -p no:cacheprovider -
 wait
 part run "$RUN_SECONDS" python3 benchmarks/run.py --out "$OUT" --seconds $((RUN_SECONDS - 15))
 part tune "$TUNE_SECONDS" python3 benchmarks/tune.py --out "$OUT" --seconds $((TUNE_SECONDS - 20))
+# one after the other: collectives of several jobs on the same GPUs wait for each other's turns
+part head "$HEAD_SECONDS" python3 benchmarks/zero3_head.py --gpus "$gpus" --out "$OUT" --shapes 8192x4096x128256 \
+  --rounds 2 --ways "$HEAD_WAYS"
+part zero "$ZERO_SECONDS" python3 -m pytest tests/zero/test_zero.py -m gpus -q -p no:cacheprovider -rf --tb=short \
+  --color=no
+part soak "$SOAK_SECONDS" python3 -m pytest tests/zero/test_soak.py --all -q -p no:cacheprovider -rf --tb=short \
+  --color=no
 
 # the reply may carry only the end of the output: what matters most comes last
-for name in tune run training tests; do
+for name in soak zero head tune run training tests; do
   [ -f "$OUT/$name.txt" ] && { echo "== $name"; tail -n 45 "$OUT/$name.txt" | cut -c 1-200; }
 done
 exit 0
