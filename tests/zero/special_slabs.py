@@ -63,6 +63,21 @@ def stream_without_copy_engines() -> dict:
 
 
 @case
+def copied_auto() -> dict:
+    """Mode "auto": memory for copy engines before the first loss and after the last one."""
+    head = STREAM["fused_linear_cross_entropy"] | {"mode": "auto", "copy_engines": True}
+
+    def run(engine: deepspeed.DeepSpeedEngine) -> dict:
+        slabs = vars(engine).get("_ds_fused_slab_mode")
+        before = slabs and slabs.window_bytes
+        losses = train(engine, mine())
+        windows = [before, slabs and slabs.window_bytes]
+        return {"losses": losses, "windows": windows, "report": str(getattr(engine, "ds_fused_report", ""))}
+
+    return copied(partial(both, model_of, stage=3, run=run, block={"fused_linear_cross_entropy": head}))()
+
+
+@case
 def stream_frozen_trunk() -> dict:
     return streamed(lambda: frozen("lm_head"))
 
