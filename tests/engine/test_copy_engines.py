@@ -1,4 +1,4 @@
-"""Why slabs can't be moved by copy engines, where they can't."""
+"""Why slabs can't be moved by copy engines, where they can't; and how memory for them is made."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from torch.distributed import _symmetric_memory as symmetric_memory
 from ds_fused.engine import copy_engines
 
 
-def tell(monkeypatch, everyones: Callable[[str], list[str | None]]) -> None:
-    """What ranks say of themselves."""
+def tell(monkeypatch, everyones: Callable[[str], list[str | None]]) -> list[str]:
+    """What ranks say of themselves. This one's part grows, call by call."""
 
     def gather(told: list, mine: str, group: object) -> None:
         told[:] = everyones(mine)
+        asked.append(mine)
 
+    asked: list[str] = []
     monkeypatch.setattr(dist, "all_gather_object", gather)
+    return asked
 
 
 @pytest.fixture
@@ -62,6 +65,16 @@ def test_other_ranks(able, monkeypatch, group, world, reason):
     assert copy_engines.why_not("the group") == reason
 
 
+@pytest.mark.parametrize("reason", ["an older NCCL", "another accelerator"])
+def test_a_reason_of_its_own_leaves_no_other_rank_waiting(able, monkeypatch, reason):
+    asked = tell(monkeypatch, lambda mine: [mine] * 4)
+    if reason == "an older NCCL":
+        monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(), raising=False)
+    else:
+        monkeypatch.setattr(copy_engines, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cpu"))
+    assert copy_engines.why_not(None) is not None and asked == ["one"]
+
+
 @pytest.mark.parametrize("boots", [["one", "two"], ["one", None]])
 def test_several_hosts(able, monkeypatch, boots):
     tell(monkeypatch, lambda mine: boots * 2)
@@ -74,3 +87,16 @@ def test_memory_of_another_kind(able, monkeypatch):
 
     monkeypatch.setattr(symmetric_memory, "set_backend", taken)
     assert copy_engines.why_not(None) == "symmetric memory is not NCCL's: Allocator already in use for CUDA"
+
+
+def test_a_window_finds_what_the_allocator_has_in_store(monkeypatch):
+    did: list[str] = []
+    monkeypatch.setattr(
+        copy_engines, "get_accelerator", lambda: SimpleNamespace(empty_cache=lambda: did.append("store is emptied"))
+    )
+    monkeypatch.setattr(symmetric_memory, "empty", lambda n, **more: did.append("window is made") or torch.empty(n))
+    monkeypatch.setattr(symmetric_memory, "rendezvous", lambda window, group: did.append(f"{group} has it"))
+    engines = object.__new__(copy_engines.CopyEngines)
+    engines._device, engines._group = torch.device("cpu"), SimpleNamespace(group_name="everyone")
+    assert engines.window(3, torch.float32).shape == (3,)
+    assert did == ["store is emptied", "window is made", "everyone has it"]
