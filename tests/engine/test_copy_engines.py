@@ -13,12 +13,17 @@ from torch.distributed import _symmetric_memory as symmetric_memory
 from ds_fused.engine import copy_engines
 
 
+def accelerator(name: str) -> Callable[[], SimpleNamespace]:
+    """Of the first of four ranks."""
+    return lambda: SimpleNamespace(device_name=lambda: name, current_device=lambda: 0)
+
+
 def tell(monkeypatch, everyones: Callable[[str], list[str | None]]) -> list[str]:
     """What ranks say of themselves. This one's part grows, call by call."""
 
-    def gather(told: list, mine: str, group: object) -> None:
-        told[:] = everyones(mine)
-        asked.append(mine)
+    def gather(told: list, mine: tuple[str, int], group: object) -> None:
+        told[:] = [(boot, rank) for rank, boot in enumerate(everyones(mine[0]))]
+        asked.append(mine[0])
 
     asked: list[str] = []
     monkeypatch.setattr(dist, "all_gather_object", gather)
@@ -28,8 +33,10 @@ def tell(monkeypatch, everyones: Callable[[str], list[str | None]]) -> list[str]
 @pytest.fixture
 def able(monkeypatch, tmp_path):
     """Four ranks of an NVIDIA host whose PyTorch and NCCL have all that is needed."""
-    monkeypatch.setattr(copy_engines, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cuda"))
+    monkeypatch.setattr(copy_engines, "get_accelerator", accelerator("cuda"))
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda gpu, other: gpu != other)
     monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(NCCL_CTA_POLICY_ZERO=2), raising=False)
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 4)
     tell(monkeypatch, lambda mine: [mine] * 4)
@@ -47,7 +54,7 @@ def test_nothing_is_in_the_way(able):
 def test_another_accelerator(able, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert copy_engines.why_not(None) == "they are NCCL's, for NVIDIA's GPUs"
-    monkeypatch.setattr(copy_engines, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cpu"))
+    monkeypatch.setattr(copy_engines, "get_accelerator", accelerator("cpu"))
     assert copy_engines.why_not(None) == "they are NCCL's, for NVIDIA's GPUs"
 
 
@@ -71,7 +78,7 @@ def test_a_reason_of_its_own_leaves_no_other_rank_waiting(able, monkeypatch, rea
     if reason == "an older NCCL":
         monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(), raising=False)
     else:
-        monkeypatch.setattr(copy_engines, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cpu"))
+        monkeypatch.setattr(copy_engines, "get_accelerator", accelerator("cpu"))
     assert copy_engines.why_not(None) is not None and asked == ["one"]
 
 
@@ -79,6 +86,14 @@ def test_a_reason_of_its_own_leaves_no_other_rank_waiting(able, monkeypatch, rea
 def test_several_hosts(able, monkeypatch, boots):
     tell(monkeypatch, lambda mine: boots * 2)
     assert copy_engines.why_not(None) == "the ranks are on several hosts"
+
+
+def test_memory_out_of_reach(able, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda gpu, other: other != 2)
+    assert copy_engines.why_not(None) == "GPU 0 has no access to the memory of GPU 2"
+    # where a rank sees its own alone, nothing is known of others
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert copy_engines.why_not(None) is None
 
 
 def test_memory_of_another_kind(able, monkeypatch):

@@ -11,6 +11,7 @@ import jobs
 import products
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import torch_autocast
 from gloo_engines import GlooEngines
 from special import CASES, STREAM, both, case, engine_of, mine, model_of, read_by_one, reading, streamed, train
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -168,7 +169,11 @@ def stream_accumulation_dtype() -> dict:
 
 @case
 def stream_autocast() -> dict:
-    return streamed(torch_autocast={"enabled": True, "dtype": "bfloat16"})
+    try:
+        return streamed(torch_autocast={"enabled": True, "dtype": "bfloat16"})
+    finally:
+        # DeepSpeed remembers it, and then asks no other engine what its gradients travel in
+        torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
 
 
 @case

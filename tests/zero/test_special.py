@@ -334,7 +334,7 @@ def test_stream(ended, name):
 
 
 # where it is not the weight's own dtype
-GRADIENT_IN = {"communication_dtype": ["float32"], "autocast": ["bfloat16"]}
+GRADIENT_IN = {"communication_dtype": ["float32"]}
 QUICK_COPIED = ("communication_dtype", "accumulation_dtype", "uneven_ranks", "thrown_away")
 QUICK = ("uneven_ranks", "bias", "gemma", "weighted_ranks", "both_ways")
 
