@@ -373,6 +373,7 @@ def test_copied_auto(ranks):
     for result in ranks:
         assert result["fused"]["losses"] == pytest.approx(result["stock"]["losses"], rel=1e-5)
         before, after = result["fused"]["windows"]
+        assert "stream (34 slabs by copy engines, " in result["fused"]["report"]
         is_stream = " tokens a rank: stream (" in result["fused"]["report"]
         # what was measured and not chosen keeps no memory, what is chosen has it counted
         assert before == 0 and (after > 0) == is_stream
