@@ -37,7 +37,8 @@ class Auto:
             offloaded=shard.is_offloaded,
             copied=slabs.is_copied,
         )
-        mine, least = measured(slabs, shard), shard.hosts.least
+        # by collectives even where copy engines move the slabs: stationary's are, and windows stay
+        mine, least = measured(slabs.by_collectives(), shard), shard.hosts.least
         # the slowest of each: of a call the longest
         self._rates = Rates(least(mine.flops), least(mine.memory), least(mine.wire), -least(-mine.call))
         self._chosen: ZeroSlabs | ZeroShard | None = None
@@ -45,6 +46,10 @@ class Auto:
     def __str__(self) -> str:
         tokens = turning_point(self._head, self._chunk, self._keep, self._rates)
         return f'mode "auto": stationary up to {tokens} tokens a rank, stream above, if memory allows'
+
+    @property
+    def window_bytes(self) -> int:
+        return self._slabs.window_bytes
 
     def of(self, n_tokens: int) -> ZeroSlabs | ZeroShard:
         """The form for a loss over so many tokens of this rank."""

@@ -46,6 +46,8 @@ class CopyEngines:
         """Memory of its own, for good; PyTorch's allocator does not count it."""
         from torch.distributed import _symmetric_memory as symmetric_memory
 
+        # what PyTorch's allocator keeps in store is nobody else's, and in a step it may be all that is left
+        get_accelerator().empty_cache()
         window = symmetric_memory.empty(n_elements, dtype=dtype, device=self._device)
         symmetric_memory.rendezvous(window, self._group.group_name)
         return window
@@ -61,20 +63,27 @@ class CopyEngines:
 
 
 def why_not(group: ProcessGroup) -> str | None:
-    """Why this rank can't let copy engines move the weights of that group; None when it can."""
+    """Why this rank can't let copy engines move the weights of that group; None when it can. All its ranks ask."""
+    ranks = dist.get_world_size(group)
+    mine = get_accelerator().current_device()
+    told: list = [None] * ranks
+    # first of all: a rank that has a reason of its own leaves no other one waiting
+    dist.all_gather_object(told, (BOOT_ID.read_text() if BOOT_ID.exists() else None, mine), group=group)
+    hosts, gpus = zip(*told, strict=True)
     if get_accelerator().device_name() != "cuda" or torch.version.hip is not None:
         return "they are NCCL's, for NVIDIA's GPUs"
     if not hasattr(getattr(dist, "ProcessGroupNCCL", None), "NCCL_CTA_POLICY_ZERO"):
         return f"PyTorch {torch.__version__} has no zero-CTA policy of NCCL (2.28 and later)"
-    ranks = dist.get_world_size(group)
     if ranks == 1:
         return "there is one rank"
     if ranks != dist.get_world_size():
         return f"the weights lie on {ranks} of {dist.get_world_size()} ranks"
-    hosts: list[str | None] = [None] * ranks
-    dist.all_gather_object(hosts, BOOT_ID.read_text() if BOOT_ID.exists() else None, group=group)
     if None in hosts or len(set(hosts)) > 1:
         return "the ranks are on several hosts"
+    for gpu in sorted({*gpus} - {mine}):
+        # there NCCL registers no windows, and PyTorch reads those that it did not get; a rank may see its own GPU alone
+        if gpu < torch.cuda.device_count() and not torch.cuda.can_device_access_peer(mine, gpu):
+            return f"GPU {mine} has no access to the memory of GPU {gpu}"
     from torch.distributed import _symmetric_memory as symmetric_memory
 
     try:

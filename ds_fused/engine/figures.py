@@ -56,7 +56,7 @@ class Head:
     itemsize: int = 2
     trains: bool = True
     offloaded: bool = False
-    copied: bool = False  # slabs are moved by copy engines
+    copied: bool = False  # slabs are moved by copy engines, both ways
 
     @classmethod
     def cut(cls, shards: Shards, slab_bytes: int, itemsize: int = 2, **facts: bool) -> Head:
@@ -132,7 +132,8 @@ def of_stream(head: Head, most: int, chunk_bytes: int, keep_bytes: int) -> Figur
     kept_bytes = min(kept_slabs * slab_bytes, whole)
     wire = (3 * whole - kept_bytes if trains else whole) * (ranks - 1) // ranks
     calls = 3 * head.n_slabs - kept_slabs if trains else head.n_slabs
-    return Figures("stream", f"{head.n_slabs} slabs", held, wire, calls, traffic, flops, beside=head.copied)
+    parts = f"{head.n_slabs} slabs{' by copy engines' if head.copied else ''}"
+    return Figures("stream", parts, held, wire, calls, traffic, flops, beside=head.copied)
 
 
 def of_stationary(head: Head, most: int, chunk_bytes: int) -> Figures:

@@ -95,7 +95,7 @@ class SlabMode:
     @property
     def window_bytes(self) -> int:
         """Of memory for copy engines: it stays, and PyTorch's allocator does not count it."""
-        return sum(weight.window_bytes for weight in self._heads.values() if isinstance(weight, ZeroSlabs))
+        return sum(weight.window_bytes for weight in self._heads.values() if not isinstance(weight, ZeroShard))
 
     def is_sharded(self, head: nn.Module) -> bool:
         return head in self._heads
@@ -120,12 +120,11 @@ class SlabMode:
             reason = self._why_gather(engine, head)
             if reason is None:
                 delivery = self._delivery(engine, head.weight)
-                if self._wants_engines and self._mode != "stationary":
-                    reason = self._make_engines(delivery.param)
-                    if reason is not None:
-                        what = f"copy engines for head {claim.paths[0]}"
-                        report.left = (*report.left, Left(what, 1, f"collectives move its slabs, since {reason}"))
-                self._heads[head] = weight = self._weight(engine, claim, delivery)
+                engines, reason = self._engines_for(head.weight)
+                if reason is not None:
+                    what = f"copy engines for head {claim.paths[0]}"
+                    report.left = (*report.left, Left(what, 1, f"collectives move its slabs, since {reason}"))
+                self._heads[head] = weight = self._weight(engine, claim, delivery, engines)
                 if head.bias is not None and not head.bias.ds_persist:
                     self._biases[head] = ZeroVector(Delivery(head.bias, engine))
                 claim.replacement = f"{claim.replacement}; {weight}"
@@ -150,19 +149,24 @@ class SlabMode:
                 reason = first_of(self_test.what_differs(engine, param), param.ds_process_group)
         return reason
 
-    def _make_engines(self, param: nn.Parameter) -> str | None:
-        """Why slabs of a weight can't be moved by copy engines: on any rank; None when they are."""
+    def _engines_for(self, param: nn.Parameter) -> tuple[CopyEngines | None, str | None]:
+        """What is to move a weight's slabs, if asked for; or why it can't, on any rank."""
+        if not self._wants_engines or self._mode == "stationary":
+            return None, None
+        group = param.ds_process_group
+        # another weight may lie on other ranks
+        reason = first_of(copy_engines.why_not(group), group)
+        if reason is not None:
+            return None, reason
         if self._engines is None:
-            group = param.ds_process_group
-            reason = first_of(copy_engines.why_not(group), group)
-            if reason is not None:
-                return reason
             self._engines = CopyEngines()
-        return None
+        return self._engines, None
 
-    def _weight(self, engine: DeepSpeedEngine, claim: LinearClaim, delivery: Delivery) -> ZeroSlabs | ZeroShard | Auto:
+    def _weight(
+        self, engine: DeepSpeedEngine, claim: LinearClaim, delivery: Delivery, engines: CopyEngines | None
+    ) -> ZeroSlabs | ZeroShard | Auto:
         if self._mode == "stream":
-            return ZeroSlabs(delivery, self._slab_bytes, self._engines)
+            return ZeroSlabs(delivery, self._slab_bytes, engines)
         shard = ZeroShard(delivery)
         if self._mode == "stationary":
             return shard
@@ -174,7 +178,7 @@ class SlabMode:
                 log.warning("ds_fused: head %s: %s", claim.paths[0], line)
 
         options = {name: option.default for name, option in OP_OPTIONS[HEAD].items()} | dict(claim.options)
-        slabs = ZeroSlabs(delivery, self._slab_bytes, self._engines)
+        slabs = ZeroSlabs(delivery, self._slab_bytes, engines)
         return Auto(slabs, shard, options["chunk_mb"], options["keep_mb"], tell)
 
     def _lookup(self, delivery: Delivery) -> Lookup:

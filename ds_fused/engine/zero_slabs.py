@@ -59,7 +59,7 @@ class ZeroSlabs:
         self.shape = (param.ds_shape[0], param.ds_shape[1])
         self.dtype = param.ds_tensor.dtype
         self.device = torch.device(get_accelerator().current_device_name())
-        self._delivery = delivery
+        self._delivery, self._slab_bytes = delivery, slab_bytes
         self._rank = dist.get_rank(self.group)
         self.ranks = dist.get_world_size(self.group)
         self._shards = Shards(*self.shape, self.ranks)
@@ -96,12 +96,18 @@ class ZeroSlabs:
     def __str__(self) -> str:
         slab = self.slab_rows * self.shape[1] * self.param.ds_tensor.element_size()
         how = "" if self._windows is None else ", by copy engines"
+        if how and self.requires_grad and not self.is_copied:
+            how += f", but for its gradient, which travels in {self._comm_dtype}"
         return f"its weight in {len(self)} slabs of at most {slab / 2**20:.1f} MiB over {self._shards.ranks} ranks{how}"
 
     @property
     def is_copied(self) -> bool:
-        """Whether copy engines move the slabs."""
-        return self._windows is not None
+        """Whether copy engines move the slabs both ways."""
+        return self._windows is not None and not (self.requires_grad and self._comm_dtype != self.dtype)
+
+    def by_collectives(self) -> ZeroSlabs:
+        """The same slabs, moved without copy engines."""
+        return ZeroSlabs(self._delivery, self._slab_bytes)
 
     @property
     def window_bytes(self) -> int:
@@ -166,14 +172,14 @@ class ZeroSlabs:
 
     def _exchanges(self, k: int) -> bool:
         """Whether the gradient of slab k goes through windows; they have the weight's dtype."""
-        if self._windows is None or self._is_seam(k):
-            return False
-        return self._optimizer.get_param_comm_dtype(self.param) == self.dtype
+        return self._windows is not None and not self._is_seam(k) and self._comm_dtype == self.dtype
 
     def scatter(self, k: int, dw: Tensor) -> None:
         """Start the reduce-scatter of slab k, and take in what the one before has brought."""
         if k == len(self) - 1:
-            # what a backward that was broken off has left there
+            # what a backward that was broken off has left on its way is let go
+            if self._leaving is not None:
+                self._leaving[1].land()
             self._leaving = self._partition = None
             self._kept = self._delivery.open()
         self._take_in()
@@ -183,7 +189,7 @@ class ZeroSlabs:
             self._leaving = (k, Flight(work, received))
             return
         parts = self._seam_parts(dw) if self._is_seam(k) else dw.view(-1)
-        parts = parts.to(self._optimizer.get_param_comm_dtype(self.param))
+        parts = parts.to(self._comm_dtype)
         mine = torch.empty(parts.numel() // self._shards.ranks, dtype=parts.dtype, device=self.device)
         work = dist.reduce_scatter_tensor(mine, parts, group=self.group, async_op=True)
         self._leaving = (k, Flight(work, mine))
@@ -215,6 +221,10 @@ class ZeroSlabs:
         else:
             partition, self._partition = self._partition, None
             self._delivery.give(partition)
+
+    @property
+    def _comm_dtype(self) -> torch.dtype:
+        return self._optimizer.get_param_comm_dtype(self.param)
 
     @property
     def _optimizer(self) -> DeepSpeedZeroOptimizer_Stage3:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 
 import deepspeed
@@ -94,6 +95,32 @@ def two_losses(x: torch.Tensor, slabs: ZeroSlabs | ZeroShard, labels: torch.Tens
     return 0.5 * (loss(x, slabs, labels) + loss(x, slabs, labels))
 
 
+class Broken(Exception):
+    """A pass that does not come to its end."""
+
+
+def break_off(slabs: ZeroSlabs, x: torch.Tensor, labels: torch.Tensor) -> int:
+    """A forward, then a backward that end early on every rank, with slabs on their way: how many did."""
+    zero_slabs.dist = Collectives()
+    broken = 0
+    for name, last in (("gather", len(slabs) - 1), ("gradient", 0)):
+        method = getattr(slabs, name)
+
+        def until(k: int, method: Callable = method, last: int = last) -> torch.Tensor:
+            if k == last:
+                raise Broken
+            return method(k)
+
+        setattr(slabs, name, until)
+        try:
+            loss(x.clone().requires_grad_(), slabs, labels).backward()
+        except Broken:
+            broken += 1
+        delattr(slabs, name)
+    zero_slabs.dist = deepspeed.comm
+    return broken
+
+
 class Collectives:
     """Stands for deepspeed.comm in the module under test and notes what is started there."""
 
@@ -158,7 +185,9 @@ def main(out: str) -> None:
         still.slabs = shard = ZeroShard(Delivery(still.head.weight, engines[2]))
         ids, rows = rows_of(fused.slabs)
         own = slice(shard.first_id, shard.first_id + shard.n_rows)
+        broken = [break_off(made, *batch(0, n_vocab, hidden)) for made in (fused.slabs, copied.slabs)]
         result = {
+            "broken off": broken,
             "weight": [n_vocab, hidden, slab_bytes],
             "slabs": len(fused.slabs),
             "ids": sorted(ids) == list(range(n_vocab)),

@@ -1,4 +1,4 @@
-"""Why slabs can't be moved by copy engines, where they can't."""
+"""Why slabs can't be moved by copy engines, where they can't; and how memory for them is made."""
 
 from __future__ import annotations
 
@@ -13,20 +13,30 @@ from torch.distributed import _symmetric_memory as symmetric_memory
 from ds_fused.engine import copy_engines
 
 
-def tell(monkeypatch, everyones: Callable[[str], list[str | None]]) -> None:
-    """What ranks say of themselves."""
+def accelerator(name: str) -> Callable[[], SimpleNamespace]:
+    """Of the first of four ranks."""
+    return lambda: SimpleNamespace(device_name=lambda: name, current_device=lambda: 0)
 
-    def gather(told: list, mine: str, group: object) -> None:
-        told[:] = everyones(mine)
 
+def tell(monkeypatch, everyones: Callable[[str], list[str | None]]) -> list[str]:
+    """What ranks say of themselves. This one's part grows, call by call."""
+
+    def gather(told: list, mine: tuple[str, int], group: object) -> None:
+        told[:] = [(boot, rank) for rank, boot in enumerate(everyones(mine[0]))]
+        asked.append(mine[0])
+
+    asked: list[str] = []
     monkeypatch.setattr(dist, "all_gather_object", gather)
+    return asked
 
 
 @pytest.fixture
 def able(monkeypatch, tmp_path):
     """Four ranks of an NVIDIA host whose PyTorch and NCCL have all that is needed."""
-    monkeypatch.setattr(copy_engines, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cuda"))
+    monkeypatch.setattr(copy_engines, "get_accelerator", accelerator("cuda"))
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda gpu, other: gpu != other)
     monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(NCCL_CTA_POLICY_ZERO=2), raising=False)
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 4)
     tell(monkeypatch, lambda mine: [mine] * 4)
@@ -44,7 +54,7 @@ def test_nothing_is_in_the_way(able):
 def test_another_accelerator(able, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert copy_engines.why_not(None) == "they are NCCL's, for NVIDIA's GPUs"
-    monkeypatch.setattr(copy_engines, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cpu"))
+    monkeypatch.setattr(copy_engines, "get_accelerator", accelerator("cpu"))
     assert copy_engines.why_not(None) == "they are NCCL's, for NVIDIA's GPUs"
 
 
@@ -62,10 +72,28 @@ def test_other_ranks(able, monkeypatch, group, world, reason):
     assert copy_engines.why_not("the group") == reason
 
 
+@pytest.mark.parametrize("reason", ["an older NCCL", "another accelerator"])
+def test_a_reason_of_its_own_leaves_no_other_rank_waiting(able, monkeypatch, reason):
+    asked = tell(monkeypatch, lambda mine: [mine] * 4)
+    if reason == "an older NCCL":
+        monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(), raising=False)
+    else:
+        monkeypatch.setattr(copy_engines, "get_accelerator", accelerator("cpu"))
+    assert copy_engines.why_not(None) is not None and asked == ["one"]
+
+
 @pytest.mark.parametrize("boots", [["one", "two"], ["one", None]])
 def test_several_hosts(able, monkeypatch, boots):
     tell(monkeypatch, lambda mine: boots * 2)
     assert copy_engines.why_not(None) == "the ranks are on several hosts"
+
+
+def test_memory_out_of_reach(able, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda gpu, other: other != 2)
+    assert copy_engines.why_not(None) == "GPU 0 has no access to the memory of GPU 2"
+    # where a rank sees its own alone, nothing is known of others
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert copy_engines.why_not(None) is None
 
 
 def test_memory_of_another_kind(able, monkeypatch):
@@ -74,3 +102,16 @@ def test_memory_of_another_kind(able, monkeypatch):
 
     monkeypatch.setattr(symmetric_memory, "set_backend", taken)
     assert copy_engines.why_not(None) == "symmetric memory is not NCCL's: Allocator already in use for CUDA"
+
+
+def test_a_window_finds_what_the_allocator_has_in_store(monkeypatch):
+    did: list[str] = []
+    monkeypatch.setattr(
+        copy_engines, "get_accelerator", lambda: SimpleNamespace(empty_cache=lambda: did.append("store is emptied"))
+    )
+    monkeypatch.setattr(symmetric_memory, "empty", lambda n, **more: did.append("window is made") or torch.empty(n))
+    monkeypatch.setattr(symmetric_memory, "rendezvous", lambda window, group: did.append(f"{group} has it"))
+    engines = object.__new__(copy_engines.CopyEngines)
+    engines._device, engines._group = torch.device("cpu"), SimpleNamespace(group_name="everyone")
+    assert engines.window(3, torch.float32).shape == (3,)
+    assert did == ["store is emptied", "window is made", "everyone has it"]

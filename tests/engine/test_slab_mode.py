@@ -137,6 +137,21 @@ def test_a_reason_of_one_rank_is_one_of_all(monkeypatch):
         assert mode._why_gather(engine_of(stage=2), head_of()) == expected
 
 
+def test_each_weight_is_asked_whether_copy_engines_move_it(monkeypatch):
+    monkeypatch.setattr(slab_mode, "first_of", lambda reason, group: reason)
+    monkeypatch.setattr(slab_mode, "CopyEngines", object)
+    why = {"all": None, "some": "the weights lie on 2 of 4 ranks"}
+    monkeypatch.setattr(slab_mode.copy_engines, "why_not", why.get)
+    mode = object.__new__(slab_mode.SlabMode)
+    mode._wants_engines, mode._mode, mode._engines = True, "stream", None
+    everywhere, elsewhere = (head_of(ds_process_group=group).weight for group in why)
+    engines, reason = mode._engines_for(everywhere)
+    assert engines is not None and reason is None
+    assert mode._engines_for(elsewhere) == (None, why["some"])
+    # one communicator, for all of them
+    assert mode._engines_for(everywhere) == (engines, None)
+
+
 class Tower(nn.Module):
     """A part of a model that has no embedding, and says so as transformers' models do."""
 

@@ -11,7 +11,7 @@ import torch
 from launching import launch
 
 from ds_fused.engine.shards import Shards
-from ds_fused.engine.zero_slabs import TURNS
+from ds_fused.engine.windows import TURNS
 from ds_fused.ops._tiles import KEPT_SLABS
 
 HERE = Path(__file__).parent
@@ -34,6 +34,8 @@ def test_every_row_comes_once(ranks):
 
 def test_training_is_stocks(ranks):
     for row in (row for rank in ranks for row in rank):
+        # what went before in slabs, and left nothing behind
+        assert row["broken off"] == [2, 2]
         for mode in ("fused", "stationary", "copied"):
             # sums in another order
             assert row[mode]["losses"] == pytest.approx(row["stock"]["losses"], rel=1e-5), row["weight"]

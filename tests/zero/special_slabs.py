@@ -11,6 +11,7 @@ import jobs
 import products
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import torch_autocast
 from gloo_engines import GlooEngines
 from special import CASES, STREAM, both, case, engine_of, mine, model_of, read_by_one, reading, streamed, train
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -60,6 +61,21 @@ def stream_without_copy_engines() -> dict:
     """They are asked for on CPUs."""
     head = STREAM["fused_linear_cross_entropy"] | {"copy_engines": True}
     return both(model_of, stage=3, block={"fused_linear_cross_entropy": head})
+
+
+@case
+def copied_auto() -> dict:
+    """Mode "auto": memory for copy engines before the first loss and after the last one."""
+    head = STREAM["fused_linear_cross_entropy"] | {"mode": "auto", "copy_engines": True}
+
+    def run(engine: deepspeed.DeepSpeedEngine) -> dict:
+        slabs = vars(engine).get("_ds_fused_slab_mode")
+        before = slabs and slabs.window_bytes
+        losses = train(engine, mine())
+        windows = [before, slabs and slabs.window_bytes]
+        return {"losses": losses, "windows": windows, "report": str(getattr(engine, "ds_fused_report", ""))}
+
+    return copied(partial(both, model_of, stage=3, run=run, block={"fused_linear_cross_entropy": head}))()
 
 
 @case
@@ -153,7 +169,11 @@ def stream_accumulation_dtype() -> dict:
 
 @case
 def stream_autocast() -> dict:
-    return streamed(torch_autocast={"enabled": True, "dtype": "bfloat16"})
+    try:
+        return streamed(torch_autocast={"enabled": True, "dtype": "bfloat16"})
+    finally:
+        # DeepSpeed remembers it, and then asks no other engine what its gradients travel in
+        torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
 
 
 @case

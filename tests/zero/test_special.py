@@ -116,6 +116,7 @@ CASES = (
     "stream_muon",
     "stream_is_no_use",
     "stream_without_copy_engines",
+    "copied_auto",
     *(f"copied_{name}" for name in (*COPIED, *STEPS)),
     *(f"stationary_{name}" for name in (*STATIONARY, *STEPS)),
     "stationary_class_weights",
@@ -332,7 +333,9 @@ def test_stream(ended, name):
         assert result["fused"][0] != result["fused"][3]
 
 
-QUICK_COPIED = ("accumulation_dtype", "uneven_ranks", "thrown_away")
+# where it is not the weight's own dtype
+GRADIENT_IN = {"communication_dtype": ["float32"]}
+QUICK_COPIED = ("communication_dtype", "accumulation_dtype", "uneven_ranks", "thrown_away")
 QUICK = ("uneven_ranks", "bias", "gemma", "weighted_ranks", "both_ways")
 
 
@@ -357,9 +360,25 @@ def test_stationary(ended, name):
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK_COPIED else pytest.mark.all) for n in COPIED])
 def test_copied(ended, name):
     for result in ended(f"copied_{name}"):
-        assert re.search(r"its weight in 34 slabs of at most \S+ MiB over 2 ranks, by copy engines", result["report"])
+        (rest,) = re.findall(
+            r"its weight in 34 slabs of at most \S+ MiB over 2 ranks, by copy engines(.*)", result["report"]
+        )
+        assert re.findall(r", but for its gradient, which travels in torch\.(\w+)", rest) == GRADIENT_IN.get(name, [])
         assert result["fused"] == pytest.approx(result["stock"], rel=4e-3 if name in IN_BF16 else 1e-5)
         assert result["fused"][0] != result["fused"][3]
+
+
+def test_copied_auto(ranks):
+    found = set()
+    for result in ranks:
+        assert result["fused"]["losses"] == pytest.approx(result["stock"]["losses"], rel=1e-5)
+        before, after = result["fused"]["windows"]
+        assert "stream (34 slabs by copy engines, " in result["fused"]["report"]
+        is_stream = " tokens a rank: stream (" in result["fused"]["report"]
+        # what was measured and not chosen keeps no memory, what is chosen has it counted
+        assert before == 0 and (after > 0) == is_stream
+        found.add(after)
+    assert len(found) == 1
 
 
 def test_stream_without_copy_engines(ranks):
