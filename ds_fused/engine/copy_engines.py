@@ -14,6 +14,7 @@ Source: NCCL's user guide, "CTA policy flags" and "Window registration".
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 # of a running kernel, so the same in all containers of a host
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+# with which NCCL registers no windows, and says nothing
+WITHOUT_WINDOWS = {"NCCL_P2P_DISABLE": "1", "NCCL_CUMEM_ENABLE": "0", "NCCL_WIN_ENABLE": "0"}
 
 
 class CopyEngines:
@@ -80,6 +83,9 @@ def why_not(group: ProcessGroup) -> str | None:
         return f"the weights lie on {ranks} of {dist.get_world_size()} ranks"
     if None in hosts or len(set(hosts)) > 1:
         return "the ranks are on several hosts"
+    for name, value in WITHOUT_WINDOWS.items():
+        if os.environ.get(name) == value:
+            return f"{name}={value} leaves NCCL no windows"
     for gpu in sorted({*gpus} - {mine}):
         # there NCCL registers no windows, and PyTorch reads those that it did not get; a rank may see its own GPU alone
         if gpu < torch.cuda.device_count() and not torch.cuda.can_device_access_peer(mine, gpu):

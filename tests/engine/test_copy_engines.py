@@ -41,6 +41,8 @@ def able(monkeypatch, tmp_path):
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 4)
     tell(monkeypatch, lambda mine: [mine] * 4)
     monkeypatch.setattr(symmetric_memory, "set_backend", lambda name: None)
+    for name in copy_engines.WITHOUT_WINDOWS:
+        monkeypatch.delenv(name, raising=False)
     boot = tmp_path / "boot_id"
     boot.write_text("one")
     monkeypatch.setattr(copy_engines, "BOOT_ID", boot)
@@ -94,6 +96,12 @@ def test_memory_out_of_reach(able, monkeypatch):
     # where a rank sees its own alone, nothing is known of others
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert copy_engines.why_not(None) is None
+
+
+@pytest.mark.parametrize(("name", "value"), copy_engines.WITHOUT_WINDOWS.items())
+def test_an_environment_without_windows(able, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert copy_engines.why_not(None) == f"{name}={value} leaves NCCL no windows"
 
 
 def test_memory_of_another_kind(able, monkeypatch):
