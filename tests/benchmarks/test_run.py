@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import cases, plot, run
 from benchmarks.measure import Instruments, relative_error, worst_error
-from benchmarks.red_tests import red_tests
+from benchmarks.red_tests import PARTS, red_tests
 from benchmarks.results import OK, Row, compare, markdown, read_csv, summary, write_csv
 from benchmarks.rivals import Provider
 from ds_fused.ops.registry import OPS
@@ -198,6 +198,16 @@ def test_an_op_whose_test_is_red_is_not_timed(tiny_run, tmp_path):
     assert row.status == "refused: test_launch.py::test_bits failed" and row.full_ms is None
     report.write_text(REPORT.format(""))
     assert tiny_run(GLU, *more, "--resume")["ds_fused"].status == OK
+
+
+def test_no_op_is_without_tests_of_its_own(tmp_path):
+    """Where all tests of tests/ops and of tiled MLPs pass, every case is timed."""
+    tests = Path(__file__).parents[1]
+    files = [*(tests / "ops").glob("test_*.py"), tests / "modules" / "test_tiled_mlp.py"]
+    rows = "".join(f'<testcase classname="tests.{path.parent.name}.{path.stem}" name="test"/>' for path in files)
+    (tmp_path / "tests.xml").write_text(f"<testsuites><testsuite>{rows}</testsuite></testsuites>")
+    assert red_tests([tmp_path / "tests.xml"], {case.op for case in cases.CASES}) == {}
+    assert {f"test_{name}" for name in PARTS} <= {path.stem for path in files}
 
 
 def test_where_ours_is_behind_is_said_first():
