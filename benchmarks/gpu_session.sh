@@ -5,11 +5,12 @@
 # No argument: all four. WHEELS: wheels of what the machine lacks, this project's among them for its entry point; they
 # are installed without network and beside the machine's own packages.
 # Each part has its own time limit and none stops the others. OUT gets machine.txt, training.txt, tests.txt, run.txt,
-# ops.csv, ops.md, tune.txt and tune.csv.
+# ops.csv, ops.md, tune.txt and tune.csv; tests also *.xml, by which run times no op whose test is red.
 set -uo pipefail
 
 : "${OUT:?OUT must name the folder for the results}"
 parts=${*:-training tests run tune}
+case " $parts " in *" tests "*) parts+=" tiled" ;; esac
 # together 9 min 20 s; what is killed keeps what it had written
 TESTS_SECONDS=${TESTS_SECONDS:-200} RUN_SECONDS=${RUN_SECONDS:-240} TUNE_SECONDS=${TUNE_SECONDS:-120}
 mkdir -p "$OUT"
@@ -53,14 +54,21 @@ fi
 # small models: beside the kernel tests, most of whose time is compilation on the CPU
 part training "$TESTS_SECONDS" python3 -m pytest tests/zero tests/launch -m gpu -v -p no:cacheprovider \
   -rf --tb=short --color=no &
+# a layer around ops, which run.py times too
+part tiled "$TESTS_SECONDS" python3 -m pytest tests/modules/test_tiled_mlp.py -q -p no:cacheprovider -rf --tb=short \
+  --color=no --junit-xml "$OUT/tiled.xml" &
 part tests "$TESTS_SECONDS" python3 -m pytest tests/ops -q -p no:cacheprovider -rf --tb=short --show-capture=no \
-  --durations=10 ${workers[@]+"${workers[@]}"}
+  --durations=10 --junit-xml "$OUT/tests.xml" ${workers[@]+"${workers[@]}"}
 wait
-part run "$RUN_SECONDS" python3 benchmarks/run.py --out "$OUT" --seconds $((RUN_SECONDS - 15))
+# both or none: of what has no report no test has passed
+reports=()
+[ -f "$OUT/tests.xml" ] && [ -f "$OUT/tiled.xml" ] && reports=("$OUT/tests.xml" "$OUT/tiled.xml")
+part run "$RUN_SECONDS" python3 benchmarks/run.py --out "$OUT" --seconds $((RUN_SECONDS - 15)) \
+  ${reports[@]+--tests "${reports[@]}"}
 part tune "$TUNE_SECONDS" python3 benchmarks/tune.py --out "$OUT" --seconds $((TUNE_SECONDS - 20))
 
 # the reply may carry only the end of the output: what matters most comes last
-for name in tune run training tests; do
+for name in tune run training tiled tests; do
   [ -f "$OUT/$name.txt" ] && { echo "== $name"; tail -n 45 "$OUT/$name.txt" | cut -c 1-200; }
 done
 exit 0

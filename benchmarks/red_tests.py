@@ -40,4 +40,5 @@ def red_tests(reports: Iterable[Path], ops: Iterable[str]) -> Mapping[str, str]:
                 reasons.setdefault(op, f"test_{file}.py::{name} failed")
         elif test.find("skipped") is None:
             passed |= whose if file in ops or file in PARTS else set()
-    return reasons | {op: "no test of it has passed" for op in ops - passed - set(reasons)}
+    red = {op: reason for op, reason in reasons.items() if op in ops}
+    return red | {op: "no test of it has passed" for op in ops - passed - set(red)}

@@ -116,16 +116,17 @@ def test_what_a_provider_overwrites_is_restored(tiny_run):
     assert set(calls) == {3.0}
 
 
-def test_resume_keeps_rows_and_measures_the_rest(tiny_run):
+def test_resume_keeps_rows_and_measures_the_rest(tiny_run, tmp_path):
     first = tiny_run(GLU, "--providers", "hf_eager")
     both = tiny_run(GLU, "--providers", "hf_eager", "ds_fused", "--resume")
     assert both["hf_eager"] == first["hf_eager"]
     assert both["ds_fused"].best_rival == "hf_eager"
+    assert read_csv(tmp_path / "ops.csv")[0]["tests"] == "not looked at"
 
 
 def test_a_dead_device_costs_one_row(tmp_path):
     """After an illegal access nothing in that process works: the run goes on in a new one."""
-    arguments = ["--device", "cpu", "--tiny", "--ops", "glu", "--providers", "hf_eager", "torch", "ds_fused"]
+    arguments = ["--device", "cpu", "--tiny", "--op", "glu", "--providers", "hf_eager", "torch", "ds_fused"]
     arguments += ["--out", str(tmp_path), "--seconds", "500"]
     program = "import sys; from benchmarks import measure, run; measure.Instruments.alive = lambda on: False; "
     program += "run.main(sys.argv[1:])"
@@ -192,10 +193,12 @@ def test_an_op_whose_test_is_red_is_not_timed(tiny_run, tmp_path):
     }
     more = ("--providers", "ds_fused", "--tests", str(report))
     assert tiny_run(GLU, *more)["ds_fused"].status == OK
+    assert read_csv(tmp_path / "ops.csv")[0]["tests"] == "tests.xml: no op refused"
     # what no op is named for is everybody's
     report.write_text(REPORT.format('<testcase classname="tests.ops.test_launch" name="test_bits"><error/></testcase>'))
     row = tiny_run(GLU, *more, "--resume")["ds_fused"]
     assert row.status == "refused: test_launch.py::test_bits failed" and row.full_ms is None
+    assert read_csv(tmp_path / "ops.csv")[0]["tests"] == "tests.xml: glu refused"
     report.write_text(REPORT.format(""))
     assert tiny_run(GLU, *more, "--resume")["ds_fused"].status == OK
 
