@@ -232,16 +232,22 @@ def test_where_ours_is_behind_is_said_first():
     rows += [row("dyt", "liger", 0.45, 1.0), row("head", "ds_fused", 1.1, 1.0)]
     rows += [row("head", "bare GEMMs", 1.0, 0.0, status="ceiling")]
     rows += [row("rope", "ds_fused", 1.0, 1.0, launch=True), row("rope", "liger", 1.1, 1.0, launch=True)]
+    rows += [row("glu", "ds_fused overwrite_inputs", 1.0, 1.0)]
+    rows += [row("norm", "ds_fused", 0.9, 2.0), row("norm", "liger", 0.9, 1.0)]
+    rows += [row("cross_entropy", "ds_fused", 1.5, 1.0), row("cross_entropy", "ds_fused grad_in_forward", 1.2, 1.0)]
     compare(rows)
     assert summary(rows) == [
-        "- Liger's time over ours: 1.00 as a geometric mean of 2 cases, 0.50 to 2.00",
+        "- Liger's time over ours: 1.00 as a geometric mean of 3 cases, 0.50 to 2.00",
         "- Liger's time of the host where launches are what takes time over ours: 1.10 as a geometric mean of 1 cases, "
         "1.10 to 1.10",
+        "- cross_entropy 1x1: 1.11 times 3 passes, at most 1.1 wanted",
+        "- cross_entropy 1x1 grad_in_forward: 1.33 times 2 passes, at most 1.3 wanted",
         "- a rival needs less than 0.97 of the time: dyt 1x1",
-        "- below 92% of the floor, but for heads: glu 1x1",
+        "- below 92% of the floor, but for heads: glu 1x1; cross_entropy 1x1",
         "- above 1.07 times the bare GEMMs: head 1x1",
         "- more than 0.85 of Liger's time of the host: rope 1x1",
-        "- a larger peak of memory than Liger's: glu 1x1",
+        "- a larger peak of memory than Liger's: glu 1x1; norm 1x1",
+        "- the same, whatever options were run: norm 1x1",
     ]
     assert summary(rows)[0] in markdown({}, rows)
 
