@@ -219,13 +219,31 @@ def test_a_hyper_connection(device):
         nn.HyperConnection(torch.nn.Identity(), n, D, tmax=20)
 
 
+# of 30 tokens; 7: the last tile is short
+@pytest.mark.parametrize("tiles", [1, 7])
 @pytest.mark.parametrize(("kind", "act"), [("SwiGLU", "silu"), ("GeGLU", "gelu_pytorch_tanh")])
-def test_mlps_are_those_of_llama(kind, act, device):
+def test_mlps_are_those_of_llama(kind, act, tiles, device):
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     config = LlamaConfig(hidden_size=D, intermediate_size=20, num_attention_heads=1, hidden_act=act)
-    agree(lambda: getattr(nn, kind)(D, 20), lambda: LlamaMLP(config), device, X)
+    agree(lambda: getattr(nn, kind)(D, 20, tiles=tiles), lambda: LlamaMLP(config), device, X)
+
+
+def test_tiles_bound_what_lies_between(device):
+    mlp, rows = nn.SwiGLU(D, 20, tiles=7).to(device), []
+    mlp.up_proj.register_forward_hook(lambda _module, _args, up: rows.append(up.shape[:-1].numel()))
+    x = X.to(device)
+    # as two micro-batches: gradients add up
+    mlp(x).sum().backward()
+    once = [p.grad.clone() for p in mlp.parameters()]
+    mlp(x).sum().backward()
+    assert max(rows) == 5 and len(rows) == 28
+    torch.testing.assert_close([p.grad for p in mlp.parameters()], [2 * grad for grad in once])
+    assert "tiles=7" in repr(mlp) and "tiles" not in repr(nn.SwiGLU(D, 20))
+    for tiles in (0, 1.5):
+        with pytest.raises(ValueError, match=f"GeGLU: tiles is {tiles}; it must be a whole number, at least 1"):
+            nn.GeGLU(D, 20, tiles=tiles)
 
 
 @pytest.mark.parametrize("options", [{}, {"padding_idx": -1}])
