@@ -221,13 +221,32 @@ def test_a_hyper_connection(device):
 
 # of 30 tokens; 7: the last tile is short
 @pytest.mark.parametrize("tiles", [1, 7])
-@pytest.mark.parametrize(("kind", "act"), [("SwiGLU", "silu"), ("GeGLU", "gelu_pytorch_tanh")])
-def test_mlps_are_those_of_llama(kind, act, tiles, device):
+@pytest.mark.parametrize(
+    ("kind", "act", "options"),
+    [
+        ("SwiGLU", "silu", {}),
+        ("GeGLU", "gelu_pytorch_tanh", {}),
+        ("GeGLU", "gelu", {"approximate": "none"}),
+        ("ReGLU", "relu", {}),
+    ],
+)
+def test_mlps_are_those_of_llama(kind, act, options, tiles, device):
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     config = LlamaConfig(hidden_size=D, intermediate_size=20, num_attention_heads=1, hidden_act=act)
-    agree(lambda: getattr(nn, kind)(D, 20, tiles=tiles), lambda: LlamaMLP(config), device, X)
+    agree(lambda: getattr(nn, kind)(D, 20, tiles=tiles, **options), lambda: LlamaMLP(config), device, X)
+
+
+def test_an_unknown_gelu_is_an_error():
+    with pytest.raises(ValueError, match="GeGLU: approximate is 'erf'; known are tanh, none"):
+        nn.GeGLU(D, 20, approximate="erf")
+
+
+def test_squared_relu(device):
+    from transformers.activations import ReLUSquaredActivation
+
+    agree(nn.ReLU2, ReLUSquaredActivation, device, X)
 
 
 def test_tiles_bound_what_lies_between(device):

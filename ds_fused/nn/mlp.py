@@ -1,4 +1,4 @@
-"""Gated MLPs of HuggingFace's models."""
+"""Gated MLPs of HuggingFace's models, and an activation without a gate."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from ds_fused.modules.tiled_mlp import tiled
-from ds_fused.ops import glu
+from ds_fused.ops import glu, relu2
+
+# PyTorch's word for a gelu, and the op's
+GELU = {"tanh": "gelu_tanh", "none": "gelu"}
 
 
 class SwiGLU(torch.nn.Module):
@@ -50,6 +53,23 @@ class SwiGLU(torch.nn.Module):
 
 
 class GeGLU(SwiGLU):
-    """The MLP of a Gemma: SwiGLU with the tanh approximation of gelu."""
+    """The MLP of a Gemma: SwiGLU with gelu, as ``torch.nn.GELU(approximate)``: by tanh, or with "none" by erf."""
 
-    act = "gelu_tanh"
+    def __init__(self, hidden_size: int, intermediate_size: int, *, approximate: str = "tanh", **options) -> None:
+        if approximate not in GELU:
+            raise ValueError(f"GeGLU: approximate is {approximate!r}; known are {', '.join(GELU)}")
+        super().__init__(hidden_size, intermediate_size, **options)
+        self.act = GELU[approximate]
+
+
+class ReGLU(SwiGLU):
+    """SwiGLU with relu."""
+
+    act = "relu"
+
+
+class ReLU2(torch.nn.Module):
+    """``relu(x)^2``, Nemotron's activation, for x of any shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return relu2(x)
