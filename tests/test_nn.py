@@ -71,6 +71,33 @@ def test_norms(shape, options, device):
     agree(lambda: nn.LayerNorm(shape, **options), lambda: torch.nn.LayerNorm(shape, **options), device, X)
 
 
+@pytest.mark.parametrize(("family", "options"), [("gemma", {"offset": 1.0}), ("llama", {"cast": "before_weight"})])
+def test_norms_of_gemma_and_llama(family, options, device):
+    from importlib import import_module
+
+    stock = getattr(import_module(f"transformers.models.{family}.modeling_{family}"), f"{family.title()}RMSNorm")
+
+    class Sum(nn.AddRMSNorm):
+        def forward(self, x):
+            y, total = super().forward(x, x.detach())
+            return y + 0 * total
+
+    class Twice(stock):
+        def forward(self, x):
+            return super().forward(x + x.detach())
+
+    agree(lambda: nn.RMSNorm(D, 1e-6, **options), lambda: stock(D, eps=1e-6), device, X)
+    agree(lambda: Sum(D, **options), lambda: Twice(D, eps=1e-6), device, X)
+    # of a weight in fp32 Llama's rounding shows
+    norms = (made.to(device, torch.float32) for made in (nn.RMSNorm(D, 1e-6, **options), stock(D, eps=1e-6)))
+    ours, theirs = (norm(X.to(device, torch.bfloat16)) for norm in norms)
+    assert ours.dtype == theirs.dtype
+    torch.testing.assert_close(ours, theirs)
+    assert repr(nn.RMSNorm(D)) == repr(torch.nn.RMSNorm(D))
+    ((name, value),) = options.items()
+    assert f"{name}={value}" in repr(nn.RMSNorm(D, **options))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_eps_of_rms_norm_is_pytorchs(dtype, device):
     x = (1e-3 * X).to(device, dtype)
