@@ -266,6 +266,13 @@ def rope_inputs(generator: torch.Generator, b: int, t: int, n_q: int, n_k: int, 
     return Inputs(tensors, ("dq", "dk"))
 
 
+def partial_rope_inputs(generator: torch.Generator, b: int, t: int, n_q: int, n_k: int, d: int, *, part: int) -> Inputs:
+    """Of each head one column in ``part`` turns."""
+    inputs = rope_inputs(generator, b, t, n_q, n_k, d)
+    narrow = rope_inputs(generator, 1, t, 1, 1, d // part).tensors
+    return _with_angles(inputs, cos=narrow["cos"], sin=narrow["sin"])
+
+
 def norm_rope_inputs(generator: torch.Generator, b: int, t: int, n_q: int, n_k: int, d: int) -> Inputs:
     turned = rope_inputs(generator, b, t, n_q, n_k, d)
     weights = {name: nn.Parameter(_randn(generator, d)) for name in ("q_weight", "k_weight")}
@@ -484,9 +491,9 @@ def _complex_bytes(b: int, t: int, n_q: int, n_k: int, d: int) -> tuple[int, int
     return once, 2 * once
 
 
-def _rope_bytes(b: int, t: int, n_q: int, n_k: int, d: int) -> tuple[int, int]:
+def _rope_bytes(b: int, t: int, n_q: int, n_k: int, d: int, *, part: int = 1) -> tuple[int, int]:
     # q, k -> q', k' and the same back; cos and sin once each way
-    once = SIZE * (2 * b * t * (n_q + n_k) * d + 2 * t * d)
+    once = SIZE * (2 * b * t * (n_q + n_k) * d + 2 * t * d // part)
     return once, 2 * once
 
 
@@ -679,6 +686,10 @@ CASES = (
         sweep=((16384, 14336),), launch_bound=(16, 1024), tiny=(5, 48), bytes=_glu_bytes,
     ),
     Case(
+        "glu", "gelu", glu_inputs, rivals.glu_providers("gelu"),
+        sweep=((16384, 14336),), launch_bound=(16, 1024), tiny=(5, 48), bytes=_glu_bytes,
+    ),
+    Case(
         "glu", "relu", glu_inputs, rivals.glu_providers("relu"),
         sweep=((16384, 14336),), launch_bound=(16, 1024), tiny=(5, 48), bytes=_glu_bytes,
     ),
@@ -699,6 +710,19 @@ CASES = (
         "rope", "", rope_inputs, rivals.ROPE,
         sweep=((1, 32768, 64, 8, 128), (4, 4096, 32, 8, 128)),
         launch_bound=(1, 16, 8, 2, 128), tiny=(2, 6, 4, 2, 16), bytes=_rope_bytes,
+    ),
+    # Pythia-6.9B, a quarter of whose columns turn; GLM-4-9B, half of them
+    Case(
+        "rope", "partial", partial(partial_rope_inputs, part=4),
+        rivals.partial_rope_providers("gpt_neox", interleaved=False),
+        sweep=((4, 8192, 32, 32, 128),), launch_bound=(1, 16, 8, 2, 128), tiny=(2, 6, 4, 2, 16),
+        bytes=partial(_rope_bytes, part=4),
+    ),
+    Case(
+        "rope", "interleaved", partial(partial_rope_inputs, part=2),
+        rivals.partial_rope_providers("glm", interleaved=True),
+        sweep=((4, 8192, 32, 2, 128),), launch_bound=(1, 16, 8, 2, 128), tiny=(2, 6, 4, 2, 16),
+        bytes=partial(_rope_bytes, part=2),
     ),
     # Qwen2-VL-7B; Llama-4-Scout
     Case(

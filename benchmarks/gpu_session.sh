@@ -5,13 +5,15 @@
 # Parts: training tests run tune, or head zero soak; no argument: all that suit the machine. WHEELS: wheels of what the
 # machine lacks, this project's among them for its entry point; they are installed without network and beside the
 # machine's own packages.
-# Each part has its own time limit and none stops the others. OUT gets machine.txt and a .txt of each part; of run ops.csv
-# and ops.md, of tune tune.csv, of head zero3_head.md, .json and .png.
+# Each part has its own time limit and none stops the others. OUT gets machine.txt and a .txt of each part; of tests *.xml,
+# by which run times no op whose test is red; of run ops.csv and ops.md, of tune tune.csv, of head zero3_head.md, .json
+# and .png.
 set -uo pipefail
 
 : "${OUT:?OUT must name the folder for the results}"
 gpus=$(nvidia-smi -L | wc -l)
 if [ "$gpus" -gt 1 ]; then parts=${*:-head zero soak}; else parts=${*:-training tests run tune}; fi
+case " $parts " in *" tests "*) parts+=" tiled" ;; esac
 # of one GPU together 9 min 20 s, of several 9 min 40 s; what is killed keeps what it had written
 TESTS_SECONDS=${TESTS_SECONDS:-200} RUN_SECONDS=${RUN_SECONDS:-240} TUNE_SECONDS=${TUNE_SECONDS:-120}
 HEAD_SECONDS=${HEAD_SECONDS:-140} ZERO_SECONDS=${ZERO_SECONDS:-260} SOAK_SECONDS=${SOAK_SECONDS:-180}
@@ -58,10 +60,17 @@ fi
 # small models: beside the kernel tests, most of whose time is compilation on the CPU
 part training "$TESTS_SECONDS" python3 -m pytest tests/zero tests/launch -m gpu -v -p no:cacheprovider \
   -rf --tb=short --color=no &
+# a layer around ops, which run.py times too
+part tiled "$TESTS_SECONDS" python3 -m pytest tests/modules/test_tiled_mlp.py -q -p no:cacheprovider -rf --tb=short \
+  --color=no --junit-xml "$OUT/tiled.xml" &
 part tests "$TESTS_SECONDS" python3 -m pytest tests/ops -q -p no:cacheprovider -rf --tb=short --show-capture=no \
-  --durations=10 ${workers[@]+"${workers[@]}"}
+  --durations=10 --junit-xml "$OUT/tests.xml" ${workers[@]+"${workers[@]}"}
 wait
-part run "$RUN_SECONDS" python3 benchmarks/run.py --out "$OUT" --seconds $((RUN_SECONDS - 15))
+# both or none: of what has no report no test has passed
+reports=()
+[ -f "$OUT/tests.xml" ] && [ -f "$OUT/tiled.xml" ] && reports=("$OUT/tests.xml" "$OUT/tiled.xml")
+part run "$RUN_SECONDS" python3 benchmarks/run.py --out "$OUT" --seconds $((RUN_SECONDS - 15)) \
+  ${reports[@]+--tests "${reports[@]}"}
 part tune "$TUNE_SECONDS" python3 benchmarks/tune.py --out "$OUT" --seconds $((TUNE_SECONDS - 20))
 # one after the other: collectives of several jobs on the same GPUs wait for each other's turns
 part head "$HEAD_SECONDS" python3 benchmarks/zero3_head.py --gpus "$gpus" --out "$OUT" --shapes 8192x4096x128256 \
@@ -72,7 +81,7 @@ part soak "$SOAK_SECONDS" python3 -m pytest tests/zero/test_soak.py --all -q -p 
   --color=no
 
 # the reply may carry only the end of the output: what matters most comes last
-for name in soak zero head tune run training tests; do
+for name in soak zero head tune run training tiled tests; do
   [ -f "$OUT/$name.txt" ] && { echo "== $name"; tail -n 45 "$OUT/$name.txt" | cut -c 1-200; }
 done
 exit 0

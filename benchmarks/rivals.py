@@ -810,11 +810,6 @@ def _liger_rope(t: Tensors) -> Call:
     return lambda: rope(t["q"], t["k"], t["cos"], t["sin"])
 
 
-def _our_rope(t: Tensors) -> Call:
-    rope = _ops().rope
-    return lambda: rope(t["q"], t["k"], t["cos"], t["sin"])
-
-
 class _Produced(torch.autograd.Function):
     """x as if something had computed it: a leaf may not be overwritten."""
 
@@ -827,14 +822,24 @@ class _Produced(torch.autograd.Function):
         return dx
 
 
-def _our_rope_inplace(t: Tensors) -> Call:
-    rope, produced = _ops().rope, _Produced.apply
-    return lambda: rope(produced(t["q"]), produced(t["k"]), t["cos"], t["sin"], inplace=True)
+def _our_rope(*angles: str, sections: bool = False, **options) -> Callable[[Tensors], Call]:
+    """``angles``: names of what q and k are turned by; none: cos and sin."""
+
+    def build(t: Tensors) -> Call:
+        rope, turned_by = _ops().rope, [t[name] for name in angles or ("cos", "sin")]
+        more = options | ({"sections": _sections_of(t["q"].shape[-1])} if sections else {})
+        if not more.get("inplace"):
+            return lambda: rope(t["q"], t["k"], *turned_by, **more)
+        produced = _Produced.apply
+        return lambda: rope(produced(t["q"]), produced(t["k"]), *turned_by, **more)
+
+    return build
 
 
+_INPLACE = ("q", "k"), "forward over q and k; both restored untimed"
 ROPE = {
-    "ds_fused": Provider(_our_rope),
-    "ds_fused inplace": Provider(_our_rope_inplace, ("q", "k"), "forward over q and k; both restored untimed"),
+    "ds_fused": Provider(_our_rope()),
+    "ds_fused inplace": Provider(_our_rope(inplace=True), *_INPLACE),
     "hf_eager": Provider(_eager(_hf_rope)),
     "compile": Provider(_compiled(_hf_rope)),
     "liger": Provider(_liger_rope, ("q", "k", "dq", "dk"), "in place on q, k, dq, dk; all restored untimed"),
@@ -919,11 +924,6 @@ def _liger_sections(t: Tensors) -> Call:
     return lambda: rope(t["q"], t["k"], t["cos"], t["sin"], sections)
 
 
-def _our_sections(t: Tensors) -> Call:
-    rope, sections = _ops().rope, _sections_of(t["q"].shape[-1])
-    return lambda: rope(t["q"], t["k"], t["cos"], t["sin"], sections=sections)
-
-
 def _hf_complex(t: Tensors):
     from transformers.models.llama4.modeling_llama4 import apply_rotary_emb
 
@@ -936,19 +936,36 @@ def _liger_complex(t: Tensors) -> Call:
     return lambda: rope(t["q"], t["k"], t["freqs"])
 
 
-def _our_complex(t: Tensors) -> Call:
-    rope = _ops().rope
-    return lambda: rope(t["q"], t["k"], t["freqs"], interleaved=True, unsqueeze_dim=2, keep_dtype=True)
+_COMPLEX = {"interleaved": True, "unsqueeze_dim": 2, "keep_dtype": True}
+
+
+def partial_rope_providers(family: str, *, interleaved: bool) -> dict[str, Provider]:
+    """cos and sin [1, T, R] of fewer columns than q and k, as ``family`` of transformers.models turns them."""
+
+    def hf(t: Tensors):
+        from importlib import import_module
+
+        module = import_module(f"transformers.models.{family}.modeling_{family}")
+        return module.apply_rotary_pos_emb, (t["q"], t["k"], t["cos"], t["sin"])
+
+    return {
+        "ds_fused": Provider(_our_rope(interleaved=interleaved)),
+        "ds_fused inplace": Provider(_our_rope(interleaved=interleaved, inplace=True), *_INPLACE),
+        "hf_eager": Provider(_eager(hf)),
+        "compile": Provider(_compiled(hf)),
+    }
 
 
 ROPE_SECTIONS = {
-    "ds_fused": Provider(_our_sections),
+    "ds_fused": Provider(_our_rope(sections=True)),
+    "ds_fused inplace": Provider(_our_rope(sections=True, inplace=True), *_INPLACE),
     "hf_eager": Provider(_eager(_hf_sections), note="the sections put together each time, as remote code does"),
     "compile": Provider(_compiled(_hf_sections)),
     "liger": Provider(_liger_sections, ("q", "k", "dq", "dk"), "in place on q, k, dq, dk; all restored untimed"),
 }
 ROPE_COMPLEX = {
-    "ds_fused": Provider(_our_complex),
+    "ds_fused": Provider(_our_rope("freqs", **_COMPLEX)),
+    "ds_fused inplace": Provider(_our_rope("freqs", **_COMPLEX, inplace=True), *_INPLACE),
     "hf_eager": Provider(_eager(_hf_complex)),
     "compile": Provider(_compiled(_hf_complex)),
     "liger": Provider(_liger_complex, ("q", "k", "dq", "dk"), "may write over its arguments; all restored untimed"),
@@ -1109,6 +1126,10 @@ LINEAR_CROSS_ENTROPY = {
     "ds_fused": Provider(_our_linear_loss(), note=f"6 MHV: {_IN_FORWARD}"),
     "ds_fused fp32": Provider(
         _our_linear_loss(accumulate="fp32"), note=f"6 MHV: {_IN_FORWARD}, dweight added up in fp32"
+    ),
+    # as many tokens at a time as Liger takes of Llama-3's vocabulary
+    "ds_fused chunk_mb=64": Provider(
+        _our_linear_loss(chunk_mb=64, accumulate="native"), note=f"6 MHV: {_IN_FORWARD}, dweight added up in its dtype"
     ),
     "ds_fused keep": Provider(
         _our_linear_loss(grad_in_forward=False), note="6 MHV for the tiles that fit keep_mb, 8 MHV for the others"

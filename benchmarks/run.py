@@ -40,6 +40,7 @@ REFERENCE = "hf_eager"
 BARE = "bare GEMMs"
 LEFT_OUT = "left out"
 REFUSED = "refused"
+TESTS = "tests"
 SEED = 1234
 # a call on 8192 x 4096 takes 0.1 to 0.3 ms of the device, about as long as the host takes to launch it
 SHORT_MS = 1.0
@@ -255,7 +256,7 @@ def environment(on: Instruments) -> dict[str, str]:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ops", nargs="+", choices=sorted({case.op for case in CASES}), help="only these")
+    parser.add_argument("--ops", "--op", nargs="+", choices=sorted({case.op for case in CASES}), help="only these")
     parser.add_argument("--providers", nargs="+", help="only these (the first word of a provider's name)")
     parser.add_argument("--out", type=Path, help="folder of ops.csv and ops.md; default benchmarks/results/DEVICE")
     parser.add_argument("--quick", action="store_true", help="one shape per op and shorter measurements")
@@ -303,6 +304,9 @@ def main(argv: list[str] | None = None) -> int:
     ceilings = {key: float(header[key]) for key in ("copy_tb_s", "matmul_tflop_s", "lm_head_tflop_s")}
     print("\n".join(f"{key}: {value}" for key, value in header.items()), flush=True)
     red = red_tests(args.tests, {case.op for case in CASES}) if args.tests else {}
+    header[TESTS] = "not looked at"
+    if args.tests:
+        header[TESTS] = f"{', '.join(path.name for path in args.tests)}: {', '.join(sorted(red)) or 'no op'} refused"
     rows = [row for row in rows if row.op not in red and not row.status.startswith(REFUSED)]
     work = list(work_of(args, {(*row.case, row.provider) for row in rows}))
     if args.ahead:

@@ -71,6 +71,33 @@ def test_norms(shape, options, device):
     agree(lambda: nn.LayerNorm(shape, **options), lambda: torch.nn.LayerNorm(shape, **options), device, X)
 
 
+@pytest.mark.parametrize(("family", "options"), [("gemma", {"offset": 1.0}), ("llama", {"cast": "before_weight"})])
+def test_norms_of_gemma_and_llama(family, options, device):
+    from importlib import import_module
+
+    stock = getattr(import_module(f"transformers.models.{family}.modeling_{family}"), f"{family.title()}RMSNorm")
+
+    class Sum(nn.AddRMSNorm):
+        def forward(self, x):
+            y, total = super().forward(x, x.detach())
+            return y + 0 * total
+
+    class Twice(stock):
+        def forward(self, x):
+            return super().forward(x + x.detach())
+
+    agree(lambda: nn.RMSNorm(D, 1e-6, **options), lambda: stock(D, eps=1e-6), device, X)
+    agree(lambda: Sum(D, **options), lambda: Twice(D, eps=1e-6), device, X)
+    # of a weight in fp32 Llama's rounding shows
+    norms = (made.to(device, torch.float32) for made in (nn.RMSNorm(D, 1e-6, **options), stock(D, eps=1e-6)))
+    ours, theirs = (norm(X.to(device, torch.bfloat16)) for norm in norms)
+    assert ours.dtype == theirs.dtype
+    torch.testing.assert_close(ours, theirs)
+    assert repr(nn.RMSNorm(D)) == repr(torch.nn.RMSNorm(D))
+    ((name, value),) = options.items()
+    assert f"{name}={value}" in repr(nn.RMSNorm(D, **options))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_eps_of_rms_norm_is_pytorchs(dtype, device):
     x = (1e-3 * X).to(device, dtype)
@@ -219,13 +246,50 @@ def test_a_hyper_connection(device):
         nn.HyperConnection(torch.nn.Identity(), n, D, tmax=20)
 
 
-@pytest.mark.parametrize(("kind", "act"), [("SwiGLU", "silu"), ("GeGLU", "gelu_pytorch_tanh")])
-def test_mlps_are_those_of_llama(kind, act, device):
+# of 30 tokens; 7: the last tile is short
+@pytest.mark.parametrize("tiles", [1, 7])
+@pytest.mark.parametrize(
+    ("kind", "act", "options"),
+    [
+        ("SwiGLU", "silu", {}),
+        ("GeGLU", "gelu_pytorch_tanh", {}),
+        ("GeGLU", "gelu", {"approximate": "none"}),
+        ("ReGLU", "relu", {}),
+    ],
+)
+def test_mlps_are_those_of_llama(kind, act, options, tiles, device):
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     config = LlamaConfig(hidden_size=D, intermediate_size=20, num_attention_heads=1, hidden_act=act)
-    agree(lambda: getattr(nn, kind)(D, 20), lambda: LlamaMLP(config), device, X)
+    agree(lambda: getattr(nn, kind)(D, 20, tiles=tiles, **options), lambda: LlamaMLP(config), device, X)
+
+
+def test_an_unknown_gelu_is_an_error():
+    with pytest.raises(ValueError, match="GeGLU: approximate is 'erf'; known are tanh, none"):
+        nn.GeGLU(D, 20, approximate="erf")
+
+
+def test_squared_relu(device):
+    from transformers.activations import ReLUSquaredActivation
+
+    agree(nn.ReLU2, ReLUSquaredActivation, device, X)
+
+
+def test_tiles_bound_what_lies_between(device):
+    mlp, rows = nn.SwiGLU(D, 20, tiles=7).to(device), []
+    mlp.up_proj.register_forward_hook(lambda _module, _args, up: rows.append(up.shape[:-1].numel()))
+    x = X.to(device)
+    # as two micro-batches: gradients add up
+    mlp(x).sum().backward()
+    once = [p.grad.clone() for p in mlp.parameters()]
+    mlp(x).sum().backward()
+    assert max(rows) == 5 and len(rows) == 28
+    torch.testing.assert_close([p.grad for p in mlp.parameters()], [2 * grad for grad in once])
+    assert "tiles=7" in repr(mlp) and "tiles" not in repr(nn.SwiGLU(D, 20))
+    for tiles in (0, 1.5):
+        with pytest.raises(ValueError, match=f"GeGLU: tiles is {tiles}; it must be a whole number, at least 1"):
+            nn.GeGLU(D, 20, tiles=tiles)
 
 
 @pytest.mark.parametrize("options", [{}, {"padding_idx": -1}])

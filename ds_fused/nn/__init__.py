@@ -9,7 +9,7 @@ from ds_fused.nn.divergences import JSDLoss, KLDivLoss, LinearCosineLoss, Linear
 from ds_fused.nn.embedding import Embedding
 from ds_fused.nn.experts import Experts
 from ds_fused.nn.losses import CrossEntropyLoss, LinearCrossEntropyLoss
-from ds_fused.nn.mlp import GeGLU, SwiGLU
+from ds_fused.nn.mlp import GeGLU, ReGLU, ReLU2, SwiGLU
 from ds_fused.nn.norms import (
     AddLayerNorm,
     AddRMSNorm,
@@ -55,6 +55,8 @@ __all__ = [
     "NeighborhoodAttention",
     "PolyNorm",
     "RMSNorm",
+    "ReGLU",
+    "ReLU2",
     "Softmax",
     "Sparsemax",
     "SwiGLU",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,12 +22,44 @@ from ds_fused.ops import (
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """``torch.nn.RMSNorm``; an eps of None is that of the dtype it computes in, fp32."""
+    """``torch.nn.RMSNorm``; an eps of None is that of the dtype it computes in, fp32.
+
+    ``offset`` is added to the weight, and both together begin as 1: Gemma's norms have an offset of 1. ``cast`` says
+    when a row is rounded to its dtype: "after_weight", as PyTorch and Gemma do, or "before_weight", as Llama.
+    """
+
+    offset = 0.0
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        offset: float = 0.0,
+        cast: str = "after_weight",
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        self.offset, self.cast = offset, cast
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.weight is not None:
+            torch.nn.init.constant_(self.weight, 1.0 - self.offset)
+
+    def extra_repr(self) -> str:
+        # of what PyTorch's has not
+        more = {"offset": self.offset} if self.offset else {}
+        more |= {"cast": self.cast} if self.cast != "after_weight" else {}
+        return ", ".join([super().extra_repr(), listed(more)] if more else [super().extra_repr()])
 
     def forward(self, x: Tensor) -> Tensor:
         eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if self.eps is None else self.eps
         rows = _as_rows("RMSNorm", x, self.normalized_shape)
-        return rms_norm(rows, _flat(self.weight), eps=eps, cast="after_weight").view(x.shape)
+        options = {"eps": eps, "offset": self.offset, "cast": self.cast}
+        return rms_norm(rows, _flat(self.weight), **options).view(x.shape)
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -36,14 +70,14 @@ class LayerNorm(torch.nn.LayerNorm):
         return layer_norm(rows, _flat(self.weight), _flat(self.bias), eps=self.eps).view(x.shape)
 
 
-class AddRMSNorm(torch.nn.RMSNorm):
-    """``torch.nn.RMSNorm`` of one dimension over a sum: (norm(x + residual), x + residual)."""
+class AddRMSNorm(RMSNorm):
+    """``RMSNorm`` of one dimension over a sum: (norm(x + residual), x + residual)."""
 
-    def __init__(self, hidden_size: int, eps: float = 1e-6, elementwise_affine: bool = True, **place: object) -> None:
-        super().__init__(hidden_size, eps, elementwise_affine, **place)
+    def __init__(self, hidden_size: int, eps: float = 1e-6, elementwise_affine: bool = True, **options) -> None:
+        super().__init__(hidden_size, eps, elementwise_affine, **options)
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return add_rms_norm(x, residual, self.weight, eps=self.eps, cast="after_weight")
+        return add_rms_norm(x, residual, self.weight, eps=self.eps, offset=self.offset, cast=self.cast)
 
 
 class AddLayerNorm(torch.nn.LayerNorm):

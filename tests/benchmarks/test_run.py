@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import cases, plot, run
 from benchmarks.measure import Instruments, relative_error, worst_error
-from benchmarks.red_tests import red_tests
+from benchmarks.red_tests import PARTS, red_tests
 from benchmarks.results import OK, Row, compare, markdown, read_csv, summary, write_csv
 from benchmarks.rivals import Provider
 from ds_fused.ops.registry import OPS
@@ -116,16 +116,17 @@ def test_what_a_provider_overwrites_is_restored(tiny_run):
     assert set(calls) == {3.0}
 
 
-def test_resume_keeps_rows_and_measures_the_rest(tiny_run):
+def test_resume_keeps_rows_and_measures_the_rest(tiny_run, tmp_path):
     first = tiny_run(GLU, "--providers", "hf_eager")
     both = tiny_run(GLU, "--providers", "hf_eager", "ds_fused", "--resume")
     assert both["hf_eager"] == first["hf_eager"]
     assert both["ds_fused"].best_rival == "hf_eager"
+    assert read_csv(tmp_path / "ops.csv")[0]["tests"] == "not looked at"
 
 
 def test_a_dead_device_costs_one_row(tmp_path):
     """After an illegal access nothing in that process works: the run goes on in a new one."""
-    arguments = ["--device", "cpu", "--tiny", "--ops", "glu", "--providers", "hf_eager", "torch", "ds_fused"]
+    arguments = ["--device", "cpu", "--tiny", "--op", "glu", "--providers", "hf_eager", "torch", "ds_fused"]
     arguments += ["--out", str(tmp_path), "--seconds", "500"]
     program = "import sys; from benchmarks import measure, run; measure.Instruments.alive = lambda on: False; "
     program += "run.main(sys.argv[1:])"
@@ -192,12 +193,24 @@ def test_an_op_whose_test_is_red_is_not_timed(tiny_run, tmp_path):
     }
     more = ("--providers", "ds_fused", "--tests", str(report))
     assert tiny_run(GLU, *more)["ds_fused"].status == OK
+    assert read_csv(tmp_path / "ops.csv")[0]["tests"] == "tests.xml: no op refused"
     # what no op is named for is everybody's
     report.write_text(REPORT.format('<testcase classname="tests.ops.test_launch" name="test_bits"><error/></testcase>'))
     row = tiny_run(GLU, *more, "--resume")["ds_fused"]
     assert row.status == "refused: test_launch.py::test_bits failed" and row.full_ms is None
+    assert read_csv(tmp_path / "ops.csv")[0]["tests"] == "tests.xml: glu refused"
     report.write_text(REPORT.format(""))
     assert tiny_run(GLU, *more, "--resume")["ds_fused"].status == OK
+
+
+def test_no_op_is_without_tests_of_its_own(tmp_path):
+    """Where all tests of tests/ops and of tiled MLPs pass, every case is timed."""
+    tests = Path(__file__).parents[1]
+    files = [*(tests / "ops").glob("test_*.py"), tests / "modules" / "test_tiled_mlp.py"]
+    rows = "".join(f'<testcase classname="tests.{path.parent.name}.{path.stem}" name="test"/>' for path in files)
+    (tmp_path / "tests.xml").write_text(f"<testsuites><testsuite>{rows}</testsuite></testsuites>")
+    assert red_tests([tmp_path / "tests.xml"], {case.op for case in cases.CASES}) == {}
+    assert {f"test_{name}" for name in PARTS} <= {path.stem for path in files}
 
 
 def test_where_ours_is_behind_is_said_first():
@@ -219,16 +232,22 @@ def test_where_ours_is_behind_is_said_first():
     rows += [row("dyt", "liger", 0.45, 1.0), row("head", "ds_fused", 1.1, 1.0)]
     rows += [row("head", "bare GEMMs", 1.0, 0.0, status="ceiling")]
     rows += [row("rope", "ds_fused", 1.0, 1.0, launch=True), row("rope", "liger", 1.1, 1.0, launch=True)]
+    rows += [row("glu", "ds_fused overwrite_inputs", 1.0, 1.0)]
+    rows += [row("norm", "ds_fused", 0.9, 2.0), row("norm", "liger", 0.9, 1.0)]
+    rows += [row("cross_entropy", "ds_fused", 1.5, 1.0), row("cross_entropy", "ds_fused grad_in_forward", 1.2, 1.0)]
     compare(rows)
     assert summary(rows) == [
-        "- Liger's time over ours: 1.00 as a geometric mean of 2 cases, 0.50 to 2.00",
+        "- Liger's time over ours: 1.00 as a geometric mean of 3 cases, 0.50 to 2.00",
         "- Liger's time of the host where launches are what takes time over ours: 1.10 as a geometric mean of 1 cases, "
         "1.10 to 1.10",
+        "- cross_entropy 1x1: 1.11 times 3 passes, at most 1.1 wanted",
+        "- cross_entropy 1x1 grad_in_forward: 1.33 times 2 passes, at most 1.3 wanted",
         "- a rival needs less than 0.97 of the time: dyt 1x1",
-        "- below 92% of the floor, but for heads: glu 1x1",
+        "- below 92% of the floor, but for heads: glu 1x1; cross_entropy 1x1",
         "- above 1.07 times the bare GEMMs: head 1x1",
         "- more than 0.85 of Liger's time of the host: rope 1x1",
-        "- a larger peak of memory than Liger's: glu 1x1",
+        "- a larger peak of memory than Liger's: glu 1x1; norm 1x1",
+        "- the same, whatever options were run: norm 1x1",
     ]
     assert summary(rows)[0] in markdown({}, rows)
 

@@ -222,6 +222,29 @@ def test_more_elements_than_int32(device):
     as_its_last_rows(lambda x: layer_norm(x, weight, bias), n, d, device)
 
 
+def sum_as_its_last_rows(n, d, device):
+    x, residual = (torch.randn(n, d, dtype=torch.bfloat16, device=device).requires_grad_() for _ in range(2))
+    parameters = [t.bfloat16() for t in affine(d, device)]
+    results = add_layer_norm(x, residual, *parameters)
+    torch.autograd.backward(results, [x.detach(), residual.detach()])
+    tails = [t.detach()[-3:].clone().requires_grad_() for t in (x, residual)]
+    tail_results = add_layer_norm(*tails, *parameters)
+    torch.autograd.backward(tail_results, [t.detach() for t in tails])
+    for whole, tail in zip(results, tail_results, strict=True):
+        assert same_bits(whole[-3:].detach(), tail.detach())
+    assert same_bits(x.grad[-3:], tails[0].grad) and same_bits(residual.grad[-3:], tails[1].grad)
+
+
+def test_the_last_rows_of_a_sum(device):
+    sum_as_its_last_rows(70, 33, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("whole_gpu")
+def test_a_sum_of_more_elements_than_int32(device):
+    sum_as_its_last_rows(2**20 + 1, 2**11, device)
+
+
 @pytest.mark.gpu
 @pytest.mark.gpus
 @BOTH

@@ -78,6 +78,14 @@ def test_without_tokens(where):
     as_accurate(ours, theirs, some(0, 3, 11, where), torch.float32, frozen=(3, 4, 5), reduction="sum")
 
 
+def test_leading_dimensions_and_strides(where):
+    x, weight, bias, _, tweight, tbias, labels = some(6, 5, 23, where)
+    x = x.view(3, 2, 5).transpose(0, 1)  # not contiguous
+    tx = randn(2, 3, 12, device=where).bfloat16()[..., ::2]  # columns apart
+    inputs = [x, weight, bias, tx, tweight, tbias, labels.view(2, 3).int()]
+    as_accurate(ours, theirs, inputs, torch.bfloat16, frozen=(3, 4, 5), reduction="none")
+
+
 @only_plain
 def test_autocast(where):
     as_accurate_under_autocast(ours, theirs, some(11, 5, 23, where), frozen=(3, 4, 5))

@@ -35,6 +35,21 @@ def test_linear_kl_div(sizes, dtype, reverse, where):
     as_accurate(linear_kl_div, theirs, some(*sizes, where), dtype, frozen=(2, 3), floor=floor, **options)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_leading_dimensions_and_strides(reverse, where):
+    x, weight, _, tweight, labels = some(6, 5, 23, where)
+    x = x.view(3, 2, 5).transpose(0, 1)  # not contiguous
+    tx = randn(2, 3, 12, device=where).bfloat16()[..., ::2]  # columns apart
+    inputs = [x, weight, tx, tweight, labels.view(2, 3).int()]
+    as_accurate(linear_kl_div, theirs, inputs, torch.bfloat16, frozen=(2, 3), reverse=reverse, reduction="none")
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_without_tokens(reverse, where):
+    options = {"reverse": reverse, "reduction": "sum"}
+    as_accurate(linear_kl_div, theirs, some(0, 3, 11, where), torch.float32, frozen=(2, 3), **options)
+
+
 @only_plain
 @pytest.mark.parametrize("reverse", [False, True])
 def test_autocast(reverse, where):

@@ -105,6 +105,34 @@ def test_it_is_in_the_registry_with_the_arguments_of_the_coefficients():
     assert names[0] == names[1]
 
 
+def as_its_last_tokens(t, n, c, device):
+    """Results and the gradient of the last tokens are those of these tokens alone."""
+    x = torch.randn(t, n, c, device=device, dtype=torch.bfloat16).requires_grad_()
+    parameters = [p.bfloat16() for p in streams(n=n, c=c, device=device)[1:]]
+    outputs = mhc_in(x, *parameters)
+    shapes = [y.shape[1:] for y in outputs]
+    dys = [
+        torch.linspace(-1, 1, shape.numel(), device=device).to(y.dtype).view(shape).expand_as(y)
+        for shape, y in zip(shapes, outputs, strict=True)
+    ]
+    (dx,) = torch.autograd.grad(outputs, x, dys)
+    tail = x.detach()[-3:].clone().requires_grad_()
+    tails = mhc_in(tail, *parameters)
+    (dtail,) = torch.autograd.grad(tails, tail, [dy[-3:] for dy in dys])
+    torch.testing.assert_close([y[-3:] for y in outputs], [*tails], rtol=2e-2, atol=1e-5)
+    torch.testing.assert_close(dx[-3:], dtail, rtol=2e-2, atol=1e-3)
+
+
+def test_the_last_tokens(device):
+    as_its_last_tokens(70, 4, 24, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("whole_gpu")
+def test_more_elements_than_int32(device):
+    as_its_last_tokens(2**17 + 3, 4, 4096, device)
+
+
 @pytest.mark.gpu
 def test_compiles_to_one_graph(device):
     torch.compiler.reset()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 
 import ds_fused.ops._triton as shared
+import ds_fused.ops.registry  # noqa: F401  # all op files
 from ds_fused.ops._rows import walk
 
 
@@ -25,6 +28,15 @@ def test_kernels_round_to_bf16_as_pytorch_does(device):
     y = torch.empty_like(x)
     _round_kernel[(1,)](x, y, x.numel(), BLOCK=256)
     assert torch.equal(y, x.bfloat16().float())
+
+
+def test_no_kernel_is_tuned_where_it_trains():
+    """What a launch chooses is data, measured by benchmarks/tune.py: no step of a training tries one and another."""
+    tuned = triton.runtime.Autotuner, triton.runtime.Heuristics
+    modules = [module for name, module in sys.modules.items() if name.startswith("ds_fused.ops.")]
+    kernels = {name: x for module in modules for name, x in vars(module).items() if name.endswith("_kernel")}
+    assert len(kernels) > 50
+    assert [name for name, kernel in kernels.items() if isinstance(kernel, tuned)] == []
 
 
 def test_kernels_run_here(device):
