@@ -1,4 +1,4 @@
-"""What users of Liger complain about: ours does it right, and where Liger is installed, it is seen where it still fails.
+"""What users of Liger complain about: ours does it right, and Liger, where it is installed, is seen to fail still.
 
 One test each for what can be seen on any device; the numbers are of its issue tracker. What takes ranks or a GPU
 (zero-sized shards, gathered heads, hangs, memory, host syncs, other devices) has its tests in tests/zero and tests/ops.
