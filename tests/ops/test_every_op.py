@@ -173,6 +173,43 @@ def test_the_host_reads_no_value(name, options, on_meta):
     assert [gradient.shape for gradient in gradients] == [tensor.shape for tensor in tensors]
 
 
+def results(call: Callable, tensors: list[Tensor]) -> list[Tensor]:
+    outputs = call(*tensors)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return [*(y.detach() for y in outputs), *torch.autograd.grad(total(outputs), tensors)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "options"), [*((op.name, {}) for op in OPS), *CAN.items()])
+def test_a_cuda_graph_captures_it(name, options, device):
+    call, tensors = example(name, device, **options)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    # kernels are compiled before, and launched by both ways
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            results(call, tensors)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results(call, tensors)
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.mul_(0.5)
+    graph.replay()
+    for got, wanted in zip(captured, results(call, tensors), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.gpus
+@every_op
+def test_runs_on_the_tensors_own_device(name):
+    here, there = (results(*example(name, torch.device("cuda", index))) for index in (0, 1))
+    for got, wanted in zip(there, here, strict=True):
+        assert got.device.index == 1
+        torch.testing.assert_close(got.cpu(), wanted.cpu())
+
+
 def test_a_value_that_is_read_would_show(on_meta):
     x = torch.ones(3, device="meta")
     for read in (lambda: x.sum().item(), lambda: bool(x[0] > 0), lambda: torch.equal(x, x), lambda: x.nonzero()):
