@@ -51,7 +51,7 @@ from ds_fused.ops._tiles import (
     whole_rows,
     wide,
 )
-from ds_fused.ops._triton import autocast_dtype, check_dtypes, refuse_transforms, rows_of, runs_kernels
+from ds_fused.ops._triton import autocast_dtype, check_dtypes, check_here, refuse_transforms, rows_of, runs_kernels
 from ds_fused.ops.one_pass import Cut, OnePassFunction, cut
 
 # what a kept gradient, which lies about in [-1, 1], is multiplied by in fp16: the small ones of a large vocabulary stay
@@ -317,6 +317,7 @@ def _check_head(
             f"{op}: {whose}_weight is {type(weight).__name__}; a divergence needs whole rows of logits, so gather the "
             "weight as a tensor"
         )
+    check_here(op, f"{whose}_", x, weight, bias)
     if x.ndim == 0 or weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(
             f"{op}: {whose}_x {tuple(x.shape)} and {whose}_weight {tuple(weight.shape)} must be [..., H] and [V, H]"

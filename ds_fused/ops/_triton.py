@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
@@ -17,10 +20,15 @@ TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 # of shared memory, in bytes: sm80 has 163 KiB for a program
 MOST_IN_FLIGHT = 128 * 1024
 
+# the types of most tensors, of which nothing more has to be asked: to ask each of them takes three times as long
+PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
 # compute capabilities that copy tiles by descriptors and have the shared memory for large ones
 COPIES_TILES = (9, 10)
 
 T = TypeVar("T")
+
+log = logging.getLogger("ds_fused")
 
 _multiprocessors: dict[torch.device, int] = {}
 _copies_tiles: dict[torch.device, bool] = {}
@@ -38,10 +46,37 @@ def runs_kernels(*tensors: Tensor | None) -> bool:
             return False  # the reference then fails as any PyTorch code does, naming both devices
     # is_cuda: the type of a device is a string, made anew
     if tensors[0].is_cuda or device.type in KERNEL_DEVICES:
-        return not is_transformed()
+        return _are_plain(tensors)
     # a graph can't hold the interpreter, nor trace the reading of its variable
     is_here = device.type == "cpu" and not torch.compiler.is_compiling()
-    return is_here and triton.knobs.runtime.interpret and not is_transformed()
+    return is_here and triton.knobs.runtime.interpret and _are_plain(tensors)
+
+
+def is_spread(tensor: object) -> bool:
+    """Whether it is a DTensor (PyTorch's tensor parallelism, FSDP2), of which each rank holds a part."""
+    # nobody has one where nobody has imported them, which takes a tenth of a second
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether kernels can read them by their addresses: no transform of torch.func is at work, and none is spread."""
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._are_functorch_transforms_active():
+        return False
+    if PLAIN.issuperset(map(type, tensors)) or not any(is_spread(tensor) for tensor in tensors):
+        return True
+    _say_spread()
+    return False
+
+
+@functools.cache
+def _say_spread() -> None:
+    log.warning(
+        "ds_fused: an op was given a DTensor, of which a kernel would see this rank's part alone, so such calls are "
+        "computed by PyTorch"
+    )
 
 
 def is_transformed() -> bool:
@@ -56,6 +91,22 @@ def refuse_transforms(op: str) -> None:
             f"{op}: torch.func's transforms (grad, vmap, jvp) can't pass it; transform {op}_reference of "
             f"ds_fused.ops.{op}, which has all logits at once"
         )
+
+
+def check_here(op: str, whose: str, x: Tensor, weight: object, bias: Tensor | None) -> None:
+    """A head is multiplied by the weight that an op is given: all of it has to be here. ``whose`` begins the names."""
+    if torch.compiler.is_compiling():
+        return
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if is_spread(tensor):
+            raise ValueError(
+                f"{op}: {whose}{name} is a DTensor, of which this rank holds a part; pass its full_tensor()"
+            )
+        if tensor is not x and isinstance(tensor, Tensor) and tensor.shape == (0,):
+            raise ValueError(
+                f"{op}: {whose}{name} has no elements, as one that ZeRO-3 has sharded, outside of its layer's forward: "
+                "have the model compute its loss, which gathers what it needs, or gather it around forward and backward"
+            )
 
 
 def check_dtypes(op: str, **tensors: Tensor | None) -> None:

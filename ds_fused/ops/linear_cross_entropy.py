@@ -32,7 +32,7 @@ from ds_fused.ops._tiles import (
     tiling,
     wide,
 )
-from ds_fused.ops._triton import autocast_dtype, check_dtypes, refuse_transforms, rows_of, runs_kernels
+from ds_fused.ops._triton import autocast_dtype, check_dtypes, check_here, refuse_transforms, rows_of, runs_kernels
 from ds_fused.ops.cross_entropy import cross_entropy_reference
 from ds_fused.ops.frozen_head import FrozenHeadFunction
 from ds_fused.ops.one_pass import CrossEntropyRows, OnePassFunction, cut
@@ -237,6 +237,7 @@ def token_losses(
 
 def _checked_vocabulary(op: str, x: Tensor, weight: Tensor | WeightSlabs | VocabShard, bias: Tensor | None) -> int:
     """V, once x [..., H], weight [V, H] and bias [V] fit together on one device."""
+    check_here(op, "", x, weight, bias)
     if x.ndim == 0 or len(weight.shape) != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"{op}: x {tuple(x.shape)} and weight {tuple(weight.shape)} must be [..., H] and [V, H]")
     n_vocab = weight.shape[0]

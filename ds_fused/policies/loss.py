@@ -304,12 +304,12 @@ def _why_not_head(head: nn.Module) -> str | None:
     reason = why_not(head)
     if reason is not None:
         return reason
-    if head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks:
-        return "it has hooks, which expect the logits"
-    # DTensor, torchao's quantised tensors
+    # DTensor, torchao's quantised tensors; what FSDP2 has made a DTensor has its hooks, too
     kind = type(head.weight.data)
     if kind is not Tensor or not head.weight.is_floating_point():
         return f"its weight is a {kind.__qualname__} of {head.weight.dtype}"
+    if head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks:
+        return "it has hooks, which expect the logits"
     if cls.forward is not nn.Linear.forward:
         differs = head_differs(head)
         if differs is not None:

@@ -1,4 +1,4 @@
-"""What users of Liger complain about: ours does it right, and where Liger is installed, Liger is seen to fail.
+"""What users of Liger complain about: ours does it right, and Liger, where it is installed, is seen to fail still.
 
 One test each for what can be seen on any device; the numbers are of its issue tracker. What takes ranks or a GPU
 (zero-sized shards, gathered heads, hangs, memory, host syncs, other devices) has its tests in tests/zero and tests/ops.
@@ -20,12 +20,12 @@ import ds_fused
 LIGER = find_spec("liger_kernel") is not None
 VOCAB, WIDTH = 31, 16
 
-# x, weight, labels -> loss
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+# x, weight, labels, and of ours and PyTorch's reduction="mean" -> loss
+Loss = Callable[..., Tensor]
 
 
-def torchs(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(x, weight), labels)
+def torchs(x: Tensor, weight: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    return F.cross_entropy(F.linear(x, weight), labels, reduction=reduction)
 
 
 def ligers(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -100,6 +100,44 @@ def test_a_second_backward_gives_what_the_first_gave(device: torch.device) -> No
         found(OURS[0])
     if LIGER:
         assert not same(found(ligers), wanted), "Liger does it right by now: this complaint is no more"
+
+
+# Liger#968, which it does right by now
+@pytest.mark.parametrize("ours", OURS)
+def test_each_token_counts_as_much_as_it_is_told_to(ours: Loss, device: torch.device) -> None:
+    def found(loss: Loss) -> Tensor:
+        x, weight, labels = given(device)
+        of_token = torch.linspace(-1.0, 2.0, len(labels), device=device)
+        (of_token * loss(x, weight, labels, reduction="none")).sum().backward()
+        return torch.cat([x.grad, weight.grad])
+
+    assert same(found(ours), found(torchs))
+
+
+# Liger#322, #338
+@pytest.mark.parametrize("ours", OURS)
+def test_micro_batches_of_different_lengths_add_up_to_the_batch(ours: Loss, device: torch.device) -> None:
+    def found(parts: tuple[slice, ...]) -> Tensor:
+        x, weight, labels = given(device)
+        labels[1] = -100
+        n_items = (labels != -100).sum()
+        for part in parts:
+            (ours(x[part], weight, labels[part], reduction="sum") / n_items).backward()
+        return torch.cat([x.grad, weight.grad])
+
+    assert same(found((slice(0, 2), slice(2, 5), slice(5, 6))), found((slice(0, 6),)))
+
+
+# Liger#370, #376, #273, #1305: its norm writes over the gradient that goes past it, too
+def test_what_goes_past_a_norm_is_as_it_was(device: torch.device) -> None:
+    def found(norm: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        x, weight, _ = given(device)
+        hidden = 2 * x
+        (hidden + norm(hidden, weight[0])).backward(torch.ones_like(hidden))
+        return x.grad
+
+    wanted = found(lambda x, weight: F.rms_norm(x, weight.shape, weight, 1e-6))
+    assert same(found(lambda x, weight: ds_fused.rms_norm(x, weight, eps=1e-6)), wanted)
 
 
 # Liger#315, #242, #772, #927; Liger#70, #978, #1059

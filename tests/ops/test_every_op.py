@@ -1,4 +1,4 @@
-"""What holds for every op of the registry: backward may run twice, a second derivative is refused, autocast."""
+"""What holds for every op: backward may run twice, a second derivative is refused, autocast, no value is read."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from accuracy import randn, same_bits
 from torch import Tensor
 
 import ds_fused.ops as ops
+from ds_fused.ops import _launch, _meet, _triton
 from ds_fused.ops.registry import OPS
 
 # of which PyTorch's own differ under autocast; tested in their own files
@@ -140,3 +141,77 @@ def test_autocast_changes_nothing(name, dtype, device):
         results.append([*(outputs if isinstance(outputs, tuple) else (outputs,)), *gradients])
     for got, wanted in zip(*results, strict=True):
         assert same_bits(got.detach(), wanted.detach())
+
+
+@pytest.fixture
+def on_meta(monkeypatch) -> list[str]:
+    """Ops take meta tensors to their kernels, of which the names are noted: none of them has a value to be read."""
+    launched: list[str] = []
+    meta = torch.device("meta")
+
+    def note(kernel: object, *_: object) -> None:
+        launched.append(kernel.__name__)
+
+    monkeypatch.setattr(_launch, "launch_elsewhere", note)
+    monkeypatch.setattr(_triton, "KERNEL_DEVICES", ("meta",))
+    monkeypatch.setattr(_meet, "DEVICES", ("meta",))
+    monkeypatch.setitem(_triton._multiprocessors, meta, 132)
+    monkeypatch.setitem(_triton._copies_tiles, meta, True)
+    return launched
+
+
+# heads, which cut their logits, by each way; in chunks of some bytes
+IN_CHUNKS = [(name, more | {"chunk_mb": 2**-20}) for name, options in CAN.items() for more in ({}, options)]
+
+
+# a value that the host reads (item, equal, nonzero) makes it wait for the GPU, and can't be captured in a CUDA graph
+@pytest.mark.parametrize(("name", "options"), [*((op.name, {}) for op in OPS), *CAN.items(), *IN_CHUNKS])
+def test_the_host_reads_no_value(name, options, on_meta):
+    call, tensors = example(name, torch.device("meta"), **options)
+    gradients = torch.autograd.grad(total(call(*tensors)), tensors)
+    assert on_meta
+    assert [gradient.shape for gradient in gradients] == [tensor.shape for tensor in tensors]
+
+
+def results(call: Callable, tensors: list[Tensor]) -> list[Tensor]:
+    outputs = call(*tensors)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return [*(y.detach() for y in outputs), *torch.autograd.grad(total(outputs), tensors)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "options"), [*((op.name, {}) for op in OPS), *CAN.items()])
+def test_a_cuda_graph_captures_it(name, options, device):
+    call, tensors = example(name, device, **options)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    # kernels are compiled before, and launched by both ways
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            results(call, tensors)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results(call, tensors)
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.mul_(0.5)
+    graph.replay()
+    for got, wanted in zip(captured, results(call, tensors), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.gpus
+@every_op
+def test_runs_on_the_tensors_own_device(name):
+    here, there = (results(*example(name, torch.device("cuda", index))) for index in (0, 1))
+    for got, wanted in zip(there, here, strict=True):
+        assert got.device.index == 1
+        torch.testing.assert_close(got.cpu(), wanted.cpu())
+
+
+def test_a_value_that_is_read_would_show(on_meta):
+    x = torch.ones(3, device="meta")
+    for read in (lambda: x.sum().item(), lambda: bool(x[0] > 0), lambda: torch.equal(x, x), lambda: x.nonzero()):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            read()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -13,8 +14,62 @@ import torch
 from accuracy import randn, same_bits
 from torch import Tensor
 
+import ds_fused
 import ds_fused.ops as ops
 from ds_fused.ops import _launch
+
+
+class OnTheSecondGPU(Tensor):
+    device = torch.device("cuda", 1)
+
+    def get_device(self) -> int:
+        return 1
+
+
+class Guard:
+    """Stands for torch.cuda.device; `current` is the device that kernels run on."""
+
+    current = 0
+
+    def __init__(self, device: torch.device) -> None:
+        self.index = device.index
+
+    def __enter__(self) -> None:
+        Guard.current, self.before = self.index, Guard.current
+
+    def __exit__(self, *_: object) -> None:
+        Guard.current = self.before
+
+
+def test_a_kernel_runs_on_its_tensors_device_and_the_current_one_stays(monkeypatch):
+    ran_on = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *_, **__: ran_on.append(Guard.current)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: Guard.current)
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    x = torch.empty(3).as_subclass(OnTheSecondGPU)
+    # of a Triton that is not known, and of one that is
+    for current_device in (_launch._nowhere, lambda: Guard.current):
+        monkeypatch.setattr(_launch, "_current_device", current_device)
+        _launch.launch(Kernel(), (1,), x, 3)
+        _launch.launch_ready(_launch.ready(Kernel(), (1,), 3), x)
+    assert ran_on == [1, 1, 1, 1] and Guard.current == 0
+
+
+def test_kernels_are_launched_here_alone():
+    folder = Path(ds_fused.__file__).parent
+    # kernel[grid](...)
+    launching = {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+        if ast.unparse(node.func).endswith("[grid]") or ast.unparse(node.func.value).endswith("kernel")
+    }
+    assert launching == {"ops/_launch.py"}
 
 
 def test_both_ways_up_to_the_c_function():

@@ -75,6 +75,22 @@ def test_few_chunks_are_added_up_in_bf16_and_many_in_fp32(where, monkeypatch):
         assert set(seen) == {dtype} and len(seen) == chunks
 
 
+@only_plain
+@pytest.mark.parametrize(
+    ("m", "h", "v", "how"),
+    [
+        (4096, 4096, 32000, (4096, True)),  # all logits fit: the three products of a plain head
+        (8192, 4096, 128256, (2048, True)),
+        (8192, 2048, 256000, (1024, True)),
+        (131072, 4096, 32000, (8192, False)),  # 16 chunks, too many to be added up in bf16
+        (8192, 4096, 2**24, (1024, True)),  # more than chunk_mb, which is little beside dweight in fp32
+    ],
+)
+def test_cuts_of_real_sizes(m, h, v, how, where, monkeypatch):
+    monkeypatch.undo()  # the sides of real life
+    assert one_pass.cut(m, v, h, 2, 512 * 2**20, "auto", trains=True) == how
+
+
 def test_the_last_chunk_may_be_smaller_and_labels_all_ignored(where):
     x, weight, labels, bias = some(6, 3, 13, where)
     as_accurate(ours, theirs, [x, weight, labels, bias], torch.float32, **CUTS[1])

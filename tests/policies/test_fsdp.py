@@ -1,0 +1,63 @@
+"""Models that PyTorch's FSDP2 shards, before or after they are fused: they train as stock, and what is left is said."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import ds_fused
+
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, head_alone: bool) -> None:
+    for layer in (*model.model.layers, *([model.lm_head] if head_alone else []), model):
+        fully_shard(layer, mesh=mesh)
+
+
+def step(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    ids = torch.arange(18).view(2, 9)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.detach(), {
+        name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for name, p in model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("head_alone", [False, True])
+@pytest.mark.parametrize("fused_first", [False, True])
+def test_trains_as_stock(fused_first, head_alone, mesh):
+    torch.manual_seed(0)
+    stock = LlamaForCausalLM(LlamaConfig(vocab_size=61, num_key_value_heads=1, **SIZES))
+    model = copy.deepcopy(stock)
+    if fused_first:
+        report = ds_fused.apply(model)
+        shard(model, mesh, head_alone)
+    else:
+        shard(model, mesh, head_alone)
+        report = ds_fused.apply(model)
+    found = {claim.key: claim for claim in report.claims}
+    assert {"rms_norm", "rope", "swiglu"} <= found.keys()
+    torch.testing.assert_close(step(model), step(stock))
+    head = found.get("fused_linear_cross_entropy")
+    if fused_first:
+        assert head.site.scope.fused
+    else:
+        assert head is None and "head lm_head: its weight is a DTensor of torch.float32" in str(report)
