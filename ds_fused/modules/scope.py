@@ -118,7 +118,7 @@ class Scope:
         self._modes: list[str] = []
         # of each, whether it began with gradients
         self._trained: list[bool] = []
-        # whether the head's last call in a forward with gradients waited: a checkpoint repeats it when the forward is over
+        # whether the head's last call in such a forward waited: a checkpoint repeats it when the forward is over
         self._waited = False
         # such a call ran without gradients, as a reentrant checkpoint runs what it will repeat
         self._without_gradients = False

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 
 import deepspeed
 import torch
@@ -24,6 +26,8 @@ from special import (
     there_and_back,
     train,
 )
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaForCausalLM
 
 
 def tied_and_untied(run: Callable[[deepspeed.DeepSpeedEngine], object], **more: object) -> dict:
@@ -127,6 +131,37 @@ def stream_thrown_away() -> dict:
         return losses
 
     return streamed(run=run)
+
+
+class CheckpointedHead(LlamaForCausalLM):
+    """Head and loss are run again in the backward."""
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> SimpleNamespace:
+        def loss_of(hidden: torch.Tensor) -> torch.Tensor:
+            return self.loss_function(self.lm_head(hidden), labels, self.config.vocab_size)
+
+        hidden = self.model(input_ids).last_hidden_state
+        return SimpleNamespace(loss=checkpoint(loss_of, hidden, use_reentrant=False))
+
+
+@case
+def stream_checkpointed_head() -> dict:
+    builds = {name: partial(model_of, name == "tied", CheckpointedHead) for name in ("untied", "tied")}
+    return {name: streamed(build) for name, build in builds.items()}
+
+
+@case
+def stream_generating() -> dict:
+    """Words between two steps, all ranks for as long as one of them wants more."""
+
+    def run(engine: deepspeed.DeepSpeedEngine) -> list[float]:
+        losses = train(engine, mine()[:2])
+        engine.eval()
+        words = engine.module.generate(mine()[0][0], max_new_tokens=4, do_sample=False, synced_gpus=True)
+        engine.train()
+        return [*losses, *train(engine, mine()[2:]), *words.flatten().tolist()]
+
+    return tied_and_untied(run)
 
 
 @case

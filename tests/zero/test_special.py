@@ -64,6 +64,8 @@ STEPS = (
     "direct_backward_accumulating",
     "evaluation_in_an_accumulation",
     "universal_checkpoint",
+    "checkpointed_head",
+    "generating",
 )
 
 CASES = (
