@@ -118,6 +118,20 @@ def stream_direct_backward_accumulating() -> dict:
 
 
 @case
+def stream_offload_accumulating() -> dict:
+    """Weights and optimizer on the CPU; micro steps are added up there."""
+
+    def run(engine: deepspeed.DeepSpeedEngine) -> list[float]:
+        assert engine.optimizer.offload_optimizer and engine.optimizer.offload_param
+        return train(engine, mine(accumulation=3))
+
+    offload = {"device": "cpu"}
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "offload_optimizer": offload, "offload_param": offload}
+    more = {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False, "gradient_accumulation_steps": 3}
+    return tied_and_untied(run, **more)
+
+
+@case
 def stream_thrown_away() -> dict:
     """Before each step a gradient that nobody wants."""
 

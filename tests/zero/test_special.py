@@ -66,6 +66,7 @@ STEPS = (
     "universal_checkpoint",
     "checkpointed_head",
     "generating",
+    "offload_accumulating",
 )
 
 CASES = (
