@@ -150,17 +150,25 @@ def stream_thrown_away() -> dict:
 class CheckpointedHead(LlamaForCausalLM):
     """Head and loss are run again in the backward."""
 
+    use_reentrant = False
+
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> SimpleNamespace:
         def loss_of(hidden: torch.Tensor) -> torch.Tensor:
             return self.loss_function(self.lm_head(hidden), labels, self.config.vocab_size)
 
         hidden = self.model(input_ids).last_hidden_state
-        return SimpleNamespace(loss=checkpoint(loss_of, hidden, use_reentrant=False))
+        return SimpleNamespace(loss=checkpoint(loss_of, hidden, use_reentrant=self.use_reentrant))
+
+
+class ReentrantHead(CheckpointedHead):
+    use_reentrant = True
 
 
 @case
 def stream_checkpointed_head() -> dict:
+    """Within a reentrant checkpoint as stock, which itself fails there with a tied head."""
     builds = {name: partial(model_of, name == "tied", CheckpointedHead) for name in ("untied", "tied")}
+    builds["reentrant"] = partial(model_of, kind=ReentrantHead)
     return {name: streamed(build) for name, build in builds.items()}
 
 
