@@ -33,7 +33,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ds_fused.engine.zero_sizes import given
-from ds_fused.modules.scope import say_once
+from ds_fused.modules.scope import in_backward, say_once
 from ds_fused.modules.swap import original_class
 from ds_fused.policies.report import Left
 
@@ -173,7 +173,7 @@ def _hold(layer: nn.Module, args: tuple, output: object) -> None:
             f"ds_fused: {original_class(layer).__name__} gets its hidden states by keyword, and DeepSpeed then keeps "
             'its weights until the backward ends; "leaf_modules": false takes less memory'
         )
-    if _in_backward():
+    if in_backward():
         for p in layer.parameters():
             p.ds_active_sub_modules.add(_HELD)
 
@@ -181,14 +181,10 @@ def _hold(layer: nn.Module, args: tuple, output: object) -> None:
 @torch.compiler.disable
 def _hand_on(layer: nn.Module, args: tuple, output: object) -> None:
     """To the layer's backward, at whose end DeepSpeed takes it off."""
-    if _in_backward():
+    if in_backward():
         for p in layer.parameters():
             p.ds_active_sub_modules.add(layer.ds_id)
             p.ds_active_sub_modules.discard(_HELD)
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 def gather_as_one(offload: DeepSpeedZeRoOffload, modules: Sequence[nn.Module]) -> None:

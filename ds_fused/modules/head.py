@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ds_fused.modules.deferred import DeferredLogits, materialised
 from ds_fused.modules.head_call import HeadCall
 from ds_fused.modules.on_demand import on_demand, sealed
-from ds_fused.modules.scope import Scope, has_hooks, is_observed, say_once
+from ds_fused.modules.scope import Scope, has_hooks, in_backward, is_observed, say_once
 from ds_fused.modules.steps import Step, replay
 from ds_fused.ops import cross_entropy, linear_cross_entropy
 from ds_fused.ops._triton import is_transformed
@@ -65,7 +65,8 @@ class Head:
             return DeferredLogits(HeadCall(self, args[0]))
         trains = torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed()
         is_sharded = trains and self._ds_fused_scope.weight.is_sharded(self)
-        if is_sharded:
+        # what a checkpoint repeats was spoken of in the forward
+        if is_sharded and not in_backward():
             say_once(
                 "ds_fused: the forward was given no labels, so the head computes real logits and its weight is "
                 "gathered whole. Give it labels (with shift_labels, where a sequence is split over ranks) and take its "

@@ -31,6 +31,11 @@ def say_once(line: str) -> None:
         log.warning(line)
 
 
+def in_backward() -> bool:
+    """Whether autograd runs on this thread: a forward that runs then is one that a checkpoint repeats."""
+    return torch._C._current_graph_task_id() != -1
+
+
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # whose hooks act on any layer's call alike, to gather weights
 _GATHERING = ("deepspeed", "torch")
@@ -111,12 +116,18 @@ class Scope:
         self.fused = False
         # one for each forward that is running, innermost last: a forward may be called within another
         self._modes: list[str] = []
+        # of each, whether it began with gradients
+        self._trained: list[bool] = []
+        # whether the head's last call in such a forward waited: a checkpoint repeats it when the forward is over
+        self._waited = False
+        # such a call ran without gradients, as a reentrant checkpoint runs what it will repeat
+        self._without_gradients = False
         self._handles: list[Any] = []
         self._said_unfused = False
 
     def __deepcopy__(self, memo: dict) -> Scope:
         memo[id(self)] = twin = copy.copy(self)
-        twin._modes = list(self._modes)
+        twin._modes, twin._trained = list(self._modes), list(self._trained)
         # with the head alone, as PEFT copies it, none of what else hangs on the model's hooks
         with_model = any(id(handle.hooks_dict_ref()) in memo for handle in self._handles)
         twin._handles = copy.deepcopy(self._handles, memo) if with_model else []
@@ -137,7 +148,17 @@ class Scope:
         self._handles = []
 
     def armed(self) -> bool:
-        return bool(self._modes) and self._modes[-1] == "defer"
+        """Whether a call of the head may wait."""
+        defers = bool(self._modes) and self._modes[-1] == "defer"
+        if torch.compiler.is_compiling():
+            return defers
+        if not self._modes:
+            return self._waited and in_backward()
+        if self._trained[-1]:
+            # the loss may be outside of that checkpoint, and to hidden states without gradients it would pass none
+            self._without_gradients = defers and not torch.is_grad_enabled()
+            self._waited = defers = defers and not self._without_gradients
+        return defers
 
     def is_plain(self) -> bool:
         """Whether a forward is running that was given no labels, and could have been."""
@@ -156,8 +177,10 @@ class Scope:
             self._modes.append("stock")
         else:
             self._modes.append("plain" if labels is None and not self.loss_outside else "defer")
+        self._trained.append(torch.is_grad_enabled())
 
     def leave(self, owner: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        self._trained.pop()
         if self._modes.pop() != "defer":
             return None
         # output None: the forward raised
@@ -186,6 +209,11 @@ class Scope:
             return f"PEFT has wrapped its head since ({type(around).__name__}), and the logits are computed"
         if is_observed(owner.get_submodule(paths[0])):
             return "Its head was given hooks since, which expect the logits"
+        if self._without_gradients:
+            return (
+                "Its head was called without gradients, as within a reentrant checkpoint, whose repetition would not "
+                "know of a fused loss; within one with use_reentrant=False it is fused"
+            )
         loss = vars(owner).get("_loss_function")
         if loss is not None and getattr(loss, "scope", None) is not self:
             return f"Its loss_function was exchanged since, and is now {getattr(loss, '__qualname__', loss)}"

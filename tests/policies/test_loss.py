@@ -14,11 +14,13 @@ import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from transformers.trainer_pt_utils import EvalLoopContainer, nested_detach
 
 from ds_fused.modules import head as head_file
 from ds_fused.modules.head import CausalLMLoss
 from ds_fused.modules.on_demand import LogitsOnDemand
+from ds_fused.modules.scope import say_once
 from ds_fused.policies.loss import LINEAR, REAL, claim_loss
 
 VOCAB = 61
@@ -552,6 +554,63 @@ def test_a_subclass_with_a_loss_on_its_own_logits() -> None:
     fused = copy.deepcopy(stock)
     fuse(fused)
     compare(stock, fused, **batch())
+
+
+class Checkpointed(transformers.LlamaForCausalLM):
+    """The last norm, the head and, where ``with_loss``, the loss are run again in the backward."""
+
+    use_reentrant, with_loss = False, True
+
+    def forward(self, input_ids, labels=None, **kwargs):
+        def tail(hidden: Tensor) -> Tensor:
+            logits = self.lm_head(hidden.tanh())
+            return self.loss_function(logits, labels, VOCAB) if self.with_loss else logits
+
+        hidden = self.model(input_ids).last_hidden_state
+        out = checkpoint(tail, hidden, use_reentrant=self.use_reentrant)
+        loss = out if self.with_loss else self.loss_function(out, labels, VOCAB)
+        return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=hidden.detach())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("with_loss", [True, False])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_around_the_head(use_reentrant: bool, with_loss: bool, tied: bool, monkeypatch, caplog) -> None:
+    stock = build(tie_word_embeddings=tied)
+    stock.__class__ = Checkpointed
+    stock.use_reentrant, stock.with_loss = use_reentrant, with_loss
+    fused = copy.deepcopy(stock)
+    fuse(fused)
+    calls, original = [], head_file.linear_cross_entropy
+
+    def counted(*args: object, **options: object) -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        return original(*args, **options)
+
+    monkeypatch.setattr(head_file, "linear_cross_entropy", counted)
+    say_once.cache_clear()
+    caplog.set_level(logging.WARNING, logger="ds_fused")
+    # evaluation between a forward and its backward changes nothing of what is repeated
+    for between in (lambda model: None, evaluate):
+        results = []
+        for model in (stock, fused):
+            model.zero_grad()
+            loss = model(**batch()).loss
+            between(model)
+            loss.backward()
+            results.append([loss, *(p.grad for p in model.parameters())])
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    # of each step the loss of the forward and, where it is repeated, of the repetition; and that of the evaluation
+    of_step = [] if use_reentrant else [True] * (1 + with_loss)
+    assert calls == [*of_step, *of_step[:1], False, *of_step[1:]]
+    assert ("use_reentrant=False" in caplog.text) == use_reentrant
+
+
+def evaluate(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.eval()(**batch())
+    model.train()
 
 
 class Outer(transformers.LlamaPreTrainedModel):

@@ -217,13 +217,13 @@ class Largest(TorchDispatchMode):
 
 @case
 def stream_memory() -> dict:
-    """Forward and backward of a model whose tied table and whose logits are larger than anything else."""
+    """Forward and backward, then evaluation, of models whose tables and logits are larger than anything else."""
     n_vocab, n_tokens = 40001, 40
-    config = jobs.config_of(tied=True)
-    config.vocab_size = n_vocab
     ids = torch.randint(n_vocab, (1, n_tokens), generator=torch.Generator().manual_seed(dist.get_rank()))
 
-    def build() -> torch.nn.Module:
+    def build(tied: bool) -> torch.nn.Module:
+        config = jobs.config_of(tied)
+        config.vocab_size = n_vocab
         torch.manual_seed(0)
         return LlamaForCausalLM(config)
 
@@ -235,17 +235,21 @@ def stream_memory() -> dict:
                 engine.backward(loss)
             engine.step()
             largest.append(watch.elements)
-        return {"largest": largest, "loss": loss.item()}
+        engine.eval()
+        with torch.no_grad(), Largest() as watch:
+            evaluated = engine(input_ids=ids, labels=ids).loss
+        return {"largest": [*largest, watch.elements], "losses": [loss.item(), evaluated.item()]}
 
-    # a table of 5 MiB in slabs of 1
-    block = {"fused_linear_cross_entropy": {**STREAM["fused_linear_cross_entropy"], "slab_mb": 1, "chunk_mb": 1}}
+    # tables of 5 MiB in slabs of 1
+    head = {**STREAM["fused_linear_cross_entropy"], "slab_mb": 1, "chunk_mb": 1}
+    block = {"fused_linear_cross_entropy": head, "embedding": True}
     before = _tiles.LEAST_SIDE, _tiles.SIDE_STEP
     _tiles.LEAST_SIDE, _tiles.SIDE_STEP = 4, 2
     try:
-        out = both(build, stage=3, run=run, block=block)
+        out = {kind: both(partial(build, kind == "tied"), 3, run=run, block=block) for kind in ("tied", "untied")}
     finally:
         _tiles.LEAST_SIDE, _tiles.SIDE_STEP = before
-    return out | {"table": n_vocab * config.hidden_size, "logits": n_vocab * n_tokens}
+    return out | {"table": n_vocab * products.SIZES["hidden_size"], "logits": n_vocab * n_tokens}
 
 
 def with_bias(frozen: str | None = None) -> torch.nn.Module:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 
 import deepspeed
 import torch
@@ -24,6 +26,8 @@ from special import (
     there_and_back,
     train,
 )
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaForCausalLM
 
 
 def tied_and_untied(run: Callable[[deepspeed.DeepSpeedEngine], object], **more: object) -> dict:
@@ -114,6 +118,20 @@ def stream_direct_backward_accumulating() -> dict:
 
 
 @case
+def stream_offload_accumulating() -> dict:
+    """Weights and optimizer on the CPU; micro steps are added up there."""
+
+    def run(engine: deepspeed.DeepSpeedEngine) -> list[float]:
+        assert engine.optimizer.offload_optimizer and engine.optimizer.offload_param
+        return train(engine, mine(accumulation=3))
+
+    offload = {"device": "cpu"}
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "offload_optimizer": offload, "offload_param": offload}
+    more = {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False, "gradient_accumulation_steps": 3}
+    return tied_and_untied(run, **more)
+
+
+@case
 def stream_thrown_away() -> dict:
     """Before each step a gradient that nobody wants."""
 
@@ -127,6 +145,45 @@ def stream_thrown_away() -> dict:
         return losses
 
     return streamed(run=run)
+
+
+class CheckpointedHead(LlamaForCausalLM):
+    """Head and loss are run again in the backward."""
+
+    use_reentrant = False
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> SimpleNamespace:
+        def loss_of(hidden: torch.Tensor) -> torch.Tensor:
+            return self.loss_function(self.lm_head(hidden), labels, self.config.vocab_size)
+
+        hidden = self.model(input_ids).last_hidden_state
+        return SimpleNamespace(loss=checkpoint(loss_of, hidden, use_reentrant=self.use_reentrant))
+
+
+class ReentrantHead(CheckpointedHead):
+    use_reentrant = True
+
+
+@case
+def stream_checkpointed_head() -> dict:
+    """Within a reentrant checkpoint as stock, which itself fails there with a tied head."""
+    builds = {name: partial(model_of, name == "tied", CheckpointedHead) for name in ("untied", "tied")}
+    builds["reentrant"] = partial(model_of, kind=ReentrantHead)
+    return {name: streamed(build) for name, build in builds.items()}
+
+
+@case
+def stream_generating() -> dict:
+    """Words between two steps, all ranks for as long as one of them wants more."""
+
+    def run(engine: deepspeed.DeepSpeedEngine) -> list[float]:
+        losses = train(engine, mine()[:2])
+        engine.eval()
+        words = engine.module.generate(mine()[0][0], max_new_tokens=4, do_sample=False, synced_gpus=True)
+        engine.train()
+        return [*losses, *train(engine, mine()[2:]), *words.flatten().tolist()]
+
+    return tied_and_untied(run)
 
 
 @case
