@@ -5,10 +5,10 @@
     python benchmarks/end_to_end.py --gpus 2 --out DIR --shape 8b --longest
     python benchmarks/end_to_end.py --plot DIR
 
-The first two write NAME.md, .json, .csv and (with matplotlib) .png, NAME being end_to_end unless --name says otherwise,
-anew after each size of each way; with --resume the rows that are there stay, and what is missing of --rounds is
-measured. The third looks for the longest sequence that trains and writes NAME_longest.md and .json; the last draws the
-picture of a NAME.json that was measured elsewhere.
+The first two write NAME.md, .json, .csv, NAME_losses.csv and (with matplotlib) NAME.png, NAME being end_to_end unless
+--name says otherwise, anew after each size of each way; with --resume the rows that are there stay, and what is missing
+of --rounds is measured. The third looks for the longest sequence that trains and writes NAME_longest.md and .json; the
+last draws the picture of a NAME.json that was measured elsewhere.
 
 Each way has processes of its own, started by the ``deepspeed`` launcher: all ways once, then all once more, as often as
 --rounds says. A process builds its engine once and goes through the micro batches, smallest first; where one runs out
@@ -39,7 +39,7 @@ from benchmarks.plot_step import draw
 from benchmarks.ranks import Ended, free_port, listen
 from benchmarks.results import OK
 from benchmarks.step_job import BEGUN, FAILED, MEMORY_ERRORS, OUT_OF_MEMORY, RESULT, Spec
-from benchmarks.step_page import RATE, Point, finished, longest_page, steps_page, write_csv
+from benchmarks.step_page import RATE, Point, finished, longest_page, steps_page, write_csv, write_curves
 from benchmarks.step_shapes import SHAPES, shape_of
 from benchmarks.step_ways import DEFAULT, LONGEST, WAYS, Way, ours
 
@@ -51,11 +51,12 @@ SHARE, ROUND, AHEAD = 16, 1024, 4
 
 
 class StepResults(Results):
-    """NAME.csv beside the others."""
+    """NAME.csv and NAME_losses.csv beside the others."""
 
     def write(self) -> None:
         super().write()
         write_csv(self.path.with_suffix(".csv"), self.header, self.rows)
+        write_curves(self.path.with_name(f"{self.path.name}_losses.csv"), self.rows)
 
 
 @dataclass

@@ -75,6 +75,10 @@ def test_stock_and_ours_train_alike(tmp_path):
     lines = [line for line in (tmp_path / "end_to_end.csv").read_text().splitlines() if not line.startswith("# ")]
     table = list(csv.DictReader(lines))
     assert len(table) == len(rows) and float(table[0]["last_loss"]) == rows[0]["losses"][-1]
+    with (tmp_path / "end_to_end_losses.csv").open() as file:
+        lines = [line for line in csv.DictReader(file) if (line["way"], line["micro_batch"]) == ("ours", "2")]
+    curve = [float(line["loss"]) for line in lines]
+    assert curve == done["ours", 2]["losses"]
     pytest.importorskip("matplotlib")
     (tmp_path / "end_to_end.png").unlink()
     assert plot_step.draw(tmp_path, "end_to_end") is None
@@ -380,13 +384,38 @@ def test_table_of_numbers():
         row("hf", 2, 110.0, 4.001),
     ]
     text = steps_page(head, rows)
-    assert "| ours | 50.0 | 50.0 to 52.0 | 1280 | 2.10x | 25% | 2.00 | 1.50 | 0.50 | 4.00 | 5.0e-01 | 0.0e+00 |" in text
-    assert "| hf | 105.0 | 100.0 to 112.0 | 611 | 1.00x | 25% | 2.00 | 1.50 | 0.50 | 4.00 | 1.0e-03 |" in text
-    assert "**failed: a / b**" in text and "- ours: 2 x rope" in text and "| hf | 8.0 | 1.0 |" in text
+    apart = "5.0e-01 | 0.0e+00 |"
+    assert f"| ours | 50.0 | 50.0 to 52.0 | 1280 | 2.10x | - | 25% | 2.00 | 1.50 | - | 0.50 | 4.00 | {apart}" in text
+    assert "| hf | 105.0 | 100.0 to 112.0 | 611 | 1.00x | - | 25% | 2.00 | 1.50 | - | 0.50 | 4.00 | 1.0e-03 |" in text
+    assert "another attention" not in text and "**failed: a / b**" in text
+    rows[2] = row("liger", 1, 80.0, 4.002, dynamic_mib=2000.0)
+    rows.append(row("hf-math", 1, 120.0, 4.003))
+    text = steps_page(head, rows)
+    assert f"| 2.10x | 1.60x | 25% | 2.00 | 1.50 | 0.77x | 0.50 | 4.00 | {apart}" in text
+    assert "Stock with another attention is 3.0e-03 (loss) and 0.0e+00 (gradient's norm) from stock" in text
+    assert "- liger: 2.0e-03 and 0.0e+00, within that" in text
+    assert "- ours: 5.0e-01 and 0.0e+00, **beyond that**" in text
+    assert "- ours: 2 x rope" in text and "| hf | 8.0 | 1.0 |" in text
     tries = [{"length": 64, "ms": 10.0, "peak_mib": 1024.0}]
     rows = [{"way": way, "longest": 64 * n, "status": "found", "tries": tries} for n, way in ((1, "hf"), (3, "ours"))]
-    assert "| ours | 192 | 3.00x | - | - | found |" in longest_page(head, rows)
-    assert "| hf | 64 | 1.00x | 10 | 1.00 | found |" in longest_page(head, rows)
+    assert "| ours | 192 | 3.00x | - | - | - | found |" in longest_page(head, rows)
+    rows.append({"way": "liger", "longest": 96, "status": "found", "tries": []})
+    assert "| ours | 192 | 3.00x | 2.00x | - | - | found |" in longest_page(head, rows)
+    assert "| hf | 64 | 1.00x | 0.67x | 10 | 1.00 | found |" in longest_page(head, rows)
+
+
+def pages() -> list[Path]:
+    """JSON of whole steps among the results."""
+    files = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*/*.json"))
+    return [file for file in files if "end_to_end.py" in json.loads(file.read_text())["header"].get("command", "")]
+
+
+@pytest.mark.parametrize("file", pages(), ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_a_page_of_results_is_its_numbers(file):
+    measured = json.loads(file.read_text())
+    head, page = measured["header"], file.with_suffix(".md")
+    render = longest_page if "--longest" in head["command"] else steps_page
+    assert page.read_text() == render(head, measured["rows"])
 
 
 @pytest.mark.parametrize("name", ["gemma-256k", "8b", "moe"])
