@@ -286,11 +286,13 @@ def _steps(file: str, case: str, job: Job, device: str, ms: float, peak_mib: flo
 
 def ends(results: Path = RESULTS) -> Iterator[Point | Skipped]:
     """Rows of end_to_end.py, wherever they lie; of several rounds the median."""
-    for path in sorted(results.glob("*/end_to_end*.json")):
-        if path.stem.endswith("_longest"):
-            continue
+    for path in sorted(results.glob("*/*.json")):
         measured = json.loads(path.read_text())
-        header, name = measured["header"], f"{path.parent.name}/{path.stem}"
+        header, name = measured.get("header", {}), f"{path.parent.name}/{path.stem}"
+        # a file may have any name; the longest sequence is a search, whose steps have none before them
+        command = header.get("command", "")
+        if "end_to_end.py" not in command or "--longest" in command:
+            continue
         device = _cards(header)
         rounds: dict[tuple[str, int, int], list[dict]] = {}
         for row in measured["rows"]:
