@@ -41,7 +41,7 @@ from benchmarks.results import OK
 from benchmarks.step_job import BEGUN, FAILED, MEMORY_ERRORS, OUT_OF_MEMORY, RESULT, Spec
 from benchmarks.step_page import RATE, Point, finished, longest_page, steps_page, write_csv, write_curves
 from benchmarks.step_shapes import SHAPES, shape_of
-from benchmarks.step_ways import DEFAULT, LONGEST, WAYS, Way, ours
+from benchmarks.step_ways import LONGEST, OURS, RIVALS, WAYS, WITH_LEAVES, Way, default_ways, ours
 
 JOB = Path(__file__).parent / "step_job.py"
 LEFT_OUT = "left out"
@@ -334,7 +334,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     add("--room", type=float, metavar="GIB", help="that PyTorch may have of each card, as if it were a smaller one")
     add("--seconds", type=float, default=float("inf"), help="start no way after that")
     add("--patience", type=float, default=300.0, help="seconds without a step after which a launch is ended")
-    add("--ways", metavar="WAY,...", help=f"of {', '.join(WAYS)} and --block's; default {','.join(DEFAULT)}")
+    add("--ways", metavar="WAY,...", help=ways_text())
     add("--block", action="append", default=[], metavar="NAME=JSON", help="a further way: this ds_fused block")
     add("--data", type=Path, help="folder of *.txt to train on; needs --tokenizer")
     add("--tokenizer", type=Path, help="folder of the tokenizer")
@@ -364,6 +364,12 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def ways_text() -> str:
+    """Of --help."""
+    default = f"{','.join((*RIVALS, *OURS))}, under ZeRO-3 {','.join(WITH_LEAVES)} too"
+    return f"of {', '.join(WAYS)} and --block's; default {default}; with --longest {','.join(LONGEST)}"
+
+
 def chosen(options: argparse.Namespace) -> dict[str, Way]:
     """Name -> way, in the order in which they are run."""
     further = {}
@@ -377,7 +383,7 @@ def chosen(options: argparse.Namespace) -> dict[str, Way]:
             raise ValueError(f"--block is NAME=JSON, a new name and an object, got {text!r}")
         further[name] = ours(value)
     known = {**WAYS, **further}
-    default = [*(LONGEST if options.longest else DEFAULT), *further]
+    default = [*(LONGEST if options.longest else default_ways(options.stage)), *further]
     names = options.ways.split(",") if options.ways else default
     for name in names:
         if name not in known:

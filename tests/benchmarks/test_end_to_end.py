@@ -26,6 +26,7 @@ from benchmarks.step_data import COPIED, Stream, Text
 from benchmarks.step_page import RATE, longest_page, steps_page
 from benchmarks.step_shapes import SHAPES, STD, built, load, shape_of
 from benchmarks.step_timeline import COMMUNICATION, COPY, IDLE, MARK, OPTIMIZER, PARTS, Event, length, split, union
+from ds_fused.engine.zero_sizes import sizes_of
 
 HERE = Path(__file__).parent
 LENGTH = 40  # no multiple of a stretch of copied tokens
@@ -95,6 +96,51 @@ def test_all_ways_train_alike(tmp_path):
             assert row["status"] == "not run: needs a GPU"
         else:
             assert (row["way"], 1) in done, row
+
+
+OTHERS = {
+    "lora": ["--lora", "--stage", "0"],
+    "zero 2": ["--stage", "2"],
+    "offload": ["--offload", "--ways", "hf,alst+sizes,ours-fast,ours-small"],
+    "all kept": ["--no-checkpointing"],
+    "experts": ["--shape", "tiny-moe"],
+    "256k": ["--shape", "tiny-gemma-256k", "--stage", "2"],
+}
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("job", OTHERS)
+def test_other_jobs_train_alike(tmp_path, job):
+    """Ours do as stock does, and replace something, whatever is trained, sharded and kept."""
+    found = measured(tmp_path, "--ways", "hf,ours-fast,ours-small", "--rounds", "1", *OTHERS[job])
+    done = alike(found["rows"])
+    ways = [name for name, _ in done]
+    assert len(done) == len(found["rows"]) and ways[0] == "hf"
+    assert all(done[name, 1]["replaced"] for name in ways if name.startswith("ours"))
+
+
+def test_what_is_run_when_no_way_is_named():
+    def named(*arguments: str) -> list[str]:
+        return list(end_to_end.parsed(arguments).ways)
+
+    leaves = [name for name in named() if step_ways.WAYS[name].leaf and not name.startswith("ours")]
+    assert leaves == ["hf+sizes", "liger+sizes", "alst+sizes"]
+    assert named("--stage", "2") == [name for name in named() if name not in leaves]
+    assert named()[:4] == ["hf", "liger", "compile", "alst"] and named()[-3:] == ["ours", "ours-fast", "ours-small"]
+    assert named("--longest") == ["hf", "liger", "ours", "ours-small"]
+
+
+def test_a_rival_s_sizes_are_those_of_fast(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    model = built(SHAPES["tiny"], {"zero_optimization": {"stage": 0}}, torch.device("cpu"), lora=False)
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    options = end_to_end.parsed(["--shape", "tiny"])
+    spec = end_to_end.spec_of(options, "hf+sizes", step_ways.WAYS["hf+sizes"], [(1, 8)])
+    sizes = step_job._sizes(model, "llama", "large", spec)
+    assert sizes == sizes_of("large", layer, sum(p.numel() for p in model.parameters()))
+    assert "sub_group_size" not in step_job._sizes(model, "llama", "large", replace(spec, offload=True))
+    with pytest.raises(ValueError, match="the sizes are ZeRO-3's, and this is stage 2"):
+        step_job._sizes(model, "llama", "large", replace(spec, stage=2))
 
 
 @pytest.mark.all
