@@ -303,6 +303,8 @@ WAYS = {
         Way("ours-small-tiled", "ours", sizes="small", recompute="attention", keep_mb=0, tiles=4, offload=True),
         # before that: nothing is kept, and inputs stay on the device
         Way("ours-small-device", "ours", sizes="small", recompute="unread", keep_mb=0, tiles=4),
+        # as that, with inputs on the host: what the search for the longest sequence had
+        Way("ours-small-inputs", "ours", sizes="small", recompute="unread", keep_mb=0, tiles=4, offload=True),
         Way("ours-small-untiled", "ours", sizes="small", keep_mb=0),
     )
 }

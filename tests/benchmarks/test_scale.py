@@ -39,7 +39,7 @@ from benchmarks.scale_model import (
     stock_loss,
     update_seconds,
 )
-from benchmarks.scale_points import HOSTS, STEPS_ON, Point, Skipped, baselines, ends, head_loss, heads, probes
+from benchmarks.scale_points import HOSTS, STEPS_ON, Point, Skipped, baselines, ends, head_loss, heads, probes, searches
 
 GIB = 2**30
 HEADS = tuple(f"h100x2/zero3_head{name}" for name in ("", "_rivals", "_vocab"))
@@ -47,7 +47,7 @@ ENDS = ("h100x2/end_to_end", "h100x2/end_to_end_small", "h100x4/end_to_end", "h2
 ONE_GPU = ("h100/end_to_end_1b_tied", "h100/end_to_end_gemma_256k")
 # so short that leaf modules too are waited for
 SHORT = "h100x4/curves_8b"
-FILES = (*HEADS, "h100x4/zero3_head", "probe", "baselines", *ENDS, *ONE_GPU, SHORT)
+FILES = (*HEADS, "h100x4/zero3_head", "probe", "baselines", *ENDS, *ONE_GPU, SHORT, "h100x4/end_to_end_longest")
 # in the units of PARAMETERS
 KNOWN = [650.0, 645.0, 640.0, 630.0, 660.0, 450.0, 2.8, 3.6, 350.0, 40.0, 1500.0, 1600.0, 1400.0, 5.0, 25.0, 2.0]
 MACHINE = Machine(gemm=700e12, attention=500e12, memory=3e12, delay=300e9, call=50e-6, hook=1e-3, leaf=7, wait=20e-3)
@@ -56,7 +56,7 @@ MACHINE = Machine(gemm=700e12, attention=500e12, memory=3e12, delay=300e9, call=
 @pytest.fixture(scope="module")
 def found() -> list[Point]:
     """The points that are always there."""
-    there = [point for point in (*heads(), *probes(), *baselines(), *ends()) if isinstance(point, Point)]
+    there = [point for point in (*heads(), *probes(), *baselines(), *ends(), *searches()) if isinstance(point, Point)]
     return [point for point in there if point.file in FILES]
 
 
@@ -350,6 +350,27 @@ def test_results_of_whole_steps_are_found(tmp_path):
         ("h100x2/end_to_end", "ours"): "it did not run",
         ("h100x2/lora", "hf"): "not modelled: adapters alone are trained",
     }
+
+
+def test_peaks_of_a_search_are_found(tmp_path):
+    (tmp_path / "h100x2").mkdir()
+    tries = [
+        {**row("liger", peak=peak), "length": length} for length, peak in ((4096, 1e4), (8192, 2e4), (4096, 1.1e4))
+    ]
+    tries.append({"length": 16384, "status": "out of memory"})
+    rows = [{"way": "liger", "tries": tries}, {"way": "mine", "tries": tries}, {"way": "hf", "tries": []}]
+    longest = end_to_end(JOB, rows)
+    longest["header"]["command"] += " --longest"
+    (tmp_path / "h100x2" / "a.json").write_text(json.dumps(longest))
+    short, long, mine, stock = searches(tmp_path)
+    assert [(p.case, p.unit, p.measured) for p in (short, long)] == [
+        ("8b-16layers, 1 x 4096", "MiB", 1.1e4),
+        ("8b-16layers, 1 x 8192", "MiB", 2e4),
+    ]
+    job = Job(WAYS["liger"], replace(LLAMA_8B, layers=16), 2, 1)
+    assert long.model(setting(KNOWN)) == pytest.approx(peak_bytes(job, MACHINE) / 2**20)
+    assert (mine.reason, stock.reason) == ("a way that is in no prediction", "it did not run")
+    assert list(ends(tmp_path)) == []
 
 
 def test_rows_are_modelled_as_what_was_measured_under_their_name(found):
