@@ -5,10 +5,10 @@
     python benchmarks/end_to_end.py --gpus 2 --out DIR --shape 8b --longest
     python benchmarks/end_to_end.py --plot DIR
 
-The first two write NAME.md, .json, .csv and (with matplotlib) .png, NAME being end_to_end unless --name says otherwise,
-anew after each size of each way; with --resume the rows that are there stay, and what is missing of --rounds is
-measured. The third looks for the longest sequence that trains and writes NAME_longest.md and .json; the last draws the
-picture of a NAME.json that was measured elsewhere.
+The first two write NAME.md, .json, .csv, NAME_losses.csv and (with matplotlib) NAME.png, NAME being end_to_end unless
+--name says otherwise, anew after each size of each way; with --resume the rows that are there stay, and what is missing
+of --rounds is measured. The third looks for the longest sequence that trains and writes NAME_longest.md and .json; the
+last draws the picture of a NAME.json that was measured elsewhere.
 
 Each way has processes of its own, started by the ``deepspeed`` launcher: all ways once, then all once more, as often as
 --rounds says. A process builds its engine once and goes through the micro batches, smallest first; where one runs out
@@ -39,9 +39,9 @@ from benchmarks.plot_step import draw
 from benchmarks.ranks import Ended, free_port, listen
 from benchmarks.results import OK
 from benchmarks.step_job import BEGUN, FAILED, MEMORY_ERRORS, OUT_OF_MEMORY, RESULT, Spec
-from benchmarks.step_page import RATE, Point, finished, longest_page, steps_page, write_csv
+from benchmarks.step_page import RATE, Point, finished, longest_page, steps_page, write_csv, write_curves
 from benchmarks.step_shapes import SHAPES, shape_of
-from benchmarks.step_ways import DEFAULT, LONGEST, WAYS, Way, ours
+from benchmarks.step_ways import LONGEST, OURS, RIVALS, WAYS, WITH_LEAVES, Way, default_ways, ours
 
 JOB = Path(__file__).parent / "step_job.py"
 LEFT_OUT = "left out"
@@ -51,11 +51,12 @@ SHARE, ROUND, AHEAD = 16, 1024, 4
 
 
 class StepResults(Results):
-    """NAME.csv beside the others."""
+    """NAME.csv and NAME_losses.csv beside the others."""
 
     def write(self) -> None:
         super().write()
         write_csv(self.path.with_suffix(".csv"), self.header, self.rows)
+        write_curves(self.path.with_name(f"{self.path.name}_losses.csv"), self.rows)
 
 
 @dataclass
@@ -333,7 +334,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     add("--room", type=float, metavar="GIB", help="that PyTorch may have of each card, as if it were a smaller one")
     add("--seconds", type=float, default=float("inf"), help="start no way after that")
     add("--patience", type=float, default=300.0, help="seconds without a step after which a launch is ended")
-    add("--ways", metavar="WAY,...", help=f"of {', '.join(WAYS)} and --block's; default {','.join(DEFAULT)}")
+    add("--ways", metavar="WAY,...", help=ways_text())
     add("--block", action="append", default=[], metavar="NAME=JSON", help="a further way: this ds_fused block")
     add("--data", type=Path, help="folder of *.txt to train on; needs --tokenizer")
     add("--tokenizer", type=Path, help="folder of the tokenizer")
@@ -363,6 +364,12 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def ways_text() -> str:
+    """Of --help."""
+    default = f"{','.join((*RIVALS, *OURS))}, under ZeRO-3 {','.join(WITH_LEAVES)} too"
+    return f"of {', '.join(WAYS)} and --block's; default {default}; with --longest {','.join(LONGEST)}"
+
+
 def chosen(options: argparse.Namespace) -> dict[str, Way]:
     """Name -> way, in the order in which they are run."""
     further = {}
@@ -376,7 +383,7 @@ def chosen(options: argparse.Namespace) -> dict[str, Way]:
             raise ValueError(f"--block is NAME=JSON, a new name and an object, got {text!r}")
         further[name] = ours(value)
     known = {**WAYS, **further}
-    default = [*(LONGEST if options.longest else DEFAULT), *further]
+    default = [*(LONGEST if options.longest else default_ways(options.stage)), *further]
     names = options.ways.split(",") if options.ways else default
     for name in names:
         if name not in known:

@@ -181,9 +181,11 @@ def parameters(found: Sequence[Point], fitted: Fit) -> list[str]:
         "timelines of h100x2/end_to_end. No measured point has a second node. The three machines had hosts of their "
         "own, so a hook is a parameter of each; where one is not determined, no step waits for it, and it is that or "
         "less. So are products: they are slower in a step than in a head alone, and not on all cards alike, as the "
-        "timelines show too. From these is the time of attention (rows so named); a step alone would not tell it from "
-        "products. Of wait, they show 13 to 22 ms in which nothing runs, at micro batch 4, beside 9 to 15 ms of "
-        "transfers alone (h100x2); what the rest of it is, is not known.",
+        "timelines show too. What a leaf module takes the host is of the one step that waits for them (ours-fast in "
+        "h100x4/curves_8b), so no other point checks it. From the timelines is the time of attention (rows so named); "
+        "a step alone would not tell it from products. Of wait, they show 13 to 22 ms in which "
+        "nothing runs, at micro batch 4, beside 9 to 15 ms of transfers alone (h100x2); what the rest of it is, is not "
+        "known.",
         "",
     ]
 
@@ -202,9 +204,10 @@ def check(found: Sequence[Point], skipped: Sequence[Skipped], fitted: Fit) -> li
         "## Check against every measured point",
         "",
         "Files lie in benchmarks/results, in folders named by cards and their number: zero3_head (head and loss "
-        "alone), end_to_end (whole steps); probe (heads) and baselines (whole steps) are h200x4/baselines.json. Point "
-        "out: the error of a fit that did not see the point. Case out: of one that did not see these sizes at all, in "
-        "any way or run. Beyond states: the error of what is held beside weights, gradients and optimizer.",
+        "alone), end_to_end and curves (whole steps); probe (heads) and baselines (whole steps) are "
+        "h200x4/baselines.json. Point out: the error of a fit that did not see the point. Case out: of one that did "
+        "not see these sizes at all, in any way or run. Beyond states: the error of what is held beside weights, "
+        "gradients and optimizer.",
         "",
         *table(("points", "number", "rms error", "largest", "point out, rms", "case out, rms", "beyond 10 %"), summary),
         "",

@@ -48,6 +48,8 @@ PARAMETERS = (
         Parameter(f"hook {name}", "us", 1e-6, 2000, "host time of a module's gather and release under ZeRO-3, a pass")
         for name in HOSTS
     ),
+    # it has one hook, but each of its weights is looked for, waited for and let go by itself
+    Parameter("leaf", "hooks", 1, 7, "what a decoder layer that is gathered as one takes the host, a pass"),
     Parameter("wait", "ms", 1e-3, 15, "of a whole step: the host's way to its first product and to the optimizer"),
     Parameter("start", "ms", 1e-3, 3, "host time before the first product of a head that is measured alone"),
 )
@@ -58,7 +60,7 @@ def setting(values: Sequence[float]) -> Setting:
     of = {parameter.name: value * parameter.scale for value, parameter in zip(values, PARAMETERS, strict=True)}
 
     def machine(card: str, gemm: str, host: str) -> Machine:
-        names = (gemm, "attention", f"memory {card}", "delay", "collective", f"hook {host}", "wait")
+        names = (gemm, "attention", f"memory {card}", "delay", "collective", f"hook {host}", "leaf", "wait")
         return Machine(*(of[name] for name in names), ROOM_GIB[card] * 2**30)
 
     machines = {name: machine(name.split()[-1], f"products {name}", name) for name in HOSTS}

@@ -9,7 +9,7 @@ collectives, hooks and launches of the host (`Work`). A `Machine` turns them int
     device  = compute + delays                   on one node
               max(compute + delays, alone)       on several, where all that the network takes longer is hidden
               compute + max(delays, alone)       on several, where nothing of it is
-    host    = hooks of ZeRO-3 * time of one + launches * time of one
+    host    = (hooks of ZeRO-3 + leaf modules * hooks of one) * time of one + launches * time of one
     step    = wait + max(device, host) of the forward + max(device, host) of the rest up to the optimizer + optimizer
 
 Where the host is behind, the device waits, and does not make up for that later: so forward and backward each have
@@ -103,6 +103,7 @@ class Work:
     wire: float = 0.0  # bytes that a rank takes in
     calls: float = 0.0  # collectives
     hooks: float = 0.0  # of ZeRO-3, one for each module and pass
+    leaves: float = 0.0  # decoder layers that are gathered as one, in each pass
     launches: float = 0.0
 
     def __add__(self, other: Work) -> Work:
@@ -122,6 +123,7 @@ class Machine:
     delay: float  # bytes over NVLink for each second by which the products are later
     call: float  # seconds of a collective beside its bytes and hops
     hook: float  # seconds of the host
+    leaf: float  # hooks that take as long as a leaf module's one does
     wait: float = 0.0  # seconds of a step in which the device can do nothing
     room: float = 139 * 2**30  # bytes of memory that a job can have
     network: float = 50e9  # bytes a second of each GPU's own network card
@@ -159,7 +161,7 @@ class Machine:
         return max(compute + delays, alone) if hidden and ranks > GPUS_OF_NODE else compute + max(delays, alone)
 
     def host(self, work: Work) -> float:
-        return work.hooks * self.hook + work.launches * LAUNCH
+        return (work.hooks + work.leaves * self.leaf) * self.hook + work.launches * LAUNCH
 
 
 @dataclass(frozen=True)
@@ -254,7 +256,7 @@ class Way:
     name: str
     loss: str  # "stock", "liger" or "ours"
     fused: bool = True  # norms, rotary embedding and MLPs
-    leaf: bool = False  # decoder layers are leaf modules of ZeRO-3: gathered as one, one hook
+    leaf: bool = False  # decoder layers are leaf modules of ZeRO-3: gathered as one
     sizes: str = "stock"  # of ZeRO-3
     # of a checkpointed layer: "full" is stock's; "unread": nothing is kept, but what nobody reads is left out of the
     # repetition; the others are levels of the JSON's key
@@ -301,6 +303,8 @@ WAYS = {
         Way("ours-small-tiled", "ours", sizes="small", recompute="attention", keep_mb=0, tiles=4, offload=True),
         # before that: nothing is kept, and inputs stay on the device
         Way("ours-small-device", "ours", sizes="small", recompute="unread", keep_mb=0, tiles=4),
+        # as that, with inputs on the host: what the search for the longest sequence had
+        Way("ours-small-inputs", "ours", sizes="small", recompute="unread", keep_mb=0, tiles=4, offload=True),
         Way("ours-small-untiled", "ours", sizes="small", keep_mb=0),
     )
 }
@@ -475,7 +479,8 @@ def _layers_work(job: Job, spared: Kept) -> tuple[Work, Work]:
     # causal: half of the square; backward is 2.5 forwards
     attention = 2 * job.length * tokens * shape.q
     # modules of a layer of Llama's that have hooks of their own; a tiled MLP of five is gathered as one
-    hooks = (1 if way.leaf else 13 - 4 * (way.tiles > 1)) * (job.stage == 3)
+    hooks = (0 if way.leaf else 13 - 4 * (way.tiles > 1)) * (job.stage == 3)
+    leaves = int(way.leaf and job.stage == 3)
     launches = 20 if way.fused else 45
     # of an MLP's products and kernels six
     in_tiles, of_tiles = 6 * (way.tiles - 1), TILE_LAUNCHES * (way.tiles - 1)
@@ -486,6 +491,7 @@ def _layers_work(job: Job, spared: Kept) -> tuple[Work, Work]:
         attention=attention,
         memory=forward_bytes * tokens,
         hooks=hooks,
+        leaves=leaves,
         launches=launches + in_tiles + moved,
     )
     other = Work(
@@ -493,6 +499,7 @@ def _layers_work(job: Job, spared: Kept) -> tuple[Work, Work]:
         attention=(2.5 + repeated) * attention,
         memory=(backward_bytes + repeated * forward_bytes) * tokens + sums_bytes(way, shape),
         hooks=(1 + repeated) * hooks,
+        leaves=(1 + repeated) * leaves,
         launches=(1 + repeated) * (launches + in_tiles) + of_tiles + moved,
     )
     not_repeated = Work(

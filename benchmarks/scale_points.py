@@ -1,8 +1,8 @@
 """The measured points that scale.py fits and checks: each with the model's quantities for the same case.
 
 Results of zero3_head.py (two and four ranks) and of earlier runs on four H200 (results/h200x4/baselines.json), and of
-end_to_end.py wherever such results lie: a step, its peak, and its attention by the timeline. A row that is not
-modelled is kept with its reason.
+end_to_end.py wherever such results lie: a step, its peak, and its attention by the timeline; of searches for the
+longest sequence the peaks. A row that is not modelled is kept with its reason.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ THEN = {
     ("h100x2/end_to_end_small", "ours-small"): "ours-small-device",
     ("h100x4/end_to_end", "ours-small"): "ours-small-device",
     ("h100x4/end_to_end", "ours-small-offload"): "ours-small-tiled",
+    ("h100x4/end_to_end_longest", "inputs"): "ours-small-inputs",
     ("h200x4/end_to_end", "ours-small"): "ours-small-tiled",
     ("h200x4/end_to_end", "ours-small-whole"): "ours-small",
 }
@@ -105,7 +106,7 @@ class Skipped:
 
 
 def points() -> tuple[list[Point], list[Skipped]]:
-    found = [*heads(), *probes(), *baselines(), *ends()]
+    found = [*heads(), *probes(), *baselines(), *ends(), *searches()]
     return [p for p in found if isinstance(p, Point)], [p for p in found if isinstance(p, Skipped)]
 
 
@@ -277,23 +278,55 @@ def _time_of(seconds: Callable[[Machine], float], device: str) -> Callable[[Sett
 def _steps(file: str, case: str, job: Job, device: str, ms: float, peak_mib: float | None) -> Iterator[Point]:
     yield Point(file, case, job.way.name, "ms", ms, _time_of(partial(step_seconds, job), device))
     if peak_mib is not None:
+        yield _peak(file, case, job, device, peak_mib)
 
-        def mib(setting: Setting) -> float:
-            return peak_bytes(job, setting.machines[device]) / MIB
 
-        yield Point(file, case, job.way.name, "MiB", peak_mib, mib, states_bytes(job) / MIB)
+def _peak(file: str, case: str, job: Job, device: str, peak_mib: float) -> Point:
+    def mib(setting: Setting) -> float:
+        return peak_bytes(job, setting.machines[device]) / MIB
+
+    return Point(file, case, job.way.name, "MiB", peak_mib, mib, states_bytes(job) / MIB)
+
+
+def _whole_steps(results: Path, searched: bool) -> Iterator[tuple[str, dict, list[dict]]]:
+    """Name, header and rows of what end_to_end.py has written, under any name."""
+    for path in sorted(results.glob("*/*.json")):
+        measured = json.loads(path.read_text())
+        header = measured.get("header", {})
+        command = header.get("command", "")
+        if "end_to_end.py" in command and ("--longest" in command) == searched:
+            yield f"{path.parent.name}/{path.stem}", header, measured["rows"]
+
+
+def searches(results: Path = RESULTS) -> Iterator[Point | Skipped]:
+    """Peaks at the lengths that trained. No step came before one of these, so their times are no points."""
+    for name, header, found in _whole_steps(results, searched=True):
+        device = _cards(header)
+        shape, stage, reason = job_of(header["job"])
+        reason = reason or _no_parameters(header, device)
+        for row in found:
+            way = row["way"]
+            modelled = THEN.get((name, way), way)
+            there = [t for t in row["tries"] if t["status"] == "ok" and t["peak_mib"] is not None]
+            why = reason or (NO_MODEL if modelled not in WAYS else None) or (None if there else "it did not run")
+            case = header["job"].partition(" ")[0]
+            if why:
+                yield Skipped(name, case, way, why)
+                continue
+            # a length that fits trains again in each process
+            for length in dict.fromkeys(t["length"] for t in there):
+                peak = max(max(t["ranks"]["peak_mib"]) for t in there if t["length"] == length)
+                checkpoints = "no gradient checkpointing" not in header["job"]
+                job = Job(WAYS[modelled], shape, int(header["ranks"]), 1, length, stage, checkpoints)
+                yield _peak(name, f"{case}, 1 x {length}", job, device, peak)
 
 
 def ends(results: Path = RESULTS) -> Iterator[Point | Skipped]:
     """Rows of end_to_end.py, wherever they lie; of several rounds the median."""
-    for path in sorted(results.glob("*/end_to_end*.json")):
-        if path.stem.endswith("_longest"):
-            continue
-        measured = json.loads(path.read_text())
-        header, name = measured["header"], f"{path.parent.name}/{path.stem}"
+    for name, header, found in _whole_steps(results, searched=False):
         device = _cards(header)
         rounds: dict[tuple[str, int, int], list[dict]] = {}
-        for row in measured["rows"]:
+        for row in found:
             rounds.setdefault((row["way"], row["micro_batch"], row["length"]), []).append(row)
         for (way, batch, length), rows in rounds.items():
             modelled = THEN.get((name, way), way)

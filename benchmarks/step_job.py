@@ -38,6 +38,7 @@ from benchmarks.step_data import Data, Stream, Text
 from benchmarks.step_shapes import Shape, built, load, shape_of
 from benchmarks.step_timeline import recorded, split
 from benchmarks.step_ways import WAYS, Way, layer_class, ours
+from ds_fused.engine.zero_sizes import elements, sizes_of
 
 BEGUN, STEP, RESULT, FAILED = "BEGUN ", "STEP ", "RESULT ", "FAILED "
 OUT_OF_MEMORY = "out of memory"
@@ -161,6 +162,8 @@ class Job:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if way.leaf:
             _make_leaves(model, self.shape.type, spec.stage)
+        if way.sizes is not None:
+            config["zero_optimization"].update(_sizes(model, self.shape.type, way.sizes, spec))
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         self.engine = deepspeed.initialize(model=model, model_parameters=trained, config=config)[0]
         self.replaced = _replaced(self.engine) if way.block is not None else None
@@ -277,6 +280,19 @@ def _make_leaves(model: nn.Module, type_: str, stage: int) -> None:
     if stage != 3:
         raise ValueError(f"leaf modules are ZeRO-3's, and this is stage {stage}")
     set_z3_leaf_modules(model, [layer_class(type_)])
+
+
+def _sizes(model: nn.Module, type_: str, choice: str, spec: Spec) -> dict[str, int]:
+    """What ds_fused sets for its own ways, so that a rival has it too."""
+    if spec.stage != 3:
+        raise ValueError(f"the sizes are ZeRO-3's, and this is stage {spec.stage}")
+    kind = layer_class(type_)
+    layer = max(elements(m.parameters()) for m in model.modules() if isinstance(m, kind))
+    found = sizes_of(choice, layer, elements(p for p in model.parameters() if p.requires_grad))
+    if spec.offload:
+        # as there: groups that travel are the user's matter
+        del found["sub_group_size"]
+    return found
 
 
 def _replaced(engine: object) -> dict[str, int]:

@@ -11,16 +11,20 @@ from benchmarks.page import Header, Row, number, table
 from benchmarks.results import OK
 from benchmarks.step_timeline import PARTS
 
-STOCK = "hf"
+STOCK, LIGER = "hf", "liger"
+# stock with other kernels for its attention: as far apart as right runs are
+OTHER_STOCK = STOCK + "-"
 RATE = "matmul_tflop_s"
 COLUMNS = (
-    "way", "step ms", "all ranks and rounds", "tokens/s/GPU", "over hf", "MFU", "peak GiB", "dynamic GiB", "states GiB",
-    "reserved GiB", "loss apart", "grad norm apart", "note",
+    "way", "step ms", "all ranks and rounds", "tokens/s/GPU", "over hf", "over liger", "MFU", "peak GiB", "dynamic GiB",
+    "of liger's", "states GiB", "reserved GiB", "loss apart", "grad norm apart", "note",
 )  # fmt: skip
 CSV = (
     "way", "round", "micro_batch", "length", "status", "ms", "first_ms", "tokens_s", "tflop_s", "peak_mib",
     "dynamic_mib", "states_mib", "reserved_mib", "first_loss", "last_loss",
 )  # fmt: skip
+
+CURVES = ("way", "round", "micro_batch", "length", "step", "loss", "grad_norm")
 
 Point = tuple[int, int]
 
@@ -56,6 +60,10 @@ def apart(rows: Sequence[Row], stock: Sequence[Row]) -> tuple[float | None, floa
     return (max(losses), max(norms)) if losses else (None, None)
 
 
+def _times(value: float | None, other: float | None) -> str:
+    return f"{value / other:.2f}x" if value and other else "-"
+
+
 def _gib(mib: float | None) -> str:
     return number(None if mib is None else mib / 1024, ".2f")
 
@@ -68,9 +76,10 @@ def steps_page(head: Header, rows: Sequence[Row]) -> str:
         ways = list(dict.fromkeys(row["way"] for row in here))
         times = {way: middle(finished(at(here, point, way)), "ms") for way in ways}
         ways.sort(key=lambda way: times[way] or float("inf"))
-        stock = finished(at(here, point, STOCK))
+        stock, liger = (finished(at(here, point, way)) for way in (STOCK, LIGER))
         lines += ["", f"## micro batch {point[0]}, {point[1]} tokens", ""]
-        lines += table(COLUMNS, [_line(way, at(here, point, way), stock, head) for way in ways])
+        lines += table(COLUMNS, [_line(way, at(here, point, way), stock, liger, head) for way in ways])
+        lines += _spread({way: finished(at(here, point, way)) for way in ways}, stock)
         lines += _parts([at(here, point, way) for way in ways])
     first = [row for row in finished(rows) if row.get("first_ms")]
     if first:
@@ -91,12 +100,30 @@ MEANING = (
     "product.",
     "- states: allocated between two steps, after the first of them (weights, fp32 copies, moments, kept gradients, "
     "DeepSpeed's buffers). dynamic: the peak of the measured steps less the states of the same run. All of rank 0.",
+    "- over hf, over liger: tokens/s divided by theirs; of liger's: dynamic memory divided by its.",
     "- apart: the largest difference of any step from the first round of hf; of hf, what its other rounds differ by.",
     "- parts: one more step under the profiler. A moment belongs to the first of the columns that is at work.",
 )
 
 
-def _line(way: str, rows: Sequence[Row], stock: Sequence[Row], head: Header) -> list[str]:
+def _spread(done: dict[str, Sequence[Row]], stock: Sequence[Row]) -> list[str]:
+    """Which ways are as near to stock as stock with another attention is."""
+    found = {way: apart(rows, stock) for way, rows in done.items() if way != STOCK}
+    found = {way: both for way, both in found.items() if None not in both}
+    others = [both for way, both in found.items() if way.startswith(OTHER_STOCK)]
+    if not others:
+        return []
+    loss, norm = map(max, zip(*others, strict=True))
+    far = f"{loss:.1e} (loss) and {norm:.1e} (gradient's norm)"
+    lines = ["", f"Stock with another attention is {far} from stock; the others:", ""]
+    for way, (its_loss, its_norm) in found.items():
+        if not way.startswith(OTHER_STOCK):
+            within = "within that" if its_loss <= loss and its_norm <= norm else "**beyond that**"
+            lines.append(f"- {way}: {its_loss:.1e} and {its_norm:.1e}, {within}")
+    return lines
+
+
+def _line(way: str, rows: Sequence[Row], stock: Sequence[Row], liger: Sequence[Row], head: Header) -> list[str]:
     done = finished(rows)
     note = rows[0]["note"]
     bad = [row["status"] for row in rows if row["status"] != OK]
@@ -104,7 +131,7 @@ def _line(way: str, rows: Sequence[Row], stock: Sequence[Row], head: Header) -> 
         note = f"**{bad[0]}** {note}" if not done else f"{note}; in another round **{bad[0]}**"
     if not done:
         return [way, *["-"] * (len(COLUMNS) - 2), note]
-    ms, stock_ms = middle(done, "ms"), middle(stock, "ms")
+    ms = middle(done, "ms")
     every = [ms for row in done for ms in row["ranks"]["ms"]]
     share = None if RATE not in head else middle(done, "tflop_s") / float(head[RATE])
     loss, norm = apart(done, stock)
@@ -113,9 +140,11 @@ def _line(way: str, rows: Sequence[Row], stock: Sequence[Row], head: Header) -> 
         f"{ms:.1f}",
         f"{min(every):.1f} to {max(every):.1f}",
         f"{middle(done, 'tokens_s'):.0f}",
-        number(None if stock_ms is None else stock_ms / ms, ".2f") + ("x" if stock_ms else ""),
+        *(_times(middle(other, "ms"), ms) for other in (stock, liger)),
         number(share, ".0%"),
-        *(_gib(middle(done, key)) for key in ("peak_mib", "dynamic_mib", "states_mib", "reserved_mib")),
+        *(_gib(middle(done, key)) for key in ("peak_mib", "dynamic_mib")),
+        _times(middle(done, "dynamic_mib"), middle(liger, "dynamic_mib")),
+        *(_gib(middle(done, key)) for key in ("states_mib", "reserved_mib")),
         number(loss, ".1e"),
         number(norm, ".1e"),
         note,
@@ -142,14 +171,14 @@ def longest_page(head: Header, rows: Sequence[Row]) -> str:
         "don't say, lengths are doubled, then bisected to an eighth.",
         "",
     ]
-    stock = next((row["longest"] for row in rows if row["way"] == STOCK), 0)
+    longest = {row["way"]: row["longest"] for row in rows}
     cells = []
     for row in rows:
-        over = f"{row['longest'] / stock:.2f}x" if stock else "-"
+        over = [_times(row["longest"], longest.get(other)) for other in (STOCK, LIGER)]
         best = next((t for t in reversed(row["tries"]) if t["length"] == row["longest"]), {})
         took = [number(best.get("ms"), ".0f"), _gib(best.get("peak_mib"))]
-        cells.append([row["way"], str(row["longest"] or "-"), over, *took, row["status"]])
-    lines += table(("way", "tokens", "over hf", "step ms", "peak GiB", "end of the search"), cells)
+        cells.append([row["way"], str(row["longest"] or "-"), *over, *took, row["status"]])
+    lines += table(("way", "tokens", "over hf", "over liger", "step ms", "peak GiB", "end of the search"), cells)
     return "\n".join(lines) + "\n"
 
 
@@ -163,3 +192,13 @@ def write_csv(path: Path, head: Header, rows: Sequence[Row]) -> None:
             parts = row["parts_ms"] if isinstance(row.get("parts_ms"), dict) else {}
             values = {**row, "first_loss": losses[0], "last_loss": losses[-1]}
             writer.writerow([values.get(name) for name in CSV] + [parts.get(part) for part in PARTS])
+
+
+def write_curves(path: Path, rows: Sequence[Row]) -> None:
+    """Every step's loss and norm of the gradient, warm-up included, one line each."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(CURVES)
+        for row in finished(rows):
+            for step, both in enumerate(zip(row["losses"], row["grad_norms"], strict=True), 1):
+                writer.writerow([*(row[name] for name in CURVES[:4]), step, *both])

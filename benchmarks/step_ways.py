@@ -43,6 +43,7 @@ class Way:
     check: Check = unchecked  # raises where the model that was built is not what the way says
     leaf: bool = False  # decoder layers are leaf modules of ZeRO-3
     zero: Mapping[str, object] = field(default_factory=lambda: NOTHING)  # more keys of zero_optimization
+    sizes: str | None = None  # "small" or "large": ZeRO-3's sizes are those that ds_fused's zero_sizes would set
     backend: str | None = None  # of scaled_dot_product_attention; None: PyTorch's choice
     compiled: bool = False
     needs_gpu: bool = False
@@ -109,6 +110,7 @@ def patch_tiled(type_: str) -> None:
 
 _LIGER = {"patch": patch_liger, "check": check_liger, "needs_gpu": True}
 _LEAF = {"leaf": True, "zero": LARGE}
+_SIZES = {"leaf": True, "sizes": "large"}
 WAYS: Mapping[str, Way] = {
     "hf": Way("stock"),
     "hf-flash": Way("stock, flash attention whatever PyTorch would take", backend="FLASH_ATTENTION"),
@@ -119,6 +121,11 @@ WAYS: Mapping[str, Way] = {
     "alst": Way("DeepSpeed's TiledMLP and TiledFusedLogitsLoss", patch=patch_tiled),
     "hf+leaf": Way("stock; ZeRO-3 gathers whole layers, larger buckets", **_LEAF),
     "liger+leaf": Way("Liger; ZeRO-3 gathers whole layers, larger buckets", **_LIGER, **_LEAF),
+    "hf+sizes": Way('stock; ZeRO-3 gathers whole layers, sizes as in "fast"', **_SIZES),
+    "liger+sizes": Way('Liger; ZeRO-3 gathers whole layers, sizes as in "fast"', **_LIGER, **_SIZES),
+    "alst+sizes": Way(
+        'DeepSpeed\'s tiles; ZeRO-3 gathers whole layers, sizes as in "fast"', patch=patch_tiled, **_SIZES
+    ),
     "ours": Way("ds_fused by its defaults", block={"enabled": True}),
     "ours-fast": Way('ds_fused, "profile": "fast"', block={"enabled": True, "profile": "fast"}),
     "ours-fast-host": Way(
@@ -140,10 +147,16 @@ WAYS: Mapping[str, Way] = {
         },
     ),
 }
-# what is run when none are named
-DEFAULT = ("hf", "liger", "alst", "ours", "ours-fast", "ours-small")
+# what is run when none are named; a leaf module is ZeRO-3's
+RIVALS, WITH_LEAVES = ("hf", "liger", "compile", "alst"), ("hf+sizes", "liger+sizes", "alst+sizes")
+OURS = ("ours", "ours-fast", "ours-small")
 # whose longest sequence is looked for
 LONGEST = ("hf", "liger", "ours", "ours-small")
+
+
+def default_ways(stage: int) -> tuple[str, ...]:
+    """All that a step of this ZeRO stage is compared with, and ours."""
+    return (*RIVALS, *(WITH_LEAVES if stage == 3 else ()), *OURS)
 
 
 def ours(block: Mapping[str, object]) -> Way:

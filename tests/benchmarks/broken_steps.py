@@ -4,6 +4,8 @@ full    has no memory left on the last rank alone, at two sequences, while the o
 long    has no memory left beyond 40 tokens
 hung    says nothing any more on all ranks
 odd     has a loss that is no number
+
+Its shapes tiny-moe and tiny-gemma-256k are those without the beginning, but small.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,6 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import end_to_end, step_job
+from benchmarks.step_shapes import SHAPES
 from benchmarks.step_ways import WAYS, Way
 
 
@@ -50,6 +54,10 @@ def odd(model: torch.nn.Module, type_: str) -> None:
 
 WAYS.update({act.__name__: Way("broken", check=before_forward(act)) for act in (full, long, hung)})
 WAYS["odd"] = Way("broken", check=odd)
+SMALL = {
+    key: getattr(SHAPES["tiny"], key) for key in ("hidden", "intermediate", "layers", "heads", "kv_heads", "vocab")
+}
+SHAPES.update({f"tiny-{name}": replace(SHAPES[name], **SMALL, head_dim=16) for name in ("moe", "gemma-256k")})
 end_to_end.JOB = Path(__file__)
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from benchmarks.step_data import COPIED, Stream, Text
 from benchmarks.step_page import RATE, longest_page, steps_page
 from benchmarks.step_shapes import SHAPES, STD, built, load, shape_of
 from benchmarks.step_timeline import COMMUNICATION, COPY, IDLE, MARK, OPTIMIZER, PARTS, Event, length, split, union
+from ds_fused.engine.zero_sizes import sizes_of
 
 HERE = Path(__file__).parent
 LENGTH = 40  # no multiple of a stretch of copied tokens
@@ -75,6 +76,10 @@ def test_stock_and_ours_train_alike(tmp_path):
     lines = [line for line in (tmp_path / "end_to_end.csv").read_text().splitlines() if not line.startswith("# ")]
     table = list(csv.DictReader(lines))
     assert len(table) == len(rows) and float(table[0]["last_loss"]) == rows[0]["losses"][-1]
+    with (tmp_path / "end_to_end_losses.csv").open() as file:
+        lines = [line for line in csv.DictReader(file) if (line["way"], line["micro_batch"]) == ("ours", "2")]
+    curve = [float(line["loss"]) for line in lines]
+    assert curve == done["ours", 2]["losses"]
     pytest.importorskip("matplotlib")
     (tmp_path / "end_to_end.png").unlink()
     assert plot_step.draw(tmp_path, "end_to_end") is None
@@ -91,6 +96,51 @@ def test_all_ways_train_alike(tmp_path):
             assert row["status"] == "not run: needs a GPU"
         else:
             assert (row["way"], 1) in done, row
+
+
+OTHERS = {
+    "lora": ["--lora", "--stage", "0"],
+    "zero 2": ["--stage", "2"],
+    "offload": ["--offload", "--ways", "hf,alst+sizes,ours-fast,ours-small"],
+    "all kept": ["--no-checkpointing"],
+    "experts": ["--shape", "tiny-moe"],
+    "256k": ["--shape", "tiny-gemma-256k", "--stage", "2"],
+}
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("job", OTHERS)
+def test_other_jobs_train_alike(tmp_path, job):
+    """Ours do as stock does, and replace something, whatever is trained, sharded and kept."""
+    found = measured(tmp_path, "--ways", "hf,ours-fast,ours-small", "--rounds", "1", *OTHERS[job])
+    done = alike(found["rows"])
+    ways = [name for name, _ in done]
+    assert len(done) == len(found["rows"]) and ways[0] == "hf"
+    assert all(done[name, 1]["replaced"] for name in ways if name.startswith("ours"))
+
+
+def test_what_is_run_when_no_way_is_named():
+    def named(*arguments: str) -> list[str]:
+        return list(end_to_end.parsed(arguments).ways)
+
+    leaves = [name for name in named() if step_ways.WAYS[name].leaf and not name.startswith("ours")]
+    assert leaves == ["hf+sizes", "liger+sizes", "alst+sizes"]
+    assert named("--stage", "2") == [name for name in named() if name not in leaves]
+    assert named()[:4] == ["hf", "liger", "compile", "alst"] and named()[-3:] == ["ours", "ours-fast", "ours-small"]
+    assert named("--longest") == ["hf", "liger", "ours", "ours-small"]
+
+
+def test_a_rival_s_sizes_are_those_of_fast(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    model = built(SHAPES["tiny"], {"zero_optimization": {"stage": 0}}, torch.device("cpu"), lora=False)
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    options = end_to_end.parsed(["--shape", "tiny"])
+    spec = end_to_end.spec_of(options, "hf+sizes", step_ways.WAYS["hf+sizes"], [(1, 8)])
+    sizes = step_job._sizes(model, "llama", "large", spec)
+    assert sizes == sizes_of("large", layer, sum(p.numel() for p in model.parameters()))
+    assert "sub_group_size" not in step_job._sizes(model, "llama", "large", replace(spec, offload=True))
+    with pytest.raises(ValueError, match="the sizes are ZeRO-3's, and this is stage 2"):
+        step_job._sizes(model, "llama", "large", replace(spec, stage=2))
 
 
 @pytest.mark.all
@@ -380,13 +430,38 @@ def test_table_of_numbers():
         row("hf", 2, 110.0, 4.001),
     ]
     text = steps_page(head, rows)
-    assert "| ours | 50.0 | 50.0 to 52.0 | 1280 | 2.10x | 25% | 2.00 | 1.50 | 0.50 | 4.00 | 5.0e-01 | 0.0e+00 |" in text
-    assert "| hf | 105.0 | 100.0 to 112.0 | 611 | 1.00x | 25% | 2.00 | 1.50 | 0.50 | 4.00 | 1.0e-03 |" in text
-    assert "**failed: a / b**" in text and "- ours: 2 x rope" in text and "| hf | 8.0 | 1.0 |" in text
+    apart = "5.0e-01 | 0.0e+00 |"
+    assert f"| ours | 50.0 | 50.0 to 52.0 | 1280 | 2.10x | - | 25% | 2.00 | 1.50 | - | 0.50 | 4.00 | {apart}" in text
+    assert "| hf | 105.0 | 100.0 to 112.0 | 611 | 1.00x | - | 25% | 2.00 | 1.50 | - | 0.50 | 4.00 | 1.0e-03 |" in text
+    assert "another attention" not in text and "**failed: a / b**" in text
+    rows[2] = row("liger", 1, 80.0, 4.002, dynamic_mib=2000.0)
+    rows.append(row("hf-math", 1, 120.0, 4.003))
+    text = steps_page(head, rows)
+    assert f"| 2.10x | 1.60x | 25% | 2.00 | 1.50 | 0.77x | 0.50 | 4.00 | {apart}" in text
+    assert "Stock with another attention is 3.0e-03 (loss) and 0.0e+00 (gradient's norm) from stock" in text
+    assert "- liger: 2.0e-03 and 0.0e+00, within that" in text
+    assert "- ours: 5.0e-01 and 0.0e+00, **beyond that**" in text
+    assert "- ours: 2 x rope" in text and "| hf | 8.0 | 1.0 |" in text
     tries = [{"length": 64, "ms": 10.0, "peak_mib": 1024.0}]
     rows = [{"way": way, "longest": 64 * n, "status": "found", "tries": tries} for n, way in ((1, "hf"), (3, "ours"))]
-    assert "| ours | 192 | 3.00x | - | - | found |" in longest_page(head, rows)
-    assert "| hf | 64 | 1.00x | 10 | 1.00 | found |" in longest_page(head, rows)
+    assert "| ours | 192 | 3.00x | - | - | - | found |" in longest_page(head, rows)
+    rows.append({"way": "liger", "longest": 96, "status": "found", "tries": []})
+    assert "| ours | 192 | 3.00x | 2.00x | - | - | found |" in longest_page(head, rows)
+    assert "| hf | 64 | 1.00x | 0.67x | 10 | 1.00 | found |" in longest_page(head, rows)
+
+
+def pages() -> list[Path]:
+    """JSON of whole steps among the results."""
+    files = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*/*.json"))
+    return [file for file in files if "end_to_end.py" in json.loads(file.read_text())["header"].get("command", "")]
+
+
+@pytest.mark.parametrize("file", pages(), ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_a_page_of_results_is_its_numbers(file):
+    measured = json.loads(file.read_text())
+    head, page = measured["header"], file.with_suffix(".md")
+    render = longest_page if "--longest" in head["command"] else steps_page
+    assert page.read_text() == render(head, measured["rows"])
 
 
 @pytest.mark.parametrize("name", ["gemma-256k", "8b", "moe"])
