@@ -22,7 +22,7 @@ def results() -> dict[str, dict[str, list]]:
     # a process of its own: this one's kernels are interpreted
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(__file__).with_name("compile_all.py")), *TARGETS]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
