@@ -288,11 +288,8 @@ def _sizes(model: nn.Module, type_: str, choice: str, spec: Spec) -> dict[str, i
         raise ValueError(f"the sizes are ZeRO-3's, and this is stage {spec.stage}")
     kind = layer_class(type_)
     layer = max(elements(m.parameters()) for m in model.modules() if isinstance(m, kind))
-    found = sizes_of(choice, layer, elements(p for p in model.parameters() if p.requires_grad))
-    if spec.offload:
-        # as there: groups that travel are the user's matter
-        del found["sub_group_size"]
-    return found
+    trained = elements(p for p in model.parameters() if p.requires_grad)
+    return sizes_of(choice, layer, trained, offloaded=spec.offload)
 
 
 def _replaced(engine: object) -> dict[str, int]:

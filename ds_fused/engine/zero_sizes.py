@@ -25,9 +25,10 @@ PREFETCH, LIVE, REUSE, BUCKET = int(5e7), int(1e9), int(1e9), int(5e8)
 LEAST_GROUP = int(1e7)
 
 
-def sizes_of(choice: str, layer: int, trained: int) -> dict[str, int]:
+def sizes_of(choice: str, layer: int, trained: int, offloaded: bool = False) -> dict[str, int]:
     """Name in the JSON -> elements, for "small" and "large" sizes. ``layer``: of the largest repeated layer;
-    ``trained``: of all parameters that are trained.
+    ``trained``: of all parameters that are trained. ``offloaded``: the optimizer is, so groups travel, and their size
+    is the user's matter.
 
     A checkpointed layer is computed again right before its backward. Between the two of its first parameter lie less
     than two layers; it is gathered once for both where that is within ``stage3_max_reuse_distance``. A bucket of
@@ -36,7 +37,7 @@ def sizes_of(choice: str, layer: int, trained: int) -> dict[str, int]:
     """
     # a step has a group's gradients as they came and in fp32. One size for both choices: DeepSpeed loads no checkpoint
     # that was saved under another, and "auto" must be free to choose
-    group = {"sub_group_size": max(LEAST_GROUP, layer)}
+    group = {} if offloaded else {"sub_group_size": max(LEAST_GROUP, layer)}
     if choice == "large":
         prefetch = max(PREFETCH, 2 * layer)
         reuse = max(REUSE, 2 * layer)
@@ -79,10 +80,8 @@ def set_sizes(engine: DeepSpeedEngine, choice: str, model: nn.Module, layers: It
     layer = max((elements(layer.parameters()) for layer in layers), default=0)
     if not layer:
         return f"{what}: nothing is set, the model has no repeated layers whose size could choose it"
-    sizes = sizes_of(choice, layer, elements(p for p in model.parameters() if p.requires_grad))
-    if engine.zero_offload_optimizer() is not None:
-        # there, groups travel: their size is the user's matter
-        del sizes["sub_group_size"]
+    trained = elements(p for p in model.parameters() if p.requires_grad)
+    sizes = sizes_of(choice, layer, trained, offloaded=engine.zero_offload_optimizer() is not None)
     zero, said = engine._config.zero_config, given(engine)
     fields = {field.alias or name: name for name, field in type(zero).model_fields.items()}
     kept = [name for name in sizes if name in said or fields[name] in said]

@@ -62,6 +62,11 @@ class Tiles(NamedTuple):
         return max(1, min(self.most, tokens // self.least_tokens)) if self.least_tokens > 1 else self.most
 
 
+def check_tiles(who: str, tiles: object) -> None:
+    if type(tiles) is not int or tiles < 1:
+        raise ValueError(f"{who}: tiles is {tiles!r}; it must be a whole number, at least 1")
+
+
 def tiled(function: Layer, x: Tensor, tiles: int, parameters: Iterable[nn.Parameter]) -> Tensor:
     """``function(x)`` for x [..., T, H], in ``tiles`` calls with about as many rows [..., 1, n, H] each.
 
@@ -70,8 +75,7 @@ def tiled(function: Layer, x: Tensor, tiles: int, parameters: Iterable[nn.Parame
     on a parameter sees the parts of a gradient, a post-accumulate hook the whole. In a compiled graph it is a
     checkpoint around each tile.
     """
-    if type(tiles) is not int or tiles < 1:
-        raise ValueError(f"tiled: tiles is {tiles!r}; it must be a whole number, at least 1")
+    check_tiles("tiled", tiles)
     if x.ndim < 2:
         raise ValueError(f"tiled: x must be [..., tokens, width]; got {tuple(x.shape)}")
     if torch.compiler.is_compiling():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_fused.modules.tiled_mlp import tiled
+from ds_fused.modules.tiled_mlp import check_tiles, tiled
 from ds_fused.ops import glu, relu2
 
 # PyTorch's word for a gelu, and the op's
@@ -34,8 +34,7 @@ class SwiGLU(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if type(tiles) is not int or tiles < 1:
-            raise ValueError(f"{type(self).__name__}: tiles is {tiles!r}; it must be a whole number, at least 1")
+        check_tiles(type(self).__name__, tiles)
         self.tiles = tiles
         options = {"bias": bias, "device": device, "dtype": dtype}
         self.gate_proj = torch.nn.Linear(hidden_size, intermediate_size, **options)

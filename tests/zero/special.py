@@ -191,5 +191,25 @@ STREAM = {"fused_linear_cross_entropy": {"mode": "stream", "slab_mb": 0}}
 STATIONARY = {"fused_linear_cross_entropy": {"mode": "stationary", "slab_mb": 0}}
 
 
+@contextmanager
+def streaming(**more: object) -> Iterator[None]:
+    """Within it `STREAM` has these options of the head as well."""
+    options = STREAM["fused_linear_cross_entropy"]
+    before = dict(options)
+    options.update(more)
+    try:
+        yield
+    finally:
+        options.clear()
+        options.update(before)
+
+
+def add_twins(name: str, twin: Callable[[Callable[[], dict]], Callable[[], dict]]) -> None:
+    """Each case of mode "stream" once more, by that name and as `twin` makes it."""
+    for case in list(CASES):
+        if case.startswith("stream_"):
+            CASES[case.replace("stream", name, 1)] = twin(CASES[case])
+
+
 def streamed(build: Callable[[], torch.nn.Module] = model_of, run: Callable | None = None, **more: object) -> dict:
     return both(build, stage=3, block=STREAM, run=run, **more)

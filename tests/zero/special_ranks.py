@@ -13,13 +13,13 @@ from pathlib import Path
 
 import special_slabs
 import special_stationary
-from special import CASES
+from special import CASES, add_twins
 
 # each of them adds its cases
 for module in ("special_models", "special_steps", "special_gathered"):
     import_module(module)
-special_stationary.add_twins()
-special_slabs.add_copied()
+add_twins("stationary", special_stationary.stationary)
+add_twins("copied", special_slabs.copied)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime import torch_autocast
 from gloo_engines import GlooEngines
-from special import CASES, STREAM, both, case, engine_of, mine, model_of, read_by_one, reading, streamed, train
+from special import STREAM, both, case, engine_of, mine, model_of, read_by_one, reading, streamed, streaming, train
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import BartConfig, BartForConditionalGeneration, Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM
@@ -36,24 +36,15 @@ def copied(twin: Callable[[], dict]) -> Callable[[], dict]:
     """A case of mode "stream" with what stands for copy engines on CPUs."""
 
     def run() -> dict:
-        options = STREAM["fused_linear_cross_entropy"]
         whys, engines = copy_engines.why_not, slab_mode.CopyEngines
-        options["copy_engines"] = True
         copy_engines.why_not, slab_mode.CopyEngines = lambda group: None, GlooEngines
         try:
-            return twin()
+            with streaming(copy_engines=True):
+                return twin()
         finally:
             copy_engines.why_not, slab_mode.CopyEngines = whys, engines
-            del options["copy_engines"]
 
     return run
-
-
-def add_copied() -> None:
-    """Each case of mode "stream" by copy engines as well."""
-    for name in list(CASES):
-        if name.startswith("stream_"):
-            CASES[name.replace("stream", "copied", 1)] = copied(CASES[name])
 
 
 @case

@@ -12,7 +12,7 @@ import jobs
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from special import CASES, STATIONARY, STREAM, Batch, both, case, engine_of, mine, model_of, my_steps, train
+from special import STATIONARY, Batch, both, case, engine_of, mine, model_of, my_steps, streaming, train
 from transformers import LlamaForCausalLM
 
 import ds_fused
@@ -41,23 +41,10 @@ def stationary(twin: Callable[[], dict]) -> Callable[[], dict]:
     """A case of mode "stream" in the other mode, and its lookups."""
 
     def run() -> dict:
-        options = STREAM["fused_linear_cross_entropy"]
-        before = dict(options)
-        options["mode"] = "stationary"
-        try:
-            with lookups() as seen:
-                return twin() | {"lookups": seen}
-        finally:
-            options.update(before)
+        with streaming(mode="stationary"), lookups() as seen:
+            return twin() | {"lookups": seen}
 
     return run
-
-
-def add_twins() -> None:
-    """Each case of mode "stream" in this mode as well."""
-    for name in list(CASES):
-        if name.startswith("stream_"):
-            CASES[name.replace("stream", "stationary", 1)] = stationary(CASES[name])
 
 
 @case

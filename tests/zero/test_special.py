@@ -17,30 +17,6 @@ HERE = Path(__file__).parent
 RANKS = products.RANKS["cpu"]
 LAYERS = products.SIZES["num_hidden_layers"]
 
-# cases of mode "stream" that are run in the other mode, too, and two of its own
-STATIONARY = (
-    "communication_dtype",
-    "accumulation_dtype",
-    "frozen_trunk",
-    "frozen_head",
-    "uneven_ranks",
-    "autocast",
-    "offload",
-    "checkpointing",
-    "evaluation_and_saving",
-    "bias",
-    "gemma",
-    "own_loss",
-    "smoothed",
-    "embedding",
-    "tied_offload",
-    "direct_backward",
-    "sharded_bias",
-    "thrown_away",
-    "weighted_ranks",
-    "both_ways",
-    "memory",
-)
 # cases of mode "stream" that are run with copy engines, too
 COPIED = (
     "communication_dtype",
@@ -56,6 +32,18 @@ COPIED = (
     "own_loss",
     "tied_offload",
     "thrown_away",
+)
+# these and others in the other mode, and two of its own
+STATIONARY = (
+    *COPIED,
+    "gemma",
+    "smoothed",
+    "embedding",
+    "direct_backward",
+    "sharded_bias",
+    "weighted_ranks",
+    "both_ways",
+    "memory",
 )
 # other steps than forward, backward, step, with heads of several kinds
 STEPS = (
