@@ -22,6 +22,7 @@ import time
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+from typing import NoReturn
 
 import deepspeed
 import environment
@@ -384,11 +385,18 @@ def main() -> None:
             f"({error}); --resume goes on from the newest checkpoint",
             file=sys.stderr,
         )
-        # without Python's own end: that of gloo's objects waits for the lost ranks, or aborts
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        leave(1)
+    if dist.get_backend() == "gloo":
+        dist.barrier()
+        leave(0)
     dist.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """Without Python's own end: that of gloo's objects waits for lost ranks, or aborts now and then."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
