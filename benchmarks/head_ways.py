@@ -312,6 +312,9 @@ WAYS: Mapping[str, Way] = {
     "stream copy_engines": Sharded(
         "8 MHV, slabs moved by copy engines", fused=_fused("stream", keep_mb=0, copy_engines=True), needs_gpu=True
     ),
+    "stream copy_engines slab_mb=120": Sharded(
+        "8 MHV, the same", fused=_fused("stream", slab_mb=120, keep_mb=0, copy_engines=True), needs_gpu=True
+    ),
     "stream copy_engines keep all": Sharded(
         "6 MHV, the same", fused=_fused("stream", keep_mb=ALL, copy_engines=True), needs_gpu=True
     ),
