@@ -2,7 +2,8 @@
 
     soak_ranks.py OUT MODE...
 
-OUT/MODE.RANK.json holds {"losses", "early", "late", "head"}; a mode is that of the head's weight.
+OUT/MODE.RANK.json holds {"losses", "labels", "early", "late", "head"}: of each step the sum of losses and the number of
+labels; a mode is that of the head's weight.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 STEPS, EARLY = 1000, 100
+# by which each step's sum is divided
+ITEMS = 1000
 # odd: rows are split between ranks
 VOCAB = 32003
 SIZES = {
@@ -64,10 +67,13 @@ def train(mode: str) -> dict:
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config_of(mode))
     accelerator = get_accelerator()
     draw = torch.Generator().manual_seed(1 + dist.get_rank())
-    losses, allocated, began = [], {}, time.monotonic()
+    losses, labelled, allocated, began = [], [], {}, time.monotonic()
     for step in range(1, STEPS + 1):
-        ids, labels = (t.to(engine.device) for t in batch(draw))
-        loss = engine(input_ids=ids, labels=labels, num_items_in_batch=1000).loss
+        ids, labels = batch(draw)
+        # on the CPU: the host waits for no GPU. The first word of a row is nobody's next one
+        labelled.append(int((labels[:, 1:] != -100).sum()))
+        ids, labels = ids.to(engine.device), labels.to(engine.device)
+        loss = engine(input_ids=ids, labels=labels, num_items_in_batch=ITEMS).loss
         engine.backward(loss)
         engine.step()
         # read at the end: the host is to run ahead, as in a real job
@@ -78,7 +84,8 @@ def train(mode: str) -> dict:
         if step in (EARLY, STEPS):
             accelerator.synchronize()
             allocated[step] = accelerator.memory_allocated() - 512 * len(losses)
-    told = {"losses": torch.stack(losses).tolist(), "early": allocated[EARLY], "late": allocated[STEPS]}
+    sums = (ITEMS * torch.stack(losses)).tolist()
+    told = {"losses": sums, "labels": labelled, "early": allocated[EARLY], "late": allocated[STEPS]}
     told["head"] = head(engine)
     engine.destroy()
     return told

@@ -33,6 +33,11 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict
     return ended_of
 
 
+def loss_of_a_label(run: dict, begin: int, end: int) -> float:
+    """The mean over those of these steps: their number differs widely from batch to batch."""
+    return sum(run["losses"][begin:end]) / sum(run["labels"][begin:end])
+
+
 @pytest.mark.parametrize("mode", SIGNS)
 def test_nothing_grows(ended, mode):
     for run in ended(mode):
@@ -40,7 +45,8 @@ def test_nothing_grows(ended, mode):
         # one block of the allocator
         assert run["late"] <= run["early"] + 2**21
         assert len(run["losses"]) == 1000
-        assert sum(run["losses"][900:]) < 0.9 * sum(run["losses"][:100])
+        # at first every word is as likely as any other: log 32003, 10.4; as frequent as drawn they leave 7.2 to know
+        assert loss_of_a_label(run, 900, 1000) < 0.8 * loss_of_a_label(run, 0, 1)
 
 
 def test_both_modes_learn_the_same(ended):
