@@ -27,6 +27,7 @@ from pathlib import Path
 # started as a script: find this folder's modules
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -145,6 +146,8 @@ class Job:
     def __init__(self, spec: Spec, way: Way, device: torch.device) -> None:
         import deepspeed
 
+        # seconds from the start of this process to the end of each stage
+        self.started = {"ranks met": age()}
         self.spec, self.way, self.device = spec, way, device
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.memory = Memory(device.type == "cuda")
@@ -157,6 +160,7 @@ class Job:
         model = built(self.shape, config, device, spec.lora)
         if spec.weights:
             load(model, Path(spec.weights))
+        self.started["model"] = age()
         way.check(model, self.shape.type)
         if spec.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -166,6 +170,7 @@ class Job:
             config["zero_optimization"].update(_sizes(model, self.shape.type, way.sizes, spec))
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         self.engine = deepspeed.initialize(model=model, model_parameters=trained, config=config)[0]
+        self.started["engine"] = age()
         self.replaced = _replaced(self.engine) if way.block is not None else None
         if way.compiled:
             self.engine.compile()
@@ -263,7 +268,13 @@ class Job:
             row["dynamic_mib"] = mine["peak_mib"] - mine["states_mib"]
         row["ranks"] = {key: [theirs[key] for theirs in everyones] for key in told}
         row["parts_ms"], row["replaced"] = parts, self.replaced
+        row["started_s"] = self.started
         return row
+
+
+def age() -> float:
+    """Seconds since this process began, its imports among them."""
+    return round(time.time() - psutil.Process().create_time(), 1)
 
 
 def attention(backend: str | None) -> object:
