@@ -36,8 +36,14 @@ MAY_IMPORT = {
     "ds_fused/doctor": {"torch", "transformers", "ds_fused.modules", "ds_fused.policies", "ds_fused.doctor"},
     # modules made of ops, for whoever writes a model
     "ds_fused/nn": {"torch", "ds_fused.ops", "ds_fused.nn"},
-    # may run tile by tile
-    "ds_fused/nn/mlp.py": {"torch", "ds_fused.ops", "ds_fused.modules.tiled_mlp"},
+    # may run tile by tile, and back slice by slice
+    "ds_fused/nn/mlp.py": {
+        "torch",
+        "ds_fused.ops",
+        "ds_fused.modules.mlp",
+        "ds_fused.modules.sliced_mlp",
+        "ds_fused.modules.tiled_mlp",
+    },
     # the package's door: names load on first use
     "ds_fused/__init__.py": set(),
     # runs at `import torch`: only registers hooks, which import ds_fused.engine once deepspeed is there

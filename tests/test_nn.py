@@ -262,7 +262,11 @@ def test_mlps_are_those_of_llama(kind, act, options, tiles, device):
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     config = LlamaConfig(hidden_size=D, intermediate_size=20, num_attention_heads=1, hidden_act=act)
-    agree(lambda: getattr(nn, kind)(D, 20, tiles=tiles, **options), lambda: LlamaMLP(config), device, X)
+    # slices of a backward add up gate's and up's parts of dx in another order
+    in_slices = tiles > 1
+    agree(
+        lambda: getattr(nn, kind)(D, 20, tiles=tiles, **options), lambda: LlamaMLP(config), device, X, by_fp64=in_slices
+    )
 
 
 def test_an_unknown_gelu_is_an_error():

@@ -13,13 +13,18 @@ ALST (arXiv 2506.13996), where parameters collect their gradients tile by tile; 
 - the gradient of a linear layer's weight is added to its sum by the product that makes it (``summed.py``), and where a
   tile's result is that of a last linear layer, from the second tile on it is not computed: nobody reads it.
 
+A gated MLP of plain linear layers, which goes by its parameters alone, has another way back where dx has fewer elements
+than those gradients: slices of its inner width, which see all tokens, so that dx is what is summed (``sliced_mlp.py``).
+It takes no more memory than as many tiles would whose gradients were added up in 16 bits. Layers that somebody has
+hooked, wrapped or sharded are called, tile by tile, and so is everything under autocast.
+
 Under gradient checkpointing the repetition of the whole layer would compute the result a second time, and backward the
 tiles a third. Where the result is the last thing that the repetition comes to, ``recompute`` (``kept.py``) has it left
 out: the tiles run twice, and hooks of modules within the function as often.
 
 Under ZeRO-3 a tiled layer should be a leaf module (``deepspeed.utils.set_z3_leaf_modules``): its weights are then
-gathered once each way, as an untiled layer's. Otherwise each tile asks for them, and DeepSpeed keeps them in between
-only when it has seen the order of layers.
+gathered once each way, as an untiled layer's, and there may be slices. Otherwise each tile asks for them, and DeepSpeed
+keeps them in between only when it has seen the order of layers.
 
 Random numbers and autocast are in a recomputed tile what they were before.
 
@@ -40,6 +45,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ds_fused.modules.kept import Empty, postponable
 from ds_fused.modules.mlp import GatedMLP, PackedMLP
+from ds_fused.modules.sliced_mlp import Projections, sliced_gradients
 from ds_fused.modules.summed import SummedLinears
 from ds_fused.ops._once import once_differentiable
 
@@ -67,13 +73,19 @@ def check_tiles(who: str, tiles: object) -> None:
         raise ValueError(f"{who}: tiles is {tiles!r}; it must be a whole number, at least 1")
 
 
-def tiled(function: Layer, x: Tensor, tiles: int, parameters: Iterable[nn.Parameter]) -> Tensor:
+def tiled(
+    function: Layer,
+    x: Tensor,
+    tiles: int,
+    parameters: Iterable[nn.Parameter],
+    projections: Projections | None = None,
+) -> Tensor:
     """``function(x)`` for x [..., T, H], in ``tiles`` calls with about as many rows [..., 1, n, H] each.
 
     ``function`` must treat every row alone and return [..., 1, n, D]. ``parameters`` are those that it uses: they get
     their gradients by ``.backward()``, as under reentrant checkpointing, not by ``torch.autograd.grad``. A tensor hook
     on a parameter sees the parts of a gradient, a post-accumulate hook the whole. In a compiled graph it is a
-    checkpoint around each tile.
+    checkpoint around each tile. ``projections``: the layers of which ``function`` is a gated MLP, if it is one.
     """
     check_tiles("tiled", tiles)
     if x.ndim < 2:
@@ -91,7 +103,7 @@ def tiled(function: Layer, x: Tensor, tiles: int, parameters: Iterable[nn.Parame
     anchor = x.new_empty(0).requires_grad_(bool(trained))
 
     def make(empty: Empty | None) -> Tensor:
-        return TiledFunction.apply(x, anchor, function, tiles, trained, empty)
+        return TiledFunction.apply(x, anchor, function, tiles, trained, projections, empty)
 
     def fill(y: Tensor) -> None:
         with torch.no_grad(), _Surroundings(x).autocast():
@@ -134,11 +146,12 @@ class TiledFunction(torch.autograd.Function):
         function: Layer,
         tiles: int,
         trained: list[nn.Parameter],
+        projections: Projections | None,
         empty: Empty | None,  # makes the result where it is not to be computed
     ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.function, ctx.tiles, ctx.trained = function, tiles, trained
-        ctx.then = _Surroundings(x)
+        ctx.projections, ctx.then = projections, _Surroundings(x)
         if empty is not None:
             return empty()
         with ctx.then.autocast():
@@ -153,6 +166,12 @@ class TiledFunction(torch.autograd.Function):
             )
         (x,) = ctx.saved_tensors
         wants_dx = ctx.needs_input_grad[0]
+        linears = None if ctx.projections is None or ctx.then.enabled else ctx.projections.linears()
+        if linears is not None and linears.suit(x, dy, wants_dx):
+            with ctx.then.autocast():
+                dx, gradients = sliced_gradients(linears, x.detach(), dy, ctx.tiles, wants_dx)
+            _hand_over(gradients)
+            return dx, *[None] * 6
         tiles, dys = _tiles(x.detach(), ctx.tiles), _tiles(dy, ctx.tiles)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wants_dx else None
         dxs = _tiles(dx, ctx.tiles) if wants_dx else None
@@ -173,7 +192,7 @@ class TiledFunction(torch.autograd.Function):
                     dtile = tile.grad
                 if wants_dx:
                     dxs[i].copy_(dtile)
-        return dx, None, None, None, None, None
+        return dx, *[None] * 6
 
 
 def _collect(
@@ -220,6 +239,33 @@ def _deliver(y: Tensor, dy: Tensor, trained: list[nn.Parameter], sums: list[Tens
         raise RuntimeError(f"tiled: parameters {lost} were used in some tiles and not in the last one")
 
 
+class _Gradients(torch.autograd.Function):
+    """Of the parameters, a node whose backward gives them what is ready."""
+
+    @staticmethod
+    def forward(ctx, ready: list[Tensor], *parameters: nn.Parameter) -> Tensor:
+        ctx.ready = ready
+        return ready[0].new_empty(0)
+
+    @staticmethod
+    def backward(ctx, _: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = (None, *ctx.ready)
+        # whoever gets one may keep it as it is where nobody else holds it
+        ctx.ready.clear()
+        return gradients
+
+
+def _hand_over(gradients: list[tuple[nn.Parameter, Tensor]]) -> None:
+    """By autograd, for whoever waits for a parameter's gradient. Empties the list."""
+    if not gradients:
+        return
+    parameters, ready = [p for p, _ in gradients], [gradient for _, gradient in gradients]
+    gradients.clear()
+    with torch.enable_grad():
+        made = _Gradients.apply(ready, *parameters)
+    torch.autograd.backward(made, torch.empty_like(made))
+
+
 class _Surroundings:
     """What was around a forward and has to be around its repetition: autocast and the states of random generators."""
 
@@ -258,15 +304,26 @@ class TiledMLP:
         if tiles == 1 < self.fused_tiles.most:
             return super().forward(*args, **named)
         # not by name: under ZeRO-3 a look-up of a parameter gathers it
-        return tiled(super().forward, x, tiles, self.parameters())
+        return tiled(super().forward, x, tiles, self.parameters(), self._projections())
+
+    def _projections(self) -> Projections | None:
+        """Where the forward is known to be theirs."""
+        return None
 
 
 class TiledGatedMLP(TiledMLP, GatedMLP):
     """``GatedMLP``, tile by tile."""
 
+    def _projections(self) -> Projections:
+        return Projections(self.fused_gate, *(getattr(self, name) for name in self.fused_children))
+
 
 class TiledPackedMLP(TiledMLP, PackedMLP):
     """``PackedMLP``, tile by tile."""
+
+    def _projections(self) -> Projections:
+        gate_up, down = (getattr(self, name) for name in self.fused_children)
+        return Projections(self.fused_gate, gate_up, None, down)
 
 
 # mix-in -> the same, tile by tile

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ds_fused.modules.mlp import Gate
+from ds_fused.modules.sliced_mlp import Projections
 from ds_fused.modules.tiled_mlp import check_tiles, tiled
 from ds_fused.ops import glu, relu2
 
@@ -42,7 +44,10 @@ class SwiGLU(torch.nn.Module):
         self.down_proj = torch.nn.Linear(intermediate_size, hidden_size, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._whole(x) if self.tiles == 1 else tiled(self._whole, x, self.tiles, self.parameters())
+        if self.tiles == 1:
+            return self._whole(x)
+        projections = Projections(Gate(self.act), self.gate_proj, self.up_proj, self.down_proj)
+        return tiled(self._whole, x, self.tiles, self.parameters(), projections)
 
     def extra_repr(self) -> str:
         return f"tiles={self.tiles}" if self.tiles > 1 else ""

@@ -8,8 +8,8 @@ import pytest
 import torch
 from accuracy import as_accurate, randn, same_bits
 
-from ds_fused.ops._gates import ACTS
-from ds_fused.ops.glu import BLOCK, glu, glu_reference
+from ds_fused.ops._gates import ACTS, GLUForm
+from ds_fused.ops.glu import BLOCK, glu, glu_again, glu_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -62,6 +62,30 @@ def test_packed_rows_with_gaps(interleaved, device):
     as_accurate(glu, glu_reference, [gate_up, None], torch.bfloat16, interleaved=interleaved, **GPT_OSS)
     columns_apart = randn(6, 5, device=device).bfloat16().t()
     as_accurate(glu, glu_reference, [columns_apart, None], torch.bfloat16, interleaved=interleaved)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("form", [{}, {"act": "gelu"}, GPT_OSS], ids=["silu", "gelu", "gpt_oss"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, BLOCK + 3), (0, 5)])  # one; odd; over one block; no row
+def test_again_writes_what_forward_and_backward_do(shape, dtype, form, interleaved, device):
+    n, d = shape
+    gate_up, dy = (x.to(dtype) for x in (3 * randn(n, 2 * d, device=device), randn(n, d, device=device, seed=1)))
+    leaf = gate_up.clone().requires_grad_()
+    y = glu(leaf, interleaved=interleaved, **form)
+    y.backward(dy)
+    glu_again(dy, gate_up, GLUForm(**form), interleaved)
+    assert same_bits(dy, y.detach()) and same_bits(gate_up, leaf.grad)
+
+
+def test_again_without_kernels(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    gate_up, dy = randn(3, 14, device="cpu").float(), randn(3, 7, device="cpu", seed=1).float()
+    leaf = gate_up.clone().requires_grad_()
+    y = glu_reference(leaf, **GPT_OSS)
+    y.backward(dy)
+    glu_again(dy, gate_up, GLUForm(**GPT_OSS))
+    assert same_bits(dy, y.detach()) and same_bits(gate_up, leaf.grad)
 
 
 def test_gradients_at_the_limits_are_those_of_clamp(device):
