@@ -144,6 +144,8 @@ def head_loss(
     tokens, hidden, vocab = sizes = _sizes(shape)
     name, _, rest = way.partition(" ")
     options = dict(word.split("=") for word in rest.split() if "=" in word)
+    if "copy_engines" in rest:
+        return None
     if rest not in ("", "keep", "keep all", "GEMMs") and (not options or options.keys() - HEAD_OPTIONS):
         return None
     keep_mb = ALL_MB if rest == "keep all" else float(options.get("keep_mb", KEEP_MB if rest == "keep" else 0))
@@ -322,7 +324,10 @@ def searches(results: Path = RESULTS) -> Iterator[Point | Skipped]:
 
 
 def ends(results: Path = RESULTS) -> Iterator[Point | Skipped]:
-    """Rows of end_to_end.py, wherever they lie; of several rounds the median."""
+    """Rows of end_to_end.py, wherever they lie; of several rounds the median.
+
+    Where a header says what ran beside, it was for the losses.
+    """
     for name, header, found in _whole_steps(results, searched=False):
         device = _cards(header)
         rounds: dict[tuple[str, int, int], list[dict]] = {}
@@ -331,7 +336,7 @@ def ends(results: Path = RESULTS) -> Iterator[Point | Skipped]:
         for (way, batch, length), rows in rounds.items():
             modelled = THEN.get((name, way), way)
             shape, stage, reason = job_of(header["job"])
-            reason = reason or _no_parameters(header, device)
+            reason = reason or _no_parameters(header, device) or header.get("beside")
             case = f"{header['job'].partition(' ')[0]}, {batch} x {length}"
             rows = [row for row in rows if row["status"] == "ok"]
             if not rows:
