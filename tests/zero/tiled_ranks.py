@@ -4,8 +4,8 @@
 
 OUT/RANK.json: by stage, the losses of both, how often a parameter's gradient was handed to the optimizer, and how often
 each row ran through a last product of the first layer, whose tiles are counted by a hook: so it has no slices, and the
-other one has, where ZeRO-3 gathers its MLP as one. Under gradient checkpointing: with nothing kept, and with all computed
-again.
+other one has, where ZeRO-3 gathers its MLP as one. Under gradient checkpointing: with nothing kept, and with all
+computed again.
 """
 
 from __future__ import annotations
