@@ -61,8 +61,8 @@ fi
 part training "$TESTS_SECONDS" python3 -m pytest tests/zero tests/launch -m gpu -v -p no:cacheprovider \
   -rf --tb=short --color=no &
 # a layer around ops, which run.py times too
-part tiled "$TESTS_SECONDS" python3 -m pytest tests/modules/test_tiled_mlp.py -q -p no:cacheprovider -rf --tb=short \
-  --color=no --junit-xml "$OUT/tiled.xml" &
+part tiled "$TESTS_SECONDS" python3 -m pytest tests/modules/test_{tiled,sliced}_mlp.py -q -p no:cacheprovider -rf \
+  --tb=short --color=no --junit-xml "$OUT/tiled.xml" &
 part tests "$TESTS_SECONDS" python3 -m pytest tests/ops -q -p no:cacheprovider -rf --tb=short --show-capture=no \
   --durations=10 --junit-xml "$OUT/tests.xml" ${workers[@]+"${workers[@]}"}
 wait

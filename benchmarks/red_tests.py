@@ -20,6 +20,7 @@ PARTS = {
     "stationary": ("linear_cross_entropy", "linear_log_probs"),
     "slab_embedding": ("embedding",),
     "stationary_embedding": ("embedding",),
+    "sliced_mlp": ("tiled_mlp",),
 }
 
 

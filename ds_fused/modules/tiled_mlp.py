@@ -15,7 +15,7 @@ ALST (arXiv 2506.13996), where parameters collect their gradients tile by tile; 
 
 A gated MLP of plain linear layers, which goes by its parameters alone, has another way back where dx has fewer elements
 than those gradients: slices of its inner width, which see all tokens, so that dx is what is summed (``sliced_mlp.py``).
-It takes no more memory than as many tiles would whose gradients were added up in 16 bits. Layers that somebody has
+A slice takes no more memory than as many tiles would whose gradients were added up in 16 bits. Layers that somebody has
 hooked, wrapped or sharded are called, tile by tile, and so is everything under autocast.
 
 Under gradient checkpointing the repetition of the whole layer would compute the result a second time, and backward the

@@ -19,8 +19,9 @@ class SwiGLU(torch.nn.Module):
 
     ``tiles``: tokens go through it in so many parts, one after the other, each computed again in backward, so that
     what lies between x and the result exists for one of them at a time. x is [..., tokens, hidden_size] then, and
-    parameters get their gradients by ``.backward()``, not by ``torch.autograd.grad``. Under ZeRO-3 it should be a leaf
-    module (``deepspeed.utils.set_z3_leaf_modules``), whose weights are gathered once for all parts.
+    parameters get their gradients by ``.backward()``, not by ``torch.autograd.grad``. Where x has fewer elements than
+    the weights, backward goes by parts of the intermediate width. Under ZeRO-3 it should be a leaf module
+    (``deepspeed.utils.set_z3_leaf_modules``), whose weights are gathered once for all parts.
     """
 
     act = "silu"

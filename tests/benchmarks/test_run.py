@@ -206,7 +206,7 @@ def test_an_op_whose_test_is_red_is_not_timed(tiny_run, tmp_path):
 def test_no_op_is_without_tests_of_its_own(tmp_path):
     """Where all tests of tests/ops and of tiled MLPs pass, every case is timed."""
     tests = Path(__file__).parents[1]
-    files = [*(tests / "ops").glob("test_*.py"), tests / "modules" / "test_tiled_mlp.py"]
+    files = [*(tests / "ops").glob("test_*.py"), *(tests / "modules").glob("test_*ed_mlp.py")]
     rows = "".join(f'<testcase classname="tests.{path.parent.name}.{path.stem}" name="test"/>' for path in files)
     (tmp_path / "tests.xml").write_text(f"<testsuites><testsuite>{rows}</testsuite></testsuites>")
     assert red_tests([tmp_path / "tests.xml"], {case.op for case in cases.CASES}) == {}

@@ -29,8 +29,10 @@ import ds_fused.ops as ops
 import ds_fused.ops._triton as shared
 from ds_fused.ops import _meet
 from ds_fused.ops._along_rows import LEFT, ZERO
+from ds_fused.ops._gates import GLUForm
 from ds_fused.ops._parts import sum_parts
 from ds_fused.ops._warmup import Absent, copies_tiles_on
+from ds_fused.ops.glu import glu_again
 from ds_fused.ops.registry import OPS
 from ds_fused.ops.softmax import softmax_bwd, softmax_fwd
 from ds_fused.ops.sparsemax import sparsemax_bwd, sparsemax_fwd
@@ -234,6 +236,8 @@ def glu() -> None:
     ops.glu(leaf(2, 4096), leaf(2, 4096), limit=10.0).sum().backward()  # DeepSeek-V4
     ops.glu(leaf(2, 4096), leaf(2, 4096).detach()).sum().backward()
     ops.glu(leaf(2, 4096, dtype=torch.float32), leaf(2, 4096, dtype=torch.float32)).sum().backward()
+    for form, interleaved in ((GLUForm(), False), (GLUForm("silu", 1.702, 7.0, 1.0), True)):
+        glu_again(leaf(2, 4096).detach(), leaf(2, 8192).detach(), form, interleaved)
 
 
 def experts() -> None:

@@ -48,10 +48,23 @@ def test_under_checkpointing_tiles_run_twice(ranks):
         assert less["losses"] == again["losses"]
         n = GAS * products.FEW_STEPS
         assert again["runs"] == n * [3]
-        # of gate, up and down, by all tiles but the last
-        assert again["sums"] == less["sums"] == n * products.SIZES["num_hidden_layers"] * 3 * (TILES - 1)
+        # of gate, up and down of the first layer, by all tiles but the last
+        assert again["sums"] == less["sums"] == n * 3 * (TILES - 1)
         # the first repetition shows what it does not need
         assert less["runs"] == found["2"]["nothing_kept"]["runs"] == [3] + (n - 1) * [2]
+
+
+def test_a_layer_that_is_gathered_as_one_goes_back_by_slices(ranks):
+    n = GAS * products.FEW_STEPS * (products.SIZES["num_hidden_layers"] - 1)
+    for rank, found in enumerate(ranks):
+        sliced = {way: run["sliced"] for way, run in found["3"].items()}
+        # what of long_tiles is whole has neither. Tiles of any function are no gated MLP's
+        long = n if rank == 0 else 0
+        assert sliced == dict.fromkeys(("stock", "tiled", "leaf"), 0) | {"json": n, "long_tiles": long} | {
+            "again": n,
+            "nothing_kept": n,
+        }
+        assert found["2"]["nothing_kept"]["sliced"] == n
 
 
 def test_the_json_key_tiles_mlps_and_has_them_gathered_once(ranks):

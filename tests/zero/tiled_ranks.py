@@ -3,7 +3,9 @@
     tiled_ranks.py OUT
 
 OUT/RANK.json: by stage, the losses of both, how often a parameter's gradient was handed to the optimizer, and how often
-each row ran through a last product. Under gradient checkpointing: with nothing kept, and with all computed again.
+each row ran through a last product of the first layer, whose tiles are counted by a hook: so it has no slices, and the
+other one has, where ZeRO-3 gathers its MLP as one. Under gradient checkpointing: with nothing kept, and with all
+computed again.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from joining import joined
 from transformers import LlamaForCausalLM
 
 from ds_fused.engine.config import OP_OPTIONS
-from ds_fused.modules import summed
+from ds_fused.modules import summed, tiled_mlp
 from ds_fused.modules.swap import swap
 from ds_fused.modules.tiled_mlp import TiledMLP, Tiles
 
@@ -99,6 +101,23 @@ def counting_sums() -> Iterator[list[torch.Size]]:
         summed.product = stock
 
 
+@contextlib.contextmanager
+def counting_slices() -> Iterator[list[int]]:
+    """Of each backward that went by slices, in how many tiles it might have gone."""
+    ran: list[int] = []
+    stock = tiled_mlp.sliced_gradients
+
+    def sliced_gradients(linears, x, dy, tiles, wants_dx):
+        ran.append(tiles)
+        return stock(linears, x, dy, tiles, wants_dx)
+
+    tiled_mlp.sliced_gradients = sliced_gradients
+    try:
+        yield ran
+    finally:
+        tiled_mlp.sliced_gradients = stock
+
+
 def train(stage: int, tiled: bool, leaf: bool = False, block: dict | None = None, checkpointing: bool = False) -> dict:
     engine = engine_of(stage, tiled, leaf, block, checkpointing)
     mlp = engine.module.model.layers[0].mlp
@@ -107,20 +126,22 @@ def train(stage: int, tiled: bool, leaf: bool = False, block: dict | None = None
     runs = []
     counts = counted(engine) if stage == 3 else Counter()
     losses = []
-    for step in jobs.batches(GAS, products.FEW_STEPS):
-        for micro_batch in step:
-            ids, labels = micro_batch[dist.get_rank()]
-            if dist.get_rank() == 1:
-                ids, labels = ids[:, 1:], labels[:, 1:]
-            made.clear()
-            loss = engine(input_ids=ids, labels=labels).loss
-            engine.backward(loss)
-            runs.append(sum(made) / ids.numel())
-            engine.step()
-            losses.append(loss.item())
+    with counting_slices() as slices:
+        for step in jobs.batches(GAS, products.FEW_STEPS):
+            for micro_batch in step:
+                ids, labels = micro_batch[dist.get_rank()]
+                if dist.get_rank() == 1:
+                    ids, labels = ids[:, 1:], labels[:, 1:]
+                made.clear()
+                loss = engine(input_ids=ids, labels=labels).loss
+                engine.backward(loss)
+                runs.append(sum(made) / ids.numel())
+                engine.step()
+                losses.append(loss.item())
     found = {
         "losses": losses,
         "runs": runs,
+        "sliced": len(slices),
         "counts": counts,
         "leaf": z3_leaf_module(mlp),
         "tiles": getattr(mlp, "fused_tiles", None),
