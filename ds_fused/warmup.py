@@ -175,6 +175,7 @@ def launches_of(
             logits=config.logits,
             eval=config.eval,
             weight=HeadWeight(slabs=lambda head, n_tokens: way),
+            tiles=config.tiles,
         )
         ids = torch.zeros(shape, dtype=torch.int64, device=META)
         # a mask ready made: to make one, models look into what they are given

@@ -103,6 +103,29 @@ def test_programs_meet_as_they_will_on_the_target(tmp_path):
     assert done.stdout.splitlines() == ["[(True, True)]", "[(True, False), (False, True)]"], done.stderr
 
 
+GATES = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from ds_fused.engine import config
+from ds_fused.ops._warmup import META, target_of
+from ds_fused.warmup import launches_of
+sizes = dict(vocab_size=1000, hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4)
+for tiles in (False, {"tiles": 2, "least_tokens": 1}, {"tiles": 2, "least_tokens": 65}):
+    with META:
+        model = LlamaForCausalLM._from_config(LlamaConfig(**sizes, use_cache=False), dtype=torch.bfloat16)
+    block = config.parse({"enabled": True, "verify": False, "tiled_mlp": tiles})
+    launches, problem = launches_of(model, block, (2, 64), target_of("sm90"))
+    gates = [launch for launch in launches if launch.kernel.fn.__name__ == "_glu_bwd_kernel"]
+    print(problem, {launch.constants["OVERWRITES_DY"] for launch in gates})
+"""
+
+
+def test_mlps_are_tiled_as_the_config_says(tmp_path):
+    done = run("-c", GATES, cache=tmp_path)
+    # 128 tokens are not two tiles of 65
+    assert done.stdout.splitlines()[-3:] == ["None {False}", "None {True}", "None {False}"], done.stderr
+
+
 def test_a_second_run_compiles_nothing(warm, folder):
     done = warm_up(str(folder / "config.json"), "--config", str(folder / "ds.json"), "--target", TARGET, cache=warm[0])
     assert counts(done.stdout) == (0, counts(warm[1])[0])

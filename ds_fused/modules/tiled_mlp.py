@@ -270,7 +270,8 @@ class _Surroundings:
     """What was around a forward and has to be around its repetition: autocast and the states of random generators."""
 
     def __init__(self, x: Tensor) -> None:
-        self.kind = x.device.type
+        # a warm-up's tensors lie on meta, which has neither autocast nor random numbers of its own
+        self.kind = "cpu" if x.is_meta else x.device.type
         self.enabled = torch.is_autocast_enabled(self.kind)
         self.dtype = torch.get_autocast_dtype(self.kind)
         self.cpu_state = torch.get_rng_state()
