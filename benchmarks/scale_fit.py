@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -75,12 +76,30 @@ def setting(values: Sequence[float]) -> Setting:
 class Fit:
     values: np.ndarray  # in the units of PARAMETERS
     errors: np.ndarray  # standard errors of the same, relative; infinite where it is not determined
-    left_out: np.ndarray  # of each point: relative error of the fit to the others
-    case_left_out: np.ndarray  # of the fit to other cases
+    points: Sequence[Point]
 
     @property
     def setting(self) -> Setting:
         return setting(self.values)
+
+    # a fit for each point and for each case, which take far longer than the one to all: made when they are asked for
+    @cached_property
+    def left_out(self) -> np.ndarray:
+        """Of each point: relative error of the fit to the others."""
+        return np.array([residuals(self._without([point]), [point])[0] for point in self.points])
+
+    @cached_property
+    def case_left_out(self) -> np.ndarray:
+        """Of each point: relative error of the fit to other cases."""
+        without = {
+            case: self._without([point for point in self.points if point.case == case])
+            for case in dict.fromkeys(point.case for point in self.points)
+        }
+        return np.array([residuals(without[point.case], [point])[0] for point in self.points])
+
+    def _without(self, some: Sequence[Point]) -> np.ndarray:
+        unseen = set(map(id, some))
+        return solve([point for point in self.points if id(point) not in unseen], np.log(self.values))
 
 
 def residuals(logs: np.ndarray, points: Sequence[Point]) -> np.ndarray:
@@ -143,13 +162,4 @@ def fit(points: Sequence[Point]) -> Fit:
     told = ~at_bounds(logs) & np.any(slopes != 0, axis=0)
     deviations = np.full(len(logs), np.inf)
     deviations[told] = np.sqrt(variance * np.square(np.linalg.pinv(slopes[:, told])).sum(axis=1))
-    left_out, case_left_out = (
-        np.array([residuals(_solved_without(points, logs, same(point)), [point])[0] for point in points])
-        for same in (lambda point: [point], lambda point: [other for other in points if other.case == point.case])
-    )
-    return Fit(np.exp(logs), deviations, left_out, case_left_out)
-
-
-def _solved_without(points: Sequence[Point], logs: np.ndarray, some: Sequence[Point]) -> np.ndarray:
-    unseen = set(map(id, some))
-    return solve([point for point in points if id(point) not in unseen], logs)
+    return Fit(np.exp(logs), deviations, points)

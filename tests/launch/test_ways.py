@@ -33,8 +33,13 @@ def test_the_six_ways_are_there():
     assert len(ways()) == 6 and ways()[-1] == "python -m launch"
 
 
+def marks(way: str) -> list[pytest.MarkDecorator]:
+    """Of Accelerate and of the Trainer tests/scripts has quick ones."""
+    return [pytest.mark.all] if way.startswith("accelerate ") or " trainer.py " in way else []
+
+
 # the last one has made what the others are compared with
-@pytest.mark.parametrize("way", ways()[:-1])
+@pytest.mark.parametrize("way", [pytest.param(way, marks=marks(way)) for way in ways()[:-1]])
 def test_it_trains_as_python_m_launch_does(way, request, tmp_path, tiny_model, text, local_run):
     stands_for = {
         "ds.json": local_run / "ds_config.json", "train.py": runs.TRAIN, "hosts": tmp_path / "hostfile",

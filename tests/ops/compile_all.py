@@ -1,14 +1,18 @@
 """Compiles every kernel of ds_fused.ops for targets that need not be there, and prints what came out as JSON.
 
-    python tests/ops/compile_all.py cuda:80:32 cuda:90:32 hip:gfx942:64
+    python tests/ops/compile_all.py cuda:80:32:largest cuda:90:32 hip:gfx942:64:largest
 
 Needs a process of its own, without TRITON_INTERPRET. The ops are called as users call them, on CPU tensors: launches
-are compiled, with the real block sizes, and not run. A kernel that no example reaches is reported under "unreached".
+are compiled, with the real block sizes, and not run; of a target that says "largest" of each kernel one, which has the
+largest tiles. A kernel that no example reaches is reported under "unreached".
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import math
 import os
 import pkgutil
 import re
@@ -17,6 +21,7 @@ import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
@@ -486,14 +491,61 @@ def kernels(target: GPUTarget) -> set[str]:
     return {name for name in found if name.endswith("_kernel")}
 
 
-def spilled_bytes(target: GPUTarget, asm: dict[str, str | bytes]) -> int | None:
+class Launch(NamedTuple):
+    """``kernel[grid](*args, **constants)``"""
+
+    kernel: JITFunction
+    grid: object
+    args: tuple[object, ...]
+    constants: dict[str, object]
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Of what a program holds at once, comparable between launches of one kernel: sides of tiles, how many tiles
+        and stages, and of which dtypes; of two that hold as much, the one with the longer side is the larger."""
+        counts = [v for k, v in self.constants.items() if type(v) is int and v > 1 and k != "num_warps"]
+        element_bytes = sum(x.element_size() for x in self.args if isinstance(x, Tensor))
+        return math.prod(counts) * element_bytes, max(counts, default=1)
+
+
+def launches_of_all() -> list[Launch]:
+    """What the examples launch; nothing is compiled."""
+    launches = []
+    stock_run = JITFunction.run
+
+    def run(self: JITFunction, *args: object, grid: object, warmup: bool, **constants: object) -> None:
+        launches.append(Launch(self, grid, args, constants))
+
+    JITFunction.run = run
+    try:
+        for example in EXAMPLES:
+            example()
+    finally:
+        JITFunction.run = stock_run
+    return launches
+
+
+def largest(launches: list[Launch]) -> list[Launch]:
+    """Of each kernel one; of those whose programs can't meet, one that measures and one that writes."""
+    found: dict[tuple[object, ...], Launch] = {}
+    for launch in launches:
+        key = launch.kernel, launch.constants.get("MEASURES"), launch.constants.get("WRITES")
+        if key not in found or launch.size > found[key].size:
+            found[key] = launch
+    return list(found.values())
+
+
+def spilled_bytes(target: GPUTarget, asm: dict[str, str | bytes], said: str) -> int | None:
     """Registers that went to memory, as the assembler (NVIDIA) or the code object's notes (AMD) tell."""
     if target.backend == "hip":
         found = re.search(r"\.private_segment_fixed_size:\s*(\d+)", asm["amdgcn"])
         return int(found.group(1)) if found else None
-    command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name=sm_{target.arch}{'a' if target.arch >= 90 else ''}"]
-    done = subprocess.run([*command, "-o", os.devnull, "/dev/stdin"], input=asm["ptx"], capture_output=True, text=True)
-    found = re.search(r"(\d+) bytes spill stores", done.stderr)
+    if not said:
+        # a kernel that lay in Triton's cache
+        arch = f"sm_{target.arch}{'a' if target.arch >= 90 else ''}"
+        command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={arch}", "-o", os.devnull, "/dev/stdin"]
+        said = subprocess.run(command, input=asm["ptx"], capture_output=True, text=True).stderr
+    found = re.search(r"(\d+) bytes spill stores", said)
     return int(found.group(1)) if found else None
 
 
@@ -505,36 +557,28 @@ def sums_apart(asm: dict[str, str | bytes]) -> int | None:
     return len(re.findall(rf"fma\.rn\.f32\s[^;]*, (?:{'|'.join(others)});", asm["ptx"])) if others else 0
 
 
-def compile_all(target: GPUTarget, index: int) -> dict[str, object]:
-    """All examples for one target."""
-    compiled: dict[str, dict[str, object]] = {}
-    stock_run = JITFunction.run
-
-    def run(self: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> object:
-        kernel = stock_run(self, *args, grid=grid, warmup=True, **kwargs)
-        if kernel.hash not in compiled:
-            binary = kernel.asm["hsaco" if target.backend == "hip" else "cubin"]
-            compiled[kernel.hash] = {
-                "kernel": self.__name__,
-                "bytes": len(binary),
-                "warps": kernel.metadata.num_warps,
-                "shared": kernel.metadata.shared,
-                "spilled": spilled_bytes(target, kernel.asm),
-                "apart": sums_apart(kernel.asm),
-                "constants": {k: v for k, v in kwargs.items() if isinstance(v, (bool, int, float, str))},
-            }
-        return kernel
-
+def compile_all(target: GPUTarget, index: int, choose: Callable[[list[Launch]], list[Launch]]) -> dict[str, object]:
+    """The examples' launches for one target, those that are chosen."""
     triton.runtime.driver.set_active(Absent(target, index))
     shared.LANES = target.warp_size
     shared._copies_tiles[torch.device("cpu")] = copies_tiles_on(target)
     _meet.can_meet = lambda x, size: target.backend == "cuda"
-    JITFunction.run = run
-    try:
-        for example in EXAMPLES:
-            example()
-    finally:
-        JITFunction.run = stock_run
+    compiled: dict[str, dict[str, object]] = {}
+    for launch in choose(launches_of_all()):
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            kernel = launch.kernel.run(*launch.args, grid=launch.grid, warmup=True, **launch.constants)
+        if kernel.hash in compiled:
+            continue
+        binary = kernel.asm["hsaco" if target.backend == "hip" else "cubin"]
+        compiled[kernel.hash] = {
+            "kernel": launch.kernel.__name__,
+            "bytes": len(binary),
+            "warps": kernel.metadata.num_warps,
+            "shared": kernel.metadata.shared,
+            "spilled": spilled_bytes(target, kernel.asm, said.getvalue()),
+            "apart": sums_apart(kernel.asm),
+            "constants": {k: v for k, v in launch.constants.items() if isinstance(v, (bool, int, float, str))},
+        }
     rows = sorted(compiled.values(), key=lambda row: (row["kernel"], str(row["constants"])))
     return {
         "compiled": rows,
@@ -546,11 +590,13 @@ def main(names: list[str]) -> None:
     if triton.knobs.runtime.interpret:
         sys.exit(f"{Path(__file__).name}: TRITON_INTERPRET is set, there is nothing to compile")
     os.environ["TRITON_INTERPRET"] = "1"  # after the kernels were made: only so that ops take CPU tensors to them
+    # printed as a kernel is compiled: the assembler need not be asked again
+    triton.knobs.nvidia.dump_ptxas_log = True
     results = {}
     for index, name in enumerate(names):
-        backend, arch, lanes = name.split(":")
+        backend, arch, lanes, *which = name.split(":")
         target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(lanes))
-        results[name] = compile_all(target, index)
+        results[name] = compile_all(target, index, {(): list, ("largest",): largest}[tuple(which)])
     print(json.dumps(results))
 
 

@@ -54,8 +54,15 @@ def used(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("options", OPTIONS)
+# each option with one of the cuts, and each with the other for --all
+@pytest.mark.parametrize(
+    "options, cut",
+    [
+        pytest.param(options, cut, marks=[] if (i + k) % len(CUTS) == 0 else [pytest.mark.all])
+        for i, options in enumerate(OPTIONS)
+        for k, cut in enumerate(CUTS)
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("way", [ours, in_slabs])
 def test_gradient_of_x(way, dtype, options, cut, where, used):

@@ -289,7 +289,7 @@ def test_one_rank_misspells(ranks):
 @pytest.mark.parametrize(
     "name",
     [
-        "frozen_trunk",
+        pytest.param("frozen_trunk", marks=pytest.mark.all),
         "frozen_head",
         "uneven_ranks",
         "embedding",
@@ -302,15 +302,15 @@ def test_one_rank_misspells(ranks):
         "direct_backward",
         "checkpointing",
         "evaluation_and_saving",
-        "bias",
+        pytest.param("bias", marks=pytest.mark.all),
         "sharded_bias",
         pytest.param("sharded_bias_of_a_frozen_head", marks=pytest.mark.all),
         pytest.param("frozen_sharded_bias", marks=pytest.mark.all),
-        "thrown_away",
+        pytest.param("thrown_away", marks=pytest.mark.all),
         "gemma",
         "own_loss",
-        "smoothed",
-        "expert_parallel",
+        pytest.param("smoothed", marks=pytest.mark.all),
+        pytest.param("expert_parallel", marks=pytest.mark.all),
     ],
 )
 def test_stream(ended, name):
@@ -326,8 +326,8 @@ def test_stream(ended, name):
 
 # where it is not the weight's own dtype
 GRADIENT_IN = {"communication_dtype": ["float32"]}
-QUICK_COPIED = ("communication_dtype", "accumulation_dtype", "uneven_ranks", "thrown_away")
-QUICK = ("uneven_ranks", "bias", "gemma", "weighted_ranks", "both_ways")
+QUICK_COPIED = ("communication_dtype", "uneven_ranks", "thrown_away")
+QUICK = ("uneven_ranks", "gemma", "weighted_ranks", "both_ways")
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_stream_without_copy_engines(ranks):
         assert "by copy engines" not in result["report"]
 
 
-@pytest.mark.parametrize("name", ["class_weights", "entropies"])
+@pytest.mark.parametrize("name", [pytest.param("class_weights", marks=pytest.mark.all), "entropies"])
 def test_stationary_in_each_dtype(ended, name):
     for result in ended(f"stationary_{name}"):
         assert result.keys() == {"fp32", "bf16"}
