@@ -1,10 +1,10 @@
 """Compiles every kernel of ds_fused.ops for targets that need not be there, and prints what came out as JSON.
 
-    python tests/ops/compile_all.py cuda:80:32:largest cuda:90:32 hip:gfx942:64:largest
+    python tests/ops/compile_all.py cuda:80:32:largest cuda:90:32:all hip:gfx942:64:largest
 
 Needs a process of its own, without TRITON_INTERPRET. The ops are called as users call them, on CPU tensors: launches
-are compiled, with the real block sizes, and not run; of a target that says "largest" of each kernel one, which has the
-largest tiles. A kernel that no example reaches is reported under "unreached".
+are compiled, with the real block sizes, and not run: all of them, or of each kernel the one with the largest tiles (see
+CHOICES). A kernel that no example reaches is reported under "unreached".
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -525,14 +526,21 @@ def launches_of_all() -> list[Launch]:
     return launches
 
 
-def largest(launches: list[Launch]) -> list[Launch]:
-    """Of each kernel one; of those whose programs can't meet, one that measures and one that writes."""
+def largest(launches: list[Launch], by_dtypes: bool = False) -> list[Launch]:
+    """Of each kernel one; of those whose programs can't meet, one that measures and one that writes. With `by_dtypes`
+    one for all dtypes that its tensors have together."""
     found: dict[tuple[object, ...], Launch] = {}
     for launch in launches:
         key = launch.kernel, launch.constants.get("MEASURES"), launch.constants.get("WRITES")
+        if by_dtypes:
+            key += tuple(x.dtype for x in launch.args if isinstance(x, Tensor))
         if key not in found or launch.size > found[key].size:
             found[key] = launch
     return list(found.values())
+
+
+# what a target's name may end in
+CHOICES = {"all": list, "largest": largest, "largest_by_dtypes": partial(largest, by_dtypes=True)}
 
 
 def spilled_bytes(target: GPUTarget, asm: dict[str, str | bytes], said: str) -> int | None:
@@ -594,9 +602,9 @@ def main(names: list[str]) -> None:
     triton.knobs.nvidia.dump_ptxas_log = True
     results = {}
     for index, name in enumerate(names):
-        backend, arch, lanes, *which = name.split(":")
+        backend, arch, lanes, choice = name.split(":")
         target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(lanes))
-        results[name] = compile_all(target, index, {(): list, ("largest",): largest}[tuple(which)])
+        results[name] = compile_all(target, index, CHOICES[choice])
     print(json.dumps(results))
 
 

@@ -1,7 +1,8 @@
 """Every kernel compiles for NVIDIA sm80 and sm90 and for AMD gfx942, on any machine; see compile_all.py.
 
-For sm90 as all examples launch it. sm80 is given the same but for a handful of 450 launches, and gfx942 takes as long
-again: for these two the launch of each kernel with the largest tiles, and all of them with --all.
+With --all as the examples there launch it, 450 times for each target. Else with its largest tiles: for sm90, where
+spilled registers are counted, those of each combination of dtypes; sm80 is given the same but for a handful of
+launches, so for it and for gfx942 those of one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 TARGETS = ("cuda:80:32", "cuda:90:32", "hip:gfx942:64")
-WHOLE = "cuda:90:32"
+SM90 = "cuda:90:32"
 # rms_norm's backward on fp32 rows of 16384 columns, the widest whole ones, spills 116
 MOST_SPILLED = 128  # bytes per thread
 # bytes of shared memory that a program may have
@@ -25,8 +26,10 @@ MOST_SHARED = dict(zip(TARGETS, (163 * 1024, 227 * 1024, 64 * 1024), strict=True
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest) -> dict[str, dict[str, list]]:
     """Target -> what compile_all.py found."""
-    of_all = request.config.getoption("--all")
-    asked = [target if of_all or target == WHOLE else f"{target}:largest" for target in TARGETS]
+    choices = dict.fromkeys(TARGETS, "largest") | {SM90: "largest_by_dtypes"}
+    if request.config.getoption("--all"):
+        choices = dict.fromkeys(TARGETS, "all")
+    asked = [f"{target}:{choice}" for target, choice in choices.items()]
     # a process of its own: this one's kernels are interpreted
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(__file__).with_name("compile_all.py")), *asked]
@@ -56,12 +59,12 @@ def test_programs_meet_on_nvidia(results, target):
 
 
 def test_registers_do_not_spill_on_sm90(results):
-    spilled = {f"{row['kernel']} {row['constants']}": row["spilled"] for row in results[WHOLE]["compiled"]}
+    spilled = {f"{row['kernel']} {row['constants']}": row["spilled"] for row in results[SM90]["compiled"]}
     assert None not in spilled.values(), "the assembler's report was not understood"
     assert {kernel: n for kernel, n in spilled.items() if n > MOST_SPILLED} == {}
 
 
 def test_threads_find_the_same_sums(results):
     """Of Sinkhorn-Knopp's iterations, where sums that differ by an ulp from thread to thread become a drift."""
-    rows = [row for row in results[WHOLE]["compiled"] if row["kernel"] == "_mhc_coefficients_fwd_kernel"]
+    rows = [row for row in results[SM90]["compiled"] if row["kernel"] == "_mhc_coefficients_fwd_kernel"]
     assert rows and not any(row["apart"] for row in rows)
