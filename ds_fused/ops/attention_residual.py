@@ -78,10 +78,11 @@ WARPS_PER_MULTIPROCESSOR_FWD = 16
 WARPS_PER_MULTIPROCESSOR_BWD = 16
 # of L2, for what the programs read a second time, in bytes: half of an H100's
 MOST_READ_AGAIN = 24 * 2**20
-# Blocks whose gradients are computed from one read: from half of the bf16 rows that a multiprocessor's one program has
-# room for in registers to all of them, while the next tokens' rows, STAGES_HELD - 1 times, come to shared memory, up to
-# 145 KiB. An H100 takes 818 us at 8x16384x4096 (939 with the blocks read again; one token ahead 830, by 16 warps 946).
-# Those of fp16 would spill 144 bytes a thread: no other instructions make fp32 of it as fast, see wide_again
+# Blocks whose gradients are computed from one read, as one program of a multiprocessor has them in its registers: bf16
+# rows of more than half of HELD_COLS. The rows of the STAGES_HELD - 1 next tokens wait in shared memory, up to 145 KiB.
+# An H100 took 818 us at 8x16384x4096, with the blocks read again 939, with one token ahead 830, by 16 warps 946; from
+# five to seven blocks are not timed. More than MOST_HELD would spill, and the kernel of a list has no more pointers.
+# fp16 would spill 144 bytes a thread: nothing but .to makes it fp32, and its numbers are kept (see wide_again)
 HELD_COLS, LEAST_HELD, MOST_HELD, STAGES_HELD = 4096, 5, 8, 3
 
 
