@@ -80,9 +80,10 @@ WARPS_PER_MULTIPROCESSOR_BWD = 16
 MOST_READ_AGAIN = 24 * 2**20
 # Blocks whose gradients are computed from one read, as one program of a multiprocessor has them in its registers: bf16
 # rows of more than half of HELD_COLS. The rows of the STAGES_HELD - 1 next tokens wait in shared memory, up to 145 KiB.
-# An H100 took 818 us at 8x16384x4096, with the blocks read again 939, with one token ahead 830, by 16 warps 946; from
-# five to seven blocks are not timed. More than MOST_HELD would spill, and the kernel of a list has no more pointers.
-# fp16 would spill 144 bytes a thread: nothing but .to makes it fp32, and its numbers are kept (see wide_again)
+# A kernel that spells out eight blocks took 818 us at 8x16384x4096 on an H100, with the blocks read again 939, with one
+# token ahead 830, by 16 warps 946. TODO: five to seven, when they are timed (benchmarks/tune.py). Nine spill 88 bytes a
+# thread, eight 12, and the kernel of a list has no more pointers; eight of fp16 144: nothing but .to makes it fp32, so
+# its numbers are kept (see wide_again)
 HELD_COLS, LEAST_HELD, MOST_HELD, STAGES_HELD = 4096, 5, 8, 3
 
 
