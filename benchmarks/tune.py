@@ -103,8 +103,21 @@ SEARCHES = (
         {"MOST_GROUP_FWD": (1, 2, 4), "STAGES_FWD": (2, 3, 4), "WARPS_PER_MULTIPROCESSOR_FWD": (16, 24)},
     ),
     Search(
+        # none are held
         "attention_residual", "", "backward", ((8, 16384, 4096), (16, 4096, 7168)),
-        {"MOST_GROUP_BWD": (2, 4, 8), "UNROLL_BWD": (1, 2, 4), "WARPS_PER_MULTIPROCESSOR_BWD": (8, 16, 24)},
+        {
+            "MOST_HELD": (0,), "MOST_GROUP_BWD": (2, 4, 8), "UNROLL_BWD": (1, 2, 4),
+            "WARPS_PER_MULTIPROCESSOR_BWD": (8, 16, 24),
+        },
+    ),
+    Search(
+        # 9: none are held
+        "attention_residual", "", "backward", tuple((n, 16384, 4096) for n in (3, 5, 6, 7, 8)),
+        {"LEAST_HELD": (3, 9), "STAGES_HELD": (2, 3)},
+    ),
+    Search(
+        "attention_residual", "blocks", "backward", ((8, 16384, 4096),),
+        {"LEAST_HELD": (3, 9), "STAGES_HELD": (2, 3)},
     ),
     Search(
         "mhc_coefficients", "", "forward", ((16384, 4096),),

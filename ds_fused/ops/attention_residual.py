@@ -7,8 +7,9 @@ rms(v) = sqrt(mean(v^2) + eps). Computed in fp32 and rounded once, to the blocks
 Saved for backward: the blocks, query and weight; in fp32 score and 1/rms of each token and block, and of each token the
 largest score.
 Traffic per token, in rows of D: forward N reads + 1 write, the softmax going on from block to block; backward N + 1
-reads + N writes, the blocks being read a second time where they were just read (L1 or L2), plus one row of fp32 partial
-sums per program, added up in a fixed order by a second small launch (no atomics: same input, same bits).
+reads + N writes, the blocks being read a second time where they were just read (L1 or L2) unless a program holds them
+all, plus one row of fp32 partial sums per program, added up in a fixed order by a second small launch (no atomics: same
+input, same bits).
 
 Blocks lie in one stack, or each by itself, up to LISTED of them without a copy: the kernels take their addresses.
 
@@ -26,6 +27,10 @@ import torch
 from torch import Tensor
 
 from ds_fused.ops import _triton
+from ds_fused.ops._attention_residual_held import (
+    _attention_residual_bwd_held_kernel,
+    _attention_residual_bwd_held_listed_kernel,
+)
 from ds_fused.ops._attention_residual_kernels import (
     _attention_residual_bwd_kernel,
     _attention_residual_bwd_listed_kernel,
@@ -40,6 +45,7 @@ from ds_fused.ops._sums import SUM_COLS, SUM_ROWS
 from ds_fused.ops._triton import (
     cdiv,
     check_dtypes,
+    copies_tiles,
     like,
     multiprocessors,
     power_of_2,
@@ -72,6 +78,13 @@ WARPS_PER_MULTIPROCESSOR_FWD = 16
 WARPS_PER_MULTIPROCESSOR_BWD = 16
 # of L2, for what the programs read a second time, in bytes: half of an H100's
 MOST_READ_AGAIN = 24 * 2**20
+# Blocks whose gradients are computed from one read, as one program of a multiprocessor has them in its registers: bf16
+# rows of more than half of HELD_COLS. The rows of the STAGES_HELD - 1 next tokens wait in shared memory, up to 145 KiB.
+# A kernel that spells out eight blocks took 818 us at 8x16384x4096 on an H100, with the blocks read again 939, with one
+# token ahead 830, by 16 warps 946. TODO: five to seven, when they are timed (benchmarks/tune.py). Nine spill 88 bytes a
+# thread, eight 12, and the kernel of a list has no more pointers; eight of fp16 144: nothing but .to makes it fp32, so
+# its numbers are kept (see wide_again)
+HELD_COLS, LEAST_HELD, MOST_HELD, STAGES_HELD = 4096, 5, 8, 3
 
 
 def attention_residual_reference(
@@ -180,7 +193,68 @@ def attention_residual_bwd(
     if nothing or not any(wants):
         return dblocks, dquery, dweight
     dy = rows_of(dy)
-    sums = wants[1] or wants[2]
+    bwd = _bwd_held if is_held(dy, at) else _bwd_walked
+    partial = bwd(dy, at, [None] if dblocks is None else dblocks, query, weight, saved, wants[0], wants[1] or wants[2])
+    if partial is not None:
+        launch(
+            _attention_residual_sums_kernel, (cdiv(at.cols, SUM_COLS),),
+            partial, query, weight, dquery, dweight, partial.shape[0], at.cols,
+            HAS_WEIGHT=weight is not None, WANTS_DQUERY=wants[1], WANTS_DWEIGHT=wants[2],
+            BLOCK_ROWS=SUM_ROWS, BLOCK_COLS=SUM_COLS, num_warps=8,
+        )  # fmt: skip
+    return dblocks, dquery, dweight
+
+
+def is_held(x: Tensor, at: Blocks) -> bool:
+    """Whether one read of x's blocks is enough for their gradients; what copies tiles has the shared memory, too."""
+    return (
+        x.dtype == torch.bfloat16
+        and power_of_2(at.cols) == HELD_COLS
+        and LEAST_HELD <= at.count <= MOST_HELD
+        and copies_tiles(x)
+    )
+
+
+def _bwd_held(
+    dy: Tensor,
+    at: Blocks,
+    gradients: list[Tensor | None],
+    query: Tensor,
+    weight: Tensor | None,
+    saved: Tensor,
+    wants_dv: bool,
+    wants_sums: bool,
+) -> Tensor | None:
+    """Fills the gradients; the programs' parts of that of query * weight, [programs, D]."""
+    cols, warps = row_tile(at.cols, PER_THREAD_BWD)
+    programs = min(at.rows, multiprocessors(dy))
+    partial = torch.empty((programs, at.cols), dtype=torch.float32, device=dy.device) if wants_sums else None
+    if at.listed:
+        kernel, tensors, gradients = (
+            _attention_residual_bwd_held_listed_kernel, at.tensors[:MOST_HELD], _padded(gradients)[:MOST_HELD]
+        )  # fmt: skip
+    else:
+        kernel, tensors = _attention_residual_bwd_held_kernel, at.tensors
+    launch(
+        kernel, (programs,),
+        dy, *tensors, *gradients, query, weight, saved, partial, row_stride(dy), *at.strides, at.rows, at.cols,
+        HAS_WEIGHT=weight is not None, WANTS_DV=wants_dv, WANTS_SUMS=wants_sums,
+        N_BLOCKS=at.count, BLOCK_COLS=cols, STAGES=STAGES_HELD, num_warps=warps,
+    )  # fmt: skip
+    return partial
+
+
+def _bwd_walked(
+    dy: Tensor,
+    at: Blocks,
+    gradients: list[Tensor | None],
+    query: Tensor,
+    weight: Tensor | None,
+    saved: Tensor,
+    wants_dv: bool,
+    wants_sums: bool,
+) -> Tensor | None:
+    """As _bwd_held, by programs that go over their token's blocks twice."""
     cols, warps = row_tile(at.cols, PER_THREAD_BWD)
     holds_query = cols <= WIDEST_QUERY
     # 1024 threads have 64 registers each
@@ -189,25 +263,17 @@ def attention_residual_bwd(
     programs = min(at.rows, resident(dy, WARPS_PER_MULTIPROCESSOR_BWD, warps), again)
     # each in memory of its own: see mhc_coefficients_bwd
     scratch = torch.empty(2 * programs * at.count, dtype=torch.float32, device=dy.device)
-    partial = torch.empty((programs, at.cols), dtype=torch.float32, device=dy.device) if sums else None
-    gradients = [None] if dblocks is None else dblocks
+    partial = torch.empty((programs, at.cols), dtype=torch.float32, device=dy.device) if wants_sums else None
     launch(
         _attention_residual_bwd_listed_kernel if at.listed else _attention_residual_bwd_kernel, (programs,),
         dy, *at.tensors, *(_padded(gradients) if at.listed else gradients), query, weight, saved, scratch, partial,
         row_stride(dy), *at.strides, at.count, at.rows, at.cols,
-        HAS_WEIGHT=weight is not None, WANTS_DV=wants[0], WANTS_SUMS=sums, HOLDS_QUERY=holds_query,
+        HAS_WEIGHT=weight is not None, WANTS_DV=wants_dv, WANTS_SUMS=wants_sums, HOLDS_QUERY=holds_query,
         GROUP=1 if is_crowded else group_of(at, cols, TILE_BWD, MOST_GROUP_BWD),
         UNROLL=1 if is_crowded else UNROLL_LISTED_BWD if at.listed else UNROLL_BWD,
         BLOCK_COLS=cols, num_warps=warps,
     )  # fmt: skip
-    if sums:
-        launch(
-            _attention_residual_sums_kernel, (cdiv(at.cols, SUM_COLS),),
-            partial, query, weight, dquery, dweight, programs, at.cols,
-            HAS_WEIGHT=weight is not None, WANTS_DQUERY=wants[1], WANTS_DWEIGHT=wants[2],
-            BLOCK_ROWS=SUM_ROWS, BLOCK_COLS=SUM_COLS, num_warps=8,
-        )  # fmt: skip
-    return dblocks, dquery, dweight
+    return partial
 
 
 class AttentionResidualFunction(torch.autograd.Function):

@@ -122,12 +122,17 @@ def attention_residual() -> None:
     half, full = torch.bfloat16, torch.float32
     for n, t, d, dtype in (
         (8, 64, 128, half),
+        (4, 2, 4096, half),
+        (5, 2, 4096, half),  # the least and the most that a program of the backward holds
         (8, 2, 4096, half),
+        (9, 2, 4096, half),
+        (8, 2, 4096, full),
         (3, 2, 16384, half),  # the widest
         (3, 2, 16384, full),
     ):
         ops.attention_residual(leaf(n, t, d, dtype=dtype), leaf(d, dtype=dtype), leaf(d, dtype=dtype)).sum().backward()
-    ops.attention_residual([leaf(2, 4096) for _ in range(16)], leaf(4096)).sum().backward()
+    for n in (8, 16):
+        ops.attention_residual([leaf(2, 4096) for _ in range(n)], leaf(4096)).sum().backward()
 
 
 def mhc_coefficients() -> None:
@@ -482,10 +487,10 @@ EXAMPLES = of_every_op(globals())
 
 def kernels(target: GPUTarget) -> set[str]:
     """Every kernel of the package by its rule of names: a jitted function that ends in _kernel, in a file that ends in
-    _tma for targets that copy tiles."""
+    _tma or _held for targets that copy tiles."""
     found = set()
     for info in pkgutil.iter_modules(ops.__path__):
-        if info.name.endswith("_tma") and not copies_tiles_on(target):
+        if info.name.endswith(("_tma", "_held")) and not copies_tiles_on(target):
             continue
         module = import_module(f"{ops.__name__}.{info.name}")
         found |= {value.__name__ for value in vars(module).values() if isinstance(value, JITFunction)}

@@ -9,6 +9,7 @@ import torch
 from accuracy import as_accurate, randn, same_bits
 
 import ds_fused.ops.registry as registry
+from ds_fused.ops._triton import copies_tiles
 from ds_fused.ops.attention_residual import LISTED, attention_residual, attention_residual_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -45,6 +46,75 @@ def test_a_list(n, dtype, device):
     as_accurate(listed, reference_listed, [*vectors, *stack], dtype, frozen=[0, 1])
 
 
+@pytest.fixture
+def cols_held(device, monkeypatch):
+    """As many columns as rows have that the backward may hold."""
+    if device.type == "cuda":
+        if not copies_tiles(torch.empty(0, device=device)):
+            pytest.skip("programs hold their token's blocks on devices that copy tiles")
+    else:
+        monkeypatch.setattr(FILE, "copies_tiles", lambda x: True)
+        monkeypatch.setattr(FILE, "HELD_COLS", 16)
+    return FILE.HELD_COLS
+
+
+@pytest.fixture
+def walked_and_held(monkeypatch):
+    """How many backwards went twice over the blocks, and how many once."""
+    calls = {"_bwd_walked": 0, "_bwd_held": 0}
+
+    def counted(name, stock):
+        def call(*args):
+            calls[name] += 1
+            return stock(*args)
+
+        return call
+
+    for name in calls:
+        monkeypatch.setattr(FILE, name, counted(name, getattr(FILE, name)))
+    return calls.values()
+
+
+# the least and the most that are held, an odd number between; and what is not: one less, one more
+@pytest.mark.parametrize("n", [FILE.LEAST_HELD - 1, FILE.LEAST_HELD, 7, FILE.MOST_HELD, FILE.MOST_HELD + 1])
+@pytest.mark.parametrize("is_full", [True, False])
+def test_blocks_that_a_program_holds(n, is_full, cols_held, walked_and_held, device):
+    stack, *vectors = inputs_of(n, 3, cols_held if is_full else cols_held // 2 + 1, device=device)
+    as_accurate(
+        attention_residual, attention_residual_reference, [stack, *vectors], torch.bfloat16, frozen=[1, 2], eps=0.1
+    )
+    as_accurate(listed, reference_listed, [*vectors, *stack], torch.bfloat16, frozen=[0, 1])
+    walked, held = walked_and_held
+    assert (walked == 0) == (held > 0) == (FILE.LEAST_HELD <= n <= FILE.MOST_HELD)
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float16, 1), (torch.float32, 1), (torch.bfloat16, 2)])
+def test_blocks_that_no_program_holds(dtype, factor, cols_held, walked_and_held, device):
+    inputs = inputs_of(FILE.MOST_HELD, 3, factor * cols_held, device=device)
+    as_accurate(attention_residual, attention_residual_reference, inputs, dtype, frozen=[1, 2])
+    walked, held = walked_and_held
+    assert walked and not held
+
+
+@pytest.mark.parametrize("frozen", [(), (0,), (0, 1), (0, 2), (1,), (2,), (1, 2)])
+def test_frozen_where_blocks_are_held(frozen, cols_held, device):
+    for has_weight in (True, False):
+        stack, query, weight = inputs_of(5, 3, cols_held, device=device)
+        if not has_weight and {0, 1}.issubset(frozen):
+            continue
+        inputs = [stack, query, weight if has_weight else None]
+        as_accurate(attention_residual, attention_residual_reference, inputs, torch.bfloat16, frozen=frozen)
+
+
+def test_held_blocks_that_lie_apart(cols_held, device):
+    query, weight = inputs_of(1, cols_held, device=device)[1:]
+    x = randn(6, 4, 2, cols_held, device=device).bfloat16()
+    for stack in (x[:, :, 1], x.transpose(1, 2), x[:, :1, 0].expand(-1, 4, -1)):
+        as_accurate(attention_residual, attention_residual_reference, [stack, query, weight], torch.bfloat16)
+    as_accurate(listed, reference_listed, [query, weight, *x[:, :, 1]], torch.bfloat16)
+    as_accurate(listed, reference_listed, [query, weight, *x[:5, :, 1], x[5, :, 0].contiguous()], torch.bfloat16)
+
+
 def gradients(op, dtype, shape, device, seed, exact=False):
     """Of query and weight; exact: of the same values in fp64."""
     stack, query, weight = (t.to(dtype) for t in inputs_of(*shape, device=device))
@@ -62,6 +132,14 @@ def gradients(op, dtype, shape, device, seed, exact=False):
     "shape", [(3, 5, 7), (4, 19, 33), *(pytest.param((8, 2049, d), marks=pytest.mark.gpu) for d in (1024, 4096, 16384))]
 )
 def test_sums(shape, dtype, device):
+    check_sums(shape, dtype, device)
+
+
+def test_sums_where_blocks_are_held(cols_held, device):
+    check_sums((8, 4, cols_held), torch.bfloat16, device)
+
+
+def check_sums(shape, dtype, device):
     ours = theirs = 0.0
     for seed in range(4):
         sums, torchs = (
@@ -185,8 +263,9 @@ def test_one_token_without_a_dimension(device):
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("whole_gpu")
-def test_more_elements_than_int32(device):
-    n, t, d = 3, 2**17 + 1, 8192  # a block has 2^30 elements and 8192 more
+# a block has 2^30 elements and 8192 more; 2^28 and 4096 more, in blocks that are held
+@pytest.mark.parametrize(("n", "t", "d"), [(3, 2**17 + 1, 8192), (8, 2**16 + 1, 4096)])
+def test_more_elements_than_int32(n, t, d, device):
     query = torch.randn(d, device=device, dtype=torch.bfloat16) / 64
     stack = torch.randn(n, t, d, device=device, dtype=torch.bfloat16).requires_grad_()
     y = attention_residual(stack, query)

@@ -103,6 +103,10 @@ def experts() -> Iterator[Case]:
 def attention_residual() -> Iterator[Case]:
     yield ops.attention_residual, [(leaf(n, 3, 64), leaf(64), leaf(64)) for n in (3, 4, 5)]
     yield ops.attention_residual, [(leaf(3, 2, t, d), leaf(d), leaf(d)) for t, d in ((3, 64), (4, 64), (4, 128))]
+    # blocks that the backward holds, or not
+    yield ops.attention_residual, [(leaf(n, t, 4096), leaf(4096)) for n, t in ((4, 3), (5, 3), (6, 4), (6, 5))]
+    yield ops.attention_residual, [(leaf(8, 3, d), leaf(d)) for d in (2048, 3072, 4096)]
+    yield lambda query, *blocks: ops.attention_residual(blocks, query), [(leaf(4096), *[leaf(2, 3, 4096)] * 8)]
     # wider than its kernels take
     yield ops.attention_residual, [(leaf(2, 3, 20480), leaf(20480))]
     for n in (1, 3, 17):
