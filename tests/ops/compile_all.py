@@ -493,7 +493,9 @@ def kernels(target: GPUTarget) -> set[str]:
         if info.name.endswith(("_tma", "_held")) and not copies_tiles_on(target):
             continue
         module = import_module(f"{ops.__name__}.{info.name}")
-        found |= {value.__name__ for value in vars(module).values() if isinstance(value, JITFunction)}
+        # a launcher's file has the kernels of other files by their names
+        own = (value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__)
+        found |= {value.__name__ for value in own if isinstance(value, JITFunction)}
     return {name for name in found if name.endswith("_kernel")}
 
 
