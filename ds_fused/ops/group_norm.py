@@ -46,8 +46,9 @@ TILE_FWD, PER_THREAD_FWD = 2048, 16
 TILE_BWD, PER_THREAD_BWD = 2048, 8
 WARPS_PER_MULTIPROCESSOR = 32
 # in parts: elements of a tile, and of a thread. Forward on an H100, 16 x 512 x 128 x 128 in bf16: 32 take 228 us (five
-# programs of 8 warps a multiprocessor), 64 take 209 (six of 4, 80 registers)
-PART_TILE_FWD, PART_PER_THREAD_FWD = 8192, 64
+# programs of 8 warps a multiprocessor), 64 take 209 (six of 4, 80 registers). Where tiles may be cut off, their masks
+# would fill the registers: 255 with 64
+PART_TILE_FWD, PART_PER_THREAD_FWD, CUT_OFF_PER_THREAD_FWD = 8192, 64, 32
 PART_TILE_BWD, PART_PER_THREAD_BWD = 8192, 32
 
 # launches of whole groups
@@ -240,6 +241,8 @@ def group_norm_fwd(
         whole = _whole(sizes, TILE_FWD, PER_THREAD_FWD, WHOLE_GROUP_FWD)
         if whole is None:
             parts = Parts.of(sizes, PART_TILE_FWD, warps_for(PART_TILE_FWD, PART_PER_THREAD_FWD))
+            if not parts.full:
+                parts = parts._replace(warps=warps_for(PART_TILE_FWD, CUT_OFF_PER_THREAD_FWD))
             fwd_in_parts(x, weight, bias, y, mean, rstd, sizes, parts, eps)
             return y, mean, rstd
         it = _forwards.keep(
