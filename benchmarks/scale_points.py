@@ -144,9 +144,8 @@ def head_loss(
     tokens, hidden, vocab = sizes = _sizes(shape)
     name, _, rest = way.partition(" ")
     options = dict(word.split("=") for word in rest.split() if "=" in word)
-    if "copy_engines" in rest:
-        return None
-    if rest not in ("", "keep", "keep all", "GEMMs") and (not options or options.keys() - HEAD_OPTIONS):
+    words = " ".join(word for word in rest.split() if "=" not in word)
+    if words not in ("", "keep", "keep all", "GEMMs") or options.keys() - HEAD_OPTIONS:
         return None
     keep_mb = ALL_MB if rest == "keep all" else float(options.get("keep_mb", KEEP_MB if rest == "keep" else 0))
     whole = whole_head(vocab, hidden, ranks)
