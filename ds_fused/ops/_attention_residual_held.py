@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ds_fused.ops._attention_residual_kernels import query_of_keys
+from ds_fused.ops._attention_residual_kernels import dscore_of, dv_of, query_of_keys
 from ds_fused.ops._exp import exp_of
 
 
@@ -70,13 +70,12 @@ def backward_held(
 
         for i in tl.static_range(N_BLOCKS):
             share = exponentials[i] * shrink
-            # of the score, by 1/rms
-            dscore = share * (dots[i] - mean) * rstds[i]
+            dscore = dscore_of(share, dots[i], mean, rstds[i])
             v = wide_again(blocks[i])
             if WANTS_SUMS:
                 dquery += dscore * v
             if WANTS_DV:
-                dv = share * wide_again(dy) + dscore * query - (dscore * rstds[i] * scores[i] / n_cols) * v
+                dv = dv_of(v, wide_again(dy), query, share, dscore, scores[i], rstds[i], n_cols)
                 at = place_of(i, dv_ptrs, far * n_cols, LISTED)
                 tl.store(at + row * n_cols + cols, dv, mask=mask)
     if WANTS_SUMS:

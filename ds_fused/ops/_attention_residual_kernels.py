@@ -133,6 +133,18 @@ def dots_of(
 
 
 @triton.jit
+def dscore_of(share, dot, mean, rstd):
+    """The gradient of a block's score, by 1/rms."""
+    return share * (dot - mean) * rstd
+
+
+@triton.jit
+def dv_of(v, dy, query, share, dscore, score, rstd, n_cols):
+    """The gradient of a block: through the mean, and through its score."""
+    return share * dy + dscore * query - (dscore * rstd * score / n_cols) * v
+
+
+@triton.jit
 def gradient_of(
     i, v_ptr, pointers, dv_ptr, dpointers, v_at, dv_at, block_stride, dv_stride, dy_at, dy, query, dquery,
     query_ptr, weight_ptr, shrink, mean, saved_ptr, scratch_ptr, far, n_blocks, n_cols, cols,
@@ -147,15 +159,14 @@ def gradient_of(
     score = tl.load(saved_ptr + i * far)
     rstd = tl.load(saved_ptr + (n_blocks + i) * far)
     share = tl.load(scratch_ptr + n_blocks + i) * shrink
-    # of the score, by 1/rms
-    dscore = share * (tl.load(scratch_ptr + i) - mean) * rstd
+    dscore = dscore_of(share, tl.load(scratch_ptr + i), mean, rstd)
     if WANTS_SUMS:
         dquery += dscore * v
     if WANTS_DV:
         if not HOLDS_QUERY:
             dy = tl.load(dy_at, mask=mask, other=0.0).to(tl.float32)
             query = query_of_keys(query_ptr, weight_ptr, cols, mask, HAS_WEIGHT)
-        dv = share * dy + dscore * query - (dscore * rstd * score / n_cols) * v
+        dv = dv_of(v, dy, query, share, dscore, score, rstd, n_cols)
         at = block_at(i, dv_ptr, dpointers, dv_stride, LISTED) + dv_at
         tl.store(at, dv, mask=mask, eviction_policy="evict_first")
     return dquery

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from ds_fused.ops import _triton
 from ds_fused.ops._attention_residual_held import (
@@ -193,8 +194,18 @@ def attention_residual_bwd(
     if nothing or not any(wants):
         return dblocks, dquery, dweight
     dy = rows_of(dy)
-    bwd = _bwd_held if is_held(dy, at) else _bwd_walked
-    partial = bwd(dy, at, [None] if dblocks is None else dblocks, query, weight, saved, wants[0], wants[1] or wants[2])
+    cols, warps = row_tile(at.cols, PER_THREAD_BWD)
+    way = _held(dy, at) if is_held(dy, at) else _walked(dy, at, cols, warps)
+    gradients = [None] if dblocks is None else dblocks
+    wants_sums = wants[1] or wants[2]
+    partial = torch.empty((way.programs, at.cols), dtype=torch.float32, device=dy.device) if wants_sums else None
+    launch(
+        way.kernel, (way.programs,),
+        dy, *at.tensors[: way.pointers], *(_padded(gradients)[: way.pointers] if at.listed else gradients),
+        query, weight, saved, *way.scratch, partial, row_stride(dy), *at.strides, *way.count, at.rows, at.cols,
+        HAS_WEIGHT=weight is not None, WANTS_DV=wants[0], WANTS_SUMS=wants_sums,
+        **way.constants, BLOCK_COLS=cols, num_warps=warps,
+    )  # fmt: skip
     if partial is not None:
         launch(
             _attention_residual_sums_kernel, (cdiv(at.cols, SUM_COLS),),
@@ -215,65 +226,39 @@ def is_held(x: Tensor, at: Blocks) -> bool:
     )
 
 
-def _bwd_held(
-    dy: Tensor,
-    at: Blocks,
-    gradients: list[Tensor | None],
-    query: Tensor,
-    weight: Tensor | None,
-    saved: Tensor,
-    wants_dv: bool,
-    wants_sums: bool,
-) -> Tensor | None:
-    """Fills the gradients; the programs' parts of that of query * weight, [programs, D]."""
-    cols, warps = row_tile(at.cols, PER_THREAD_BWD)
+class Way(NamedTuple):
+    """How the backward goes over the blocks, and what its kernel takes that those of the other way don't."""
+
+    kernel: JITFunction
+    pointers: int  # to the blocks of a list
+    programs: int
+    constants: dict[str, bool | int]
+    scratch: tuple[Tensor, ...] = ()
+    count: tuple[int, ...] = ()
+
+
+def _held(dy: Tensor, at: Blocks) -> Way:
+    """Once: a program holds its token's blocks."""
+    kernel = _attention_residual_bwd_held_listed_kernel if at.listed else _attention_residual_bwd_held_kernel
     programs = min(at.rows, multiprocessors(dy))
-    partial = torch.empty((programs, at.cols), dtype=torch.float32, device=dy.device) if wants_sums else None
-    if at.listed:
-        kernel, tensors, gradients = (
-            _attention_residual_bwd_held_listed_kernel, at.tensors[:MOST_HELD], _padded(gradients)[:MOST_HELD]
-        )  # fmt: skip
-    else:
-        kernel, tensors = _attention_residual_bwd_held_kernel, at.tensors
-    launch(
-        kernel, (programs,),
-        dy, *tensors, *gradients, query, weight, saved, partial, row_stride(dy), *at.strides, at.rows, at.cols,
-        HAS_WEIGHT=weight is not None, WANTS_DV=wants_dv, WANTS_SUMS=wants_sums,
-        N_BLOCKS=at.count, BLOCK_COLS=cols, STAGES=STAGES_HELD, num_warps=warps,
-    )  # fmt: skip
-    return partial
+    return Way(kernel, MOST_HELD, programs, {"N_BLOCKS": at.count, "STAGES": STAGES_HELD})
 
 
-def _bwd_walked(
-    dy: Tensor,
-    at: Blocks,
-    gradients: list[Tensor | None],
-    query: Tensor,
-    weight: Tensor | None,
-    saved: Tensor,
-    wants_dv: bool,
-    wants_sums: bool,
-) -> Tensor | None:
-    """As _bwd_held, by programs that go over their token's blocks twice."""
-    cols, warps = row_tile(at.cols, PER_THREAD_BWD)
-    holds_query = cols <= WIDEST_QUERY
-    # 1024 threads have 64 registers each
-    is_crowded = warps * _triton.LANES > 512
+def _walked(dy: Tensor, at: Blocks, cols: int, warps: int) -> Way:
+    """Twice: what was read first is read again."""
+    kernel = _attention_residual_bwd_listed_kernel if at.listed else _attention_residual_bwd_kernel
     again = max(multiprocessors(dy), MOST_READ_AGAIN // (at.count * dy.itemsize * cols))
     programs = min(at.rows, resident(dy, WARPS_PER_MULTIPROCESSOR_BWD, warps), again)
-    # each in memory of its own: see mhc_coefficients_bwd
+    # 1024 threads have 64 registers each
+    is_crowded = warps * _triton.LANES > 512
+    constants = {
+        "HOLDS_QUERY": cols <= WIDEST_QUERY,
+        "GROUP": 1 if is_crowded else group_of(at, cols, TILE_BWD, MOST_GROUP_BWD),
+        "UNROLL": 1 if is_crowded else UNROLL_LISTED_BWD if at.listed else UNROLL_BWD,
+    }
+    # in memory of its own, not behind the partial sums: see mhc_coefficients_bwd
     scratch = torch.empty(2 * programs * at.count, dtype=torch.float32, device=dy.device)
-    partial = torch.empty((programs, at.cols), dtype=torch.float32, device=dy.device) if wants_sums else None
-    launch(
-        _attention_residual_bwd_listed_kernel if at.listed else _attention_residual_bwd_kernel, (programs,),
-        dy, *at.tensors, *(_padded(gradients) if at.listed else gradients), query, weight, saved, scratch, partial,
-        row_stride(dy), *at.strides, at.count, at.rows, at.cols,
-        HAS_WEIGHT=weight is not None, WANTS_DV=wants_dv, WANTS_SUMS=wants_sums, HOLDS_QUERY=holds_query,
-        GROUP=1 if is_crowded else group_of(at, cols, TILE_BWD, MOST_GROUP_BWD),
-        UNROLL=1 if is_crowded else UNROLL_LISTED_BWD if at.listed else UNROLL_BWD,
-        BLOCK_COLS=cols, num_warps=warps,
-    )  # fmt: skip
-    return partial
+    return Way(kernel, LISTED, programs, constants, (scratch,), (at.count,))
 
 
 class AttentionResidualFunction(torch.autograd.Function):

@@ -61,7 +61,7 @@ def cols_held(device, monkeypatch):
 @pytest.fixture
 def walked_and_held(monkeypatch):
     """How many backwards went twice over the blocks, and how many once."""
-    calls = {"_bwd_walked": 0, "_bwd_held": 0}
+    calls = {"_walked": 0, "_held": 0}
 
     def counted(name, stock):
         def call(*args):
