@@ -30,11 +30,12 @@ from torch import Tensor, nn
 
 from benchmarks.ahead import compile_ahead
 from benchmarks.base import Base
-from benchmarks.cases import CASES, Case, Inputs
+from benchmarks.cases import CASES
+from benchmarks.cases.case import Case, Inputs
 from benchmarks.measure import Instruments, worst_error
 from benchmarks.red_tests import red_tests
 from benchmarks.results import BASE, CEILING, OURS, Row, compare, markdown, read_csv, write_csv
-from benchmarks.rivals import Provider
+from benchmarks.rivals.provider import Provider
 
 REFERENCE = "hf_eager"
 BARE = "bare GEMMs"

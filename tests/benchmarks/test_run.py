@@ -18,7 +18,7 @@ from benchmarks import cases, plot, run
 from benchmarks.measure import Instruments, relative_error, worst_error
 from benchmarks.red_tests import PARTS, red_tests
 from benchmarks.results import OK, Row, compare, markdown, read_csv, summary, write_csv
-from benchmarks.rivals import Provider
+from benchmarks.rivals.provider import Provider
 from ds_fused.ops.registry import OPS
 
 ROOT = Path(__file__).parents[2]
