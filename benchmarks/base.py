@@ -10,15 +10,20 @@ import tarfile
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.measure import Instruments
 from benchmarks.results import BASE, OURS, Row
+
+if TYPE_CHECKING:
+    from benchmarks.run import Bench
 
 ROOT = Path(__file__).resolve().parents[1]
 
 # of the base's process
 _on: Instruments
 _ceilings: dict[str, float]
+_bench: Bench | None = None  # of the shape whose hosts are being measured
 
 
 def _begin(folder: str, device: str, rep_ms: float, ceilings: dict[str, float]) -> None:
@@ -39,10 +44,30 @@ def _begin(folder: str, device: str, rep_ms: float, ceilings: dict[str, float]) 
 def _measure(place: int, shape: tuple[int, ...], row: Row) -> Row:
     from benchmarks.run import Bench
 
-    Bench(place, shape, _ceilings, _on).fill(row, row.provider.replace(BASE, OURS, 1))
+    Bench(place, shape, _ceilings, _on).fill(row, _ours(row))
     # the device is run.py's again
     _on.release()
     return row
+
+
+def _host_us(place: int, shape: tuple[int, ...], row: Row) -> tuple[float, float]:
+    global _bench
+    from benchmarks.run import Bench
+
+    if _bench is None:
+        _bench = Bench(place, shape, _ceilings, _on)
+    return _bench.host_us(_ours(row))
+
+
+def _release() -> None:
+    global _bench
+    _bench = None
+    _on.release()
+
+
+def _ours(row: Row) -> str:
+    """The name by which the process knows the row's provider."""
+    return row.provider.replace(BASE, OURS, 1)
 
 
 class Base:
@@ -61,6 +86,13 @@ class Base:
     def measured(self, place: int, shape: tuple[int, ...], row: Row) -> Row:
         """The row, filled, of the case at `place` in CASES."""
         return self._process.submit(_measure, place, shape, row).result()
+
+    def host_us(self, place: int, shape: tuple[int, ...], row: Row) -> tuple[float, float]:
+        """A batch of the row's calls on the host; inputs are kept for the next until ``release``."""
+        return self._process.submit(_host_us, place, shape, row).result()
+
+    def release(self) -> None:
+        self._process.submit(_release).result()
 
     def close(self) -> None:
         self._process.shutdown()

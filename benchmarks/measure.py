@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
+import runpy
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,9 +21,12 @@ SLEEP_CYCLES_PER_MS = 2_000_000  # the clock of no GPU is far above; a slower on
 POISON_BYTES = 8 * 2**30
 LEAST_CALLS, MOST_CALLS = 5, 300
 LEAD_MS = 1.0
-HOST_CALLS, HOST_BATCHES = 100, 5
+# rounds, and calls of each batch: few enough that their launches fit the queue of the device, and that one batch in ten
+# meets no other process
+HOST_ROUNDS, HOST_CALLS = 10, 50
 # on a CPU, which shows that it runs: a table of all ops would take minutes with as many as on a GPU
-HOST_CALLS_ON_CPU = 5
+ROUNDS_ON_CPU, CALLS_ON_CPU = 2, 5
+INTERPRETER = Path(__file__).resolve().parents[1] / "tests" / "interpreter.py"
 
 
 class Instruments:
@@ -30,6 +36,10 @@ class Instruments:
         self.device = torch.device(device)
         self.rep_ms = rep_ms
         self.on_gpu = self.device.type == "cuda"
+        self.host_rounds, self.host_calls = (HOST_ROUNDS, HOST_CALLS) if self.on_gpu else (ROUNDS_ON_CPU, CALLS_ON_CPU)
+        if not self.on_gpu and os.environ.get("TRITON_INTERPRET") == "1":
+            # kernels run, as they do in tests
+            runpy.run_path(str(INTERPRETER))["correct"]()
         self._flush = torch.empty(FLUSH_BYTES if self.on_gpu else 1, dtype=torch.int8, device=self.device)
 
     def wait(self) -> None:
@@ -81,19 +91,17 @@ class Instruments:
         estimate = run(3)
         return run(min(max(int(self.rep_ms / max(estimate, 1e-3)), LEAST_CALLS), MOST_CALLS))
 
-    def host_us(self, call: Call, prepare: Call = lambda: None) -> float:
-        """Wall-clock time of Python and launches per call, with the device left to run behind."""
-        batches = []
-        calls = HOST_CALLS if self.on_gpu else HOST_CALLS_ON_CPU
-        for _ in range(HOST_BATCHES):
-            prepare()
-            self.wait()
-            start = time.perf_counter()
-            for _ in range(calls):
-                call()
-            batches.append((time.perf_counter() - start) / calls * 1e6)
+    def host_us(self, call: Call) -> float:
+        """Wall-clock time of Python and launches per call of one batch, with the device left to run behind."""
+        # what the calls before it have put out of the caches
+        call()
         self.wait()
-        return statistics.median(batches)
+        start = time.perf_counter()
+        for _ in range(self.host_calls):
+            call()
+        us = (time.perf_counter() - start) / self.host_calls * 1e6
+        self.wait()
+        return us
 
     def peak_mib(self, call: Call, prepare: Call = lambda: None) -> float | None:
         """Memory that one call needs beyond what is there before it, its results included."""

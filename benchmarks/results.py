@@ -55,6 +55,10 @@ class Row:
         return self.provider.split()[0] == OURS
 
     @property
+    def of_base(self) -> bool:
+        return self.provider.split()[0] == BASE
+
+    @property
     def cost(self) -> float | None:
         """What is compared: where launches dominate, the host's time."""
         return self.host_full_us if self.launch_bound else self.full_ms
@@ -63,6 +67,7 @@ class Row:
 def compare(rows: Sequence[Row]) -> None:
     """Fills the ratios of our rows from the rivals of the same case; rows without a right answer take no part."""
     for row in rows:
+        row.best_rival, row.over_best_rival, row.over_liger, row.over_base = "", None, None, None
         if not (row.ours and row.status == OK and row.cost):
             continue
         others = {

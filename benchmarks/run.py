@@ -1,8 +1,9 @@
 """Times every op against its rivals, on one device and in one run: ``python benchmarks/run.py``.
 
 Per case and provider: is the answer right (against the HuggingFace code in fp32 on the same inputs), then time of
-forward and of forward + backward, memory, and for short calls the host's time. A wrong answer gets no time, and with
-``--tests`` an op none whose tests have failed. ``--base`` times an earlier version of ours beside it.
+forward and of forward + backward, and memory; for short calls then the host's time, of all providers of a shape in
+turn. A wrong answer gets no time, and with ``--tests`` an op none whose tests have failed. ``--base`` times an earlier
+version of ours beside it.
 Results are written after every provider; ``--resume`` goes on where a run ended.
 """
 
@@ -17,8 +18,9 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,16 +32,18 @@ from torch import Tensor, nn
 
 from benchmarks.ahead import compile_ahead
 from benchmarks.base import Base
-from benchmarks.cases import CASES, Case, Inputs
+from benchmarks.cases import CASES
+from benchmarks.cases.case import Case, Inputs
 from benchmarks.measure import Instruments, worst_error
 from benchmarks.red_tests import red_tests
-from benchmarks.results import BASE, CEILING, OURS, Row, compare, markdown, read_csv, write_csv
-from benchmarks.rivals import Provider
+from benchmarks.results import BASE, CEILING, OK, OURS, Row, compare, markdown, read_csv, write_csv
+from benchmarks.rivals.provider import Provider
 
 REFERENCE = "hf_eager"
 BARE = "bare GEMMs"
 LEFT_OUT = "left out"
 REFUSED = "refused"
+RESUMED = "resumed by"
 TESTS = "tests"
 SEED = 1234
 # a call on 8192 x 4096 takes 0.1 to 0.3 ms of the device, about as long as the host takes to launch it
@@ -104,20 +108,31 @@ def floors_ms(case: Case, shape: tuple[int, ...], ceilings: dict[str, float]) ->
     return work[0] / rate / 1e9, work[1] / rate / 1e9
 
 
+class Calls(NamedTuple):
+    """What is timed of a provider."""
+
+    forward: Callable[[], object]
+    full: Callable[[], tuple[Tensor, ...]]
+    restore: Callable[[], None]
+
+
+def calls_of(provider: Provider, inputs: Inputs) -> Calls:
+    restore = restorer(provider, inputs)
+    forward = provider.build(inputs.tensors)
+    return Calls(forward, full_call(forward, inputs), restore)
+
+
 def measure(
     row: Row,
-    provider: Provider,
+    calls: Calls,
     inputs: Inputs,
     wanted: tuple[Tensor, ...],
     floors: tuple[float, float],
     largest_error: float,
     on: Instruments,
 ) -> None:
-    """Fills the row, or its status with the reason why not."""
-    restore = restorer(provider, inputs)
-    row.note = provider.note
-    forward = provider.build(inputs.tensors)
-    full = full_call(forward, inputs)
+    """Fills the row but for the host's time, or its status with the reason why not."""
+    forward, full, restore = calls
     try:
         on.poison()
         outputs = [f"output {i}" for i in range(len(wanted) - len(differentiated(inputs)))]
@@ -130,14 +145,20 @@ def measure(
         row.peak_mib = on.peak_mib(full, restore)
         row.forward_ms = on.median_ms(forward, restore)
         row.full_ms = on.median_ms(full, restore)
-        if row.launch_bound or row.full_ms < SHORT_MS:
-            row.host_forward_us = on.host_us(forward, restore)
-            row.host_full_us = on.host_us(full, restore)
         if not row.launch_bound:
             row.forward_share = floors[0] / row.forward_ms
             row.full_share = floors[1] / row.full_ms
     finally:
         restore()
+
+
+def wants_host(row: Row) -> bool:
+    return row.status == OK and (row.launch_bound or row.full_ms < SHORT_MS)
+
+
+def reason(error: Exception) -> str:
+    message = (str(error).strip() or "no message").splitlines()[0][:160]
+    return f"failed: {type(error).__name__}: {message}"
 
 
 def measure_bare(row: Row, inputs: Inputs, floors: tuple[float, float], on: Instruments) -> None:
@@ -163,33 +184,80 @@ class Bench:
     """A case at one shape, with inputs and answers that are made when the first row wants them."""
 
     def __init__(self, place: int, shape: tuple[int, ...], ceilings: dict[str, float], on: Instruments) -> None:
-        self.case, self.shape, self.on = CASES[place], shape, on
+        self.place, self.case, self.shape, self.on = place, CASES[place], shape, on
         self.floors = floors_ms(self.case, shape, ceilings)
-        self._made: tuple[Inputs, tuple[Tensor, ...]] | None = None
+        # those of short calls, whose hosts are still to be measured
+        self._calls: dict[str, Calls] = {}
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        torch.compiler.reset()
+        return self.case.inputs(torch.Generator(self.on.device).manual_seed(SEED), *self.shape)
+
+    @cached_property
+    def wanted(self) -> tuple[Tensor, ...]:
+        return reference(self.case, self.inputs)
 
     def fill(self, row: Row, name: str) -> None:
         """The row of this provider. One that can't run is a result; the run goes on."""
         try:
-            if self._made is None:
-                torch.compiler.reset()
-                inputs = self.case.inputs(torch.Generator(self.on.device).manual_seed(SEED), *self.shape)
-                self._made = inputs, reference(self.case, inputs)
-            inputs, wanted = self._made
             if name == BARE:
-                measure_bare(row, inputs, self.floors, self.on)
-            else:
-                provider = self.case.providers[name]
-                measure(row, provider, inputs, wanted, self.floors, self.case.largest_error, self.on)
+                measure_bare(row, self.inputs, self.floors, self.on)
+                return
+            # before a provider writes into the inputs
+            wanted, provider = self.wanted, self.case.providers[name]
+            row.note = provider.note
+            calls = calls_of(provider, self.inputs)
+            measure(row, calls, self.inputs, wanted, self.floors, self.case.largest_error, self.on)
+            if wants_host(row):
+                self._calls[name] = calls
         except Exception as error:
-            message = (str(error).strip() or "no message").splitlines()[0][:160]
-            row.status = f"failed: {type(error).__name__}: {message}"
+            row.status = reason(error)
+
+    def host_us(self, name: str) -> tuple[float, float]:
+        """One batch of this provider's forward, and one of its forward + backward."""
+        if name not in self._calls:
+            self._calls[name] = calls_of(self.case.providers[name], self.inputs)
+        forward, full, restore = self._calls[name]
+        try:
+            return self.on.host_us(forward), self.on.host_us(full)
+        finally:
+            restore()
+
+    def fill_hosts(self, rows: Sequence[Row], base: Base | None) -> None:
+        """The host's time of this shape's rows that want it: in rounds, a batch of each in turn, the least of each.
+
+        What else the machine does comes and goes, by a factor of two: figures that were taken one after another differ
+        by that. So all are taken anew together, and the base's rows have none where it isn't run.
+        """
+        rows = [row for row in rows if wants_host(row)]
+        for row in rows:
+            row.host_forward_us = row.host_full_us = None
+        rows = [row for row in rows if base or not row.of_base]
+        batches: dict[str, list[tuple[float, float]]] = {row.provider: [] for row in rows}
+        for _ in range(self.on.host_rounds):
+            for row in rows:
+                if row.status != OK:
+                    continue
+                try:
+                    us = base.host_us(self.place, self.shape, row) if row.of_base else self.host_us(row.provider)
+                    batches[row.provider].append(us)
+                except Exception as error:
+                    row.status = reason(error)
+                    if not self.on.alive():
+                        # no other row's fault: they are measured by the process that resumes
+                        return
+        for row in rows:
+            if row.status == OK:
+                row.host_forward_us, row.host_full_us = map(min, zip(*batches[row.provider], strict=True))
 
 
 class Work(NamedTuple):
-    """A shape of a case, and the rows that are to be measured of it."""
+    """A shape of a case, and what is to be measured of it: these rows, and the hosts of all rows of their case."""
 
     place: int  # of the case in CASES
     shape: tuple[int, ...]
+    case: tuple[str, str, str]  # as rows have it
     rows: list[Row]
 
     def compiled(self) -> tuple[str, ...]:
@@ -215,17 +283,22 @@ def providers_of(case: Case, launch_bound: bool, args: argparse.Namespace) -> li
     return [name for name in names if not args.providers or name.split()[0] in args.providers]
 
 
-def work_of(args: argparse.Namespace, done: set[tuple[str, ...]]) -> Iterator[Work]:
+def lacks_host(row: Row, args: argparse.Namespace) -> bool:
+    return wants_host(row) and row.host_full_us is None and (not row.of_base or bool(args.base))
+
+
+def work_of(args: argparse.Namespace, done: Sequence[Row]) -> Iterator[Work]:
     """What is left of the plan."""
     for case, shape, launch_bound in plan(args):
         label = "x".join(map(str, shape)) + (" launch" if launch_bound else "")
+        there = {row.provider: row for row in done if row.case == (case.op, case.variant, label)}
         rows = [
             Row(case.op, case.variant, label, launch_bound, name)
             for name in providers_of(case, launch_bound, args)
-            if (case.op, case.variant, label, name) not in done
+            if name not in there
         ]
-        if rows:
-            yield Work(CASES.index(case), shape, rows)
+        if rows or any(lacks_host(row, args) for row in there.values()):
+            yield Work(CASES.index(case), shape, (case.op, case.variant, label), rows)
 
 
 def without(argv: list[str], *options: str) -> list[str]:
@@ -250,8 +323,15 @@ def environment(on: Instruments) -> dict[str, str]:
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "command": shlex.join(["python", "benchmarks/run.py", *without(sys.argv[1:], "--resume", "--out")]),
-        "method": f"bf16, median over {on.rep_ms:g} ms of calls, L2 flushed before each, launches queued ahead",
+        "method": method(on),
     }
+
+
+def method(on: Instruments) -> str:
+    return (
+        f"bf16, median over {on.rep_ms:g} ms of calls, L2 flushed before each, launches queued ahead; of the host, the "
+        f"least of {on.host_rounds} batches of {on.host_calls} calls, all providers of a shape in turn"
+    )
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -301,6 +381,8 @@ def main(argv: list[str] | None = None) -> int:
     if not header:
         ceilings = on.ceilings()
         header = environment(on) | {key: f"{value:.4g}" for key, value in ceilings.items()}
+    if header.get("method") != method(on):
+        header[RESUMED] = method(on)
     ceilings = {key: float(header[key]) for key in ("copy_tb_s", "matmul_tflop_s", "lm_head_tflop_s")}
     print("\n".join(f"{key}: {value}" for key, value in header.items()), flush=True)
     red = red_tests(args.tests, {case.op for case in CASES}) if args.tests else {}
@@ -308,24 +390,29 @@ def main(argv: list[str] | None = None) -> int:
     if args.tests:
         header[TESTS] = f"{', '.join(path.name for path in args.tests)}: {', '.join(sorted(red)) or 'no op'} refused"
     rows = [row for row in rows if row.op not in red and not row.status.startswith(REFUSED)]
-    work = list(work_of(args, {(*row.case, row.provider) for row in rows}))
+    work = list(work_of(args, rows))
     if args.ahead:
         # the rest of the time is for measuring
         limit = min(args.seconds / 3, 300.0)
-        items = [(w.place, w.shape, w.compiled()) for w in work]
+        items = [(w.place, w.shape, w.compiled()) for w in work if w.rows]
         print(compile_ahead(items, args.ahead, limit, args.device, SEED), flush=True)
     base = Base(args.base, args.device, on.rep_ms, ceilings) if args.base else None
     left = []
 
-    def keep(row: Row) -> None:
-        rows.append(row)
+    def write() -> None:
         compare(rows)
         write_csv(out / "ops.csv", header, rows)
         (out / "ops.md").write_text(markdown(header, rows))
-        times = f"{row.forward_ms:9.3f} {row.full_ms:9.3f} ms" if row.full_ms else row.status
-        print(f"{time.monotonic() - start:6.0f} s  {' '.join(row.case):45} {row.provider:25} {times}", flush=True)
 
-    for place, shape, planned in work:
+    def say(row: Row, figures: str) -> None:
+        print(f"{time.monotonic() - start:6.0f} s  {' '.join(row.case):45} {row.provider:25} {figures}", flush=True)
+
+    def written() -> None:
+        write()
+        if not on.alive():
+            restart(args, list(sys.argv[1:] if argv is None else argv), args.seconds - (time.monotonic() - start))
+
+    for place, shape, case, planned in work:
         bench = Bench(place, shape, ceilings, on)
         for row in planned:
             if row.op in red:
@@ -333,21 +420,32 @@ def main(argv: list[str] | None = None) -> int:
             elif time.monotonic() - start > args.seconds:
                 left.append(" ".join((*row.case, row.provider)))
                 continue
-            elif row.provider.split()[0] == BASE:
+            elif row.of_base:
                 row = base.measured(place, shape, row)
             else:
                 bench.fill(row, row.provider)
-            keep(row)
-            if not on.alive():
-                restart(args, list(sys.argv[1:] if argv is None else argv), args.seconds - (time.monotonic() - start))
+            rows.append(row)
+            say(row, f"{row.forward_ms:9.3f} {row.full_ms:9.3f} ms" if row.full_ms else row.status)
+            written()
+        of_shape = [row for row in rows if row.case == case]
+        if any(lacks_host(row, args) for row in of_shape):
+            if time.monotonic() - start > args.seconds:
+                left.append(" ".join((*case, "host")))
+            else:
+                bench.fill_hosts(of_shape, base)
+                for row in of_shape:
+                    if row.host_full_us:
+                        say(row, f"{row.host_forward_us:9.1f} {row.host_full_us:9.1f} us of the host")
+                if base:
+                    base.release()
+                written()
         del bench
         on.release()
     if base:
         base.close()
     if left:
         header[LEFT_OUT] = f"{len(left)} after {args.seconds:g} s: " + "; ".join(left)
-        write_csv(out / "ops.csv", header, rows)
-        (out / "ops.md").write_text(markdown(header, rows))
+        write()
         print(f"left out: {header[LEFT_OUT]}")
     return 0
 

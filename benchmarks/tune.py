@@ -26,9 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from benchmarks.cases import CASES, Inputs
+from benchmarks.cases import CASES
+from benchmarks.cases.case import Inputs
 from benchmarks.measure import Instruments, relative_error
-from benchmarks.rivals import N_GROUPS, Provider
+from benchmarks.rivals.norms import N_GROUPS
+from benchmarks.rivals.provider import Provider
 from benchmarks.run import SEED, full_call, restorer
 
 LARGEST_ERROR = 1e-2

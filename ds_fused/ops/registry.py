@@ -1,6 +1,6 @@
 """The table of ops. JSON keys, op builders and the README's table are derived from it.
 
-A new op is its file, a row here, its test (tests/ops/test_<op>.py) and a case in benchmarks/cases.py; and its name in
+A new op is its file, a row here, its test (tests/ops/test_<op>.py) and a case in benchmarks/cases/; and its name in
 ops/__init__.py, ds_fused/__init__.py, the README's table and, with an example to compile and to trace each, in
 tests/ops/compile_all.py and trace_all.py. Of all but its own test, what is missing fails a test that says so.
 """

@@ -18,7 +18,7 @@ from benchmarks import cases, plot, run
 from benchmarks.measure import Instruments, relative_error, worst_error
 from benchmarks.red_tests import PARTS, red_tests
 from benchmarks.results import OK, Row, compare, markdown, read_csv, summary, write_csv
-from benchmarks.rivals import Provider
+from benchmarks.rivals.provider import Provider
 from ds_fused.ops.registry import OPS
 
 ROOT = Path(__file__).parents[2]
@@ -119,9 +119,99 @@ def test_what_a_provider_overwrites_is_restored(tiny_run):
 def test_resume_keeps_rows_and_measures_the_rest(tiny_run, tmp_path):
     first = tiny_run(GLU, "--providers", "hf_eager")
     both = tiny_run(GLU, "--providers", "hf_eager", "ds_fused", "--resume")
-    assert both["hf_eager"] == first["hf_eager"]
+    # but for the host's time, which is taken anew beside the other's
+    kept = {name: getattr(first["hf_eager"], name) for name in ("host_forward_us", "host_full_us")}
+    assert dataclasses.replace(both["hf_eager"], **kept) == first["hf_eager"]
     assert both["ds_fused"].best_rival == "hf_eager"
     assert read_csv(tmp_path / "ops.csv")[0]["tests"] == "not looked at"
+
+
+TWO = dataclasses.replace(GLU, providers={name: GLU.providers[name] for name in ("ds_fused", "hf_eager")})
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """The calls of which a batch was timed, in their order. Each shape has two rounds of two providers here."""
+    us = [10.0, 20.0, 30.0, 40.0, 5.0, 50.0, 60.0, 7.0]
+    taken = []
+
+    def host_us(on, call):
+        call()
+        taken.append(call)
+        return us[(len(taken) - 1) % len(us)]
+
+    monkeypatch.setattr(Instruments, "host_us", host_us)
+    # however busy this machine is, a short call
+    monkeypatch.setattr(Instruments, "median_ms", lambda on, call, prepare=None: 0.1)
+    return taken
+
+
+def test_hosts_are_timed_in_turn_and_the_least_batch_stands(tiny_run, batches):
+    rows = tiny_run(TWO)
+    first, launch = batches[:8], batches[8:]
+    assert len(launch) == 8
+    for shape in (first, launch):
+        assert shape[:4] == shape[4:] and len(set(map(id, shape))) == 4
+    figures = {name: (row.host_forward_us, row.host_full_us) for name, row in rows.items()}
+    assert figures == {"ds_fused": (5.0, 20.0), "hf_eager": (30.0, 7.0)}
+
+
+def test_a_host_that_is_missing_is_timed_with_all_of_its_shape(tiny_run, tmp_path, batches):
+    tiny_run(TWO)
+    header, rows = read_csv(tmp_path / "ops.csv")
+    assert [row.launch_bound for row in rows] == [False, False, True, True]
+    rows[0] = dataclasses.replace(rows[0], host_forward_us=None, host_full_us=None)
+    rows[1] = dataclasses.replace(rows[1], host_forward_us=1.0, host_full_us=1.0)
+    write_csv(tmp_path / "ops.csv", header | {"method": "another"}, rows)
+    batches.clear()
+    again = tiny_run(TWO, "--resume")
+    assert len(batches) == 8
+    assert {name: row.host_full_us for name, row in again.items()} == {"ds_fused": 20.0, "hf_eager": 7.0}
+    header, _ = read_csv(tmp_path / "ops.csv")
+    assert header["method"] == "another" and "all providers of a shape in turn" in header["resumed by"]
+    batches.clear()
+    tiny_run(TWO, "--resume")
+    assert batches == []
+
+
+def test_hosts_that_time_did_not_allow_are_named_and_come_later(tiny_run, tmp_path, batches, monkeypatch):
+    fill_hosts = run.Bench.fill_hosts
+    monkeypatch.setattr(run.Bench, "fill_hosts", lambda bench, rows, base: None)
+    tiny_run(TWO)
+    monkeypatch.setattr(run.Bench, "fill_hosts", fill_hosts)
+    rows = tiny_run(TWO, "--resume", "--seconds", "0")
+    assert rows["ds_fused"].full_ms and rows["ds_fused"].host_full_us is None
+    left = read_csv(tmp_path / "ops.csv")[0]["left out"]
+    assert left == "2 after 0 s: glu silu 5x48 host; glu silu 5x48 launch host"
+    assert tiny_run(TWO, "--resume")["ds_fused"].host_full_us == 20.0
+
+
+def test_what_fails_in_a_round_costs_its_own_row(tiny_run, batches):
+    def fails_late(t):
+        def call():
+            if batches:
+                raise RuntimeError("late")
+            return torch.nn.functional.silu(t["gate"]) * t["up"]
+
+        return call
+
+    providers = {"hf_eager": GLU.providers["hf_eager"], "late": Provider(fails_late)}
+    rows = tiny_run(dataclasses.replace(GLU, providers=providers))
+    assert rows["late"].status == "failed: RuntimeError: late" and rows["late"].host_full_us is None
+    assert rows["hf_eager"].status == OK and rows["hf_eager"].host_full_us > 0
+
+
+def test_a_device_that_dies_in_a_round_costs_one_row(monkeypatch, batches):
+    monkeypatch.setattr(
+        run, "CASES", (dataclasses.replace(GLU, providers=TWO.providers | {"broken": Provider(broken)}),)
+    )
+    monkeypatch.setattr(Instruments, "alive", lambda on: False)
+    bench = run.Bench(0, GLU.tiny, {"copy_tb_s": 1.0}, Instruments("cpu", rep_ms=1))
+    rows = [Row("glu", "silu", "5x48", True, name, host_full_us=9.0) for name in ("hf_eager", "broken", "ds_fused")]
+    bench.fill_hosts(rows, None)
+    # the others are still to be timed, by a process with another context
+    assert [row.status for row in rows] == [OK, "failed: RuntimeError: no such", OK]
+    assert [row.host_full_us for row in rows] == [None, None, None]
 
 
 def test_a_dead_device_costs_one_row(tmp_path):
@@ -165,6 +255,8 @@ def test_an_earlier_version_is_a_rival_and_all_is_compiled_before(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "2 of 2 shapes compiled ahead" in done.stdout
+    rows = {row.provider: row for row in read_csv(tmp_path / "ops.csv")[1] if row.launch_bound}
+    assert all(row.host_full_us > 0 for row in rows.values()) and rows["ds_fused"].over_base > 0
     rows = {row.provider: row for row in read_csv(tmp_path / "ops.csv")[1] if not row.launch_bound}
     assert [row.status for row in rows.values()] == [OK] * 3 and set(rows) == {"base", "ds_fused", "hf_eager"}
     assert rows["ds_fused"].over_base > 0 and rows["ds_fused"].best_rival == "hf_eager"
@@ -319,3 +411,12 @@ def test_tune_tries_constants_and_leaves_them_as_they_were(tmp_path):
         assert f"{search.op} {search.variant} {search.direction}".replace("  ", " ") in text
         assert set(search.constants) <= set(vars(search.module))
     assert "Error" not in text
+
+
+def test_tune_runs_kernels_where_the_interpreter_is_asked_for(tmp_path):
+    """Those with loops too, which the interpreter as it is refuses."""
+    command = [sys.executable, "benchmarks/tune.py", "--tiny", "--only", "dyt backward", "--out", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    done = subprocess.run([*command, "--seconds", "1"], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "Error" not in done.stdout and (tmp_path / "tune.csv").read_text().count("as in the file") == 2

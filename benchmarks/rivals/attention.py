@@ -1,11 +1,65 @@
-"""How each library computes the ops of attention; see rivals.py."""
+"""Attention, whole and by its rows."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.rivals import Call, Provider, Tensors, _compiled, _eager, _liger, _ops
+from benchmarks.rivals.provider import Call, Provider, Tensors, compiled, eager, liger_ops, our_ops
+
+# --- softmax and sparsemax: x [N, D] ---
+
+
+def _eager_softmax(t: Tensors):
+    # as the attention of transformers calls it
+    return lambda x: F.softmax(x, dim=-1, dtype=torch.float32).to(x.dtype), (t["x"],)
+
+
+def _torch_softmax(t: Tensors) -> Call:
+    return lambda: torch.softmax(t["x"], -1)
+
+
+def _liger_softmax(t: Tensors) -> Call:
+    softmax = liger_ops().liger_softmax
+    return lambda: softmax(t["x"])
+
+
+def _our_softmax(t: Tensors) -> Call:
+    softmax = our_ops().softmax
+    return lambda: softmax(t["x"])
+
+
+def _eager_sparsemax(t: Tensors):
+    # no model of transformers has one: the sort of the paper
+    from ds_fused.ops.sparsemax import sparsemax_reference
+
+    return sparsemax_reference, (t["x"],)
+
+
+def _liger_sparsemax(t: Tensors) -> Call:
+    sparsemax = liger_ops().liger_sparsemax
+    return lambda: sparsemax(t["x"])
+
+
+def _our_sparsemax(t: Tensors) -> Call:
+    sparsemax = our_ops().sparsemax
+    return lambda: sparsemax(t["x"])
+
+
+SOFTMAX = {
+    "ds_fused": Provider(_our_softmax),
+    "hf_eager": Provider(eager(_eager_softmax)),
+    "torch": Provider(_torch_softmax),
+    "compile": Provider(compiled(_eager_softmax)),
+    "liger": Provider(_liger_softmax),
+}
+SPARSEMAX = {
+    "ds_fused": Provider(_our_sparsemax),
+    "hf_eager": Provider(eager(_eager_sparsemax), note="our reference: sort and cumsum in fp32"),
+    "compile": Provider(compiled(_eager_sparsemax)),
+    "liger": Provider(_liger_sparsemax, note="torch.sort in fp32, then a kernel"),
+}
+
 
 # --- neighborhood_attention: q, k, v [B, H, T, D] ---
 
@@ -32,20 +86,20 @@ def neighborhood_providers(kernel_size: int) -> dict[str, Provider]:
 
         n = t["q"].shape[2]
         near = create_block_mask(lambda b, h, i, j: (i - j).abs() <= half, None, None, n, n, device=t["q"].device.type)
-        compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
-        return lambda: compiled(*arguments(t), block_mask=near)
+        attention = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+        return lambda: attention(*arguments(t), block_mask=near)
 
     def ligers(t: Tensors) -> Call:
-        attention = _liger().liger_fused_neighborhood_attention
+        attention = liger_ops().liger_fused_neighborhood_attention
         return lambda: attention(*arguments(t), kernel_size)
 
     def ours(t: Tensors) -> Call:
-        attention = _ops().neighborhood_attention
+        attention = our_ops().neighborhood_attention
         return lambda: attention(*arguments(t), kernel_size=kernel_size)
 
     return {
         "ds_fused": Provider(ours),
-        "hf_eager": Provider(_eager(plain), note="the definition in PyTorch"),
+        "hf_eager": Provider(eager(plain), note="the definition in PyTorch"),
         "torch": Provider(torchs, note="scaled_dot_product_attention with a mask made before"),
         "compile": Provider(flex, note="flex_attention, compiled, with a block mask made before"),
         "liger": Provider(ligers),
@@ -70,11 +124,11 @@ def multi_token_providers(padding: tuple[int, int]) -> dict[str, Provider]:
         return lambda *inputs: multi_token_attention_reference(*inputs, padding=padding, groups=groups), parts(t)
 
     def ligers(t: Tensors) -> Call:
-        attention = _liger().liger_multi_token_attention
+        attention = liger_ops().liger_multi_token_attention
         return lambda: attention(*parts(t), padding=padding, groups=groups_of(t))
 
     def ours(t: Tensors) -> Call:
-        attention = _ops().multi_token_attention
+        attention = our_ops().multi_token_attention
         return lambda: attention(*parts(t), padding=padding, groups=groups_of(t))
 
     def library(t: Tensors) -> Call:
@@ -95,7 +149,7 @@ def multi_token_providers(padding: tuple[int, int]) -> dict[str, Provider]:
     return {
         "ds_fused": Provider(ours),
         "ds_fused library": Provider(library, note="with PyTorch's convolution, as in fp32"),
-        "hf_eager": Provider(_eager(plain), note="the definition in PyTorch"),
-        "compile": Provider(_compiled(plain)),
+        "hf_eager": Provider(eager(plain), note="the definition in PyTorch"),
+        "compile": Provider(compiled(plain)),
         "liger": Provider(ligers, note="its kernels for 2048 tokens and more do not compile with Triton 3.6"),
     }
