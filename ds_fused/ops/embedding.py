@@ -28,9 +28,11 @@ from ds_fused.ops._triton import cdiv, check_dtypes, power_of_2, row_stride, row
 BLOCK_COLS, PER_THREAD = 1024, 8
 # sorted tokens after which a run is cut. Not measured yet.
 CHUNK = 256
-# rows of dy that are on their way together. On an H100, 16384 tokens of 4096 columns, few of them of the same word: 110
-# us with one, 132 with 2, 161 with 4. But a run that fills its chunk waits 256 times for one, 128 times for two
-ROWS = 2
+# rows of dy that are on their way together, of a run behind its first token. Most words come once, and a kernel that
+# takes few rows at a time leaves registers for more programs: on an H100, us of 16384 rows of 4096 columns, nearly all
+# of words that come once, with one row at a time 110, two 131, four 161. But of a frequent word one at a time is CHUNK
+# trips to memory. So the first row goes alone; that form is not measured yet
+ROWS = 4
 # words that fewer bits tell apart are sorted sooner: 57 us for 92 there
 INT32_WORDS = 2**31
 
@@ -72,7 +74,7 @@ def _embedding_bwd_kernel(
     CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < n_cols
     row = tl.load(ids_ptr + first).to(tl.int64)
     before = tl.load(ids_ptr + first - 1, mask=first > 0, other=-1)
@@ -80,18 +82,19 @@ def _embedding_bwd_kernel(
     chunk = first // CHUNK
     if (begins | (first % CHUNK == 0)) & (row != padding_idx):
         end = tl.minimum((chunk + 1) * CHUNK, n_tokens)
-        total = tl.zeros((ROWS, BLOCK), tl.float32)
-        at = first
-        inside = 1
+        token = tl.load(tokens_ptr + first)
+        dweight = tl.load(dy_ptr + token * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        at = first + 1
+        inside = ((at < end) & (tl.load(ids_ptr + at, mask=at < end, other=-1) == row)).to(tl.int32)
         while inside > 0:
             places = at + tl.arange(0, ROWS)[:, None]
             same = (places < end) & (tl.load(ids_ptr + places, mask=places < end, other=-1) == row)
             tokens = tl.load(tokens_ptr + places, mask=same, other=0)
-            total += tl.load(dy_ptr + tokens * dy_stride + cols, mask=same & mask, other=0.0).to(tl.float32)
+            dy = tl.load(dy_ptr + tokens * dy_stride + cols[None, :], mask=same & mask[None, :], other=0.0)
+            dweight += tl.sum(dy.to(tl.float32), axis=0)
             at += ROWS
             # 1 where all of these rows belonged to the run
             inside = tl.min(same.to(tl.int32))
-        dweight = tl.sum(total, axis=0, keep_dims=True)
         goes_on = tl.load(ids_ptr + end, mask=end < n_tokens, other=-1) == row
         if begins:
             if goes_on:
@@ -104,7 +107,7 @@ def _embedding_bwd_kernel(
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def _embedding_join_kernel(
-    ids_ptr,  # [N], sorted
+    ids_ptr,  # [N], sorted, of either width
     dweight_ptr,  # [V, H]
     heads_ptr,  # [chunks, H] fp32
     tails_ptr,  # [chunks, H] fp32
@@ -159,6 +162,7 @@ def embedding_bwd(dy: Tensor, ids: Tensor, n_vocab: int, padding_idx: int | None
     dweight = torch.zeros((n_vocab, h), dtype=dtype, device=dy.device)
     if n == 0 or h == 0:
         return dweight
+    # equal words keep their order, so that each sum has one
     ids, tokens = torch.sort(ids.int() if n_vocab <= INT32_WORDS else ids, stable=True)
     chunks = cdiv(n, CHUNK)
     heads, tails = (torch.empty((chunks, h), dtype=torch.float32, device=dy.device) for _ in range(2))

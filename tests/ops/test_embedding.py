@@ -46,6 +46,12 @@ def test_runs_that_are_cut(ids, padding_idx, device, monkeypatch):
     judge(torch.tensor(ids, device=device), randn(5, 9, device=device), torch.bfloat16, padding_idx=padding_idx)
 
 
+def test_a_vocabulary_whose_ids_need_int64(device, monkeypatch):
+    monkeypatch.setattr(FILE, "INT32_WORDS", 10)
+    monkeypatch.setattr(FILE, "CHUNK", 8)
+    judge(ids_of(5, 7, n_vocab=11, device=device), randn(11, 9, device=device), torch.bfloat16, padding_idx=1)
+
+
 def test_several_blocks_of_columns(device, monkeypatch):
     monkeypatch.setattr(FILE, "BLOCK_COLS", 16)
     monkeypatch.setattr(FILE, "CHUNK", 4)
