@@ -18,6 +18,8 @@ LEAST_OF_BEST = 0.97
 LEAST_SHARE = 0.92
 MOST_OF_LIGER = 0.85
 MOST_OF_BARE = 1.07
+# a peak that is larger by less has a number for each token in it, or partial sums of a weight's gradient
+FEW_MIB = 1.0
 # of a cross entropy: reads and writes of the logits, and how many times as long as those it may take. Its row's floor
 # is one read and one write
 PASSES = {OURS: (3, 1.1), f"{OURS} grad_in_forward": (2, 1.3)}
@@ -180,11 +182,17 @@ def summary(rows: Sequence[Row]) -> list[str]:
         f"more than {MOST_OF_LIGER} of Liger's time of the host": [
             row for row in mine if row.launch_bound and row.over_liger and row.over_liger < 1 / MOST_OF_LIGER
         ],
-        "a larger peak of memory than Liger's": [
-            row for row in mine if row.case in liger and row.peak_mib > liger[row.case].peak_mib
+        f"a peak of memory larger than Liger's by more than {FEW_MIB:g} MiB": [
+            row for row in mine if row.case in liger and row.peak_mib > liger[row.case].peak_mib + FEW_MIB
         ],
-        "the same, whatever options were run": [
-            row for row in mine if row.case in liger and least[row.case] > liger[row.case].peak_mib
+        f"larger by {FEW_MIB:g} MiB or less": [
+            row for row in mine if row.case in liger and 0 < row.peak_mib - liger[row.case].peak_mib <= FEW_MIB
+        ],
+        f"larger by more than {FEW_MIB:g} MiB, whatever options were run": [
+            row for row in mine if row.case in liger and least[row.case] > liger[row.case].peak_mib + FEW_MIB
+        ],
+        f"larger by {FEW_MIB:g} MiB or less, whatever options were run": [
+            row for row in mine if row.case in liger and 0 < least[row.case] - liger[row.case].peak_mib <= FEW_MIB
         ],
     }
     for name, found in behind.items():

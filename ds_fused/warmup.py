@@ -66,8 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     shape = (batch if isinstance(batch, int) else 1, job.length)
 
     began = time.perf_counter()
-    sharded_over = args.ranks if dict(job.ds_config.get("zero_optimization", {})).get("stage") == 3 else 1
-    launches, problem = launches_of(model, config, shape, target, sharded_over)
+    is_sharded = dict(job.ds_config.get("zero_optimization", {})).get("stage") == 3
+    launches, problem = launches_of(model, config, shape, target, args.ranks if is_sharded else None)
     done = list(compile_noted(launches, target, args.processes))
     print(f"ds_fused.warmup: {type(model).__name__} in {str(model.dtype).removeprefix('torch.')} on {args.target}")
     print(_table(done))
@@ -153,17 +153,18 @@ def model_of(name: str, dtype: torch.dtype) -> nn.Module:
 
 
 def launches_of(
-    model: nn.Module, config: Config, shape: tuple[int, int], target: GPUTarget, ranks: int = 1
+    model: nn.Module, config: Config, shape: tuple[int, int], target: GPUTarget, ranks: int | None = None
 ) -> tuple[list[Launch], str | None]:
     """What the proof, steps and an evaluation of a model on meta launch; what stopped them, if anything did.
 
-    ``ranks``: over which its parameters are sharded.
+    ``ranks``: over which its parameters are sharded; None: they are whole.
     """
     problem = None
     # the weight of the head: whole, then in each way in which it may come
-    head = model.get_output_embeddings()
-    how = config.head
-    ways = ways_of(head.weight, ranks, how["mode"], how["slab_mb"] * 2**20, how["copy_engines"])
+    how, ways = config.head, []
+    if ranks is not None:
+        weight = model.get_output_embeddings().weight
+        ways = ways_of(weight, ranks, how["mode"], how["slab_mb"] * 2**20, how["copy_engines"])
     way: WeightSlabs | VocabShard | None = None
     with noted(target) as launches:
         plan.apply(

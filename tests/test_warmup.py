@@ -7,11 +7,13 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from launching import free_port
 from transformers import LlamaConfig
 
 from ds_fused import warmup
@@ -85,6 +87,32 @@ def test_a_step_compiles_nothing_more(warm, folder):
     kernels = json.loads(step.stdout.splitlines()[-1])
     assert kernels["compiled"] == []
     assert len(kernels["found"]) > 8
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.all)])
+def test_a_step_under_zero3_compiles_nothing_more(ranks, folder, tmp_path):
+    ds_config = json.loads((folder / "ds.json").read_text())
+    optimizer = {"type": "AdamW", "params": {"torch_adam": True}}
+    ds_config |= {"zero_optimization": {"stage": 3}, "optimizer": optimizer, "zero_force_ds_cpu_optimizer": False}
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(ds_config))
+    done = warm_up(
+        str(folder), "--config", str(file), "--target", TARGET, "--ranks", str(ranks), cache=tmp_path / "cache"
+    )
+    assert done.returncode == 0, done.stderr
+
+    def step(rank: int) -> subprocess.CompletedProcess[str]:
+        script = str(Path(__file__).with_name("warmup_step.py"))
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
+        where = meet | {"RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": accelerator}
+        return run(script, str(folder / "config.json"), TARGET, str(file), cache=tmp_path / "cache", **where)
+
+    port, accelerator = str(free_port()), "cuda" if torch.cuda.is_available() else "cpu"
+    with ThreadPoolExecutor(ranks) as pool:
+        for done in pool.map(step, range(ranks)):
+            assert done.returncode == 0, done.stderr
+            kernels = json.loads(done.stdout.splitlines()[-1])
+            assert kernels["compiled"] == [] and "_cross_entropy_bwd_kernel" in kernels["found"]
 
 
 MEETING = """

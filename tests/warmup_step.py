@@ -1,7 +1,8 @@
 """A training step of a tiny model as ``deepspeed.initialize`` prepares it, and an evaluation.
 
-    python tests/warmup_step.py CONFIG.json TARGET
+    python tests/warmup_step.py CONFIG.json TARGET [DS.json]
 
+With DS.json it is an engine's step: of this process alone, or of one of the ranks that the environment names.
 Prints as JSON the kernels that were compiled in it and those that Triton's cache had. Needs a process of its own,
 without TRITON_INTERPRET. Without a GPU launches are compiled and not run.
 """
@@ -12,8 +13,11 @@ import json
 import os
 import sys
 
+from pathlib import Path
+
 import torch
 import triton
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from triton.runtime.jit import JITFunction
 
@@ -33,21 +37,41 @@ def only_compile(target: str) -> None:
     _triton.LANES = target_of(target).warp_size
 
 
-def main(config_file: str, target: str) -> None:
+def engine_of(config: object, ds_file: str, device: str) -> nn.Module:
+    import deepspeed
+
+    ds_config = json.loads(Path(ds_file).read_text())
+    # forms were told apart by the test that compares them; here nothing is computed
+    ds_config["ds_fused"]["verify"] = device == "cuda"
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    deepspeed.init_distributed("nccl" if device == "cuda" else "gloo", verbose=False)
+    with deepspeed.zero.Init(config_dict_or_path=ds_config):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds_config)[0]
+
+
+def main(config_file: str, target: str, ds_file: str | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         only_compile(target)
     names: dict[bool, list[str]] = {True: [], False: []}
     triton.knobs.compilation.listener = lambda *, src, cache_hit, **_: names[cache_hit].append(src.name)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config_file), dtype=torch.bfloat16).to(device)
-    ds_fused.apply(model, verify=device == "cuda")
+    config = AutoConfig.from_pretrained(config_file)
+    if ds_file is None:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device)
+        ds_fused.apply(model, verify=device == "cuda")
+    else:
+        model = engine_of(config, ds_file, device)
     if device == "cpu":
         # after the kernels were made, and after forms were told apart: only so that ops take CPU tensors to them
         os.environ["TRITON_INTERPRET"] = "1"
     ids = torch.zeros((2, 64), dtype=torch.int64, device=device)
     with torch.no_grad():
         model.eval()(input_ids=ids, labels=ids)
-    model.train()(input_ids=ids, labels=ids).loss.backward()
+    loss = model.train()(input_ids=ids, labels=ids).loss
+    loss.backward() if ds_file is None else model.backward(loss)
     print(json.dumps({"found": names[True], "compiled": names[False]}))
 
 

@@ -42,23 +42,26 @@ def _liger_gemma_norm(t: Tensors) -> Call:
     return lambda: norm(t["x"], t["weight"], EPS, 1.0, "gemma", False)
 
 
-def _our_norm(cast: str, offset: float) -> Callable[[Tensors], Call]:
+def _our_norm(cast: str, offset: float, **options) -> Callable[[Tensors], Call]:
     def build(t: Tensors) -> Call:
         norm = our_ops().rms_norm
-        return lambda: norm(t["x"], t["weight"], eps=EPS, offset=offset, cast=cast)
+        return lambda: norm(t["x"], t["weight"], eps=EPS, offset=offset, cast=cast, **options)
 
     return build
 
 
+_OVER_DY = ("dy",), "writes dx over dy; dy restored untimed"
 LLAMA_NORM = {
     "ds_fused": Provider(_our_norm("before_weight", 0.0)),
+    "ds_fused overwrite_grad": Provider(_our_norm("before_weight", 0.0, overwrite_grad=True), *_OVER_DY),
     "hf_eager": Provider(eager(_llama_norm)),
     "torch": Provider(_torch_norm, note="multiplies by the weight before rounding"),
     "compile": Provider(compiled(_llama_norm)),
-    "liger": Provider(_liger_llama_norm, ("dy",), "writes dx over dy; dy restored untimed"),
+    "liger": Provider(_liger_llama_norm, *_OVER_DY),
 }
 GEMMA_NORM = {
     "ds_fused": Provider(_our_norm("after_weight", 1.0)),
+    "ds_fused overwrite_grad": Provider(_our_norm("after_weight", 1.0, overwrite_grad=True), *_OVER_DY),
     "hf_eager": Provider(eager(_gemma_norm)),
     "compile": Provider(compiled(_gemma_norm)),
     "liger": Provider(_liger_gemma_norm, note="in_place=False, as its Gemma 2 patch sets it"),

@@ -49,13 +49,28 @@ def _our_rope(*angles: str, sections: bool = False, **options) -> Callable[[Tens
     return build
 
 
-_INPLACE = ("q", "k"), "forward over q and k; both restored untimed"
+_ALL = "q", "k", "dq", "dk"
+
+
+def _our_ropes(*angles: str, **options) -> dict[str, Provider]:
+    """Ours as it is, and with what it may be allowed to write over."""
+    over_all = {"inplace": True, "overwrite_grad": True}
+    return {
+        "ds_fused": Provider(_our_rope(*angles, **options)),
+        "ds_fused inplace": Provider(
+            _our_rope(*angles, **options, inplace=True), ("q", "k"), "forward over q and k; both restored untimed"
+        ),
+        "ds_fused inplace overwrite_grad": Provider(
+            _our_rope(*angles, **options, **over_all), _ALL, "in place on q, k, dq, dk; all restored untimed"
+        ),
+    }
+
+
 ROPE = {
-    "ds_fused": Provider(_our_rope()),
-    "ds_fused inplace": Provider(_our_rope(inplace=True), *_INPLACE),
+    **_our_ropes(),
     "hf_eager": Provider(eager(_hf_rope)),
     "compile": Provider(compiled(_hf_rope)),
-    "liger": Provider(_liger_rope, ("q", "k", "dq", "dk"), "in place on q, k, dq, dk; all restored untimed"),
+    "liger": Provider(_liger_rope, _ALL, "in place on q, k, dq, dk; all restored untimed"),
 }
 
 
@@ -94,13 +109,19 @@ def _our_norm_then_rope(t: Tensors) -> Call:
     return lambda: call(*tensors)
 
 
-def _our_norm_rope(t: Tensors) -> Call:
-    norm_rope = our_ops().rms_norm_rope
-    return lambda: norm_rope(t["q"], t["k"], t["q_weight"], t["k_weight"], t["cos"], t["sin"], eps=EPS)
+def _our_norm_rope(**options) -> Callable[[Tensors], Call]:
+    def build(t: Tensors) -> Call:
+        norm_rope, names = our_ops().rms_norm_rope, ("q", "k", "q_weight", "k_weight", "cos", "sin")
+        return lambda: norm_rope(*[t[name] for name in names], eps=EPS, **options)
+
+    return build
 
 
 NORM_ROPE = {
-    "ds_fused": Provider(_our_norm_rope),
+    "ds_fused": Provider(_our_norm_rope()),
+    "ds_fused overwrite_grad": Provider(
+        _our_norm_rope(overwrite_grad=True), ("dq", "dk"), "backward over dq and dk; both restored untimed"
+    ),
     "ds_fused apart": Provider(_our_norm_then_rope, note="rms_norm twice, then rope"),
     "hf_eager": Provider(eager(_hf_norm_rope)),
     "compile": Provider(compiled(_hf_norm_rope)),
@@ -162,24 +183,21 @@ def partial_rope_providers(family: str, *, interleaved: bool) -> dict[str, Provi
         return module.apply_rotary_pos_emb, (t["q"], t["k"], t["cos"], t["sin"])
 
     return {
-        "ds_fused": Provider(_our_rope(interleaved=interleaved)),
-        "ds_fused inplace": Provider(_our_rope(interleaved=interleaved, inplace=True), *_INPLACE),
+        **_our_ropes(interleaved=interleaved),
         "hf_eager": Provider(eager(hf)),
         "compile": Provider(compiled(hf)),
     }
 
 
 ROPE_SECTIONS = {
-    "ds_fused": Provider(_our_rope(sections=True)),
-    "ds_fused inplace": Provider(_our_rope(sections=True, inplace=True), *_INPLACE),
+    **_our_ropes(sections=True),
     "hf_eager": Provider(eager(_hf_sections), note="the sections put together each time, as remote code does"),
     "compile": Provider(compiled(_hf_sections)),
-    "liger": Provider(_liger_sections, ("q", "k", "dq", "dk"), "in place on q, k, dq, dk; all restored untimed"),
+    "liger": Provider(_liger_sections, _ALL, "in place on q, k, dq, dk; all restored untimed"),
 }
 ROPE_COMPLEX = {
-    "ds_fused": Provider(_our_rope("freqs", **_COMPLEX)),
-    "ds_fused inplace": Provider(_our_rope("freqs", **_COMPLEX, inplace=True), *_INPLACE),
+    **_our_ropes("freqs", **_COMPLEX),
     "hf_eager": Provider(eager(_hf_complex)),
     "compile": Provider(compiled(_hf_complex)),
-    "liger": Provider(_liger_complex, ("q", "k", "dq", "dk"), "may write over its arguments; all restored untimed"),
+    "liger": Provider(_liger_complex, _ALL, "may write over its arguments; all restored untimed"),
 }

@@ -22,19 +22,19 @@ from ds_fused.ops.vocab_shard import VocabShard
 def ways_of(
     weight: Tensor, ranks: int, mode: str, slab_bytes: int, copied: bool = False
 ) -> list[WeightSlabs | VocabShard]:
-    """What a head [V, H] may be in that mode, "auto" being either; nothing where it is whole.
+    """What a head [V, H] may be in that mode, "auto" being either; nothing where it is gathered whole.
 
     ``copied``: slabs are moved by copy engines, where there are any.
     """
     shards = Shards(*weight.shape, ranks)
-    if ranks == 1 or shards.why_not() is not None:
+    if shards.why_not() is not None:
         return []
     ways: list[WeightSlabs | VocabShard] = []
     if mode in ("auto", "stream"):
         ways.append(Slabs(weight, shards, slab_bytes, copied))
     if mode in ("auto", "stationary"):
         # ids of the first begin with 0, and those of some others with a number that 16 does not divide
-        ways += [Shard(weight, shards, rank) for rank in sorted({0, 1, ranks - 1})]
+        ways += [Shard(weight, shards, rank) for rank in sorted({0, min(1, ranks - 1), ranks - 1})]
     return ways
 
 

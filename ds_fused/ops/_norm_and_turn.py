@@ -238,8 +238,8 @@ def _rms_norm_rope_bwd_kernel(
     cos_ptr,  # [B, T, R]
     sin_ptr,  # [B, T, R]
     rstd_ptr,  # [B, T, Hq + Hk], whether heads of both are wanted or not
-    dq_ptr,  # [B, Hq, T, D]
-    dk_ptr,  # [B, Hk, T, D]
+    dq_ptr,  # [B, Hq, T, D]; may be dyq
+    dk_ptr,  # [B, Hk, T, D]; may be dyk
     partial_ptr,  # [2, programs, D] fp32: this program's part of the weights' gradients
     dyq_batch_stride, dyq_head_stride, dyq_token_stride,  # elements from one batch entry, head, token to the next
     dyk_batch_stride, dyk_head_stride, dyk_token_stride,

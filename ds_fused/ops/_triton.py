@@ -136,6 +136,15 @@ def lie_apart(rows: Tensor) -> bool:
     return rows.shape[0] < 2 or rows.stride(0) >= rows.shape[1]
 
 
+def can_take(dy: Tensor, dtype: torch.dtype, swapped: bool = False) -> bool:
+    """Whether a gradient of that dtype can be written over dy: rows without gaps, of which no graph of gradients knows.
+
+    ``swapped``: [B, heads, T, D] that lies in memory as [B, T, heads, D].
+    """
+    rows = dy.transpose(1, 2) if swapped else dy
+    return dy.dtype == dtype and rows.is_contiguous() and not dy.requires_grad
+
+
 def row_stride(x: Tensor) -> int:
     """Elements from one row of x [N, D] to the next."""
     # where a guard has fixed the value of a symbol, dynamo says the shape of a tensor as numbers, but of its strides it

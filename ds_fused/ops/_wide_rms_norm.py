@@ -123,7 +123,7 @@ def _rms_norm_bwd_walk_kernel(
     weight_ptr,  # [D]
     rstd_ptr,  # [N]
     dsum_ptr,  # [N, D]
-    dx_ptr,  # [N, D]
+    dx_ptr,  # [N, D]; may be dy
     dweights_ptr,  # [programs, D] fp32: this program's part of dweight, added to row by row
     dbiases_ptr,  # the same of dbias
     dy_stride,

@@ -7,6 +7,8 @@
 Saved for backward: x (its producer usually holds it anyway), weight, and 1/rms in fp32 per row.
 Traffic per element: forward 1 read + 1 write, backward 2 reads + 1 write, plus fp32 partial sums of dweight and dbias:
 one row each per program, added up in a fixed order by a second small launch (no atomics: same input, same bits).
+With ``overwrite_grad`` dx takes no memory but dy's. A program reads a row of dy, both times where it is walked, before
+it writes there, and no other program has to do with the row: whatever tiles are in flight are other rows.
 
 The kernels also take what add_rms_norm.py has more: a residual, which is added to x before all this, and the gradient
 of that sum, which is added to dx.
@@ -27,7 +29,7 @@ from ds_fused.ops._norms import RMSForm, Wanted, check_cast, check_per_column, c
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._row_tiles import in_turn, tile, tile_of_blocks
 from ds_fused.ops._sums import sum_partials
-from ds_fused.ops._triton import cdiv, check_dtypes, like, resident, row_stride, rows_of, runs_kernels
+from ds_fused.ops._triton import can_take, cdiv, check_dtypes, like, resident, row_stride, rows_of, runs_kernels
 from ds_fused.ops._wide_rms_norm import (
     _rms_norm_bwd_walk_kernel,
     _rms_norm_fwd_walk_kernel,
@@ -63,6 +65,7 @@ def rms_norm_reference(
     eps: float = 1e-6,
     offset: float = 0.0,
     cast: str = "before_weight",
+    overwrite_grad: bool = False,  # a permission that plain PyTorch makes no use of
 ) -> Tensor:
     """What this file computes, in PyTorch: the specification, the CPU path and the yardstick of the tests."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -131,7 +134,7 @@ def _rms_norm_bwd_kernel(
     weight_ptr,  # [D]
     rstd_ptr,  # [N]
     dsum_ptr,  # [N, D]: the gradient of x itself, where x is a sum that goes on elsewhere too
-    dx_ptr,  # [N, D]
+    dx_ptr,  # [N, D]; may be dy
     dweights_ptr,  # [programs, D] fp32: this program's part of dweight
     dbiases_ptr,  # the same of dbias
     dy_stride,  # elements from one row to the next; dx has no gaps
@@ -252,15 +255,19 @@ def rms_norm_bwd(
     dsum: Tensor | None,
     form: RMSForm,
     wanted: Wanted,
+    overwrite: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dy, x [..., D], weight, bias [D], rstd [N], dsum [..., D] -> dx [..., D], dweight [D], dbias [D], those wanted.
 
-    Of bias only the dtype counts, and of dsum, which is added to dx, nothing where no dx is wanted.
+    Of bias only the dtype counts, and of dsum, which is added to dx, nothing where no dx is wanted. ``overwrite``: dx
+    is dy, where it can be.
     """
     d = x.shape[-1]
     nothing = x.numel() == 0
     make = torch.zeros_like if nothing else torch.empty_like
-    dx = like(x) if wanted.dx else None
+    dx = None
+    if wanted.dx:
+        dx = dy if overwrite and can_take(dy, x.dtype) else like(x)
     dweight = make(weight) if wanted.dweight else None
     dbias = make(bias) if wanted.dbias else None
     if nothing or not any(wanted):
@@ -312,18 +319,22 @@ class RMSNormFunction(torch.autograd.Function):
     """Autograd around the launchers, which flatten: a view that autograd sees is a node forward and one backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, form: RMSForm) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, form: RMSForm, overwrite: bool) -> Tensor:
         y, _, rstd = rms_norm_fwd(x, None, weight, bias, form)
         ctx.save_for_backward(x, weight, bias, rstd)
-        ctx.form = form
+        ctx.form, ctx.overwrite = form, overwrite
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, weight, bias, rstd = ctx.saved_tensors
         wanted = Wanted(*ctx.needs_input_grad[:3])
-        return *rms_norm_bwd(dy, x, weight, bias, rstd, None, ctx.form, wanted), None
+        dx, dweight, dbias = rms_norm_bwd(dy, x, weight, bias, rstd, None, ctx.form, wanted, ctx.overwrite)
+        if ctx.overwrite and dx is dy:
+            # who has saved it gets autograd's error, not wrong numbers
+            torch.autograd.graph.increment_version(dy)
+        return dx, dweight, dbias, None, None
 
 
 def rms_norm(
@@ -334,10 +345,16 @@ def rms_norm(
     eps: float = 1e-6,
     offset: float = 0.0,
     cast: str = "before_weight",
+    overwrite_grad: bool = False,
 ) -> Tensor:
     """``(offset + weight) * x / rms(x) + bias`` over the last dimension: x [..., D], weight and bias [D] or None.
 
     The result has the promoted dtype of x, weight and bias with ``cast="before_weight"``, x's with ``"after_weight"``.
+    ``overwrite_grad``: the backward may write x's gradient over the result's, whose values are lost. Only where that
+    gradient is this call's alone, as one that a matrix product has made; an addition hands one tensor to both its
+    summands. A gradient that has gaps or another dtype than x is left as it is. A second backward is right if the
+    gradient is made anew, and autograd's error if it was saved. A compiled graph, which sees to its own memory, makes
+    no use of it.
     """
     check_per_column("rms_norm", x, weight=weight, bias=bias)
     check_cast("rms_norm", cast)
@@ -348,5 +365,5 @@ def rms_norm(
     form = RMSForm(eps, offset, cast == "before_weight")
     if torch.compiler.is_compiling():
         # dynamo 2.11 can't hold sizes of what is made of x inside the Function; and here views cost nothing
-        return RMSNormFunction.apply(rows_of(x), weight, bias, form).view(x.shape)
-    return RMSNormFunction.apply(x, weight, bias, form)
+        return RMSNormFunction.apply(rows_of(x), weight, bias, form, False).view(x.shape)
+    return RMSNormFunction.apply(x, weight, bias, form, overwrite_grad)

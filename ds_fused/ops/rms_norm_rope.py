@@ -9,7 +9,9 @@ Saved for backward: q and k (as the norms would), 1/rms in fp32 of each head, th
 between norm and rotation is never in memory.
 Traffic per element of q and k: forward 1 read + 1 write, backward 2 reads + 1 write, where the two ops take 2 + 2 and
 3 + 2; plus fp32 partial sums of the weights' gradients, one row of each per program, which a second small launch adds
-up in a fixed order (no atomics: same input, same bits). Results and gradients get the memory layout of q and k.
+up in a fixed order (no atomics: same input, same bits). Results and gradients get the memory layout of q and k. With
+``overwrite_grad`` dq and dk take no memory but that of the results' gradients: a program reads a token's heads before
+it writes there, and no other program has to do with the token.
 
 Sizes: B batch, T tokens, H heads (q and k have their own number), D columns of a head, R rotated columns.
 """
@@ -21,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ds_fused.ops import _triton
 from ds_fused.ops._heads import angle_strides, as_called, as_kernels_read, is_swapped, neighbours, room, strides
 from ds_fused.ops._launch import launch
 from ds_fused.ops._norm_and_turn import _rms_norm_rope_bwd_kernel, _rms_norm_rope_fwd_kernel
@@ -28,7 +31,7 @@ from ds_fused.ops._norms import RMSForm, check_cast, check_per_column
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._rope import RopeForm, check_rope
 from ds_fused.ops._sums import partials, sum_partials
-from ds_fused.ops._triton import check_dtypes, power_of_2, resident, runs_kernels, stages_for
+from ds_fused.ops._triton import can_take, check_dtypes, power_of_2, resident, runs_kernels, stages_for
 from ds_fused.ops.rms_norm import rms_norm_reference
 from ds_fused.ops.rope import rope_reference
 
@@ -55,6 +58,7 @@ def rms_norm_rope_reference(
     cast: str = "before_weight",
     unsqueeze_dim: int = 1,
     keep_dtype: bool = False,
+    overwrite_grad: bool = False,  # a permission that plain PyTorch makes no use of
 ) -> tuple[Tensor, Tensor]:
     """What this file computes, in PyTorch: the specification, the CPU path and the yardstick of the tests."""
     q, k = (
@@ -82,6 +86,16 @@ def _blocks(q_heads: int, k_heads: int, d: int, r: int, tile: int) -> dict[str, 
         "BLOCK_PAIRS": pairs,
         "BLOCK_REST": rest,
     }
+
+
+def _is_read_once(blocks: dict[str, int], heads: str, has_rest: bool) -> bool:
+    """Whether no two threads of the backward read the same element of a gradient.
+
+    Of a tile with fewer elements than threads several hold each, and add it up: a late one would read what an early one
+    has written. A barrier between them would take the pipeline away from the loop over tokens.
+    """
+    widths = blocks["BLOCK_PAIRS"], *([blocks["BLOCK_REST"]] if has_rest else [])
+    return blocks[heads] * min(widths) >= NUM_WARPS_BWD * _triton.LANES
 
 
 def rms_norm_rope_fwd(
@@ -130,17 +144,24 @@ def rms_norm_rope_bwd(
     norm: RMSForm,
     wanted: Wanted,
     swapped: tuple[bool, bool],
+    overwrite: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dyq, q [B, Hq, T, D], dyk, k [B, Hk, T, D], [D] x 2, [(B or 1,) T, R] x 2, rstd -> the gradients that are wanted.
 
-    ``swapped``: whether those of q and of k lie in memory as [B, T, heads, D].
+    ``swapped``: whether those of q and of k lie in memory as [B, T, heads, D]. ``overwrite``: they are dyq and dyk,
+    where they can be.
     """
     batch, q_heads, n_tokens, d = q.shape
     k_heads, r = k.shape[1], cos.shape[-1]
     nothing = batch * n_tokens == 0
     make = torch.zeros_like if nothing else torch.empty_like
-    dq = room(q, swapped[0], q.dtype) if wanted.dq else None
-    dk = room(k, swapped[1], k.dtype) if wanted.dk else None
+    blocks = _blocks(q_heads, k_heads, d, r, TILE_BWD)
+    # the sum of both results hands one tensor to both
+    overwrite = overwrite and dyq.data_ptr() != dyk.data_ptr()
+    over_q = overwrite and can_take(dyq, q.dtype, swapped[0]) and _is_read_once(blocks, "BLOCK_Q_HEADS", d > r)
+    over_k = overwrite and can_take(dyk, k.dtype, swapped[1]) and _is_read_once(blocks, "BLOCK_K_HEADS", d > r)
+    dq = (dyq if over_q else room(q, swapped[0], q.dtype)) if wanted.dq else None
+    dk = (dyk if over_k else room(k, swapped[1], k.dtype)) if wanted.dk else None
     dq_weight = make(q_weight) if wanted.dq_weight else None
     dk_weight = make(k_weight) if wanted.dk_weight else None
     if nothing:
@@ -158,7 +179,7 @@ def rms_norm_rope_bwd(
         n_tokens, batch * n_tokens,
         Q_HEADS=q_heads, K_HEADS=k_heads, D=d, R=r, OFFSET=norm.offset, CAST_BEFORE=norm.cast_before,
         WANTS_DQ=wanted.dq, WANTS_DK=wanted.dk, WANTS_DQ_WEIGHT=wanted.dq_weight, WANTS_DK_WEIGHT=wanted.dk_weight,
-        **_blocks(q_heads, k_heads, d, r, TILE_BWD), STAGES=stages_for(STAGES_BWD, token_bytes),
+        **blocks, STAGES=stages_for(STAGES_BWD, token_bytes),
         num_warps=NUM_WARPS_BWD,
     )  # fmt: skip
     if wanted.dq_weight or wanted.dk_weight:
@@ -180,6 +201,7 @@ class RMSNormRopeFunction(torch.autograd.Function):
         sin: Tensor,
         norm: RMSForm,
         keep_dtype: bool,
+        overwrite: bool,
     ) -> tuple[Tensor, Tensor]:
         yq, yk, rstd = rms_norm_rope_fwd(q, k, q_weight, k_weight, cos, sin, norm, keep_dtype)
         ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin, rstd)
@@ -187,7 +209,7 @@ class RMSNormRopeFunction(torch.autograd.Function):
         wants_q, wants_k = wants_dq or wants_dq_weight, wants_dk or wants_dk_weight
         if wants_q != wants_k:
             ctx.mark_non_differentiable(yk if wants_q else yq)
-        ctx.norm, ctx.swapped = norm, (is_swapped(yq), is_swapped(yk))
+        ctx.norm, ctx.swapped, ctx.overwrite = norm, (is_swapped(yq), is_swapped(yk)), overwrite
         return yq, yk
 
     @staticmethod
@@ -196,8 +218,13 @@ class RMSNormRopeFunction(torch.autograd.Function):
         q, k, q_weight, k_weight, cos, sin, rstd = ctx.saved_tensors
         wanted = Wanted(*ctx.needs_input_grad[:4])
         dys = neighbours(dyq), neighbours(dyk)
-        gradients = rms_norm_rope_bwd(*dys, q, k, q_weight, k_weight, cos, sin, rstd, ctx.norm, wanted, ctx.swapped)
-        return *gradients, None, None, None, None
+        how = ctx.norm, wanted, ctx.swapped, ctx.overwrite
+        gradients = rms_norm_rope_bwd(*dys, q, k, q_weight, k_weight, cos, sin, rstd, *how)
+        if ctx.overwrite:
+            # who has saved one of them gets autograd's error, not wrong numbers
+            over = [dy for dy, dx in zip(dys, gradients, strict=False) if dx is dy]
+            torch.autograd.graph.increment_version(over)
+        return *gradients, None, None, None, None, None
 
 
 def rms_norm_rope(
@@ -213,6 +240,7 @@ def rms_norm_rope(
     cast: str = "before_weight",
     unsqueeze_dim: int = 1,
     keep_dtype: bool = False,
+    overwrite_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Normalises the heads of q [B, Hq, T, D] and of k [B, Hk, T, D], each by its weight [D], and turns them.
 
@@ -223,6 +251,8 @@ def rms_norm_rope(
     angles there are rms_norm and rope.
     Any strides of q and k are read in place if the columns of a head lie side by side. The results have the dtype of
     the norm's result, promoted with that of cos where not ``keep_dtype``.
+    ``overwrite_grad``: the backward may write the gradients over those of the results, as rope's. Where q (k) has few
+    heads, or few of their columns turn, those are left as they are, too.
     """
     form = RopeForm()
     if cos.is_complex():
@@ -239,5 +269,6 @@ def rms_norm_rope(
     n_dims = q.ndim
     q, k, cos, sin = as_kernels_read(q, k, cos, sin, unsqueeze_dim)
     norm = RMSForm(eps, offset, cast == "before_weight")
-    ys = RMSNormRopeFunction.apply(q, k, q_weight.contiguous(), k_weight.contiguous(), cos, sin, norm, keep_dtype)
+    how = norm, keep_dtype, overwrite_grad and not torch.compiler.is_compiling()
+    ys = RMSNormRopeFunction.apply(q, k, q_weight.contiguous(), k_weight.contiguous(), cos, sin, *how)
     return as_called(ys, n_dims, unsqueeze_dim)

@@ -11,7 +11,8 @@ arXiv 2409.12191). They are read as they are: nothing is put together in memory 
 
 Saved for backward: the angles. Traffic per element of q and k: 1 read + 1 write each way. cos and sin are read once
 per token for all heads. q' and k' get the memory layout of q and k (and so do the gradients), so that the transposes
-around attention stay free. fp32 inside, one rounding.
+around attention stay free. fp32 inside, one rounding. With ``inplace`` and ``overwrite_grad`` neither way takes memory;
+a program reads the heads that it works on before it writes them, and nobody else's.
 
 Sizes: B batch, T tokens, H heads (q and k have their own number), D columns of a head, R rotated columns.
 """
@@ -38,7 +39,7 @@ from ds_fused.ops._launch import Kept, Ready, launch_ready, ready
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._rope import RopeForm, check_inplace, check_rope
 from ds_fused.ops._rope_kernels import _rope_kernel
-from ds_fused.ops._triton import check_dtypes, power_of_2, runs_kernels
+from ds_fused.ops._triton import can_take, check_dtypes, power_of_2, runs_kernels
 
 # pairs of columns that a program turns at a time (heads x R/2), and its warps. 0.8 % from best of 15 at 32768 tokens of
 # 64 + 8 heads of 128 on H100 (benchmarks/results/h100/tune.csv); complex angles and sections are not measured yet
@@ -90,6 +91,7 @@ def rope_reference(
     alternating: bool = False,
     keep_dtype: bool = False,
     inplace: bool = False,
+    overwrite_grad: bool = False,  # a permission that plain PyTorch makes no use of
 ) -> tuple[Tensor, Tensor]:
     """What this file computes, in PyTorch: the specification, the CPU path and the yardstick of the tests."""
     cos, sin = _angles_reference(cos, sin, sections, alternating)
@@ -112,6 +114,7 @@ class Turn(NamedTuple):
     form: RopeForm
     dtypes: tuple[torch.dtype, torch.dtype]  # of the results
     inplace: bool
+    overwrite_grad: bool
     is_plain: bool  # kernels read the tensors as they are
     # the launches of tensors that lie as this call's do, by `_rope`'s key. None in a graph, whose sizes may be symbols
     launches: dict[tuple[object, ...], Ready] | None
@@ -129,11 +132,13 @@ def _rope(
     yq: Tensor | None,
     yk: Tensor | None,
     turn: Turn,
+    inplace: bool,
     key: tuple[object, ...] = (),
 ) -> None:
     """q, yq [B, Hq, T, D], k, yk [B, Hk, T, D], cos, sin [(3,) (B or 1,) T, R]: writes yq and yk, or one of both.
 
-    Inplace: they lie over q and k. ``key``: of a backward, all that the turn itself doesn't say of it.
+    ``inplace``: all that is written lies over what is read. ``key``: of a backward, all that the turn itself doesn't
+    say of it.
     """
     it = None if turn.launches is None else turn.launches.get(key)
     # heads that there are not are not touched: any pointer does
@@ -142,7 +147,7 @@ def _rope(
         yk if q is None else yq, yq if k is None else yk,
     )  # fmt: skip
     if it is None:
-        grid, numbers, constants = _arguments(*tensors, turn, q is not None, k is not None, backward=key != ())
+        grid, numbers, constants = _arguments(*tensors, turn, q is not None, k is not None, inplace, backward=key != ())
         if not grid[0]:
             return
         it = ready(_rope_kernel, grid, *numbers, **constants)
@@ -161,6 +166,7 @@ def _arguments(
     turn: Turn,
     has_q: bool,
     has_k: bool,
+    inplace: bool,
     *,
     backward: bool,
 ) -> tuple[tuple[int], tuple[int, ...], dict[str, object]]:
@@ -182,7 +188,7 @@ def _arguments(
     constants = dict(
         Q_HEADS=q_heads, K_HEADS=k_heads, D=d, R=r, INTERLEAVED=form.interleaved, COMPLEX=form.complex,
         SECTIONS=form.sections is not None, TIME=time, HEIGHT=height, WIDTH=width, ALTERNATING=form.alternating,
-        BACKWARD=backward, INPLACE=turn.inplace and not backward, BLOCK_Q_HEADS=min(power_of_2(q_heads), most_heads),
+        BACKWARD=backward, INPLACE=inplace, BLOCK_Q_HEADS=min(power_of_2(q_heads), most_heads),
         BLOCK_K_HEADS=min(power_of_2(k_heads), most_heads), BLOCK_PAIRS=block_pairs, BLOCK_REST=power_of_2(d - r),
         num_warps=NUM_WARPS,
     )  # fmt: skip
@@ -204,7 +210,7 @@ class RopeFunction(torch.autograd.Function):
         else:
             # strides in the order of q's and k's, without their gaps
             yq, yk = torch.empty_like(q, dtype=turn.dtypes[0]), torch.empty_like(k, dtype=turn.dtypes[1])
-        _rope(q, k, cos, sin, yq, yk, turn)
+        _rope(q, k, cos, sin, yq, yk, turn, turn.inplace)
         if turn.inplace and not q.is_inference():
             torch.autograd.graph.increment_version((q, k))
         ctx.save_for_backward(cos, sin)
@@ -222,11 +228,20 @@ class RopeFunction(torch.autograd.Function):
         wants_q, wants_k = ctx.needs_input_grad[:2]
         dyq, dyk = neighbours(dyq) if wants_q else None, neighbours(dyk) if wants_k else None
         # in the layout that q and k had, whatever attention handed back: the projections want it
-        dq = room(dyq, ctx.swapped[0], ctx.dtypes[0]) if wants_q else None
-        dk = room(dyk, ctx.swapped[1], ctx.dtypes[1]) if wants_k else None
+        (swapped_q, swapped_k), (q_dtype, k_dtype) = ctx.swapped, ctx.dtypes
+        # the sum of both results hands one tensor to both
+        overwrite = ctx.turn.overwrite_grad and not (wants_q and wants_k and dyq.data_ptr() == dyk.data_ptr())
+        over_q = overwrite and wants_q and can_take(dyq, q_dtype, swapped_q)
+        over_k = overwrite and wants_k and can_take(dyk, k_dtype, swapped_k)
+        dq = (dyq if over_q else room(dyq, swapped_q, q_dtype)) if wants_q else None
+        dk = (dyk if over_k else room(dyk, swapped_k, k_dtype)) if wants_k else None
         # a hook may have brought the angles back in another layout
         places = [None if x is None else x.stride() for x in (dyq, dyk, cos)]
-        _rope(dyq, dyk, cos, sin, dq, dk, ctx.turn, ("backward", *places, *ctx.swapped))
+        key = "backward", *places, *ctx.swapped, over_q, over_k
+        _rope(dyq, dyk, cos, sin, dq, dk, ctx.turn, over_q >= wants_q and over_k >= wants_k, key)
+        if over_q or over_k:
+            # who has saved one of them gets autograd's error, not wrong numbers
+            torch.autograd.graph.increment_version([dy for dy, over in ((dyq, over_q), (dyk, over_k)) if over])
         return dq, dk, None, None, None
 
 
@@ -242,6 +257,7 @@ def rope(
     alternating: bool = False,
     keep_dtype: bool = False,
     inplace: bool = False,
+    overwrite_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Turns q [B, Hq, T, D] and k [B, Hk, T, D] (``unsqueeze_dim=2``: [B, T, H, D]) by the angles of cos and sin.
 
@@ -255,8 +271,12 @@ def rope(
     Any strides of q and k are read in place if the columns of a head lie side by side. The results have the promoted
     dtype of q (k) and the angles; with ``keep_dtype`` that of q (k).
     ``inplace``: the results, in the dtype of q (k), take the memory of q and k, whose values are lost. Only for tensors
-    whose producer keeps nothing of them (a matrix product's output); autograd raises where it does. Backward is not in
-    place. A compiled graph, which sees to its own memory, may ignore it.
+    whose producer keeps nothing of them (a matrix product's output); autograd raises where it does. A compiled
+    graph, which sees to its own memory, may ignore it.
+    ``overwrite_grad``: the same backward, over the gradients of the results. Only where these are this call's alone, as
+    those that attention has made of q and k; an addition hands one tensor to both its summands. One that does not lie
+    as q (k) does, without gaps, or has another dtype is left as it is. A second backward is right if they are made
+    anew, and autograd's error if they were saved.
     """
     compiling = torch.compiler.is_compiling()
     sections = None if sections is None else tuple(sections)
@@ -269,7 +289,7 @@ def rope(
             q, k, cos, sin, interleaved=interleaved, unsqueeze_dim=unsqueeze_dim, sections=sections,
             alternating=alternating, keep_dtype=keep_dtype, inplace=inplace and not compiling,
         )  # fmt: skip
-    options = interleaved, unsqueeze_dim, sections, alternating, keep_dtype, inplace
+    options = interleaved, unsqueeze_dim, sections, alternating, keep_dtype, inplace, overwrite_grad
     if compiling:
         turn = _turn(q, k, cos, sin, *options)
     else:
@@ -309,6 +329,7 @@ def _turn(
     alternating: bool,
     keep_dtype: bool,
     inplace: bool,
+    overwrite_grad: bool,
 ) -> Turn:
     """What rope does of these tensors, or one clear error."""
     compiling = torch.compiler.is_compiling()
@@ -327,4 +348,5 @@ def _turn(
         and all(x is None or x.stride(-1) == 1 for x in (q, k, cos, sin))
         and (sin is None or cos.stride() == sin.stride())
     )
-    return Turn(form, dtypes, inplace and not compiling, is_plain, None if compiling else {})
+    permitted = inplace and not compiling, overwrite_grad and not compiling
+    return Turn(form, dtypes, *permitted, is_plain, None if compiling else {})

@@ -320,16 +320,17 @@ def test_where_ours_is_behind_is_said_first():
             host_full_us=ms,
         )
 
-    rows = [row("glu", "ds_fused", 1.0, 2.0), row("glu", "liger", 2.0, 1.0), row("dyt", "ds_fused", 0.9, 1.0)]
+    rows = [row("glu", "ds_fused", 1.0, 2.1), row("glu", "liger", 2.0, 1.0), row("dyt", "ds_fused", 0.9, 1.0)]
     rows += [row("dyt", "liger", 0.45, 1.0), row("head", "ds_fused", 1.1, 1.0)]
     rows += [row("head", "bare GEMMs", 1.0, 0.0, status="ceiling")]
     rows += [row("rope", "ds_fused", 1.0, 1.0, launch=True), row("rope", "liger", 1.1, 1.0, launch=True)]
     rows += [row("glu", "ds_fused overwrite_inputs", 1.0, 1.0)]
     rows += [row("norm", "ds_fused", 0.9, 2.0), row("norm", "liger", 0.9, 1.0)]
+    rows += [row("tvd", "ds_fused", 0.9, 2.1), row("tvd", "liger", 0.9, 1.0)]
     rows += [row("cross_entropy", "ds_fused", 1.5, 1.0), row("cross_entropy", "ds_fused grad_in_forward", 1.2, 1.0)]
     compare(rows)
     assert summary(rows) == [
-        "- Liger's time over ours: 1.00 as a geometric mean of 3 cases, 0.50 to 2.00",
+        "- Liger's time over ours: 1.00 as a geometric mean of 4 cases, 0.50 to 2.00",
         "- Liger's time of the host where launches are what takes time over ours: 1.10 as a geometric mean of 1 cases, "
         "1.10 to 1.10",
         "- cross_entropy 1x1: 1.11 times 3 passes, at most 1.1 wanted",
@@ -338,8 +339,10 @@ def test_where_ours_is_behind_is_said_first():
         "- below 92% of the floor, but for heads: glu 1x1; cross_entropy 1x1",
         "- above 1.07 times the bare GEMMs: head 1x1",
         "- more than 0.85 of Liger's time of the host: rope 1x1",
-        "- a larger peak of memory than Liger's: glu 1x1; norm 1x1",
-        "- the same, whatever options were run: norm 1x1",
+        "- a peak of memory larger than Liger's by more than 1 MiB: glu 1x1; tvd 1x1",
+        "- larger by 1 MiB or less: norm 1x1",
+        "- larger by more than 1 MiB, whatever options were run: tvd 1x1",
+        "- larger by 1 MiB or less, whatever options were run: norm 1x1",
     ]
     assert summary(rows)[0] in markdown({}, rows)
 

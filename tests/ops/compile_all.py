@@ -277,6 +277,9 @@ def rope() -> None:
         cos = torch.ones(1, 3, r, dtype=dtype)
         q, k = leaf(1, 3, 32, d, dtype=dtype).transpose(1, 2), leaf(1, 3, 8, d, dtype=dtype).transpose(1, 2)
         torch.autograd.backward([y.sum() for y in ops.rope(q, k, cos, cos, interleaved=interleaved)])
+    # columns that stay are neither read nor written
+    ys = ops.rope(q, k, cos, cos, overwrite_grad=True)
+    torch.autograd.backward(ys, [y.detach() for y in ys])
     q, k = leaf(1, 3, 32, 128), leaf(1, 3, 8, 128)
     freqs = torch.ones(1, 3, 64, dtype=torch.complex64)
     turned = ops.rope(q, k, freqs, interleaved=True, unsqueeze_dim=2, keep_dtype=True)  # Llama-4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import as_accurate, as_its_last_rows, randn, same_bits
+from torch import Tensor
 
 import ds_fused.ops.registry as registry
 from ds_fused.ops import _row_tiles
@@ -215,6 +216,88 @@ def test_a_cuda_graph_captures_it(device):
         y = rms_norm(x, weight)
     graph.replay()
     assert torch.equal(y, wanted)
+
+
+def gradients(overwrite: bool, x: Tensor, weight: Tensor, dy: Tensor, **options: object) -> tuple[Tensor, ...]:
+    """dx and dweight for an upstream gradient that is a copy, and the copy."""
+    leaves = [t.detach().requires_grad_() for t in (x, weight)]
+    dy = dy.clone()
+    y = rms_norm(*leaves, overwrite_grad=overwrite, **options)
+    return *torch.autograd.grad(y, leaves, dy), dy
+
+
+def walk_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FILE, "WHOLE_ROW_BWD", 8)
+    monkeypatch.setattr(_row_tiles, "WALK_BLOCK", 16)
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape, walked",
+    [
+        ((5, 67, 33), False),  # several rows of a tile, and more of them than programs
+        ((7, 1025), False),
+        ((6, 41), True),
+        pytest.param((1, 2049, 32, 128), False, marks=pytest.mark.gpu),
+        pytest.param((2049, 4096), False, marks=pytest.mark.gpu),
+        pytest.param((513, 16384), False, marks=pytest.mark.gpu),
+        pytest.param((513, 16385), False, marks=pytest.mark.gpu),
+    ],
+)
+def test_dx_may_overwrite_the_upstream_gradient(shape, walked, dtype, cast, device, monkeypatch):
+    if walked:
+        walk_rows(monkeypatch)
+    x, weight, dy = (randn(*size, device=device, seed=i).to(dtype) for i, size in enumerate((shape, shape[-1:], shape)))
+    (*wanted, kept), (*got, lent) = (gradients(overwrite, x, weight, dy, cast=cast) for overwrite in (False, True))
+    assert all(same_bits(a, b) for a, b in zip(got, wanted, strict=True))
+    assert got[0].data_ptr() == lent.data_ptr() and same_bits(kept, dy)
+
+
+def test_dx_overwrites_nothing_that_it_does_not_fit(device):
+    x, weight = randn(6, 8, device=device).bfloat16(), randn(8, device=device)
+    columns, rows = randn(8, 6, device=device).bfloat16().t(), randn(6, 2, 8, device=device).bfloat16()[:, 1]
+    wide = randn(6, 8, device=device).float()
+    for dy, scale in ((columns, weight.bfloat16()), (rows, weight.bfloat16()), (wide, weight.float())):
+        leaves = [t.detach().requires_grad_() for t in (x, scale)]
+        before = dy.clone()
+        got = torch.autograd.grad(rms_norm(*leaves, overwrite_grad=True), leaves, dy)
+        assert same_bits(dy, before)
+        assert all(same_bits(a, b) for a, b in zip(got, gradients(False, x, scale, dy), strict=False))
+    # all of an expanded gradient's rows are one
+    leaf = x.detach().requires_grad_()
+    summed, plain = (torch.autograd.grad(rms_norm(leaf, None, overwrite_grad=o).sum(), leaf)[0] for o in (True, False))
+    assert same_bits(summed, plain)
+    # a graph of gradients holds this one
+    dy = x.detach().requires_grad_()
+    torch.autograd.grad(rms_norm(leaf, None, overwrite_grad=True), leaf, dy, create_graph=True)
+    assert same_bits(dy.detach(), x)
+
+
+class Kept(torch.autograd.Function):
+    """The sum of squares, whose gradient is made in the forward and kept."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor) -> Tensor:
+        ctx.save_for_backward(2 * y)
+        return y.square().sum()
+
+    @staticmethod
+    def backward(ctx, dloss: Tensor) -> Tensor:
+        return ctx.saved_tensors[0]
+
+
+def test_a_second_backward_over_an_overwritten_gradient(device):
+    """Right where the gradient is made anew, an error where it was kept."""
+    x, weight = randn(5, 33, device=device).float().requires_grad_(), randn(33, device=device).float()
+    loss = rms_norm(x, weight, overwrite_grad=True).pow(3).sum()
+    first, second = (torch.autograd.grad(loss, x, retain_graph=True)[0].clone() for _ in range(2))
+    (plain,) = torch.autograd.grad(rms_norm(x, weight).pow(3).sum(), x)
+    assert same_bits(first, plain) and same_bits(second, plain)
+    loss = Kept.apply(rms_norm(x, weight, overwrite_grad=True))
+    torch.autograd.grad(loss, x, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, x)
 
 
 def test_errors_name_the_argument(device):

@@ -257,6 +257,32 @@ def test_compiles_to_one_graph(unsqueeze_dim, device):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "sizes, fit",
+    [
+        ((1, 16, 16, 3, 40, 32), (False, False)),  # the columns that stay are fewer than threads
+        ((1, 16, 3, 3, 32, 32), (True, False)),
+        pytest.param((2, 32, 8, 1025, 128, 128), (True, True), marks=pytest.mark.gpu),
+        pytest.param((1, 16, 8, 513, 256, 64), (False, False), marks=pytest.mark.gpu),
+    ],
+)
+def test_gradients_may_overwrite_those_of_the_results(sizes, fit, dtype, device):
+    inputs = rounded(inputs_of(*sizes, device), dtype)
+    dys = rounded(inputs_of(*sizes, device)[:2], dtype)
+    results = []
+    for overwrite in (False, True):
+        leaves = [x.detach().requires_grad_() for x in inputs[:4]]
+        lent = [dy.clone() for dy in dys]
+        ys = rms_norm_rope(*leaves, *inputs[4:], overwrite_grad=overwrite)
+        results.append((torch.autograd.grad(ys, leaves, lent), lent))
+    (wanted, _), (got, lent) = results
+    assert all(same_bits(a, b) for a, b in zip(got, wanted, strict=True))
+    for dx, dy, before, fits in zip(got, lent, dys, fit, strict=False):
+        assert (dx.data_ptr() == dy.data_ptr()) == fits
+        assert fits or same_bits(dy, before)
+
+
 def test_errors_name_the_argument(device):
     q, k, q_weight, k_weight, cos, sin = rounded(inputs_of(2, 3, 1, 5, 8, 8, device), torch.float32)
     for wrong, message in (

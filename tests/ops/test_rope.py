@@ -10,6 +10,7 @@ from accuracy import as_accurate, randn, same_bits
 from torch import Tensor
 
 import ds_fused.ops.registry as registry
+from ds_fused.ops._heads import is_swapped
 from ds_fused.ops.rope import rope, rope_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -286,6 +287,96 @@ def test_in_place_over_what_somebody_saved_is_an_error(device):
         rope(plain.mT.contiguous().mT, plain.clone(), cos, sin, inplace=True)
     with pytest.raises(ValueError, match="q and k share memory"):
         rope(plain, plain, cos, sin, inplace=True)
+
+
+def turned_back(inputs: list[Tensor], dys: list[Tensor], **options: object) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients of q and k for upstream gradients that are copies, and the copies."""
+    q, k = (x.detach().requires_grad_() for x in inputs[:2])
+    dys = [dy.clone() for dy in dys]
+    return list(torch.autograd.grad(rope(q, k, *inputs[2:], **options), (q, k), dys)), dys
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "sizes, options",
+    [
+        ((2, 3, 1, 5, 8, 8), {}),
+        ((2, 3, 1, 5, 8, 8), {"unsqueeze_dim": 2}),
+        ((1, 2, 2, 3, 20, 6), {}),  # partial; no power of two anywhere
+        ((2, 4, 2, 3, 41, 40), {"interleaved": True}),
+        ((2, 3, 1, 5, 8, 8), {"sections": (2, 1, 1)}),
+        pytest.param((2, 32, 8, 1025, 128, 128), {}, marks=pytest.mark.gpu),
+        pytest.param((1, 32, 2, 513, 128, 64), {"interleaved": True}, marks=pytest.mark.gpu),
+    ],
+)
+def test_gradients_may_overwrite_those_of_the_results(sizes, options, dtype, device):
+    q, k, cos, sin = inputs_of(*sizes, device, dtype)
+    dys = [randn(*x.transpose(1, 2).shape, device=device, seed=9).to(dtype).transpose(1, 2) for x in (q, k)]
+    if options.get("unsqueeze_dim") == 2:
+        q, k, *dys = (x.transpose(1, 2) for x in (q, k, *dys))
+    if "sections" in options:
+        cos, sin = (x.expand(3, *x.shape) * torch.ones(3, 1, 1, 1, device=device, dtype=dtype) for x in (cos, sin))
+    inputs = [q, k, cos, sin]
+    wanted, kept = turned_back(inputs, dys, **options)
+    got, lent = turned_back(inputs, dys, overwrite_grad=True, **options)
+    for dx, plain, dy, other, before in zip(got, wanted, lent, kept, dys, strict=True):
+        assert same_bits(dx, plain) and same_bits(other, before)
+        assert dx.data_ptr() == dy.data_ptr() and is_swapped(dx) == is_swapped(plain)
+
+
+def test_gradients_overwrite_nothing_that_they_do_not_fit(device):
+    q, k, cos, sin = inputs_of(2, 3, 3, 5, 8, 6, device, torch.bfloat16)
+
+    def upstream() -> list[Tensor]:
+        return [randn(2, 5, 3, 8, device=device, seed=seed).bfloat16().transpose(1, 2) for seed in (8, 9)]
+
+    plain, _ = turned_back([q, k, cos, sin], upstream())
+    for place, other_layout in (
+        (0, torch.Tensor.contiguous),  # q's is [B, T, H, D]
+        (1, torch.Tensor.contiguous),
+        (0, lambda dy: dy.mT.contiguous().mT),  # columns apart
+        (1, lambda dy: torch.cat((dy, dy), -1)[..., :8]),  # gaps
+    ):
+        given = upstream()
+        given[place] = other_layout(given[place])
+        leaves = [x.detach().requires_grad_() for x in (q, k)]
+        got = torch.autograd.grad(rope(*leaves, cos, sin, overwrite_grad=True), leaves, given)
+        assert all(same_bits(a, b) for a, b in zip(got, plain, strict=True))
+        assert same_bits(given[place], upstream()[place]) and got[place].data_ptr() != given[place].data_ptr()
+        assert got[1 - place].data_ptr() == given[1 - place].data_ptr()
+    # the sum of both results hands one tensor to both
+    dyq, dyk = upstream()
+    wanted, _ = turned_back([q, k, cos, sin], [dyq, dyq])
+    leaves = [x.detach().requires_grad_() for x in (q, k)]
+    yq, yk = rope(*leaves, cos, sin, overwrite_grad=True)
+    for dx, exact in zip(torch.autograd.grad(yq + yk, leaves, dyq), wanted, strict=True):
+        assert same_bits(dx, exact)
+    # results of another dtype than q and k
+    given = [x.float() for x in (dyq, dyk)]
+    got, lent = turned_back([q, k, cos.float(), sin.float()], given, overwrite_grad=True)
+    assert all(same_bits(a, b) for a, b in zip(lent, given, strict=True))
+    assert [dx.dtype for dx in got] == [torch.bfloat16] * 2
+
+
+def test_one_gradient_may_be_overwritten_where_the_other_is_not_wanted(device):
+    q, k, cos, sin = inputs_of(2, 3, 1, 5, 11, 8, device, torch.float32)
+    for place in (0, 1):
+        given = [q, k]
+        given[place] = leaf = given[place].detach().requires_grad_()
+        dy = torch.empty_like(leaf).copy_(leaf.detach())
+        (dx,) = torch.autograd.grad(rope(*given, cos, sin, overwrite_grad=True)[place], leaf, dy)
+        (wanted,) = torch.autograd.grad(rope(*given, cos, sin)[place], leaf, leaf.detach())
+        assert same_bits(dx, wanted) and dx.data_ptr() == dy.data_ptr()
+
+
+def test_a_second_backward_over_overwritten_gradients(device):
+    q, k, cos, sin = inputs_of(1, 2, 1, 3, 8, 8, device, torch.float32)
+    q.requires_grad_(), k.requires_grad_()
+    losses = [sum(y.pow(3).sum() for y in rope(q, k, cos, sin, overwrite_grad=o)) for o in (True, False)]
+    wanted = torch.autograd.grad(losses[1], (q, k))
+    for _ in range(2):
+        got = torch.autograd.grad(losses[0], (q, k), retain_graph=True)
+        assert all(same_bits(a, b) for a, b in zip(got, wanted, strict=True))
 
 
 def test_one_of_both_is_frozen(device):

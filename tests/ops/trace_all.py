@@ -49,6 +49,7 @@ def rms_norm() -> Iterator[Case]:
     yield lambda x: ops.rms_norm(x, None), [(leaf(2, 3, d),) for d in (64, 128)]
     yield ops.rms_norm, [(leaf(2, 3, d), leaf(d)) for d in (64, 128)]
     yield lambda x, bias: ops.rms_norm(x, None, bias=bias), [(leaf(n, 64), leaf(64)) for n in (3, 4, 5)]
+    yield lambda x: ops.rms_norm(x, None, overwrite_grad=True), [(leaf(n, 64),) for n in (3, 4)]
 
 
 def add_rms_norm() -> Iterator[Case]:
@@ -212,7 +213,7 @@ def rope() -> Iterator[Case]:
         lambda q, k, *three: by_sections(q, k, *(x.expand(3, *x.shape) for x in three)),
         [inputs(n, 4, 64) for n in (3, 4, 5)],
     )
-    by_pairs = partial(ops.rope, interleaved=True, keep_dtype=True, inplace=True)
+    by_pairs = partial(ops.rope, interleaved=True, keep_dtype=True, inplace=True, overwrite_grad=True)
     yield (
         lambda q, k, cos, sin: by_pairs(q * 1, k * 1, torch.complex(cos, sin)),
         [(*inputs(n, 4, 64)[:2], *inputs(n, 4, 32)[2:]) for n in (3, 4, 5)],
@@ -227,7 +228,7 @@ def rms_norm_rope() -> Iterator[Case]:
     yield ops.rms_norm_rope, [inputs(n, 4, 64, 64) for n in (3, 4, 5)]
     yield ops.rms_norm_rope, [inputs(5, 4, d, 32) for d in (64, 128)]
     yield ops.rms_norm_rope, [inputs(5, h, 64, 64) for h in (4, 8)]
-    as_gemma = partial(ops.rms_norm_rope, cast="after_weight", offset=1.0, keep_dtype=True)
+    as_gemma = partial(ops.rms_norm_rope, cast="after_weight", offset=1.0, keep_dtype=True, overwrite_grad=True)
     yield lambda q, k, *rest: as_gemma(q, k.detach(), *rest), [inputs(n, 4, 64, 64) for n in (3, 4, 5)]
     yield (
         lambda q, k, *rest: ops.rms_norm_rope(q.transpose(1, 2), k.transpose(1, 2), *rest, unsqueeze_dim=2),
