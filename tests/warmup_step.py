@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-
 from pathlib import Path
 
 import torch
@@ -68,9 +67,11 @@ def main(config_file: str, target: str, ds_file: str | None = None) -> None:
         # after the kernels were made, and after forms were told apart: only so that ops take CPU tensors to them
         os.environ["TRITON_INTERPRET"] = "1"
     ids = torch.zeros((2, 64), dtype=torch.int64, device=device)
+    model.eval()
     with torch.no_grad():
-        model.eval()(input_ids=ids, labels=ids)
-    loss = model.train()(input_ids=ids, labels=ids).loss
+        model(input_ids=ids, labels=ids)
+    model.train()
+    loss = model(input_ids=ids, labels=ids).loss
     loss.backward() if ds_file is None else model.backward(loss)
     print(json.dumps({"found": names[True], "compiled": names[False]}))
 
