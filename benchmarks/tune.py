@@ -271,7 +271,7 @@ SEARCHES = (
         "linear_cross_entropy", "", "both", ((16384, 2048, 151936),), {"MOST_ROUNDINGS": (4, 8, 16)}, file="one_pass"
     ),
     Search(
-        "linear_cross_entropy", "", "both", ((8192, 4096, 128256),), {"LEAST_TOKENS": (512, 1024, 2048)},
+        "linear_cross_entropy", "", "both", ((8192, 4096, 128256),), {"LEAST_TOKENS": (256, 512, 1024, 2048)},
         options={"chunk_mb": (64, 128, 256)}, file="one_pass",
     ),
     Search("kl_div", "", "both", PAIR_SHAPES, {"BLOCK": (1024, 2048, 4096, 8192), "NUM_WARPS": (4, 8, 16)}),

@@ -39,7 +39,7 @@ from ds_fused.ops._tiles import MOST_ROUNDINGS, logits_of, of_chunk, part, produ
 from ds_fused.ops._triton import cdiv, runs_kernels
 
 # not yet measured. each chunk reads and writes dw; with fewer tokens than these that takes an H100 longer than dz.T @ x
-LEAST_TOKENS = 512
+LEAST_TOKENS = 256
 
 
 class Cut(NamedTuple):
