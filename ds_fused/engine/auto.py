@@ -51,6 +51,9 @@ class Auto:
     def window_bytes(self) -> int:
         return self._slabs.window_bytes
 
+    def close(self) -> None:
+        self._slabs.close()
+
     def of(self, n_tokens: int) -> ZeroSlabs | ZeroShard:
         """The form for a loss over so many tokens of this rank."""
         if self._chosen is None:

@@ -97,6 +97,19 @@ class SlabMode:
         """Of memory for copy engines: it stays, and PyTorch's allocator does not count it."""
         return sum(weight.window_bytes for weight in self._heads.values() if not isinstance(weight, ZeroShard))
 
+    def close(self, together: bool) -> None:
+        """Hand back what copy engines hold; nothing happens the second time. No loss follows.
+
+        ``together``: every rank is here, which it is not where an engine is collected as garbage.
+        """
+        engines, self._engines = self._engines, None
+        if engines is None:
+            return
+        engines.end() if together else engines.leave()
+        for weight in self._heads.values():
+            if not isinstance(weight, ZeroShard):
+                weight.close()
+
     def is_sharded(self, head: nn.Module) -> bool:
         return head in self._heads
 

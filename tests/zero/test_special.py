@@ -13,6 +13,8 @@ import products
 import pytest
 from launching import PATIENCE, launch
 
+from ds_fused.engine.windows import TURNS
+
 HERE = Path(__file__).parent
 RANKS = products.RANKS["cpu"]
 LAYERS = products.SIZES["num_hidden_layers"]
@@ -108,6 +110,7 @@ CASES = (
     "stream_is_no_use",
     "stream_without_copy_engines",
     "copied_auto",
+    "destroyed",
     *(f"copied_{name}" for name in (*COPIED, *STEPS)),
     *(f"stationary_{name}" for name in (*STATIONARY, *STEPS)),
     "stationary_class_weights",
@@ -370,6 +373,14 @@ def test_copied_auto(ranks):
         assert before == 0 and (after > 0) == is_stream
         found.add(after)
     assert len(found) == 1
+
+
+def test_destroyed(ranks):
+    """Communicators and windows go with their engine, and where it is garbage once no rank has it."""
+    for result in ranks:
+        assert all(losses == result["losses"][0] for losses in result["losses"])
+        assert len(result["windows"]) == 2 * TURNS + 1 and all(result["windows"])
+        assert result["there"] == [[0], [], [1, 2], [3], []]
 
 
 def test_stream_without_copy_engines(ranks):
