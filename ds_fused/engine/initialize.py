@@ -131,7 +131,7 @@ def _resolved(
 ) -> tuple[Config, list[str]]:
     """The block with what its profile adds, and a line about that; the profile is the same on every rank."""
     from ds_fused.engine import estimate, profiles
-    from ds_fused.engine.auto import free_bytes
+    from ds_fused.engine.choice import free_bytes
     from ds_fused.engine.config import parse
     from ds_fused.policies.blocks import blocks
 

@@ -91,8 +91,8 @@ def destroyed() -> dict:
 
     def run() -> dict:
         first = made()
-        (slabs,) = vars(first)["_ds_fused_slab_mode"]._heads.values()
-        kept = slabs._windows
+        (choice,) = vars(first)["_ds_fused_slab_mode"]._heads.values()
+        kept = choice._slabs._windows
         windows = [weakref.ref(window) for window in (*kept._weights, *kept._gradients, *kept._received)]
         look()
         first.destroy()
