@@ -17,6 +17,7 @@ import csv
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 # run as a script: find this folder's modules
@@ -48,7 +49,7 @@ from benchmarks.scale_model import (
     step_seconds,
 )
 from benchmarks.scale_points import Point, Skipped, points
-from ds_fused.engine.figures import MOST_TOKENS, Head, candidates, of_stream, turning_point
+from ds_fused.engine.figures import MOST_TOKENS, Figures, Head, of_stream, sharded, turning_point
 from ds_fused.engine.shards import Shards
 
 ALLOWED = 0.10
@@ -85,7 +86,7 @@ class Turn:
     hidden: int
     ranks: int
     network: float
-    tokens: int  # up to so many of a rank "auto" picks stationary
+    tokens: int  # up to so many of a rank stationary is better than stream
 
 
 def predictions(machine: Machine) -> Iterator[Prediction]:
@@ -111,12 +112,16 @@ def turns(machine: Machine) -> Iterator[Turn]:
             # within a node there is no network
             for network in NETWORKS if ranks > GPUS_OF_NODE else NETWORKS[:1]:
                 rates = replace(machine, network=network).rates(ranks)
-                tokens = turning_point(head_of(vocab, hidden, ranks), CHUNK_MB * MIB, KEEP_MB * MIB, rates)
-                yield Turn(vocab, hidden, ranks, network, tokens)
+                both = partial(ways_of, head_of(vocab, hidden, ranks))
+                yield Turn(vocab, hidden, ranks, network, turning_point(both, rates))
 
 
 def head_of(vocab: int, hidden: int, ranks: int) -> Head:
     return Head.cut(Shards(vocab, hidden, ranks), SLAB_MB * MIB)
+
+
+def ways_of(head: Head, tokens: int) -> list[Figures]:
+    return sharded(head, tokens, CHUNK_MB * MIB, KEEP_MB * MIB)
 
 
 def ratios(machine: Machine, vocab: int, hidden: int, network: float) -> list[list[float]]:
@@ -125,7 +130,7 @@ def ratios(machine: Machine, vocab: int, hidden: int, network: float) -> list[li
     found = []
     for ranks in MAP_RANKS:
         head, rates = head_of(vocab, hidden, ranks), machine.rates(ranks)
-        pairs = (candidates(head, tokens, CHUNK_MB * MIB, KEEP_MB * MIB) for tokens in TOKENS)
+        pairs = (ways_of(head, tokens) for tokens in TOKENS)
         found.append([stationary.seconds(rates) / stream.seconds(rates) for stream, stationary in pairs])
     return found
 
@@ -304,8 +309,9 @@ def crossover(machine: Machine) -> list[str]:
     lines = [
         "## From where on the weight should travel instead of the tokens",
         "",
-        'Up to so many tokens a rank mode "auto" picks "stationary", by the same formulas (ds_fused/engine/figures.py) '
-        f"and where memory is no matter; chunk_mb={CHUNK_MB}, keep_mb={KEEP_MB}, slab_mb={SLAB_MB}. In brackets: these "
+        'Up to so many tokens a rank mode "auto" prefers "stationary" to "stream", by the same formulas '
+        "(ds_fused/engine/figures.py) and where memory is no matter; "
+        f"chunk_mb={CHUNK_MB}, keep_mb={KEEP_MB}, slab_mb={SLAB_MB}. In brackets: these "
         "tokens of all ranks over V. Columns: bytes a second of each GPU's network card.",
         "",
     ]

@@ -16,7 +16,8 @@ Where the host is behind, the device waits, and does not make up for that later:
 their slower side. ``wait`` is time in which no kernel can begin: the host's way to the first product of a step, and to
 the optimizer, before which it looks at the gradients' norm.
 
-The head in modes "stream" and "stationary" is `ds_fused.engine.figures`, by which mode "auto" chooses.
+The head in modes "stream" and "stationary" is `ds_fused.engine.figures`, by which mode "auto" chooses. It may choose
+"gather" too, of which nothing is predicted.
 
 Sizes: T tokens of a rank in a micro batch, W ranks. Bytes are of bf16 where nothing else is said.
 """
@@ -27,7 +28,7 @@ import functools
 import operator
 from dataclasses import dataclass, replace
 
-from ds_fused.engine.figures import Figures, Head, Rates, candidates, chosen
+from ds_fused.engine.figures import Figures, Head, Rates, chosen, sharded
 from ds_fused.engine.shards import Shards
 from ds_fused.ops._tiles import tile_elements, tiling
 
@@ -457,10 +458,10 @@ def loss_of(job: Job, machine: Machine) -> Loss:
 
 
 def head_figures(job: Job, machine: Machine) -> Figures:
-    """Those of the mode that "auto" picks for our head where memory is no matter."""
+    """Those of the mode for our head that "auto" picks of the two, where memory is no matter."""
     shape, way = job.shape, job.way
     head = Head.cut(Shards(shape.vocab, shape.hidden, job.ranks), SLAB_MB * MIB)
-    both = candidates(head, job.tokens, CHUNK_MB * MIB, way.keep_mb * MIB)
+    both = sharded(head, job.tokens, CHUNK_MB * MIB, way.keep_mb * MIB)
     return chosen(both, float("inf"), machine.rates(job.ranks))
 
 

@@ -175,7 +175,7 @@ def launches_of(
             verify=config.verify,
             logits=config.logits,
             eval=config.eval,
-            weight=HeadWeight(slabs=lambda head, n_tokens: way),
+            weight=HeadWeight(slabs=lambda head, n_tokens, inside: way),
             tiles=config.tiles,
         )
         ids = torch.zeros(shape, dtype=torch.int64, device=META)

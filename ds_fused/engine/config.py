@@ -57,7 +57,7 @@ HEAD_OPTIONS: Mapping[str, Option] = MappingProxyType(
             str,
             "auto",
             'under ZeRO-3: "gather" has the whole weight of the head gathered, "stream" slab after slab; with '
-            '"stationary" it stays on its ranks, and the tokens travel; "auto" takes one of these two',
+            '"stationary" it stays on its ranks, and the tokens travel; "auto" takes one of these three',
             ("auto", "stream", "stationary", "gather"),
         ),
         # 132: at 4096 columns twice shards.WAVE_ROWS

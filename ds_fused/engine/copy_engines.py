@@ -31,22 +31,47 @@ if TYPE_CHECKING:
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # with which NCCL registers no windows, and says nothing
 WITHOUT_WINDOWS = {"NCCL_P2P_DISABLE": "1", "NCCL_CUMEM_ENABLE": "0", "NCCL_WIN_ENABLE": "0"}
+# Communicators whose owners are gone. Ranks collect their garbage at times of their own, and a communicator ends on all
+# of them together: where the next one is made, if no rank uses it any longer
+_left: list[ProcessGroup] = []
 
 
 class CopyEngines:
-    """All ranks of the job, on one host. Every rank makes it and calls its methods in the same order."""
+    """All ranks of the job, on one host. Every rank makes it and calls its methods in the same order, but for `leave`.
+
+    It owns a communicator, which either of `end` and `leave` lets go of.
+    """
 
     def __init__(self) -> None:
+        _end_left()
         self._device = torch.device(get_accelerator().current_device_name())
-        options = dist.ProcessGroupNCCL.Options()
-        options.config.cta_policy = dist.ProcessGroupNCCL.NCCL_CTA_POLICY_ZERO
-        options._timeout = timeout = _timeout(self._device)
-        self._group = dist.new_group(backend="nccl", timeout=timeout, pg_options=options)
+        self._group: ProcessGroup | None = self._made_group()
         # the first collective makes the communicator, which windows are registered with
         dist.all_reduce(torch.zeros(1, device=self._device), group=self._group)
 
+    def _made_group(self) -> ProcessGroup:
+        options = dist.ProcessGroupNCCL.Options()
+        options.config.cta_policy = dist.ProcessGroupNCCL.NCCL_CTA_POLICY_ZERO
+        options._timeout = timeout = _timeout(self._device)
+        return dist.new_group(backend="nccl", timeout=timeout, pg_options=options)
+
+    def end(self) -> None:
+        """Windows are memory like any other from here on; nothing happens the second time."""
+        group, self._group = self._group, None
+        if group is not None:
+            # what is on its way in windows lands first
+            get_accelerator().synchronize()
+            # windows go with the communicator that they are registered with
+            _end(group)
+
+    def leave(self) -> None:
+        """The same, as this rank can do it alone: the communicator ends later."""
+        group, self._group = self._group, None
+        if group is not None:
+            _left.append(group)
+
     def window(self, n_elements: int, dtype: torch.dtype) -> Tensor:
-        """Memory of its own, for good; PyTorch's allocator does not count it."""
+        """Memory of its own; PyTorch's allocator does not count it."""
         from torch.distributed import _symmetric_memory as symmetric_memory
 
         # what PyTorch's allocator keeps in store is nobody else's, and in a step it may be all that is left
@@ -98,6 +123,28 @@ def why_not(group: ProcessGroup) -> str | None:
         # somebody else has memory by another one
         return f"symmetric memory is not NCCL's: {str(error).splitlines()[0]}"
     return None
+
+
+def _is_there(group: ProcessGroup) -> bool:
+    # all groups end with the one of the whole job
+    return dist.is_initialized() and group in dist.distributed_c10d._world.pg_map
+
+
+def _end(group: ProcessGroup) -> None:
+    if _is_there(group):
+        dist.destroy_process_group(group)
+
+
+def _end_left() -> None:
+    """End what all ranks have left, in one order."""
+    _left[:] = filter(_is_there, _left)
+    everyones: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, [group.group_name for group in _left])
+    mine = {group.group_name: group for group in _left}
+    for name in everyones[0]:
+        if all(name in names for names in everyones):
+            _left.remove(mine[name])
+            _end(mine[name])
 
 
 def _timeout(device: torch.device) -> timedelta:

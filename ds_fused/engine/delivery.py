@@ -49,6 +49,12 @@ class Place(NamedTuple):
         sum_parts(parts, self.kept[where], adds=self.adds)
 
 
+class Bystander(NamedTuple):
+    """In place of a `Delivery`, where a weight's rates are measured and its gradient goes DeepSpeed's own way."""
+
+    param: nn.Parameter
+
+
 class Delivery:
     """Hands the optimizer this rank's part of a weight's gradient, beside what it gets for that weight by itself.
 

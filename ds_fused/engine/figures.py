@@ -23,6 +23,7 @@ from deepspeed.accelerator import get_accelerator
 from ds_fused.engine.shards import Shards
 from ds_fused.engine.windows import TURNS
 from ds_fused.ops._tiles import tile_elements, tiling
+from ds_fused.ops.one_pass import cut
 from ds_fused.ops.stationary import block_bytes, block_tokens
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ ROUNDS = 3
 # tokens of the product that is timed; a CPU would take seconds for as many
 TOKENS, TOKENS_OF_CPU = 2048, 64
 MOST_TOKENS = 2**24
+# elements: DeepSpeed's default of stage3_max_reuse_distance
+REUSE = 10**9
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Head:
     trains: bool = True
     offloaded: bool = False
     copied: bool = False  # slabs are moved by copy engines, both ways
+    reuse: int = REUSE  # elements of a whole weight that DeepSpeed keeps from the forward to the backward, at most
 
     @classmethod
     def cut(cls, shards: Shards, slab_bytes: int, itemsize: int = 2, **facts: bool) -> Head:
@@ -157,9 +161,52 @@ def of_stationary(head: Head, most: int, chunk_bytes: int) -> Figures:
     return Figures("stationary", f"{blocks} blocks", held, wire, calls, traffic, flops)
 
 
-def candidates(head: Head, most: int, chunk_bytes: int, keep_bytes: int) -> list[Figures]:
-    """Of the modes that "auto" chooses from: stream, stationary."""
+def of_gather(head: Head, most: int, chunk_bytes: int, keep_bytes: int, in_forward: bool) -> Figures:
+    """By ZeRO's hooks, in the head's own call. ``in_forward``: gradients are made there (ops/one_pass.py)."""
+    n_vocab, hidden, ranks = head.shards.n_vocab, head.shards.hidden, head.shards.ranks
+    itemsize, trains = head.itemsize, head.trains
+    whole = head.elements * itemsize
+    flops = (4 + 2 * trains) * most * head.elements
+    traffic = 3 * itemsize * most * n_vocab
+    # the weight and its gradient
+    held = whole + trains * whole
+    if in_forward:
+        tokens, native = cut(most, n_vocab, hidden, itemsize, chunk_bytes, "auto", trains=trains)
+        chunks = -(-most // tokens)
+        held += tile_elements(min(tokens, most), n_vocab) * itemsize
+        if trains and chunks > 1:
+            # the gradient is added up over chunks, where that is in fp32 beside what it is rounded to
+            held += 0 if native else 4 * head.elements
+            traffic += (itemsize if native else 4) * head.elements * (chunks - 1)
+    else:
+        keep_bytes = keep_bytes if trains else 0
+        tiles = tiling(most, n_vocab, itemsize, chunk_bytes, keep_bytes, dx=True, dweight=trains)
+        slabs, chunks = -(-n_vocab // tiles.rows), -(-most // tiles.tokens)
+        flops += 2 * trains * (1 - min(1.0, tiles.kept / (slabs * chunks))) * most * head.elements
+        held += (tiles.kept + (tiles.kept < slabs * chunks)) * tile_elements(tiles.tokens, tiles.rows) * itemsize
+        if slabs > 1:
+            # dx in fp32
+            held += 4 * most * hidden
+            traffic += (4 if trains else 12) * most * hidden * (slabs - 1)
+        if trains and chunks > 1:
+            # the gradient of a slab is added up in fp32
+            held += 4 * tiles.rows * hidden
+            traffic += 4 * head.elements * (chunks - 1)
+    # one collective each; too large to be kept for the backward, it is gathered once more
+    calls = (1 + (head.elements > head.reuse) + trains) * (ranks > 1)
+    # DeepSpeed copies what it gathers and reduces
+    traffic += calls * 2 * whole
+    return Figures("gather", f"{chunks} chunks", held, calls * whole * (ranks - 1) // ranks, calls, traffic, flops)
+
+
+def sharded(head: Head, most: int, chunk_bytes: int, keep_bytes: int) -> list[Figures]:
+    """Of the modes in which the weight is never whole: stream, stationary."""
     return [of_stream(head, most, chunk_bytes, keep_bytes), of_stationary(head, most, chunk_bytes)]
+
+
+def candidates(head: Head, most: int, chunk_bytes: int, keep_bytes: int, in_forward: bool) -> list[Figures]:
+    """Of the modes that "auto" chooses from: those two and gather."""
+    return [*sharded(head, most, chunk_bytes, keep_bytes), of_gather(head, most, chunk_bytes, keep_bytes, in_forward)]
 
 
 def chosen(ways: list[Figures], free: float, rates: Rates) -> Figures:
@@ -174,12 +221,12 @@ def chosen(ways: list[Figures], free: float, rates: Rates) -> Figures:
     return min((way for way in fitting if way.seconds(rates) <= near), key=lambda way: way.held)
 
 
-def turning_point(head: Head, chunk_bytes: int, keep_bytes: int, rates: Rates) -> int:
+def turning_point(ways: Callable[[int], list[Figures]], rates: Rates) -> int:
     """The largest number of tokens a rank for which stationary is chosen where memory is no matter."""
     low, high = 0, MOST_TOKENS
     while low < high:
         middle = (low + high + 1) // 2
-        if chosen(candidates(head, middle, chunk_bytes, keep_bytes), float("inf"), rates).mode == "stationary":
+        if chosen(ways(middle), float("inf"), rates).mode == "stationary":
             low = middle
         else:
             high = middle - 1

@@ -1,10 +1,12 @@
-"""Where ``deepspeed.initialize`` meets us: two methods of ``DeepSpeedEngine``, the base of every training engine.
+"""Where DeepSpeed meets us: four methods of ``DeepSpeedEngine``, the base of every training engine.
 
 ``__init__``: take note of the ``ds_fused`` block before anything happens; report when all is done.
 ``_configure_distributed_model``: replace right before it. By then AutoTP and AutoEP have put their own layers in place
 (earlier, they would replace ours by stock ones); the cast, ZeRO's hooks and the optimizer are still to come.
+``destroy``: hand back what copy engines hold, after all of stock's. ``__del__``, which calls it: ranks do so when they
+like, so nothing may wait for another one.
 
-Without a block, or with ``"enabled": false``, both are the originals and nothing of us is imported.
+Without a block, or with ``"enabled": false``, all are the originals and nothing of us is imported.
 """
 
 from __future__ import annotations
@@ -32,14 +34,16 @@ log = logging.getLogger("ds_fused")
 
 
 def hook(engine_module: ModuleType) -> None:
-    """``deepspeed.runtime.engine`` was imported: wrap the two methods, once."""
+    """``deepspeed.runtime.engine`` was imported: wrap the four methods, once."""
     cls = engine_module.DeepSpeedEngine
     if hasattr(cls.__init__, "_ds_fused_hook"):
         return
-    # both looked up before either is replaced: half a hook would be worse than none
-    init, configure = cls.__init__, cls._configure_distributed_model
+    # all looked up before any is replaced: half a hook would be worse than none
+    init, configure, destroy, collect = cls.__init__, cls._configure_distributed_model, cls.destroy, cls.__del__
     cls.__init__ = _wrapped_init(init)
     cls._configure_distributed_model = _wrapped_configure(configure)
+    cls.destroy = _wrapped_destroy(destroy)
+    cls.__del__ = _wrapped_del(collect)
 
 
 def _wrapped_init(original):
@@ -81,6 +85,28 @@ def _wrapped_configure(original):
     return _configure_distributed_model
 
 
+def _wrapped_destroy(original):
+    @functools.wraps(original)
+    def destroy(self):
+        try:
+            return original(self)
+        finally:
+            slab_mode = self.__dict__.get("_ds_fused_slab_mode")
+            if slab_mode is not None:
+                slab_mode.close(together=not self.__dict__.get("_ds_fused_is_garbage", False))
+
+    return destroy
+
+
+def _wrapped_del(original):
+    @functools.wraps(original)
+    def __del__(self):
+        self.__dict__["_ds_fused_is_garbage"] = True
+        original(self)
+
+    return __del__
+
+
 _ABSENT = object()
 
 
@@ -105,7 +131,7 @@ def _resolved(
 ) -> tuple[Config, list[str]]:
     """The block with what its profile adds, and a line about that; the profile is the same on every rank."""
     from ds_fused.engine import estimate, profiles
-    from ds_fused.engine.auto import free_bytes
+    from ds_fused.engine.choice import free_bytes
     from ds_fused.engine.config import parse
     from ds_fused.policies.blocks import blocks
 

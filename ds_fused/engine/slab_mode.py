@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from ds_fused.engine import copy_engines, self_test
 from ds_fused.engine.agreement import first_of
-from ds_fused.engine.auto import Auto
+from ds_fused.engine.choice import AUTO, GATHER, Choice
 from ds_fused.engine.config import HEAD, OP_OPTIONS, Config
 from ds_fused.engine.copy_engines import CopyEngines
-from ds_fused.engine.delivery import Delivery
+from ds_fused.engine.delivery import Bystander, Delivery
 from ds_fused.engine.lookup import Lookup
 from ds_fused.engine.shards import Shards
 from ds_fused.engine.stationary import ZeroShard
@@ -83,22 +83,37 @@ class SlabMode:
         self._embeddings = config.embedding
         self._wants_engines = config.head["copy_engines"]
         self._engines: CopyEngines | None = None
-        self._heads: dict[nn.Module, ZeroSlabs | ZeroShard | Auto] = {}
+        self._heads: dict[nn.Module, Choice] = {}
         self._biases: dict[nn.Module, ZeroVector] = {}
         self._deliveries: dict[nn.Parameter, Delivery] = {}
 
-    def slabs(self, head: nn.Module, n_tokens: int) -> ZeroSlabs | ZeroShard | None:
-        """The weight of a head whose loss is to be computed without the whole of it."""
-        weight = self._heads.get(head)
-        return weight.of(n_tokens) if isinstance(weight, Auto) else weight
+    def slabs(self, head: nn.Module, n_tokens: int, inside: bool) -> ZeroSlabs | ZeroShard | None:
+        """The weight of a head whose loss is to be computed without the whole of it.
+
+        ``inside``: a forward of the model is running.
+        """
+        choice = self._heads.get(head)
+        return None if choice is None else choice.of(n_tokens, inside)
 
     @property
     def window_bytes(self) -> int:
         """Of memory for copy engines: it stays, and PyTorch's allocator does not count it."""
-        return sum(weight.window_bytes for weight in self._heads.values() if not isinstance(weight, ZeroShard))
+        return sum(choice.window_bytes for choice in self._heads.values())
+
+    def close(self, together: bool) -> None:
+        """Hand back what copy engines hold; nothing happens the second time. No loss follows.
+
+        ``together``: every rank is here, which it is not where an engine is collected as garbage.
+        """
+        engines, self._engines = self._engines, None
+        if engines is None:
+            return
+        engines.end() if together else engines.leave()
+        for choice in self._heads.values():
+            choice.close()
 
     def is_sharded(self, head: nn.Module) -> bool:
-        return head in self._heads
+        return head in self._heads and self._heads[head].is_sharded
 
     def bias(self, head: nn.Module) -> Tensor | None:
         """That of a head in slabs, whole."""
@@ -112,9 +127,13 @@ class SlabMode:
 
     def decide(self, engine: DeepSpeedEngine, report: Report) -> None:
         """Heads and embeddings of the engine's model; what came of it goes into the report."""
-        if self._mode == "gather" or (self._mode == "auto" and not engine.zero_optimization_partition_weights()):
+        if self._mode in (AUTO, GATHER) and not engine.zero_optimization_partition_weights():
             return
         heads = [claim for claim in report.claims if isinstance(claim, LinearClaim)]
+        if self._mode == GATHER:
+            for claim in heads:
+                self._count(engine, claim)
+            return
         for claim in heads:
             head = claim.site.head
             reason = self._why_gather(engine, head)
@@ -124,10 +143,9 @@ class SlabMode:
                 if reason is not None:
                     what = f"copy engines for head {claim.paths[0]}"
                     report.left = (*report.left, Left(what, 1, f"collectives move its slabs, since {reason}"))
-                self._heads[head] = weight = self._weight(engine, claim, delivery, engines)
+                self._choose(engine, claim, delivery, engines)
                 if head.bias is not None and not head.bias.ds_persist:
                     self._biases[head] = ZeroVector(Delivery(head.bias, engine))
-                claim.replacement = f"{claim.replacement}; {weight}"
             else:
                 report.left = (*report.left, self._gathered(f"head {claim.paths[0]}", reason))
         for path, module in self._tables(engine.module, [claim.site.head for claim in heads]):
@@ -162,24 +180,29 @@ class SlabMode:
             self._engines = CopyEngines()
         return self._engines, None
 
-    def _weight(
-        self, engine: DeepSpeedEngine, claim: LinearClaim, delivery: Delivery, engines: CopyEngines | None
-    ) -> ZeroSlabs | ZeroShard | Auto:
-        if self._mode == "stream":
-            return ZeroSlabs(delivery, self._slab_bytes, engines)
-        shard = ZeroShard(delivery)
-        if self._mode == "stationary":
-            return shard
+    def _choose(
+        self, engine: DeepSpeedEngine, claim: LinearClaim, source: Delivery | Bystander, engines: CopyEngines | None
+    ) -> None:
         replacement = claim.replacement
 
         def tell(line: str) -> None:
-            claim.replacement = f"{replacement}; {line}"
+            # what "auto" might have chosen is known no longer to be so
+            said = replacement if self._mode == AUTO else claim.replacement
+            claim.replacement = f"{said}; {line}"
             if engine.global_rank == 0:
                 log.warning("ds_fused: head %s: %s", claim.paths[0], line)
 
         options = {name: option.default for name, option in OP_OPTIONS[HEAD].items()} | dict(claim.options)
-        slabs = ZeroSlabs(delivery, self._slab_bytes, engines)
-        return Auto(slabs, shard, options["chunk_mb"], options["keep_mb"], tell)
+        slabs, shard = ZeroSlabs(source, self._slab_bytes, engines), ZeroShard(source)
+        choice = Choice(self._mode, slabs, shard, options, engine.zero_max_reuse_distance(), tell)
+        self._heads[claim.site.head] = choice
+        claim.replacement = f"{replacement}; {choice}"
+
+    def _count(self, engine: DeepSpeedEngine, claim: LinearClaim) -> None:
+        """What it costs to gather a head's weight, where it might have been otherwise."""
+        param, reason = claim.site.head.weight, why_gather(engine, claim.site.head)
+        if hasattr(param, "ds_process_group") and first_of(reason, param.ds_process_group) is None:
+            self._choose(engine, claim, Bystander(param), None)
 
     def _lookup(self, delivery: Delivery) -> Lookup:
         # in mode "stream" collectives depend on the weight alone, here as in the head

@@ -29,6 +29,11 @@ class Windows:
         self._received: list[Tensor] = []
         self._given: dict[int, Tensor] = {}
 
+    def close(self) -> None:
+        """Let go of the memory."""
+        for there in (self._weights, self._gradients, self._received, self._given):
+            there.clear()
+
     @property
     def n_bytes(self) -> int:
         n = len(self._weights) + len(self._gradients) + len(self._received)

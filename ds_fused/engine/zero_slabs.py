@@ -114,6 +114,12 @@ class ZeroSlabs:
         """Of memory that stays and that PyTorch's allocator does not count."""
         return 0 if self._windows is None else self._windows.n_bytes
 
+    def close(self) -> None:
+        """Let go of that memory; no pass follows."""
+        self._coming = self._leaving = None
+        if self._windows is not None:
+            self._windows.close()
+
     # the weight comes
 
     def prefetch(self, k: int) -> None:

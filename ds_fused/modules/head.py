@@ -198,8 +198,8 @@ def linear_loss(logits: DeferredLogits, labels: Tensor, **arguments: Any) -> Ten
 
 
 def _computed(call: HeadCall, loss: LossArguments) -> tuple[Tensor, Tensor | None]:
-    head = call.head
-    slabs = head._ds_fused_scope.weight.slabs(head, loss.labels.numel())
+    head, scope = call.head, call.head._ds_fused_scope
+    slabs = scope.weight.slabs(head, loss.labels.numel(), scope.is_running())
     if slabs is None:
         # the head's own call, past the one that postpones
         return nn.Module.__call__(head, call.hidden, loss=loss)

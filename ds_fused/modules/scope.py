@@ -47,7 +47,7 @@ def is_observed(head: nn.Module) -> bool:
     return any(home_of(hook).partition(".")[0] not in _GATHERING for hook in hooks)
 
 
-def _no_slabs(head: nn.Module, n_tokens: int) -> None:
+def _no_slabs(head: nn.Module, n_tokens: int, inside: bool) -> None:
     return None
 
 
@@ -68,9 +68,9 @@ class HeadWeight:
 
     # the context of a read after the forward, in which the weight is whole
     whole: WholeWeight = nullcontext
-    # for the loss over so many tokens, the weight in slabs of its own or the rows of it that stay here; None where the
-    # loss is to be computed in the head's own call
-    slabs: Callable[[nn.Module, int], WeightSlabs | VocabShard | None] = _no_slabs
+    # for the loss over so many tokens, inside a running forward or not: the weight in slabs of its own or the rows of
+    # it that stay here; None where the loss is to be computed in the head's own call
+    slabs: Callable[[nn.Module, int, bool], WeightSlabs | VocabShard | None] = _no_slabs
     # whether there are those
     is_sharded: Callable[[nn.Module], bool] = _is_not_sharded
     # the bias beside them
@@ -159,6 +159,10 @@ class Scope:
             self._without_gradients = defers and not torch.is_grad_enabled()
             self._waited = defers = defers and not self._without_gradients
         return defers
+
+    def is_running(self) -> bool:
+        """Whether a forward is."""
+        return bool(self._modes)
 
     def is_plain(self) -> bool:
         """Whether a forward is running that was given no labels, and could have been."""

@@ -112,6 +112,53 @@ def test_memory_of_another_kind(able, monkeypatch):
     assert copy_engines.why_not(None) == "symmetric memory is not NCCL's: Allocator already in use for CUDA"
 
 
+@pytest.fixture
+def owned(monkeypatch) -> tuple[copy_engines.CopyEngines, list[str]]:
+    """The owner of one of the job's communicators, and what is done with it."""
+    engines, did = object.__new__(copy_engines.CopyEngines), []
+    engines._group = group = SimpleNamespace(group_name="ours")
+    monkeypatch.setattr(
+        copy_engines, "get_accelerator", lambda: SimpleNamespace(synchronize=lambda: did.append("all has landed"))
+    )
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist.distributed_c10d, "_world", SimpleNamespace(pg_map=[group]))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda group: did.append(f"{group.group_name} ends"))
+    monkeypatch.setattr(copy_engines, "_left", [])
+    return engines, did
+
+
+def test_a_communicator_ends_once(owned):
+    engines, did = owned
+    engines.end()
+    engines.end()
+    engines.leave()
+    assert did == ["all has landed", "ours ends"] and not copy_engines._left
+
+
+def test_a_communicator_that_ended_with_the_job(owned, monkeypatch):
+    engines, did = owned
+    monkeypatch.setattr(dist.distributed_c10d, "_world", SimpleNamespace(pg_map=[]))
+    engines.end()
+    assert did == ["all has landed"]
+
+
+@pytest.mark.parametrize(
+    ("everyones", "ended"), [([["ours"], []], []), ([["another", "ours"], ["ours"]], ["ours ends"])]
+)
+def test_a_communicator_that_was_left(owned, monkeypatch, everyones, ended):
+    engines, did = owned
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+
+    def gather(told: list, mine: list[str]) -> None:
+        assert mine == ["ours"]
+        told[:] = everyones
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    engines.leave()
+    copy_engines._end_left()
+    assert did == ended and len(copy_engines._left) == 1 - len(ended)
+
+
 def test_a_window_finds_what_the_allocator_has_in_store(monkeypatch):
     did: list[str] = []
     monkeypatch.setattr(

@@ -130,6 +130,8 @@ def test_the_dtype_that_layers_will_compute_in(on, expected):
 
 def fake_engine_module():
     class DeepSpeedEngine:
+        is_broken = False
+
         def __init__(self, args, model, config_class=None):
             self.args = args
             self.global_rank = 0
@@ -139,15 +141,22 @@ def fake_engine_module():
         def _configure_distributed_model(self, model):
             self.module = model
 
+        def destroy(self):
+            if self.is_broken:
+                raise RuntimeError("half of it is gone")
+
+        def __del__(self):
+            self.destroy()
+
     return SimpleNamespace(DeepSpeedEngine=DeepSpeedEngine)
 
 
 def test_hooking_twice_is_hooking_once():
     module = fake_engine_module()
     initialize.hook(module)
-    once = module.DeepSpeedEngine.__init__, module.DeepSpeedEngine._configure_distributed_model
+    once = dict(vars(module.DeepSpeedEngine))
     initialize.hook(module)
-    assert (module.DeepSpeedEngine.__init__, module.DeepSpeedEngine._configure_distributed_model) == once
+    assert vars(module.DeepSpeedEngine) == once
 
 
 def test_an_engine_that_never_comes_by_says_so():
@@ -162,14 +171,32 @@ def test_an_engine_that_never_comes_by_says_so():
         Other(None, None, SimpleNamespace(_param_dict={"ds_fused": {"enabled": True}}))
 
 
-def test_half_a_hook_is_none():
-    """A DeepSpeed whose engine no longer has the method that the swap goes before."""
+@pytest.mark.parametrize("name", ["_configure_distributed_model", "destroy", "__del__"])
+def test_half_a_hook_is_none(name):
+    """A DeepSpeed whose engine no longer has the method that the swap goes before, or another one of ours."""
     module = fake_engine_module()
-    del module.DeepSpeedEngine._configure_distributed_model
+    delattr(module.DeepSpeedEngine, name)
     init = module.DeepSpeedEngine.__init__
     with pytest.raises(AttributeError):
         initialize.hook(module)
     assert module.DeepSpeedEngine.__init__ is init
+
+
+def test_an_engine_that_goes_hands_back_what_it_holds():
+    """After stock's own, also where that fails; collected as garbage, without the other ranks."""
+    module, closed = fake_engine_module(), []
+    initialize.hook(module)
+    stock, fused = (module.DeepSpeedEngine(None, "a model") for _ in range(2))
+    fused._ds_fused_slab_mode = SimpleNamespace(close=lambda together: closed.append(together))
+    stock.destroy()
+    fused.destroy()
+    assert closed == [True]
+    fused.is_broken = True
+    with pytest.raises(RuntimeError, match="half of it is gone"):
+        fused.destroy()
+    fused.is_broken = False
+    fused.__del__()
+    assert closed == [True, True, False]
 
 
 def test_without_triton_the_error_says_so(monkeypatch):

@@ -6,7 +6,19 @@ from dataclasses import replace
 
 import pytest
 
-from ds_fused.engine.figures import Figures, Head, Rates, candidates, chosen, of_stationary, of_stream, turning_point
+from ds_fused.engine.figures import (
+    REUSE,
+    Figures,
+    Head,
+    Rates,
+    candidates,
+    chosen,
+    of_gather,
+    of_stationary,
+    of_stream,
+    sharded,
+    turning_point,
+)
 from ds_fused.engine.shards import Shards
 from ds_fused.ops._tiles import KEPT_SLABS
 
@@ -28,6 +40,10 @@ def stationary(most: int, ranks: int = W, trained: bool = True, offloaded: bool 
     return of_stationary(head(ranks, trains=trained, offloaded=offloaded), most, 512 * MB)
 
 
+def gather(most: int, keep_mb: int = 0, ranks: int = W, in_forward: bool = True, **facts: object) -> Figures:
+    return of_gather(head(ranks, **facts), most, 512 * MB, keep_mb * MB, in_forward)
+
+
 def test_a_head_is_cut_as_its_slabs_are():
     few = Head.cut(Shards(V, H, W), 128 * MB)
     # the first is smaller
@@ -46,6 +62,16 @@ def test_bytes_on_the_wire():
     # x of three ranks, and their parts of dx in fp32; the rest is little
     assert stationary(8192).wire == pytest.approx(3 * 8192 * H * 6, rel=1e-2)
     assert stream(8192, ranks=1).wire == stationary(8192, ranks=1).wire == 0
+
+
+def test_what_a_whole_weight_moves():
+    # gathered once, where DeepSpeed keeps it for the backward, and reduced once; whatever the tokens are
+    other = V * H * 2 * 3 // 4
+    assert gather(8192).wire == gather(1).wire == 2 * other and gather(8192).calls == 2
+    assert gather(8192, reuse=V * H - 1).wire == 3 * other and gather(8192, reuse=V * H - 1).calls == 3
+    assert gather(8192, trains=False).wire == other and REUSE > V * H
+    alone = gather(8192, ranks=1)
+    assert alone.wire == alone.calls == 0 and alone.traffic == gather(8192).traffic - 2 * 2 * V * H * 2
 
 
 def test_what_copy_engines_move():
@@ -83,6 +109,15 @@ def test_time():
     wire = there.wire / RATES.wire + (4 * blocks + 2) * RATES.call
     assert there.seconds(RATES) == pytest.approx(3 * products + passes + traffic + wire)
     assert stationary(8192, trained=False).seconds(RATES) < stationary(8192).seconds(RATES)
+    whole = gather(8192)
+    # four chunks of tokens; DeepSpeed's copies of what it gathers and reduces
+    traffic = (2 * V * H * 3 + 2 * 2 * V * H * 2) / RATES.memory
+    wire = whole.wire / RATES.wire + 2 * RATES.call
+    assert whole.seconds(RATES) == pytest.approx(3 * products + passes + traffic + wire)
+    made_again = gather(8192, in_forward=False)
+    assert made_again.flops == gather(8192, 4096, in_forward=False).flops * 4 / 3 == whole.flops * 4 / 3
+    # not trained, it is looked at once either way
+    assert gather(8192, in_forward=False, trains=False).flops == gather(8192, trains=False).flops == 4 * 8192 * V * H
 
 
 def test_bytes_held():
@@ -99,6 +134,11 @@ def test_bytes_held():
     assert stationary(8192).held - stationary(8192, trained=False).held == dw
     assert stationary(8192, offloaded=True).held - stationary(8192).held == dw // 2
     assert stationary(65536).held == pytest.approx(stationary(8192).held, rel=0.1)
+    # the weight, its gradient and a chunk of logits; over many chunks the sum of the gradient in fp32
+    assert gather(8192).held == 2 * V * H * 2 + 2048 * V * 2
+    assert gather(8192, trains=False).held == V * H * 2 + 2048 * V * 2
+    many = of_gather(Head(Shards(V, 1024, W), SLAB, 8), 2**17, 512 * MB, 0, in_forward=True)
+    assert many.held == 2 * V * 1024 * 2 + V * 1024 * 4 + 2048 * V * 2
 
 
 # MiB beyond what is there before, less dx: benchmarks/results/h100x4, four ranks, 128 MiB of slab, 512 of logits.
@@ -137,28 +177,49 @@ def test_the_choice():
     assert chosen([way("stream", 1, 3.1e-3), way("stationary", 3, 2e-3)], 10, rates).mode == "stationary"
 
 
-def mode(most: int, ranks: int, rates: Rates) -> str:
-    return chosen(
-        candidates(Head.cut(Shards(V, H, ranks), 128 * MB), most, 512 * MB, 2048 * MB), float("inf"), rates
-    ).mode
+def ways(most: int, ranks: int) -> list[Figures]:
+    return candidates(Head.cut(Shards(V, H, ranks), 128 * MB), most, 512 * MB, 2048 * MB, in_forward=True)
+
+
+def mode(most: int, ranks: int, rates: Rates, free: float = float("inf")) -> str:
+    return chosen(ways(most, ranks), free, rates).mode
 
 
 def test_tokens_travel_on_few_ranks_and_the_weight_on_many():
     assert mode(8192, 4, RATES) == "stationary"
-    assert mode(8192, 256, RATES) == "stream"
+    assert chosen(ways(8192, 256)[:2], float("inf"), RATES).mode == "stream"
+
+
+def test_a_whole_weight_is_gathered_where_there_is_memory_and_it_is_faster():
+    """By few collectives, or because each logit is computed once, as in the other modes only kept ones are."""
+    assert mode(16384, 64, RATES) == "gather"
+    whole = gather(16384, ranks=64)
+    assert mode(16384, 64, RATES, free=whole.held) == "gather"
+    # it is the smaller one of the two here, until less is kept of the logits
+    stream, _, gathered = ways(16384, 64)
+    assert gathered.held == whole.held < stream.held
+    little = [of_stream(head(64), 16384, 512 * MB, 0), gathered]
+    assert little[0].held < whole.held and little[0].seconds(RATES) > 1.2 * whole.seconds(RATES)
+    assert chosen(little, whole.held, RATES).mode == "gather"
+    assert chosen(little, whole.held - 1, RATES).mode == "stream"
+    # on one node all logits fit what is kept, or the tokens travel
+    assert all(mode(most, ranks, RATES) == "stationary" for most in (2048, 4096, 8192, 16384) for ranks in (2, 4))
 
 
 def test_calls_over_many_nodes_turn_the_choice():
     """256 ranks, one byte rate: blocks of few tokens ask for more collectives than slabs of the weight."""
     slow = replace(RATES, wire=100e9, call=0.6e-3)
-    assert mode(430, 256, replace(slow, call=0.0)) == "stationary"
-    assert mode(430, 256, slow) == "stream"
+    free = 2 * V * H * 2  # a whole weight and its gradient, and no logits
+    assert mode(430, 256, replace(slow, call=0.0), free) == "stationary"
+    assert mode(430, 256, slow, free) == "stream"
 
 
 def test_the_turning_point():
-    tokens = turning_point(head(64), 512 * MB, 2048 * MB, RATES)
-    both = [candidates(head(64), most, 512 * MB, 2048 * MB) for most in (tokens, tokens + 1)]
-    assert [chosen(way, float("inf"), RATES).mode for way in both] == ["stationary", "stream"]
+    def both(most: int) -> list[Figures]:
+        return sharded(head(64), most, 512 * MB, 2048 * MB)
+
+    tokens = turning_point(both, RATES)
+    assert [chosen(both(most), float("inf"), RATES).mode for most in (tokens, tokens + 1)] == ["stationary", "stream"]
 
 
 def test_a_line_of_figures():

@@ -43,6 +43,8 @@ def batches(accumulation: int, n_steps: int = STEPS) -> list[list[list[tuple[Ten
 def optimizer_of(name: str, weights: Iterable[Tensor]) -> torch.optim.Optimizer:
     lr = LEARNING_RATE[name]
     if name == "adamw":
-        # at the usual eps of 1e-8 it makes a whole step out of the noise in a gradient near 0, stock as well as others
-        return torch.optim.AdamW(weights, lr=lr, eps=1e-5)
+        # At the usual eps of 1e-8 it makes a whole step out of the noise in a gradient near 0, stock as well as others.
+        # At 1e-5 a few such gradients still are most of a run's distance from the judge: over 20 sets of batches that
+        # of an embedding was 0.4 to 2.6 times as large in one run as in another, and at 1e-4 it is 0.6 to 1.2 times
+        return torch.optim.AdamW(weights, lr=lr, eps=1e-4)
     return torch.optim.SGD(weights, lr=lr, momentum=0.9 if name == "momentum" else 0.0)

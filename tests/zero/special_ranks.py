@@ -19,6 +19,7 @@ from special import CASES, add_twins
 for module in ("special_models", "special_steps", "special_gathered"):
     import_module(module)
 add_twins("stationary", special_stationary.stationary)
+add_twins("gathered", special_stationary.gathered)
 add_twins("copied", special_slabs.copied)
 
 

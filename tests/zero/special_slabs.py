@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -67,6 +68,53 @@ def copied_auto() -> dict:
         return {"losses": losses, "windows": windows, "report": str(getattr(engine, "ds_fused_report", ""))}
 
     return copied(partial(both, model_of, stage=3, run=run, block={"fused_linear_cross_entropy": head}))()
+
+
+@case
+def destroyed() -> dict:
+    """Engine after engine with copy engines: the first is destroyed, the second collected by one rank before the other.
+
+    "there": whose communicators are, engines being numbered.
+    """
+    groups: list[dist.ProcessGroup] = []
+    found: dict = {"losses": [], "there": []}
+
+    def made() -> deepspeed.DeepSpeedEngine:
+        engine = engine_of(model_of(), 3, STREAM)
+        groups.append(vars(engine)["_ds_fused_slab_mode"]._engines._group)
+        found["losses"].append(train(engine, mine()[:2]))
+        return engine
+
+    def look() -> None:
+        there = dist.distributed_c10d._world.pg_map
+        found["there"].append([number for number, group in enumerate(groups) if group in there])
+
+    def run() -> dict:
+        first = made()
+        (choice,) = vars(first)["_ds_fused_slab_mode"]._heads.values()
+        kept = choice._slabs._windows
+        windows = [weakref.ref(window) for window in (*kept._weights, *kept._gradients, *kept._received)]
+        look()
+        first.destroy()
+        first.destroy()
+        found["windows"] = [window() is None for window in windows]
+        look()
+        # as garbage is collected, which DeepSpeed's own references to an engine put off
+        second = made()
+        if dist.get_rank() == 1:
+            second.__del__()
+        third = made()
+        look()
+        if dist.get_rank() == 0:
+            second.__del__()
+        third.__del__()
+        last = made()
+        look()
+        last.destroy()
+        look()
+        return found
+
+    return copied(run)()
 
 
 @case

@@ -16,8 +16,9 @@ from special import STATIONARY, Batch, both, case, engine_of, mine, model_of, my
 from transformers import LlamaForCausalLM
 
 import ds_fused
-from ds_fused.engine import lookup
+from ds_fused.engine import choice, lookup
 from ds_fused.engine.delivery import Delivery
+from ds_fused.engine.figures import Figures, Rates
 from ds_fused.engine.stationary import ZeroShard
 
 
@@ -43,6 +44,26 @@ def stationary(twin: Callable[[], dict]) -> Callable[[], dict]:
     def run() -> dict:
         with streaming(mode="stationary"), lookups() as seen:
             return twin() | {"lookups": seen}
+
+    return run
+
+
+def gathered(twin: Callable[[], dict]) -> Callable[[], dict]:
+    """A case of mode "stream" in mode "auto", where that has the whole weight gathered if it can; and what it took."""
+
+    def run() -> dict:
+        seen, before = [], choice.chosen
+
+        def last(ways: list[Figures], free: float, rates: Rates) -> Figures:
+            seen.append(ways[-1].mode)
+            return ways[-1]
+
+        choice.chosen = last
+        try:
+            with streaming(mode="auto"):
+                return twin() | {"chosen": seen}
+        finally:
+            choice.chosen = before
 
     return run
 
@@ -143,6 +164,20 @@ def stationary_entropies() -> dict:
         return found
 
     return {name: {"stock": losses(False, **more), "fused": losses(True, **more)} for name, more in DTYPES.items()}
+
+
+@case
+def forced() -> dict:
+    """What the report says of the head in each mode that may be asked for, before and after a step."""
+    found = {}
+    for mode in ("stream", "stationary", "gather"):
+        engine = engine_of(model_of(), 3, {"fused_linear_cross_entropy": {"mode": mode}})
+        (head,) = (claim for claim in engine.ds_fused_report.claims if claim.key == "fused_linear_cross_entropy")
+        found[mode] = [head.replacement]
+        train(engine, mine()[:1])
+        found[mode].append(head.replacement)
+        engine.destroy()
+    return found
 
 
 @case

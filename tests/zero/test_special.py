@@ -13,6 +13,8 @@ import products
 import pytest
 from launching import PATIENCE, launch
 
+from ds_fused.engine.windows import TURNS
+
 HERE = Path(__file__).parent
 RANKS = products.RANKS["cpu"]
 LAYERS = products.SIZES["num_hidden_layers"]
@@ -56,6 +58,19 @@ STEPS = (
     "generating",
     "offload_accumulating",
 )
+
+# those in mode "auto" where it has the whole weight gathered
+GATHERED = (
+    "evaluation_and_saving",
+    "tied_offload",
+    "sharded_bias",
+    "frozen_head",
+    "checkpointing",
+    "own_loss",
+    "smoothed",
+    "thrown_away",
+)
+GATHERED_STEPS = ("checkpointed_head", "callers_accumulation", "evaluation_in_an_accumulation", "universal_checkpoint")
 
 CASES = (
     "lora",
@@ -108,10 +123,13 @@ CASES = (
     "stream_is_no_use",
     "stream_without_copy_engines",
     "copied_auto",
+    "destroyed",
     *(f"copied_{name}" for name in (*COPIED, *STEPS)),
     *(f"stationary_{name}" for name in (*STATIONARY, *STEPS)),
     "stationary_class_weights",
     "stationary_entropies",
+    *(f"gathered_{name}" for name in (*GATHERED, *GATHERED_STEPS)),
+    "forced",
     "auto",
     "stream_expert_parallel",
     # last: DeepSpeed keeps the mesh of the first engine that splits layers
@@ -372,6 +390,14 @@ def test_copied_auto(ranks):
     assert len(found) == 1
 
 
+def test_destroyed(ranks):
+    """Communicators and windows go with their engine, and where it is garbage once no rank has it."""
+    for result in ranks:
+        assert all(losses == result["losses"][0] for losses in result["losses"])
+        assert len(result["windows"]) == 2 * TURNS + 1 and all(result["windows"])
+        assert result["there"] == [[0], [], [1, 2], [3], []]
+
+
 def test_stream_without_copy_engines(ranks):
     equal_losses(ranks)
     for result in ranks:
@@ -425,6 +451,42 @@ def test_auto(ranks):
 @pytest.mark.parametrize("name", STEPS)
 def test_stream_of_each_kind(ended, name):
     equal_of_each_kind(ended(f"stream_{name}"), "its weight in 34 slabs")
+
+
+QUICK_GATHERED = ("evaluation_and_saving", "tied_offload", "smoothed")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK_GATHERED else pytest.mark.all) for n in GATHERED]
+)
+def test_gathered(ended, name):
+    for result in ended(f"gathered_{name}"):
+        assert result["fused"] == pytest.approx(result["stock"], rel=1e-5)
+        assert result["fused"][0] != result["fused"][3]
+        # outside of the forward no hook gathers
+        assert result["chosen"][-1] == ("stationary" if name == "smoothed" else "gather")
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("name", GATHERED_STEPS)
+def test_gathered_of_each_kind(ended, name):
+    for result in ended(f"gathered_{name}"):
+        assert set(result.pop("chosen")) == {"gather"}
+        assert result.keys() >= {"untied", "tied"}
+        for kind, row in result.items():
+            assert row["fused"] == pytest.approx(row["stock"], rel=1e-5), kind
+            assert row["fused"][0] != row["fused"][3], kind
+
+
+def test_forced(ranks):
+    """Each mode that is asked for tells its figures, as "auto" does those of what it chose."""
+    for result in ranks:
+        assert result.keys() == {"stream", "stationary", "gather"}
+        for mode, (before, after) in result.items():
+            figures = r"\(\d+ \w+, \S+ MiB held, \S+ MiB on the wire, \S+ ms\)"
+            told = rf'; mode "{mode}" at 24 tokens of this rank: {mode} {figures}'
+            assert after.startswith(before) and re.fullmatch(told, after.removeprefix(before)), after
+        assert result["gather"][0].endswith("; its weight is gathered whole")
 
 
 @pytest.mark.all
