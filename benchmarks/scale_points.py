@@ -236,7 +236,7 @@ def probes(folder: Path = RESULTS / "h200x4") -> Iterator[Point]:
             way, loss = "bare GEMMs", Loss(Work(gemm=6 * tokens * hidden * vocab), 0.0)
         elif row["way"] == "stream":
             way = f"stream, {row['slabs']} slabs"
-            head = Head(shards, vocab // row["slabs"], row["slabs"])
+            head = Head(shards, (vocab // row["slabs"],) * row["slabs"])
             loss = sharded_loss(_with_one_slab(of_stream(head, tokens, 2 * tokens * vocab, 0), head))
             # its peak has the outputs, dx in fp32 and the rank's part of the gradient; parts of it have no other room
             received = 2 * head.slab_rows * hidden // ranks
@@ -245,7 +245,7 @@ def probes(folder: Path = RESULTS / "h200x4") -> Iterator[Point]:
             way = f"stationary, {row['block']} tokens"
             # so large that a block has just these tokens
             chunk = row["block"] * block_bytes(vocab, hidden, ranks, 2)
-            loss = sharded_loss(of_stationary(Head(shards, vocab, 1), tokens, chunk))
+            loss = sharded_loss(of_stationary(Head(shards, (vocab,)), tokens, chunk))
             # its own buffers: the gradient of the rank's rows in fp32, a block's logits, x and dx of two blocks in bf16
             # each (the conditions call it double-buffered), and dx of all tokens
             blocks = 2 * row["block"] * (vocab + 4 * ranks * hidden)

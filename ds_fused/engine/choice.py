@@ -43,8 +43,7 @@ class Choice:
         self._options = (options["chunk_mb"] * 2**20, options["keep_mb"] * 2**20, in_forward)
         self._head = Head(
             shard.shards,
-            slabs.slab_rows,
-            len(slabs),
+            tuple(slabs.span(k).stop - slabs.span(k).start for k in range(len(slabs))),
             slabs.dtype.itemsize,
             trains=slabs.requires_grad,
             offloaded=shard.is_offloaded,

@@ -54,8 +54,7 @@ class Head:
     """A sharded weight [V, H], as far as its costs depend on it."""
 
     shards: Shards
-    slab_rows: int  # of all ranks, in the largest slab
-    n_slabs: int
+    slabs: tuple[int, ...]  # rows of each, of all ranks
     itemsize: int = 2
     trains: bool = True
     offloaded: bool = False
@@ -66,7 +65,15 @@ class Head:
     def cut(cls, shards: Shards, slab_bytes: int, itemsize: int = 2, **facts: bool) -> Head:
         """As ZeroSlabs cuts it."""
         spans = shards.spans(shards.cuts(shards.hidden * itemsize, slab_bytes))
-        return cls(shards, max(span.stop - span.start for span in spans), len(spans), itemsize, **facts)
+        return cls(shards, tuple(span.stop - span.start for span in spans), itemsize, **facts)
+
+    @property
+    def slab_rows(self) -> int:
+        return max(self.slabs)
+
+    @property
+    def n_slabs(self) -> int:
+        return len(self.slabs)
 
     @property
     def elements(self) -> int:
@@ -117,8 +124,9 @@ def of_stream(head: Head, most: int, chunk_bytes: int, keep_bytes: int) -> Figur
         windows = 2 * TURNS + 1 if trains else TURNS
         held += windows * slab_bytes + most * hidden * (4 + (-itemsize if trains else itemsize))
     elif trains:
-        # of weight and gradient two each, where there are as many; a rank's part of one; dx in fp32, not yet rounded
-        held += min(4, head.n_slabs + 1) * slab_bytes + slab_bytes // ranks + most * hidden * (4 - itemsize)
+        # slabs, a rank's part of one, and of several dx in fp32, not yet rounded
+        held += rows_at_once(head.slabs, cut.kept_slabs) * hidden * itemsize + slab_bytes // ranks
+        held += (head.n_slabs > 1) * most * hidden * (4 - itemsize)
     else:
         held += min(2, head.n_slabs) * slab_bytes + most * hidden * (4 + itemsize)
     # of the logits two reads and a write; dx in fp32 read for each slab, and of a frozen head read and written before
@@ -133,11 +141,22 @@ def of_stream(head: Head, most: int, chunk_bytes: int, keep_bytes: int) -> Figur
         kept_slabs = min(kept_slabs, TURNS)
         # the sum of parts, and both ways a rank's own part put in its place
         traffic += trains * whole * (ranks + 1) // ranks + 2 * (1 + trains) * whole // ranks
-    kept_bytes = min(kept_slabs * slab_bytes, whole)
+    kept_bytes = sum(head.slabs[head.n_slabs - kept_slabs :]) * hidden * itemsize
     wire = (3 * whole - kept_bytes if trains else whole) * (ranks - 1) // ranks
     calls = 3 * head.n_slabs - kept_slabs if trains else head.n_slabs
     parts = f"{head.n_slabs} slabs{' by copy engines' if head.copied else ''}"
     return Figures("stream", parts, held, wire, calls, traffic, flops, beside=head.copied)
+
+
+def rows_at_once(slabs: tuple[int, ...], kept: int) -> int:
+    """Of the slabs of weight and of gradient that the backward of mode "stream" holds at a time, the most.
+
+    It begins with the last slab, beside all that the forward has kept. Later it holds the slab that it works on and the
+    one that comes, the gradient that is made and the one that leaves.
+    """
+    sizes = (0, *slabs, 0)
+    later = (2 * sizes[k] + sizes[k - 1] + sizes[k + 1] for k in range(1, len(sizes) - 1))
+    return max(sum(slabs[max(0, len(slabs) - kept) :]) + slabs[-1], *later)
 
 
 def of_stationary(head: Head, most: int, chunk_bytes: int) -> Figures:

@@ -16,6 +16,7 @@ from ds_fused.engine.figures import (
     of_gather,
     of_stationary,
     of_stream,
+    rows_at_once,
     sharded,
     turning_point,
 )
@@ -29,7 +30,7 @@ RATES = Rates(flops=720e12, memory=3e12, wire=200e9, call=60e-6)
 
 
 def head(ranks: int = W, **facts: bool) -> Head:
-    return Head(Shards(V, H, ranks), SLAB, 8, **facts)
+    return Head(Shards(V, H, ranks), (SLAB,) * 8, **facts)
 
 
 def stream(most: int, keep_mb: int = 0, ranks: int = W, trained: bool = True) -> Figures:
@@ -51,6 +52,22 @@ def test_a_head_is_cut_as_its_slabs_are():
     # 1024 ranks split rows, which make a slab of their own
     many = Head.cut(Shards(V, H, 1024), 128 * MB)
     assert many.shards.seam_rows > 0 and many.n_slabs == len(many.shards.cuts(H * 2, 128 * MB)) + 1
+
+
+@pytest.mark.parametrize(
+    "slabs, rows",
+    [
+        ((8,), 16),
+        ((8, 8), 24),
+        ((8,) * 9, 32),
+        # those that are kept, and the gradient of the last
+        ((25, 99, 132), 25 + 99 + 2 * 132),
+        # three large ones in a row, of which the middle one is worked on
+        ((9, 9, 9, 1), 36),
+    ],
+)
+def test_slabs_that_are_there_at_once(slabs, rows):
+    assert rows_at_once(slabs, 3) == rows
 
 
 def test_bytes_on_the_wire():
@@ -137,7 +154,7 @@ def test_bytes_held():
     # the weight, its gradient and a chunk of logits; over many chunks the sum of the gradient in fp32
     assert gather(8192).held == 2 * V * H * 2 + 2048 * V * 2
     assert gather(8192, trains=False).held == V * H * 2 + 2048 * V * 2
-    many = of_gather(Head(Shards(V, 1024, W), SLAB, 8), 2**17, 512 * MB, 0, in_forward=True)
+    many = of_gather(Head(Shards(V, 1024, W), (SLAB,) * 8), 2**17, 512 * MB, 0, in_forward=True)
     assert many.held == 2 * V * 1024 * 2 + V * 1024 * 4 + 2048 * V * 2
 
 
