@@ -4,7 +4,7 @@
     gather             ds_fused, mode "gather": the fused loss in the head's own forward, so the same hooks
     stream             ds_fused, mode "stream": the weight comes slab by slab, and its gradient goes so
     stationary         ds_fused, mode "stationary": the tokens travel instead
-    auto               ds_fused, mode "auto": one of the two
+    auto               ds_fused, mode "auto": one of those three
     liger              liger_kernel on ``lm_head.weight``, read in the model's forward: ZeRO-3 gathers it there
     deepspeed tiled    DeepSpeed's own TiledFusedLogitsLoss
     whole gather       the weight gathered by hand around a loss over tiles of tokens, each checkpointed
@@ -323,7 +323,7 @@ WAYS: Mapping[str, Way] = {
     "stationary": Sharded("6 MHV, chunk_mb=512", fused=_fused("stationary")),
     "stationary chunk_mb=320": Sharded("6 MHV", fused=_fused("stationary", chunk_mb=320)),
     "stationary chunk_mb=256": Sharded("6 MHV", fused=_fused("stationary", chunk_mb=256)),
-    "auto": Sharded("the choice of the two that ds_fused makes", fused=_fused("auto")),
+    "auto": Sharded("the choice that ds_fused makes", fused=_fused("auto")),
     "liger": Sharded("gradients made in forward", _liger(), needs_gpu=True),
     "liger chunk_mem_const=16": Sharded("gradients made in forward", _liger(chunk_mem_const=16), needs_gpu=True),
     "deepspeed tiled": Sharded("gradients made in forward; 1 GiB of fp32 logits a tile", deepspeed_tiled),

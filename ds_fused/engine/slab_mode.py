@@ -186,7 +186,7 @@ class SlabMode:
         replacement = claim.replacement
 
         def tell(line: str) -> None:
-            # what "auto" might have chosen is known no longer to be so
+            # what "auto" would choose is no news once it has
             said = replacement if self._mode == AUTO else claim.replacement
             claim.replacement = f"{said}; {line}"
             if engine.global_rank == 0:

@@ -109,8 +109,10 @@ def is_quick(case: Case) -> bool:
     if case.mode in SHARDED and case.init != (case.accumulation == 4):
         return False
     if case.dtype == "fp32":
-        # element by element the momentum is judged, so it is what is accumulated
+        # Element by element the momentum is judged, so it is what is accumulated. It also needs no further stages to
+        # draw stock's distance from: against one stock run, norms were up to 0.6 of what is allowed in 12 runs, and
+        # those of AdamW up to 1.7 in 60
         job = (case.accumulation, case.optimizer, case.tied)
         jobs = [(1, "momentum", False), (1, "adamw", True), (4, "momentum", True)]
-        return job in (jobs if case.mode != "stationary" else [*jobs, (4, "adamw", False)])
+        return job in (jobs if case.mode != "stationary" else [*jobs, (4, "momentum", False)])
     return case.accumulation == 4 and case.optimizer == "adamw" and case.tied
