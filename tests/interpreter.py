@@ -1,6 +1,12 @@
-"""Four corrections of triton 3.6's interpreter, without which a CPU judges other kernels than a GPU runs."""
+"""Four corrections of triton 3.6's interpreter, without which a CPU judges other kernels than a GPU runs.
+
+And one of its speed.
+"""
 
 from __future__ import annotations
+
+import inspect
+import threading
 
 import numpy as np
 import torch
@@ -42,3 +48,40 @@ def correct() -> None:
     precisions = (*interpreter.InterpreterOptions.allowed_dot_input_precisions, "bf16x6")
     options = interpreter.InterpreterOptions(allowed_dot_input_precisions=precisions)
     interpreter.interpreter_builder.options = options
+
+    # TODO: goes when triton's interpreter puts its functions into the language once for a launch (it does so in each
+    # call of a device function, which takes 40 % of the time of tests/ops)
+    stock_launch, stock_patch_lang = interpreter.GridExecutor.__call__, interpreter._patch_lang
+    done: set[object] = set()
+    # ranks that are threads: one would take out what another has put in
+    turn = threading.Lock()
+
+    def launch(self: interpreter.GridExecutor, *args: object, **options: object) -> None:
+        with turn:
+            # the one before has taken them out again
+            done.clear()
+            stock_launch(self, *args, **options)
+
+    def patch_lang(fn: object) -> object:
+        if fn in done:
+            return None
+        done.add(fn)
+        return stock_patch_lang(fn)
+
+    interpreter.GridExecutor.__call__, interpreter._patch_lang = launch, patch_lang
+
+    # TODO: goes when triton's interpreter no longer lists all members of the language for each call of a device
+    # function: a third of the time of tests/ops
+    names: dict[object, list[str]] = {}
+
+    def patch_builtin(package: object, builder: object, scope: object) -> None:
+        if package not in names:
+            # as long as it is unpatched, since a member that is patched is none of its builtins
+            members = inspect.getmembers(package)
+            names[package] = [name for name, member in members if tl.core.is_builtin(member)]
+        for name in names[package]:
+            member = getattr(package, name)
+            if tl.core.is_builtin(member):
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch_builtin
