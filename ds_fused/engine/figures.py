@@ -253,7 +253,7 @@ def turning_point(ways: Callable[[int], list[Figures]], rates: Rates) -> int:
 
 
 def measured(slabs: ZeroSlabs, shard: ZeroShard) -> Rates:
-    """Rates of this rank. Every rank must call it at the same place; the slowest counts for all, see `Auto`."""
+    """Rates of this rank. Every rank must call it at the same place; the slowest counts for all, see `Choice`."""
     # the first may be the rows that ranks share, which are few
     some = min(1, len(slabs) - 1)
     slabs.prefetch(some)
