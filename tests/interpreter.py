@@ -6,7 +6,6 @@ And one of its speed.
 from __future__ import annotations
 
 import inspect
-import threading
 
 import numpy as np
 import torch
@@ -48,27 +47,6 @@ def correct() -> None:
     precisions = (*interpreter.InterpreterOptions.allowed_dot_input_precisions, "bf16x6")
     options = interpreter.InterpreterOptions(allowed_dot_input_precisions=precisions)
     interpreter.interpreter_builder.options = options
-
-    # TODO: goes when triton's interpreter puts its functions into the language once for a launch (it does so in each
-    # call of a device function, which takes 40 % of the time of tests/ops)
-    stock_launch, stock_patch_lang = interpreter.GridExecutor.__call__, interpreter._patch_lang
-    done: set[object] = set()
-    # ranks that are threads: one would take out what another has put in
-    turn = threading.Lock()
-
-    def launch(self: interpreter.GridExecutor, *args: object, **options: object) -> None:
-        with turn:
-            # the one before has taken them out again
-            done.clear()
-            stock_launch(self, *args, **options)
-
-    def patch_lang(fn: object) -> object:
-        if fn in done:
-            return None
-        done.add(fn)
-        return stock_patch_lang(fn)
-
-    interpreter.GridExecutor.__call__, interpreter._patch_lang = launch, patch_lang
 
     # TODO: goes when triton's interpreter no longer lists all members of the language for each call of a device
     # function: a third of the time of tests/ops
