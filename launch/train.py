@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
-import json
 import os
 import platform
 import resource
@@ -20,7 +19,6 @@ import signal
 import sys
 import time
 from datetime import timedelta
-from functools import lru_cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,11 +29,12 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT, default_pg_timeout
+from journal import Journal, say
+from text_blocks import micro_batch, token_blocks
 from toolchain import missing_build_tools
 from torch import Tensor
 from torch.distributed import distributed_c10d
-from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from transformers.integrations import HfDeepSpeedConfig
 
 
@@ -121,52 +120,6 @@ def load_model(args: argparse.Namespace) -> torch.nn.Module:
     return model
 
 
-def text_files(places: list[str]) -> list[Path]:
-    files: list[Path] = []
-    for place in map(Path, places):
-        found = sorted(place.rglob("*.txt")) if place.is_dir() else [place]
-        if not found or not found[0].is_file():
-            raise FileNotFoundError(f"--text {place}: neither a file nor a folder with *.txt in it")
-        files += found
-    return files
-
-
-def token_blocks(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """The training blocks [N, block] and the held-out blocks [M, block], the same on every rank."""
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    train: list[int] = []
-    held_out: list[int] = []
-    for file in text_files(args.text):
-        ids = tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
-        # one cut per file, so that no held-out line has its neighbours in the training part
-        cut = len(ids) - int(len(ids) * args.held_out)
-        train += ids[:cut] + end
-        held_out += ids[cut:] + end
-    blocks = [
-        torch.tensor(ids[: len(ids) // args.block * args.block]).view(-1, args.block) for ids in (train, held_out)
-    ]
-    for name, part in zip(("training", "held-out"), blocks, strict=True):
-        if not len(part):
-            raise ValueError(f"the {name} text is shorter than one block of {args.block} tokens")
-    every = max(1, len(blocks[1]) // args.eval_blocks)
-    return blocks[0], blocks[1][::every][: args.eval_blocks]
-
-
-@lru_cache(maxsize=2)
-def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch))
-
-
-def micro_batch(engine: deepspeed.DeepSpeedEngine, blocks: Tensor, seed: int, step: int, micro: int) -> Tensor:
-    """This rank's blocks of one micro step; a pure function of its arguments, so a resumed run sees the same data."""
-    size = engine.train_micro_batch_size_per_gpu()
-    first = step * engine.train_batch_size() + (micro * dist.get_world_size() + dist.get_rank()) * size
-    places = range(first, first + size)
-    rows = [epoch_order(len(blocks), seed, place // len(blocks))[place % len(blocks)] for place in places]
-    return blocks[torch.stack(rows)].to(engine.device)
-
-
 @torch.no_grad()
 def held_out_loss(engine: deepspeed.DeepSpeedEngine, blocks: Tensor) -> float:
     """Mean loss per token over all ranks. Every rank runs the same number of forwards, as ZeRO-3 needs."""
@@ -239,62 +192,6 @@ def peak_memory_gb() -> list[float]:
     peaks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(peaks, mine)
     return torch.stack(peaks).tolist()
-
-
-def say(text: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
-
-
-class Journal:
-    """metrics.jsonl, report.html, DeepSpeed's monitor and the terminal, on rank 0."""
-
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, args: argparse.Namespace):
-        self.engine, self.path = engine, args.out / "metrics.jsonl"
-        self.is_first = dist.get_rank() == 0
-        here = engine.global_steps
-        if self.is_first:
-            # what lies behind the checkpoint that this run goes on from will be written again
-            old = self.path.read_text().splitlines(keepends=True) if args.resume and self.path.exists() else []
-            whole = [line for line in old if line.endswith("}\n")]
-            self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= here))
-            self.dashboard = report.Dashboard(args.out, engine)
-        self.bar = tqdm(
-            total=args.steps, initial=here, unit="step", disable=not (self.is_first and sys.stderr.isatty())
-        )
-
-    def row(self, **values: float | list[float]) -> None:
-        if self.is_first:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": self.engine.global_steps, **values}) + "\n")
-            self.dashboard.update()
-
-    def close(self, state: str) -> None:
-        self.bar.close()
-        if self.is_first:
-            report.write(self.path.parent, state)
-
-    def step(self, loss: float, tokens_per_s: float, memory_gb: list[float]) -> None:
-        engine = self.engine
-        grad_norm = float(engine.get_global_grad_norm() or 0.0)
-        lr = engine.get_lr()[0]
-        most = max(memory_gb)
-        self.row(
-            loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=tokens_per_s, memory_gb=most,
-            memory_gb_by_rank=[round(peak, 3) for peak in memory_gb],
-        )  # fmt: skip
-        self.bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{tokens_per_s:.0f}", memory=f"{most:.2f}GB")
-        say(
-            f"step {engine.global_steps:>5}/{self.bar.total}  loss {loss:.4f}  grad norm {grad_norm:.3f}  "
-            f"{tokens_per_s:.0f} tokens/s  {most:.2f} GB"
-        )
-
-    def held_out(self, loss: float) -> None:
-        self.row(held_out_loss=loss)
-        say(f"step {self.engine.global_steps:>5}/{self.bar.total}  held-out loss {loss:.4f}")
-        if self.engine.monitor.enabled:
-            self.engine.monitor.write_events([("Train/Samples/held_out_loss", loss, self.engine.global_samples)])
 
 
 def train(args: argparse.Namespace) -> None:

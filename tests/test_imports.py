@@ -77,7 +77,9 @@ MAY_IMPORT = {
         *BESIDE,
     },
     # the script of a user who never heard of ds_fused
-    "launch/train.py": {"torch", "transformers", "deepspeed", "tqdm", *BESIDE},
+    "launch/train.py": {"torch", "transformers", "deepspeed", *BESIDE},
+    "launch/text_blocks.py": {"torch", "transformers", "deepspeed"},
+    "launch/journal.py": {"torch", "deepspeed", "tqdm", *BESIDE},
     # starts on a bare Python
     "launch/quickstart.py": BESIDE,
 }

@@ -124,18 +124,23 @@ def functions(monkeypatch: pytest.MonkeyPatch):
     return importlib.import_module("train")
 
 
-def test_text_that_is_not_there_or_too_short_is_named(functions, tiny_model, text, tmp_path):
+@pytest.fixture
+def text_blocks(functions):
+    return importlib.import_module("text_blocks")
+
+
+def test_text_that_is_not_there_or_too_short_is_named(functions, text_blocks, tiny_model, text, tmp_path):
     with pytest.raises(FileNotFoundError, match="--text .*nowhere: neither a file nor a folder with"):
-        functions.text_files([str(tmp_path / "nowhere")])
+        text_blocks.text_files([str(tmp_path / "nowhere")])
     options = ["--model", str(tiny_model), "--text", str(text), "--steps", "1", "--out", str(tmp_path)]
     with pytest.raises(ValueError, match="the held-out text is shorter than one block of 4096 tokens"):
-        functions.token_blocks(functions.parse_options([*options, "--block", "4096"]))
+        text_blocks.token_blocks(functions.parse_options([*options, "--block", "4096"]))
 
 
-def test_the_held_out_part_is_the_tail_of_every_file(functions, tiny_model, text, tmp_path):
+def test_the_held_out_part_is_the_tail_of_every_file(functions, text_blocks, tiny_model, text, tmp_path):
     options = ["--model", str(tiny_model), "--text", str(text), "--steps", "1", "--out", str(tmp_path)]
     options += ["--block", "1", "--held_out", "0.25", "--eval_blocks", "1000000"]
-    train, held_out = functions.token_blocks(functions.parse_options(options))
+    train, held_out = text_blocks.token_blocks(functions.parse_options(options))
     # one token per byte, and one behind each of the four parts
     assert len(train) + len(held_out) == sum(file.stat().st_size for file in text.iterdir()) + 4
     tail = (text / "b.txt").read_bytes()[-10:]
@@ -143,11 +148,11 @@ def test_the_held_out_part_is_the_tail_of_every_file(functions, tiny_model, text
     assert tokenizer.decode(held_out.flatten().tolist()).encode().endswith(tail + b"<end>")
 
 
-def test_every_block_comes_once_in_an_epoch_whatever_the_ranks(functions, monkeypatch):
+def test_every_block_comes_once_in_an_epoch_whatever_the_ranks(text_blocks, monkeypatch):
     blocks = torch.arange(12).view(12, 1)
 
     def seen(world: int, size: int, micro_steps: int, steps: range) -> list[list[int]]:
-        monkeypatch.setattr(functions.dist, "get_world_size", lambda: world)
+        monkeypatch.setattr(text_blocks.dist, "get_world_size", lambda: world)
         engine = SimpleNamespace(
             train_micro_batch_size_per_gpu=lambda: size,
             train_batch_size=lambda: world * size * micro_steps,
@@ -158,8 +163,8 @@ def test_every_block_comes_once_in_an_epoch_whatever_the_ranks(functions, monkey
             batch = []
             for micro in range(micro_steps):
                 for rank in range(world):
-                    monkeypatch.setattr(functions.dist, "get_rank", lambda rank=rank: rank)
-                    batch += functions.micro_batch(engine, blocks, 0, step, micro).flatten().tolist()
+                    monkeypatch.setattr(text_blocks.dist, "get_rank", lambda rank=rank: rank)
+                    batch += text_blocks.micro_batch(engine, blocks, 0, step, micro).flatten().tolist()
             batches.append(batch)
         return batches
 
@@ -172,4 +177,5 @@ def test_every_block_comes_once_in_an_epoch_whatever_the_ranks(functions, monkey
 
 
 def test_the_script_has_never_heard_of_us():
-    assert "fused" not in TRAIN.read_text()
+    for name in ("train.py", "text_blocks.py", "journal.py"):
+        assert "fused" not in TRAIN.with_name(name).read_text()

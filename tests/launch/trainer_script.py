@@ -10,7 +10,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
 
-import train  # noqa: E402  (found by the line above)
+import text_blocks  # noqa: E402  (found by the line above)
+import train  # noqa: E402
 
 options = train.parse_options()
 arguments = TrainingArguments(
@@ -28,6 +29,6 @@ class Journal(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, "loss": float(logs["loss"])}) + "\n")
 
 
-blocks, _ = train.token_blocks(options)
-ordered = [{"input_ids": blocks[i], "labels": blocks[i]} for i in train.epoch_order(len(blocks), options.seed, 0)]
+blocks, _ = text_blocks.token_blocks(options)
+ordered = [{"input_ids": blocks[i], "labels": blocks[i]} for i in text_blocks.epoch_order(len(blocks), options.seed, 0)]
 Trainer(train.load_model(options), arguments, train_dataset=ordered, callbacks=[Journal()]).train()

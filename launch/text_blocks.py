@@ -1,0 +1,59 @@
+"""Text files as the blocks of tokens that train.py trains on and evaluates, and which of them a rank takes when."""
+
+from __future__ import annotations
+
+import argparse
+from functools import lru_cache
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoTokenizer
+
+
+def text_files(places: list[str]) -> list[Path]:
+    files: list[Path] = []
+    for place in map(Path, places):
+        found = sorted(place.rglob("*.txt")) if place.is_dir() else [place]
+        if not found or not found[0].is_file():
+            raise FileNotFoundError(f"--text {place}: neither a file nor a folder with *.txt in it")
+        files += found
+    return files
+
+
+def token_blocks(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """The training blocks [N, block] and the held-out blocks [M, block], the same on every rank."""
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    train: list[int] = []
+    held_out: list[int] = []
+    for file in text_files(args.text):
+        ids = tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+        # one cut per file, so that no held-out line has its neighbours in the training part
+        cut = len(ids) - int(len(ids) * args.held_out)
+        train += ids[:cut] + end
+        held_out += ids[cut:] + end
+    blocks = [
+        torch.tensor(ids[: len(ids) // args.block * args.block]).view(-1, args.block) for ids in (train, held_out)
+    ]
+    for name, part in zip(("training", "held-out"), blocks, strict=True):
+        if not len(part):
+            raise ValueError(f"the {name} text is shorter than one block of {args.block} tokens")
+    every = max(1, len(blocks[1]) // args.eval_blocks)
+    return blocks[0], blocks[1][::every][: args.eval_blocks]
+
+
+@lru_cache(maxsize=2)
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch))
+
+
+def micro_batch(engine: deepspeed.DeepSpeedEngine, blocks: Tensor, seed: int, step: int, micro: int) -> Tensor:
+    """This rank's blocks of one micro step; a pure function of its arguments, so a resumed run sees the same data."""
+    size = engine.train_micro_batch_size_per_gpu()
+    first = step * engine.train_batch_size() + (micro * dist.get_world_size() + dist.get_rank()) * size
+    places = range(first, first + size)
+    rows = [epoch_order(len(blocks), seed, place // len(blocks))[place % len(blocks)] for place in places]
+    return blocks[torch.stack(rows)].to(engine.device)
