@@ -145,6 +145,13 @@ def can_take(dy: Tensor, dtype: torch.dtype, swapped: bool = False) -> bool:
     return dy.dtype == dtype and rows.is_contiguous() and not dy.requires_grad
 
 
+def note_taken(dys: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...]) -> None:
+    """Who has saved one of the dys that a gradient was written over gets autograd's error, not wrong numbers."""
+    taken = [dy for dy, gradient in zip(dys, gradients, strict=True) if dy is not None and gradient is dy]
+    if taken:
+        torch.autograd.graph.increment_version(taken)
+
+
 def row_stride(x: Tensor) -> int:
     """Elements from one row of x [N, D] to the next."""
     # where a guard has fixed the value of a symbol, dynamo says the shape of a tensor as numbers, but of its strides it

@@ -29,7 +29,17 @@ from ds_fused.ops._norms import RMSForm, Wanted, check_cast, check_per_column, c
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._row_tiles import in_turn, tile, tile_of_blocks
 from ds_fused.ops._sums import sum_partials
-from ds_fused.ops._triton import can_take, cdiv, check_dtypes, like, resident, row_stride, rows_of, runs_kernels
+from ds_fused.ops._triton import (
+    can_take,
+    cdiv,
+    check_dtypes,
+    like,
+    note_taken,
+    resident,
+    row_stride,
+    rows_of,
+    runs_kernels,
+)
 from ds_fused.ops._wide_rms_norm import (
     _rms_norm_bwd_walk_kernel,
     _rms_norm_fwd_walk_kernel,
@@ -331,9 +341,8 @@ class RMSNormFunction(torch.autograd.Function):
         x, weight, bias, rstd = ctx.saved_tensors
         wanted = Wanted(*ctx.needs_input_grad[:3])
         dx, dweight, dbias = rms_norm_bwd(dy, x, weight, bias, rstd, None, ctx.form, wanted, ctx.overwrite)
-        if ctx.overwrite and dx is dy:
-            # who has saved it gets autograd's error, not wrong numbers
-            torch.autograd.graph.increment_version(dy)
+        if ctx.overwrite:
+            note_taken((dy,), (dx,))
         return dx, dweight, dbias, None, None
 
 

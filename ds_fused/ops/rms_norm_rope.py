@@ -31,7 +31,7 @@ from ds_fused.ops._norms import RMSForm, check_cast, check_per_column
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._rope import RopeForm, check_rope
 from ds_fused.ops._sums import partials, sum_partials
-from ds_fused.ops._triton import can_take, check_dtypes, power_of_2, resident, runs_kernels, stages_for
+from ds_fused.ops._triton import can_take, check_dtypes, note_taken, power_of_2, resident, runs_kernels, stages_for
 from ds_fused.ops.rms_norm import rms_norm_reference
 from ds_fused.ops.rope import rope_reference
 
@@ -221,9 +221,7 @@ class RMSNormRopeFunction(torch.autograd.Function):
         how = ctx.norm, wanted, ctx.swapped, ctx.overwrite
         gradients = rms_norm_rope_bwd(*dys, q, k, q_weight, k_weight, cos, sin, rstd, *how)
         if ctx.overwrite:
-            # who has saved one of them gets autograd's error, not wrong numbers
-            over = [dy for dy, dx in zip(dys, gradients, strict=False) if dx is dy]
-            torch.autograd.graph.increment_version(over)
+            note_taken(dys, gradients[:2])
         return *gradients, None, None, None, None, None
 
 

@@ -39,7 +39,7 @@ from ds_fused.ops._launch import Kept, Ready, launch_ready, ready
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._rope import RopeForm, check_inplace, check_rope
 from ds_fused.ops._rope_kernels import _rope_kernel
-from ds_fused.ops._triton import can_take, check_dtypes, power_of_2, runs_kernels
+from ds_fused.ops._triton import can_take, check_dtypes, note_taken, power_of_2, runs_kernels
 
 # pairs of columns that a program turns at a time (heads x R/2), and its warps. 0.8 % from best of 15 at 32768 tokens of
 # 64 + 8 heads of 128 on H100 (benchmarks/results/h100/tune.csv); complex angles and sections are not measured yet
@@ -239,9 +239,8 @@ class RopeFunction(torch.autograd.Function):
         places = [None if x is None else x.stride() for x in (dyq, dyk, cos)]
         key = "backward", *places, *ctx.swapped, over_q, over_k
         _rope(dyq, dyk, cos, sin, dq, dk, ctx.turn, over_q >= wants_q and over_k >= wants_k, key)
-        if over_q or over_k:
-            # who has saved one of them gets autograd's error, not wrong numbers
-            torch.autograd.graph.increment_version([dy for dy, over in ((dyq, over_q), (dyk, over_k)) if over])
+        if overwrite:
+            note_taken((dyq, dyk), (dq, dk))
         return dq, dk, None, None, None
 
 
