@@ -2,7 +2,7 @@
 
     python tests/warmup_step.py CONFIG.json TARGET [DS.json]
 
-With DS.json it is an engine's step: of this process alone, or of one of the ranks that the environment names.
+With DS.json it is an engine's step, of the rank that the environment names.
 Prints as JSON the kernels that were compiled in it and those that Triton's cache had. Needs a process of its own,
 without TRITON_INTERPRET. Without a GPU launches are compiled and not run.
 """
@@ -42,9 +42,6 @@ def engine_of(config: object, ds_file: str, device: str) -> nn.Module:
     ds_config = json.loads(Path(ds_file).read_text())
     # forms were told apart by the test that compares them; here nothing is computed
     ds_config["ds_fused"]["verify"] = device == "cuda"
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
     deepspeed.init_distributed("nccl" if device == "cuda" else "gloo", verbose=False)
     with deepspeed.zero.Init(config_dict_or_path=ds_config):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
