@@ -28,9 +28,8 @@ import functools
 import operator
 from dataclasses import dataclass, replace
 
-from ds_fused.engine.figures import Figures, Head, Rates, chosen, sharded
+from ds_fused.engine.figures import Figures, Head, Rates, chosen, of_gather, sharded
 from ds_fused.engine.shards import Shards
-from ds_fused.ops._tiles import tile_elements, tiling
 
 MIB = 2**20
 GPUS_OF_NODE = 8
@@ -226,23 +225,10 @@ def whole_loss(
 ) -> Loss:
     """ds_fused over a weight that is whole: the weight and its gradient are counted in what is held."""
     chunk, keep = int(chunk_mb * MIB), int(min(keep_mb * MIB, 2**62))
-    if grad_in_forward:
-        cut = tiling(tokens, vocab, 2, chunk, 0, dx=True, dweight=False)
-        chunks = -(-tokens // cut.tokens)
-        made_again, moved, held = 0.0, 2 * vocab * hidden * (chunks - 1), tile_elements(cut.tokens, cut.rows) * 2
-    else:
-        cut = tiling(tokens, vocab, 2, chunk, keep, dx=True, dweight=True)
-        slabs, chunks = -(-vocab // cut.rows), -(-tokens // cut.tokens)
-        made_again = 2 * (1 - min(1.0, cut.kept / (slabs * chunks)))
-        moved = 4 * tokens * hidden * (slabs - 1)
-        rooms = cut.kept + (cut.kept < slabs * chunks)
-        held = rooms * tile_elements(cut.tokens, cut.rows) * 2 + (4 * tokens * hidden if slabs > 1 else 0)
-    work = Work(
-        gemm=(6 + made_again) * tokens * vocab * hidden,
-        memory=FUSED_LOSS_BYTES * tokens * vocab + moved,
-        launches=10 * chunks,
-    )
-    return Loss(work, 4 * vocab * hidden + held)
+    # of one rank, so nothing is gathered
+    figures = of_gather(Head(Shards(vocab, hidden, 1), (vocab,)), tokens, chunk, keep, grad_in_forward)
+    work = Work(gemm=figures.flops, memory=figures.traffic, launches=10 * figures.chunks)
+    return Loss(work, figures.held)
 
 
 def sharded_loss(figures: Figures) -> Loss:

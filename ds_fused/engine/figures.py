@@ -92,6 +92,7 @@ class Figures:
     traffic: int  # bytes of memory that are read or written outside the products
     flops: float
     beside: bool = False  # transfers take no time from the rest
+    chunks: int = 1  # of tokens, of a whole weight
 
     def seconds(self, rates: Rates) -> float:
         transfers = 0.0 if self.beside else self.wire / rates.wire + self.calls * rates.call
@@ -215,7 +216,8 @@ def of_gather(head: Head, most: int, chunk_bytes: int, keep_bytes: int, in_forwa
     calls = (1 + (head.elements > head.reuse) + trains) * (ranks > 1)
     # DeepSpeed copies what it gathers and reduces
     traffic += calls * 2 * whole
-    return Figures("gather", f"{chunks} chunks", held, calls * whole * (ranks - 1) // ranks, calls, traffic, flops)
+    wire = calls * whole * (ranks - 1) // ranks
+    return Figures("gather", f"{chunks} chunks", held, wire, calls, traffic, flops, chunks=chunks)
 
 
 def sharded(head: Head, most: int, chunk_bytes: int, keep_bytes: int) -> list[Figures]:
