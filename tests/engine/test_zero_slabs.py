@@ -23,7 +23,8 @@ HERE = Path(__file__).parent
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[list[dict]]:
     """[rank][weight] -> what came out."""
     out = tmp_path_factory.mktemp("slabs") / "rank"
-    launch(HERE / "slabs_ranks.py", str(out), ranks=request.param)
+    which = ["all"] if request.config.getoption("--all") else []
+    launch(HERE / "slabs_ranks.py", str(out), *which, ranks=request.param)
     return [json.loads(Path(f"{out}.{rank}.json").read_text()) for rank in range(request.param)]
 
 

