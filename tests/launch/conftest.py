@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,11 +49,19 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def local_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, text: Path) -> Path:
     """The folder of the run of runs.py on two ranks of this machine, which other ways of starting it must equal."""
-    folder = tmp_path_factory.mktemp("local-run")
-    words = [*runs.overrides(tiny_model, text, folder), "cluster.ranks=2"]
-    ended = start([sys.executable, "-m", "launch", *words])
-    assert ended.status == 0, ended.output
-    assert len(runs.losses(folder)) == runs.STEPS
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # the folder of all workers, of which the first makes the run
+        place = place.parent
+    folder = place / "local-run"
+    with (place / "local-run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it where a worker dies
+        if not (folder / "is-whole").exists():
+            words = [*runs.overrides(tiny_model, text, folder), "cluster.ranks=2"]
+            ended = start([sys.executable, "-m", "launch", *words])
+            assert ended.status == 0, ended.output
+            assert len(runs.losses(folder)) == runs.STEPS
+            (folder / "is-whole").touch()
     return folder
 
 
