@@ -32,6 +32,7 @@ _HOME = {
     "rope": "ds_fused.ops",
     "rms_norm_rope": "ds_fused.ops",
     "relu2": "ds_fused.ops",
+    "lora_linear": "ds_fused.ops",
     "cross_entropy": "ds_fused.ops",
     "linear_cross_entropy": "ds_fused.ops",
     "linear_log_probs": "ds_fused.ops",

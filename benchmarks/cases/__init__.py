@@ -5,6 +5,7 @@ or the products that no algebra avoids (FLOPs). It doesn't know how ours works. 
 """
 
 from benchmarks.cases import (
+    adapters,
     attention,
     distillation,
     embedding,
@@ -27,6 +28,7 @@ CASES = (
     *gates.CASES,
     *rotary.CASES,
     *mlps.CASES,
+    *adapters.CASES,
     *heads.CASES,
     *preference.CASES,
     *distillation.CASES,

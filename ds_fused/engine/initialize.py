@@ -209,23 +209,29 @@ def _replaced(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config, a
 
 
 def _gather_as_one(engine: DeepSpeedEngine, config: Config, report: Report) -> None:
-    """Under ZeRO-3: a tiled MLP's weights, once for all tiles; with ``leaf_modules`` those of a repeated layer."""
+    """Under ZeRO-3: a tiled MLP's weights, once for all tiles; an adapter's with those of its layer, which opens them;
+    with ``leaf_modules`` those of a repeated layer."""
     from ds_fused.engine import leaf_modules
+    from ds_fused.modules.lora import LoRALinear
     from ds_fused.modules.tiled_mlp import TiledMLP
     from ds_fused.policies.blocks import blocks
     from ds_fused.policies.report import Left
 
     offload = leaf_modules.offload_of(engine)
-    tiled = [module for module in engine.module.modules() if isinstance(module, TiledMLP)]
-    if tiled and offload is not None:
-        leaf_modules.gather_as_one(offload, tiled)
+    slabs = engine.__dict__["_ds_fused_slab_mode"].parameters
+    wholes = [
+        module
+        for module in engine.module.modules()
+        if isinstance(module, (TiledMLP, LoRALinear)) and not any(p in slabs for p in module.parameters())
+    ]
+    if wholes and offload is not None:
+        leaf_modules.gather_as_one(offload, wholes)
     if not config.leaf_modules:
         return
     reason = engine.__dict__["_ds_fused_leafs_are_set"]
     if reason is not None:
         report.left = (*report.left, Left(leaf_modules.KEY, 1, reason))
         return
-    slabs = engine.__dict__["_ds_fused_slab_mode"].parameters
     claims, left = leaf_modules.claims_of(engine, blocks(engine.module), slabs)
     for claim in claims:
         claim.commit()

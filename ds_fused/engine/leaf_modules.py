@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -72,9 +73,11 @@ class LeafClaim:
     def commit(self) -> None:
         gather_as_one(self.offload, self.layers)
         for layer in self.layers:
+            # found once: to walk through a layer's modules takes longer than either hook
+            parameters = list(layer.parameters())
             # around DeepSpeed's own, which lets go of what no module is active with
-            self.hooks.append(layer.register_forward_hook(_hold, prepend=True))
-            self.hooks.append(layer.register_forward_hook(_hand_on))
+            self.hooks.append(layer.register_forward_hook(partial(_hold, parameters), prepend=True))
+            self.hooks.append(layer.register_forward_hook(partial(_hand_on, parameters)))
 
     def restore(self) -> None:
         for hook in self.hooks:
@@ -167,22 +170,22 @@ def _why_not(layer: nn.Module, owners: Counter[int], slabs: Collection[nn.Parame
 
 
 @torch.compiler.disable
-def _hold(layer: nn.Module, args: tuple, output: object) -> None:
+def _hold(parameters: Sequence[nn.Parameter], layer: nn.Module, args: tuple, output: object) -> None:
     if torch.is_grad_enabled() and not any(isinstance(arg, torch.Tensor) for arg in args):
         say_once(
             f"ds_fused: {original_class(layer).__name__} gets its hidden states by keyword, and DeepSpeed then keeps "
             'its weights until the backward ends; "leaf_modules": false takes less memory'
         )
     if in_backward():
-        for p in layer.parameters():
+        for p in parameters:
             p.ds_active_sub_modules.add(_HELD)
 
 
 @torch.compiler.disable
-def _hand_on(layer: nn.Module, args: tuple, output: object) -> None:
+def _hand_on(parameters: Sequence[nn.Parameter], layer: nn.Module, args: tuple, output: object) -> None:
     """To the layer's backward, at whose end DeepSpeed takes it off."""
     if in_backward():
-        for p in layer.parameters():
+        for p in parameters:
             p.ds_active_sub_modules.add(layer.ds_id)
             p.ds_active_sub_modules.discard(_HELD)
 

@@ -18,7 +18,7 @@ The layer's last product is special. A checkpoint stops its repetition when the 
 before that product (autograd's own linear) or behind it (DeepSpeed's linear under ZeRO-3, a dropout). How far the first
 repetition of a layer came is remembered: what it did not reach is not kept any more, and a product whose result it did
 not live to use is put off until somebody does, so that it is never computed. A call of many products may be such a one
-too, if it presents itself as one (``postponable``); nothing of it is kept, and put off, hooks within it do not run.
+too, if it presents itself as one (``postponable``); put off, hooks within it do not run.
 
 The dispatcher is watched within the exchanged functions only. Selective checkpointing of PyTorch watches a whole layer,
 which costs a call into Python for each of its operators.
@@ -48,7 +48,10 @@ LEVELS = {"full": frozenset(), "attention": frozenset({ATTENTION}), "matmuls": f
 
 
 class Entry(NamedTuple):
-    """One result within a call, as it was at the call's end: with what was added to it in place, as a bias is."""
+    """One result within a call, as it was at the call's end: with what was added to it in place, as a bias is.
+
+    op None: the result of a call that presented itself as one.
+    """
 
     op: Any
     value: Any
@@ -129,22 +132,25 @@ def needed_bytes(sizes: list[tuple[str, int]], learnt: Learnt, kind: str) -> int
     return sum(size for found, size in sizes[: len(sizes) - learnt.unread] if found == kind)
 
 
-def postponable(make: Callable[[Empty | None], Tensor], fill: Callable[[Tensor], None]) -> Tensor:
+def postponable(
+    make: Callable[[Empty | None], Tensor], fill: Callable[[Tensor], None], *, is_kept: bool = False
+) -> Tensor:
     """``make(None)``, as one call of a layer under its checkpoint, however many products are computed within.
 
     ``make(empty)`` is the same node around the result ``empty()``, into which nothing was computed: a repetition that
     is expected to end within the call asks for it. ``fill`` writes into the result what should stand there, where the
-    repetition lives to see it.
+    repetition lives to see it. ``is_kept``: the result is kept where those of products are, and handed out by
+    ``empty``.
     """
     run = current_run()
-    return run.whole(make, fill) if isinstance(run, _Run) else make(None)
+    return run.whole(make, fill, is_kept) if isinstance(run, _Run) else make(None)
 
 
 class _Run(Run):
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
 
-    def whole(self, make: Callable[[Empty | None], Tensor], fill: Callable[[Tensor], None]) -> Tensor:
+    def whole(self, make: Callable[[Empty | None], Tensor], fill: Callable[[Tensor], None], is_kept: bool) -> Tensor:
         """See ``postponable``."""
         raise NotImplementedError
 
@@ -155,14 +161,15 @@ class _Run(Run):
 
 
 class _Forward(_Run):
-    def whole(self, make: Callable[[Empty | None], Tensor], fill: Callable[[Tensor], None]) -> Tensor:
+    def whole(self, make: Callable[[Empty | None], Tensor], fill: Callable[[Tensor], None], is_kept: bool) -> Tensor:
         recording = self._recording
         y = self.unseen(make, None)
         empty = functools.partial(torch.empty, y.shape, dtype=y.dtype, device=y.device)
         recording.empties[len(recording.calls)] = empty
-        recording.calls.append(None)
+        is_kept = is_kept and torch.is_grad_enabled()
+        recording.calls.append(_as_it_came(None, y) if is_kept and MATMUL in recording.kinds else None)
         if recording.sizes is not None:
-            recording.sizes.append((MATMUL, 0))
+            recording.sizes.append((MATMUL, y.nbytes if is_kept else 0))
         return y
 
     def called(self, kind: str, function: Callable, args: tuple, named: dict) -> Any:
@@ -179,9 +186,7 @@ class _Forward(_Run):
         if op is not None:
             # nothing to watch: what comes out is what is kept
             y = function(*args, **named)
-            value = y.detach()
-            call = Call([Entry(op, value)], [(value, y._version)])
-            recording.calls.append(call if kind in recording.kinds else None)
+            recording.calls.append(_as_it_came(op, y) if kind in recording.kinds else None)
             if recording.sizes is not None:
                 recording.sizes.append((kind, y.nbytes))
             return y
@@ -231,6 +236,12 @@ def _is_plain(made: list[Entry], y: Any) -> bool:
     return is_alike and out.data_ptr() == y.data_ptr()
 
 
+def _as_it_came(op: Any, y: Tensor) -> Call:
+    """A call of which nothing but its result is kept."""
+    value = y.detach()
+    return Call([Entry(op, value)], [(value, y._version)])
+
+
 def _kept(made: list[Entry], y: Any, host: Group | None) -> Call:
     # detached here and not within the watch: autograd's own detach has one version with what it detaches
     memories = _memories(made)
@@ -277,8 +288,19 @@ class _Repetition(_Run):
         learnt = self._recording.learnt
         return learnt.ends_within and at == len(self._recording.calls) - learnt.unread
 
-    def whole(self, make: Callable[[Empty | None], Tensor], fill: Callable[[Tensor], None]) -> Tensor:
+    def _take(self, at: int) -> Call | None:
+        """What is kept of the call there, if it still is what the call returned."""
+        calls = self._recording.calls
+        if at >= len(calls):
+            return None
+        call, calls[at] = calls[at], None
+        return call if call is not None and call.is_unchanged() else None
+
+    def whole(self, make: Callable[[Empty | None], Tensor], fill: Callable[[Tensor], None], is_kept: bool) -> Tensor:
         with self._next() as at:
+            call = self._take(at)
+            if call is not None:
+                return self.unseen(make, call.entries[0].value.detach)
             empty = self._recording.empties.get(at) if self._ends_within(at) else None
             y = self.unseen(make, empty)
             if empty is not None:
@@ -286,12 +308,9 @@ class _Repetition(_Run):
             return y
 
     def called(self, kind: str, function: Callable, args: tuple, named: dict) -> Any:
-        recording = self._recording
         with self._next() as at:
-            call = None
-            if at < len(recording.calls):
-                call, recording.calls[at] = recording.calls[at], None
-            if call is not None and call.is_unchanged():
+            call = self._take(at)
+            if call is not None:
                 return self._handed_out(call.entries, kind, function, args, named)
             if kind == MATMUL and self._ends_within(at):
                 return self._put_off(function, args, named)

@@ -45,8 +45,8 @@ class Projections(NamedTuple):
 
     def linears(self) -> Linears | None:
         """Their parameters, where these are in place and to multiply by them is all that the layers do."""
-        gate, down = _linear(self.gate), _linear(self.down)
-        up = None if self.up is None else _linear(self.up)
+        gate, down = linear_of(self.gate), linear_of(self.down)
+        up = None if self.up is None else linear_of(self.up)
         if gate is None or down is None or (up is None) != (self.up is None):
             return None
         return Linears(self.form, gate, up, down)
@@ -57,19 +57,23 @@ class Linear(NamedTuple):
     bias: nn.Parameter | None
 
 
-def _linear(module: nn.Module) -> Linear | None:
+# tensors in copies of a layer, which are compared
+_PLAIN = (nn.Parameter, Tensor)
+
+
+def linear_of(module: nn.Module) -> Linear | None:
+    """Its parameters, where they are in place and to multiply by them is all that it does."""
     # adapters and quantised layers are of other classes, and whoever has hooks on a layer wants it called: ZeRO-3 has
     # them, to gather its weight, where the MLP is no leaf module
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     if type(module) is not nn.Linear or "forward" in vars(module) or any(hooks):
         return None
-    # not by name: under ZeRO-3 a look-up of a parameter gathers it
-    found = dict(module.named_parameters(recurse=False))
-    weight, bias = found.get("weight"), found.get("bias")
+    # past ZeRO-3's own dict, whose look-up of a parameter gathers it
+    weight, bias = (dict.get(module._parameters, name) for name in ("weight", "bias"))
     # what is parametrized, distributed or elsewhere now
-    if type(weight) is not nn.Parameter or weight.shape != (module.out_features, module.in_features):
+    if type(weight) not in _PLAIN or weight.shape != (module.out_features, module.in_features):
         return None
-    if bias is not None and (type(bias) is not nn.Parameter or bias.shape != weight.shape[:1]):
+    if bias is not None and (type(bias) not in _PLAIN or bias.shape != weight.shape[:1]):
         return None
     return Linear(weight, bias)
 

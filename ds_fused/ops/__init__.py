@@ -18,6 +18,7 @@ from ds_fused.ops.linear_cross_entropy import linear_cross_entropy
 from ds_fused.ops.linear_jsd import linear_jsd
 from ds_fused.ops.linear_kl_div import linear_kl_div
 from ds_fused.ops.linear_log_probs import linear_log_probs
+from ds_fused.ops.lora_linear import lora_linear
 from ds_fused.ops.mhc_coefficients import mhc_coefficients
 from ds_fused.ops.mhc_in import mhc_in
 from ds_fused.ops.mhc_post_res import mhc_post_res
@@ -53,6 +54,7 @@ __all__ = [
     "linear_jsd",
     "linear_kl_div",
     "linear_log_probs",
+    "lora_linear",
     "mhc_coefficients",
     "mhc_in",
     "mhc_post_res",

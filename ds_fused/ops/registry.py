@@ -32,6 +32,7 @@ from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross
 from ds_fused.ops.linear_jsd import linear_jsd, linear_jsd_reference
 from ds_fused.ops.linear_kl_div import linear_kl_div, linear_kl_div_reference
 from ds_fused.ops.linear_log_probs import linear_log_probs, linear_log_probs_reference
+from ds_fused.ops.lora_linear import lora_linear, lora_linear_reference
 from ds_fused.ops.mhc_coefficients import (
     mhc_coefficients,
     mhc_coefficients_reference,
@@ -72,6 +73,7 @@ class Op:
     summary: str
     options: Mapping[str, Option] = field(default_factory=lambda: MappingProxyType({}), hash=False)
     on: bool = True  # where a JSON block does not name its keys
+    common: bool = True  # whether "strict" wants a model to have what its keys replace
 
     @property
     def module(self) -> ModuleType:
@@ -144,6 +146,14 @@ OPS: tuple[Op, ...] = (
         on=False,  # not measured yet
     ),
     Op("relu2", relu2, relu2_reference, ("relu2",), "squared ReLU without a gate"),
+    Op(
+        "lora_linear",
+        lora_linear,
+        lora_linear_reference,
+        ("lora",),
+        "linear layer with a low-rank adapter of PEFT's, one node",
+        common=False,
+    ),
     Op(
         "add_rms_norm",
         add_rms_norm,

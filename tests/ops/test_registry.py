@@ -30,6 +30,7 @@ def test_keys_are_unique():
         "rope",
         "qk_norm_rope",
         "experts",
+        "lora",
         "cross_entropy",
         "fused_linear_cross_entropy",
     }

@@ -242,6 +242,12 @@ def relu2() -> Iterator[Case]:
     yield lambda x: ops.relu2(x.chunk(2, -1)[0]), [(leaf(5, 2 * d),) for d in (64, 128, 100)]
 
 
+def lora_linear() -> Iterator[Case]:
+    adapted = [leaf(32, 64), leaf(4, 64), leaf(32, 4)]
+    yield ops.lora_linear, [(leaf(5, n, 64), *adapted) for n in (3, 4, 5)]
+    yield partial(ops.lora_linear, scaling=0.7), [(leaf(n, 64), *adapted, leaf(32), leaf(n, 64)) for n in (3, 4)]
+
+
 def labels(n: int) -> Tensor:
     return torch.zeros(n, dtype=torch.int64)
 

@@ -346,6 +346,28 @@ def test_lora():
         assert_same(step(model)[0], stock)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("last", ["down_proj", "q_proj"])
+def test_a_layer_and_its_adapter_are_kept_as_one(last, dropout):
+    peft = pytest.importorskip("peft")
+    targets = list(dict.fromkeys(("q_proj", "up_proj", last)))
+    config = peft.LoraConfig(target_modules=targets, lora_dropout=dropout, init_lora_weights=False)
+    model = peft.get_peft_model(LLAMA.make(), config)
+    model.enable_input_require_grads()
+    model = checkpointed(model)
+    report = ds_fused.apply(model, {"lora": True})
+    assert [(claim.key, len(claim.paths)) for claim in report.claims] == [("lora", len(targets) * LAYERS)]
+    stock, stock_ran = step(model)
+    ds_fused.apply(model, {}, recompute="matmuls")
+    for _ in range(2):
+        found, ran = step(model)
+        assert_same(found, stock)
+    # of a layer with an adapter x A^T alone is computed again, also of down_proj, behind which the repetition ends
+    assert stock_ran.products() - ran.products() == LAYERS * (PER_LAYER + (last == "down_proj"))
+    added = "aten.addmm_.default"
+    assert ran.ops[added] == stock_ran.ops[added] - LAYERS * len(targets)
+
+
 def test_layers_that_return_tuples():
     config = transformers.T5Config(
         vocab_size=64,

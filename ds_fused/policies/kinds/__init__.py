@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ds_fused.policies.kinds.activations import ACTIVATION
+from ds_fused.policies.kinds.adapters import ADAPTER
 from ds_fused.policies.kinds.experts import EXPERTS
 from ds_fused.policies.kinds.kind import Kind, Way, choose, unproven
 from ds_fused.policies.kinds.layers import LAYER
@@ -16,7 +17,7 @@ from ds_fused.policies.kinds.ropes import ROPE
 __all__ = ["ACTIVATION", "KINDS", "NORM", "ROPE", "Kind", "Way", "choose", "find", "unproven"]
 
 # the first that recognises a layer has it
-KINDS = (NORM, EXPERTS, MLP, ROPE, ACTIVATION, LAYER)
+KINDS = (NORM, ADAPTER, EXPERTS, MLP, ROPE, ACTIVATION, LAYER)
 
 
 def find(module: nn.Module) -> Kind | None:

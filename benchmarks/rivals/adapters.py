@@ -1,0 +1,31 @@
+"""Linear layers under a low-rank adapter: x [1, M, K], weight [N, K], a [r, K], b [N, r]."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.rivals.provider import Call, Provider, Tensors, compiled, eager, our_ops
+
+SCALING = 2.0
+
+
+def _ours(t: Tensors) -> Call:
+    op = our_ops().lora_linear
+    return lambda: op(t["x"], t["weight"], t["a"], t["b"], scaling=SCALING)
+
+
+def _layers(x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """As ``peft.tuners.lora.Linear.forward`` has it."""
+    return F.linear(x, weight) + F.linear(F.linear(x, a), b) * SCALING
+
+
+def _peft(t: Tensors):
+    return _layers, tuple(t[name] for name in ("x", "weight", "a", "b"))
+
+
+LORA_LINEAR = {
+    "ds_fused": Provider(_ours),
+    "hf_eager": Provider(eager(_peft), note="PEFT's layers"),
+    "compile": Provider(compiled(_peft), note="PEFT's layers"),
+}

@@ -1,0 +1,57 @@
+"""A linear layer under an adapter of PEFT's (``peft.tuners.lora.Linear``): base layer and adapter as one node.
+
+Its children are opened, not called, where to multiply is all that they do; where one is quantised, hooked or of another
+class, where there are several adapters or none, where the adapter is merged, switched off or a variant (DoRA), under
+autocast, in a compiled graph and under transforms of torch.func, the layer's own code runs.
+
+Under a layer's checkpoint the result is kept as that of any linear layer is (``kept.py``), with the adapter in it: one
+tensor a layer, for the base's and the adapter's.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_fused.modules.kept import Empty, postponable
+from ds_fused.modules.sliced_mlp import linear_of
+from ds_fused.ops._triton import is_transformed
+from ds_fused.ops.lora_linear import LoRALinearFunction, fill_lora_linear, fits
+
+
+class LoRALinear:
+    """``base_layer(x) + scaling * lora_B(lora_A(lora_dropout(x)))``."""
+
+    def forward(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
+        operands = None if args or named or torch.compiler.is_compiling() else _operands(self, x)
+        if operands is None:
+            return super().forward(x, *args, **named)
+
+        def make(empty: Empty | None) -> Tensor:
+            return LoRALinearFunction.apply(x, *operands, empty)
+
+        return postponable(make, functools.partial(_fill, x, operands), is_kept=True)
+
+
+def _fill(x: Tensor, operands: tuple, y: Tensor) -> None:
+    fill_lora_linear(y, x, *operands)
+
+
+def _operands(layer: nn.Module, x: Tensor) -> tuple | None:
+    """weight, A, B, bias, what A is given if not x, scaling; None where the layer's own code is to run."""
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1 or is_transformed():
+        return None
+    (name,) = layer.active_adapters
+    if name not in layer.lora_A or name in layer.lora_variant:
+        return None
+    found = [linear_of(child) for child in (layer.base_layer, layer.lora_A[name], layer.lora_B[name])]
+    if None in found:
+        return None
+    base, a, b = found
+    if a.bias is not None or b.bias is not None or not fits(x, base.weight, base.bias, a.weight, b.weight):
+        return None
+    given = layer.lora_dropout[name](x)
+    return base.weight, a.weight, b.weight, base.bias, None if given is x else given, layer.scaling[name]

@@ -1,0 +1,118 @@
+"""lora_linear: both passes against fp64, what is frozen, a dropout before the adapter, and the errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import as_accurate, randn, same_bits
+from torch import Tensor
+
+from ds_fused.ops.lora_linear import lora_linear, lora_linear_reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def operands(shape: tuple[int, ...], n_out: int, rank: int, device: torch.device) -> list[Tensor]:
+    n_in = shape[-1]
+    weight, a = (randn(n, n_in, device=device, seed=n) / max(n_in, 1) ** 0.5 for n in (n_out, rank))
+    return [randn(*shape, device=device), weight, a, randn(n_out, rank, device=device, seed=5) / max(rank, 1) ** 0.5]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "n_out", "rank"),
+    [
+        ((1,), 1, 1),
+        ((3, 7), 5, 2),
+        ((2, 3, 33), 17, 4),
+        pytest.param((2, 511, 4096), 1024, 16, marks=pytest.mark.gpu),  # Llama-3-8B's k_proj
+    ],
+)
+@pytest.mark.parametrize("more", [(), ("bias",), ("bias", "lora_x")], ids=str)
+def test_lora_linear(shape, n_out, rank, more, dtype, device):
+    tensors = operands(shape, n_out, rank, device)
+    if "bias" in more:
+        tensors.append(randn(n_out, device=device, seed=6))
+    if "lora_x" in more:
+        tensors.append(randn(*shape, device=device, seed=7))
+    ours, reference = (lambda *t, op=op: op(*t, scaling=0.7) for op in (lora_linear, lora_linear_reference))
+    as_accurate(ours, reference, tensors, dtype)
+
+
+@pytest.mark.parametrize("trained", ["x", "ab", "xab", "lora_x", "weight"])
+def test_only_what_is_trained_has_a_gradient(trained, device):
+    x, weight, a, b = (t.bfloat16() for t in operands((2, 3, 33), 17, 4, device))
+    given = {"x": x, "weight": weight, "a": a, "b": b, "lora_x": x.flip(0)}
+    names = {"x": ["x"], "ab": ["a", "b"], "xab": ["x", "a", "b"]}.get(trained, [trained])
+
+    def gradients(op) -> list[Tensor]:
+        leaves = {name: t.detach().clone().requires_grad_(name in names) for name, t in given.items()}
+        lora_x = leaves["lora_x"] if trained == "lora_x" else None
+        y = op(leaves["x"], leaves["weight"], leaves["a"], leaves["b"], None, lora_x, scaling=2.0)
+        y.backward(torch.ones_like(y))
+        assert all((leaf.grad is None) == (name not in names) for name, leaf in leaves.items())
+        return [leaves[name].grad for name in names]
+
+    for ours, theirs in zip(gradients(lora_linear), gradients(lora_linear_reference), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5), (3, 0)])
+def test_empty(shape, device):
+    as_accurate(lora_linear, lora_linear_reference, operands(shape, 4, 2, device), torch.float32)
+
+
+def test_strides(device):
+    x, weight, a, b = operands((3, 14), 6, 2, device)
+    gaps = randn(3, 40, device=device)[:, 3:17]
+    as_accurate(lora_linear, lora_linear_reference, [gaps, weight, a, b], torch.bfloat16)
+    turned = [x, randn(14, 6, device=device).t(), randn(14, 2, device=device).t(), randn(2, 6, device=device).t()]
+    as_accurate(lora_linear, lora_linear_reference, turned, torch.bfloat16)
+    # an upstream gradient without memory of its own
+    leaf = x.float().requires_grad_()
+    (dx,) = torch.autograd.grad(lora_linear(leaf, *(t.float() for t in (weight, a, b))).sum(), leaf)
+    wanted = (weight + b @ a).float().sum(0).expand(3, -1)
+    torch.testing.assert_close(dx, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_same_bits_twice(device):
+    tensors = [t.bfloat16() for t in operands((2, 3, 33), 17, 4, device)]
+
+    def results() -> list[Tensor]:
+        leaves = [t.detach().clone().requires_grad_() for t in tensors]
+        y = lora_linear(*leaves, scaling=0.5)
+        return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+    assert all(same_bits(a, b) for a, b in zip(results(), results(), strict=True))
+
+
+def test_under_autocast_it_is_the_layers(device):
+    tensors = [t.float() for t in operands((3, 7), 5, 2, device)]
+    with torch.autocast(device.type, torch.bfloat16):
+        ours, theirs = (op(*tensors, scaling=0.5) for op in (lora_linear, lora_linear_reference))
+    assert ours.dtype == torch.bfloat16 and same_bits(ours, theirs)
+
+
+@pytest.mark.gpu
+def test_compiles_to_one_graph(device):
+    tensors = [t.bfloat16().requires_grad_() for t in operands((65, 256), 128, 8, device)]
+    got, wanted = torch.compile(lambda *t: lora_linear(*t) * 2, fullgraph=True)(*tensors), lora_linear(*tensors) * 2
+    torch.testing.assert_close(got, wanted)
+    for ours, theirs in zip(*(torch.autograd.grad(y.sum(), tensors) for y in (got, wanted)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_errors_and_the_reference(device, monkeypatch):
+    x, weight, a, b = operands((3, 7), 5, 2, device)
+    with pytest.raises(ValueError, match=r"lora_linear: x is \(3, 6\); with weight \(5, 7\) .* must be \(3, 7\)"):
+        lora_linear(x[:, 1:], weight, a, b)
+    with pytest.raises(ValueError, match=r"lora_linear: lora_b is \(2, 5\); .* rank 2 it must be \(5, 2\)"):
+        lora_linear(x, weight, a, b.t())
+    with pytest.raises(ValueError, match=r"lora_linear: bias is \(4,\); .* must be \(5,\)"):
+        lora_linear(x, weight, a, b, torch.ones(4, device=device))
+    with pytest.raises(ValueError, match="lora_linear: lora_a has 1 dimensions, .* it must have 2"):
+        lora_linear(x, weight, a[0], b)
+    with pytest.raises(ValueError, match="lora_linear: x is torch.float64"):
+        lora_linear(*(t.double() for t in (x, weight, a, b)))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert lora_linear(*(t.double().cpu() for t in (x, weight, a, b))).dtype == torch.float64

@@ -1,0 +1,139 @@
+"""Layers under PEFT's adapters: which become one node with their adapter, and when their own code runs all the same."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import ds_fused
+from ds_fused.modules import lora
+from tests.policies.tiny import LAYERS, LLAMA, assert_same_step, batch
+
+peft = pytest.importorskip("peft")
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+def adapted(**options: object) -> nn.Module:
+    torch.manual_seed(3)
+    return peft.get_peft_model(LLAMA.make(), peft.LoraConfig(r=2, init_lora_weights=False, **options))
+
+
+def pair(**options: object) -> tuple[nn.Module, nn.Module]:
+    """Replaced and stock."""
+    stock = adapted(target_modules=TARGETS, **options)
+    model = copy.deepcopy(stock)
+    report = ds_fused.apply(model, {"lora": True}, strict=True)
+    assert [(claim.replacement, len(claim.paths)) for claim in report.claims] == [("lora_linear", LAYERS * 3)]
+    return model, stock
+
+
+@pytest.fixture
+def nodes(monkeypatch) -> list[object]:
+    """Every node that is made, those of the proof among them."""
+    made: list[object] = []
+
+    def noted(*args: object) -> object:
+        made.append(args)
+        return function.apply(*args)
+
+    function = lora.LoRALinearFunction
+    monkeypatch.setattr(lora, "LoRALinearFunction", type("Noted", (), {"apply": staticmethod(noted)}))
+    return made
+
+
+def test_a_step_is_stocks(nodes):
+    model, stock = pair()
+    nodes.clear()
+    assert_same_step(model, stock, tolerance=1e-5)
+    assert len(nodes) == LAYERS * 3
+
+
+def test_with_a_dropout_before_the_adapter(nodes):
+    model, stock = pair(lora_dropout=0.5)
+    nodes.clear()
+    losses = []
+    for each in (model, stock):
+        torch.manual_seed(5)
+        losses.append(each.train()(**batch()).loss)
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+    gradients = [torch.autograd.grad(loss, [p for p in each.parameters() if p.requires_grad])
+                 for loss, each in zip(losses, (model, stock), strict=True)]  # fmt: skip
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert len(nodes) == LAYERS * 3
+
+
+def merged(model: nn.Module) -> None:
+    model.merge_adapter()
+
+
+def switched_off(model: nn.Module) -> None:
+    model.base_model.disable_adapter_layers()
+
+
+def another_added(model: nn.Module) -> None:
+    torch.manual_seed(7)
+    config = peft.LoraConfig(r=3, target_modules=TARGETS, init_lora_weights=False)
+    model.add_adapter("second", config)
+    model.base_model.set_adapter(["default", "second"])
+
+
+def hooked(model: nn.Module) -> None:
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.lora_A["default"].register_forward_hook(lambda module, args, y: 2 * y)
+
+
+@pytest.mark.parametrize("prepare", [merged, switched_off, another_added, hooked])
+def test_where_its_own_code_runs(prepare: Callable[[nn.Module], None], nodes):
+    model, stock = pair()
+    nodes.clear()
+    for each in (model, stock):
+        prepare(each)
+    ours, theirs = (each(**batch()) for each in (model, stock))
+    torch.testing.assert_close(ours.logits.clone(), theirs.logits, rtol=1e-5, atol=1e-5)
+    assert not nodes
+
+
+def test_a_second_adapter_takes_the_place_of_the_first(nodes):
+    model, stock = pair()
+    nodes.clear()
+    for each in (model, stock):
+        another_added(each)
+        each.set_adapter("second")
+    assert_same_step(model, stock, tolerance=1e-5)
+    assert len(nodes) == LAYERS * 3
+
+
+def test_under_autocast_its_own_code_runs(nodes):
+    model, stock = pair()
+    nodes.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (each(**batch()).logits.clone() for each in (model, stock))
+    assert torch.equal(ours, theirs) and not nodes
+
+
+def test_a_variant_stays_and_the_report_says_why():
+    report = ds_fused.apply(adapted(target_modules=["q_proj"], use_dora=True), {"lora": True})
+    assert not report.claims
+    assert [(row.count, row.reason) for row in report.left] == [(LAYERS, "its adapter is a variant, DoraLinearVariant")]
+
+
+def test_saving_merging_and_the_way_back(tmp_path):
+    model, stock = pair()
+    assert list(model.state_dict()) == list(stock.state_dict())
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(LLAMA.make(), tmp_path)
+    ids = batch()["input_ids"]
+    with torch.no_grad():
+        wanted = stock(ids).logits
+        torch.testing.assert_close(again(ids).logits, wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model.merge_and_unload()(ids).logits.clone(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_without_an_adapter_strict_is_content():
+    ds_fused.apply(LLAMA.make(), strict=True)
