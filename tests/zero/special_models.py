@@ -13,6 +13,7 @@ import torch.distributed as dist
 from special import both, case, engine_of, mine, model_of, read_by_one, reading, train, with_lora
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from ds_fused.modules import lora as lora_module
 from ds_fused.modules import norm
 from ds_fused.modules import qk_norm as norms_of_q_and_k
 from ds_fused.policies.kinds import norms
@@ -25,7 +26,26 @@ def lora() -> dict:
 
 @case
 def lora_zero3() -> dict:
-    return both(lambda: with_lora(["q_proj", "v_proj", "gate_proj", "down_proj"]), stage=3)
+    """``nodes``: how many times a layer ran as one node with its adapter."""
+    nodes = 0
+
+    class Counted(lora_module.LoRALinearFunction):
+        @staticmethod
+        def forward(*args: object) -> torch.Tensor:
+            nonlocal nodes
+            nodes += 1
+            return function.forward(*args)
+
+    function, lora_module.LoRALinearFunction = lora_module.LoRALinearFunction, Counted
+    try:
+        out = {}
+        for name, block in (("alone", {}), ("layers", {"leaf_modules": True})):
+            nodes = 0
+            out[name] = both(lambda: with_lora(["q_proj", "v_proj", "gate_proj", "down_proj"]), stage=3, block=block)
+            out[name]["nodes"] = nodes
+    finally:
+        lora_module.LoRALinearFunction = function
+    return out
 
 
 @case

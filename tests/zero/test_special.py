@@ -188,12 +188,17 @@ def test_lora(ranks):
         "swiglu": LAYERS,
         "fused_linear_cross_entropy": 1,
         "cross_entropy": 1,
+        "lora": 4 * LAYERS,
     }
 
 
 def test_lora_zero3(ranks):
-    equal_losses(ranks)
-    assert ranks[0]["replaced"]["fused_linear_cross_entropy"] == 1
+    for gathered in ("alone", "layers"):
+        found = [rank[gathered] for rank in ranks]
+        equal_losses(found)
+        assert found[0]["replaced"]["fused_linear_cross_entropy"] == 1
+        # in every step, so their weights and their adapters' are there; and for the proof
+        assert found[0]["nodes"] >= len(found[0]["fused"]) * 4 * LAYERS, gathered
 
 
 def test_lora_on_the_head(ranks):
