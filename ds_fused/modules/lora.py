@@ -1,8 +1,9 @@
 """A linear layer under an adapter of PEFT's (``peft.tuners.lora.Linear``): base layer and adapter as one node.
 
-Its children are opened, not called, where to multiply is all that they do; where one is quantised, hooked or of another
-class, where there are several adapters or none, where the adapter is merged, switched off or a variant (DoRA), under
-autocast, in a compiled graph and under transforms of torch.func, the layer's own code runs.
+Its children are opened, not called, where to multiply is all that they do, in one dtype or, by the kernels, with the
+adapter in fp32 over a layer in bf16, which is how PEFT makes them unless it is told otherwise. Where one is quantised,
+hooked or of another class, where there are several adapters or none, where the adapter is merged, switched off or a
+variant (DoRA), under autocast, in a compiled graph and under transforms of torch.func, the layer's own code runs.
 
 Under a layer's checkpoint the result is kept as that of any linear layer is (``kept.py``), with the adapter in it: one
 tensor a layer, for the base's and the adapter's.
@@ -53,5 +54,11 @@ def _operands(layer: nn.Module, x: Tensor) -> tuple | None:
     base, a, b = found
     if a.bias is not None or b.bias is not None or not fits(x, base.weight, base.bias, a.weight, b.weight):
         return None
-    given = layer.lora_dropout[name](x)
-    return base.weight, a.weight, b.weight, base.bias, None if given is x else given, layer.scaling[name]
+    dropout = layer.lora_dropout[name]
+    if isinstance(dropout, nn.Identity) or not layer.training:
+        given = None
+    elif a.weight.dtype == x.dtype:
+        given = dropout(x)
+    else:
+        return None  # which draws for x in fp32, and other numbers
+    return base.weight, a.weight, b.weight, base.bias, given, layer.scaling[name]

@@ -8,7 +8,10 @@ Every step is a product of cuBLAS, and what is added is added by the product tha
 product of the adapter's own size, a pass that scales it and one that adds it, and the like for dx. Traffic less than
 that: forward 4 M N of 6 M N beside the first product's own; backward 2 M N of dy and 2 M K of dx.
 
-Saved for backward: x (and z, where it is another tensor), which others hold anyway, and M r numbers.
+An adapter in fp32 over a layer in bf16, as PEFT makes it, keeps its bits: what is multiplied are three pieces in bf16
+of each of its numbers (``_pieces.py``). As layers all of x, y and dx would be there in fp32.
+
+Saved for backward: x (and z, where it is another tensor), which others hold anyway, and M r numbers, or 6 M r.
 
 Sizes: M rows (every leading dimension, flattened), K columns in, N out, rank r.
 """
@@ -22,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._pieces import LEFT, RIGHT, THREE, pieces, pieces_of_rows
 from ds_fused.ops._tiles import product
 from ds_fused.ops._triton import autocast_dtype, check_dtypes, rows_of, runs_kernels
 
@@ -37,8 +41,9 @@ def lora_linear_reference(
     scaling: float = 1.0,
 ) -> Tensor:
     """What this file computes, in PyTorch: the specification, the CPU path and the yardstick of the tests."""
-    z = x if lora_x is None else lora_x
-    return F.linear(x, weight, bias) + F.linear(F.linear(z, lora_a), lora_b) * scaling
+    z = (x if lora_x is None else lora_x).to(lora_a.dtype)
+    y = F.linear(x, weight, bias)
+    return (y + F.linear(F.linear(z, lora_a), lora_b) * scaling).to(y.dtype)
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -66,41 +71,72 @@ class LoRALinearFunction(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_a, lora_b, lora_x, h = ctx.saved_tensors
         wants_x, wants_weight, wants_a, wants_b, wants_bias, wants_lora_x, *_ = ctx.needs_input_grad
-        rows = rows_of(dy)
-        dx = dweight = da = db = dbias = dlora_x = t = None
+        rows, rank = rows_of(dy), lora_a.shape[0]
+        dx = dweight = da = db = dbias = dlora_x = t = a = None
         if wants_a or wants_lora_x or (wants_x and lora_x is None):
-            t = rows.new_empty(rows.shape[0], lora_a.shape[0])
-            product(t, rows, lora_b, scale=ctx.scaling)
+            t = _times(rows, _columns(lora_b, x), rank, ctx.scaling)
+        if wants_lora_x or (wants_x and lora_x is None):
+            a = _rows(lora_a, x)
         if wants_x:
             dx = torch.mm(rows, weight)
             if lora_x is None:
-                dx.addmm_(t, lora_a)
+                dx.addmm_(t, a)
             dx = dx.view(x.shape)
         if wants_weight:
             dweight = torch.mm(rows.t(), rows_of(x))
         if wants_a:
-            da = torch.mm(t.t(), rows_of(x if lora_x is None else lora_x))
+            z = rows_of(x if lora_x is None else lora_x)
+            da = torch.mm(t.t(), z) if lora_a.dtype == x.dtype else _sum_of_three(t, z, rank).t()
         if wants_b:
-            db = torch.mm(rows.t(), h)
+            db = torch.mm(rows.t(), h) if lora_b.dtype == x.dtype else _sum_of_three(h, rows, rank)
         if wants_bias:
             dbias = rows.sum(0)
         if wants_lora_x:
-            dlora_x = torch.mm(t, lora_a).view(x.shape)
+            dlora_x = torch.mm(t, a).view(x.shape)
         return dx, dweight, da, db, dbias, dlora_x, None, None
 
 
+def _rows(lora_a: Tensor, x: Tensor) -> Tensor:
+    """A as t or z is multiplied by it: [r, K], or its pieces [6 r, K]."""
+    return lora_a if lora_a.dtype == x.dtype else pieces_of_rows(lora_a, RIGHT)
+
+
+def _columns(lora_b: Tensor, x: Tensor) -> Tensor:
+    """B as h or dy is: [N, r], or its pieces [N, 6 r]."""
+    return lora_b if lora_b.dtype == x.dtype else pieces(lora_b.contiguous(), RIGHT)
+
+
+def _times(rows: Tensor, right: Tensor, rank: int, scale: float) -> Tensor:
+    """``scale * rows @ right``, of r columns, or what is to be multiplied again by pieces: 6 r."""
+    if right.shape[1] == rank:
+        out = rows.new_empty(rows.shape[0], rank)
+        product(out, rows, right, scale=scale)
+        return out
+    out = rows.new_empty(rows.shape[0], 3 * rank, dtype=torch.float32)
+    product(out, rows, right[:, _of(RIGHT, rank)])
+    return pieces(out, LEFT, 3, scale)
+
+
+def _sum_of_three(left: Tensor, rows: Tensor, rank: int) -> Tensor:
+    """``rows^T`` times what is in pieces [M, 6 r], in fp32: [columns of rows, r]."""
+    out = rows.new_empty(rows.shape[1], 3 * rank, dtype=torch.float32)
+    product(out, rows.t(), left[:, _of(LEFT, rank)])
+    return out.view(-1, 3, rank).sum(1)
+
+
+def _of(side: bool, rank: int) -> slice:
+    return slice(THREE[side].start * rank, THREE[side].stop * rank)
+
+
 def _within(z: Tensor, lora_a: Tensor, scaling: float) -> Tensor:
-    """[..., K] -> [M, r], scaled."""
-    rows = rows_of(z)
-    h = rows.new_empty(rows.shape[0], lora_a.shape[0])
-    product(h, rows, lora_a.t(), scale=scaling)
-    return h
+    """[..., K] -> [M, r], scaled; or its pieces [M, 6 r]."""
+    return _times(rows_of(z), _rows(lora_a, z).t(), lora_a.shape[0], scaling)
 
 
 def _outer(x: Tensor, weight: Tensor, lora_b: Tensor, bias: Tensor | None, h: Tensor) -> Tensor:
     rows = rows_of(x)
     y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
-    return y.addmm_(h, lora_b.t()).view(*x.shape[:-1], weight.shape[0])
+    return y.addmm_(h, _columns(lora_b, x).t()).view(*x.shape[:-1], weight.shape[0])
 
 
 def fill_lora_linear(
@@ -119,10 +155,18 @@ def fill_lora_linear(
         y.data.copy_(_outer(x, weight, lora_b, bias, h))
 
 
-def fits(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the products take these tensors as they are: of one dtype, on one device, without autocast."""
-    alike = all(t is None or (t.dtype == x.dtype and t.device == x.device) for t in others)
-    return alike and autocast_dtype(x) is None
+def fits(x: Tensor, weight: Tensor, bias: Tensor | None, *adapter: Tensor) -> bool:
+    """Whether the products take these tensors: of one dtype and device; or the adapter in fp32, all else in bf16.
+
+    ``adapter``: A, B, and what A is given if it is not x. Not under autocast.
+    """
+    if any(t is not None and (t.dtype != x.dtype or t.device != x.device) for t in (weight, bias)):
+        return False
+    dtypes = {t.dtype for t in adapter}
+    are_alike = dtypes == {x.dtype} or (
+        (x.dtype, dtypes) == (torch.bfloat16, {torch.float32}) and len(adapter) == 2 and runs_kernels(x)
+    )
+    return are_alike and all(t.device == x.device for t in adapter) and autocast_dtype(x) is None
 
 
 def lora_linear(
@@ -138,12 +182,13 @@ def lora_linear(
     """``F.linear(x, weight, bias) + scaling * F.linear(F.linear(lora_x, lora_a), lora_b)`` for x [..., K] -> [..., N].
 
     ``weight`` [N, K] and ``bias`` [N] may be frozen; ``lora_a`` [r, K], ``lora_b`` [N, r]. ``lora_x`` [..., K] is what
-    the adapter is given, such as a dropout of x; x where it is missing. Under autocast, and for tensors of several
+    the adapter is given, such as a dropout of x; x where it is missing. The result is of x's dtype; ``lora_a`` and
+    ``lora_b`` may be in fp32 where all else is in bf16, and lose no bit. Under autocast, and for other mixtures of
     dtypes, it is the layers one by one, in PyTorch. A ValueError names a shape that does not fit.
     """
     _check_shapes(x, weight, lora_a, lora_b, bias, lora_x)
-    others = (weight, lora_a, lora_b, bias, lora_x)
-    if not runs_kernels(x, *others) or not fits(x, *others):
+    adapter = (lora_a, lora_b) if lora_x is None else (lora_a, lora_b, lora_x)
+    if not runs_kernels(x, weight, bias, *adapter) or not fits(x, weight, bias, *adapter):
         return lora_linear_reference(x, weight, lora_a, lora_b, bias, lora_x, scaling=scaling)
     check_dtypes("lora_linear", x=x)
     return LoRALinearFunction.apply(x, weight, lora_a, lora_b, bias, lora_x, scaling)

@@ -316,7 +316,9 @@ def relu2() -> None:
 
 
 def lora_linear() -> None:
-    """Products of cuBLAS alone: nothing to compile."""
+    half, full = torch.bfloat16, torch.float32
+    adapter = leaf(16, 4096, dtype=full), leaf(1024, 16, dtype=full)
+    ops.lora_linear(leaf(2, 4096, dtype=half), leaf(1024, 4096, dtype=half), *adapter).sum().backward()
 
 
 def cross_entropy() -> None:

@@ -7,6 +7,7 @@ import torch
 from accuracy import as_accurate, randn, same_bits
 from torch import Tensor
 
+from ds_fused.ops._pieces import LEFT, RIGHT, THREE, pieces
 from ds_fused.ops.lora_linear import lora_linear, lora_linear_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -37,6 +38,41 @@ def test_lora_linear(shape, n_out, rank, more, dtype, device):
         tensors.append(randn(*shape, device=device, seed=7))
     ours, reference = (lambda *t, op=op: op(*t, scaling=0.7) for op in (lora_linear, lora_linear_reference))
     as_accurate(ours, reference, tensors, dtype)
+
+
+@pytest.mark.parametrize(
+    ("shape", "n_out", "rank"),
+    [
+        ((1,), 1, 1),
+        ((3, 7), 5, 2),
+        ((2, 19, 33), 17, 4),
+        ((0, 5), 4, 2),
+        pytest.param((2, 511, 4096), 1024, 16, marks=pytest.mark.gpu),
+    ],
+)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_an_adapter_in_fp32_keeps_its_bits(shape, n_out, rank, has_bias, device):
+    x, weight, a, b = operands(shape, n_out, rank, device)
+    more = [randn(n_out, device=device, seed=6)] if has_bias else []
+    ours, reference = (lambda *t, op=op: op(*t, scaling=0.7) for op in (lora_linear, lora_linear_reference))
+    as_accurate(ours, reference, [x, weight, a.float(), b.float(), *more], torch.bfloat16)
+
+
+@pytest.mark.parametrize("side", [LEFT, RIGHT])
+def test_pieces(side, device):
+    v = torch.cat([randn(5, 21, device=device) * 10.0**-i for i in range(0, 30, 6)]).float()
+    found = pieces(v, side, 3, 0.5).double().view(-1, 6, 7)
+    wanted = (0.5 * v.view(-1, 3, 7).sum(1)).double()
+    three = found[:, THREE[side]]
+    torch.testing.assert_close(three.sum(1), wanted, rtol=2**-22, atol=1e-38)
+    order = [0, 0, 0, 1, 2, 1] if side == RIGHT else [0, 1, 2, 0, 0, 1]
+    assert all(torch.equal(found[:, i], three[:, piece]) for i, piece in enumerate(order))
+
+
+def test_pieces_of_what_is_not_finite(device):
+    v = torch.tensor([[float("inf"), float("-inf"), float("nan"), 3e38]], device=device)
+    whole = pieces(v, LEFT).float().view(6, 4)[:3].sum(0)
+    assert whole[:2].tolist() == [float("inf"), float("-inf")] and whole[2].isnan() and whole[3].isfinite()
 
 
 @pytest.mark.parametrize("trained", ["x", "ab", "xab", "lora_x", "weight"])

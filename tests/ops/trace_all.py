@@ -245,6 +245,8 @@ def relu2() -> Iterator[Case]:
 def lora_linear() -> Iterator[Case]:
     adapted = [leaf(32, 64), leaf(4, 64), leaf(32, 4)]
     yield ops.lora_linear, [(leaf(5, n, 64), *adapted) for n in (3, 4, 5)]
+    wide = [leaf(32, 64), leaf(4, 64).detach().float().requires_grad_(), leaf(32, 4).detach().float().requires_grad_()]
+    yield ops.lora_linear, [(leaf(5, n, 64), *wide) for n in (3, 4, 5)]
     yield partial(ops.lora_linear, scaling=0.7), [(leaf(n, 64), *adapted, leaf(32), leaf(n, 64)) for n in (3, 4)]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ds_fused.modules.lora import LoRALinear
 from ds_fused.modules.swap import fused_class
 from ds_fused.policies.kinds.kind import Kind, Way, compared
-from ds_fused.policies.proof import randn, replica
+from ds_fused.policies.proof import compare, randn, replica
 
 KEY = "lora"
 _CHILDREN = ("base_layer", "lora_A", "lora_B", "lora_dropout")
@@ -69,7 +69,12 @@ def _prove(module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype
         return call
 
     cls = type(module)
-    return compared((run(cls), run(fused_class(way.mixin, cls, way.how))), tensors, device, dtype)
+    runs = run(cls), run(fused_class(way.mixin, cls, way.how))
+    differs = compared(runs, tensors, device, dtype)
+    if differs is not None or dtype != torch.bfloat16:
+        return differs
+    mixed = {name: torch.float32 if name in ("a", "b") else dtype for name in tensors}
+    return compare(*runs, tensors, mixed, device)
 
 
 def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:

@@ -1,0 +1,75 @@
+"""fp32 numbers as sums of three in bf16, so that products with other bf16 numbers keep the bits of fp32.
+
+    v = v1 + v2 + v3, each the rounding of what those before it leave: 24 bits
+    a v^T = a [v1, v2, v3]^T, its three parts added up          a is in bf16
+    u v^T = [u1, u2, u3, u1, u1, u2] [v1, v1, v1, v2, v3, v2]^T of the nine products those above the last bit
+
+The tensor cores multiply bf16 exactly and add up in fp32. Six times as many columns are nothing where there are few, as
+in an adapter of rank 16, and fp32 of its own would have the layer's input and result in fp32, too.
+
+Sizes: R rows, C columns of a number's own.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ds_fused.ops._launch import launch
+
+# of a product of two such: this one's pieces, and those that they meet; the columns of the three pieces in each
+LEFT, RIGHT = False, True
+THREE = {LEFT: slice(0, 3), RIGHT: slice(2, 5)}
+# elements per program and warps, not measured yet
+BLOCK = 1024
+NUM_WARPS = 4
+
+
+@triton.jit
+def _pieces_kernel(
+    v_ptr,  # [R, PARTS, C] fp32: to be added up
+    pieces_ptr,  # [R, 6, C] bf16
+    n_rows, n_cols,
+    scale,
+    PARTS: tl.constexpr, RIGHT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row, col = at // n_cols, at % n_cols
+    mask = row < n_rows
+    v = tl.load(v_ptr + row * (PARTS * n_cols) + col, mask=mask, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        v += tl.load(v_ptr + row * (PARTS * n_cols) + part * n_cols + col, mask=mask, other=0.0)
+    v *= tl.cast(scale, tl.float32)
+
+    first = v.to(tl.bfloat16)
+    rest = v - first.to(tl.float32)
+    # of infinity or NaN nothing is left, not NaN: what it is multiplied by stays what it is
+    rest = tl.where(rest == rest, rest, 0.0)
+    second = rest.to(tl.bfloat16)
+    third = (rest - second.to(tl.float32)).to(tl.bfloat16)
+    out = pieces_ptr + row * (6 * n_cols) + col
+    tl.store(out, first, mask=mask)
+    tl.store(out + n_cols, first if RIGHT else second, mask=mask)
+    tl.store(out + 2 * n_cols, first if RIGHT else third, mask=mask)
+    tl.store(out + 3 * n_cols, second if RIGHT else first, mask=mask)
+    tl.store(out + 4 * n_cols, third if RIGHT else first, mask=mask)
+    tl.store(out + 5 * n_cols, second, mask=mask)
+
+
+def pieces(v: Tensor, side: bool, parts: int = 1, scale: float = 1.0) -> Tensor:
+    """[R, parts * C] fp32 without gaps -> [R, 6 * C] bf16: of ``scale`` times the sum of its parts."""
+    n_rows, n_cols = v.shape[0], v.shape[1] // parts
+    out = v.new_empty(n_rows, 6 * n_cols, dtype=torch.bfloat16)
+    if out.numel():
+        launch(
+            _pieces_kernel, (triton.cdiv(n_rows * n_cols, BLOCK),), v, out, n_rows, n_cols, float(scale),
+            PARTS=parts, RIGHT=side, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return out
+
+
+def pieces_of_rows(v: Tensor, side: bool) -> Tensor:
+    """[R, C] fp32 -> [6 * R, C] bf16."""
+    return pieces(v.contiguous().view(1, -1), side).view(6 * v.shape[0], v.shape[1])
