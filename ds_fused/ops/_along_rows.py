@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from ds_fused.ops._launch import launch
+from ds_fused.ops import _triton
+from ds_fused.ops._launch import Kept, Ready, launch, launch_ready, lie_alike, ready
 from ds_fused.ops._meet import arrivals, passes
 from ds_fused.ops._row_tiles import tile
 from ds_fused.ops._triton import cdiv, power_of_2, row_stride, rows_of, warps_for
@@ -33,6 +34,8 @@ MERGE_BLOCK = 256
 
 # what lies above the diagonal: it counts like the rest; it doesn't, and is written as 0; or is left as it is, nearly
 SEEN, ZERO, LEFT = "seen", "zero", "left"
+
+_launches: Kept[Ready] = Kept()
 
 
 @triton.jit
@@ -81,16 +84,26 @@ def along_rows(
 
     It takes inputs, out, the row stride of the first input (the others have no gaps), N, D and ABOVE.
     """
-    first = rows_of(inputs[0])
-    n, d = first.shape  # not out's: dynamo 2.11 can't hold the sizes of what was made of an input
-    if n == 0 or d == 0:
-        return out
-    block = tile(d, TILE, per_thread or PER_THREAD, d)
-    launch(
-        kernel, (cdiv(n, block.rows),),
-        first, *inputs[1:], out, row_stride(first), n, d,
-        ABOVE=above, BLOCK_ROWS=block.rows, BLOCK_COLS=block.cols, num_warps=block.warps,
-    )  # fmt: skip
+    first = inputs[0]
+    key = None
+    if not torch.compiler.is_compiling():
+        # a kept launch holds its kernel, so that the id stays its
+        key = id(kernel), first.shape, first.stride(), above, per_thread, TILE, PER_THREAD, _triton.LANES
+    it = _launches.get(key)
+    if it is None:
+        rows = rows_of(first)
+        n, d = rows.shape  # not out's: dynamo 2.11 can't hold the sizes of what was made of an input
+        if n == 0 or d == 0:
+            return out
+        block = tile(d, TILE, per_thread or PER_THREAD, d)
+        it = ready(
+            kernel, (cdiv(n, block.rows),), row_stride(rows), n, d,
+            ABOVE=above, BLOCK_ROWS=block.rows, BLOCK_COLS=block.cols, num_warps=block.warps,
+        )  # fmt: skip
+        if lie_alike((first,), (rows,)):
+            _launches.keep(key, it)
+        first = rows
+    launch_ready(it, first, *inputs[1:], out)
     return out
 
 
@@ -121,14 +134,14 @@ def in_parts(
     return out
 
 
-def along_dim(apply: Callable[[Tensor], Tensor], x: Tensor, dim: int) -> Tensor:
+def along_dim(apply: Callable[..., Tensor], x: Tensor, dim: int, *options: object) -> Tensor:
     """``apply``, which works on the last dimension of tensors as they lie, along another one: over a copy."""
     is_last = dim in (-1, x.ndim - 1)
     if is_last and not torch.compiler.is_compiling():
-        return apply(x)
+        return apply(x, *options)
     # flattened here: dynamo 2.11 can't hold the sizes of what was made of an input
     x = x if is_last else x.transpose(dim, -1)
-    y = apply(rows_of(x)).view(x.shape)
+    y = apply(rows_of(x), *options).view(x.shape)
     return y if is_last else y.transpose(dim, -1)
 
 

@@ -61,6 +61,8 @@ class Entrance(NamedTuple):
 
 
 _entrances: dict[tuple[object, ...], Entrance] = {}
+# of what `ready` has made: a number for all facts of a launch, which for rope are sixty, to be hashed in every call
+_facts: dict[tuple[object, ...], int] = {}
 
 
 def _nowhere() -> int:
@@ -118,15 +120,15 @@ class Ready(NamedTuple):
     grid: tuple[int, ...]
     numbers: tuple[float | None, ...]
     constants: dict[str, object]
-    facts: tuple[object, ...]  # what the key has of all this
+    facts: int | None  # what the key has of all this; None in a graph
 
 
 def ready(kernel: JITFunction, grid: tuple[int, ...], *numbers: float | None, **constants: object) -> Ready:
     """For launchers that have the same shapes over and over, and keep it (`Kept`)."""
     if torch.compiler.is_compiling():
-        return Ready(kernel, grid, numbers, constants, ())
+        return Ready(kernel, grid, numbers, constants, None)
     facts = id(kernel), *constants, *constants.values(), *[_of_number(number) for number in numbers]
-    return Ready(kernel, grid, numbers, constants, facts)
+    return Ready(kernel, grid, numbers, constants, _facts.setdefault(facts, len(_facts)))
 
 
 def launch_ready(it: Ready, *tensors: Tensor | None) -> None:

@@ -81,13 +81,22 @@ def _shapes(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor | None) -> str:
 
 
 def check_inplace(q: Tensor, k: Tensor) -> None:
-    """Raises where the memory of q and k can't take the results."""
+    """Raises where q and k themselves can't be written over."""
+    if torch.is_grad_enabled():
+        for name, x in (("q", q), ("k", k)):
+            base = x._base
+            if (x.requires_grad and x.is_leaf) or (base is not None and base.requires_grad and base.is_leaf):
+                raise ValueError(
+                    f"rope: inplace=True would overwrite {name}, a leaf that requires a gradient or its view"
+                )
+    if q.data_ptr() == k.data_ptr() and q.numel():
+        raise ValueError("rope: inplace=True, but q and k share memory")
+
+
+def check_inplace_strides(q: Tensor, k: Tensor) -> None:
+    """Raises where tensors that lie as q and k do can't take the results."""
     for name, x in (("q", q), ("k", k)):
-        if torch.is_grad_enabled() and any(y.is_leaf and y.requires_grad for y in (x, x._base) if y is not None):
-            raise ValueError(f"rope: inplace=True would overwrite {name}, a leaf that requires a gradient or its view")
         if any(n > 1 and stride == 0 for n, stride in zip(x.shape, x.stride(), strict=True)):
             raise ValueError(f"rope: inplace=True, but elements of {name} share memory (it is expanded)")
         if x.shape[-1] > 1 and x.stride(-1) != 1:
             raise ValueError(f"rope: inplace=True, but the columns of {name} do not lie side by side")
-    if q.data_ptr() == k.data_ptr() and q.numel():
-        raise ValueError("rope: inplace=True, but q and k share memory")

@@ -37,7 +37,7 @@ from ds_fused.ops._heads import (
 )
 from ds_fused.ops._launch import Kept, Ready, launch_ready, ready
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._rope import RopeForm, check_inplace, check_rope
+from ds_fused.ops._rope import RopeForm, check_inplace, check_inplace_strides, check_rope
 from ds_fused.ops._rope_kernels import _rope_kernel
 from ds_fused.ops._triton import can_take, check_dtypes, note_taken, power_of_2, runs_kernels
 
@@ -116,6 +116,7 @@ class Turn(NamedTuple):
     inplace: bool
     overwrite_grad: bool
     is_plain: bool  # kernels read the tensors as they are
+    swapped: tuple[bool, bool] | None  # is_swapped of the results; None where they are asked themselves
     # the launches of tensors that lie as this call's do, by `_rope`'s key. None in a graph, whose sizes may be symbols
     launches: dict[tuple[object, ...], Ready] | None
 
@@ -218,7 +219,7 @@ class RopeFunction(torch.autograd.Function):
         if wanted_q != wanted_k:
             ctx.mark_non_differentiable(yk if wanted_q else yq)
         ctx.turn = turn
-        ctx.swapped, ctx.dtypes = (is_swapped(yq), is_swapped(yk)), (q.dtype, k.dtype)
+        ctx.swapped, ctx.dtypes = turn.swapped or (is_swapped(yq), is_swapped(yk)), (q.dtype, k.dtype)
         return yq, yk
 
     @staticmethod
@@ -284,6 +285,7 @@ def rope(
         check_rope("rope", q, k, cos, sin, unsqueeze_dim, form)
         if inplace and not compiling:
             check_inplace(q, k)
+            check_inplace_strides(q, k)
         return rope_reference(
             q, k, cos, sin, interleaved=interleaved, unsqueeze_dim=unsqueeze_dim, sections=sections,
             alternating=alternating, keep_dtype=keep_dtype, inplace=inplace and not compiling,
@@ -347,5 +349,11 @@ def _turn(
         and all(x is None or x.stride(-1) == 1 for x in (q, k, cos, sin))
         and (sin is None or cos.stride() == sin.stride())
     )
+    if inplace and not compiling:
+        check_inplace_strides(q, k)
     permitted = inplace and not compiling, overwrite_grad and not compiling
-    return Turn(form, dtypes, *permitted, is_plain, None if compiling else {})
+    swapped = None
+    if is_plain:
+        # results lie as what is written over, or as empty_like makes them
+        swapped = tuple(is_swapped(x if inplace else torch.empty_like(x, device="meta")) for x in (q, k))
+    return Turn(form, dtypes, *permitted, is_plain, swapped, None if compiling else {})

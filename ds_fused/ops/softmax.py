@@ -204,5 +204,4 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
     if not runs_kernels(x):
         return softmax_reference(x, dim)
     check_dtypes("softmax", x=x)
-    dtype = result_dtype(x)
-    return along_dim(lambda x: SoftmaxFunction.apply(x, dtype), x, dim)
+    return along_dim(SoftmaxFunction.apply, x, dim, result_dtype(x))

@@ -130,6 +130,10 @@ def calls(device: torch.device) -> list[tuple[Callable[..., Tensor], tuple[Tenso
             (lambda x, weight: ops.group_norm(x.detach().movedim(-1, 1), 2, weight), (x, weight)),
             (lambda x, weight: ops.group_norm(x.movedim(-1, 1), 2, weight, weight, eps=1e-2), (x, weight)),
             (lambda x: ops.group_norm(x.movedim(-1, 1), 2), (x,)),
+            (ops.relu2, (x,)),
+            (ops.softmax, (x,)),
+            (lambda x: ops.softmax(x, 0), (x,)),
+            (ops.sparsemax, (x,)),
         ]
     for x in (some(4, 6), some(4, 7), some(4, 12)[:, :6], some(4, 6, dtype=torch.bfloat16)):
         for options in ({}, {"reduction": "sum"}, {"reduction": "none"}, {"softcap": 2.0}, {"z_loss": 0.1}):
@@ -201,7 +205,7 @@ def results(call: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor
 # what is 1 is a constant for triton; 16 divides no address of a row of 7, and with 1 and 4 elements not the first one
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(1, 1), (16, 1), (1, 16), (3, 7), (16, 1024)])
-@pytest.mark.parametrize("call", [rms_norm, layer_norm, ops.glu, rope, cross_entropy, ops.softmax])
+@pytest.mark.parametrize("call", [rms_norm, layer_norm, ops.glu, rope, cross_entropy, ops.softmax, ops.relu2])
 def test_both_ways_give_the_same_bits(call, shape, device, monkeypatch):
     n, d = shape
     x = randn(n, 2 * d if call is ops.glu else d, device=device)
