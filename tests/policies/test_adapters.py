@@ -11,10 +11,28 @@ from torch import nn
 
 import ds_fused
 from ds_fused.modules import lora
+from ds_fused.ops._pieces import RIGHT
+from ds_fused.ops.registry import op
 from tests.policies.tiny import LAYERS, LLAMA, assert_same_step, batch
 
 peft = pytest.importorskip("peft")
+lora_linear_module = op("lora_linear").module
 TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+def pieces(v: torch.Tensor, side: bool, parts: int = 1, scale: float = 1.0) -> torch.Tensor:
+    """As the kernel makes them."""
+    v = scale * v.view(v.shape[0], parts, -1).sum(1)
+    first = v.bfloat16()
+    second = (v - first).bfloat16()
+    third = (v - first - second).bfloat16()
+    right = (first, first, first, second, third, second)
+    order = right if side == RIGHT else (first, second, third, first, first, second)
+    return torch.cat(order, 1)
+
+
+def pieces_of_rows(v: torch.Tensor, side: bool) -> torch.Tensor:
+    return pieces(v.view(1, -1), side).view(6 * v.shape[0], -1)
 
 
 def adapted(**options: object) -> nn.Module:
@@ -65,6 +83,33 @@ def test_with_a_dropout_before_the_adapter(nodes):
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     assert len(nodes) == LAYERS * 3
+
+
+def test_an_adapter_in_fp32_over_bf16_as_peft_makes_it(nodes, monkeypatch):
+    torch.manual_seed(3)
+    config = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=TARGETS)
+    stock = peft.get_peft_model(LLAMA.make().bfloat16(), config)
+    assert {p.dtype for p in stock.parameters() if p.requires_grad} == {torch.float32}
+    model = copy.deepcopy(stock)
+    ds_fused.apply(model, {"lora": True}, strict=True)
+    nodes.clear()
+    # without kernels the layers' own code runs
+    assert_same_step(model, stock, tolerance=0)
+    assert not nodes
+
+    # what a kernel makes of them has a test of its own
+    monkeypatch.setattr(lora_linear_module, "runs_kernels", lambda *_: True)
+    monkeypatch.setattr(lora_linear_module, "pieces", pieces)
+    monkeypatch.setattr(lora_linear_module, "pieces_of_rows", pieces_of_rows)
+    assert_same_step(model, stock, tolerance=2e-2)
+    assert len(nodes) == LAYERS * 3
+    # their own numbers are drawn for x in fp32
+    config = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=TARGETS, lora_dropout=0.5)
+    model = peft.get_peft_model(LLAMA.make().bfloat16(), config).train()
+    ds_fused.apply(model, {"lora": True}, strict=True)
+    nodes.clear()
+    model(**batch()).loss.backward()
+    assert not nodes
 
 
 def merged(model: nn.Module) -> None:
