@@ -73,7 +73,6 @@ class Op:
     summary: str
     options: Mapping[str, Option] = field(default_factory=lambda: MappingProxyType({}), hash=False)
     on: bool = True  # where a JSON block does not name its keys
-    common: bool = True  # whether "strict" wants a model to have what its keys replace
 
     @property
     def module(self) -> ModuleType:
@@ -152,7 +151,7 @@ OPS: tuple[Op, ...] = (
         lora_linear_reference,
         ("lora",),
         "linear layer with a low-rank adapter of PEFT's, one node",
-        common=False,
+        on=False,  # not measured yet
     ),
     Op(
         "add_rms_norm",

@@ -275,10 +275,10 @@ def _no_conflict(claims: Sequence[Claim]) -> None:
 
 def _all_matched(keys: Mapping[str, object], claims: Sequence[Claim], left: Sequence[Left]) -> None:
     """``strict``: every op that is on has work. Keys of one op are alternatives (a model is swiglu or geglu), and so
-    are norms, MLPs with and without a gate, and the two ways to the loss. Adapters need not be there."""
-    groups = {key: _GROUPS.get(op.name, op.name) for op in OPS if op.common for key in op.keys}
-    matched = {groups.get(claim.key) for claim in claims}
-    missed = [key for key in keys if key in groups and groups[key] not in matched]
+    are norms, MLPs with and without a gate, and the two ways to the loss."""
+    groups = {key: _GROUPS.get(op.name, op.name) for op in OPS for key in op.keys}
+    matched = {groups[claim.key] for claim in claims}
+    missed = [key for key in keys if groups[key] not in matched]
     if missed:
         reasons = "".join(f"\n  {row.count} x {row.what}: {row.reason}" for row in left)
         raise ValueError(f"apply: strict, and nothing matched {', '.join(missed)}{reasons}")

@@ -180,5 +180,6 @@ def test_saving_merging_and_the_way_back(tmp_path):
         torch.testing.assert_close(model.merge_and_unload()(ids).logits.clone(), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_without_an_adapter_strict_is_content():
-    ds_fused.apply(LLAMA.make(), strict=True)
+def test_without_an_adapter_strict_says_so():
+    with pytest.raises(ValueError, match="strict, and nothing matched lora"):
+        ds_fused.apply(LLAMA.make(), {"lora": True}, strict=True)

@@ -39,7 +39,7 @@ def lora_zero3() -> dict:
     function, lora_module.LoRALinearFunction = lora_module.LoRALinearFunction, Counted
     try:
         out = {}
-        for name, block in (("alone", {}), ("layers", {"leaf_modules": True})):
+        for name, block in (("alone", {"lora": True}), ("layers", {"lora": True, "leaf_modules": True})):
             nodes = 0
             out[name] = both(lambda: with_lora(["q_proj", "v_proj", "gate_proj", "down_proj"]), stage=3, block=block)
             out[name]["nodes"] = nodes

@@ -188,7 +188,6 @@ def test_lora(ranks):
         "swiglu": LAYERS,
         "fused_linear_cross_entropy": 1,
         "cross_entropy": 1,
-        "lora": 4 * LAYERS,
     }
 
 
