@@ -311,8 +311,8 @@ def test_one_rank_misspells(ranks):
         "frozen_head",
         "uneven_ranks",
         "embedding",
-        "logits_kept",
-        "communication_dtype",
+        pytest.param("logits_kept", marks=pytest.mark.all),
+        pytest.param("communication_dtype", marks=pytest.mark.all),
         pytest.param("accumulation_dtype", marks=pytest.mark.all),
         "autocast",
         "offload",
@@ -325,7 +325,7 @@ def test_one_rank_misspells(ranks):
         pytest.param("sharded_bias_of_a_frozen_head", marks=pytest.mark.all),
         pytest.param("frozen_sharded_bias", marks=pytest.mark.all),
         pytest.param("thrown_away", marks=pytest.mark.all),
-        "gemma",
+        pytest.param("gemma", marks=pytest.mark.all),
         "own_loss",
         pytest.param("smoothed", marks=pytest.mark.all),
         pytest.param("expert_parallel", marks=pytest.mark.all),
@@ -344,7 +344,7 @@ def test_stream(ended, name):
 
 # where it is not the weight's own dtype
 GRADIENT_IN = {"communication_dtype": ["float32"]}
-QUICK_COPIED = ("communication_dtype", "uneven_ranks", "thrown_away")
+QUICK_COPIED = ("communication_dtype", "thrown_away")
 QUICK = ("uneven_ranks", "gemma", "weighted_ranks", "both_ways")
 
 
@@ -453,7 +453,7 @@ def test_stream_of_each_kind(ended, name):
     equal_of_each_kind(ended(f"stream_{name}"), "its weight in 34 slabs")
 
 
-QUICK_GATHERED = ("evaluation_and_saving", "tied_offload", "smoothed")
+QUICK_GATHERED = ("evaluation_and_saving", "smoothed")
 
 
 @pytest.mark.parametrize(
@@ -630,6 +630,7 @@ def test_stream_muon(ranks):
         assert why_gathered(result["left"]) == "Muon wants whole gradients"
 
 
+@pytest.mark.all
 def test_stream_lora_on_the_head(ranks):
     equal_losses(ranks)
     for result in ranks:
