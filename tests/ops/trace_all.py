@@ -3,9 +3,10 @@
     python tests/ops/trace_all.py [all]
 
 Needs a process of its own, without TRITON_INTERPRET. Tensors lie on the CPU, the kernels are traced and nothing is run.
-Prints as JSON what stopped a trace, in every other case of each op or in all. Each op is called with one shape after the other,
-for that makes dynamo take the sizes that change for symbols; where a launcher then needs such a size as a number, it is
-a symbol with a known value, in which dynamo 2.11 to 2.13 has a bug (see row_stride in ds_fused/ops/_triton.py).
+Prints as JSON what stopped a trace: of every other case of each op, or of all. Each op is called with one shape after
+the other, for that makes dynamo take the sizes that change for symbols; where a launcher then needs such a size as a
+number, it is a symbol with a known value, in which dynamo 2.11 to 2.13 has a bug (see row_stride in
+ds_fused/ops/_triton.py).
 """
 
 from __future__ import annotations
