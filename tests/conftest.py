@@ -16,7 +16,9 @@ HAS_GPU = torch.cuda.is_available()
 HERE = Path(__file__).parent
 OPS = HERE / "ops"
 # folders and files that take long, the longest first: with two at a time none is then left to run alone at the end
-LONG = ("launch", "zero", "benchmarks", "scripts", "engine", "test_compile_targets.py", "test_trace.py")
+LONG = (
+    "launch", "zero", "benchmarks", "scripts", "engine", "test_warmup.py", "test_compile_targets.py", "test_trace.py",
+)  # fmt: skip
 
 # Triton decides when it is imported whether kernels are interpreted, the ops ask at every call: so one process holds
 # kernels that run on CPU tensors, and only tests/ops lets them (pytest_runtest_setup).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ HERE = Path(__file__).parent
 SHAPE = "25x16x67"
 
 
-def measured(out: Path, ways: tuple[str, ...]) -> dict[str, dict]:
+def measured(out: Path, ways: Sequence[str]) -> dict[str, dict]:
     """Rows by way, of two ranks."""
     command = [sys.executable, HERE / "broken_ways.py", "--gpus", "2", "--out", str(out)]
     command += ["--shapes", SHAPE, "--ways", ",".join(ways), "--master_port", str(free_port())]
@@ -34,8 +35,10 @@ def measured(out: Path, ways: tuple[str, ...]) -> dict[str, dict]:
     return {row["way"]: row for row in found["rows"]}
 
 
-def test_all_ways_agree(tmp_path):
-    rows = measured(tmp_path, (*DEFAULT, "half"))
+def test_all_ways_agree(request, tmp_path):
+    # options of a way with --all
+    ways = [way for way in (*DEFAULT, "half") if "=" not in way or request.config.getoption("--all")]
+    rows = measured(tmp_path, ways)
     wrong = rows.pop("half")
     assert wrong["status"].startswith("wrong: loss is off by 5.0e-01, dx is off by 5.0e-01, dw is off by 5.0e-01")
     assert "ms" not in wrong
@@ -52,7 +55,7 @@ def test_all_ways_agree(tmp_path):
             assert row["errors"].get("dw", 0) < 8e-3, way
             assert row["errors"]["loss"] == pytest.approx(rows["stock"]["errors"]["loss"], abs=1e-4), way
     text = (tmp_path / "zero3_head.md").read_text()
-    assert all(f"| {way} |" in text for way in (*DEFAULT, "half"))
+    assert all(f"| {way} |" in text for way in ways)
     assert "no way has both" in plot_head.draw(tmp_path)
 
 

@@ -40,7 +40,7 @@ def test_a_stack(shape, dtype, device):
     as_accurate(attention_residual, attention_residual_reference, inputs, dtype, frozen=[1, 2])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", OF_MANY)
 # one is a stack; two; as many as there are pointers; one more, which is stacked
 @pytest.mark.parametrize("n", [1, 2, LISTED, LISTED + 1])
 def test_a_list(n, dtype, device):

@@ -15,6 +15,8 @@ from ds_fused.ops import _meet
 from ds_fused.ops.group_norm import group_norm, group_norm_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# where there are many shapes: fp16 is rounded as bf16 is, in another place
+OF_MANY = [*DTYPES[:2], pytest.param(DTYPES[2], marks=pytest.mark.all)]
 FILE = registry.op("group_norm").module
 PARTS = sys.modules["ds_fused.ops._group_parts"]
 
@@ -56,7 +58,7 @@ def test_only_compiled_programs_meet():
     assert _meet.DEVICES == () or isinstance(_meet.meet, JITFunction)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", OF_MANY)
 @pytest.mark.parametrize(
     "shape, n_groups",
     [

@@ -27,8 +27,9 @@ SCRIPTS = {
     "trl_sft": {"losses", "eval_losses", "accuracies", "entropies"},
 }
 STAGES = (0, 3)
-# of the quick subset; a plain loop that is given labels is launch/train.py, which has quick tests of its own
-QUICK_STAGES = {"plain_logits": 0, "accelerate_loop": 3, "hf_trainer": 3, "trl_sft": 0}
+# of the quick subset; a plain loop that is given labels is launch/train.py, and a trainer of TRL's is a Trainer with
+# what test_trl.py compares: they have quick tests of their own
+QUICK_STAGES = {"plain_logits": 0, "accelerate_loop": 3, "hf_trainer": 3}
 LAUNCHERS = ("deepspeed", "torchrun")
 
 TRAINING = {

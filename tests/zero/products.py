@@ -97,8 +97,8 @@ ALL = ON_CPU + ON_GPU + ON_GPUS
 def is_quick(case: Case) -> bool:
     """Each stage with either accumulation, optimizer and model, in three fp32 jobs and one in bf16.
 
-    In the modes for ZeRO-3 models built under zero.Init and others take turns with the accumulation, too; where rows
-    stay, an untied model accumulates as well.
+    Under ZeRO-3 models built under zero.Init and others take turns with the accumulation, too; where rows stay, an
+    untied model accumulates as well.
     """
     if case.device in ("gpu", "gpus"):
         return True
@@ -106,7 +106,7 @@ def is_quick(case: Case) -> bool:
         return False
     if case.mode == "stationary" and case.accumulation == 1:
         return False
-    if case.mode in SHARDED and case.init != (case.accumulation == 4):
+    if case.stage == 3 and case.init != (case.accumulation == 4):
         return False
     if case.dtype == "fp32":
         # Element by element the momentum is judged, so it is what is accumulated. It also needs no further stages to

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ds_fused
 
-STEPS, ROWS, LENGTH = 10, 1, 64
+STEPS, ROWS, LENGTH = 10, 1, 32
 
 
 def batches_of(model: str, texts: str) -> torch.Tensor:

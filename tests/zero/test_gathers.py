@@ -12,8 +12,11 @@ from launching import launch
 LAYERS = products.SIZES["num_hidden_layers"]
 RANKS = range(2)
 # cases that only --all runs; the quick ones among MODELS and LORA have a layer with and without checkpointing, with
-# frozen weights in it, and used for something else between two steps
-LONG = ("tied", "reentrant", "unwrapped", "some_stay_whole", "lora_reentrant", "lora_plain_without_gradients_of_inputs")
+# frozen weights in it, and used for something else between two steps; test_tiled.py has tiles in a leaf module
+LONG = (
+    "tied", "reentrant", "unwrapped", "some_stay_whole", "lora_reentrant", "lora_plain_without_gradients_of_inputs",
+    "tiled_inside", "some_kept",
+)  # fmt: skip
 
 
 def models(*names: str) -> list:
@@ -152,7 +155,7 @@ def test_leaf_modules_of_the_user_stay(cases):
         assert found["json"]["left"] == ["leaf_modules: the JSON's zero_optimization says leaf_module"]
 
 
-@pytest.mark.parametrize("case", ["tiled_inside", "fused", "some_kept", "experts"])
+@pytest.mark.parametrize("case", models("tiled_inside", "fused", "some_kept", "experts"))
 def test_leaf_modules_with_others_inside_or_beside_them(cases, case):
     for found in cases[case]:
         assert_alike(found["leaf"], found["stock"])

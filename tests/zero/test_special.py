@@ -315,8 +315,8 @@ def test_one_rank_misspells(ranks):
         "frozen_head",
         "uneven_ranks",
         "embedding",
-        "logits_kept",
-        "communication_dtype",
+        pytest.param("logits_kept", marks=pytest.mark.all),
+        pytest.param("communication_dtype", marks=pytest.mark.all),
         pytest.param("accumulation_dtype", marks=pytest.mark.all),
         "autocast",
         "offload",
@@ -329,7 +329,7 @@ def test_one_rank_misspells(ranks):
         pytest.param("sharded_bias_of_a_frozen_head", marks=pytest.mark.all),
         pytest.param("frozen_sharded_bias", marks=pytest.mark.all),
         pytest.param("thrown_away", marks=pytest.mark.all),
-        "gemma",
+        pytest.param("gemma", marks=pytest.mark.all),
         "own_loss",
         pytest.param("smoothed", marks=pytest.mark.all),
         pytest.param("expert_parallel", marks=pytest.mark.all),
@@ -348,7 +348,7 @@ def test_stream(ended, name):
 
 # where it is not the weight's own dtype
 GRADIENT_IN = {"communication_dtype": ["float32"]}
-QUICK_COPIED = ("communication_dtype", "uneven_ranks", "thrown_away")
+QUICK_COPIED = ("communication_dtype", "thrown_away")
 QUICK = ("uneven_ranks", "gemma", "weighted_ranks", "both_ways")
 
 
@@ -457,7 +457,7 @@ def test_stream_of_each_kind(ended, name):
     equal_of_each_kind(ended(f"stream_{name}"), "its weight in 34 slabs")
 
 
-QUICK_GATHERED = ("evaluation_and_saving", "tied_offload", "smoothed")
+QUICK_GATHERED = ("evaluation_and_saving", "smoothed")
 
 
 @pytest.mark.parametrize(
@@ -634,6 +634,7 @@ def test_stream_muon(ranks):
         assert why_gathered(result["left"]) == "Muon wants whole gradients"
 
 
+@pytest.mark.all
 def test_stream_lora_on_the_head(ranks):
     equal_losses(ranks)
     for result in ranks:
