@@ -55,7 +55,7 @@ def _operands(layer: nn.Module, x: Tensor) -> tuple | None:
     if a.bias is not None or b.bias is not None or not fits(x, base.weight, base.bias, a.weight, b.weight):
         return None
     dropout = layer.lora_dropout[name]
-    if isinstance(dropout, nn.Identity) or not layer.training:
+    if isinstance(dropout, nn.Identity) or not dropout.training:
         given = None
     elif a.weight.dtype == x.dtype:
         given = dropout(x)

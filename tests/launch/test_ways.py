@@ -34,8 +34,8 @@ def test_the_six_ways_are_there():
 
 
 def marks(way: str) -> list[pytest.MarkDecorator]:
-    """Of Accelerate and of the Trainer tests/scripts has quick ones; python -m launch starts what --config does."""
-    return [pytest.mark.all] if re.match("accelerate |deepspeed ", way) else []
+    """Of Accelerate and of the Trainer tests/scripts has quick ones; cluster=hostfile starts what --hostfile does."""
+    return [pytest.mark.all] if re.search("^accelerate | trainer.py | --hostfile ", way) else []
 
 
 # the last one has made what the others are compared with
