@@ -27,7 +27,8 @@ BLOCK = 1024
 NUM_WARPS = 4
 
 
-@triton.jit
+# one kernel for an adapter of any size: nothing here is read in vectors
+@triton.jit(do_not_specialize=["n_rows", "n_cols"])
 def _pieces_kernel(
     v_ptr,  # [R, PARTS, C] fp32: to be added up
     pieces_ptr,  # [R, 6, C] bf16
@@ -35,13 +36,14 @@ def _pieces_kernel(
     scale,
     PARTS: tl.constexpr, RIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    scale = tl.cast(scale, tl.float32)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row, col = at // n_cols, at % n_cols
     mask = row < n_rows
     v = tl.load(v_ptr + row * (PARTS * n_cols) + col, mask=mask, other=0.0)
     for part in tl.static_range(1, PARTS):
         v += tl.load(v_ptr + row * (PARTS * n_cols) + part * n_cols + col, mask=mask, other=0.0)
-    v *= tl.cast(scale, tl.float32)
+    v *= scale
 
     first = v.to(tl.bfloat16)
     rest = v - first.to(tl.float32)

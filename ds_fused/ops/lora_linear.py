@@ -86,9 +86,9 @@ class LoRALinearFunction(torch.autograd.Function):
             dweight = torch.mm(rows.t(), rows_of(x))
         if wants_a:
             z = rows_of(x if lora_x is None else lora_x)
-            da = torch.mm(t.t(), z) if lora_a.dtype == x.dtype else _sum_of_three(t, z, rank).t()
+            da = torch.mm(t.t(), z) if lora_a.dtype == x.dtype else _of_three(t[:, _of(LEFT, rank)].t(), z, 0)
         if wants_b:
-            db = torch.mm(rows.t(), h) if lora_b.dtype == x.dtype else _sum_of_three(h, rows, rank)
+            db = torch.mm(rows.t(), h) if lora_b.dtype == x.dtype else _of_three(rows.t(), h[:, _of(LEFT, rank)], 1)
         if wants_bias:
             dbias = rows.sum(0)
         if wants_lora_x:
@@ -117,11 +117,11 @@ def _times(rows: Tensor, right: Tensor, rank: int, scale: float) -> Tensor:
     return pieces(out, LEFT, 3, scale)
 
 
-def _sum_of_three(left: Tensor, rows: Tensor, rank: int) -> Tensor:
-    """``rows^T`` times what is in pieces [M, 6 r], in fp32: [columns of rows, r]."""
-    out = rows.new_empty(rows.shape[1], 3 * rank, dtype=torch.float32)
-    product(out, rows.t(), left[:, _of(LEFT, rank)])
-    return out.view(-1, 3, rank).sum(1)
+def _of_three(left: Tensor, right: Tensor, dim: int) -> Tensor:
+    """``left @ right`` in fp32, where one of them is in three pieces, along that dimension of the result."""
+    out = left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
+    product(out, left, right)
+    return out.unflatten(dim, (3, -1)).sum(dim)
 
 
 def _of(side: bool, rank: int) -> slice:
