@@ -34,6 +34,7 @@ from ds_fused.engine.config import Config, parse
 from ds_fused.engine.profiles import ESTIMATED, filled
 from ds_fused.engine.stand_ins import ways_of
 from ds_fused.modules.scope import HeadWeight
+from ds_fused.ops import lora_linear
 from ds_fused.ops._warmup import META, Done, Launch, compile_noted, noted, target_here, target_of
 from ds_fused.ops.slabs import WeightSlabs
 from ds_fused.ops.vocab_shard import VocabShard
@@ -190,7 +191,17 @@ def launches_of(
         except Exception as error:
             # a model whose forward looks at data; what was noted until then is compiled all the same
             problem = f"{type(error).__name__}: {error}".partition("\n")[0]
+        if "lora" in config.wanted:
+            _with_adapter(model.dtype)
     return launches, problem
+
+
+def _with_adapter(dtype: torch.dtype) -> None:
+    """A layer with an adapter in fp32, of which no config of a model tells; its kernels are those of any size."""
+    sizes = {"x": (16, 32), "weight": (64, 32), "a": (4, 32), "b": (64, 4)}
+    kinds = {"x": dtype, "weight": dtype, "a": torch.float32, "b": torch.float32}
+    tensors = [torch.ones(size, dtype=kinds[name], device=META, requires_grad=True) for name, size in sizes.items()]
+    lora_linear(*tensors).sum().backward()
 
 
 def _table(done: list[Done]) -> str:
