@@ -201,7 +201,8 @@ def _with_adapter(dtype: torch.dtype) -> None:
     sizes = {"x": (16, 32), "weight": (64, 32), "a": (4, 32), "b": (64, 4)}
     kinds = {"x": dtype, "weight": dtype, "a": torch.float32, "b": torch.float32}
     tensors = [torch.ones(size, dtype=kinds[name], device=META, requires_grad=True) for name, size in sizes.items()]
-    lora_linear(*tensors).sum().backward()
+    for lora_x in (None, torch.ones(sizes["x"], device=META)):  # without a dropout, and with one
+        lora_linear(*tensors, lora_x=lora_x).sum().backward()
 
 
 def _table(done: list[Done]) -> str:

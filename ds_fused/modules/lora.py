@@ -55,10 +55,7 @@ def _operands(layer: nn.Module, x: Tensor) -> tuple | None:
     if a.bias is not None or b.bias is not None or not fits(x, base.weight, base.bias, a.weight, b.weight):
         return None
     dropout = layer.lora_dropout[name]
-    if isinstance(dropout, nn.Identity) or not dropout.training:
-        given = None
-    elif a.weight.dtype == x.dtype:
-        given = dropout(x)
-    else:
-        return None  # which draws for x in fp32, and other numbers
+    is_off = isinstance(dropout, nn.Identity) or not dropout.training
+    # in the adapter's dtype, for which other numbers are drawn than for x's
+    given = None if is_off else dropout(x.to(a.weight.dtype))
     return base.weight, a.weight, b.weight, base.bias, given, layer.scaling[name]

@@ -9,7 +9,8 @@ product of the adapter's own size, a pass that scales it and one that adds it, a
 that: forward 4 M N of 6 M N beside the first product's own; backward 2 M N of dy and 2 M K of dx.
 
 An adapter in fp32 over a layer in bf16, as PEFT makes it, keeps its bits: what is multiplied are three pieces in bf16
-of each of its numbers (``_pieces.py``). As layers all of x, y and dx would be there in fp32.
+of each of its numbers (``_pieces.py``). As layers all of x, y and dx would be there in fp32. A dropout of x in fp32 (z,
+then) is multiplied in fp32, and pieces are what comes of it.
 
 Saved for backward: x (and z, where it is another tensor), which others hold anyway, and M r numbers, or 6 M r.
 
@@ -61,7 +62,7 @@ class LoRALinearFunction(torch.autograd.Function):
         scaling: float,
         make: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        h = _within(x if lora_x is None else lora_x, lora_a, scaling)
+        h = _within(x, lora_a, lora_x, scaling)
         ctx.save_for_backward(x, weight, lora_a, lora_b, lora_x, h)
         ctx.scaling = scaling
         return _outer(x, weight, lora_b, bias, h) if make is None else make()
@@ -72,27 +73,28 @@ class LoRALinearFunction(torch.autograd.Function):
         x, weight, lora_a, lora_b, lora_x, h = ctx.saved_tensors
         wants_x, wants_weight, wants_a, wants_b, wants_bias, wants_lora_x, *_ = ctx.needs_input_grad
         rows, rank = rows_of(dy), lora_a.shape[0]
-        dx = dweight = da = db = dbias = dlora_x = t = a = None
+        dx = dweight = da = db = dbias = dlora_x = t = None
         if wants_a or wants_lora_x or (wants_x and lora_x is None):
             t = _times(rows, _columns(lora_b, x), rank, ctx.scaling)
-        if wants_lora_x or (wants_x and lora_x is None):
-            a = _rows(lora_a, x)
         if wants_x:
             dx = torch.mm(rows, weight)
             if lora_x is None:
-                dx.addmm_(t, a)
+                dx.addmm_(t, _rows(lora_a, x))
             dx = dx.view(x.shape)
         if wants_weight:
             dweight = torch.mm(rows.t(), rows_of(x))
-        if wants_a:
-            z = rows_of(x if lora_x is None else lora_x)
-            da = torch.mm(t.t(), z) if lora_a.dtype == x.dtype else _of_three(t[:, _of(LEFT, rank)].t(), z, 0)
         if wants_b:
             db = torch.mm(rows.t(), h) if lora_b.dtype == x.dtype else _of_three(rows.t(), h[:, _of(LEFT, rank)], 1)
         if wants_bias:
             dbias = rows.sum(0)
+        z = x if lora_x is None else lora_x
+        if t is not None and z.dtype != x.dtype:
+            t = t[:, _of(LEFT, rank)].float().unflatten(1, (3, -1)).sum(1)
+        if wants_a:
+            z = rows_of(z)
+            da = torch.mm(t.t(), z) if lora_a.dtype == z.dtype else _of_three(t[:, _of(LEFT, rank)].t(), z, 0)
         if wants_lora_x:
-            dlora_x = torch.mm(t, a).view(x.shape)
+            dlora_x = torch.mm(t, lora_a).view(x.shape)
         return dx, dweight, da, db, dbias, dlora_x, None, None
 
 
@@ -128,9 +130,11 @@ def _of(side: bool, rank: int) -> slice:
     return slice(THREE[side].start * rank, THREE[side].stop * rank)
 
 
-def _within(z: Tensor, lora_a: Tensor, scaling: float) -> Tensor:
+def _within(x: Tensor, lora_a: Tensor, lora_x: Tensor | None, scaling: float) -> Tensor:
     """[..., K] -> [M, r], scaled; or its pieces [M, 6 r]."""
-    return _times(rows_of(z), _rows(lora_a, z).t(), lora_a.shape[0], scaling)
+    z = x if lora_x is None else lora_x
+    h = _times(rows_of(z), _rows(lora_a, z).t(), lora_a.shape[0], scaling)
+    return h if h.dtype == x.dtype else pieces(h, LEFT)
 
 
 def _outer(x: Tensor, weight: Tensor, lora_b: Tensor, bias: Tensor | None, h: Tensor) -> Tensor:
@@ -151,7 +155,7 @@ def fill_lora_linear(
 ) -> None:
     """Writes the result into y, past autograd."""
     with torch.no_grad():
-        h = _within(x if lora_x is None else lora_x, lora_a, scaling)
+        h = _within(x, lora_a, lora_x, scaling)
         y.data.copy_(_outer(x, weight, lora_b, bias, h))
 
 
@@ -164,7 +168,7 @@ def fits(x: Tensor, weight: Tensor, bias: Tensor | None, *adapter: Tensor) -> bo
         return False
     dtypes = {t.dtype for t in adapter}
     are_alike = dtypes == {x.dtype} or (
-        (x.dtype, dtypes) == (torch.bfloat16, {torch.float32}) and len(adapter) == 2 and runs_kernels(x)
+        x.dtype == torch.bfloat16 and dtypes == {torch.float32} and runs_kernels(x, *adapter)
     )
     return are_alike and all(t.device == x.device for t in adapter) and autocast_dtype(x) is None
 
@@ -182,9 +186,9 @@ def lora_linear(
     """``F.linear(x, weight, bias) + scaling * F.linear(F.linear(lora_x, lora_a), lora_b)`` for x [..., K] -> [..., N].
 
     ``weight`` [N, K] and ``bias`` [N] may be frozen; ``lora_a`` [r, K], ``lora_b`` [N, r]. ``lora_x`` [..., K] is what
-    the adapter is given, such as a dropout of x; x where it is missing. The result is of x's dtype; ``lora_a`` and
-    ``lora_b`` may be in fp32 where all else is in bf16, and lose no bit. Under autocast, and for other mixtures of
-    dtypes, it is the layers one by one, in PyTorch. A ValueError names a shape that does not fit.
+    the adapter is given, such as a dropout of x; x where it is missing. The result is of x's dtype; ``lora_a``,
+    ``lora_b`` and ``lora_x`` may be in fp32 where all else is in bf16, and lose no bit. Under autocast, and for other
+    mixtures of dtypes, it is the layers one by one, in PyTorch. A ValueError names a shape that does not fit.
     """
     _check_shapes(x, weight, lora_a, lora_b, bias, lora_x)
     adapter = (lora_a, lora_b) if lora_x is None else (lora_a, lora_b, lora_x)

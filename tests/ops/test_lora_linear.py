@@ -50,10 +50,11 @@ def test_lora_linear(shape, n_out, rank, more, dtype, device):
         pytest.param((2, 511, 4096), 1024, 16, marks=pytest.mark.gpu),
     ],
 )
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_an_adapter_in_fp32_keeps_its_bits(shape, n_out, rank, has_bias, device):
+@pytest.mark.parametrize("more", [(), ("bias",), ("bias", "lora_x")], ids=str)
+def test_an_adapter_in_fp32_keeps_its_bits(shape, n_out, rank, more, device):
     x, weight, a, b = operands(shape, n_out, rank, device)
-    more = [randn(n_out, device=device, seed=6)] if has_bias else []
+    given = {"bias": randn(n_out, device=device, seed=6), "lora_x": randn(*shape, device=device, seed=7).float()}
+    more = [given[name] for name in more]
     ours, reference = (lambda *t, op=op: op(*t, scaling=0.7) for op in (lora_linear, lora_linear_reference))
     as_accurate(ours, reference, [x, weight, a.float(), b.float(), *more], torch.bfloat16)
 
