@@ -169,9 +169,9 @@ def test_small_sizes_are_no_larger_than_deepspeeds(layer):
 def test_a_layer_that_gets_its_input_by_keyword_is_named(caplog):
     layer = nn.Linear(2, 2)
     x = torch.ones(1, 2)
-    leaf_modules._hold(layer, (x,), x)
+    leaf_modules._hold([], layer, (x,), x)
     assert not caplog.messages
-    leaf_modules._hold(layer, (), x)
+    leaf_modules._hold([], layer, (), x)
     (line,) = caplog.messages
     assert line.startswith("ds_fused: Linear gets its hidden states by keyword")
 
