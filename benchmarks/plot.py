@@ -36,7 +36,7 @@ def shares(rows: Sequence[Row], header: Mapping[str, str], path: Path) -> None:
         axes.bar_label(bars, [f"{row.full_ms:.3g} ms" for row in mine], fontsize=6, padding=2)
     axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(cases)), [" ".join(part for part in case if part) for case in cases], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(cases) - 0.5, -0.5)  # the first one on top
     axes.set_xlabel(
         "share of the floor, forward + backward (the rest of 1.0 is what could still be gained)", fontsize=8
     )
@@ -77,8 +77,10 @@ def sizes(rows: Sequence[Row], header: Mapping[str, str], path: Path) -> None:
 
 
 def _save(figure, header: Mapping[str, str], path: Path) -> None:
-    figure.suptitle(f"forward + backward on {header['device']}, {header['versions']}, {header['date']}", fontsize=8)
-    figure.tight_layout(rect=(0, 0, 1, 0.99))
+    # in inches from the top, whatever the figure's height
+    title, panels = (1 - inches / figure.get_figheight() for inches in (0.1, 0.3))
+    figure.suptitle(f"forward + backward on {header['device']}, {header['versions']}", fontsize=8, y=title, va="top")
+    figure.tight_layout(rect=(0, 0, 1, panels))
     figure.savefig(path, dpi=110)
 
 
