@@ -39,6 +39,7 @@ from ds_fused.ops._warmup import META, Done, Launch, compile_noted, noted, targe
 from ds_fused.ops.slabs import WeightSlabs
 from ds_fused.ops.vocab_shard import VocabShard
 from ds_fused.policies import plan
+from ds_fused.policies.kinds import adapters
 
 # tokens of a sequence where nothing says more: kernels ask of it only whether 16 divides it
 LENGTH = 1024
@@ -191,7 +192,7 @@ def launches_of(
         except Exception as error:
             # a model whose forward looks at data; what was noted until then is compiled all the same
             problem = f"{type(error).__name__}: {error}".partition("\n")[0]
-        if "lora" in config.wanted:
+        if adapters.KEY in config.wanted:
             _with_adapter(model.dtype)
     return launches, problem
 

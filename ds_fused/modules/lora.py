@@ -11,16 +11,15 @@ tensor a layer, for the base's and the adapter's.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ds_fused.modules.kept import Empty, postponable
-from ds_fused.modules.sliced_mlp import linear_of
+from ds_fused.modules.linear import linear_of
 from ds_fused.ops._triton import is_transformed
-from ds_fused.ops.lora_linear import LoRALinearFunction, fill_lora_linear, fits
+from ds_fused.ops.lora_linear import LoRALinearFunction, fits
 
 
 class LoRALinear:
@@ -34,18 +33,20 @@ class LoRALinear:
         def make(empty: Empty | None) -> Tensor:
             return LoRALinearFunction.apply(x, *operands, empty)
 
-        return postponable(make, functools.partial(_fill, x, operands), is_kept=True)
+        def fill(y: Tensor) -> None:
+            with torch.no_grad():
+                # past the version: for autograd this is the value that was there from the start
+                y.data.copy_(make(None))
 
-
-def _fill(x: Tensor, operands: tuple, y: Tensor) -> None:
-    fill_lora_linear(y, x, *operands)
+        return postponable(make, fill, is_kept=True)
 
 
 def _operands(layer: nn.Module, x: Tensor) -> tuple | None:
     """weight, A, B, bias, what A is given if not x, scaling; None where the layer's own code is to run."""
-    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1 or is_transformed():
+    names = layer.active_adapters
+    if layer.disable_adapters or layer.merged or len(names) != 1 or is_transformed():
         return None
-    (name,) = layer.active_adapters
+    (name,) = names
     if name not in layer.lora_A or name in layer.lora_variant:
         return None
     found = [linear_of(child) for child in (layer.base_layer, layer.lora_A[name], layer.lora_B[name])]

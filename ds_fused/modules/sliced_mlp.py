@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ds_fused.modules.linear import Linear, linear_of
 from ds_fused.modules.mlp import Gate
 from ds_fused.ops._gates import GLUForm
 from ds_fused.ops._tiles import SIDE_STEP, product, wide
@@ -50,32 +51,6 @@ class Projections(NamedTuple):
         if gate is None or down is None or (up is None) != (self.up is None):
             return None
         return Linears(self.form, gate, up, down)
-
-
-class Linear(NamedTuple):
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-
-
-# tensors in copies of a layer, which are compared
-_PLAIN = (nn.Parameter, Tensor)
-
-
-def linear_of(module: nn.Module) -> Linear | None:
-    """Its parameters, where they are in place and to multiply by them is all that it does."""
-    # adapters and quantised layers are of other classes, and whoever has hooks on a layer wants it called: ZeRO-3 has
-    # them, to gather its weight, where the MLP is no leaf module
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    if type(module) is not nn.Linear or "forward" in vars(module) or any(hooks):
-        return None
-    # past ZeRO-3's own dict, whose look-up of a parameter gathers it
-    weight, bias = (dict.get(module._parameters, name) for name in ("weight", "bias"))
-    # what is parametrized, distributed or elsewhere now
-    if type(weight) not in _PLAIN or weight.shape != (module.out_features, module.in_features):
-        return None
-    if bias is not None and (type(bias) not in _PLAIN or bias.shape != weight.shape[:1]):
-        return None
-    return Linear(weight, bias)
 
 
 class Linears(NamedTuple):

@@ -18,10 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fused.ops._launch import launch
+from ds_fused.ops._triton import cdiv
 
-# of a product of two such: this one's pieces, and those that they meet; the columns of the three pieces in each
+# of a product of two such: this one's pieces, and those that they meet; where the three pieces begin in each
 LEFT, RIGHT = False, True
-THREE = {LEFT: slice(0, 3), RIGHT: slice(2, 5)}
+_FIRST = {LEFT: 0, RIGHT: 2}
 # elements per program and warps, not measured yet
 BLOCK = 1024
 NUM_WARPS = 4
@@ -66,7 +67,7 @@ def pieces(v: Tensor, side: bool, parts: int = 1, scale: float = 1.0) -> Tensor:
     out = v.new_empty(n_rows, 6 * n_cols, dtype=torch.bfloat16)
     if out.numel():
         launch(
-            _pieces_kernel, (triton.cdiv(n_rows * n_cols, BLOCK),), v, out, n_rows, n_cols, float(scale),
+            _pieces_kernel, (cdiv(n_rows * n_cols, BLOCK),), v, out, n_rows, n_cols, float(scale),
             PARTS=parts, RIGHT=side, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
     return out
@@ -75,3 +76,14 @@ def pieces(v: Tensor, side: bool, parts: int = 1, scale: float = 1.0) -> Tensor:
 def pieces_of_rows(v: Tensor, side: bool) -> Tensor:
     """[R, C] fp32 -> [6 * R, C] bf16."""
     return pieces(v.contiguous().view(1, -1), side).view(6 * v.shape[0], v.shape[1])
+
+
+def three(six: Tensor, side: bool) -> Tensor:
+    """[R, 6 * C] -> the three pieces of each number, once: [R, 3 * C]."""
+    n = six.shape[1] // 6
+    return six.narrow(1, _FIRST[side] * n, 3 * n)
+
+
+def added(parts: Tensor, dim: int) -> Tensor:
+    """Sums of three, which lie one behind the other along a dimension."""
+    return parts.unflatten(dim, (3, -1)).sum(dim)

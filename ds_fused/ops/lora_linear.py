@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._pieces import LEFT, RIGHT, THREE, pieces, pieces_of_rows
+from ds_fused.ops._pieces import LEFT, RIGHT, added, pieces, pieces_of_rows, three
 from ds_fused.ops._tiles import product
 from ds_fused.ops._triton import autocast_dtype, check_dtypes, rows_of, runs_kernels
 
@@ -72,10 +72,10 @@ class LoRALinearFunction(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_a, lora_b, lora_x, h = ctx.saved_tensors
         wants_x, wants_weight, wants_a, wants_b, wants_bias, wants_lora_x, *_ = ctx.needs_input_grad
-        rows, rank = rows_of(dy), lora_a.shape[0]
+        rows = rows_of(dy)
         dx = dweight = da = db = dbias = dlora_x = t = None
         if wants_a or wants_lora_x or (wants_x and lora_x is None):
-            t = _times(rows, _columns(lora_b, x), rank, ctx.scaling)
+            t = _times(rows, _columns(lora_b, x), lora_a.shape[0], ctx.scaling)
         if wants_x:
             dx = torch.mm(rows, weight)
             if lora_x is None:
@@ -84,15 +84,15 @@ class LoRALinearFunction(torch.autograd.Function):
         if wants_weight:
             dweight = torch.mm(rows.t(), rows_of(x))
         if wants_b:
-            db = torch.mm(rows.t(), h) if lora_b.dtype == x.dtype else _of_three(rows.t(), h[:, _of(LEFT, rank)], 1)
+            db = torch.mm(rows.t(), h) if lora_b.dtype == x.dtype else _of_three(rows.t(), three(h, LEFT), 1)
         if wants_bias:
             dbias = rows.sum(0)
         z = x if lora_x is None else lora_x
         if t is not None and z.dtype != x.dtype:
-            t = t[:, _of(LEFT, rank)].float().unflatten(1, (3, -1)).sum(1)
+            t = added(three(t, LEFT).float(), 1)
         if wants_a:
             z = rows_of(z)
-            da = torch.mm(t.t(), z) if lora_a.dtype == z.dtype else _of_three(t[:, _of(LEFT, rank)].t(), z, 0)
+            da = torch.mm(t.t(), z) if lora_a.dtype == z.dtype else _of_three(three(t, LEFT).t(), z, 0)
         if wants_lora_x:
             dlora_x = torch.mm(t, lora_a).view(x.shape)
         return dx, dweight, da, db, dbias, dlora_x, None, None
@@ -115,7 +115,7 @@ def _times(rows: Tensor, right: Tensor, rank: int, scale: float) -> Tensor:
         product(out, rows, right, scale=scale)
         return out
     out = rows.new_empty(rows.shape[0], 3 * rank, dtype=torch.float32)
-    product(out, rows, right[:, _of(RIGHT, rank)])
+    product(out, rows, three(right, RIGHT))
     return pieces(out, LEFT, 3, scale)
 
 
@@ -123,11 +123,7 @@ def _of_three(left: Tensor, right: Tensor, dim: int) -> Tensor:
     """``left @ right`` in fp32, where one of them is in three pieces, along that dimension of the result."""
     out = left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
     product(out, left, right)
-    return out.unflatten(dim, (3, -1)).sum(dim)
-
-
-def _of(side: bool, rank: int) -> slice:
-    return slice(THREE[side].start * rank, THREE[side].stop * rank)
+    return added(out, dim)
 
 
 def _within(x: Tensor, lora_a: Tensor, lora_x: Tensor | None, scaling: float) -> Tensor:
@@ -141,22 +137,6 @@ def _outer(x: Tensor, weight: Tensor, lora_b: Tensor, bias: Tensor | None, h: Te
     rows = rows_of(x)
     y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
     return y.addmm_(h, _columns(lora_b, x).t()).view(*x.shape[:-1], weight.shape[0])
-
-
-def fill_lora_linear(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    lora_x: Tensor | None,
-    scaling: float,
-) -> None:
-    """Writes the result into y, past autograd."""
-    with torch.no_grad():
-        h = _within(x, lora_a, lora_x, scaling)
-        y.data.copy_(_outer(x, weight, lora_b, bias, h))
 
 
 def fits(x: Tensor, weight: Tensor, bias: Tensor | None, *adapter: Tensor) -> bool:

@@ -7,7 +7,7 @@ import torch
 from accuracy import as_accurate, randn, same_bits
 from torch import Tensor
 
-from ds_fused.ops._pieces import LEFT, RIGHT, THREE, pieces
+from ds_fused.ops._pieces import LEFT, RIGHT, added, pieces, three
 from ds_fused.ops.lora_linear import lora_linear, lora_linear_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -62,12 +62,12 @@ def test_an_adapter_in_fp32_keeps_its_bits(shape, n_out, rank, more, device):
 @pytest.mark.parametrize("side", [LEFT, RIGHT])
 def test_pieces(side, device):
     v = torch.cat([randn(5, 21, device=device) * 10.0**-i for i in range(0, 30, 6)]).float()
-    found = pieces(v, side, 3, 0.5).double().view(-1, 6, 7)
+    found = pieces(v, side, 3, 0.5)
     wanted = (0.5 * v.view(-1, 3, 7).sum(1)).double()
-    three = found[:, THREE[side]]
-    torch.testing.assert_close(three.sum(1), wanted, rtol=2**-22, atol=1e-38)
+    torch.testing.assert_close(added(three(found, side).double(), 1), wanted, rtol=2**-22, atol=1e-38)
     order = [0, 0, 0, 1, 2, 1] if side == RIGHT else [0, 1, 2, 0, 0, 1]
-    assert all(torch.equal(found[:, i], three[:, piece]) for i, piece in enumerate(order))
+    once = three(found, side).unflatten(1, (3, 7))
+    assert all(torch.equal(found.view(-1, 6, 7)[:, i], once[:, piece]) for i, piece in enumerate(order))
 
 
 def test_pieces_of_what_is_not_finite(device):

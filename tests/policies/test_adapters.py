@@ -35,6 +35,12 @@ def pieces_of_rows(v: torch.Tensor, side: bool) -> torch.Tensor:
     return pieces(v.view(1, -1), side).view(6 * v.shape[0], -1)
 
 
+def have_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were kernels; what the kernel makes has a test of its own."""
+    for name, function in (("runs_kernels", lambda *_: True), ("pieces", pieces), ("pieces_of_rows", pieces_of_rows)):
+        monkeypatch.setattr(lora_linear_module, name, function)
+
+
 def adapted(**options: object) -> nn.Module:
     torch.manual_seed(3)
     return peft.get_peft_model(LLAMA.make(), peft.LoraConfig(r=2, init_lora_weights=False, **options))
@@ -97,17 +103,13 @@ def test_an_adapter_in_fp32_over_bf16_as_peft_makes_it(nodes, monkeypatch):
     assert_same_step(model, stock, tolerance=0)
     assert not nodes
 
-    # what a kernel makes of them has a test of its own
-    monkeypatch.setattr(lora_linear_module, "runs_kernels", lambda *_: True)
-    monkeypatch.setattr(lora_linear_module, "pieces", pieces)
-    monkeypatch.setattr(lora_linear_module, "pieces_of_rows", pieces_of_rows)
+    have_pieces(monkeypatch)
     assert_same_step(model, stock, tolerance=2e-2)
     assert len(nodes) == LAYERS * 3
 
 
 def test_with_a_dropout_before_an_adapter_in_fp32(nodes, monkeypatch):
-    for name, function in (("runs_kernels", lambda *_: True), ("pieces", pieces), ("pieces_of_rows", pieces_of_rows)):
-        monkeypatch.setattr(lora_linear_module, name, function)
+    have_pieces(monkeypatch)
     config = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=TARGETS, lora_dropout=0.5)
     torch.manual_seed(3)
     stock = peft.get_peft_model(LLAMA.make().bfloat16(), config).train()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ds_fused.modules.lora import LoRALinear
 from ds_fused.modules.swap import fused_class
-from ds_fused.policies.kinds.kind import Kind, Way, compared
+from ds_fused.policies.kinds.kind import Kind, Way, mixed
 from ds_fused.policies.proof import compare, randn, replica
 
 KEY = "lora"
@@ -70,11 +70,12 @@ def _prove(module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype
 
     cls = type(module)
     runs = run(cls), run(fused_class(way.mixin, cls, way.how))
-    differs = compared(runs, tensors, device, dtype)
-    if differs is not None or dtype != torch.bfloat16:
-        return differs
-    mixed = {name: torch.float32 if name in ("a", "b") else dtype for name in tensors}
-    return compare(*runs, tensors, mixed, device)
+    for of_layer, of_adapter in mixed(dtype):
+        dtypes = {name: of_adapter if name in ("a", "b") else of_layer for name in tensors}
+        differs = compare(*runs, tensors, dtypes, device)
+        if differs is not None:
+            return differs
+    return None
 
 
 def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:

@@ -1,0 +1,33 @@
+"""Linear layers whose parameters are read past their forward, where to multiply by them is all that they do."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class Linear(NamedTuple):
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+
+# tensors in copies of a layer, which are compared
+_PLAIN = (nn.Parameter, Tensor)
+
+
+def linear_of(module: nn.Module) -> Linear | None:
+    """Its parameters, where they are in place and to multiply by them is all that it does."""
+    # adapters and quantised layers are of other classes, and whoever has hooks on a layer wants it called: ZeRO-3 has
+    # them, to gather its weight, where nothing around it is a leaf module
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    if type(module) is not nn.Linear or "forward" in vars(module) or any(hooks):
+        return None
+    # past ZeRO-3's own dict, whose look-up of a parameter gathers it
+    weight, bias = (dict.get(module._parameters, name) for name in ("weight", "bias"))
+    # what is parametrized, distributed or elsewhere now
+    if type(weight) not in _PLAIN or weight.shape != (module.out_features, module.in_features):
+        return None
+    if bias is not None and (type(bias) not in _PLAIN or bias.shape != weight.shape[:1]):
+        return None
+    return Linear(weight, bias)
