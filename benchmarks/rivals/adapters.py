@@ -1,4 +1,4 @@
-"""Linear layers under a low-rank adapter: x [1, M, K], weight [N, K], a [r, K], b [N, r]."""
+"""Linear layers under a low-rank adapter: x [1, M, K], weight [N, K], a [r, K] and b [N, r], which may be in fp32."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def _ours(t: Tensors) -> Call:
 
 def _layers(x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """As ``peft.tuners.lora.Linear.forward`` has it."""
-    return F.linear(x, weight) + F.linear(F.linear(x, a), b) * SCALING
+    y = F.linear(x, weight)
+    return (y + F.linear(F.linear(x.to(a.dtype), a), b) * SCALING).to(y.dtype)
 
 
 def _peft(t: Tensors):

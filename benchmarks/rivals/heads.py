@@ -148,6 +148,9 @@ def log_probs_providers(entropy: bool) -> dict[str, Provider]:
         "ds_fused keep_mb=0": Provider(
             _our_log_probs(entropy=entropy, keep_mb=0), note="8 MHV: logits computed again in backward"
         ),
+        "ds_fused keep_mb=8192": Provider(
+            _our_log_probs(entropy=entropy, keep_mb=8192), note="6 MHV, all logits of these shapes kept"
+        ),
         "hf_eager": Provider(eager(plain), note="plain PyTorch"),
         "compile": Provider(compiled(plain)),
     }

@@ -4,13 +4,13 @@
     t = scaling * dy B                                [M, r]
     dx = dy W + t A,  dA = t^T z,  dB = dy^T (scaling * z A^T)
 
-Every step is a product of cuBLAS, and what is added is added by the product that makes it. Written as layers it is a
+Every step is a product, and what is added is added by the product that makes it. Written as layers it is a
 product of the adapter's own size, a pass that scales it and one that adds it, and the like for dx. Traffic less than
 that: forward 4 M N of 6 M N beside the first product's own; backward 2 M N of dy and 2 M K of dx.
 
 An adapter in fp32 over a layer in bf16, as PEFT makes it, keeps its bits: what is multiplied are three pieces in bf16
-of each of its numbers (``_pieces.py``). As layers all of x, y and dx would be there in fp32. A dropout of x in fp32 (z,
-then) is multiplied in fp32, and pieces are what comes of it.
+of each of its numbers, summed in fp32 (``_pieces.py``). As layers all of x, y and dx would be there in fp32. A dropout
+of x in fp32 (z, then) is multiplied in fp32, and pieces are what comes of it.
 
 Saved for backward: x (and z, where it is another tensor), which others hold anyway, and M r numbers, or 6 M r.
 
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._pieces import LEFT, RIGHT, added, pieces, pieces_of_rows, three
+from ds_fused.ops._pieces import LEFT, RIGHT, added, narrow_times, pieces, pieces_of_rows, times_narrow
 from ds_fused.ops._tiles import product
 from ds_fused.ops._triton import autocast_dtype, check_dtypes, rows_of, runs_kernels
 
@@ -75,68 +75,48 @@ class LoRALinearFunction(torch.autograd.Function):
         rows = rows_of(dy)
         dx = dweight = da = db = dbias = dlora_x = t = None
         if wants_a or wants_lora_x or (wants_x and lora_x is None):
-            t = _times(rows, _columns(lora_b, x), lora_a.shape[0], ctx.scaling)
+            t = _times(rows, lora_b, ctx.scaling)
         if wants_x:
             dx = torch.mm(rows, weight)
             if lora_x is None:
-                dx.addmm_(t, _rows(lora_a, x))
+                dx.addmm_(t, lora_a if lora_a.dtype == x.dtype else pieces_of_rows(lora_a, RIGHT))
             dx = dx.view(x.shape)
         if wants_weight:
             dweight = torch.mm(rows.t(), rows_of(x))
         if wants_b:
-            db = torch.mm(rows.t(), h) if lora_b.dtype == x.dtype else _of_three(rows.t(), three(h, LEFT), 1)
+            db = torch.mm(rows.t(), h) if lora_b.dtype == x.dtype else narrow_times(h, rows, turned=True)
         if wants_bias:
             dbias = rows.sum(0)
-        z = x if lora_x is None else lora_x
+        z = rows_of(x if lora_x is None else lora_x)
         if t is not None and z.dtype != x.dtype:
-            t = added(three(t, LEFT).float(), 1)
+            t = added(t)
         if wants_a:
-            z = rows_of(z)
-            da = torch.mm(t.t(), z) if lora_a.dtype == z.dtype else _of_three(three(t, LEFT).t(), z, 0)
+            da = torch.mm(t.t(), z) if lora_a.dtype == z.dtype else narrow_times(t, z)
         if wants_lora_x:
             dlora_x = torch.mm(t, lora_a).view(x.shape)
         return dx, dweight, da, db, dbias, dlora_x, None, None
 
 
-def _rows(lora_a: Tensor, x: Tensor) -> Tensor:
-    """A as t or z is multiplied by it: [r, K], or its pieces [6 r, K]."""
-    return lora_a if lora_a.dtype == x.dtype else pieces_of_rows(lora_a, RIGHT)
-
-
-def _columns(lora_b: Tensor, x: Tensor) -> Tensor:
-    """B as h or dy is: [N, r], or its pieces [N, 6 r]."""
-    return lora_b if lora_b.dtype == x.dtype else pieces(lora_b.contiguous(), RIGHT)
-
-
-def _times(rows: Tensor, right: Tensor, rank: int, scale: float) -> Tensor:
-    """``scale * rows @ right``, of r columns, or what is to be multiplied again by pieces: 6 r."""
-    if right.shape[1] == rank:
-        out = rows.new_empty(rows.shape[0], rank)
-        product(out, rows, right, scale=scale)
-        return out
-    out = rows.new_empty(rows.shape[0], 3 * rank, dtype=torch.float32)
-    product(out, rows, three(right, RIGHT))
-    return pieces(out, LEFT, 3, scale)
-
-
-def _of_three(left: Tensor, right: Tensor, dim: int) -> Tensor:
-    """``left @ right`` in fp32, where one of them is in three pieces, along that dimension of the result."""
-    out = left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
-    product(out, left, right)
-    return added(out, dim)
+def _times(rows: Tensor, narrow: Tensor, scale: float) -> Tensor:
+    """``scale * rows @ narrow``, of r columns, or what is to be multiplied again by pieces: 6 r."""
+    if narrow.dtype != rows.dtype:
+        return times_narrow(rows, narrow, scale)
+    out = rows.new_empty(rows.shape[0], narrow.shape[1])
+    product(out, rows, narrow, scale=scale)
+    return out
 
 
 def _within(x: Tensor, lora_a: Tensor, lora_x: Tensor | None, scaling: float) -> Tensor:
     """[..., K] -> [M, r], scaled; or its pieces [M, 6 r]."""
-    z = x if lora_x is None else lora_x
-    h = _times(rows_of(z), _rows(lora_a, z).t(), lora_a.shape[0], scaling)
+    h = _times(rows_of(x if lora_x is None else lora_x), lora_a.t(), scaling)
     return h if h.dtype == x.dtype else pieces(h, LEFT)
 
 
 def _outer(x: Tensor, weight: Tensor, lora_b: Tensor, bias: Tensor | None, h: Tensor) -> Tensor:
     rows = rows_of(x)
     y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
-    return y.addmm_(h, _columns(lora_b, x).t()).view(*x.shape[:-1], weight.shape[0])
+    b = lora_b if lora_b.dtype == x.dtype else pieces(lora_b, RIGHT)
+    return y.addmm_(h, b.t()).view(*x.shape[:-1], weight.shape[0])
 
 
 def fits(x: Tensor, weight: Tensor, bias: Tensor | None, *adapter: Tensor) -> bool:

@@ -49,7 +49,7 @@ PER_THREAD_FWD = 32
 # with 4096 and 256 threads 1.60
 WALK_COLS = 8192
 # its tiles in flight
-WALK_STAGES = 3
+WALK_STAGES = 4
 
 
 def sparsemax_reference(x: Tensor, dim: int = -1) -> Tensor:
@@ -153,6 +153,22 @@ def _support(x_ptr, highest, tau, n_cols, BLOCK_COLS: tl.constexpr, STAGES: tl.c
 
 
 @triton.jit
+def _write(x_ptr, y_ptr, highest, tau, excess, size, n_seen, n_written, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr):
+    """Writes a row, and counts and adds up what of it lies above tau on the way."""
+    counts = tl.zeros((BLOCK_COLS,), tl.int32)
+    totals = tl.zeros((BLOCK_COLS,), tl.float32)
+    for start in tl.range(0, n_written, BLOCK_COLS, num_stages=STAGES):
+        cols = start + tl.arange(0, BLOCK_COLS)
+        mask = cols < n_seen
+        z = tl.load(x_ptr + cols, mask=mask, other=-float("inf")).to(tl.float32) - highest
+        above = mask & ~(z <= tau)
+        counts += above.to(tl.int32)
+        totals += tl.where(above, z, 0.0)
+        tl.store(y_ptr + cols, _above(z, tau, excess, size, y_ptr.dtype.element_ty), mask=cols < n_written)
+    return tl.sum(counts), tl.sum(totals)
+
+
+@triton.jit
 def _sparsemax_fwd_walk_kernel(
     x_ptr,  # [N, D]
     y_ptr,  # [N, D]
@@ -164,24 +180,35 @@ def _sparsemax_fwd_walk_kernel(
     row = tl.program_id(0).to(tl.int64)
     n_seen, n_written = ends_of(row, n_cols, ABOVE)
     x_ptr += row * x_stride
-    high = tl.full((BLOCK_COLS,), -float("inf"), tl.float32)
+    y_ptr += row * n_cols
+    highs = tl.full((BLOCK_COLS,), -float("inf"), tl.float32)
     for start in tl.range(0, n_seen, BLOCK_COLS, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK_COLS)
-        high = tl.maximum(high, tl.load(x_ptr + cols, mask=cols < n_seen, other=-float("inf")).to(tl.float32))
-    highest = tl.max(high)
+        highs = tl.maximum(highs, tl.load(x_ptr + cols, mask=cols < n_seen, other=-float("inf")).to(tl.float32))
+    highest = tl.max(highs)
 
-    tau = -1.0
-    size = n_seen + 1
-    fewer, total, excess = _support(x_ptr, highest, tau, n_seen, BLOCK_COLS, STAGES)
-    while fewer < size:
+    # the tau of some of a row's values is no larger than the row's; these ones seldom leave out one of the support
+    z = (highs - highest)[None, :]
+    tau = tl.full((1, 1), -1.0, tl.float32)
+    size = tl.full((1, 1), BLOCK_COLS + 1, tl.int32)
+    fewer, total = _support_of_rows(z, tau)
+    while tl.max((fewer < size).to(tl.int32)) > 0:
         tau = _threshold(total, fewer)
         size = fewer
-        fewer, total, excess = _support(x_ptr, highest, tau, n_seen, BLOCK_COLS, STAGES)
-    for start in tl.range(0, n_written, BLOCK_COLS, num_stages=STAGES):
-        cols = start + tl.arange(0, BLOCK_COLS)
-        z = tl.load(x_ptr + cols, mask=cols < n_seen, other=-float("inf")).to(tl.float32) - highest
-        y = _above(z, tau, excess, tl.maximum(fewer, 1), y_ptr.dtype.element_ty)
-        tl.store(y_ptr + row * n_cols + cols, y, mask=cols < n_written)
+        fewer, total = _support_of_rows(z, tau)
+    excess = tl.max(tl.sum(tl.where(z <= tau, 0.0, z - tau), axis=1)) - 1.0
+    tau = tl.max(tau)
+    size = tl.max(size)
+
+    # right if they left out none
+    fewer, total = _write(x_ptr, y_ptr, highest, tau, excess, size, n_seen, n_written, BLOCK_COLS, STAGES)
+    if fewer != size:
+        size = n_seen + 1
+        while fewer < size:
+            tau = _threshold(total, fewer)
+            size = fewer
+            fewer, total, excess = _support(x_ptr, highest, tau, n_seen, BLOCK_COLS, STAGES)
+        _write(x_ptr, y_ptr, highest, tau, excess, size, n_seen, n_written, BLOCK_COLS, STAGES)
 
 
 @triton.jit(do_not_specialize=["n_rows"])

@@ -7,7 +7,7 @@ import torch
 from accuracy import as_accurate, randn, same_bits
 from torch import Tensor
 
-from ds_fused.ops._pieces import LEFT, RIGHT, added, pieces, three
+from ds_fused.ops._pieces import LEFT, RIGHT, added, narrow_times, pieces, times_narrow
 from ds_fused.ops.lora_linear import lora_linear, lora_linear_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -61,13 +61,33 @@ def test_an_adapter_in_fp32_keeps_its_bits(shape, n_out, rank, more, device):
 
 @pytest.mark.parametrize("side", [LEFT, RIGHT])
 def test_pieces(side, device):
-    v = torch.cat([randn(5, 21, device=device) * 10.0**-i for i in range(0, 30, 6)]).float()
-    found = pieces(v, side, 3, 0.5)
-    wanted = (0.5 * v.view(-1, 3, 7).sum(1)).double()
-    torch.testing.assert_close(added(three(found, side).double(), 1), wanted, rtol=2**-22, atol=1e-38)
+    v = torch.cat([randn(5, 7, device=device) * 10.0**-i for i in range(0, 30, 6)]).float()
+    found = pieces(v, side).unflatten(1, (6, 7))
     order = [0, 0, 0, 1, 2, 1] if side == RIGHT else [0, 1, 2, 0, 0, 1]
-    once = three(found, side).unflatten(1, (3, 7))
-    assert all(torch.equal(found.view(-1, 6, 7)[:, i], once[:, piece]) for i, piece in enumerate(order))
+    once = found[:, [order.index(piece) for piece in range(3)]]
+    torch.testing.assert_close(once.double().sum(1), v.double(), rtol=2**-22, atol=1e-38)
+    assert all(torch.equal(found[:, i], once[:, piece]) for i, piece in enumerate(order))
+
+
+# less than a tile of each; more of one, shares of the rows
+@pytest.mark.parametrize(
+    ("m", "k", "c"), [(3, 5, 2), (70, 150, 70), pytest.param(8191, 4096, 200, marks=pytest.mark.gpu), (0, 5, 2)]
+)
+def test_narrow_products(m, k, c, device):
+    rows, narrow = randn(m, k, device=device).bfloat16(), randn(k, c, device=device).float()
+    gaps = torch.full((m, k + 3), torch.nan, device=device).bfloat16()
+    gaps[:, :k] = rows
+    for given in (narrow, narrow.t().contiguous().t()):
+        six = times_narrow(gaps[:, :k], given, 0.7)
+        wanted = 0.7 * rows.double() @ narrow.double()
+        # each step is rounded once; a tensor core's own sums would be off by k 2^-28
+        torch.testing.assert_close(added(six).double(), wanted, rtol=1e-5, atol=1e-6 * max(1, k) ** 0.5)
+    exact = added(six).double().t() @ rows.double()
+    for turned in (False, True):
+        got = narrow_times(six, gaps[:, :k], turned=turned)
+        torch.testing.assert_close(
+            got.double(), exact.t() if turned else exact, rtol=1e-5, atol=1e-6 * max(1, m * k) ** 0.5
+        )
 
 
 def test_pieces_of_what_is_not_finite(device):
