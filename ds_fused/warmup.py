@@ -18,7 +18,7 @@ import argparse
 import os
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,7 +69,9 @@ def main(argv: list[str] | None = None) -> None:
 
     began = time.perf_counter()
     is_sharded = dict(job.ds_config.get("zero_optimization", {})).get("stage") == 3
-    launches, problem = launches_of(model, config, shape, target, args.ranks if is_sharded else None)
+    launches, problem = launches_of(
+        model, config, shape, target, args.ranks if is_sharded else None, args.lora_rank or ()
+    )
     done = list(compile_noted(launches, target, args.processes))
     print(f"ds_fused.warmup: {type(model).__name__} in {str(model.dtype).removeprefix('torch.')} on {args.target}")
     print(_table(done))
@@ -98,6 +100,13 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", help="the DeepSpeed JSON; without it bf16 and all ops")
     parser.add_argument("--target", help="sm90, gfx942, ...; without it the GPU of this machine")
     parser.add_argument("--ranks", type=int, default=1, help="of the job, over which ZeRO-3 shards the head")
+    parser.add_argument(
+        "--lora-rank",
+        type=int,
+        action="append",
+        metavar="R",
+        help="of adapters that it will get; may be repeated",
+    )
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--processes", type=int, default=min(cores, MOST_PROCESSES), help="that compile side by side")
     args = parser.parse_args(argv)
@@ -155,11 +164,16 @@ def model_of(name: str, dtype: torch.dtype) -> nn.Module:
 
 
 def launches_of(
-    model: nn.Module, config: Config, shape: tuple[int, int], target: GPUTarget, ranks: int | None = None
+    model: nn.Module,
+    config: Config,
+    shape: tuple[int, int],
+    target: GPUTarget,
+    ranks: int | None = None,
+    lora_ranks: Iterable[int] = (),
 ) -> tuple[list[Launch], str | None]:
     """What the proof, steps and an evaluation of a model on meta launch; what stopped them, if anything did.
 
-    ``ranks``: over which its parameters are sharded; None: they are whole.
+    ``ranks``: over which its parameters are sharded; None: they are whole. ``lora_ranks``: of adapters on its layers.
     """
     problem = None
     # the weight of the head: whole, then in each way in which it may come
@@ -193,13 +207,15 @@ def launches_of(
             # a model whose forward looks at data; what was noted until then is compiled all the same
             problem = f"{type(error).__name__}: {error}".partition("\n")[0]
         if adapters.KEY in config.wanted:
-            _with_adapter(model.dtype)
+            for rank in lora_ranks:
+                _with_adapter(model.dtype, rank)
     return launches, problem
 
 
-def _with_adapter(dtype: torch.dtype) -> None:
-    """A layer with an adapter in fp32, of which no config of a model tells; its kernels are those of any size."""
-    sizes = {"x": (16, 32), "weight": (64, 32), "a": (4, 32), "b": (64, 4)}
+def _with_adapter(dtype: torch.dtype, rank: int) -> None:
+    """A layer with an adapter in fp32, of which no config of a model tells; kernels ask of its sizes only whether 16
+    divides them."""
+    sizes = {"x": (16, 32), "weight": (64, 32), "a": (rank, 32), "b": (64, rank)}
     kinds = {"x": dtype, "weight": dtype, "a": torch.float32, "b": torch.float32}
     tensors = [torch.ones(size, dtype=kinds[name], device=META, requires_grad=True) for name, size in sizes.items()]
     for lora_x in (None, torch.ones(sizes["x"], device=META)):  # without a dropout, and with one

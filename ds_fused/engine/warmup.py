@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from torch import distributed as dist
 from torch import nn
 
 from ds_fused.ops._warmup import target_here
+from ds_fused.policies.kinds import ADAPTER
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -54,7 +55,7 @@ def warm_up(engine: DeepSpeedEngine, model: nn.Module, block: Mapping[str, objec
             store.wait([f"{here}/done"], PATIENCE)
             return
         try:
-            said = _compile(config, _ds_config(engine, block, dtype), target, dist.get_world_size())
+            said = _compile(config, _ds_config(engine, block, dtype), target, dist.get_world_size(), _lora_ranks(model))
             print(said, end="", flush=True)
         finally:
             store.set(f"{here}/done", "")
@@ -71,6 +72,12 @@ def _config_of(model: nn.Module) -> object | None:
     return None
 
 
+def _lora_ranks(model: nn.Module) -> list[int]:
+    """Of the adapters on its layers, each once."""
+    layers = filter(ADAPTER.recognises, model.modules())
+    return sorted({child.out_features for layer in layers for child in layer.lora_A.values()})
+
+
 def _ds_config(engine: DeepSpeedEngine, block: Mapping[str, object], dtype: torch.dtype) -> dict[str, object]:
     precision = {torch.bfloat16: {"bf16": {"enabled": True}}, torch.float16: {"fp16": {"enabled": True}}}
     return {
@@ -81,13 +88,16 @@ def _ds_config(engine: DeepSpeedEngine, block: Mapping[str, object], dtype: torc
     }
 
 
-def _compile(config: object, ds_config: Mapping[str, object], target: str, ranks: int) -> str:
+def _compile(
+    config: object, ds_config: Mapping[str, object], target: str, ranks: int, lora_ranks: Iterable[int] = ()
+) -> str:
     """What `python -m ds_fused.warmup` has to say."""
     with tempfile.TemporaryDirectory(prefix="ds_fused_warmup") as folder:
         model_file, ds_file = Path(folder, "config.json"), Path(folder, "ds_config.json")
         config.to_json_file(model_file)
         ds_file.write_text(json.dumps(ds_config), encoding="utf-8")
         options = ["--config", str(ds_file), "--target", target, "--ranks", str(ranks)]
+        options += [f"--lora-rank={rank}" for rank in lora_ranks]
         command = [sys.executable, "-m", "ds_fused.warmup", str(model_file), *options]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

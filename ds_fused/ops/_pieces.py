@@ -28,7 +28,7 @@ LEFT, RIGHT = False, True
 BLOCK = 1024
 # columns of the narrow matrix in a tile, least (a tensor core's) and most
 LEAST_COLS, MOST_COLS = 16, 64
-# rows of the wide one in a tile, where its columns are summed up; its columns, where its rows are; and elements of a tile
+# rows of the wide one in a tile, where its columns are summed up; its columns, where its rows are; elements of a tile
 # of the narrow one. On an H100, us of 8192x14336 by 16 columns: along columns 119, with 32 rows 213; along rows 103,
 # with steps of 64 rows, not 128, 115
 ROWS, COLS, SMALL = 64, 128, 2048

@@ -151,7 +151,6 @@ OPS: tuple[Op, ...] = (
         lora_linear_reference,
         ("lora",),
         "linear layer with a low-rank adapter of PEFT's, one node",
-        on=False,  # not measured yet
     ),
     Op(
         "add_rms_norm",

@@ -16,7 +16,7 @@ from ds_fused.modules.scope import HeadWeight
 from ds_fused.modules.swap import owner_of, why_not
 from ds_fused.modules.tiled_mlp import Tiles
 from ds_fused.policies.arguments import check_choice, check_flags, check_model, check_wanted, place
-from ds_fused.policies.kinds import ACTIVATION, NORM, ROPE, Kind, Way, find, qk_norms, unproven
+from ds_fused.policies.kinds import ACTIVATION, ADAPTER, NORM, ROPE, Kind, Way, find, qk_norms, unproven
 from ds_fused.policies.kinds.norms import rms_norms
 from ds_fused.policies.loss import claim_loss
 from ds_fused.policies.recompute import Recomputing, claim_recompute, recomputing
@@ -64,7 +64,7 @@ def apply(
     ``device``, ``dtype``: what the model will train in, where each replacement is compared with the original before it
     is used; the first parameter's when not given. Without ``verify`` that happens on the CPU, and only for layers that
     could be one of several forms.
-    ``strict``: a requested kind that matches nothing is a ValueError.
+    ``strict``: a requested kind that matches nothing is a ValueError; adapters, where the model has some.
     ``logits``: after a fused loss, "defer" computes them when they are read, "keep" in the forward as well.
     ``eval``: "defer" fuses the loss of an evaluation too, "stock" leaves evaluation alone.
     ``weight``: how the weight of a head is reached where it is sharded.
@@ -107,7 +107,7 @@ def apply(
     if agree is not None:
         agree(_digest(planned, outcomes))
     if strict:
-        _all_matched(keys, claims, left)
+        _all_matched(model, keys, claims, left)
     kept, not_kept = claim_recompute(model, recompute, {path for claim in claims for path in claim.paths})
     claims, left = [*claims, *kept], [*left, *not_kept]
     _commit(claims)
@@ -273,9 +273,11 @@ def _no_conflict(claims: Sequence[Claim]) -> None:
                 raise ValueError(f"apply: {path} is claimed twice: {both}")
 
 
-def _all_matched(keys: Mapping[str, object], claims: Sequence[Claim], left: Sequence[Left]) -> None:
+def _all_matched(model: nn.Module, keys: Mapping[str, object], claims: Sequence[Claim], left: Sequence[Left]) -> None:
     """``strict``: every op that is on has work. Keys of one op are alternatives (a model is swiglu or geglu), and so
-    are norms, MLPs with and without a gate, and the two ways to the loss."""
+    are norms, MLPs with and without a gate, and the two ways to the loss. Adapters are no part of most models."""
+    if not any(map(ADAPTER.recognises, model.modules())):
+        keys = [key for key in keys if key != ADAPTER.key]
     groups = {key: _GROUPS.get(op.name, op.name) for op in OPS for key in op.keys}
     matched = {groups[claim.key] for claim in claims}
     missed = [key for key in keys if groups[key] not in matched]

@@ -14,7 +14,7 @@ OP_KEYS = [key for op in OPS for key in op.keys]
 
 def test_enabled_means_every_op_but_some():
     config = parse({"enabled": True})
-    named_alone = ("add_rms_norm", "qk_norm_rope", "experts", "lora")
+    named_alone = ("add_rms_norm", "qk_norm_rope", "experts")
     assert list(config.wanted) == [key for key in OP_KEYS if key not in named_alone]
     assert all(options == {} for options in config.wanted.values())
     assert (config.strict, config.verify, config.report) == (False, True, True)

@@ -42,8 +42,8 @@ def test_one_rank_compiles_and_the_others_wait(monkeypatch, capsys):
     events: list[object] = []
     both_wait = threading.Event()
 
-    def compile(config: object, ds_config: dict, target: str, ranks: int) -> str:
-        events.append((config.model_type, ds_config, target, ranks))
+    def compile(config: object, ds_config: dict, target: str, ranks: int, lora_ranks: list[int]) -> str:
+        events.append((config.model_type, ds_config, target, ranks, lora_ranks))
         # until both others have said that they wait
         assert both_wait.wait(30)
         events.append("compiled")
@@ -72,7 +72,7 @@ def test_one_rank_compiles_and_the_others_wait(monkeypatch, capsys):
     assert all("waits for the warm-up" in message for message in waiting)
     asked, compiled, *ended = events
     expected = {"ds_fused": BLOCK, "train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": True}}
-    assert asked == ("llama", expected | {"zero_optimization": {"stage": 3}}, "sm90", 3)
+    assert asked == ("llama", expected | {"zero_optimization": {"stage": 3}}, "sm90", 3, [])
     assert compiled == "compiled" and sorted(ended) == [0, 1, 2]
     assert capsys.readouterr().out == "what was compiled\n"
 
@@ -107,9 +107,11 @@ def test_the_command_gets_the_config(tmp_path, monkeypatch):
     )
     # of the head alone: tests/test_warmup.py has layers compiled
     block = {"enabled": True, "verify": False, "rope": False, "rms_norm": False, "swiglu": False}
-    said = warmup._compile(config, warmup._ds_config(engine(0), block, torch.bfloat16), "sm90", 2)
+    said = warmup._compile(config, warmup._ds_config(engine(0), block, torch.bfloat16), "sm90", 2, [4])
     assert "LlamaForCausalLM in bfloat16 on sm90" in said and list(tmp_path.rglob("*.cubin"))
     # of the head's rows, which stay on their two ranks
     assert "_merge_kernel" in said
+    # of an adapter on a layer
+    assert "_narrow_times_kernel" in said
     with pytest.raises(RuntimeError, match="^ds_fused.warmup: ds_fused: unknown key 'speed'"):
         warmup._compile(config, {"ds_fused": {"speed": 1}}, "sm90", 1)

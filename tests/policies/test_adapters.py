@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import ds_fused
+from ds_fused.engine.warmup import _lora_ranks
 from ds_fused.modules import lora
-from ds_fused.ops._pieces import RIGHT
+from ds_fused.ops._pieces import LEFT, RIGHT, added
 from ds_fused.ops.registry import op
 from tests.policies.tiny import LAYERS, LLAMA, assert_same_step, batch
 
@@ -20,9 +21,8 @@ lora_linear_module = op("lora_linear").module
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
-def pieces(v: torch.Tensor, side: bool, parts: int = 1, scale: float = 1.0) -> torch.Tensor:
+def pieces(v: torch.Tensor, side: bool) -> torch.Tensor:
     """As the kernel makes them."""
-    v = scale * v.view(v.shape[0], parts, -1).sum(1)
     first = v.bfloat16()
     second = (v - first).bfloat16()
     third = (v - first - second).bfloat16()
@@ -35,10 +35,20 @@ def pieces_of_rows(v: torch.Tensor, side: bool) -> torch.Tensor:
     return pieces(v.view(1, -1), side).view(6 * v.shape[0], -1)
 
 
+def times_narrow(rows: torch.Tensor, narrow: torch.Tensor, scale: float) -> torch.Tensor:
+    return pieces(scale * rows.float() @ narrow, LEFT)
+
+
+def narrow_times(six: torch.Tensor, rows: torch.Tensor, *, turned: bool = False) -> torch.Tensor:
+    out = added(six).t() @ rows.float()
+    return out.t().contiguous() if turned else out
+
+
 def have_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if there were kernels; what the kernel makes has a test of its own."""
-    for name, function in (("runs_kernels", lambda *_: True), ("pieces", pieces), ("pieces_of_rows", pieces_of_rows)):
-        monkeypatch.setattr(lora_linear_module, name, function)
+    """As if there were kernels; what they make has tests of its own."""
+    monkeypatch.setattr(lora_linear_module, "runs_kernels", lambda *_: True)
+    for function in (pieces, pieces_of_rows, times_narrow, narrow_times):
+        monkeypatch.setattr(lora_linear_module, function.__name__, function)
 
 
 def adapted(**options: object) -> nn.Module:
@@ -194,6 +204,11 @@ def test_saving_merging_and_the_way_back(tmp_path):
         torch.testing.assert_close(model.merge_and_unload()(ids).logits.clone(), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_without_an_adapter_strict_says_so():
+def test_the_ranks_of_adapters_are_found_for_a_warm_up():
+    assert _lora_ranks(adapted(target_modules=TARGETS, rank_pattern={"down_proj": 3})) == [2, 3]
+
+
+def test_strict_misses_an_adapter_where_there_is_one():
     with pytest.raises(ValueError, match="strict, and nothing matched lora"):
-        ds_fused.apply(LLAMA.make(), {"lora": True}, strict=True)
+        ds_fused.apply(adapted(target_modules=["q_proj"], use_dora=True), {"lora": True}, strict=True)
+    ds_fused.apply(LLAMA.make(), {"lora": True, "rope": True}, strict=True)

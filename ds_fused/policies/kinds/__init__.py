@@ -14,7 +14,7 @@ from ds_fused.policies.kinds.mlps import MLP
 from ds_fused.policies.kinds.norms import NORM
 from ds_fused.policies.kinds.ropes import ROPE
 
-__all__ = ["ACTIVATION", "KINDS", "NORM", "ROPE", "Kind", "Way", "choose", "find", "unproven"]
+__all__ = ["ACTIVATION", "ADAPTER", "KINDS", "NORM", "ROPE", "Kind", "Way", "choose", "find", "unproven"]
 
 # the first that recognises a layer has it
 KINDS = (NORM, ADAPTER, EXPERTS, MLP, ROPE, ACTIVATION, LAYER)
