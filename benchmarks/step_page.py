@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -107,17 +108,20 @@ MEANING = (
 
 
 def _spread(done: dict[str, Sequence[Row]], stock: Sequence[Row]) -> list[str]:
-    """Which ways are as near to stock as stock with another attention is."""
-    found = {way: apart(rows, stock) for way, rows in done.items() if way != STOCK}
-    found = {way: both for way, both in found.items() if None not in both}
-    others = [both for way, both in found.items() if way.startswith(OTHER_STOCK)]
-    if not others:
+    """Which ways are as near to stock as two runs of stock with different attentions are to one another."""
+    runs = [row for way, rows in done.items() for row in rows if way == STOCK or way.startswith(OTHER_STOCK)]
+    pairs = [apart([a], [b]) for a, b in itertools.combinations(runs, 2) if a["way"] != b["way"]]
+    pairs = [both for both in pairs if None not in both]
+    if not pairs or not stock:
         return []
-    loss, norm = map(max, zip(*others, strict=True))
+    loss, norm = map(max, zip(*pairs, strict=True))
+    n = len(pairs)
     far = f"{loss:.1e} (loss) and {norm:.1e} (gradient's norm)"
-    lines = ["", f"Stock with another attention is {far} from stock; the others:", ""]
-    for way, (its_loss, its_norm) in found.items():
-        if not way.startswith(OTHER_STOCK):
+    of = "in the one pair there is" if n == 1 else f"in {n} pairs of runs"
+    lines = ["", f"Stock with another attention is up to {far} from stock, {of}; the others:", ""]
+    for way, rows in done.items():
+        its_loss, its_norm = apart(rows, stock)
+        if way != STOCK and not way.startswith(OTHER_STOCK) and its_loss is not None:
             within = "within that" if its_loss <= loss and its_norm <= norm else "**beyond that**"
             lines.append(f"- {way}: {its_loss:.1e} and {its_norm:.1e}, {within}")
     return lines

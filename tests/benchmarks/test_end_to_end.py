@@ -438,7 +438,7 @@ def test_table_of_numbers():
     rows.append(row("hf-math", 1, 120.0, 4.003))
     text = steps_page(head, rows)
     assert f"| 2.10x | 1.60x | 25% | 2.00 | 1.50 | 0.77x | 0.50 | 4.00 | {apart}" in text
-    assert "Stock with another attention is 3.0e-03 (loss) and 0.0e+00 (gradient's norm) from stock" in text
+    assert "another attention is up to 3.0e-03 (loss) and 0.0e+00 (gradient's norm) from stock, in 2 pairs" in text
     assert "- liger: 2.0e-03 and 0.0e+00, within that" in text
     assert "- ours: 5.0e-01 and 0.0e+00, **beyond that**" in text
     assert "- ours: 2 x rope" in text and "| hf | 8.0 | 1.0 |" in text
