@@ -185,6 +185,7 @@ def test_lora(ranks):
     assert ranks[0]["replaced"] == {
         "rms_norm": 2 * LAYERS + 1,
         "rope": LAYERS,
+        "lora": 4 * LAYERS,
         "swiglu": LAYERS,
         "fused_linear_cross_entropy": 1,
         "cross_entropy": 1,
