@@ -317,8 +317,9 @@ def relu2() -> None:
 
 def lora_linear() -> None:
     half, full = torch.bfloat16, torch.float32
-    adapter = leaf(16, 4096, dtype=full), leaf(1024, 16, dtype=full)
-    ops.lora_linear(leaf(2, 4096, dtype=half), leaf(1024, 4096, dtype=half), *adapter).sum().backward()
+    for rank in (16, 64):
+        adapter = leaf(rank, 4096, dtype=full), leaf(1024, rank, dtype=full)
+        ops.lora_linear(leaf(2, 4096, dtype=half), leaf(1024, 4096, dtype=half), *adapter).sum().backward()
 
 
 def cross_entropy() -> None:
