@@ -69,9 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
     began = time.perf_counter()
     is_sharded = dict(job.ds_config.get("zero_optimization", {})).get("stage") == 3
-    launches, problem = launches_of(
-        model, config, shape, target, args.ranks if is_sharded else None, args.lora_rank or ()
-    )
+    launches, problem = launches_of(model, config, shape, target, args.ranks if is_sharded else None, args.lora_rank)
     done = list(compile_noted(launches, target, args.processes))
     print(f"ds_fused.warmup: {type(model).__name__} in {str(model.dtype).removeprefix('torch.')} on {args.target}")
     print(_table(done))
@@ -105,6 +103,7 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
         type=int,
         action="append",
         metavar="R",
+        default=[],
         help="of adapters that it will get; may be repeated",
     )
     cores = len(os.sched_getaffinity(0))
@@ -114,6 +113,9 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     args.target = args.target or target_here()
     if args.target is None:
         parser.error("there is no GPU here: name one, such as --target sm90")
+    for rank in args.lora_rank:
+        if rank < 1:
+            parser.error(f"--lora-rank is {rank}; it must be at least 1")
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: nothing is compiled under it")
     return args

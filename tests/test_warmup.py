@@ -204,6 +204,7 @@ def test_ops_that_are_off_are_not_compiled(warm, folder, tmp_path):
         (["{folder}", "--target", "sm90", "--config", "{folder}/no.json"], {}, "{folder}/no.json can't be read"),
         (["{folder}", "--target", "sm90"], {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET is set"),
         (["{folder}"], {}, "there is no GPU here: name one"),
+        (["{folder}", "--target", "sm90", "--lora-rank", "0"], {}, "--lora-rank is 0; it must be at least 1"),
     ],
 )
 def test_what_is_wrong_is_one_line(arguments, environment, message, folder, monkeypatch, capsys):

@@ -75,7 +75,8 @@ def _config_of(model: nn.Module) -> object | None:
 def _lora_ranks(model: nn.Module) -> list[int]:
     """Of the adapters on its layers, each once."""
     layers = filter(ADAPTER.recognises, model.modules())
-    return sorted({child.out_features for layer in layers for child in layer.lora_A.values()})
+    children = [child for layer in layers for child in layer.lora_A.values()]
+    return sorted({child.out_features for child in children if isinstance(child, nn.Linear)})
 
 
 def _ds_config(engine: DeepSpeedEngine, block: Mapping[str, object], dtype: torch.dtype) -> dict[str, object]:

@@ -50,7 +50,9 @@ SHORT = "h100x4/curves_8b"
 FILES = (*HEADS, "h100x4/zero3_head", "probe", "baselines", *ENDS, *ONE_GPU, SHORT, "h100x4/end_to_end_longest")
 # in the units of PARAMETERS
 KNOWN = [650.0, 645.0, 640.0, 630.0, 660.0, 450.0, 2.8, 3.6, 350.0, 40.0, 1800.0, 1900.0, 1700.0, 4.2, 25.0, 2.0]
-MACHINE = Machine(gemm=700e12, attention=500e12, memory=3e12, delay=300e9, call=50e-6, hook=1.2e-3, leaf=5.8, wait=20e-3)
+MACHINE = Machine(
+    gemm=700e12, attention=500e12, memory=3e12, delay=300e9, call=50e-6, hook=1.2e-3, leaf=5.8, wait=20e-3
+)
 
 
 @pytest.fixture(scope="module")
