@@ -202,11 +202,12 @@ def _ways(kind: Kind | None, module: nn.Module, wanted: Mapping[str, object]) ->
 
 
 def _left_apart(claims: Sequence[Claim]) -> list[Left]:
-    """Attention layers whose norms are not fused with their rotary functions, one row for each reason."""
+    """Layers that became less than a key of its own asked for (experts in one op, norms of q and k with their
+    rotation), one row for each reason."""
     rows: Counter[tuple[str, str]] = Counter()
     for claim in claims:
-        if isinstance(claim, AttentionClaim) and claim.apart is not None:
-            rows[_short(claim.original), f"{qk_norms.KEY}: {claim.apart}"] += len(claim.paths)
+        if isinstance(claim, SwapClaim) and claim.apart is not None:
+            rows[_short(claim.original), ": ".join(claim.apart)] += len(claim.paths)
     return [Left(what, count, reason) for (what, reason), count in rows.items()]
 
 

@@ -9,12 +9,15 @@ from torch import nn
 
 from ds_fused.modules.swap import fused_class, is_fused, swap, unswap
 from ds_fused.modules.tiled_mlp import TILED, Tiles
-from ds_fused.policies.kinds import Kind, Way, qk_norms, unproven
+from ds_fused.policies.kinds import Kind, Way, differs, qk_norms, unproven
 from ds_fused.policies.memory import remembered
 
 
 class SwapClaim:
     """Layers of one class, alike in all that the proof depends on, and the ways to replace them."""
+
+    # the key that asked for another way, which was not to be had, and why
+    apart: tuple[str, str] | None = None
 
     def __init__(self, kind: Kind, ways: Sequence[Way], model: nn.Module, tiles: Tiles | None = None) -> None:
         self.paths: tuple[str, ...] = ()
@@ -59,6 +62,10 @@ class SwapClaim:
         chosen = remembered(self._kind, self._modules[0], self._ways, device, dtype)
         if isinstance(chosen, str):
             return chosen
+        asked = next((way for way in self._ways if way.asked), None)
+        if asked is not None and not chosen.asked:
+            reason = differs(self._kind, self._modules[0], asked, device, dtype)
+            self.apart = asked.key, reason or "it differed when it was compared first, and does not now"
         self._ways = (chosen,)
         return None
 
@@ -90,18 +97,17 @@ class AttentionClaim(SwapClaim):
     """Attention layers, whose norms of q and k are fused with their rotary functions where that is proven, too."""
 
     certain = False
-    apart: str | None = None  # why they are not
 
     def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        differs = super().prove(device, dtype)
-        if differs is not None:
-            return differs
+        reason = super().prove(device, dtype)
+        if reason is not None:
+            return reason
         try:
             found = qk_norms.with_norms(self._modules[0], self.way, device, dtype)
         except Exception as error:
             found = unproven(error)
         if isinstance(found, str):
-            self.apart = found
+            self.apart = qk_norms.KEY, found
         else:
             self._ways = (found,)
         return None

@@ -14,6 +14,7 @@ import ds_fused
 from ds_fused.modules import experts, mlp, product
 from ds_fused.modules.mlp import Gate
 from ds_fused.policies.kinds import Way, choose, find
+from ds_fused.policies.kinds import experts as experts_kind
 from tests.policies.tiny import NAMED, Tiny, assert_same_step, batch, counts, twins
 
 # the plain gate, in the eager loop itself; clamped and with an offset, interleaved; clamped; without a gate
@@ -75,6 +76,31 @@ def test_in_one_op_only_where_it_is_asked_for() -> None:
     assert counts(ds_fused.apply(NAMED["Mixtral"].make(), {"swiglu": True})) == {"swiglu": 2}
     assert counts(ds_fused.apply(NAMED["Mixtral"].make(), {"experts": True})) == {"experts": 2}
     assert "experts" not in counts(ds_fused.apply(NAMED["Mixtral"].make()))
+
+
+@pytest.mark.parametrize("draw", range(10))
+def test_what_is_drawn_for_the_proof_does_not_decide_it(draw: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other numbers, and products by another number of threads, round otherwise."""
+    drawn = experts_kind.randn
+    monkeypatch.setattr(experts_kind, "randn", lambda seed, *shape: drawn(seed + 1000 * draw, *shape))
+    (layer, *_) = experts_of(NAMED["Mixtral"].make())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 + draw % 2)
+    try:
+        assert isinstance(outcome(layer, MixtralExperts, torch.bfloat16, asked=True), Way)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("wanted", [{"experts": True, "swiglu": True}, {"experts": True}])
+def test_what_was_asked_for_and_is_not_to_be_had_is_told(
+    wanted: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts, "experts", lambda x, *args, **form: -ds_fused.experts(x, *args, **form))
+    report = ds_fused.apply(NAMED["Mixtral"].make(), wanted)
+    assert counts(report) == ({"swiglu": 2} if "swiglu" in wanted else {})
+    (row,) = [row for row in report.left if row.what == "MixtralExperts"]
+    assert row.count == 2 and row.reason.startswith("experts: its output differs")
 
 
 def test_weights_that_are_stored_the_other_way() -> None:
