@@ -208,7 +208,7 @@ def _arguments(
 def _with_room(dy: Tensor, gradient: Gradient, overwrite: bool) -> tuple[Tensor, Tensor]:
     """A result's gradient as kernels read it, and memory for that of q (k): itself, where ``overwrite`` lets it."""
     if gradient.strides is not None and dy.stride() == gradient.strides:
-        # the usual case, in half of the host time
+        # the usual case: half of the host time of what stands below
         return dy, dy if overwrite and not dy.requires_grad else torch.empty_like(dy)
     # whatever attention handed back
     dy = neighbours(dy)
@@ -253,6 +253,7 @@ class RopeFunction(torch.autograd.Function):
         overwrite = turn.overwrite_grad and not (wants_q and wants_k and dyq.data_ptr() == dyk.data_ptr())
         dyq, dq = _with_room(dyq, ctx.gradients[0], overwrite) if wants_q else (None, None)
         dyk, dk = _with_room(dyk, ctx.gradients[1], overwrite) if wants_k else (None, None)
+        # where one is not wanted, nothing of it lies elsewhere
         over_q, over_k = dq is dyq, dk is dyk
         # a hook may have brought the angles back in another layout
         key = (
