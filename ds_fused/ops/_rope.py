@@ -85,7 +85,7 @@ def check_inplace(q: Tensor, k: Tensor) -> None:
     if torch.is_grad_enabled():
         for name, x in (("q", q), ("k", k)):
             base = x._base
-            if (x.requires_grad and x.is_leaf) or (base is not None and base.requires_grad and base.is_leaf):
+            if (x.is_leaf and x.requires_grad) or (base is not None and base.requires_grad and base.is_leaf):
                 raise ValueError(
                     f"rope: inplace=True would overwrite {name}, a leaf that requires a gradient or its view"
                 )

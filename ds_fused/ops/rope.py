@@ -108,6 +108,15 @@ def rope_reference(
     return ys[0], ys[1]
 
 
+class Gradient(NamedTuple):
+    """How the gradient of q (k) is to lie: as q (k) did, without gaps. The projections want it."""
+
+    swapped: bool  # is_swapped
+    dtype: torch.dtype
+    # its strides, where it has the dtype of what comes from above; None where they are not known before
+    strides: tuple[int, ...] | None = None
+
+
 class Turn(NamedTuple):
     """What a call of rope does, beside its tensors."""
 
@@ -116,7 +125,7 @@ class Turn(NamedTuple):
     inplace: bool
     overwrite_grad: bool
     is_plain: bool  # kernels read the tensors as they are
-    swapped: tuple[bool, bool] | None  # is_swapped of the results; None where they are asked themselves
+    gradients: tuple[Gradient, Gradient] | None  # of q and k; None where the results are asked how they lie
     # the launches of tensors that lie as this call's do, by `_rope`'s key. None in a graph, whose sizes may be symbols
     launches: dict[tuple[object, ...], Ready] | None
 
@@ -196,6 +205,18 @@ def _arguments(
     return (batch * n_tokens if d else 0,), numbers, constants
 
 
+def _with_room(dy: Tensor, gradient: Gradient, overwrite: bool) -> tuple[Tensor, Tensor]:
+    """A result's gradient as kernels read it, and memory for that of q (k): itself, where ``overwrite`` lets it."""
+    if gradient.strides is not None and dy.stride() == gradient.strides:
+        # the usual case: half of the host time of what stands below
+        return dy, dy if overwrite and not dy.requires_grad else torch.empty_like(dy)
+    # whatever attention handed back
+    dy = neighbours(dy)
+    if overwrite and can_take(dy, gradient.dtype, gradient.swapped):
+        return dy, dy
+    return dy, room(dy, gradient.swapped, gradient.dtype)
+
+
 class RopeFunction(torch.autograd.Function):
     """Autograd around the launches; sees q [B, Hq, T, D], k [B, Hk, T, D], cos and sin [(3,) (B or 1,) T, R].
 
@@ -219,27 +240,26 @@ class RopeFunction(torch.autograd.Function):
         if wanted_q != wanted_k:
             ctx.mark_non_differentiable(yk if wanted_q else yq)
         ctx.turn = turn
-        ctx.swapped, ctx.dtypes = turn.swapped or (is_swapped(yq), is_swapped(yk)), (q.dtype, k.dtype)
+        ctx.gradients = turn.gradients or (Gradient(is_swapped(yq), q.dtype), Gradient(is_swapped(yk), k.dtype))
         return yq, yk
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dyq: Tensor, dyk: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
+        turn = ctx.turn
         wants_q, wants_k = ctx.needs_input_grad[:2]
-        dyq, dyk = neighbours(dyq) if wants_q else None, neighbours(dyk) if wants_k else None
-        # in the layout that q and k had, whatever attention handed back: the projections want it
-        (swapped_q, swapped_k), (q_dtype, k_dtype) = ctx.swapped, ctx.dtypes
         # the sum of both results hands one tensor to both
-        overwrite = ctx.turn.overwrite_grad and not (wants_q and wants_k and dyq.data_ptr() == dyk.data_ptr())
-        over_q = overwrite and wants_q and can_take(dyq, q_dtype, swapped_q)
-        over_k = overwrite and wants_k and can_take(dyk, k_dtype, swapped_k)
-        dq = (dyq if over_q else room(dyq, swapped_q, q_dtype)) if wants_q else None
-        dk = (dyk if over_k else room(dyk, swapped_k, k_dtype)) if wants_k else None
+        overwrite = turn.overwrite_grad and not (wants_q and wants_k and dyq.data_ptr() == dyk.data_ptr())
+        dyq, dq = _with_room(dyq, ctx.gradients[0], overwrite) if wants_q else (None, None)
+        dyk, dk = _with_room(dyk, ctx.gradients[1], overwrite) if wants_k else (None, None)
+        # where one is not wanted, nothing of it lies elsewhere
+        over_q, over_k = dq is dyq, dk is dyk
         # a hook may have brought the angles back in another layout
-        places = [None if x is None else x.stride() for x in (dyq, dyk, cos)]
-        key = "backward", *places, *ctx.swapped, over_q, over_k
-        _rope(dyq, dyk, cos, sin, dq, dk, ctx.turn, over_q >= wants_q and over_k >= wants_k, key)
+        key = (
+            None if dyq is None else dyq.stride(), None if dyk is None else dyk.stride(), cos.stride(), over_q, over_k,
+        )  # fmt: skip
+        _rope(dyq, dyk, cos, sin, dq, dk, turn, over_q and over_k, key)
         if overwrite:
             note_taken((dyq, dyk), (dq, dk))
         return dq, dk, None, None, None
@@ -298,7 +318,7 @@ def rope(
             q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, cos.shape, cos.stride(), cos.dtype,
             None if sin is None else (sin.shape, sin.stride(), sin.dtype, sin.requires_grad), cos.requires_grad,
             # conjugates are copied, to other strides
-            cos.is_conj(), *options, TILE_PAIRS, NUM_WARPS,
+            cos.is_conj(), options, TILE_PAIRS, NUM_WARPS,
         )  # fmt: skip
         turn = _turns.get(key)
         if turn is None:
@@ -352,8 +372,15 @@ def _turn(
     if inplace and not compiling:
         check_inplace_strides(q, k)
     permitted = inplace and not compiling, overwrite_grad and not compiling
-    swapped = None
+    gradients = None
     if is_plain:
-        # results lie as what is written over, or as empty_like makes them
-        swapped = tuple(is_swapped(x if inplace else torch.empty_like(x, device="meta")) for x in (q, k))
-    return Turn(form, dtypes, *permitted, is_plain, swapped, None if compiling else {})
+        gradients = _gradient(q, dtypes[0], inplace), _gradient(k, dtypes[1], inplace)
+    return Turn(form, dtypes, *permitted, is_plain, gradients, None if compiling else {})
+
+
+def _gradient(x: Tensor, dtype: torch.dtype, inplace: bool) -> Gradient:
+    """Of q (k), whose result has that dtype."""
+    # results lie as what is written over, or as empty_like makes them
+    y = torch.empty_like(x, device="meta")
+    swapped = is_swapped(x if inplace else y)
+    return Gradient(swapped, x.dtype, room(y, swapped, dtype).stride() if dtype == x.dtype else None)

@@ -112,6 +112,29 @@ def test_layouts_are_kept(device):
     assert q.grad.transpose(1, 2).is_contiguous()
 
 
+def test_gradients_lie_as_q_and_k_did(device):
+    *most, cos, sin = inputs_of(2, 3, 2, 5, 8, 8, device, torch.bfloat16)
+    upright = [x.contiguous() for x in most]
+    gaps = [torch.cat((x, x), -1)[..., :8] for x in most]
+    # what attention may hand back: as it got them, as it likes, with gaps, columns apart
+    layouts = (
+        lambda dy: dy,
+        torch.Tensor.contiguous,
+        lambda dy: torch.cat((dy, dy), -1)[..., :8],
+        lambda dy: dy.mT.contiguous().mT,
+    )
+    for given, angle_dtype in ((most, cos.dtype), (upright, cos.dtype), (gaps, cos.dtype), (most, torch.float32)):
+        leaves = [x.detach().requires_grad_() for x in given]
+        ys = rope(*leaves, cos.to(angle_dtype), sin.to(angle_dtype))
+        several = [
+            torch.autograd.grad(ys, leaves, [layout(x.to(y.dtype)) for x, y in zip(most, ys, strict=True)], True)
+            for layout in layouts
+        ]
+        for gradients in several:
+            for dx, x, first in zip(gradients, leaves, several[0], strict=True):
+                assert dx.dtype == x.dtype and dx.stride() == torch.empty_like(x).stride() and same_bits(dx, first)
+
+
 def test_angles_in_fp32_promote(device):
     q, k, *_ = inputs_of(1, 2, 1, 3, 8, 8, device, torch.bfloat16)
     judge([q, k, *(x.float() for x in angles(1, 3, 8, device))], torch.float32)
