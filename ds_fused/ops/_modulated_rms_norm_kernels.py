@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ds_fused.ops._sums import leave
 from ds_fused.ops._wide_modulated_rms_norm import modulated, weight_or_one
 
 
@@ -55,7 +56,7 @@ def _modulated_rms_norm_fwd_kernel(
         tl.store(y_ptr + rows * n_cols + cols, y, mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_programs"])
+@triton.jit(do_not_specialize=["n_rows", "n_programs", "n_sharers"])
 def _modulated_rms_norm_bwd_kernel(
     dy_ptr,  # [N, D]
     x_ptr,  # [N, D]
@@ -65,14 +66,15 @@ def _modulated_rms_norm_bwd_kernel(
     dx_ptr,  # [N, D]
     dscale_ptr,  # [N, D], with PER_ROW
     dshift_ptr,  # [N, D], with PER_ROW
-    products_ptr,  # [M, programs, D] fp32: this program's sum of dy * x_hat; with PER_ROW its part of dweight
-    sums_ptr,  # [M, programs, D] fp32: its sum of dy
+    products_ptr,  # [M, programs / n_sharers, D] fp32: sums of dy * x_hat; with PER_ROW parts of dweight
+    sums_ptr,  # [M, programs / n_sharers, D] fp32: sums of dy
     dy_stride,  # elements from one row to the next; gradients have no gaps
     x_stride,
     scale_stride,
     n_rows,  # of a modulation
     n_programs,  # of a modulation
     n_cols,
+    n_sharers,  # programs of a modulation whose sums go to one row
     OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     PER_ROW: tl.constexpr,  # each row has a modulation of its own, and all rows count as those of one
     WANTS_DX: tl.constexpr, WANTS_PRODUCTS: tl.constexpr, WANTS_DSCALE: tl.constexpr, WANTS_DSHIFT: tl.constexpr,
@@ -131,19 +133,20 @@ def _modulated_rms_norm_bwd_kernel(
                 dx = rstd * (dhats[block] - hats[block] * mean)
                 tl.store(dx_ptr + rows * n_cols + cols, dx, mask=(own < n_rows) & (cols < n_cols))
 
+    part = modulation * tl.cdiv(n_programs, n_sharers) + program // n_sharers
     for block in tl.static_range(BLOCKS):
         cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
-        here = pid * n_cols + cols
+        here = part * n_cols + cols
         if WANTS_PRODUCTS:
-            tl.store(products_ptr + here, tl.sum(products[block], axis=0, keep_dims=True), mask=cols < n_cols)
+            leave(products_ptr + here, tl.sum(products[block], axis=0, keep_dims=True), cols < n_cols, n_sharers)
         if WANTS_DSHIFT and not PER_ROW:
-            tl.store(sums_ptr + here, tl.sum(sums[block], axis=0, keep_dims=True), mask=cols < n_cols)
+            leave(sums_ptr + here, tl.sum(sums[block], axis=0, keep_dims=True), cols < n_cols, n_sharers)
 
 
-@triton.jit(do_not_specialize=["n_modulations", "n_programs"])
+@triton.jit(do_not_specialize=["n_modulations", "n_parts"])
 def _modulated_rms_norm_sums_kernel(
-    products_ptr,  # [M, programs, D] fp32: sums of dy * x_hat
-    sums_ptr,  # [M, programs, D] fp32: sums of dy
+    products_ptr,  # [M, parts, D] fp32: sums of dy * x_hat
+    sums_ptr,  # [M, parts, D] fp32: sums of dy
     weight_ptr,  # [D]
     scale_ptr,  # [M, D]
     dscale_ptr,  # [M, D]
@@ -151,7 +154,7 @@ def _modulated_rms_norm_sums_kernel(
     dweights_ptr,  # [its programs, D] fp32: parts of dweight; where one program has all modulations, dweight
     scale_stride,
     n_modulations,
-    n_programs,
+    n_parts,  # of a modulation
     n_cols,
     OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     WANTS_DWEIGHT: tl.constexpr, WANTS_DSCALE: tl.constexpr, WANTS_DSHIFT: tl.constexpr,
@@ -166,10 +169,10 @@ def _modulated_rms_norm_sums_kernel(
     for modulation in range(pid, n_modulations, tl.num_programs(1).to(tl.int64)):
         products = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
         sums = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-        for start in range(0, n_programs, BLOCK_ROWS):
+        for start in range(0, n_parts, BLOCK_ROWS):
             rows = start + tl.arange(0, BLOCK_ROWS).to(tl.int64)[:, None]
-            mask = (rows < n_programs) & col_mask
-            at = (modulation * n_programs + rows) * n_cols + cols
+            mask = (rows < n_parts) & col_mask
+            at = (modulation * n_parts + rows) * n_cols + cols
             if WANTS_DWEIGHT or WANTS_DSCALE:
                 products += tl.load(products_ptr + at, mask=mask, other=0.0)
             if WANTS_DSHIFT:

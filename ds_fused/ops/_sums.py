@@ -1,9 +1,12 @@
 """The last step of a deterministic gradient of a parameter: programs' partial sums, added up in a fixed order.
 
-A backward kernel leaves one row of partial sums per program, for as many as two vectors and a number; one launch adds
-them. No atomics: same input, same bits.
+A backward kernel leaves rows of partial sums, for as many as two vectors, and parts of a number; one launch adds them.
+A row is one program's. Where several programs share a multiprocessor, and tensors are large, two of them share a row,
+which halves the scratch (`sharers`): it begins as zeros, and each adds to it once, by atomics. Which of two is first
+does not matter, for 0 + a is a and a + b is b + a, bit for bit; of three it would, so no row has more. So the same
+input has the same bits.
 
-Sizes: P programs, D columns.
+Sizes: P rows, D columns.
 """
 
 from __future__ import annotations
@@ -14,11 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fused.ops._launch import launch
-from ds_fused.ops._triton import cdiv
+from ds_fused.ops._triton import cdiv, multiprocessors
 
 # few columns so that many programs share the work, many rows so that few turns wait for L2. Not yet measured.
 SUM_COLS = 32
 SUM_ROWS = 256
+# bytes of x from which on two programs share a row. The zeros are one more launch, for the device some 2 us of the 130
+# that rms_norm's forward and backward take at this size (8192x4096, an H100), and for the host, whose time counts where
+# tensors are small. Not yet measured.
+SHARED_FROM = 64 * 2**20
 
 
 @triton.jit
@@ -28,14 +35,27 @@ def add_to(sums, value, mask, is_first):
     tl.store(sums, before + value, mask=mask)
 
 
-# a batch or a device with another number of programs would compile everything again
-@triton.jit(do_not_specialize=["n_programs", "n_numbers"])
+@triton.jit
+def leave(sums, value, mask, n_sharers):
+    """What a program has added up, once: it becomes its row of sums, or is added to the row that it shares.
+
+    n_sharers is no constant, so that batches of all sizes have one kernel.
+    """
+    if n_sharers == 1:
+        tl.store(sums, value, mask=mask)
+    else:
+        # of two numbers, added to zeros, in any order. An NVIDIA GPU takes those below 2^-126 for zero here
+        tl.atomic_add(sums, value, mask=mask, sem="relaxed")
+
+
+# a batch or a device with another number of rows would compile everything again
+@triton.jit(do_not_specialize=["n_parts", "n_numbers"])
 def _sum_partials_kernel(
     partial_ptr,  # [2, P, D] fp32, and after it n_numbers parts of the number
     first_ptr,  # [D]
     second_ptr,  # [D]
     number_ptr,  # [1]
-    n_programs,
+    n_parts,  # P
     n_cols,
     n_numbers,
     HAS_FIRST: tl.constexpr, HAS_SECOND: tl.constexpr, HAS_NUMBER: tl.constexpr,
@@ -43,10 +63,10 @@ def _sum_partials_kernel(
 ):  # fmt: skip
     part = tl.program_id(1).to(tl.int64)
     cols = tl.program_id(0).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
-    partial_ptr += part * n_programs * n_cols
+    partial_ptr += part * n_parts * n_cols
     # the number is a vector of one column
     width = tl.where(part == 2, 1, n_cols)
-    height = tl.where(part == 2, n_numbers, n_programs)
+    height = tl.where(part == 2, n_numbers, n_parts)
     if not HAS_FIRST:
         height = tl.where(part == 0, 0, height)
     if not HAS_SECOND:
@@ -65,14 +85,22 @@ def _sum_partials_kernel(
         tl.store(number_ptr + cols, total, mask=(cols < width) & (part == 2))
 
 
-def partials(x: Tensor, programs: int, d: int, numbers: int = 0) -> Tensor:
-    """Scratch for the parts of two vectors [D], and for those of a number; beside x."""
-    return torch.empty(2 * programs * d + numbers, dtype=torch.float32, device=x.device)
+def sharers(x: Tensor, programs: int) -> int:
+    """How many of a launch's programs leave their sums in one row, by `leave`: two or one."""
+    if x.numel() * x.itemsize < SHARED_FROM:
+        return 1
+    return 2 if programs > multiprocessors(x) else 1
+
+
+def partials(x: Tensor, rows: int, d: int, numbers: int = 0, n_sharers: int = 1) -> Tensor:
+    """Scratch for the parts of two vectors [D], and of a number; beside x. Zeros where programs share rows."""
+    make = torch.empty if n_sharers == 1 else torch.zeros
+    return make(2 * rows * d + numbers, dtype=torch.float32, device=x.device)
 
 
 def sum_partials(
     partial: Tensor,
-    programs: int,
+    rows: int,
     d: int,
     first: Tensor | None,
     second: Tensor | None = None,
@@ -84,7 +112,7 @@ def sum_partials(
     depth = 3 if number is not None else 2 if second is not None else 1
     launch(
         _sum_partials_kernel, (cdiv(d, SUM_COLS), depth),
-        partial, first, second, number, programs, d, n_numbers,
+        partial, first, second, number, rows, d, n_numbers,
         HAS_FIRST=first is not None, HAS_SECOND=second is not None, HAS_NUMBER=number is not None, BLOCK_ROWS=SUM_ROWS,
         BLOCK_COLS=SUM_COLS, num_warps=8,
     )  # fmt: skip

@@ -5,7 +5,7 @@ Computed in fp32 and rounded once. weight and bias may each be None. Idea: Ba, K
 
 Saved for backward: x (its producer usually holds it anyway), weight, and mean and 1/std in fp32 per row.
 Traffic per element: forward 1 read + 1 write, backward 2 reads + 1 write, plus fp32 partial sums of dweight and dbias:
-one row of each per program, added up in a fixed order by a second small launch (no atomics: same input, same bits).
+one row of each per program, or per two of them, added up by a second small launch (same input, same bits: _sums.py).
 Rows too wide for a tile take 2 more reads backward, for the sums of columns.
 
 Sizes: N rows (every leading dimension, flattened), D columns.
@@ -23,7 +23,7 @@ from ds_fused.ops._launch import launch
 from ds_fused.ops._norms import Wanted, check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._row_tiles import tile, tile_of_blocks
-from ds_fused.ops._sums import partials, sum_partials
+from ds_fused.ops._sums import leave, partials, sharers, sum_partials
 from ds_fused.ops._triton import (
     cdiv,
     check_dtypes,
@@ -134,7 +134,7 @@ def _layer_norm_fwd_kernel(
         tl.store(y_ptr + rows * n_cols + cols, y, mask=(rows < n_rows) & (cols < n_cols))
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "n_sharers"])
 def _layer_norm_bwd_kernel(
     dy_ptr,  # [N, D]
     dsum_ptr,  # [N, D]: what else arrives at x
@@ -143,12 +143,13 @@ def _layer_norm_bwd_kernel(
     mean_ptr,  # [N]
     rstd_ptr,  # [N]
     dx_ptr,  # [N, D]
-    partial_ptr,  # [2, programs, D] fp32: this program's parts of dweight and dbias
+    partial_ptr,  # [2, programs / n_sharers, D] fp32: parts of dweight and dbias
     dy_stride,  # elements from one row to the next; dx has no gaps
     dsum_stride,
     x_stride,
     n_rows,
     n_cols,
+    n_sharers,  # programs whose sums go to one row
     HAS_DSUM: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     WANTS_DX: tl.constexpr, WANTS_DWEIGHT: tl.constexpr, WANTS_DBIAS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
@@ -186,12 +187,12 @@ def _layer_norm_bwd_kernel(
                 dx += tl.load(dsum_ptr + rows * dsum_stride + cols, mask=mask, other=0.0).to(tl.float32)
             tl.store(dx_ptr + rows * n_cols + cols, dx, mask=mask)
 
+    here = pid // n_sharers * n_cols + cols
     if WANTS_DWEIGHT:
-        total = tl.sum(dweight, axis=0, keep_dims=True)
-        tl.store(partial_ptr + pid * n_cols + cols, total, mask=cols < n_cols)
+        leave(partial_ptr + here, tl.sum(dweight, axis=0, keep_dims=True), cols < n_cols, n_sharers)
     if WANTS_DBIAS:
-        total = tl.sum(dbias, axis=0, keep_dims=True)
-        tl.store(partial_ptr + (programs + pid) * n_cols + cols, total, mask=cols < n_cols)
+        partial_ptr += tl.cdiv(programs, n_sharers) * n_cols
+        leave(partial_ptr + here, tl.sum(dbias, axis=0, keep_dims=True), cols < n_cols, n_sharers)
 
 
 def layer_norm_fwd(
@@ -264,17 +265,21 @@ def layer_norm_bwd(
         programs = min(cdiv(n, block.rows), resident(x, warps, block.warps))
         itemsizes = dy.itemsize + x.itemsize + (0 if dsum is None else dsum.itemsize)
         tile_bytes = itemsizes * block.rows * block.cols
+        n_sharers = sharers(x, programs)
     else:
         column_blocks = cdiv(d, COLUMNS_TILE[1])
         warps = warps_for(COLUMNS_TILE[0] * COLUMNS_TILE[1], PER_THREAD_BWD)
         most = max(1, resident(x, WARPS_PER_MULTIPROCESSOR, warps) // column_blocks)
         programs = min(cdiv(n, COLUMNS_TILE[0]), most)
-    partial = partials(x, programs, d) if sums else None
+        n_sharers = 1  # of a block of columns there are few programs
+    rows = cdiv(programs, n_sharers)
+    partial = partials(x, rows, d, n_sharers=n_sharers) if sums else None
     if block.rows:
         launch(
             _layer_norm_bwd_kernel, (programs,),
             dy, dsum, x, weight, mean, rstd, dx, partial, row_stride(dy), dsum_stride, row_stride(x), n, d,
-            WANTS_DX=wanted.dx, BLOCK_ROWS=block.rows, STAGES=stages_for(STAGES_BWD, tile_bytes), **wants, **constants,
+            n_sharers, WANTS_DX=wanted.dx, BLOCK_ROWS=block.rows, STAGES=stages_for(STAGES_BWD, tile_bytes), **wants,
+            **constants,
         )  # fmt: skip
     else:
         if wanted.dx:
@@ -290,7 +295,7 @@ def layer_norm_bwd(
                 BLOCK_ROWS=COLUMNS_TILE[0], BLOCK_COLS=COLUMNS_TILE[1], num_warps=warps, **wants,
             )  # fmt: skip
     if sums:
-        sum_partials(partial, programs, d, dweight, dbias)
+        sum_partials(partial, rows, d, dweight, dbias)
     return dx, dweight, dbias
 
 

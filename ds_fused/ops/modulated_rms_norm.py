@@ -7,7 +7,7 @@ rms_norm's. Idea: Peebles and Xie, "Scalable Diffusion Models with Transformers"
 Saved for backward: x, weight, scale, and 1/rms in fp32 per row.
 Traffic per element: forward 1 read + 1 write, backward 2 reads + 1 write; where scale and shift are as large as x, one
 read more for each, forward, and one read and two writes more, backward. Sums over the rows of a modulation are fp32
-partial sums of each program, added up in a fixed order (no atomics: same input, same bits).
+partial sums of each program, or of two, added up in a fixed order (same input, same bits: _sums.py).
 
 Sizes: N rows (every leading dimension, flattened), M modulations of R rows each (N = M * R), D columns.
 """
@@ -26,7 +26,7 @@ from ds_fused.ops._modulated_rms_norm_kernels import (
 from ds_fused.ops._norms import RMSForm, check_cast, check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._row_tiles import in_turn, tile_of_blocks
-from ds_fused.ops._sums import SUM_COLS, partials, sum_partials
+from ds_fused.ops._sums import SUM_COLS, partials, sharers, sum_partials
 from ds_fused.ops._triton import (
     cdiv,
     check_dtypes,
@@ -145,24 +145,28 @@ def modulated_rms_norm_bwd(
     programs, tiles = in_turn(block, n // groups, most, itemsizes, STAGES_BWD)
     wants_products = wants[1] or (wants[2] and not per_row)
     wants_sums = wants[3] and not per_row
+    # programs of one group share a row; one that walks adds to its own many times
+    n_sharers = sharers(x, groups * programs) if block.rows and programs > 1 else 1
+    parts = cdiv(programs, n_sharers)
     products = sums = None
     if wants_products or wants_sums:
-        # [2, groups * programs, D]
-        products = partials(x, groups * programs, d)
-        sums = products[groups * programs * d :]
+        # [2, groups * parts, D]
+        products = partials(x, groups * parts, d, n_sharers=n_sharers)
+        sums = products[groups * parts * d :]
     forms = {"OFFSET": form.offset, "CAST_BEFORE": form.cast_before, "HAS_WEIGHT": weight is not None}
     if block.rows:
         tiles["BLOCKS"] = block.blocks
+    of_sums = (n_sharers,) if block.rows else ()
     launch(
         _modulated_rms_norm_bwd_kernel if block.rows else _modulated_rms_norm_bwd_walk_kernel, (groups * programs,),
         dy, x, weight, scale, rstd, dx, dscale if per_row else None, dshift if per_row else None, products, sums,
         row_stride(dy), row_stride(x), row_stride(scale), n // groups, programs, d,
-        PER_ROW=per_row, WANTS_DX=wants[0], WANTS_PRODUCTS=wants_products, WANTS_DSCALE=wants[2],
+        *of_sums, PER_ROW=per_row, WANTS_DX=wants[0], WANTS_PRODUCTS=wants_products, WANTS_DSCALE=wants[2],
         WANTS_DSHIFT=wants[3], **forms, **tiles,
     )  # fmt: skip
     if per_row:
         if wants[1]:
-            sum_partials(products, programs, d, dweight)
+            sum_partials(products, parts, d, dweight)
         return dx, dweight, dscale, dshift
     if any(wants[1:]):
         # one launch less, where one program is not long at it
@@ -170,7 +174,7 @@ def modulated_rms_norm_bwd(
         dweights = dweight if one else torch.empty((m, d), dtype=torch.float32, device=x.device)
         launch(
             _modulated_rms_norm_sums_kernel, (cdiv(d, SUM_COLS), 1 if m <= MOST_IN_TURN else m),
-            products, sums, weight, scale, dscale, dshift, dweights, row_stride(scale), m, programs, d,
+            products, sums, weight, scale, dscale, dshift, dweights, row_stride(scale), m, parts, d,
             **forms, WANTS_DWEIGHT=wants[1], WANTS_DSCALE=wants[2], WANTS_DSHIFT=wants[3],
             BLOCK_ROWS=SUM_ROWS, BLOCK_COLS=SUM_COLS, num_warps=4,
         )  # fmt: skip

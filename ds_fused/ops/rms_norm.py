@@ -6,7 +6,7 @@
 
 Saved for backward: x (its producer usually holds it anyway), weight, and 1/rms in fp32 per row.
 Traffic per element: forward 1 read + 1 write, backward 2 reads + 1 write, plus fp32 partial sums of dweight and dbias:
-one row each per program, added up in a fixed order by a second small launch (no atomics: same input, same bits).
+one row each per program, or per two of them, added up by a second small launch (same input, same bits: _sums.py).
 With ``overwrite_grad`` dx takes no memory but dy's. A program reads a row of dy, both times where it is walked, before
 it writes there, and no other program has to do with the row: whatever tiles are in flight are other rows.
 
@@ -23,12 +23,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_fused.ops import _row_tiles, _triton
+from ds_fused.ops import _row_tiles, _sums, _triton
 from ds_fused.ops._launch import Kept, Ready, launch_ready, lie_alike, ready
 from ds_fused.ops._norms import RMSForm, Wanted, check_cast, check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._row_tiles import in_turn, tile, tile_of_blocks
-from ds_fused.ops._sums import sum_partials
+from ds_fused.ops._sums import leave, sharers, sum_partials
 from ds_fused.ops._triton import (
     can_take,
     cdiv,
@@ -64,7 +64,7 @@ WARPS_PER_MULTIPROCESSOR = 32
 STAGES_BWD = 3
 
 _forwards: Kept[tuple[Ready | None, int]] = Kept()
-_backwards: Kept[Ready] = Kept()
+_backwards: Kept[tuple[Ready, int, bool]] = Kept()
 
 
 def rms_norm_reference(
@@ -137,7 +137,7 @@ def _rms_norm_fwd_kernel(
         tl.store(y_ptr + rows * n_cols + cols, y, mask=(rows < n_rows) & (cols < n_cols))
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "n_sharers"])
 def _rms_norm_bwd_kernel(
     dy_ptr,  # [N, D]
     x_ptr,  # [N, D]
@@ -145,13 +145,14 @@ def _rms_norm_bwd_kernel(
     rstd_ptr,  # [N]
     dsum_ptr,  # [N, D]: the gradient of x itself, where x is a sum that goes on elsewhere too
     dx_ptr,  # [N, D]; may be dy
-    dweights_ptr,  # [programs, D] fp32: this program's part of dweight
+    dweights_ptr,  # [programs / n_sharers, D] fp32: parts of dweight
     dbiases_ptr,  # the same of dbias
     dy_stride,  # elements from one row to the next; dx has no gaps
     x_stride,
     dsum_stride,
     n_rows,
     n_cols,
+    n_sharers,  # programs whose sums go to one row
     OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DSUM: tl.constexpr,
     WANTS_DX: tl.constexpr, WANTS_DWEIGHT: tl.constexpr, WANTS_DBIAS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
@@ -186,11 +187,11 @@ def _rms_norm_bwd_kernel(
                 dx += tl.load(dsum_ptr + rows * dsum_stride + cols, mask=mask, other=0.0).to(tl.float32)
             tl.store(dx_ptr + rows * n_cols + cols, dx, mask=mask)
 
-    here = pid * n_cols + cols
+    here = pid // n_sharers * n_cols + cols
     if WANTS_DWEIGHT:
-        tl.store(dweights_ptr + here, tl.sum(dweight, axis=0, keep_dims=True), mask=cols < n_cols)
+        leave(dweights_ptr + here, tl.sum(dweight, axis=0, keep_dims=True), cols < n_cols, n_sharers)
     if WANTS_DBIAS:
-        tl.store(dbiases_ptr + here, tl.sum(dbias, axis=0, keep_dims=True), mask=cols < n_cols)
+        leave(dbiases_ptr + here, tl.sum(dbias, axis=0, keep_dims=True), cols < n_cols, n_sharers)
 
 
 def rms_norm_fwd(
@@ -285,44 +286,49 @@ def rms_norm_bwd(
     key = None
     if not torch.compiler.is_compiling():
         grid = WARPS_PER_MULTIPROCESSOR, STAGES_BWD, _triton.LANES
-        constants = TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD, _row_tiles.WALK_BLOCK, *grid
+        constants = TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD, _row_tiles.WALK_BLOCK, _sums.SHARED_FROM, *grid
         of_dsum = None if dsum is None else (dsum.stride(), dsum.dtype)
         places = x.shape, x.stride(), x.dtype, x.device, dy.stride(), dy.dtype, of_dsum
         key = places, weight is None, wanted, form, constants
-    it = _backwards.get(key)
-    if it is None:
+    found = _backwards.get(key)
+    if found is None:
         lent = dy, x, dsum
         dy, x, dsum = rows_of(dy), rows_of(x), None if dsum is None else rows_of(dsum)
-        it = _backward(dy, x, weight, dsum, form, wanted)
+        found = _backward(dy, x, weight, dsum, form, wanted)
         if lie_alike(lent, (dy, x, dsum)):
-            _backwards.keep(key, it)
-    (programs,) = it.grid
+            _backwards.keep(key, found)
+    it, rows, is_shared = found
     made = [vector for vector in (dweight, dbias) if vector is not None]
-    # [1 or 2, programs, D]
-    partial = torch.empty(len(made) * programs * d, dtype=torch.float32, device=x.device)
+    # [1 or 2, rows, D]
+    scratch = torch.zeros if is_shared else torch.empty
+    partial = scratch(len(made) * rows * d, dtype=torch.float32, device=x.device)
     dweights = partial if wanted.dweight else None
-    dbiases = None if not wanted.dbias else partial[programs * d :] if wanted.dweight else partial
+    dbiases = None if not wanted.dbias else partial[rows * d :] if wanted.dweight else partial
     launch_ready(it, dy, x, weight, rstd, dsum, dx, dweights, dbiases)
     if made:
-        sum_partials(partial, programs, d, *made)
+        sum_partials(partial, rows, d, *made)
     return dx, dweight, dbias
 
 
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, dsum: Tensor | None, form: RMSForm, wanted: Wanted
-) -> Ready:
-    """The launch for these rows, of which there are some."""
+) -> tuple[Ready, int, bool]:
+    """The launch for these rows, of which there are some; how many rows of sums it leaves; whether two share one."""
     n, d = x.shape
     # a second row of sums takes as many registers again
     block = tile(d, TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD // 2 if wanted.dbias else WHOLE_ROW_BWD)
     itemsizes = dy.itemsize + x.itemsize + (0 if dsum is None else dsum.itemsize)
     programs, tiles = in_turn(block, n, resident(x, WARPS_PER_MULTIPROCESSOR, block.warps), itemsizes, STAGES_BWD)
-    return ready(
+    # a program that walks adds to its row many times, and shares it with none
+    n_sharers = sharers(x, programs) if block.rows else 1
+    of_sums = (n_sharers,) if block.rows else ()
+    it = ready(
         _rms_norm_bwd_kernel if block.rows else _rms_norm_bwd_walk_kernel, (programs,),
-        row_stride(dy), row_stride(x), 0 if dsum is None else row_stride(dsum), n, d,
+        row_stride(dy), row_stride(x), 0 if dsum is None else row_stride(dsum), n, d, *of_sums,
         OFFSET=form.offset, CAST_BEFORE=form.cast_before, HAS_WEIGHT=weight is not None, HAS_DSUM=dsum is not None,
         WANTS_DX=wanted.dx, WANTS_DWEIGHT=wanted.dweight, WANTS_DBIAS=wanted.dbias, **tiles,
     )  # fmt: skip
+    return it, cdiv(programs, n_sharers), n_sharers > 1
 
 
 class RMSNormFunction(torch.autograd.Function):

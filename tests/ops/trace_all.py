@@ -47,7 +47,8 @@ def rms_norm() -> Iterator[Case]:
     widths = (257, 20480, 40960)
     for first, second in ((a, b) for a in widths for b in widths if a != b):
         yield ops.rms_norm, [(leaf(65, d), leaf(d)) for d in (first, second)]
-    yield ops.rms_norm, [(leaf(n, 4096), leaf(4096)) for n in (3, 65, 66)]
+    # of the last ones programs share rows of partial sums
+    yield ops.rms_norm, [(leaf(n, 4096), leaf(4096)) for n in (3, 65, 66, 8193, 8194)]
     yield lambda x: ops.rms_norm(x, None), [(leaf(2, 3, d),) for d in (64, 128)]
     yield ops.rms_norm, [(leaf(2, 3, d), leaf(d)) for d in (64, 128)]
     yield lambda x, bias: ops.rms_norm(x, None, bias=bias), [(leaf(n, 64), leaf(64)) for n in (3, 4, 5)]
@@ -83,6 +84,7 @@ def modulated_rms_norm() -> Iterator[Case]:
         )
     yield ops.modulated_rms_norm, [(leaf(2, n, 64), leaf(64), leaf(2, 1, 64), leaf(64)) for n in (3, 4, 5)]
     yield ops.modulated_rms_norm, [(leaf(n, 3, 64), leaf(64), leaf(n, 1, 64)) for n in (2, 3, 4)]
+    yield ops.modulated_rms_norm, [(leaf(2, n, 4096), leaf(4096), leaf(2, 1, 4096)) for n in (65, 5000, 5001)]
     yield lambda x, scale: ops.modulated_rms_norm(x, None, scale), [(leaf(2, n, 64), leaf(2, n, 64)) for n in (3, 4)]
     six = [(leaf(2, 5, d), leaf(2, 1, 6 * d)) for d in (64, 128)]
     yield lambda x, six: ops.modulated_rms_norm(x, None, *six.chunk(6, -1)[:2]), six
@@ -342,7 +344,7 @@ def layer_norm() -> Iterator[Case]:
     widths = (257, 20480, 40960)
     for first, second in ((a, b) for a in widths for b in widths if a != b):
         yield ops.layer_norm, [(leaf(65, d), leaf(d), leaf(d)) for d in (first, second)]
-    yield ops.layer_norm, [(leaf(n, 4096), leaf(4096), leaf(4096)) for n in (3, 65, 66)]
+    yield ops.layer_norm, [(leaf(n, 4096), leaf(4096), leaf(4096)) for n in (3, 65, 66, 8193, 8194)]
     yield lambda x: ops.layer_norm(x, None), [(leaf(2, 3, d),) for d in (64, 128)]
 
 
