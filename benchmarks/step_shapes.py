@@ -74,6 +74,7 @@ class Shape:
 
 _LLAMA3 = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
 _SMOLLM2 = {"rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}, "rms_norm_eps": 1e-5}
+_QWEN3 = {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}
 SHAPES: Mapping[str, Shape] = {
     # Llama-3-8B, and the same with half its layers
     "8b": Shape("llama", 4096, 14336, 32, 32, 8, 128, 128256, more=_LLAMA3),
@@ -82,6 +83,8 @@ SHAPES: Mapping[str, Shape] = {
     "1b-tied": Shape("llama", 2048, 8192, 16, 32, 8, 64, 128256, tied=True, more=_LLAMA3),
     # Gemma-2B
     "gemma-256k": Shape("gemma", 2048, 16384, 18, 8, 1, 256, 256000, tied=True),
+    # Qwen3-1.7B, whose attention has norms of q and k
+    "qwen3-1.7b": Shape("qwen3", 2048, 6144, 28, 16, 8, 128, 151936, tied=True, more=_QWEN3),
     # Mixtral's form in a size of its own
     "moe": Shape("mixtral", 2048, 3584, 16, 32, 8, 64, 32000, experts=8),
     # SmolLM2-135M

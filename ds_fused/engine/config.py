@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from ds_fused.modules.tiled_mlp import Tiles
-from ds_fused.ops.registry import OPS, Option
+from ds_fused.ops.registry import OPS, Option, switched
 from ds_fused.policies.recompute import KEY as RECOMPUTE
 from ds_fused.policies.recompute import OPTIONS as RECOMPUTE_OPTIONS
 from ds_fused.policies.recompute import Recomputing, recomputing
@@ -122,8 +122,8 @@ def parse(block: object) -> Config:
     switches = {key: _typed(f"ds_fused.{key}", block.get(key, default), bool) for key, default in SWITCHES.items()}
     choices = {key: _chosen(f"ds_fused.{key}", block.get(key, allowed[0]), allowed) for key, allowed in CHOICES.items()}
     wanted = {}
-    for key, on in ((key, op.on) for op in OPS for key in op.keys):
-        options = _options(key, block.get(key, on))
+    for key, value in switched(block).items():
+        options = _options(key, value)
         if options is not None:
             wanted[key] = options
     asked = wanted.get(HEAD, {})

@@ -3,6 +3,6 @@
 Also the table of ops, for the rooms above that may not look past this one.
 """
 
-from ds_fused.ops.registry import OPS, Option
+from ds_fused.ops.registry import OPS, Option, switched
 
-__all__ = ["OPS", "Option"]
+__all__ = ["OPS", "Option", "switched"]

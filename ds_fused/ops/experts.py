@@ -70,16 +70,23 @@ def experts_reference(
 ) -> Tensor:
     """What this file computes, in PyTorch: the specification, the CPU path and the yardstick of the tests."""
     gate = {"act": act, "interleaved": interleaved, "alpha": alpha, "limit": limit, "offset": offset}
-    flat, n_choices = ids.reshape(-1), ids.shape[-1]
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=gate_up.shape[0] + 1).tolist()
-    *rows, nobodys = x.reshape(-1, x.shape[-1])[order // n_choices].split(counts)
-    done = [
-        F.linear(glu_reference(F.linear(own, into), **gate), back)
-        for own, into, back in zip(rows, gate_up, down, strict=True)
-    ]
-    each = torch.cat([*done, torch.zeros_like(nobodys, dtype=done[0].dtype)])
-    each = each[order.argsort()].view(*ids.shape, x.shape[-1])
+
+    def expert(rows: Tensor, into: Tensor, back: Tensor) -> Tensor:
+        return F.linear(glu_reference(F.linear(rows, into), **gate), back)
+
+    if torch.compiler.is_compiling():
+        # a graph does not know how many rows an expert has: each sees all
+        each = x.new_zeros(*ids.shape, x.shape[-1])
+        for e, weights_of_e in enumerate(zip(gate_up, down, strict=True)):
+            each = torch.where((ids == e)[..., None], expert(x, *weights_of_e)[..., None, :], each)
+    else:
+        flat, n_choices = ids.reshape(-1), ids.shape[-1]
+        order = flat.argsort(stable=True)
+        counts = torch.bincount(flat, minlength=gate_up.shape[0] + 1).tolist()
+        *rows, nobodys = x.reshape(-1, x.shape[-1])[order // n_choices].split(counts)
+        done = [expert(*each) for each in zip(rows, gate_up, down, strict=True)]
+        each = torch.cat([*done, torch.zeros_like(nobodys, dtype=done[0].dtype)])
+        each = each[order.argsort()].view(*ids.shape, x.shape[-1])
     wide = torch.promote_types(each.dtype, torch.float32)
     return (each.to(wide) * weights[..., None]).sum(-2).to(x.dtype)
 

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ds_fused.modules import OPS
+from ds_fused.modules import OPS, switched
 from ds_fused.modules.scope import HeadWeight
 from ds_fused.modules.swap import owner_of, why_not
 from ds_fused.modules.tiled_mlp import Tiles
 from ds_fused.policies.arguments import check_choice, check_flags, check_model, check_wanted, place
 from ds_fused.policies.kinds import ACTIVATION, ADAPTER, NORM, ROPE, Kind, Way, find, qk_norms, unproven
-from ds_fused.policies.kinds.norms import rms_norms
 from ds_fused.policies.loss import claim_loss
 from ds_fused.policies.recompute import Recomputing, claim_recompute, recomputing
 from ds_fused.policies.report import Claim, Left, Report
@@ -29,9 +28,10 @@ _EXPECTED = re.compile(r"(RMSNorm|LayerNorm|MLP|Experts)$")
 _GROUPS = {
     **dict.fromkeys(("rms_norm", "add_rms_norm", "layer_norm", "group_norm", "gated_rms_norm"), "norm"),
     **dict.fromkeys(("rope", "rms_norm_rope"), "rope"),
-    **dict.fromkeys(("glu", "relu2"), "mlp"),
+    **dict.fromkeys(("glu", "relu2", "experts"), "mlp"),
     **dict.fromkeys(("cross_entropy", "linear_cross_entropy"), "loss"),
 }
+_NEEDS = {key: op.needs for op in OPS for key in op.keys}
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,10 @@ def plan(
     left: Counter[tuple[str, str]] = Counter()
     inside: set[int] = set()  # activations that a claimed layer no longer calls
     heads: set[int] = set()  # norms that a claimed layer may have wait
-    off = [key for key in qk_norms.NEEDS if key not in wanted]
+    off = [key for key in _NEEDS[qk_norms.KEY] if key not in wanted]
     with_norms = qk_norms.KEY in wanted and not off
     if qk_norms.KEY in wanted and off:
-        left[qk_norms.KEY, f"it needs {' and '.join(qk_norms.NEEDS)}, and {' and '.join(off)} is off"] += 1
+        left[qk_norms.KEY, f"it needs {' and '.join(_NEEDS[qk_norms.KEY])}, and {' and '.join(off)} is off"] += 1
     for path, module in model.named_modules():
         kind = find(module)
         if isinstance(module, torch.jit.ScriptModule):
@@ -151,9 +151,9 @@ def plan(
                 id(child) for child in module._modules.values() if child is not None and find(child) is ACTIVATION
             )
             claim, alike_in = SwapClaim, kind.alike
-            if with_norms and kind is ROPE:
+            if with_norms and kind is ROPE and (norms := qk_norms.of_heads(module)):
                 claim, alike_in = AttentionClaim, qk_norms.alike
-                heads.update(id(child) for child in rms_norms(module).values())
+                heads.update(map(id, norms))
             elif kind is NORM and id(module) in heads:
                 ways = qk_norms.waiting(ways)
             what = (type(module), tuple(ways), alike_in(module))
@@ -182,8 +182,9 @@ def _ways(kind: Kind | None, module: nn.Module, wanted: Mapping[str, object]) ->
     if kind is not None and kind.key is not None:
         if kind.key not in wanted:
             return ()
-        if kind.needs is not None and kind.needs not in wanted:
-            return f"{kind.key} needs {kind.needs}, which is off"
+        off = [key for key in _NEEDS[kind.key] if key not in wanted]
+        if off:
+            return f"{kind.key} needs {' and '.join(off)}, which is off"
     if kind is None:
         # what holds layers that we know is no layer itself
         expected = any(_EXPECTED.search(cls.__name__) for cls in type(module).__mro__)
@@ -214,7 +215,7 @@ def _left_apart(claims: Sequence[Claim]) -> list[Left]:
 def _keys(wanted: Mapping[str, object] | None, switches: Mapping[str, object]) -> dict[str, dict[str, object]]:
     """The JSON keys that are on, with their options; anything unknown is a ValueError that names the known."""
     options = {key: op.options for op in OPS for key in op.keys}
-    asked = {key: op.on for op in OPS for key in op.keys} if wanted is None else dict(wanted)
+    asked = switched(switches) if wanted is None else dict(wanted)
     asked.update(switches)
     on: dict[str, dict[str, object]] = {}
     for key, value in asked.items():

@@ -14,8 +14,7 @@ OP_KEYS = [key for op in OPS for key in op.keys]
 
 def test_enabled_means_every_op_but_some():
     config = parse({"enabled": True})
-    named_alone = ("add_rms_norm", "qk_norm_rope", "experts")
-    assert list(config.wanted) == [key for key in OP_KEYS if key not in named_alone]
+    assert list(config.wanted) == [key for key in OP_KEYS if key != "add_rms_norm"]
     assert all(options == {} for options in config.wanted.values())
     assert (config.strict, config.verify, config.report) == (False, True, True)
     assert (config.logits, config.eval) == ("defer", "defer")
@@ -28,6 +27,13 @@ def test_keys_come_from_the_registry():
 @pytest.mark.parametrize("key", OP_KEYS)
 def test_each_op_can_be_switched_off(key):
     assert key not in parse({"enabled": True, key: False}).wanted
+
+
+@pytest.mark.parametrize("off", ["rms_norm", "rope"])
+def test_what_needs_an_op_that_is_off_is_on_where_it_is_named_alone(off):
+    block = {"enabled": True, off: False}
+    assert "qk_norm_rope" not in parse(block).wanted
+    assert "qk_norm_rope" in parse({**block, "qk_norm_rope": True}).wanted
 
 
 def test_an_op_that_is_off_can_be_switched_on():

@@ -117,7 +117,7 @@ def test_strict() -> None:
     assert classes(model) == classes(LLAMA.make())
     # norms are alternatives, too
     ds_fused.apply(LLAMA.make(), {"layer_norm": True, "rms_norm": True}, strict=True)
-    with pytest.raises(ValueError, match="nothing matched rope, swiglu"):
+    with pytest.raises(ValueError, match="nothing matched rope, qk_norm_rope, swiglu"):
         ds_fused.apply(NAMED["OPT"].make(), strict=True)
 
 

@@ -91,8 +91,8 @@ def test_quantised_with_adapters(family: Tiny, tmp_path: Path) -> None:
     model, stock = adapted(), adapted()
     assert any(type(module).__name__ == "Linear4bit" for module in stock.modules())
     replaced = {row.key for row in ds_fused.apply(model).replaced}
-    assert {"rms_norm", "rope", "fused_linear_cross_entropy"} <= replaced
-    assert replaced & {"swiglu", "geglu"}
+    assert {"rms_norm", "fused_linear_cross_entropy"} <= replaced
+    assert replaced & {"rope", "qk_norm_rope"} and replaced & {"swiglu", "geglu"}
     assert_same_step(model, stock, tolerance=1e-5)
 
 

@@ -175,5 +175,7 @@ def test_a_copy_is_fused_too(run: Run, name: str) -> None:
 
 
 @pytest.mark.parametrize("fusion", FUSIONS, ids=lambda fusion: fusion.key)
-def test_it_is_off_where_it_is_not_asked_for(fusion: Fusion) -> None:
-    assert fusion.key not in counts(ds_fused.apply(NAMED[fusion.usual].make()))
+def test_whether_it_is_on_where_nothing_is_said(fusion: Fusion) -> None:
+    make = NAMED[fusion.usual].make
+    assert (fusion.key in counts(ds_fused.apply(make()))) == (fusion is QK_NORM)
+    assert fusion.key not in counts(ds_fused.apply(make(), **{fusion.key: False}))

@@ -46,7 +46,6 @@ class Kind:
     in_two: bool = False
     certain: bool = True  # whether a single way needs no proof where nobody asks for one
     key: str | None = None  # the JSON key without which such layers are of no interest
-    needs: str | None = None  # the key without which that one does nothing
 
 
 def choose(kind: Kind, module: nn.Module, ways: Sequence[Way], device: torch.device, dtype: torch.dtype) -> Way | str:

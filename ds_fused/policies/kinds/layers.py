@@ -192,4 +192,4 @@ def _prove(module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype
     return None
 
 
-LAYER = Kind(_recognises, _ways, _prove, _alike, certain=False, key="add_rms_norm", needs="rms_norm")
+LAYER = Kind(_recognises, _ways, _prove, _alike, certain=False, key="add_rms_norm")

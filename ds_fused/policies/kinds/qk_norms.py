@@ -27,7 +27,6 @@ from ds_fused.policies.kinds.norms import form_of, rms_norms
 from ds_fused.policies.proof import Run, accepts, compare, facts, randn, replica, undisturbed
 
 KEY = "qk_norm_rope"
-NEEDS = ("rms_norm", "rope")
 # where transformers' layers find the function that computes their attention
 TABLE = "ALL_ATTENTION_FUNCTIONS"
 BATCH, TOKENS = 2, 5
@@ -45,6 +44,14 @@ def waiting(ways: Sequence[Way]) -> list[Way]:
     ]
 
 
+def of_heads(module: nn.Module) -> list[nn.Module]:
+    """Children that may be norms of q and k: at least two of one size, or none. Norms of latents differ in theirs."""
+    sizes: dict[tuple[int, ...], list[nn.Module]] = {}
+    for child in rms_norms(module).values():
+        sizes.setdefault(shape_of(child.weight), []).append(child)
+    return [child for children in sizes.values() if len(children) > 1 for child in children]
+
+
 def alike(module: nn.Module) -> Hashable:
     """Of layers for which one proof is enough. Their number is none of it: code that computes with it is refused."""
     own = tuple((name, value) for name, value in facts(module) if name != "layer_idx")
@@ -55,8 +62,6 @@ def alike(module: nn.Module) -> Hashable:
 def with_norms(module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype) -> Way | str:
     """A way of its rotary functions that norms wait for, given the way without; or what speaks against it."""
     norms = rms_norms(module)
-    if len(norms) < 2:
-        return "fewer than two of its children are norms"
     for name, child in norms.items():
         reason = why_not(child)
         if reason is not None:
