@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ds_fused.modules.kept import postponable
 from ds_fused.modules.mlp import Gate, gated
 from ds_fused.modules.product import Product
-from ds_fused.ops import experts
+from ds_fused.ops.experts import Make, experts_by
 
 
 class Experts(Product):
@@ -29,8 +30,16 @@ class Experts(Product):
         return gated(self.fused_gate, gate_up)
 
 
+def _kept(make: Make) -> Tensor:
+    return postponable(make, is_kept=True)
+
+
 class WholeExperts:
-    """``experts`` over both parameters; another implementation would multiply, with ``_apply_gate`` in between."""
+    """``experts`` over both parameters; another implementation would multiply, with ``_apply_gate`` in between.
+
+    Under a layer's checkpoint h, of which the gates are made, is kept as the result of a product is (``kept.py``), and
+    so is y, unless the repetition can do without.
+    """
 
     fused_gate: Gate
     fused_transposed: bool  # whether they are stored [E, H, 2I] and [E, I, H]
@@ -42,7 +51,7 @@ class WholeExperts:
         weights = self.gate_up_proj, self.down_proj
         if self.fused_transposed:
             weights = [weight.transpose(1, 2) for weight in weights]
-        return experts(hidden_states, *weights, top_k_index, top_k_weights, **self.fused_gate._asdict())
+        return experts_by(_kept, hidden_states, *weights, top_k_index, top_k_weights, **self.fused_gate._asdict())
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         return gated(self.fused_gate, gate_up)

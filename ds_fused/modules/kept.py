@@ -133,17 +133,25 @@ def needed_bytes(sizes: list[tuple[str, int]], learnt: Learnt, kind: str) -> int
 
 
 def postponable(
-    make: Callable[[Empty | None], Tensor], fill: Callable[[Tensor], None], *, is_kept: bool = False
+    make: Callable[[Empty | None], Tensor], fill: Callable[[Tensor], None] | None = None, *, is_kept: bool = False
 ) -> Tensor:
     """``make(None)``, as one call of a layer under its checkpoint, however many products are computed within.
 
     ``make(empty)`` is the same node around the result ``empty()``, into which nothing was computed: a repetition that
     is expected to end within the call asks for it. ``fill`` writes into the result what should stand there, where the
-    repetition lives to see it. ``is_kept``: the result is kept where those of products are, and handed out by
-    ``empty``.
+    repetition lives to see it; None: what ``make(None)`` makes. ``is_kept``: the result is kept where those of products
+    are, and handed out by ``empty``.
     """
     run = current_run()
-    return run.whole(make, fill, is_kept) if isinstance(run, _Run) else make(None)
+    if not isinstance(run, _Run):
+        return make(None)
+
+    def remade(y: Tensor) -> None:
+        with torch.no_grad():
+            # past the version: for autograd this is the value that was there from the start
+            y.data.copy_(make(None))
+
+    return run.whole(make, fill or remade, is_kept)
 
 
 class _Run(Run):

@@ -33,12 +33,7 @@ class LoRALinear:
         def make(empty: Empty | None) -> Tensor:
             return LoRALinearFunction.apply(x, *operands, empty)
 
-        def fill(y: Tensor) -> None:
-            with torch.no_grad():
-                # past the version: for autograd this is the value that was there from the start
-                y.data.copy_(make(None))
-
-        return postponable(make, fill, is_kept=True)
+        return postponable(make, is_kept=True)
 
 
 def _operands(layer: nn.Module, x: Tensor) -> tuple | None:

@@ -16,6 +16,7 @@ Rows of x and dy are gathered by the products that read them or, where tiles are
 brought into order before, x once more in the backward. Sums are fp32, nothing is added by atomics, and the host waits
 for nothing: it launches for as many tiles of rows as there could be.
 
+Two nodes, x to h and h to y, so that a checkpoint may keep the one and leave out the other.
 Saved for backward: x, the weights of experts and of choices, h, and 12 N bytes of routes.
 Work: 6 NHI FLOPs forward, 12 NHI backward. Traffic beside the products' own: forward 3 NI of glu and NH + TH of the
 sum, backward 6 NI and NH + TH; for the order NH + TH forward and twice that backward.
@@ -25,6 +26,8 @@ Sizes: T tokens (leading dimensions, flattened), k choices each, N = T k pairs, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -32,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fused.ops._gates import GLUForm, check_form, glu_back, load_gate_and_up, store_gate_and_up
-from ds_fused.ops._grouped_products import in_order, product_of_experts, product_of_rows, way_of
+from ds_fused.ops._grouped_products import Way, in_order, product_of_experts, product_of_rows, way_of
 from ds_fused.ops._ids import flat_ids
 from ds_fused.ops._launch import launch
 from ds_fused.ops._once import once_differentiable
@@ -48,6 +51,9 @@ from ds_fused.ops._triton import (
     warps_for,
 )
 from ds_fused.ops.glu import glu_fwd, glu_reference
+
+# of a part: the node around what it computes, or around the result of a function
+Make = Callable[["Callable[[], Tensor] | None"], Tensor]
 
 # columns of a program, and of a thread: of the sums over choices, and of the backward's pass. 2.9 and 2.8 TB/s of rows
 # of 2048 and of 768 on one H100; others are not measured yet
@@ -196,57 +202,76 @@ def gate_bwd(
     return dh, dweights
 
 
-class ExpertsFunction(torch.autograd.Function):
-    """x [T, H], gate_up [E, 2I, H], down [E, H, I], ids and weights [N] by pairs to y [T, H]; T is not 0.
+class ExpertsInFunction(torch.autograd.Function):
+    """x [T, H] and gate_up [E, 2I, H] to h [N, 2I] by places: what gates are made of.
 
-    Of x's dtype are y and dx alone: under autocast it is wider than that of the products, the experts' own.
+    Of x's dtype is dx alone: under autocast it is wider than that of the products, the experts' own. ``make``: where
+    the result comes from, if not from the product.
     """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gate_up: Tensor, way: Way, routes: Routes, make: Callable[[], Tensor] | None) -> Tensor:
+        rows = x.to(gate_up.dtype)
+        ctx.save_for_backward(rows, gate_up, *routes)
+        ctx.how = x.dtype, way
+        if make is not None:
+            return make()
+        return product_of_rows(in_order(rows, routes, way), gate_up, routes, way, gathers=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh: Tensor) -> tuple[Tensor | None, ...]:
+        rows, gate_up, *routes = ctx.saved_tensors
+        routes, (dtype, way) = Routes(*routes), ctx.how
+        dx = dgate_up = None
+        if ctx.needs_input_grad[0]:
+            z = product_of_rows(dh, gate_up, routes, way, transposed=True)
+            dx = sum_of_choices(z, routes, None, rows.shape[0], dtype)
+            del z
+        if ctx.needs_input_grad[1]:
+            dgate_up = product_of_experts(dh, in_order(rows, routes, way), routes, way, gate_up)
+        return dx, dgate_up, None, None, None
+
+
+class ExpertsOutFunction(torch.autograd.Function):
+    """h [N, 2I] by places, down [E, H, I] and weights [N] by pairs to y [T, H], of that dtype. ``make`` as above."""
 
     @staticmethod
     def forward(
         ctx,
-        x: Tensor,
-        gate_up: Tensor,
+        h: Tensor,
         down: Tensor,
-        ids: Tensor,
         weights: Tensor,
+        n_tokens: int,
+        dtype: torch.dtype,
         form: GLUForm,
         interleaved: bool,
+        way: Way,
+        routes: Routes,
+        make: Callable[[], Tensor] | None,
     ) -> Tensor:
-        (n_tokens, _), n, n_experts = x.shape, ids.shape[0], gate_up.shape[0]
-        way = way_of(n, down)
-        routes = routes_of(ids, n // n_tokens, n_experts, way.tile_rows)
-        rows = x.to(down.dtype)
-        h = product_of_rows(in_order(rows, routes, way), gate_up, routes, way, gathers=True)
+        ctx.save_for_backward(h, down, weights, *routes)
+        ctx.how = way, form, interleaved
+        if make is not None:
+            return make()
         z = product_of_rows(glu_fwd(h, None, form, interleaved), down, routes, way)
-        ctx.save_for_backward(rows, gate_up, down, weights, h, *routes)
-        ctx.how = x.dtype, way, form, interleaved
-        return sum_of_choices(z, routes, weights, n_tokens, x.dtype)
+        return sum_of_choices(z, routes, weights, n_tokens, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        rows, gate_up, down, weights, h, *routes = ctx.saved_tensors
-        routes, (dtype, way, form, interleaved) = Routes(*routes), ctx.how
-        wants_dx, wants_dgate_up, wants_ddown, _, wants_dweights, *_ = ctx.needs_input_grad
+        h, down, weights, *routes = ctx.saved_tensors
+        routes, (way, form, interleaved) = Routes(*routes), ctx.how
+        wants_dh, wants_ddown, wants_dweights, *_ = ctx.needs_input_grad
         dy = in_order(rows_of(dy.to(down.dtype)), routes, way)
         da = product_of_rows(dy, down, routes, way, gathers=True, transposed=True)
         dh, dweights = gate_bwd(
             da, h, weights, routes, form, interleaved,
-            wants_dh=wants_dx or wants_dgate_up, wants_a=wants_ddown, wants_dweights=wants_dweights,
+            wants_dh=wants_dh, wants_a=wants_ddown, wants_dweights=wants_dweights,
         )  # fmt: skip
-        dx = dgate_up = ddown = None
-        if wants_ddown:
-            # da holds weights * a by now
-            ddown = product_of_experts(da, dy, routes, way, down, swapped=True)
-        del da, dy
-        if wants_dx:
-            z = product_of_rows(dh, gate_up, routes, way, transposed=True)
-            dx = sum_of_choices(z, routes, None, rows.shape[0], dtype)
-            del z
-        if wants_dgate_up:
-            dgate_up = product_of_experts(dh, in_order(rows, routes, way), routes, way, gate_up)
-        return dx, dgate_up, ddown, None, dweights, None, None
+        # da holds weights * a by now
+        ddown = product_of_experts(da, dy, routes, way, down, swapped=True) if wants_ddown else None
+        return dh, ddown, dweights, *[None] * 7
 
 
 def _check(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, form: GLUForm) -> None:
@@ -298,18 +323,46 @@ def experts(
     A choice of E is nobody's and adds nothing, as where experts are spread over ranks. Any other id that is no expert's
     is an error: here on a CPU, on the device else.
     """
-    form = GLUForm(act, alpha, limit, offset)
+    gate = {"interleaved": interleaved, "alpha": alpha, "limit": limit, "offset": offset}
+    return experts_by(at_once, x, gate_up, down, ids, weights, act, **gate)
+
+
+def at_once(make: Make) -> Tensor:
+    """The result of a part of experts, computed."""
+    return make(None)
+
+
+def experts_by(
+    call: Callable[[Make], Tensor],
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    act: str,
+    *,
+    interleaved: bool,
+    **numbers: float | None,
+) -> Tensor:
+    """``experts``, whose two parts are what ``call`` makes of them: all of h, then y.
+
+    A ``make(None)`` computes; ``make(result)`` is the same node around ``result()``.
+    """
+    form = GLUForm(act, **numbers)
     _check(x, gate_up, down, ids, weights, form)
     flat = flat_ids("experts", ids, gate_up.shape[0] + 1)
     if not runs_kernels(x):
-        return experts_reference(
-            x, gate_up, down, ids, weights, act, interleaved=interleaved, alpha=alpha, limit=limit, offset=offset
-        )
+        return experts_reference(x, gate_up, down, ids, weights, act, interleaved=interleaved, **numbers)
     check_dtypes("experts", x=x, gate_up=gate_up, down=down, weights=weights)
     if flat.shape[0] == 0:
         # nothing to compute, but gradients of zeros
         return x + 0 * (gate_up.sum() + down.sum() + weights.sum()).to(x.dtype)
     dtype = autocast_dtype(x) or x.dtype
-    weights = weights.reshape(-1).contiguous()
-    y = ExpertsFunction.apply(rows_of(x), gate_up.to(dtype), down.to(dtype), flat, weights, form, interleaved)
+    rows, gate_up, down, weights = rows_of(x), gate_up.to(dtype), down.to(dtype), weights.reshape(-1).contiguous()
+    (n_tokens, _), n = rows.shape, flat.shape[0]
+    way = way_of(n, down)
+    routes = routes_of(flat, n // n_tokens, down.shape[0], way.tile_rows)
+    h = call(lambda make: ExpertsInFunction.apply(rows, gate_up, way, routes, make))
+    how = n_tokens, x.dtype, form, interleaved, way, routes
+    y = call(lambda make: ExpertsOutFunction.apply(h, down, weights, *how, make))
     return y.view(x.shape)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import ds_fused.ops.registry as registry
+from ds_fused.modules.experts import WholeExperts
 from ds_fused.modules.kept import LEVELS, Learnt, Recording
+from ds_fused.modules.mlp import Gate
 from ds_fused.ops import glu, rms_norm
 
 N, D = 5, 16
@@ -39,3 +42,46 @@ def test_gradients_are_those_of_a_whole_repetition(device, level):
         assert recording.kept_bytes() == 0
         for a, b in zip(found, run(backwards), strict=True):
             assert torch.equal(a, b)
+
+
+class Mixture(WholeExperts, nn.Module):
+    fused_gate, fused_transposed = Gate(), False
+
+    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
+        super().__init__()
+        self.__dict__.update(gate_up_proj=gate_up, down_proj=down)
+
+
+@pytest.mark.parametrize("is_last", [True, False])
+@pytest.mark.parametrize("level", ["full", "matmuls"])
+def test_experts(is_last, level, device, monkeypatch):
+    n_experts, ids = 3, torch.tensor([[0, 1], [2, 0], [1, 2], [3, 0], [2, 1]], device=device)  # 3 is nobody's
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((N, D), (n_experts, 2 * D, D), (n_experts, D, D), (N, 2), (D,))
+    inputs = [torch.randn(shape, generator=draw).to(device).requires_grad_() for shape in shapes]
+    counts = []
+    file = registry.op("experts").module
+    products = file.product_of_rows
+    monkeypatch.setattr(file, "product_of_rows", lambda *args, **how: counts.append(1) or products(*args, **how))
+
+    def mixture_layer(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, norm: Tensor) -> Tensor:
+        y = Mixture(gate_up, down)(x, ids, weights)
+        return x + (y if is_last else rms_norm(y, norm))
+
+    def run(**context: object) -> tuple[list[Tensor], int]:
+        y = checkpoint(mixture_layer, *inputs, use_reentrant=False, **context)
+        counts.clear()
+        found = torch.autograd.grad(y.square().sum(), inputs[: 4 if is_last else 5])
+        return [y.detach(), *found], len(counts)
+
+    learnt = Learnt()
+    for first in (True, False, False):
+        recording = Recording(learnt, LEVELS[level])
+        (found, ran), (expected, ran_in_full) = run(context_fn=recording.contexts), run()
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b)
+        assert recording.kept_bytes() == 0
+        # two of the forward again, and two of the backward
+        assert ran_in_full == 4
+        again = 0 if level == "matmuls" else 1 if is_last and not first else 2
+        assert ran == 2 + again

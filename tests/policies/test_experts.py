@@ -66,7 +66,8 @@ def test_in_one_op(name: str, implementation: str, monkeypatch: pytest.MonkeyPat
     assert found.get("experts", 0) == (0 if name == "GptOss" else there)
     assert found.get("swiglu", 0) == {"Mixtral": 0, "GraniteMoe": 0, "Qwen3Moe": 1}.get(name, there)
     calls = []
-    monkeypatch.setattr(experts, "experts", lambda *args, **form: calls.append(form) or ds_fused.experts(*args, **form))
+    stock_op = experts.experts_by
+    monkeypatch.setattr(experts, "experts_by", lambda *args, **form: calls.append(form) or stock_op(*args, **form))
     assert_same_step(model, stock, tolerance=1e-5)
     assert len(calls) >= found.get("experts", 0)
     assert all((form["limit"] is None) == (name != "DeepseekV4") for form in calls)
@@ -97,7 +98,8 @@ def test_what_is_drawn_for_the_proof_does_not_decide_it(draw: int, monkeypatch: 
 def test_what_was_asked_for_and_is_not_to_be_had_is_told(
     wanted: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experts, "experts", lambda x, *args, **form: -ds_fused.experts(x, *args, **form))
+    stock_op = experts.experts_by
+    monkeypatch.setattr(experts, "experts_by", lambda *args, **form: -stock_op(*args, **form))
     report = ds_fused.apply(NAMED["Mixtral"].make(), wanted)
     assert counts(report) == ({"swiglu": 2} if "swiglu" in wanted else {})
     (row,) = [row for row in report.left if row.what == "MixtralExperts"]

@@ -64,8 +64,10 @@ def experts() -> dict:
         model.set_experts_implementation(implementation)
         return model
 
-    found = {name: both(lambda name=name: build(name), stage=3) for name in ("eager", "grouped_mm", "batched_mm")}
-    return found | {"whole": both(lambda: build("grouped_mm"), stage=3, block={"experts": True})}
+    apart = {"experts": False}
+    names = ("eager", "grouped_mm", "batched_mm")
+    found = {name: both(lambda name=name: build(name), stage=3, block=apart) for name in names}
+    return found | {"whole": both(lambda: build("grouped_mm"), stage=3)}
 
 
 @case
