@@ -39,10 +39,13 @@ from ds_fused.ops._warmup import META, Done, Launch, compile_noted, noted, targe
 from ds_fused.ops.slabs import WeightSlabs
 from ds_fused.ops.vocab_shard import VocabShard
 from ds_fused.policies import plan
-from ds_fused.policies.kinds import adapters
+from ds_fused.policies.kinds import adapters, experts
 
 # tokens of a sequence where nothing says more: kernels ask of it only whether 16 divides it
 LENGTH = 1024
+# but experts take larger tiles where each has rows enough: as few tokens as that may be and as many as it takes (of 512
+# experts, ten for each token)
+LENGTHS_OF_EXPERTS = (LENGTH, 16384)
 # more processes than this wait for each other's disk
 MOST_PROCESSES = 16
 
@@ -185,7 +188,7 @@ def launches_of(
         ways = ways_of(weight, ranks, how["mode"], how["slab_mb"] * 2**20, how["copy_engines"])
     way: WeightSlabs | VocabShard | None = None
     with noted(target) as launches:
-        plan.apply(
+        report = plan.apply(
             model,
             config.wanted,
             device=META,
@@ -196,12 +199,17 @@ def launches_of(
             weight=HeadWeight(slabs=lambda head, n_tokens, inside: way),
             tiles=config.tiles,
         )
-        ids = torch.zeros(shape, dtype=torch.int64, device=META)
-        # a mask ready made: to make one, models look into what they are given
-        mask = torch.ones((shape[0], 1, shape[1], shape[1]), dtype=torch.bool, device=META)
-        given = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+        batch, length = shape
+        has_experts = any(row.key == experts.KEY for row in report.replaced)
+        most = getattr(model.config, "max_position_embeddings", None) or max(LENGTHS_OF_EXPERTS)
+        runs = [(each, length) for each in (None, *ways)]
+        runs += [(None, min(each, most)) for each in LENGTHS_OF_EXPERTS if has_experts and each != length]
         try:
-            for way in (None, *ways):  # noqa: B007 (read by HeadWeight)
+            for way, length in runs:  # noqa: B007 (read by HeadWeight)
+                ids = torch.zeros((batch, length), dtype=torch.int64, device=META)
+                # a mask ready made: to make one, models look into what they are given
+                mask = torch.ones((batch, 1, length, length), dtype=torch.bool, device=META)
+                given = {"input_ids": ids, "attention_mask": mask, "labels": ids}
                 with torch.no_grad():
                     model.eval()(**given)
                 model.train()(**given).loss.backward()

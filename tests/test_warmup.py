@@ -179,6 +179,29 @@ def test_an_adapter_is_warmed_up_where_there_is_one(tmp_path):
     assert done.stdout.splitlines()[-3:] == ["None []", "None []", f"None {kernels}"], done.stderr
 
 
+MIXTURES = """
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM
+from ds_fused.engine import config
+from ds_fused.ops._warmup import META, target_of
+from ds_fused.warmup import LENGTH, launches_of
+sizes = dict(vocab_size=1000, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+for block in ({}, {"experts": False}):
+    with META:
+        mixtral = MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=64, use_cache=False)
+        model = MixtralForCausalLM._from_config(mixtral, dtype=torch.bfloat16)
+    block = config.parse({"enabled": True, "verify": False, **block})
+    launches, problem = launches_of(model, block, (1, LENGTH), target_of("sm90"))
+    rows = [launch.constants["ROWS"] for launch in launches if launch.kernel.fn.__name__ == "_product_of_rows_kernel"]
+    print(problem, sorted(set(rows)))
+"""
+
+
+def test_experts_are_warmed_up_for_few_and_for_many_rows_of_each(tmp_path):
+    done = run("-c", MIXTURES, cache=tmp_path)
+    assert done.stdout.splitlines()[-2:] == ["None [64, 128]", "None []"], done.stderr
+
+
 def test_a_second_run_compiles_nothing(warm, folder):
     done = warm_up(str(folder / "config.json"), "--config", str(folder / "ds.json"), "--target", TARGET, cache=warm[0])
     assert counts(done.stdout) == (0, counts(warm[1])[0])

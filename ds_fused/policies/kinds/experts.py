@@ -13,6 +13,7 @@ from ds_fused.policies.kinds.kind import Kind, Way, both, compared, parameter_na
 from ds_fused.policies.kinds.mlps import KEYS, act_name, fused_act, gates, product_of
 from ds_fused.policies.proof import randn
 
+KEY = "experts"  # of all in one op
 # of the copy in the proof
 N_EXPERTS, TOP_K, TOKENS, HIDDEN, INTERMEDIATE = 3, 2, 5, 32, 48
 # where all of it runs: so many that a weight's gradient is a sum of 27 terms. Of a few, or of some 20 times as large as
@@ -71,7 +72,7 @@ def _whole(module: nn.Module, act: str) -> list[Way]:
         return []
     transposed = getattr(module, "is_transposed", False)
     return [
-        Way("experts", "experts", WholeExperts, (("fused_gate", gate), ("fused_transposed", transposed)), asked=True)
+        Way(KEY, "experts", WholeExperts, (("fused_gate", gate), ("fused_transposed", transposed)), asked=True)
         for gate in gates(module, act)
     ]
 
