@@ -7,9 +7,12 @@ a head, and of an angle, lie side by side.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ds_fused.ops._triton import can_take
 
 
 def as_kernels_read(
@@ -100,3 +103,32 @@ def room(like: Tensor, swapped: bool, dtype: torch.dtype) -> Tensor:
     order = (d, second * d) if swapped else (third * d, d)
     # half of the host time of new_empty and a view
     return torch.empty_strided(like.shape, (second * third * d, *order, 1), dtype=dtype, device=like.device)
+
+
+class Gradient(NamedTuple):
+    """How the gradient of q (k) is to lie: as q (k) did, without gaps. The projections want it."""
+
+    swapped: bool  # is_swapped
+    dtype: torch.dtype
+    # its strides, where it has the dtype of what comes from above; None where they are not known before
+    strides: tuple[int, ...] | None = None
+
+
+def with_room(dy: Tensor, gradient: Gradient, overwrite: bool) -> tuple[Tensor, Tensor]:
+    """A result's gradient as kernels read it, and memory for that of q (k): itself, where ``overwrite`` lets it."""
+    if gradient.strides is not None and dy.stride() == gradient.strides:
+        # the usual case: half of the host time of what stands below
+        return dy, dy if overwrite and not dy.requires_grad else torch.empty_like(dy)
+    # whatever attention handed back
+    dy = neighbours(dy)
+    if overwrite and can_take(dy, gradient.dtype, gradient.swapped):
+        return dy, dy
+    return dy, room(dy, gradient.swapped, gradient.dtype)
+
+
+def gradient_of(x: Tensor, dtype: torch.dtype, inplace: bool) -> Gradient:
+    """Of q (k), whose result has that dtype."""
+    # results lie as what is written over, or as empty_like makes them
+    y = torch.empty_like(x, device="meta")
+    swapped = is_swapped(x if inplace else y)
+    return Gradient(swapped, x.dtype, room(y, swapped, dtype).stride() if dtype == x.dtype else None)

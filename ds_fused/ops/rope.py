@@ -26,20 +26,21 @@ import torch
 from torch import Tensor
 
 from ds_fused.ops._heads import (
+    Gradient,
     angle_strides,
     as_called,
     as_kernels_read,
     as_pairs,
+    gradient_of,
     is_swapped,
-    neighbours,
-    room,
     strides,
+    with_room,
 )
 from ds_fused.ops._launch import Kept, Ready, launch_ready, ready
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._rope import RopeForm, check_inplace, check_inplace_strides, check_rope
 from ds_fused.ops._rope_kernels import _rope_kernel
-from ds_fused.ops._triton import can_take, check_dtypes, note_taken, power_of_2, runs_kernels
+from ds_fused.ops._triton import check_dtypes, note_taken, power_of_2, runs_kernels
 
 # pairs of columns that a program turns at a time (heads x R/2), and its warps. 0.8 % from best of 15 at 32768 tokens of
 # 64 + 8 heads of 128 on H100 (benchmarks/results/h100/tune.csv); complex angles and sections are not measured yet
@@ -106,15 +107,6 @@ def rope_reference(
     if inplace:
         ys = [x.copy_(y) for x, y in zip((q, k), ys, strict=True)]
     return ys[0], ys[1]
-
-
-class Gradient(NamedTuple):
-    """How the gradient of q (k) is to lie: as q (k) did, without gaps. The projections want it."""
-
-    swapped: bool  # is_swapped
-    dtype: torch.dtype
-    # its strides, where it has the dtype of what comes from above; None where they are not known before
-    strides: tuple[int, ...] | None = None
 
 
 class Turn(NamedTuple):
@@ -205,18 +197,6 @@ def _arguments(
     return (batch * n_tokens if d else 0,), numbers, constants
 
 
-def _with_room(dy: Tensor, gradient: Gradient, overwrite: bool) -> tuple[Tensor, Tensor]:
-    """A result's gradient as kernels read it, and memory for that of q (k): itself, where ``overwrite`` lets it."""
-    if gradient.strides is not None and dy.stride() == gradient.strides:
-        # the usual case: half of the host time of what stands below
-        return dy, dy if overwrite and not dy.requires_grad else torch.empty_like(dy)
-    # whatever attention handed back
-    dy = neighbours(dy)
-    if overwrite and can_take(dy, gradient.dtype, gradient.swapped):
-        return dy, dy
-    return dy, room(dy, gradient.swapped, gradient.dtype)
-
-
 class RopeFunction(torch.autograd.Function):
     """Autograd around the launches; sees q [B, Hq, T, D], k [B, Hk, T, D], cos and sin [(3,) (B or 1,) T, R].
 
@@ -251,8 +231,8 @@ class RopeFunction(torch.autograd.Function):
         wants_q, wants_k = ctx.needs_input_grad[:2]
         # the sum of both results hands one tensor to both
         overwrite = turn.overwrite_grad and not (wants_q and wants_k and dyq.data_ptr() == dyk.data_ptr())
-        dyq, dq = _with_room(dyq, ctx.gradients[0], overwrite) if wants_q else (None, None)
-        dyk, dk = _with_room(dyk, ctx.gradients[1], overwrite) if wants_k else (None, None)
+        dyq, dq = with_room(dyq, ctx.gradients[0], overwrite) if wants_q else (None, None)
+        dyk, dk = with_room(dyk, ctx.gradients[1], overwrite) if wants_k else (None, None)
         # where one is not wanted, nothing of it lies elsewhere
         over_q, over_k = dq is dyq, dk is dyk
         # a hook may have brought the angles back in another layout
@@ -374,13 +354,5 @@ def _turn(
     permitted = inplace and not compiling, overwrite_grad and not compiling
     gradients = None
     if is_plain:
-        gradients = _gradient(q, dtypes[0], inplace), _gradient(k, dtypes[1], inplace)
+        gradients = gradient_of(q, dtypes[0], inplace), gradient_of(k, dtypes[1], inplace)
     return Turn(form, dtypes, *permitted, is_plain, gradients, None if compiling else {})
-
-
-def _gradient(x: Tensor, dtype: torch.dtype, inplace: bool) -> Gradient:
-    """Of q (k), whose result has that dtype."""
-    # results lie as what is written over, or as empty_like makes them
-    y = torch.empty_like(x, device="meta")
-    swapped = is_swapped(x if inplace else y)
-    return Gradient(swapped, x.dtype, room(y, swapped, dtype).stride() if dtype == x.dtype else None)

@@ -8,12 +8,10 @@ from accuracy import as_accurate, randn, same_bits
 from heads import as_accurate_under_autocast, gathered_anew
 from torch import Tensor
 
-import ds_fused.ops.registry as registry
-from ds_fused.ops import _grouped_products, _routes
+from ds_fused.ops import _experts_kernels, _grouped_products, _routes
 from ds_fused.ops.experts import experts, experts_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FILE = registry.op("experts").module
 GPT_OSS = {"interleaved": True, "alpha": 1.702, "limit": 1.0, "offset": 1.0}
 
 
@@ -28,7 +26,7 @@ def small(monkeypatch, request) -> None:
     for name, value in (("CHUNK", 8), ("COUNTED", 2), ("FOUND", 4)):
         monkeypatch.setattr(_routes, name, value)
     for name in ("SUM_BLOCK", "GATE_BLOCK"):
-        monkeypatch.setattr(FILE, name, 16)
+        monkeypatch.setattr(_experts_kernels, name, 16)
 
 
 def inputs_of(t: int, k: int, e: int, h: int, i: int, device, ids: Tensor | None = None) -> list[Tensor]:
