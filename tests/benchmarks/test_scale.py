@@ -427,7 +427,7 @@ def test_where_the_modes_cross_over():
 
 def test_the_page(tmp_path, monkeypatch, found):
     # the fit is made anew without each of its points
-    shown = found[::20] + found[-12:]
+    shown = found[::15] + found[-12:]
     monkeypatch.setattr(scale, "points", lambda: (shown, [Skipped("a file", "1x1x1", "x", "why")]))
     assert scale.main(["--out", str(tmp_path)]) == 0
     text = (tmp_path / "scale.md").read_text()
