@@ -214,3 +214,21 @@ def test_without_values_or_on_meta() -> None:
         parameter.data = torch.empty(0)
     assert counts(ds_fused.apply(model, {"swiglu": True})) == {"swiglu": 2}
     assert counts(ds_fused.apply(NAMED["GptOss"].make().to("meta"), {"swiglu": True})) == {"swiglu": 2}
+
+
+@pytest.mark.parametrize("first", ["adapters", "ds_fused"])
+def test_adapters_on_the_weights_of_experts(first: str) -> None:
+    """PEFT parametrizes the layer for the time of a forward."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"], init_lora_weights=False
+    )
+
+    def adapted(model: nn.Module) -> nn.Module:
+        torch.manual_seed(3)
+        return peft.get_peft_model(model, config)
+
+    model, stock = twins(NAMED["Mixtral"])
+    model = adapted(model) if first == "adapters" else model
+    assert counts(ds_fused.apply(model))["experts"] == 2
+    assert_same_step(model if first == "adapters" else adapted(model), adapted(stock), tolerance=1e-5)
