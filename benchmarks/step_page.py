@@ -15,6 +15,7 @@ from benchmarks.step_timeline import PARTS
 STOCK, LIGER = "hf", "liger"
 # stock with other kernels for its attention: as far apart as right runs are
 OTHER_STOCK = STOCK + "-"
+EXACT = "fp32"
 RATE = "matmul_tflop_s"
 COLUMNS = (
     "way", "step ms", "all ranks and rounds", "tokens/s/GPU", "over hf", "over liger", "MFU", "peak GiB", "dynamic GiB",
@@ -80,7 +81,9 @@ def steps_page(head: Header, rows: Sequence[Row]) -> str:
         stock, liger = (finished(at(here, point, way)) for way in (STOCK, LIGER))
         lines += ["", f"## micro batch {point[0]}, {point[1]} tokens", ""]
         lines += table(COLUMNS, [_line(way, at(here, point, way), stock, liger, head) for way in ways])
-        lines += _spread({way: finished(at(here, point, way)) for way in ways}, stock)
+        done = {way: finished(at(here, point, way)) for way in ways}
+        exact = done.pop(EXACT, [])
+        lines += [*_spread(done, stock), *_from_exact(done, exact)]
         lines += _parts([at(here, point, way) for way in ways])
     first = [row for row in finished(rows) if row.get("first_ms")]
     if first:
@@ -124,6 +127,19 @@ def _spread(done: dict[str, Sequence[Row]], stock: Sequence[Row]) -> list[str]:
         if way != STOCK and not way.startswith(OTHER_STOCK) and its_loss is not None:
             within = "within that" if its_loss <= loss and its_norm <= norm else "**beyond that**"
             lines.append(f"- {way}: {its_loss:.1e} and {its_norm:.1e}, {within}")
+    return lines
+
+
+def _from_exact(done: dict[str, Sequence[Row]], exact: Sequence[Row]) -> list[str]:
+    """How far every run in 16 bits is from the one in fp32, which no kernel's rounding is in."""
+    if not exact:
+        return []
+    losses = exact[0]["losses"]
+    lines = ["", "From the run in fp32, which began with the same weights, a loss is at most and on average apart:", ""]
+    for way, rows in done.items():
+        for row in rows:
+            differences = [abs(a - b) for a, b in zip(row["losses"], losses, strict=True)]
+            lines.append(f"- {way}: {max(differences):.1e}, {sum(differences) / len(differences):.1e}")
     return lines
 
 

@@ -99,7 +99,13 @@ def shape_of(name: str, layers: int | None) -> Shape:
     return shape if layers is None else replace(shape, layers=layers)
 
 
-def built(shape: Shape, ds_config: Mapping[str, object], device: torch.device, lora: bool) -> nn.Module:
+def built(
+    shape: Shape,
+    ds_config: Mapping[str, object],
+    device: torch.device,
+    lora: bool,
+    dtype: torch.dtype = torch.bfloat16,
+) -> nn.Module:
     """The model with random weights: under ZeRO-3 each is sharded as soon as it is made, so it is nowhere whole."""
     import deepspeed
     from transformers import AutoModelForCausalLM
@@ -108,12 +114,12 @@ def built(shape: Shape, ds_config: Mapping[str, object], device: torch.device, l
     sharded = ds_config["zero_optimization"]["stage"] == 3
     place = deepspeed.zero.Init(config_dict_or_path=dict(ds_config)) if sharded else nullcontext()
     with no_init_weights(), device, place:
-        model = AutoModelForCausalLM.from_config(shape.config(), dtype=torch.bfloat16, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(shape.config(), dtype=dtype, attn_implementation="sdpa")
     # what is left out with the initialization
     model.tie_weights()
     if lora:
         model = _adapted(model)
-    draw(model)
+    draw(model, rounded=dtype == torch.float32)
     return model.train()
 
 
@@ -125,8 +131,11 @@ def _adapted(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def draw(model: nn.Module) -> None:
-    """Normal weights; vectors (of norms) keep what their layers began with, and LoRA its zeros."""
+def draw(model: nn.Module, rounded: bool = False) -> None:
+    """Normal weights; vectors (of norms) keep what their layers began with, and LoRA its zeros.
+
+    ``rounded``: those that a model in bf16 has, in any dtype.
+    """
     rank = torch.distributed.get_rank()
     for name, weight in model.named_parameters():
         shard = getattr(weight, "ds_tensor", None)
@@ -135,7 +144,10 @@ def draw(model: nn.Module) -> None:
         part = weight if shard is None else shard
         # by peft's name or the model's own: the same numbers
         seed = zlib.crc32(name.encode()) + SEED + (0 if shard is None else rank)
-        part.normal_(0.0, STD, generator=torch.Generator(part.device).manual_seed(seed))
+        drawn = torch.empty_like(part, dtype=torch.bfloat16) if rounded else part
+        drawn.normal_(0.0, STD, generator=torch.Generator(part.device).manual_seed(seed))
+        if rounded:
+            part.copy_(drawn)
 
 
 @torch.no_grad()

@@ -441,6 +441,11 @@ def test_table_of_numbers():
     assert "another attention is up to 3.0e-03 (loss) and 0.0e+00 (gradient's norm) from stock, in 2 pairs" in text
     assert "- liger: 2.0e-03 and 0.0e+00, within that" in text
     assert "- ours: 5.0e-01 and 0.0e+00, **beyond that**" in text
+    assert "From the run in fp32" not in text
+    text = steps_page(head, [*rows, row("fp32", 1, 300.0, 4.1)])
+    assert "in 2 pairs" in text and "- fp32: " not in text
+    assert "- ours: 4.0e-01, 2.0e-01\n" in text, text[-900:]
+    assert "- hf: 1.0e-01, 5.0e-02\n- hf: 9.9e-02, 4.9e-02\n" in text, text[-900:]
     assert "- ours: 2 x rope" in text and "| hf | 8.0 | 1.0 |" in text
     tries = [{"length": 64, "ms": 10.0, "peak_mib": 1024.0}]
     rows = [{"way": way, "longest": 64 * n, "status": "found", "tries": tries} for n, way in ((1, "hf"), (3, "ours"))]
@@ -470,7 +475,8 @@ def test_a_model_is_its_shape(name, monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     sizes = {"hidden": 64, "intermediate": 128, "heads": 4, "kv_heads": 2, "head_dim": 16, "vocab": 259}
     shape = replace(shape_of(name, 2), **sizes)
-    models = [built(shape, {"zero_optimization": {"stage": 0}}, torch.device("cpu"), lora=False) for _ in range(2)]
+    given = shape, {"zero_optimization": {"stage": 0}}, torch.device("cpu"), False
+    models = [built(*given) for _ in range(2)]
     for first, second in zip(*(model.named_parameters() for model in models), strict=True):
         assert first[0] == second[0] and torch.equal(first[1], second[1])
         assert first[1].dim() == 1 or first[1].float().std().item() == pytest.approx(STD, rel=0.1), first[0]
@@ -478,6 +484,8 @@ def test_a_model_is_its_shape(name, monkeypatch):
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == shape.tied
     assert model.model.norm.weight.unique().tolist() == [0.0 if shape.type == "gemma" else 1.0]
     assert len(model.model.layers) == 2 and model.dtype == torch.bfloat16 and model.training
+    for first, second in zip(model.parameters(), built(*given, torch.float32).parameters(), strict=True):
+        assert second.dtype == torch.float32 and torch.equal(first.float(), second)
 
 
 def test_weights_of_a_saved_model(tmp_path, monkeypatch):
