@@ -195,7 +195,10 @@ def _function(family: str) -> Callable[..., Report | Patch]:
 
 
 def _wanted(family: str, switches: Mapping[str, bool], model: nn.Module) -> dict[str, bool]:
-    """The JSON keys: as the switches say, and where they don't, as the families of the model's parts have them."""
+    """The JSON keys: as the switches say, and where they don't, as the families of the model's parts have them.
+
+    Experts in one op and norms with the rotation behind them are on where Liger's switches of what is in them are.
+    """
     wanted: dict[str, bool] = {}
     for part in _PARTS.get(family, ()):
         config = getattr(getattr(model, "config", None), part, None)
@@ -203,7 +206,10 @@ def _wanted(family: str, switches: Mapping[str, bool], model: nn.Module) -> dict
         for name in own.keys() - _LOSS.keys() - {"model"}:
             wanted[name] = wanted.get(name, False) or own[name]
     wanted |= switches
-    return {_RENAMED.get(name, name): value for name, value in wanted.items()}
+    wanted = {_RENAMED.get(name, name): value for name, value in wanted.items()}
+    wanted.setdefault("experts", any(wanted.get(key) for key in ("swiglu", "geglu")))
+    wanted.setdefault("qk_norm_rope", all(wanted.get(key) for key in ("rms_norm", "rope")))
+    return wanted
 
 
 @functools.cache

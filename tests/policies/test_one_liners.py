@@ -19,7 +19,7 @@ from ds_fused import compat
 from ds_fused.doctor.architectures import architectures, config_for, model_class
 from ds_fused.doctor.tiny import build, default_config, tiny_config
 from ds_fused.modules.swap import is_fused
-from tests.policies.tiny import FAMILIES, LLAMA, assert_same_step, classes, counts, step, twins
+from tests.policies.tiny import FAMILIES, LLAMA, NAMED, assert_same_step, classes, counts, step, twins
 
 
 def n_fused(model: nn.Module) -> int:
@@ -170,6 +170,9 @@ def test_every_switch_replaces_something(family: str) -> None:
     wanted = {compat._RENAMED.get(name, name) for name, is_on in compat.FAMILIES[family].items() if is_on}
     models = list(tiny(family))
     found = {key for model in models for key in counts(function(model=model))}
+    # ops that have others within, which are what Liger switches
+    within = {"qk_norm_rope": {"rope"}, "experts": wanted & {"swiglu", "geglu"}}
+    found = set().union(*(within.get(key, {key}) for key in found))
     # of the parts of some, more
     assert found == wanted or (found > wanted and family in compat._PARTS)
     patch = function()
@@ -178,6 +181,19 @@ def test_every_switch_replaces_something(family: str) -> None:
     finally:
         patch.restore()
     assert list(map(n_fused, built)) == list(map(n_fused, models))
+
+
+@pytest.mark.parametrize(
+    ("switches", "found"),
+    [
+        ({}, {"experts", "qk_norm_rope"}),
+        ({"swiglu": False}, {"qk_norm_rope"}),
+        ({"rope": False}, {"experts"}),
+    ],
+)
+def test_ops_that_have_others_within_follow_their_switches(switches: dict[str, bool], found: set[str]) -> None:
+    report = compat.apply_liger_kernel_to_qwen3_moe(model=NAMED["Qwen3Moe"].make(), **switches)
+    assert counts(report).keys() & {"experts", "qk_norm_rope"} == found
 
 
 def test_parts_are_fused_as_their_own_families_are() -> None:
