@@ -22,9 +22,9 @@ from ds_fused.ops._triton import cdiv, multiprocessors
 # few columns so that many programs share the work, many rows so that few turns wait for L2. Not yet measured.
 SUM_COLS = 32
 SUM_ROWS = 256
-# bytes of x from which on two programs share a row. The zeros are one more launch, for the device some 2 us of the 130
-# that rms_norm's forward and backward take at this size (8192x4096, an H100), and for the host, whose time counts where
-# tensors are small. Not yet measured.
+# bytes of x from which on two programs share a row. The zeros are one more launch: for an H100 2 to 5 us of the 130 to
+# 200 that a norm's forward and backward take at this size (8192x4096; benchmarks/notes.md), and some for the host,
+# whose time counts where tensors are small
 SHARED_FROM = 64 * 2**20
 
 
