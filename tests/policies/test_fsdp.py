@@ -11,11 +11,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import ds_fused
 
-SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+# a model, and what of it is replaced besides norms and the head
+MODELS = {
+    "dense": (lambda: LlamaForCausalLM(LlamaConfig(**SIZES)), {"rope", "swiglu"}),
+    "mixture": (lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **MIXTURE)), {"qk_norm_rope", "experts"}),
+}
 
 
 @pytest.fixture
@@ -43,9 +56,11 @@ def step(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("head_alone", [False, True])
 @pytest.mark.parametrize("fused_first", [False, True])
-def test_trains_as_stock(fused_first, head_alone, mesh):
+@pytest.mark.parametrize("kind", MODELS)
+def test_trains_as_stock(kind, fused_first, head_alone, mesh):
     torch.manual_seed(0)
-    stock = LlamaForCausalLM(LlamaConfig(vocab_size=61, num_key_value_heads=1, **SIZES))
+    make, keys = MODELS[kind]
+    stock = make()
     model = copy.deepcopy(stock)
     if fused_first:
         report = ds_fused.apply(model)
@@ -54,7 +69,7 @@ def test_trains_as_stock(fused_first, head_alone, mesh):
         shard(model, mesh, head_alone)
         report = ds_fused.apply(model)
     found = {claim.key: claim for claim in report.claims}
-    assert {"rms_norm", "rope", "swiglu"} <= found.keys()
+    assert keys | {"rms_norm"} <= found.keys()
     torch.testing.assert_close(step(model), step(stock))
     head = found.get("fused_linear_cross_entropy")
     if fused_first:
