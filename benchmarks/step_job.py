@@ -84,7 +84,7 @@ def ds_config(spec: Spec, way: Way) -> dict[str, object]:
     config: dict[str, object] = {
         "train_micro_batch_size_per_gpu": spec.points[0][0],
         "gradient_clipping": 1.0,
-        "bf16": {"enabled": way.dtype == "bfloat16"},
+        "bf16": {"enabled": way.dtype == torch.bfloat16},
         "optimizer": {"type": "AdamW", "params": optimizer},
         "zero_optimization": zero,
         # DeepSpeed's own has to be compiled by nvcc
@@ -157,7 +157,7 @@ class Job:
             self.data = Text(Path(spec.data), Path(spec.tokenizer), self.shape.vocab)
         config = ds_config(spec, way)
         way.patch(self.shape.type)
-        model = built(self.shape, config, device, spec.lora, getattr(torch, way.dtype))
+        model = built(self.shape, config, device, spec.lora, way.dtype)
         if spec.weights:
             load(model, Path(spec.weights))
         self.started["model"] = age()

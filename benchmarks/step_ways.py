@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType, ModuleType
 
+import torch
 from torch import Tensor, nn
 
 from benchmarks.head_ways import deepspeed_tiled
@@ -45,7 +46,7 @@ class Way:
     zero: Mapping[str, object] = field(default_factory=lambda: NOTHING)  # more keys of zero_optimization
     sizes: str | None = None  # "small" or "large": ZeRO-3's sizes are those that ds_fused's zero_sizes would set
     backend: str | None = None  # of scaled_dot_product_attention; None: PyTorch's choice
-    dtype: str = "bfloat16"  # of the model, and of all that is computed
+    dtype: torch.dtype = torch.bfloat16  # of the model, and of all that is computed
     compiled: bool = False
     needs_gpu: bool = False
 
@@ -117,7 +118,7 @@ WAYS: Mapping[str, Way] = {
     "hf-flash": Way("stock, flash attention whatever PyTorch would take", backend="FLASH_ATTENTION"),
     "hf-cudnn": Way("stock, cuDNN's attention", backend="CUDNN_ATTENTION", needs_gpu=True),
     "hf-math": Way("stock, attention as plain products and softmax", backend="MATH"),
-    "fp32": Way("stock, all in fp32: what 16 bits differ from", dtype="float32"),
+    "fp32": Way("stock, all in fp32: what 16 bits differ from", dtype=torch.float32),
     "liger": Way("Liger's kernels and its fused linear cross entropy, by its defaults", **_LIGER),
     "compile": Way("engine.compile(): torch.compile of the stock model", compiled=True),
     "alst": Way("DeepSpeed's TiledMLP and TiledFusedLogitsLoss", patch=patch_tiled),

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ds_fused.modules import OPS
+from ds_fused.modules import NEEDS, OPS
 from ds_fused.policies import apply
 from ds_fused.policies.report import Report
 
@@ -208,7 +208,7 @@ def _wanted(family: str, switches: Mapping[str, bool], model: nn.Module) -> dict
     wanted |= switches
     wanted = {_RENAMED.get(name, name): value for name, value in wanted.items()}
     wanted.setdefault("experts", any(wanted.get(key) for key in ("swiglu", "geglu")))
-    wanted.setdefault("qk_norm_rope", all(wanted.get(key) for key in ("rms_norm", "rope")))
+    wanted.setdefault("qk_norm_rope", all(wanted.get(key) for key in NEEDS["qk_norm_rope"]))
     return wanted
 
 

@@ -3,6 +3,6 @@
 Also the table of ops, for the rooms above that may not look past this one.
 """
 
-from ds_fused.ops.registry import OPS, Option, switched
+from ds_fused.ops.registry import NEEDS, OPS, Option, switched
 
-__all__ = ["OPS", "Option", "switched"]
+__all__ = ["NEEDS", "OPS", "Option", "switched"]

@@ -8,12 +8,16 @@ auxiliary loss are other layers' and stay as they are.
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from ds_fused.modules.kept import postponable
 from ds_fused.modules.mlp import Gate, gated
 from ds_fused.modules.product import Product
-from ds_fused.ops.experts import Make, experts_by
+from ds_fused.ops.experts import experts_by
+
+_KEPT = partial(postponable, is_kept=True)
 
 
 class Experts(Product):
@@ -28,10 +32,6 @@ class Experts(Product):
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         return gated(self.fused_gate, gate_up)
-
-
-def _kept(make: Make) -> Tensor:
-    return postponable(make, is_kept=True)
 
 
 class WholeExperts:
@@ -51,7 +51,7 @@ class WholeExperts:
         weights = self.gate_up_proj, self.down_proj
         if self.fused_transposed:
             weights = [weight.transpose(1, 2) for weight in weights]
-        return experts_by(_kept, hidden_states, *weights, top_k_index, top_k_weights, **self.fused_gate._asdict())
+        return experts_by(_KEPT, hidden_states, *weights, top_k_index, top_k_weights, **self.fused_gate._asdict())
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         return gated(self.fused_gate, gate_up)

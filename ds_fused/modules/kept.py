@@ -42,6 +42,7 @@ from ds_fused.modules.operators import ADD, PRODUCTS, Watch, is_dear, writes
 
 # makes the result of nothing, uninitialised
 Empty = Callable[[], Tensor]
+Make = Callable[[Empty | None], Tensor]
 
 # level -> what is kept; "full" computes everything again
 LEVELS = {"full": frozenset(), "attention": frozenset({ATTENTION}), "matmuls": frozenset({ATTENTION, MATMUL})}
@@ -132,33 +133,23 @@ def needed_bytes(sizes: list[tuple[str, int]], learnt: Learnt, kind: str) -> int
     return sum(size for found, size in sizes[: len(sizes) - learnt.unread] if found == kind)
 
 
-def postponable(
-    make: Callable[[Empty | None], Tensor], fill: Callable[[Tensor], None] | None = None, *, is_kept: bool = False
-) -> Tensor:
+def postponable(make: Make, value: Callable[[], Tensor] | None = None, *, is_kept: bool = False) -> Tensor:
     """``make(None)``, as one call of a layer under its checkpoint, however many products are computed within.
 
     ``make(empty)`` is the same node around the result ``empty()``, into which nothing was computed: a repetition that
-    is expected to end within the call asks for it. ``fill`` writes into the result what should stand there, where the
-    repetition lives to see it; None: what ``make(None)`` makes. ``is_kept``: the result is kept where those of products
-    are, and handed out by ``empty``.
+    is expected to end within the call asks for it. ``value()`` is what should stand in the result, where the repetition
+    lives to see it; None: what ``make(None)`` makes. ``is_kept``: the result is kept where those of products are, and
+    handed out by ``empty``.
     """
     run = current_run()
-    if not isinstance(run, _Run):
-        return make(None)
-
-    def remade(y: Tensor) -> None:
-        with torch.no_grad():
-            # past the version: for autograd this is the value that was there from the start
-            y.data.copy_(make(None))
-
-    return run.whole(make, fill or remade, is_kept)
+    return run.whole(make, value, is_kept) if isinstance(run, _Run) else make(None)
 
 
 class _Run(Run):
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
 
-    def whole(self, make: Callable[[Empty | None], Tensor], fill: Callable[[Tensor], None], is_kept: bool) -> Tensor:
+    def whole(self, make: Make, value: Callable[[], Tensor] | None, is_kept: bool) -> Tensor:
         """See ``postponable``."""
         raise NotImplementedError
 
@@ -169,7 +160,7 @@ class _Run(Run):
 
 
 class _Forward(_Run):
-    def whole(self, make: Callable[[Empty | None], Tensor], fill: Callable[[Tensor], None], is_kept: bool) -> Tensor:
+    def whole(self, make: Make, value: Callable[[], Tensor] | None, is_kept: bool) -> Tensor:
         recording = self._recording
         y = self.unseen(make, None)
         empty = functools.partial(torch.empty, y.shape, dtype=y.dtype, device=y.device)
@@ -304,7 +295,7 @@ class _Repetition(_Run):
         call, calls[at] = calls[at], None
         return call if call is not None and call.is_unchanged() else None
 
-    def whole(self, make: Callable[[Empty | None], Tensor], fill: Callable[[Tensor], None], is_kept: bool) -> Tensor:
+    def whole(self, make: Make, value: Callable[[], Tensor] | None, is_kept: bool) -> Tensor:
         with self._next() as at:
             call = self._take(at)
             if call is not None:
@@ -312,7 +303,9 @@ class _Repetition(_Run):
             empty = self._recording.empties.get(at) if self._ends_within(at) else None
             y = self.unseen(make, empty)
             if empty is not None:
-                self.unseen(fill, y)
+                with torch.no_grad():
+                    # past the version: for autograd this is the value that was there from the start
+                    y.data.copy_(self.unseen(make, None) if value is None else self.unseen(value))
             return y
 
     def called(self, kind: str, function: Callable, args: tuple, named: dict) -> Any:

@@ -105,12 +105,11 @@ def tiled(
     def make(empty: Empty | None) -> Tensor:
         return TiledFunction.apply(x, anchor, function, tiles, trained, projections, empty)
 
-    def fill(y: Tensor) -> None:
-        with torch.no_grad(), _Surroundings(x).autocast():
-            # past the version: for autograd this is the value that was there from the start
-            y.data.copy_(_forward(function, x, tiles))
+    def value() -> Tensor:
+        with _Surroundings(x).autocast():
+            return _forward(function, x, tiles)
 
-    return postponable(make, fill)
+    return postponable(make, value)
 
 
 def _tiles(x: Tensor, tiles: int) -> list[Tensor]:

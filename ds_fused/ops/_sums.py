@@ -92,10 +92,10 @@ def sharers(x: Tensor, programs: int) -> int:
     return 2 if programs > multiprocessors(x) else 1
 
 
-def partials(x: Tensor, rows: int, d: int, numbers: int = 0, n_sharers: int = 1) -> Tensor:
-    """Scratch for the parts of two vectors [D], and of a number; beside x. Zeros where programs share rows."""
+def partials(x: Tensor, rows: int, d: int, numbers: int = 0, *, vectors: int = 2, n_sharers: int = 1) -> Tensor:
+    """Scratch for the parts of vectors [D], and of a number; beside x. Zeros where programs share rows."""
     make = torch.empty if n_sharers == 1 else torch.zeros
-    return make(2 * rows * d + numbers, dtype=torch.float32, device=x.device)
+    return make(vectors * rows * d + numbers, dtype=torch.float32, device=x.device)
 
 
 def sum_partials(

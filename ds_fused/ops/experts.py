@@ -202,8 +202,10 @@ def experts(
     A choice of E is nobody's and adds nothing, as where experts are spread over ranks. Any other id that is no expert's
     is an error: here on a CPU, on the device else.
     """
-    gate = {"interleaved": interleaved, "alpha": alpha, "limit": limit, "offset": offset}
-    return experts_by(at_once, x, gate_up, down, ids, weights, act, **gate)
+    return experts_by(
+        at_once, x, gate_up, down, ids, weights, act,
+        interleaved=interleaved, alpha=alpha, limit=limit, offset=offset,
+    )  # fmt: skip
 
 
 def at_once(make: Make) -> Tensor:

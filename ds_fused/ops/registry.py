@@ -307,6 +307,10 @@ OPS: tuple[Op, ...] = (
 )
 
 
+# of every key, those of other ops without which it does nothing
+NEEDS: Mapping[str, tuple[str, ...]] = MappingProxyType({key: row.needs for row in OPS for key in row.keys})
+
+
 def switched(given: Mapping[str, object]) -> dict[str, object]:
     """Of every key what is given for it. One that is not named is on by its op's default, and if what it needs is."""
     return {

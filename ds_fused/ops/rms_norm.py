@@ -28,7 +28,7 @@ from ds_fused.ops._launch import Kept, Ready, launch_ready, lie_alike, ready
 from ds_fused.ops._norms import RMSForm, Wanted, check_cast, check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._row_tiles import in_turn, tile, tile_of_blocks
-from ds_fused.ops._sums import leave, sharers, sum_partials
+from ds_fused.ops._sums import leave, partials, sharers, sum_partials
 from ds_fused.ops._triton import (
     can_take,
     cdiv,
@@ -64,7 +64,7 @@ WARPS_PER_MULTIPROCESSOR = 32
 STAGES_BWD = 3
 
 _forwards: Kept[tuple[Ready | None, int]] = Kept()
-_backwards: Kept[tuple[Ready, int, bool]] = Kept()
+_backwards: Kept[tuple[Ready, int, int]] = Kept()
 
 
 def rms_norm_reference(
@@ -297,11 +297,10 @@ def rms_norm_bwd(
         found = _backward(dy, x, weight, dsum, form, wanted)
         if lie_alike(lent, (dy, x, dsum)):
             _backwards.keep(key, found)
-    it, rows, is_shared = found
+    it, rows, n_sharers = found
     made = [vector for vector in (dweight, dbias) if vector is not None]
     # [1 or 2, rows, D]
-    scratch = torch.zeros if is_shared else torch.empty
-    partial = scratch(len(made) * rows * d, dtype=torch.float32, device=x.device)
+    partial = partials(x, rows, d, vectors=len(made), n_sharers=n_sharers)
     dweights = partial if wanted.dweight else None
     dbiases = None if not wanted.dbias else partial[rows * d :] if wanted.dweight else partial
     launch_ready(it, dy, x, weight, rstd, dsum, dx, dweights, dbiases)
@@ -312,8 +311,8 @@ def rms_norm_bwd(
 
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, dsum: Tensor | None, form: RMSForm, wanted: Wanted
-) -> tuple[Ready, int, bool]:
-    """The launch for these rows, of which there are some; how many rows of sums it leaves; whether two share one."""
+) -> tuple[Ready, int, int]:
+    """The launch for these rows, of which there are some; how many rows of sums it leaves, and of how many programs."""
     n, d = x.shape
     # a second row of sums takes as many registers again
     block = tile(d, TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD // 2 if wanted.dbias else WHOLE_ROW_BWD)
@@ -328,7 +327,7 @@ def _backward(
         OFFSET=form.offset, CAST_BEFORE=form.cast_before, HAS_WEIGHT=weight is not None, HAS_DSUM=dsum is not None,
         WANTS_DX=wanted.dx, WANTS_DWEIGHT=wanted.dweight, WANTS_DBIAS=wanted.dbias, **tiles,
     )  # fmt: skip
-    return it, cdiv(programs, n_sharers), n_sharers > 1
+    return it, cdiv(programs, n_sharers), n_sharers
 
 
 class RMSNormFunction(torch.autograd.Function):

@@ -24,14 +24,23 @@ import torch
 from torch import Tensor
 
 from ds_fused.ops import _triton
-from ds_fused.ops._heads import angle_strides, as_called, as_kernels_read, is_swapped, neighbours, room, strides
+from ds_fused.ops._heads import (
+    Gradient,
+    angle_strides,
+    as_called,
+    as_kernels_read,
+    is_swapped,
+    neighbours,
+    strides,
+    with_room,
+)
 from ds_fused.ops._launch import launch
 from ds_fused.ops._norm_and_turn import _rms_norm_rope_bwd_kernel, _rms_norm_rope_fwd_kernel
 from ds_fused.ops._norms import RMSForm, check_cast, check_per_column
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._rope import RopeForm, check_rope
 from ds_fused.ops._sums import partials, sum_partials
-from ds_fused.ops._triton import can_take, check_dtypes, note_taken, power_of_2, resident, runs_kernels, stages_for
+from ds_fused.ops._triton import check_dtypes, note_taken, power_of_2, resident, runs_kernels, stages_for
 from ds_fused.ops.rms_norm import rms_norm_reference
 from ds_fused.ops.rope import rope_reference
 
@@ -158,10 +167,10 @@ def rms_norm_rope_bwd(
     blocks = _blocks(q_heads, k_heads, d, r, TILE_BWD)
     # the sum of both results hands one tensor to both
     overwrite = overwrite and dyq.data_ptr() != dyk.data_ptr()
-    over_q = overwrite and can_take(dyq, q.dtype, swapped[0]) and _is_read_once(blocks, "BLOCK_Q_HEADS", d > r)
-    over_k = overwrite and can_take(dyk, k.dtype, swapped[1]) and _is_read_once(blocks, "BLOCK_K_HEADS", d > r)
-    dq = (dyq if over_q else room(q, swapped[0], q.dtype)) if wanted.dq else None
-    dk = (dyk if over_k else room(k, swapped[1], k.dtype)) if wanted.dk else None
+    over_q = overwrite and _is_read_once(blocks, "BLOCK_Q_HEADS", d > r)
+    over_k = overwrite and _is_read_once(blocks, "BLOCK_K_HEADS", d > r)
+    dyq, dq = with_room(dyq, Gradient(swapped[0], q.dtype), over_q) if wanted.dq else (dyq, None)
+    dyk, dk = with_room(dyk, Gradient(swapped[1], k.dtype), over_k) if wanted.dk else (dyk, None)
     dq_weight = make(q_weight) if wanted.dq_weight else None
     dk_weight = make(k_weight) if wanted.dk_weight else None
     if nothing:

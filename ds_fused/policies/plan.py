@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ds_fused.modules import OPS, switched
+from ds_fused.modules import NEEDS, OPS, switched
 from ds_fused.modules.scope import HeadWeight
 from ds_fused.modules.swap import owner_of, why_not
 from ds_fused.modules.tiled_mlp import Tiles
@@ -31,7 +31,6 @@ _GROUPS = {
     **dict.fromkeys(("glu", "relu2", "experts"), "mlp"),
     **dict.fromkeys(("cross_entropy", "linear_cross_entropy"), "loss"),
 }
-_NEEDS = {key: op.needs for op in OPS for key in op.keys}
 
 
 @dataclass(frozen=True)
@@ -131,10 +130,10 @@ def plan(
     left: Counter[tuple[str, str]] = Counter()
     inside: set[int] = set()  # activations that a claimed layer no longer calls
     heads: set[int] = set()  # norms that a claimed layer may have wait
-    off = [key for key in _NEEDS[qk_norms.KEY] if key not in wanted]
+    off = _off(qk_norms.KEY, wanted)
     with_norms = qk_norms.KEY in wanted and not off
     if qk_norms.KEY in wanted and off:
-        left[qk_norms.KEY, f"it needs {' and '.join(_NEEDS[qk_norms.KEY])}, and {' and '.join(off)} is off"] += 1
+        left[qk_norms.KEY, f"it needs {' and '.join(NEEDS[qk_norms.KEY])}, and {' and '.join(off)} is off"] += 1
     for path, module in model.named_modules():
         kind = find(module)
         if isinstance(module, torch.jit.ScriptModule):
@@ -182,7 +181,7 @@ def _ways(kind: Kind | None, module: nn.Module, wanted: Mapping[str, object]) ->
     if kind is not None and kind.key is not None:
         if kind.key not in wanted:
             return ()
-        off = [key for key in _NEEDS[kind.key] if key not in wanted]
+        off = _off(kind.key, wanted)
         if off:
             return f"{kind.key} needs {' and '.join(off)}, which is off"
     if kind is None:
@@ -200,6 +199,11 @@ def _ways(kind: Kind | None, module: nn.Module, wanted: Mapping[str, object]) ->
         ways = [way for way in ways if way.key in wanted or not way.asked]
     # all of them, if any is wanted: which it is decides the comparison, not the switch
     return ways if isinstance(ways, str) or any(way.key in wanted for way in ways) else ()
+
+
+def _off(key: str, wanted: Mapping[str, object]) -> list[str]:
+    """Of what it needs, that which is off."""
+    return [need for need in NEEDS[key] if need not in wanted]
 
 
 def _left_apart(claims: Sequence[Claim]) -> list[Left]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ds_fused.modules.swap import fused_class, is_fused, swap, unswap
 from ds_fused.modules.tiled_mlp import TILED, Tiles
-from ds_fused.policies.kinds import Kind, Way, differs, qk_norms, unproven
+from ds_fused.policies.kinds import Kind, Way, qk_norms, unproven
 from ds_fused.policies.memory import remembered
 
 
@@ -59,15 +59,17 @@ class SwapClaim:
 
     def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
         # what runs tile by tile is what is proven; its copies have stub children, whose weights no tile would know
-        chosen = remembered(self._kind, self._modules[0], self._ways, device, dtype)
-        if isinstance(chosen, str):
-            return chosen
-        asked = next((way for way in self._ways if way.asked), None)
-        if asked is not None and not chosen.asked:
-            reason = differs(self._kind, self._modules[0], asked, device, dtype)
-            self.apart = asked.key, reason or "it differed when it was compared first, and does not now"
-        self._ways = (chosen,)
-        return None
+        asked, others = ([way for way in self._ways if way.asked == is_asked] for is_asked in (True, False))
+        reason = None
+        for ways in filter(None, (asked, others)):
+            chosen = remembered(self._kind, self._modules[0], ways, device, dtype)
+            if isinstance(chosen, Way):
+                if reason is not None:
+                    self.apart = asked[0].key, reason
+                self._ways = (chosen,)
+                return None
+            reason = chosen
+        return reason
 
     def commit(self) -> None:
         state = dict(self.way.state) | ({} if self.tiles is None else {"fused_tiles": self.tiles})

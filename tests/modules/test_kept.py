@@ -177,11 +177,7 @@ class Many(torch.autograd.Function):
 
 
 def many(x: Tensor, w: Tensor) -> Tensor:
-    def fill(y: Tensor) -> None:
-        with torch.no_grad():
-            y.data.copy_(Many.compute(x, w))
-
-    return postponable(lambda empty: Many.apply(x, w, empty), fill)
+    return postponable(lambda empty: Many.apply(x, w, empty), lambda: Many.compute(x, w))
 
 
 # what follows the call -> how often it is computed in a step, once learnt: the repetition ends within it or does not

@@ -8,13 +8,13 @@ from torch import nn
 from ds_fused.policies.kinds.activations import ACTIVATION
 from ds_fused.policies.kinds.adapters import ADAPTER
 from ds_fused.policies.kinds.experts import EXPERTS
-from ds_fused.policies.kinds.kind import Kind, Way, choose, differs, unproven
+from ds_fused.policies.kinds.kind import Kind, Way, choose, unproven
 from ds_fused.policies.kinds.layers import LAYER
 from ds_fused.policies.kinds.mlps import MLP
 from ds_fused.policies.kinds.norms import NORM
 from ds_fused.policies.kinds.ropes import ROPE
 
-__all__ = ["ACTIVATION", "ADAPTER", "KINDS", "NORM", "ROPE", "Kind", "Way", "choose", "differs", "find", "unproven"]
+__all__ = ["ACTIVATION", "ADAPTER", "KINDS", "NORM", "ROPE", "Kind", "Way", "choose", "find", "unproven"]
 
 # the first that recognises a layer has it
 KINDS = (NORM, ADAPTER, EXPERTS, MLP, ROPE, ACTIVATION, LAYER)

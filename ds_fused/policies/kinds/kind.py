@@ -50,13 +50,15 @@ class Kind:
 
 def choose(kind: Kind, module: nn.Module, ways: Sequence[Way], device: torch.device, dtype: torch.dtype) -> Way | str:
     """The first way that computes what the layer does, or what differed."""
+    cpu = torch.device("cpu")
+    # of several, the wrong ones fall out on the CPU, where no kernel has to be compiled for them
+    places = (device,) if len(ways) == 1 and not kind.in_two else dict.fromkeys((cpu, device))
     reasons = []
     for way in ways:
-        # of several, the wrong ones fall out on the CPU, where no kernel has to be compiled for them
-        reason = differs(kind, module, way, device, dtype, on_cpu=len(ways) > 1 or kind.in_two)
-        if reason is None:
+        differs = next((reason for place in places if (reason := _differs(kind, module, way, place, dtype))), None)
+        if differs is None:
             return way
-        reasons.append(reason)
+        reasons.append(differs)
     if len(ways) == 1:
         return reasons[0]
     # of the way that layers of this kind mostly are, unless nothing can be said of that one
@@ -65,18 +67,11 @@ def choose(kind: Kind, module: nn.Module, ways: Sequence[Way], device: torch.dev
     return f"none of {len(ways)} known forms fits; of {first}, {(compared or reasons)[0]}"
 
 
-def differs(
-    kind: Kind, module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype, on_cpu: bool = True
-) -> str | None:
-    """What this way computes otherwise. ``on_cpu``: it is compared there first."""
-    for place in dict.fromkeys((torch.device("cpu"), device) if on_cpu else (device,)):
-        try:
-            reason = kind.prove(module, way, place, dtype)
-        except Exception as error:
-            reason = unproven(error)
-        if reason is not None:
-            return reason
-    return None
+def _differs(kind: Kind, module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype) -> str | None:
+    try:
+        return kind.prove(module, way, device, dtype)
+    except Exception as error:
+        return unproven(error)
 
 
 _UNPROVEN = "it can't be compared"
