@@ -41,7 +41,8 @@ def assert_alike(found: dict, stock: dict) -> None:
 
 
 MODELS = models(
-    "plain", "tied", "reentrant", "not_reentrant", "with_lora", "in_between", "unwrapped", "some_stay_whole"
+    "plain", "tied", "reentrant", "not_reentrant", "with_lora", "in_between", "unwrapped", "some_stay_whole",
+    "offloaded",
 )
 LORA = models("lora_reentrant", "lora_plain", "lora_plain_without_gradients_of_inputs")
 
@@ -52,6 +53,55 @@ def test_sizes_change_no_bit(cases, model):
         for way in ("small", "large"):
             assert found[way]["said"] == found["stock"]["said"]
             assert found[way]["weights"] == found["stock"]["weights"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_gathers_in_place_change_no_bit(cases, model):
+    for found in cases[model]:
+        assert found["in place"]["said"] == found["stock"]["said"]
+        assert found["in place"]["weights"] == found["stock"]["weights"]
+        assert found["in place"]["left"] == []
+
+
+@pytest.mark.parametrize("model", ["plain", "not_reentrant"])
+def test_leaf_modules_by_a_buffer_or_in_place(cases, model):
+    for found in cases[model]:
+        for what in ("said", "weights", "gathers"):
+            assert found["by a buffer"][what] == found["leaf"][what]
+
+
+def test_weights_come_straight_to_their_places(cases):
+    for found in cases["in_place"]:
+        assert found["plain"]["Flight"] > 0 and "AllGatherCoalescedHandle" not in found["plain"]
+        assert found["bytes beyond the weight"] == 0
+        assert "1 x gathers" in " ".join(found["report"].split()) and "straight to their places" in found["report"]
+        for way in ("logged", "restored"):
+            assert found[way]["AllGatherCoalescedHandle"] > 0 and "Flight" not in found[way]
+
+
+def test_weights_that_split_unevenly_in_two_dtypes(cases):
+    for found in cases["odd"]:
+        assert found["class"] == "Flight" and found["got"] == found["expected"]
+        assert found["dtypes"] == ["torch.float32", "torch.float32", "torch.bfloat16"]
+
+
+def test_where_the_proof_fails_weights_come_as_by_deepspeed(cases):
+    for rank, found in zip(RANKS, cases["proofs"], strict=True):
+        for way in ("differs", "unable"):
+            assert found[way]["handles"]["AllGatherCoalescedHandle"] > 0 and "Flight" not in found[way]["handles"]
+        (differs,) = found["differs"]["left"]
+        assert "is not the one that DeepSpeed gathers (on rank 1 of 2)" in differs, rank
+        (unable,) = found["unable"]["left"]
+        assert unable == "RuntimeError: Backend other does not support allgather_into_tensor_coalesced"
+
+
+def test_what_the_json_says_of_gathers_stands(cases):
+    for found in cases["not_in_place"]:
+        (sequential,) = found["stage3_allgather_sequential"]
+        assert sequential == "gathers: stage3_allgather_sequential gathers weights one by one"
+        (added,) = found["stage3_use_all_reduce_for_fetch_params"]
+        assert added == "gathers: stage3_use_all_reduce_for_fetch_params has them added up"
+        assert found["stock"] == []
 
 
 @pytest.mark.parametrize("model", MODELS)
