@@ -5,8 +5,8 @@ weight out of it when it is waited for: these weights twice in memory for a mome
 time. Here each weight is an all-gather of its own, whose output is the weight; all of them go as one call, which NCCL
 makes one kernel.
 
-A gather goes DeepSpeed's way where it does not fit that form: secondary shards (hpZ), quantised weights,
-communication in another dtype (torch.autocast), shards on NVMe, weights of several groups of ranks; and where DeepSpeed's
+A gather goes DeepSpeed's way where it does not fit that form: secondary shards (hpZ), quantised weights, communication
+in another dtype (torch.autocast), shards on NVMe, weights of several groups of ranks; and where DeepSpeed's
 communication logger is to see it.
 """
 
@@ -113,7 +113,7 @@ def _why_stock(engine: DeepSpeedEngine, offload: DeepSpeedZeRoOffload) -> str | 
         "stage3_allgather_sequential gathers weights one by one": engine.zero_allgather_sequential(),
         "stage3_use_all_reduce_for_fetch_params has them added up": zero.use_all_reduce_for_fetch_params,
         "weights travel quantized (zero_quantized_weights)": engine.zero_quantized_weights(),
-        "stage3_module_granularity_threshold lets go of them in a way of its own": offload.fast_sharding_for_leaf_module,
+        "stage3_module_granularity_threshold has a way of its own": offload.fast_sharding_for_leaf_module,
         "they may be moved by AMD's DMA engines": torch.version.hip is not None,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

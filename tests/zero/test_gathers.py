@@ -41,7 +41,14 @@ def assert_alike(found: dict, stock: dict) -> None:
 
 
 MODELS = models(
-    "plain", "tied", "reentrant", "not_reentrant", "with_lora", "in_between", "unwrapped", "some_stay_whole",
+    "plain",
+    "tied",
+    "reentrant",
+    "not_reentrant",
+    "with_lora",
+    "in_between",
+    "unwrapped",
+    "some_stay_whole",
     "offloaded",
 )
 LORA = models("lora_reentrant", "lora_plain", "lora_plain_without_gradients_of_inputs")
