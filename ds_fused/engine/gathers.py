@@ -1,4 +1,4 @@
-"""``"gathers": "in_place"``: under ZeRO-3, weights that are gathered together come straight to where they stay.
+"""``"collectives": "in_place"``: under ZeRO-3, weights that are gathered together come straight to where they stay.
 
 DeepSpeed has several weights come as one buffer, every rank's parts of all of them one after another, and copies each
 weight out of it when it is waited for: these weights twice in memory for a moment, and read and written once more each
@@ -21,15 +21,10 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from ds_fused.engine.agreement import first_of
-from ds_fused.policies.report import Left
-
 if TYPE_CHECKING:
-    from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from torch.distributed import Work
 
-KEY = "gathers"
 # a parameter's, of DeepSpeed
 _GATHER = "all_gather_coalesced"
 # so many of the smallest weights are gathered both ways before any is
@@ -41,7 +36,7 @@ class GatherClaim:
     """All sharded weights of a model: DeepSpeed asks any one of those that it wants, and not the same on every rank."""
 
     offload: DeepSpeedZeRoOffload
-    key: str = KEY
+    key: str
     paths: tuple[str, ...] = ("",)
     replacement: str = "weights come straight to their places"
 
@@ -91,32 +86,8 @@ class GatherClaim:
         return ()
 
 
-def claims_of(engine: DeepSpeedEngine, offload: DeepSpeedZeRoOffload) -> tuple[list[GatherClaim], list[Left]]:
-    """The weights that this engine shards, or why they are gathered as by DeepSpeed. All ranks ask."""
-    groups = {p.ds_process_group for p in sharded(offload)}
-    if all(dist.get_world_size(group) == 1 for group in groups):
-        return [], []
-    claim = GatherClaim(offload)
-    reason = _why_stock(engine, offload) or first_of(claim.prove(engine.device, torch.float32), dist.group.WORLD)
-    return ([claim], []) if reason is None else ([], [Left(KEY, 1, reason)])
-
-
 def sharded(offload: DeepSpeedZeRoOffload) -> list[nn.Parameter]:
     return [p for p in offload.module.parameters() if hasattr(p, _GATHER)]
-
-
-def _why_stock(engine: DeepSpeedEngine, offload: DeepSpeedZeRoOffload) -> str | None:
-    zero = engine._config.zero_config
-    reasons = {
-        "DeepCompile arranges the gathering": engine.is_deepcompile_enabled(),
-        "ZenFlow turns weights module by module": bool(getattr(engine.optimizer, "zenflow", False)),
-        "stage3_allgather_sequential gathers weights one by one": engine.zero_allgather_sequential(),
-        "stage3_use_all_reduce_for_fetch_params has them added up": zero.use_all_reduce_for_fetch_params,
-        "weights travel quantized (zero_quantized_weights)": engine.zero_quantized_weights(),
-        "stage3_module_granularity_threshold has a way of its own": offload.fast_sharding_for_leaf_module,
-        "they may be moved by AMD's DMA engines": torch.version.hip is not None,
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 class InPlace:

@@ -213,15 +213,17 @@ def _replaced(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config, a
 def _arrange_gathers(engine: DeepSpeedEngine, config: Config, report: Report) -> None:
     """Under ZeRO-3: how weights come, and which together: a tiled MLP's, once for all tiles; an adapter's with those of
     its layer, which opens them; with ``leaf_modules`` those of a repeated layer."""
-    from ds_fused.engine import gathers, leaf_modules
+    from ds_fused.engine import collectives, leaf_modules, zero_linear
     from ds_fused.modules.lora import LoRALinear
     from ds_fused.modules.tiled_mlp import TiledMLP
     from ds_fused.policies.blocks import blocks
     from ds_fused.policies.report import Left
 
     offload = leaf_modules.offload_of(engine)
-    if offload is not None and config.gathers == "in_place":
-        _claim(report, *gathers.claims_of(engine, offload))
+    if offload is not None:
+        zero_linear.remember_signature()
+    if offload is not None and config.collectives == "in_place":
+        _claim(report, *collectives.claims_of(engine, offload))
     slabs = engine.__dict__["_ds_fused_slab_mode"].parameters
     wholes = [
         module

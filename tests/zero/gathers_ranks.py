@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from cases import Cases
 from deepspeed.comm.comm import comms_logger
-from deepspeed.runtime.zero import partition_parameters
+from deepspeed.runtime.zero import partition_parameters, stage3
 from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 from deepspeed.utils import z3_leaf_module
 from peft import LoraConfig, get_peft_model
@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from ds_fused.engine import gathers, leaf_modules
+from ds_fused.engine import gathers, leaf_modules, reductions
 from ds_fused.engine.config import OP_OPTIONS
 
 GAS = 2
@@ -164,7 +164,7 @@ def ways(build: Callable[[], nn.Module], between: Callable | None = None, **conf
 def sized(build: Callable[[], nn.Module]) -> dict:
     """Beside them sizes alone, DeepSpeed's own leaf modules, and leaf modules by way of a buffer."""
     found = ways(build) | {name: trained(build, block) for name, block in SIZES.items()}
-    found["by a buffer"] = trained(build, LEAF | {"gathers": "stock"})
+    found["by a buffer"] = trained(build, LEAF | {"collectives": "stock"})
     return found | {"deepspeed's leaf": trained(partial(with_deepspeeds_leafs, build), None)}
 
 
@@ -315,32 +315,40 @@ def a_gather_for_each() -> dict:
     }
 
 
+# by way of buffers, and in place: gathers, reductions
+WAYS = (
+    (partition_parameters, "AllGatherCoalescedHandle"),
+    (gathers, "Flight"),
+    (stage3, "reduce_scatter_coalesced"),
+    (reductions.ReductionClaim, "_reduce"),
+)
+
+
 def handles(engine: deepspeed.DeepSpeedEngine, step: list) -> Counter[str]:
-    """By the name of its class, how many gathers a step takes."""
+    """How often a step calls each of WAYS, by its name."""
     found: Counter[str] = Counter()
-    classes = [(partition_parameters, "AllGatherCoalescedHandle"), (gathers, "Flight")]
 
-    def counting(cls: type) -> Callable:
-        def made(*args: object, **named: object) -> object:
-            found[cls.__name__] += 1
-            return cls(*args, **named)
+    def counting(name: str, way: Callable) -> Callable:
+        def called(*args: object, **named: object) -> object:
+            found[name] += 1
+            return way(*args, **named)
 
-        return made
+        return called
 
-    stock = [getattr(module, name) for module, name in classes]
-    for (module, name), cls in zip(classes, stock, strict=True):
-        setattr(module, name, counting(cls))
+    stock = [getattr(place, name) for place, name in WAYS]
+    for (place, name), way in zip(WAYS, stock, strict=True):
+        setattr(place, name, counting(name, way))
     try:
         step_of(engine, step)
     finally:
-        for (module, name), cls in zip(classes, stock, strict=True):
-            setattr(module, name, cls)
+        for (place, name), way in zip(WAYS, stock, strict=True):
+            setattr(place, name, way)
     return found
 
 
 @case
 def in_place() -> dict:
-    """What becomes of a gather of several weights: as it is, while DeepSpeed logs communication, and restored."""
+    """How weights come and gradients go: as it is, while DeepSpeed logs communication, and restored."""
     engine = engine_of(llama(), LEAF)
     weight = engine.module.model.layers[0].mlp.gate_proj.weight
     steps = jobs.batches(GAS, 3)
@@ -392,25 +400,32 @@ def odd() -> dict:
 
 @case
 def proofs() -> dict:
-    """Where the two ways differ, or the backend can't, weights come as by DeepSpeed, on all ranks."""
-    found = {}
-    wait, room = gathers.Flight.wait, gathers._room
+    """Where two ways differ, or the backend can't, all ranks go DeepSpeed's."""
+    wait, room, reduce = gathers.Flight.wait, gathers._room, reductions.ReductionClaim._reduce
 
-    def wrong(flight: gathers.Flight, handle_dependency: bool = True) -> None:
+    def wrong_weight(flight: gathers.Flight, handle_dependency: bool = True) -> None:
         weights = [p for p, *_ in flight._weights]
         wait(flight)
         weights[0].data.add_(dist.get_rank())
 
-    def unable(p: nn.Parameter, group: object) -> tuple:
-        raise RuntimeError("Backend other does not support allgather_into_tensor_coalesced\nat a place")
+    def wrong_gradient(claim: reductions.ReductionClaim, *args: object) -> list[torch.Tensor]:
+        return [part + dist.get_rank() for part in reduce(claim, *args)]
 
-    for name, where, what in (("differs", gathers.Flight, ("wait", wrong)), ("unable", gathers, ("_room", unable))):
-        setattr(where, *what)
+    def unable(*args: object) -> None:
+        raise RuntimeError("Backend other does not support it\nat a place")
+
+    found = {}
+    for name, broken in {
+        "weights": (wrong_weight, room, reduce),
+        "gradients": (wait, room, wrong_gradient),
+        "unable": (wait, unable, unable),
+    }.items():
+        gathers.Flight.wait, gathers._room, reductions.ReductionClaim._reduce = broken
         try:
             engine = engine_of(llama(), LEAF)
         finally:
-            gathers.Flight.wait, gathers._room = wait, room
-        left = [row.reason for row in engine.ds_fused_report.left]
+            gathers.Flight.wait, gathers._room, reductions.ReductionClaim._reduce = wait, room, reduce
+        left = [f"{row.what}: {row.reason}" for row in engine.ds_fused_report.left]
         found[name] = {"left": left, "handles": handles(engine, jobs.batches(GAS, 1)[0])}
     return found
 
@@ -421,7 +436,8 @@ def not_in_place() -> dict:
     found = {}
     for name in ("stage3_allgather_sequential", "stage3_use_all_reduce_for_fetch_params"):
         found[name] = trained(llama, OFF, zero={name: True})["left"]
-    return found | {"stock": trained(llama, OFF | {"gathers": "stock"})["left"]}
+    found["reduce_scatter"] = trained(llama, OFF, zero={"reduce_scatter": False})["left"]
+    return found | {"stock": trained(llama, OFF | {"collectives": "stock"})["left"]}
 
 
 @case

@@ -63,7 +63,7 @@ def test_sizes_change_no_bit(cases, model):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_gathers_in_place_change_no_bit(cases, model):
+def test_collectives_in_place_change_no_bit(cases, model):
     for found in cases[model]:
         assert found["in place"]["said"] == found["stock"]["said"]
         assert found["in place"]["weights"] == found["stock"]["weights"]
@@ -77,13 +77,18 @@ def test_leaf_modules_by_a_buffer_or_in_place(cases, model):
             assert found["by a buffer"][what] == found["leaf"][what]
 
 
-def test_weights_come_straight_to_their_places(cases):
+BY_BUFFERS, IN_PLACE = {"AllGatherCoalescedHandle", "reduce_scatter_coalesced"}, {"Flight", "_reduce"}
+
+
+def test_weights_and_gradients_go_from_place_to_place(cases):
     for found in cases["in_place"]:
-        assert found["plain"]["Flight"] > 0 and "AllGatherCoalescedHandle" not in found["plain"]
+        assert set(found["plain"]) == IN_PLACE
         assert found["bytes beyond the weight"] == 0
-        assert "1 x gathers" in " ".join(found["report"].split()) and "straight to their places" in found["report"]
+        report = " ".join(found["report"].split())
+        for what in ("weights come straight to their places", "gradients leave from where they are"):
+            assert f"-> {what}" in report
         for way in ("logged", "restored"):
-            assert found[way]["AllGatherCoalescedHandle"] > 0 and "Flight" not in found[way]
+            assert set(found[way]) == BY_BUFFERS
 
 
 def test_weights_that_split_unevenly_in_two_dtypes(cases):
@@ -92,22 +97,26 @@ def test_weights_that_split_unevenly_in_two_dtypes(cases):
         assert found["dtypes"] == ["torch.float32", "torch.float32", "torch.bfloat16"]
 
 
-def test_where_the_proof_fails_weights_come_as_by_deepspeed(cases):
-    for rank, found in zip(RANKS, cases["proofs"], strict=True):
-        for way in ("differs", "unable"):
-            assert found[way]["handles"]["AllGatherCoalescedHandle"] > 0 and "Flight" not in found[way]["handles"]
-        (differs,) = found["differs"]["left"]
-        assert "is not the one that DeepSpeed gathers (on rank 1 of 2)" in differs, rank
-        (unable,) = found["unable"]["left"]
-        assert unable == "RuntimeError: Backend other does not support allgather_into_tensor_coalesced"
+def test_where_a_proof_fails_all_ranks_go_by_buffers(cases):
+    weights = "collectives: a weight that comes straight to its place is not the one that DeepSpeed gathers"
+    gradients = "collectives: a gradient that leaves from where it is does not come to what DeepSpeed's does"
+    unable = "collectives: RuntimeError: Backend other does not support it"
+    for found in cases["proofs"]:
+        assert found["weights"]["left"] == [f"{weights} (on rank 1 of 2)"]
+        assert set(found["weights"]["handles"]) == {"AllGatherCoalescedHandle", "_reduce"}
+        assert found["gradients"]["left"] == [f"{gradients} (on rank 1 of 2)"]
+        assert set(found["gradients"]["handles"]) == {"Flight", "reduce_scatter_coalesced"}
+        assert found["unable"]["left"] == [unable, unable]
+        assert set(found["unable"]["handles"]) == BY_BUFFERS
 
 
-def test_what_the_json_says_of_gathers_stands(cases):
+def test_what_the_json_says_of_collectives_stands(cases):
     for found in cases["not_in_place"]:
         (sequential,) = found["stage3_allgather_sequential"]
-        assert sequential == "gathers: stage3_allgather_sequential gathers weights one by one"
+        assert sequential == "collectives: stage3_allgather_sequential gathers weights one by one"
         (added,) = found["stage3_use_all_reduce_for_fetch_params"]
-        assert added == "gathers: stage3_use_all_reduce_for_fetch_params has them added up"
+        assert added == "collectives: stage3_use_all_reduce_for_fetch_params has them added up"
+        assert found["reduce_scatter"] == ["collectives: reduce_scatter is off"]
         assert found["stock"] == []
 
 
