@@ -74,6 +74,7 @@ def test_the_table_of_the_json_block_is_the_parser():
         "eval": 'whether an evaluation\'s loss is fused too ("defer") or left alone ("stock")',
         "profile": 'values for the keys that are not given; "auto" and "fit": "fast" where it fits, else "small"',
         "zero_sizes": "under ZeRO-3: sizes that the JSON does not give DeepSpeed, by the size of the model's layers",
+        "collectives": "under ZeRO-3: whether weights and gradients travel from place to place, or through buffers",
     }
     rows = []
     for key in SWITCHES:

@@ -47,6 +47,8 @@ CHOICES = {
     "profile": ("stock", "auto", "fit", "fast", "small"),
     # under ZeRO-3: sizes that the JSON does not give DeepSpeed, by the size of the model's layers
     "zero_sizes": ("stock", "small", "large"),
+    # under ZeRO-3: weights and gradients travel from place to place, or through buffers
+    "collectives": ("in_place", "stock"),
 }
 OP_OPTIONS: Mapping[str, Mapping[str, Option]] = MappingProxyType({key: op.options for op in OPS for key in op.keys})
 # options of the same objects that are the engine's: how the head's weight comes to the op under ZeRO-3
@@ -103,6 +105,7 @@ class Config:
     eval: str
     profile: str
     zero_sizes: str
+    collectives: str
     tiles: Tiles | None  # None: MLPs run whole
     recompute: Recomputing
     wanted: Mapping[str, Mapping[str, object]]  # JSON key that is on -> the options given for its op

@@ -21,12 +21,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     from ds_fused.engine.agreement import Agreement
     from ds_fused.engine.config import Config
-    from ds_fused.policies.report import Report
+    from ds_fused.policies.report import Claim, Left, Report
 
 BLOCK = "ds_fused"
 
@@ -208,16 +210,20 @@ def _replaced(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config, a
     return report
 
 
-def _gather_as_one(engine: DeepSpeedEngine, config: Config, report: Report) -> None:
-    """Under ZeRO-3: a tiled MLP's weights, once for all tiles; an adapter's with those of its layer, which opens them;
-    with ``leaf_modules`` those of a repeated layer."""
-    from ds_fused.engine import leaf_modules
+def _arrange_gathers(engine: DeepSpeedEngine, config: Config, report: Report) -> None:
+    """Under ZeRO-3: how weights come, and which together: a tiled MLP's, once for all tiles; an adapter's with those of
+    its layer, which opens them; with ``leaf_modules`` those of a repeated layer."""
+    from ds_fused.engine import collectives, leaf_modules, zero_linear
     from ds_fused.modules.lora import LoRALinear
     from ds_fused.modules.tiled_mlp import TiledMLP
     from ds_fused.policies.blocks import blocks
     from ds_fused.policies.report import Left
 
     offload = leaf_modules.offload_of(engine)
+    if offload is not None:
+        zero_linear.remember_signature()
+    if offload is not None and config.collectives == "in_place":
+        _claim(report, *collectives.claims_of(engine, offload))
     slabs = engine.__dict__["_ds_fused_slab_mode"].parameters
     wholes = [
         module
@@ -232,11 +238,14 @@ def _gather_as_one(engine: DeepSpeedEngine, config: Config, report: Report) -> N
     if reason is not None:
         report.left = (*report.left, Left(leaf_modules.KEY, 1, reason))
         return
-    claims, left = leaf_modules.claims_of(engine, blocks(engine.module), slabs)
+    _claim(report, *leaf_modules.claims_of(engine, blocks(engine.module), slabs))
+
+
+def _claim(report: Report, claims: Sequence[Claim], left: Sequence[Left]) -> None:
+    """Commit what asks for no proof any more."""
     for claim in claims:
         claim.commit()
-        report.claims = (*report.claims, claim)
-    report.left = (*report.left, *left)
+    report.claims, report.left = (*report.claims, *claims), (*report.left, *left)
 
 
 def _loadable(config: Config) -> tuple[dict[str, object], dict[str, str]]:
@@ -278,7 +287,7 @@ def _finish(engine: DeepSpeedEngine) -> None:
             "DeepSpeedEngine._configure_distributed_model, where the layers are replaced"
         )
     engine.__dict__["_ds_fused_slab_mode"].decide(engine, report)
-    _gather_as_one(engine, config, report)
+    _arrange_gathers(engine, config, report)
     undone = [f"{len(claim.paths)} x {claim.original}" for claim in report.recheck()]
     if undone:
         line = f"replaced, but undone by something else before deepspeed.initialize ended: {', '.join(undone)}"

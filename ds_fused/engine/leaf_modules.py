@@ -13,8 +13,8 @@ DeepSpeed would release them in between, where the repeated forward runs to its 
 all where the layer's backward had asked for them before. So a checkpointed layer is gathered twice a step, whatever
 ``stage3_max_reuse_distance`` is.
 
-Memory: a gather of several weights comes in one buffer, of which each is then copied: for a moment, a layer's weights
-twice. What is left as it is, and why, the report says.
+Memory: with ``"collectives": "stock"`` several weights come in one buffer, of which each is then copied: for a moment,
+a layer's weights twice. What is left as it is, and why, the report says.
 
 Hidden states that are given to a layer by keyword are not seen by DeepSpeed's hooks, which then release its weights
 only at the end of the backward; that is said where it happens.

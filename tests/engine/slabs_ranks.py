@@ -191,6 +191,7 @@ def main(out: str, which: str = "quick") -> None:
             "broken off": broken,
             "weight": [n_vocab, hidden, slab_bytes],
             "slabs": len(fused.slabs),
+            "largest": fused.slabs.slab_rows * hidden * weight.element_size(),
             "ids": sorted(ids) == list(range(n_vocab)),
             "rows": torch.equal(rows, weight[ids]),
             "own_rows": torch.equal(torch.cat(shard.rows()), weight[own]),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,8 @@ import products
 import torch
 import torch.distributed as dist
 from cases import Cases
-from deepspeed.runtime.zero import partition_parameters
+from deepspeed.comm.comm import comms_logger
+from deepspeed.runtime.zero import partition_parameters, stage3
 from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 from deepspeed.utils import z3_leaf_module
 from peft import LoraConfig, get_peft_model
@@ -27,7 +29,7 @@ from torch import nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from ds_fused.engine import leaf_modules
+from ds_fused.engine import gathers, leaf_modules, reductions
 from ds_fused.engine.config import OP_OPTIONS
 
 GAS = 2
@@ -101,26 +103,25 @@ def trained(
 ) -> dict:
     """Losses and gradient norms, the weights after it, how many gathers a step of the last took, and which leafs."""
     engine = engine_of(build(), block, **config)
-    gathers = []
-    stock = partition_parameters._dist_allgather_fn
+    counts, said = [], []
+    stock, flight = partition_parameters._dist_allgather_fn, gathers.Flight
 
-    def counted(*args: object, **named: object) -> object:
-        gathers[-1] += 1
-        return stock(*args, **named)
+    def counted(gather: Callable, *args: object, **named: object) -> object:
+        counts[-1] += 1
+        return gather(*args, **named)
 
-    said = []
-    partition_parameters._dist_allgather_fn = counted
+    partition_parameters._dist_allgather_fn, gathers.Flight = partial(counted, stock), partial(counted, flight)
     try:
         for number, step in enumerate(jobs.batches(GAS, products.FEW_STEPS)):
-            gathers.append(0)
+            counts.append(0)
             said += step_of(engine, step)
             if between is not None and number == 1:
                 said += between(engine)
     finally:
-        partition_parameters._dist_allgather_fn = stock
+        partition_parameters._dist_allgather_fn, gathers.Flight = stock, flight
     found = {
         "said": said,
-        "gathers": gathers,
+        "gathers": counts,
         "weights": digest(engine.module),
         "leafs": [name for name, module in engine.module.named_modules() if z3_leaf_module(module)],
     }
@@ -155,14 +156,15 @@ def with_deepspeeds_leafs(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def ways(build: Callable[[], nn.Module], between: Callable | None = None, **config: object) -> dict:
-    """Stock, leaf modules, and these with small sizes."""
-    blocks = {"stock": None, "leaf": LEAF, "both": LEAF | {"zero_sizes": "small"}}
+    """Stock, leaf modules, and these with small sizes; neither, but gathers in place, is "in place"."""
+    blocks = {"stock": None, "in place": OFF, "leaf": LEAF, "both": LEAF | {"zero_sizes": "small"}}
     return {name: trained(build, block, between, **config) for name, block in blocks.items()}
 
 
 def sized(build: Callable[[], nn.Module]) -> dict:
-    """Beside them sizes alone, and DeepSpeed's own leaf modules."""
+    """Beside them sizes alone, DeepSpeed's own leaf modules, and leaf modules by way of a buffer."""
     found = ways(build) | {name: trained(build, block) for name, block in SIZES.items()}
+    found["by a buffer"] = trained(build, LEAF | {"collectives": "stock"})
     return found | {"deepspeed's leaf": trained(partial(with_deepspeeds_leafs, build), None)}
 
 
@@ -267,6 +269,12 @@ def some_stay_whole() -> dict:
 
 
 @case
+def offloaded() -> dict:
+    """Shards of weights on the host: here, where the device is."""
+    return ways(llama, zero={"offload_param": {"device": "cpu"}})
+
+
+@case
 def only_inference() -> dict:
     """Without an optimizer."""
 
@@ -305,6 +313,131 @@ def a_gather_for_each() -> dict:
         for how in (None, *CHECKPOINTING)
         for name, block in {"stock": None, "leaf": LEAF}.items()
     }
+
+
+# by way of buffers, and in place: gathers, reductions
+WAYS = (
+    (partition_parameters, "AllGatherCoalescedHandle"),
+    (gathers, "Flight"),
+    (stage3, "reduce_scatter_coalesced"),
+    (reductions.ReductionClaim, "_reduce"),
+)
+
+
+def handles(engine: deepspeed.DeepSpeedEngine, step: list) -> Counter[str]:
+    """How often a step calls each of WAYS, by its name."""
+    found: Counter[str] = Counter()
+
+    def counting(name: str, way: Callable) -> Callable:
+        def called(*args: object, **named: object) -> object:
+            found[name] += 1
+            return way(*args, **named)
+
+        return called
+
+    stock = [getattr(place, name) for place, name in WAYS]
+    for (place, name), way in zip(WAYS, stock, strict=True):
+        setattr(place, name, counting(name, way))
+    try:
+        step_of(engine, step)
+    finally:
+        for (place, name), way in zip(WAYS, stock, strict=True):
+            setattr(place, name, way)
+    return found
+
+
+@case
+def in_place() -> dict:
+    """How weights come and gradients go: as it is, while DeepSpeed logs communication, and restored."""
+    engine = engine_of(llama(), LEAF)
+    weight = engine.module.model.layers[0].mlp.gate_proj.weight
+    steps = jobs.batches(GAS, 3)
+    found: dict = {"plain": handles(engine, steps[0])}
+    weight.all_gather_coalesced([weight, engine.module.model.embed_tokens.weight]).wait()
+    found["bytes beyond the weight"] = weight.untyped_storage().nbytes() - weight.nbytes
+    weight.partition([weight, engine.module.model.embed_tokens.weight])
+    comms_logger.enabled = True
+    try:
+        found["logged"] = handles(engine, steps[1])
+    finally:
+        comms_logger.enabled = False
+    found["report"] = str(engine.ds_fused_report)
+    engine.ds_fused_report.restore()
+    found["restored"] = handles(engine, steps[2])
+    return found
+
+
+class Odd(nn.Module):
+    """Weights that two ranks can't split evenly, one with an element, in two dtypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.a, self.b = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(1))
+        self.c = nn.Parameter(torch.randn(7).bfloat16(), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ self.a).sum() * self.b.sum() + self.c.float().sum()
+
+
+@case
+def odd() -> dict:
+    model = Odd()
+    expected = [p.detach().float().tolist() for p in model.parameters()]
+    engine = engine_of(model, OFF)
+    params = list(model.parameters())
+    flight = params[dist.get_rank()].all_gather_coalesced(set(params))
+    flight.wait()
+    flight.wait()
+    found = {"expected": expected, "got": [p.detach().float().tolist() for p in params]}
+    found["class"], found["dtypes"] = type(flight).__name__, [str(p.dtype) for p in params]
+    for p in params:
+        p.partition()
+    engine.backward(engine(torch.ones(2, 5)))
+    engine.step()
+    return found
+
+
+@case
+def proofs() -> dict:
+    """Where two ways differ, or the backend can't, all ranks go DeepSpeed's."""
+    wait, room, reduce = gathers.Flight.wait, gathers._room, reductions.ReductionClaim._reduce
+
+    def wrong_weight(flight: gathers.Flight, handle_dependency: bool = True) -> None:
+        weights = [p for p, *_ in flight._weights]
+        wait(flight)
+        weights[0].data.add_(dist.get_rank())
+
+    def wrong_gradient(claim: reductions.ReductionClaim, *args: object) -> list[torch.Tensor]:
+        return [part + dist.get_rank() for part in reduce(claim, *args)]
+
+    def unable(*args: object) -> None:
+        raise RuntimeError("Backend other does not support it\nat a place")
+
+    found = {}
+    for name, broken in {
+        "weights": (wrong_weight, room, reduce),
+        "gradients": (wait, room, wrong_gradient),
+        "unable": (wait, unable, unable),
+    }.items():
+        gathers.Flight.wait, gathers._room, reductions.ReductionClaim._reduce = broken
+        try:
+            engine = engine_of(llama(), LEAF)
+        finally:
+            gathers.Flight.wait, gathers._room, reductions.ReductionClaim._reduce = wait, room, reduce
+        left = [f"{row.what}: {row.reason}" for row in engine.ds_fused_report.left]
+        found[name] = {"left": left, "handles": handles(engine, jobs.batches(GAS, 1)[0])}
+    return found
+
+
+@case
+def not_in_place() -> dict:
+    """What the JSON says of gathers stands."""
+    found = {}
+    for name in ("stage3_allgather_sequential", "stage3_use_all_reduce_for_fetch_params"):
+        found[name] = trained(llama, OFF, zero={name: True})["left"]
+    found["reduce_scatter"] = trained(llama, OFF, zero={"reduce_scatter": False})["left"]
+    return found | {"stock": trained(llama, OFF | {"collectives": "stock"})["left"]}
 
 
 @case

@@ -41,7 +41,15 @@ def assert_alike(found: dict, stock: dict) -> None:
 
 
 MODELS = models(
-    "plain", "tied", "reentrant", "not_reentrant", "with_lora", "in_between", "unwrapped", "some_stay_whole"
+    "plain",
+    "tied",
+    "reentrant",
+    "not_reentrant",
+    "with_lora",
+    "in_between",
+    "unwrapped",
+    "some_stay_whole",
+    "offloaded",
 )
 LORA = models("lora_reentrant", "lora_plain", "lora_plain_without_gradients_of_inputs")
 
@@ -52,6 +60,64 @@ def test_sizes_change_no_bit(cases, model):
         for way in ("small", "large"):
             assert found[way]["said"] == found["stock"]["said"]
             assert found[way]["weights"] == found["stock"]["weights"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_collectives_in_place_change_no_bit(cases, model):
+    for found in cases[model]:
+        assert found["in place"]["said"] == found["stock"]["said"]
+        assert found["in place"]["weights"] == found["stock"]["weights"]
+        assert found["in place"]["left"] == []
+
+
+@pytest.mark.parametrize("model", ["plain", "not_reentrant"])
+def test_leaf_modules_by_a_buffer_or_in_place(cases, model):
+    for found in cases[model]:
+        for what in ("said", "weights", "gathers"):
+            assert found["by a buffer"][what] == found["leaf"][what]
+
+
+BY_BUFFERS, IN_PLACE = {"AllGatherCoalescedHandle", "reduce_scatter_coalesced"}, {"Flight", "_reduce"}
+
+
+def test_weights_and_gradients_go_from_place_to_place(cases):
+    for found in cases["in_place"]:
+        assert set(found["plain"]) == IN_PLACE
+        assert found["bytes beyond the weight"] == 0
+        report = " ".join(found["report"].split())
+        for what in ("weights come straight to their places", "gradients leave from where they are"):
+            assert f"-> {what}" in report
+        for way in ("logged", "restored"):
+            assert set(found[way]) == BY_BUFFERS
+
+
+def test_weights_that_split_unevenly_in_two_dtypes(cases):
+    for found in cases["odd"]:
+        assert found["class"] == "Flight" and found["got"] == found["expected"]
+        assert found["dtypes"] == ["torch.float32", "torch.float32", "torch.bfloat16"]
+
+
+def test_where_a_proof_fails_all_ranks_go_by_buffers(cases):
+    weights = "collectives: a weight that comes straight to its place is not the one that DeepSpeed gathers"
+    gradients = "collectives: a gradient that leaves from where it is does not come to what DeepSpeed's does"
+    unable = "collectives: RuntimeError: Backend other does not support it"
+    for found in cases["proofs"]:
+        assert found["weights"]["left"] == [f"{weights} (on rank 1 of 2)"]
+        assert set(found["weights"]["handles"]) == {"AllGatherCoalescedHandle", "_reduce"}
+        assert found["gradients"]["left"] == [f"{gradients} (on rank 1 of 2)"]
+        assert set(found["gradients"]["handles"]) == {"Flight", "reduce_scatter_coalesced"}
+        assert found["unable"]["left"] == [unable, unable]
+        assert set(found["unable"]["handles"]) == BY_BUFFERS
+
+
+def test_what_the_json_says_of_collectives_stands(cases):
+    for found in cases["not_in_place"]:
+        (sequential,) = found["stage3_allgather_sequential"]
+        assert sequential == "collectives: stage3_allgather_sequential gathers weights one by one"
+        (added,) = found["stage3_use_all_reduce_for_fetch_params"]
+        assert added == "collectives: stage3_use_all_reduce_for_fetch_params has them added up"
+        assert found["reduce_scatter"] == ["collectives: reduce_scatter is off"]
+        assert found["stock"] == []
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -1,0 +1,85 @@
+"""``"collectives"``: whether ZeRO-3's weights and gradients travel by way of buffers, or from place to place.
+
+How they come and go is in gathers.py and reductions.py; here is where that is done.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import distributed as dist
+
+from ds_fused.engine.agreement import first_of
+from ds_fused.engine.gathers import GatherClaim, sharded
+from ds_fused.engine.reductions import ReductionClaim
+from ds_fused.policies.report import Left
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+
+KEY = "collectives"
+
+Claims = list[GatherClaim | ReductionClaim]
+
+
+def claims_of(engine: DeepSpeedEngine, offload: DeepSpeedZeRoOffload) -> tuple[Claims, list[Left]]:
+    """What comes and goes in place of what this engine shards; and what does not, with the reason. All ranks ask."""
+    if all(dist.get_world_size(p.ds_process_group) == 1 for p in sharded(offload)):
+        return [], []
+    reason = _why_stock(engine, offload)
+    if reason is not None:
+        return [], [Left(KEY, 1, reason)]
+    claims: Claims = [GatherClaim(offload, KEY)]
+    left = []
+    if _trains(engine):
+        reason = _why_buckets(engine)
+        if reason is None:
+            claims.append(ReductionClaim(engine.optimizer, KEY))
+        else:
+            left.append(Left(KEY, 1, reason))
+    proven: Claims = []
+    for claim in claims:
+        reason = first_of(claim.prove(engine.device, torch.float32), dist.group.WORLD)
+        if reason is None:
+            proven.append(claim)
+        else:
+            left.append(Left(KEY, 1, reason))
+    return proven, left
+
+
+def _trains(engine: DeepSpeedEngine) -> bool:
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    # a subclass (SuperOffload's) may have ways of its own
+    return type(engine.optimizer) is DeepSpeedZeroOptimizer_Stage3
+
+
+def _why_stock(engine: DeepSpeedEngine, offload: DeepSpeedZeRoOffload) -> str | None:
+    zero = engine._config.zero_config
+    return _first(
+        {
+            "DeepCompile arranges the gathering": engine.is_deepcompile_enabled(),
+            "ZenFlow turns weights module by module": bool(getattr(engine.optimizer, "zenflow", False)),
+            "stage3_allgather_sequential gathers weights one by one": engine.zero_allgather_sequential(),
+            "stage3_use_all_reduce_for_fetch_params has them added up": zero.use_all_reduce_for_fetch_params,
+            "weights travel quantized (zero_quantized_weights)": engine.zero_quantized_weights(),
+            "stage3_module_granularity_threshold has a way of its own": offload.fast_sharding_for_leaf_module,
+            "they may be moved by AMD's DMA engines": torch.version.hip is not None,
+        }
+    )
+
+
+def _why_buckets(engine: DeepSpeedEngine) -> str | None:
+    return _first(
+        {
+            "gradients travel quantized (zero_quantized_gradients)": engine.zero_quantized_gradients(),
+            "reduce_scatter is off": not engine.zero_reduce_scatter(),
+            "Muon wants whole gradients": engine.optimizer.use_muon,
+        }
+    )
+
+
+def _first(reasons: dict[str, bool]) -> str | None:
+    return next((reason for reason, holds in reasons.items() if holds), None)

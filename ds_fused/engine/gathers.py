@@ -1,0 +1,167 @@
+"""``"collectives": "in_place"``: under ZeRO-3, weights that are gathered together come straight to where they stay.
+
+DeepSpeed has several weights come as one buffer, every rank's parts of all of them one after another, and copies each
+weight out of it when it is waited for: these weights twice in memory for a moment, and read and written once more each
+time. Here each weight is an all-gather of its own, whose output is the weight; all of them go as one call, which NCCL
+makes one kernel.
+
+A gather goes DeepSpeed's way where it does not fit that form: secondary shards (hpZ), quantised weights, communication
+in another dtype (torch.autocast), shards on NVMe, weights of several groups of ranks; and where DeepSpeed's
+communication logger is to see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+from torch import distributed as dist
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from torch.distributed import Work
+
+# a parameter's, of DeepSpeed
+_GATHER = "all_gather_coalesced"
+# so many of the smallest weights are gathered both ways before any is
+_PROBES = 2
+
+
+@dataclass(eq=False)
+class GatherClaim:
+    """All sharded weights of a model: DeepSpeed asks any one of those that it wants, and not the same on every rank."""
+
+    offload: DeepSpeedZeRoOffload
+    key: str
+    paths: tuple[str, ...] = ("",)
+    replacement: str = "weights come straight to their places"
+
+    @property
+    def original(self) -> str:
+        cls = type(self.offload)
+        return f"{cls.__module__}.{cls.__qualname__}"
+
+    def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """What differs of the smallest weights, gathered this way and DeepSpeed's; all ranks ask."""
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
+
+        probes = [p for p in sharded(self.offload) if _fits(p)]
+        probes = [p for p in probes if p.ds_process_group is probes[0].ds_process_group]
+        probes = sorted(probes, key=lambda p: (p.ds_numel, p.ds_id))[:_PROBES]
+        if not probes:
+            return None
+        with GatheredParameters(probes):
+            expected = [p.detach().clone() for p in probes]
+        try:
+            Flight(probes).wait()
+            alike = all(torch.equal(p.detach(), whole) for p, whole in zip(probes, expected, strict=True))
+        except (AttributeError, RuntimeError, TypeError) as error:
+            # a backend of PyTorch's that can't
+            for p in probes:
+                p.ds_status = ZeroParamStatus.NOT_AVAILABLE
+            return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        with torch.no_grad():
+            for p in probes:
+                p.partition()
+        return None if alike else "a weight that comes straight to its place is not the one that DeepSpeed gathers"
+
+    def commit(self) -> None:
+        for p in sharded(self.offload):
+            setattr(p, _GATHER, InPlace(getattr(p, _GATHER)))
+
+    def restore(self) -> None:
+        for p in sharded(self.offload):
+            gather = getattr(p, _GATHER)
+            if isinstance(gather, InPlace):
+                setattr(p, _GATHER, gather.stock)
+
+    def in_place(self) -> bool:
+        return all(isinstance(getattr(p, _GATHER), InPlace) for p in sharded(self.offload))
+
+    def watched(self) -> tuple[type, ...]:
+        return ()
+
+
+def sharded(offload: DeepSpeedZeRoOffload) -> list[nn.Parameter]:
+    return [p for p in offload.module.parameters() if hasattr(p, _GATHER)]
+
+
+class InPlace:
+    """Stands where a parameter's ``all_gather_coalesced`` stood."""
+
+    def __init__(self, stock: Any) -> None:
+        self.stock = stock
+
+    def __call__(self, params: Iterable[nn.Parameter], safe_mode: bool = False, quantize: bool = False) -> Any:
+        # in one order on all ranks
+        params = sorted(params, key=lambda p: p.ds_id)
+        if safe_mode or quantize or not _fit(params):
+            return self.stock(params, safe_mode=safe_mode, quantize=quantize)
+        return Flight(params)
+
+
+def _fit(params: Sequence[nn.Parameter]) -> bool:
+    """The same on all ranks."""
+    from deepspeed.comm import comm
+
+    return (
+        len({p.ds_process_group for p in params}) == 1
+        and dist.get_world_size(params[0].ds_process_group) > 1
+        and not comm.comms_logger.enabled
+        and all(map(_fits, params))
+    )
+
+
+def _fits(p: nn.Parameter) -> bool:
+    from deepspeed.runtime.zero import partition_parameters as stock
+
+    return (
+        p.ds_status == stock.ZeroParamStatus.NOT_AVAILABLE
+        and p.ds_secondary_tensor is None
+        and p.ds_tensor.status == stock.PartitionedParamStatus.AVAILABLE
+        and not hasattr(p.ds_tensor, "ds_quant_scale")
+        and stock.get_allgather_dtype(p, p.ds_tensor) == p.ds_tensor.dtype
+    )
+
+
+class Flight:
+    """Weights on their way, started where it is made: DeepSpeed's handle, which is waited for once for each of them."""
+
+    def __init__(self, params: Sequence[nn.Parameter]) -> None:
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        group = params[0].ds_process_group
+        self._weights = [(p, *_room(p, group)) for p in params]
+        for p in params:
+            p.ds_status = ZeroParamStatus.INFLIGHT
+        wholes, parts = ([weight[k] for weight in self._weights] for k in (1, 2))
+        self._work: Work | None = group.allgather_into_tensor_coalesced(wholes, parts)
+
+    def wait(self, handle_dependency: bool = True) -> None:
+        """The current stream waits; nothing happens the second time. DeepSpeed tells the allocator who used a weight
+        when it lets go of it, so there is no dependency to handle here.
+        """
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        if self._work is None:
+            return
+        self._work.wait()
+        for p, whole, _ in self._weights:
+            # the last shard may end in padding
+            p.data = whole[: p.ds_numel].view(p.ds_shape)
+            p.ds_status = ZeroParamStatus.AVAILABLE
+        self._work, self._weights = None, []
+
+
+def _room(p: nn.Parameter, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """[W * P] for the whole weight, and this rank's part [P] of it, on the device."""
+    device, shard = torch.device(get_accelerator().current_device_name()), p.ds_tensor.detach()
+    whole = torch.empty(dist.get_world_size(group) * shard.numel(), dtype=shard.dtype, device=device)
+    if shard.device == device:
+        return whole, shard
+    # an offloaded one: to its own place
+    return whole, whole.view(-1, shard.numel())[dist.get_rank(group)].copy_(shard)
