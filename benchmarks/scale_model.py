@@ -175,9 +175,13 @@ class Loss:
     held: float  # bytes at the peak beside x and what DeepSpeed keeps, less the dx that every way hands back
 
 
-def sent(elements: float, ranks: int, times: float, calls: float) -> Work:
-    """Weights that DeepSpeed gathers, or whose gradients it reduces, so many times, with its copies of them."""
-    return Work(memory=times * 4 * elements, wire=times * 2 * elements * (ranks - 1) / ranks, calls=calls)
+def sent(elements: float, ranks: int, times: float, calls: float, in_place: float = 0.0) -> Work:
+    """Weights that DeepSpeed gathers, or whose gradients it reduces, so many times, with its copies of them.
+
+    ``in_place``: how many of these times without a copy.
+    """
+    wire = times * 2 * elements * (ranks - 1) / ranks
+    return Work(memory=(times - in_place) * 4 * elements, wire=wire, calls=calls)
 
 
 def whole_head(vocab: int, hidden: int, ranks: int) -> Work:
@@ -255,6 +259,7 @@ class Way:
     tiles: int = 1  # of an MLP
     # inputs of checkpointed layers wait on the host, and what is kept of attention; None: where "fit" can't keep all
     offload: bool | None = False
+    in_place: bool = False  # under ZeRO-3 weights come straight to their places
 
     def bucket(self, shape: Shape) -> float:
         """Elements of gradients that are reduced together."""
@@ -282,14 +287,14 @@ WAYS = {
         # when a weight comes is nothing that a sum sees, and stage3_max_reuse_distance says how many stay
         Way("liger+leaf, larger prefetch", "liger", leaf=True),
         Way("liger+leaf", "liger", leaf=True, sizes="2e9"),
-        Way("ours", "ours"),
-        Way("ours-fast", "ours", leaf=True, sizes="large", recompute="fit"),
+        Way("ours", "ours", in_place=True),
+        Way("ours-fast", "ours", leaf=True, sizes="large", recompute="fit", in_place=True),
         # inputs and attention are on the host where the device has no room for everything
-        Way("ours-fast-host", "ours", leaf=True, sizes="large", recompute="fit", offload=None),
+        Way("ours-fast-host", "ours", leaf=True, sizes="large", recompute="fit", offload=None, in_place=True),
         Way("ours-fast-attention", "ours", leaf=True, sizes="large", recompute="attention"),
         Way("ours-fast-full", "ours", leaf=True, sizes="large"),
         # its MLPs are whole up to 65535 tokens, which is as far as anything is predicted
-        Way("ours-small", "ours", sizes="small", recompute="attention", keep_mb=0, offload=True),
+        Way("ours-small", "ours", sizes="small", recompute="attention", keep_mb=0, offload=True, in_place=True),
         Way("ours-small-tiled", "ours", sizes="small", recompute="attention", keep_mb=0, tiles=4, offload=True),
         # before that: nothing is kept, and inputs stay on the device
         Way("ours-small-device", "ours", sizes="small", recompute="unread", keep_mb=0, tiles=4),
@@ -515,10 +520,11 @@ def transfers_work(job: Job) -> tuple[Work, Work]:
     # a module's weights come with its neighbours' while they fit a prefetch bucket: a layer's in so many calls.
     # Of a checkpointed layer, what comes for the repetition stays for the backward
     calls = (1 if job.way.leaf else min(7, -(-shape.layer // PREFETCH))) * shape.layers + 1
-    back = sent(rest, ranks, 2, calls + buckets)
+    # of a gradient, what divides it takes the place of a copy
+    back = sent(rest, ranks, 2, calls + buckets, in_place=job.way.in_place)
     if job.way.loss != "ours":
         back += whole_head(shape.vocab, shape.hidden, ranks)
-    return sent(rest, ranks, 1, calls), back
+    return sent(rest, ranks, 1, calls, in_place=job.way.in_place), back
 
 
 def update_seconds(job: Job, machine: Machine) -> float:
@@ -598,8 +604,9 @@ def _peak_bytes(job: Job, machine: Machine, spared: Kept) -> float:
         update = 6 * largest_group(shape, job.ranks, way.group(shape))
         weights = 2 * way.live(shape)
         if way.leaf:
-            # a layer comes in one buffer, of which its weights are copied
-            weights += 2 * shape.layer
+            if not way.in_place:
+                # a layer comes in one buffer, of which its weights are copied
+                weights += 2 * shape.layer
             if way.loss != "ours":
                 # the next layer comes whole while this one's weight and gradient are there; ours counts it as live,
                 # and sends gradients one by one
