@@ -18,6 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.comm import comm
+from deepspeed.runtime.zero.partition_parameters import (
+    GatheredParameters,
+    PartitionedParamStatus,
+    ZeroParamStatus,
+    get_allgather_dtype,
+)
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -47,8 +54,6 @@ class GatherClaim:
 
     def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """What differs of the smallest weights, gathered this way and DeepSpeed's; all ranks ask."""
-        from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
-
         probes = [p for p in sharded(self.offload) if _fits(p)]
         probes = [p for p in probes if p.ds_process_group is probes[0].ds_process_group]
         probes = sorted(probes, key=lambda p: (p.ds_numel, p.ds_id))[:_PROBES]
@@ -106,8 +111,6 @@ class InPlace:
 
 def _fit(params: Sequence[nn.Parameter]) -> bool:
     """The same on all ranks."""
-    from deepspeed.comm import comm
-
     return (
         len({p.ds_process_group for p in params}) == 1
         and dist.get_world_size(params[0].ds_process_group) > 1
@@ -117,14 +120,12 @@ def _fit(params: Sequence[nn.Parameter]) -> bool:
 
 
 def _fits(p: nn.Parameter) -> bool:
-    from deepspeed.runtime.zero import partition_parameters as stock
-
     return (
-        p.ds_status == stock.ZeroParamStatus.NOT_AVAILABLE
+        p.ds_status == ZeroParamStatus.NOT_AVAILABLE
         and p.ds_secondary_tensor is None
-        and p.ds_tensor.status == stock.PartitionedParamStatus.AVAILABLE
+        and p.ds_tensor.status == PartitionedParamStatus.AVAILABLE
         and not hasattr(p.ds_tensor, "ds_quant_scale")
-        and stock.get_allgather_dtype(p, p.ds_tensor) == p.ds_tensor.dtype
+        and get_allgather_dtype(p, p.ds_tensor) == p.ds_tensor.dtype
     )
 
 
@@ -132,8 +133,6 @@ class Flight:
     """Weights on their way, started where it is made: DeepSpeed's handle, which is waited for once for each of them."""
 
     def __init__(self, params: Sequence[nn.Parameter]) -> None:
-        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
         group = params[0].ds_process_group
         self._weights = [(p, *_room(p, group)) for p in params]
         for p in params:
@@ -145,8 +144,6 @@ class Flight:
         """The current stream waits; nothing happens the second time. DeepSpeed tells the allocator who used a weight
         when it lets go of it, so there is no dependency to handle here.
         """
-        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
         if self._work is None:
             return
         self._work.wait()

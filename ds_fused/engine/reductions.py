@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from deepspeed.comm import comm
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -46,8 +48,6 @@ class ReductionClaim:
 
     def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """What differs of the smallest gradients, reduced this way and DeepSpeed's; all ranks ask."""
-        from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
-
         stock = getattr(self.optimizer, _REDUCE, None)
         if stock is None:
             return "its optimizer reduces gradients in another way"
@@ -63,13 +63,15 @@ class ReductionClaim:
 
         def reduced(reduce: Reduce) -> list[Tensor]:
             for p in probes:
-                # whole numbers, of which any order makes the same sum
-                whole = torch.arange(p.ds_numel, device=p.device) % 5 + rank
-                p.grad = (ranks * whole).to(p.dtype).view(p.shape)
+                at = torch.arange(p.ds_numel, device=p.device)
+                # one rank has something for each element, so that any order makes the same sum
+                p.grad = (ranks * (1 + at % 3) * (at % ranks == rank)).to(p.dtype).view(p.shape)
             return [part.clone() for part in reduce(list(probes), comm_dtype)]
 
         with GatheredParameters(probes):
             try:
+                if self._averages_otherwise(probes):
+                    return None  # nor does what comes later
                 expected, found = reduced(stock), reduced(self._reduce)
             except (AttributeError, RuntimeError, TypeError) as error:
                 # a backend of PyTorch's that can't
@@ -98,15 +100,15 @@ class ReductionClaim:
 
     def __call__(self, params: list[nn.Parameter], comm_dtype: torch.dtype) -> list[Tensor]:
         """Stands where the optimizer's method stood."""
-        from deepspeed.comm import comm
-
         if comm.comms_logger.enabled or not all(map(_splits, params)) or self._averages_otherwise(params):
             return self.stock(params, comm_dtype)
         return self._reduce(params, comm_dtype)
 
     def _averages_otherwise(self, params: Sequence[nn.Parameter]) -> bool:
+        # of experts, in versions of DeepSpeed that place them
+        averaged = getattr(self.optimizer, "_gradient_averaging_world_size", None)
         ranks = dist.get_world_size(params[0].ds_process_group)
-        return self.optimizer._gradient_averaging_world_size(params, ranks) != ranks
+        return averaged is not None and averaged(params, ranks) != ranks
 
     def _reduce(self, params: Sequence[nn.Parameter], comm_dtype: torch.dtype) -> list[Tensor]:
         group = params[0].ds_process_group
