@@ -1,10 +1,13 @@
-"""The sweep over several versions of transformers, each installed into a folder for as long as it takes.
+"""Several versions of transformers, or of DeepSpeed, each installed into a folder for as long as it takes.
 
     python tests/versions.py                        those of VERSIONS, into benchmarks/results/versions.md
     python tests/versions.py 5.3.0                  others, printed
+    python tests/versions.py --deepspeed            DeepSpeed's, into benchmarks/results/versions_deepspeed.md
+    python tests/versions.py --deepspeed 0.19.2     others, printed
 
-What a version computes differently stays stock or is caught by the proof; what no line of the table may say is that a
-type trains differently.
+Of transformers, the sweep over all its types: what a version computes differently stays stock or is caught by the
+proof; what no line of the table may say is that a type trains differently. Of DeepSpeed, the tests that train beside
+it: every ZeRO stage, the head in all modes.
 """
 
 from __future__ import annotations
@@ -21,6 +24,18 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 TABLE = REPO / "benchmarks" / "results" / "versions.md"
 VERSIONS = ("5.0.0", "5.9.0", "5.17.0", "5.24.0")
+DEEPSPEED_TABLE = TABLE.with_name("versions_deepspeed.md")
+DEEPSPEED_VERSIONS = ("0.19.0", "0.19.3", "0.19.6", "0.19.8")
+DEEPSPEED_TESTS = ("tests/engine/test_engine.py", "tests/engine/test_zero_slabs.py", "tests/zero/test_zero.py")
+DEEPSPEED_HEAD = f"""# Versions of DeepSpeed
+
+{", ".join(f"`{path}`" for path in DEEPSPEED_TESTS)}, on CPU ranks: training under every ZeRO stage, with the head in
+all its modes, beside stock and beside fp64. Made by `python tests/versions.py --deepspeed`. Before 0.19.8, when several
+weights are gathered, DeepSpeed waits for the last one alone, which is no waiting for the others on CPU ranks (by gloo);
+for these runs it waits for each."""
+# what that wait is in older versions, and has been since
+WAITS_FOR_LAST = "        launch_handles[-1].wait()\n"
+WAITS_FOR_ALL = "        for handle in launch_handles:\n            handle.wait()\n"
 HEAD = """# Versions of transformers
 
 Types of language models, built tiny and trained for a step, stock and fused, as in the table of
@@ -37,7 +52,24 @@ def swept(transformers: str) -> dict[str, str]:
         text = table.read_text(encoding="utf-8")
     assert f"transformers {transformers}," in text, "another version was imported"
     found = re.findall(r"^\| ([a-z ]+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
-    return {what: f"{causal} + {masked}" for what, causal, masked in found}
+    counts = {what: f"{causal} + {masked}" for what, causal, masked in found}
+    return {what: counts[what] for what in COUNTS}
+
+
+def tested(deepspeed: str) -> dict[str, str]:
+    """How many of the tests pass, fail and are skipped under that version."""
+    with tempfile.TemporaryDirectory() as folder:
+        site = Path(folder)
+        install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site)]
+        _run([*install, f"deepspeed=={deepspeed}"])
+        parameters = site / "deepspeed" / "runtime" / "zero" / "partition_parameters.py"
+        parameters.write_text(parameters.read_text(encoding="utf-8").replace(WAITS_FOR_LAST, WAITS_FOR_ALL))
+        environment = os.environ | {"PYTHONPATH": str(site), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadfile"]
+        done = subprocess.run([*command, *DEEPSPEED_TESTS], cwd=REPO, env=environment, capture_output=True, text=True)
+    counts = dict(reversed(found) for found in re.findall(r"(\d+) (passed|failed|error|skipped)", done.stdout))
+    assert "passed" in counts, done.stdout[-2000:] + done.stderr[-2000:]
+    return {what: counts.get(what, "0") for what in ("passed", "failed", "error", "skipped")}
 
 
 def _run(command: Sequence[str], **environment: str) -> None:
@@ -48,16 +80,23 @@ def _run(command: Sequence[str], **environment: str) -> None:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--deepspeed", action="store_true")
     options.add_argument("versions", nargs="*")
-    given = options.parse_args().versions
-    lines = [("transformers", *COUNTS), ["---"] * (1 + len(COUNTS))]
-    for version in given or VERSIONS:
-        counts = swept(version)
-        lines.append((version, *(counts[what] for what in COUNTS)))
+    given = options.parse_args()
+    if given.deepspeed:
+        name, usual, counted, table, head = "DeepSpeed", DEEPSPEED_VERSIONS, tested, DEEPSPEED_TABLE, DEEPSPEED_HEAD
+    else:
+        name, usual, counted, table, head = "transformers", VERSIONS, swept, TABLE, HEAD
+    lines: list[Sequence[str]] = []
+    for version in given.versions or usual:
+        counts = counted(version)
+        if not lines:
+            lines += [(name, *counts), ["---"] * (1 + len(counts))]
+        lines.append((version, *counts.values()))
         print(" | ".join(lines[-1]), flush=True)
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    if not given:
-        TABLE.write_text(f"{HEAD}\n\n{text}\n", encoding="utf-8")
+    if not given.versions:
+        table.write_text(f"{head}\n\n{text}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ NEEDED = (
     "partition_grads",
     "queue_post_backward_callback",
     "reduce_and_partition_stream",
-    "set_gradient_accumulation_boundary",
     "zero_grad",
 )
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,9 +55,10 @@ class GatherClaim:
 
     def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """What differs of the smallest weights, gathered this way and DeepSpeed's; all ranks ask."""
-        probes = [p for p in sharded(self.offload) if _fits(p)]
-        probes = [p for p in probes if p.ds_process_group is probes[0].ds_process_group]
-        probes = sorted(probes, key=lambda p: (p.ds_numel, p.ds_id))[:_PROBES]
+        probes = sorted(filter(_fits, sharded(self.offload)), key=lambda p: (p.ds_numel, p.ds_id))
+        # of one dtype, as GatheredParameters of DeepSpeed 0.19.0 takes them
+        like_first = [(p.ds_process_group, p.dtype) == (probes[0].ds_process_group, probes[0].dtype) for p in probes]
+        probes = list(compress(probes, like_first))[:_PROBES]
         if not probes:
             return None
         with GatheredParameters(probes):

@@ -74,17 +74,30 @@ def _keeping(optimizer: DeepSpeedZeroOptimizer_Stage3, param: nn.Parameter) -> s
         return kept[param.ds_id]
 
     device = get_accelerator().current_device_name()
-    at, boundary = optimizer.micro_step_id, optimizer.is_gradient_accumulation_boundary()
+    at, boundary = optimizer.micro_step_id, _boundary(optimizer)
     # at a boundary an offloaded optimizer would be given them at once
-    optimizer.set_gradient_accumulation_boundary(False)
+    _set_boundary(optimizer, False)
     try:
         copied, added = (bool((hand_in(1.0, step) == 1 + step).all()) for step in (0, 1))
         cleared = not hand_in(0.0, 0).any()
     finally:
         optimizer.micro_step_id = at
-        optimizer.set_gradient_accumulation_boundary(boundary)
+        _set_boundary(optimizer, boundary)
         # where the caller says when an accumulation ends, the offloaded optimizer steps what is noted there
         getattr(optimizer, "_offload_boundary_param_ids", set()).discard(param.ds_id)
     if not (copied and added and cleared):
         return "partition_grads does not keep what it is given"
     return None
+
+
+def _boundary(optimizer: DeepSpeedZeroOptimizer_Stage3) -> bool:
+    """Whether an accumulation ends with what is handed in: a method since 0.19.7, before that an attribute."""
+    found = optimizer.is_gradient_accumulation_boundary
+    return found() if callable(found) else found
+
+
+def _set_boundary(optimizer: DeepSpeedZeroOptimizer_Stage3, is_boundary: bool) -> None:
+    if callable(optimizer.is_gradient_accumulation_boundary):
+        optimizer.set_gradient_accumulation_boundary(is_boundary)
+    else:
+        optimizer.is_gradient_accumulation_boundary = is_boundary
