@@ -2,8 +2,8 @@
 
 DeepSpeed has several weights come as one buffer, every rank's parts of all of them one after another, and copies each
 weight out of it when it is waited for: these weights twice in memory for a moment, and read and written once more each
-time. Here each weight is an all-gather of its own, whose output is the weight; all of them go as one call, which NCCL
-makes one kernel.
+time. Here each weight is an all-gather of its own, whose output is the weight; all of a dtype go as one call, which
+NCCL makes one kernel.
 
 A gather goes DeepSpeed's way where it does not fit that form: secondary shards (hpZ), quantised weights, communication
 in another dtype (torch.autocast), shards on NVMe, weights of several groups of ranks; and where DeepSpeed's
@@ -12,6 +12,7 @@ communication logger is to see it.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import compress
@@ -136,24 +137,29 @@ class Flight:
 
     def __init__(self, params: Sequence[nn.Parameter]) -> None:
         group = params[0].ds_process_group
-        self._weights = [(p, *_room(p, group)) for p in params]
+        self._wholes: list[tuple[nn.Parameter, Tensor]] = []
+        # dtype -> whole weights, and this rank's parts of them: not every backend mixes them
+        calls: defaultdict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
         for p in params:
+            whole, part = _room(p, group)
+            wholes, parts = calls[whole.dtype]
+            wholes.append(whole)
+            parts.append(part)
+            self._wholes.append((p, whole))
             p.ds_status = ZeroParamStatus.INFLIGHT
-        wholes, parts = ([weight[k] for weight in self._weights] for k in (1, 2))
-        self._work: Work | None = group.allgather_into_tensor_coalesced(wholes, parts)
+        self._works: list[Work] = [group.allgather_into_tensor_coalesced(*call) for call in calls.values()]
 
     def wait(self, handle_dependency: bool = True) -> None:
         """The current stream waits; nothing happens the second time. DeepSpeed tells the allocator who used a weight
         when it lets go of it, so there is no dependency to handle here.
         """
-        if self._work is None:
-            return
-        self._work.wait()
-        for p, whole, _ in self._weights:
+        for work in self._works:
+            work.wait()
+        for p, whole in self._wholes:
             # the last shard may end in padding
             p.data = whole[: p.ds_numel].view(p.ds_shape)
             p.ds_status = ZeroParamStatus.AVAILABLE
-        self._work, self._weights = None, []
+        self._works, self._wholes = [], []
 
 
 def _room(p: nn.Parameter, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

@@ -404,7 +404,7 @@ def proofs() -> dict:
     wait, room, reduce = gathers.Flight.wait, gathers._room, reductions.ReductionClaim._reduce
 
     def wrong_weight(flight: gathers.Flight, handle_dependency: bool = True) -> None:
-        weights = [p for p, *_ in flight._weights]
+        weights = [p for p, _ in flight._wholes]
         wait(flight)
         weights[0].data.add_(dist.get_rank())
 
