@@ -5,9 +5,9 @@ weight out of it when it is waited for: these weights twice in memory for a mome
 time. Here each weight is an all-gather of its own, whose output is the weight; all of a dtype go as one call, which
 NCCL makes one kernel.
 
-A gather goes DeepSpeed's way where it does not fit that form: secondary shards (hpZ), quantised weights, communication
-in another dtype (torch.autocast), shards on NVMe, weights of several groups of ranks; and where DeepSpeed's
-communication logger is to see it.
+A gather goes DeepSpeed's way where it does not fit that form: quantised weights, communication in another dtype
+(torch.autocast), shards on NVMe, weights of several groups of ranks; and where DeepSpeed's communication logger is to
+see it.
 """
 
 from __future__ import annotations

@@ -54,6 +54,7 @@ def test_options_of_the_engine_do_not_reach_the_op():
 def test_everything_can_be_said():
     block = {"enabled": False, "strict": True, "verify": False, "report": False, "logits": "keep", "eval": "stock"}
     block |= {"embedding": True, "warmup": True, "leaf_modules": True, "profile": "small", "zero_sizes": "large"}
+    block |= {"collectives": "stock"}
     config = parse(block | dict.fromkeys(OP_KEYS, False))
     assert {name: getattr(config, name) for name in block} == block
     assert config.wanted == {}
@@ -122,6 +123,7 @@ MALFORMED = [
         "'stock' or 'auto' or 'fit' or 'fast' or 'small'",
     ),
     ({"enabled": True, "profile": True}, "ds_fused.profile", "True", "'stock' or 'auto' or 'fit' or 'fast' or 'small'"),
+    ({"enabled": True, "collectives": True}, "ds_fused.collectives", "True", "'in_place' or 'stock'"),
     ({"enabled": True, "zero_sizes": 5e8}, "ds_fused.zero_sizes", "500000000.0", "'stock' or 'small' or 'large'"),
     ({"enabled": True, "leaf_modules": "layers"}, "ds_fused.leaf_modules", "'layers'", "true or false"),
     # ops
