@@ -29,10 +29,10 @@ DEEPSPEED_VERSIONS = ("0.19.0", "0.19.3", "0.19.6", "0.19.8")
 DEEPSPEED_TESTS = ("tests/engine/test_engine.py", "tests/engine/test_zero_slabs.py", "tests/zero/test_zero.py")
 DEEPSPEED_HEAD = f"""# Versions of DeepSpeed
 
-{", ".join(f"`{path}`" for path in DEEPSPEED_TESTS)}, on CPU ranks: training under every ZeRO stage, with the head in
-all its modes, beside stock and beside fp64. Made by `python tests/versions.py --deepspeed`. Before 0.19.8, when several
-weights are gathered, DeepSpeed waits for the last one alone, which is no waiting for the others on CPU ranks (by gloo);
-for these runs it waits for each."""
+{", ".join(f"`{path}`" for path in DEEPSPEED_TESTS)},
+on CPU ranks: training under every ZeRO stage, with the head in all its modes, beside stock and beside fp64. Made by
+`python tests/versions.py --deepspeed`. Before 0.19.8, when several weights are gathered, DeepSpeed waits for the last
+one alone, which is no waiting for the others on CPU ranks (by gloo); for these runs it waits for each."""
 # what that wait is in older versions, and has been since
 WAITS_FOR_LAST = "        launch_handles[-1].wait()\n"
 WAITS_FOR_ALL = "        for handle in launch_handles:\n            handle.wait()\n"
