@@ -291,16 +291,34 @@ WAYS = {
         Way("ours-fast", "ours", leaf=True, sizes="large", recompute="fit", in_place=True),
         # inputs and attention are on the host where the device has no room for everything
         Way("ours-fast-host", "ours", leaf=True, sizes="large", recompute="fit", offload=None, in_place=True),
-        Way("ours-fast-attention", "ours", leaf=True, sizes="large", recompute="attention"),
-        Way("ours-fast-full", "ours", leaf=True, sizes="large"),
+        Way("ours-fast-attention", "ours", leaf=True, sizes="large", recompute="attention", in_place=True),
+        Way("ours-fast-full", "ours", leaf=True, sizes="large", in_place=True),
         # its MLPs are whole up to 65535 tokens, which is as far as anything is predicted
         Way("ours-small", "ours", sizes="small", recompute="attention", keep_mb=0, offload=True, in_place=True),
-        Way("ours-small-tiled", "ours", sizes="small", recompute="attention", keep_mb=0, tiles=4, offload=True),
+        Way(
+            "ours-small-tiled",
+            "ours",
+            sizes="small",
+            recompute="attention",
+            keep_mb=0,
+            tiles=4,
+            offload=True,
+            in_place=True,
+        ),
         # before that: nothing is kept, and inputs stay on the device
-        Way("ours-small-device", "ours", sizes="small", recompute="unread", keep_mb=0, tiles=4),
+        Way("ours-small-device", "ours", sizes="small", recompute="unread", keep_mb=0, tiles=4, in_place=True),
         # as that, with inputs on the host: what the search for the longest sequence had
-        Way("ours-small-inputs", "ours", sizes="small", recompute="unread", keep_mb=0, tiles=4, offload=True),
-        Way("ours-small-untiled", "ours", sizes="small", keep_mb=0),
+        Way(
+            "ours-small-inputs",
+            "ours",
+            sizes="small",
+            recompute="unread",
+            keep_mb=0,
+            tiles=4,
+            offload=True,
+            in_place=True,
+        ),
+        Way("ours-small-untiled", "ours", sizes="small", keep_mb=0, in_place=True),
     )
 }
 

@@ -56,6 +56,13 @@ class GatherClaim:
 
     def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """What differs of the smallest weights, gathered this way and DeepSpeed's; all ranks ask."""
+        try:
+            return self._difference()
+        except (AttributeError, RuntimeError, TypeError) as error:
+            # a backend of PyTorch's that can't, or another DeepSpeed
+            return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+
+    def _difference(self) -> str | None:
         probes = sorted(filter(_fits, sharded(self.offload)), key=lambda p: (p.ds_numel, p.ds_id))
         # of one dtype, as GatheredParameters of DeepSpeed 0.19.0 takes them
         like_first = [(p.ds_process_group, p.dtype) == (probes[0].ds_process_group, probes[0].dtype) for p in probes]
@@ -67,11 +74,10 @@ class GatherClaim:
         try:
             Flight(probes).wait()
             alike = all(torch.equal(p.detach(), whole) for p, whole in zip(probes, expected, strict=True))
-        except (AttributeError, RuntimeError, TypeError) as error:
-            # a backend of PyTorch's that can't
+        except Exception:
             for p in probes:
                 p.ds_status = ZeroParamStatus.NOT_AVAILABLE
-            return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            raise
         with torch.no_grad():
             for p in probes:
                 p.partition()

@@ -48,15 +48,19 @@ class ReductionClaim:
 
     def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """What differs of the smallest gradients, reduced this way and DeepSpeed's; all ranks ask."""
-        stock = getattr(self.optimizer, _REDUCE, None)
-        if stock is None:
-            return "its optimizer reduces gradients in another way"
-        probes = [
-            p for group in self.optimizer.fp16_groups for p in group if p.ds_status == ZeroParamStatus.NOT_AVAILABLE
-        ]
+        try:
+            return self._difference()
+        except (AttributeError, RuntimeError, TypeError) as error:
+            # a backend of PyTorch's that can't, or another DeepSpeed
+            return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+
+    def _difference(self) -> str | None:
+        stock, trained = getattr(self.optimizer, _REDUCE), sum(self.optimizer.fp16_groups, [])
+        probes = [p for p in trained if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
         probes = [p for p in probes if p.ds_process_group is probes[0].ds_process_group and _splits(p)]
         probes = sorted(probes, key=lambda p: (p.ds_numel, p.ds_id))[:_PROBES]
-        if not probes:
+        # where it averages otherwise nothing is reduced this way
+        if not probes or self._averages_otherwise(probes):
             return None
         ranks, rank = dist.get_world_size(probes[0].ds_process_group), dist.get_rank(probes[0].ds_process_group)
         comm_dtype = self.optimizer.get_param_comm_dtype(probes[0])
@@ -70,18 +74,11 @@ class ReductionClaim:
 
         with GatheredParameters(probes):
             try:
-                if self._averages_otherwise(probes):
-                    return None  # nor does what comes later
-                expected, found = reduced(stock), reduced(self._reduce)
-            except (AttributeError, RuntimeError, TypeError) as error:
-                # a backend of PyTorch's that can't
-                return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                pairs = zip(reduced(stock), reduced(self._reduce), strict=True)
+                alike = all(a.dtype == b.dtype and torch.equal(a.flatten(), b.flatten()) for a, b in pairs)
             finally:
                 for p in probes:
                     p.grad = None
-        alike = all(
-            a.dtype == b.dtype and torch.equal(a.flatten(), b.flatten()) for a, b in zip(expected, found, strict=True)
-        )
         return None if alike else "a gradient that leaves from where it is does not come to what DeepSpeed's does"
 
     def commit(self) -> None:
