@@ -5,7 +5,8 @@ that copy reduced and scattered. Here each gradient is a reduce-scatter of its o
 call, which NCCL makes one kernel. They are divided by the number of ranks before, as DeepSpeed's are; a sum over more
 than two ranks may be added up in another order.
 
-Gradients that don't split evenly over the ranks, and those of experts that AutoEP places, go DeepSpeed's way.
+Gradients that don't split evenly over the ranks or are of several dtypes, and those of experts that AutoEP places, go
+DeepSpeed's way.
 """
 
 from __future__ import annotations
@@ -97,7 +98,9 @@ class ReductionClaim:
 
     def __call__(self, params: list[nn.Parameter], comm_dtype: torch.dtype) -> list[Tensor]:
         """Stands where the optimizer's method stood."""
-        if comm.comms_logger.enabled or not all(map(_splits, params)) or self._averages_otherwise(params):
+        # of several dtypes DeepSpeed makes one
+        is_one = len({p.grad.dtype for p in params}) == 1
+        if comm.comms_logger.enabled or not (is_one and all(map(_splits, params))) or self._averages_otherwise(params):
             return self.stock(params, comm_dtype)
         return self._reduce(params, comm_dtype)
 
@@ -110,11 +113,15 @@ class ReductionClaim:
     def _reduce(self, params: Sequence[nn.Parameter], comm_dtype: torch.dtype) -> list[Tensor]:
         group = params[0].ds_process_group
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-        grads = [p.grad.to(comm_dtype).view(-1) for p in params]
+        grads = [p.grad.view(-1) for p in params]
+        if comm_dtype != self.optimizer.dtype:
+            grads = [grad.to(comm_dtype) for grad in grads]
         torch._foreach_div_(grads, float(ranks))
         mine = [grad.view(ranks, -1)[rank] for grad in grads]
         group.reduce_scatter_tensor_coalesced(mine, grads).wait()
-        return [part.to(self.optimizer.gradient_accumulation_dtype) for part in mine]
+        if comm_dtype != self.optimizer.gradient_accumulation_dtype:
+            mine = [part.to(self.optimizer.gradient_accumulation_dtype) for part in mine]
+        return mine
 
 
 def _splits(p: nn.Parameter) -> bool:

@@ -223,6 +223,27 @@ def lora_plain_without_gradients_of_inputs() -> dict:
 
 
 @case
+def fp32_adapters() -> dict:
+    """Over a model in bf16, as PEFT makes them and zero.Init leaves them: gradients in fp32 where bf16 is sent."""
+
+    def build() -> nn.Module:
+        config = {"train_micro_batch_size_per_gpu": products.ROWS, "zero_optimization": {"stage": 3}}
+        with deepspeed.zero.Init(config_dict_or_path=config | {"bf16": {"enabled": True}}):
+            model = LlamaForCausalLM(jobs.config_of(False))
+        weights = jobs.first_weights(False)
+        for name, weight in model.named_parameters():
+            with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
+                weight.data.copy_(weights[name])
+        torch.manual_seed(2)
+        return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+
+    dtypes = {str(p.dtype) for p in build().parameters() if p.requires_grad}
+    blocks = {"stock": None, "in place": OFF}
+    found = {name: trained(build, block, bf16={"enabled": True}) for name, block in blocks.items()}
+    return found | {"dtypes": sorted(dtypes)}
+
+
+@case
 def in_between() -> dict:
     """Evaluation and generation with a cache between two steps."""
 

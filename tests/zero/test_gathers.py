@@ -70,6 +70,13 @@ def test_collectives_in_place_change_no_bit(cases, model):
         assert found["in place"]["left"] == []
 
 
+def test_gradients_in_fp32_where_bf16_is_sent(cases):
+    for found in cases["fp32_adapters"]:
+        assert found["dtypes"] == ["torch.float32"]
+        assert found["in place"]["said"] == found["stock"]["said"]
+        assert found["in place"]["weights"] == found["stock"]["weights"]
+
+
 @pytest.mark.parametrize("model", ["plain", "not_reentrant"])
 def test_leaf_modules_by_a_buffer_or_in_place(cases, model):
     for found in cases[model]:
