@@ -259,7 +259,12 @@ class Way:
     tiles: int = 1  # of an MLP
     # inputs of checkpointed layers wait on the host, and what is kept of attention; None: where "fit" can't keep all
     offload: bool | None = False
-    in_place: bool = False  # under ZeRO-3 weights come straight to their places
+    buffered: bool = False  # ours as it was, when weights came by way of DeepSpeed's buffers
+
+    @property
+    def in_place(self) -> bool:
+        """Under ZeRO-3 weights come straight to their places."""
+        return self.loss == "ours" and not self.buffered
 
     def bucket(self, shape: Shape) -> float:
         """Elements of gradients that are reduced together."""
@@ -287,38 +292,20 @@ WAYS = {
         # when a weight comes is nothing that a sum sees, and stage3_max_reuse_distance says how many stay
         Way("liger+leaf, larger prefetch", "liger", leaf=True),
         Way("liger+leaf", "liger", leaf=True, sizes="2e9"),
-        Way("ours", "ours", in_place=True),
-        Way("ours-fast", "ours", leaf=True, sizes="large", recompute="fit", in_place=True),
+        Way("ours", "ours"),
+        Way("ours-fast", "ours", leaf=True, sizes="large", recompute="fit"),
         # inputs and attention are on the host where the device has no room for everything
-        Way("ours-fast-host", "ours", leaf=True, sizes="large", recompute="fit", offload=None, in_place=True),
-        Way("ours-fast-attention", "ours", leaf=True, sizes="large", recompute="attention", in_place=True),
-        Way("ours-fast-full", "ours", leaf=True, sizes="large", in_place=True),
+        Way("ours-fast-host", "ours", leaf=True, sizes="large", recompute="fit", offload=None),
+        Way("ours-fast-attention", "ours", leaf=True, sizes="large", recompute="attention"),
+        Way("ours-fast-full", "ours", leaf=True, sizes="large"),
         # its MLPs are whole up to 65535 tokens, which is as far as anything is predicted
-        Way("ours-small", "ours", sizes="small", recompute="attention", keep_mb=0, offload=True, in_place=True),
-        Way(
-            "ours-small-tiled",
-            "ours",
-            sizes="small",
-            recompute="attention",
-            keep_mb=0,
-            tiles=4,
-            offload=True,
-            in_place=True,
-        ),
+        Way("ours-small", "ours", sizes="small", recompute="attention", keep_mb=0, offload=True),
+        Way("ours-small-tiled", "ours", sizes="small", recompute="attention", keep_mb=0, tiles=4, offload=True),
         # before that: nothing is kept, and inputs stay on the device
-        Way("ours-small-device", "ours", sizes="small", recompute="unread", keep_mb=0, tiles=4, in_place=True),
+        Way("ours-small-device", "ours", sizes="small", recompute="unread", keep_mb=0, tiles=4),
         # as that, with inputs on the host: what the search for the longest sequence had
-        Way(
-            "ours-small-inputs",
-            "ours",
-            sizes="small",
-            recompute="unread",
-            keep_mb=0,
-            tiles=4,
-            offload=True,
-            in_place=True,
-        ),
-        Way("ours-small-untiled", "ours", sizes="small", keep_mb=0, in_place=True),
+        Way("ours-small-inputs", "ours", sizes="small", recompute="unread", keep_mb=0, tiles=4, offload=True),
+        Way("ours-small-untiled", "ours", sizes="small", keep_mb=0),
     )
 }
 

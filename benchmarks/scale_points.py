@@ -274,7 +274,8 @@ def baselines(folder: Path = RESULTS / "h200x4") -> Iterator[Point]:
 
 def _way(name: str, header: dict) -> Way:
     """As it was when these results were measured."""
-    return replace(WAYS[name], in_place=WAYS[name].in_place and header["date"] >= IN_PLACE_SINCE)
+    way = WAYS[name]
+    return replace(way, buffered=True) if way.in_place and header["date"] < IN_PLACE_SINCE else way
 
 
 def _mib(gib: float | None) -> float | None:

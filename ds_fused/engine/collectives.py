@@ -12,7 +12,9 @@ import torch
 from torch import distributed as dist
 
 from ds_fused.engine.agreement import first_of
+from ds_fused.engine.collective_claim import CollectiveClaim
 from ds_fused.engine.gathers import GatherClaim, sharded
+from ds_fused.engine.leaf_modules import gathered_otherwise
 from ds_fused.engine.reductions import ReductionClaim
 from ds_fused.policies.report import Left
 
@@ -22,17 +24,15 @@ if TYPE_CHECKING:
 
 KEY = "collectives"
 
-Claims = list[GatherClaim | ReductionClaim]
 
-
-def claims_of(engine: DeepSpeedEngine, offload: DeepSpeedZeRoOffload) -> tuple[Claims, list[Left]]:
+def claims_of(engine: DeepSpeedEngine, offload: DeepSpeedZeRoOffload) -> tuple[list[CollectiveClaim], list[Left]]:
     """What comes and goes in place of what this engine shards; and what does not, with the reason. All ranks ask."""
     if all(dist.get_world_size(p.ds_process_group) == 1 for p in sharded(offload)):
         return [], []
-    reason = _why_stock(engine, offload)
+    reason = gathered_otherwise(engine) or _why_stock(engine, offload)
     if reason is not None:
         return [], [Left(KEY, 1, reason)]
-    claims: Claims = [GatherClaim(offload, KEY)]
+    claims: list[CollectiveClaim] = [GatherClaim(offload, KEY)]
     left = []
     if _trains(engine):
         reason = _why_buckets(engine)
@@ -40,7 +40,7 @@ def claims_of(engine: DeepSpeedEngine, offload: DeepSpeedZeRoOffload) -> tuple[C
             claims.append(ReductionClaim(engine.optimizer, KEY))
         else:
             left.append(Left(KEY, 1, reason))
-    proven: Claims = []
+    proven = []
     for claim in claims:
         reason = first_of(claim.prove(engine.device, torch.float32), dist.group.WORLD)
         if reason is None:
@@ -61,9 +61,6 @@ def _why_stock(engine: DeepSpeedEngine, offload: DeepSpeedZeRoOffload) -> str | 
     zero = engine._config.zero_config
     return _first(
         {
-            "DeepCompile arranges the gathering": engine.is_deepcompile_enabled(),
-            "ZenFlow turns weights module by module": bool(getattr(engine.optimizer, "zenflow", False)),
-            "stage3_allgather_sequential gathers weights one by one": engine.zero_allgather_sequential(),
             "stage3_use_all_reduce_for_fetch_params has them added up": zero.use_all_reduce_for_fetch_params,
             "weights travel quantized (zero_quantized_weights)": engine.zero_quantized_weights(),
             "weights are partitioned a second time (zero_hpz_partition_size)": engine.zero_hpz_partition_size() > 1,

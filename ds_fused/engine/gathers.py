@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
@@ -30,43 +29,27 @@ from deepspeed.runtime.zero.partition_parameters import (
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from ds_fused.engine.collective_claim import PROBES, CollectiveClaim
+
 if TYPE_CHECKING:
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from torch.distributed import Work
 
 # a parameter's, of DeepSpeed
 _GATHER = "all_gather_coalesced"
-# so many of the smallest weights are gathered both ways before any is
-_PROBES = 2
 
 
-@dataclass(eq=False)
-class GatherClaim:
+class GatherClaim(CollectiveClaim):
     """All sharded weights of a model: DeepSpeed asks any one of those that it wants, and not the same on every rank."""
 
-    offload: DeepSpeedZeRoOffload
-    key: str
-    paths: tuple[str, ...] = ("",)
-    replacement: str = "weights come straight to their places"
-
-    @property
-    def original(self) -> str:
-        cls = type(self.offload)
-        return f"{cls.__module__}.{cls.__qualname__}"
-
-    def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """What differs of the smallest weights, gathered this way and DeepSpeed's; all ranks ask."""
-        try:
-            return self._difference()
-        except (AttributeError, RuntimeError, TypeError) as error:
-            # a backend of PyTorch's that can't, or another DeepSpeed
-            return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    owner: DeepSpeedZeRoOffload
+    replacement = "weights come straight to their places"
 
     def _difference(self) -> str | None:
-        probes = sorted(filter(_fits, sharded(self.offload)), key=lambda p: (p.ds_numel, p.ds_id))
+        probes = sorted(filter(_fits, sharded(self.owner)), key=lambda p: (p.ds_numel, p.ds_id))
         # of one dtype, as GatheredParameters of DeepSpeed 0.19.0 takes them
         like_first = [(p.ds_process_group, p.dtype) == (probes[0].ds_process_group, probes[0].dtype) for p in probes]
-        probes = list(compress(probes, like_first))[:_PROBES]
+        probes = list(compress(probes, like_first))[:PROBES]
         if not probes:
             return None
         with GatheredParameters(probes):
@@ -84,20 +67,17 @@ class GatherClaim:
         return None if alike else "a weight that comes straight to its place is not the one that DeepSpeed gathers"
 
     def commit(self) -> None:
-        for p in sharded(self.offload):
+        for p in sharded(self.owner):
             setattr(p, _GATHER, InPlace(getattr(p, _GATHER)))
 
     def restore(self) -> None:
-        for p in sharded(self.offload):
+        for p in sharded(self.owner):
             gather = getattr(p, _GATHER)
             if isinstance(gather, InPlace):
                 setattr(p, _GATHER, gather.stock)
 
     def in_place(self) -> bool:
-        return all(isinstance(getattr(p, _GATHER), InPlace) for p in sharded(self.offload))
-
-    def watched(self) -> tuple[type, ...]:
-        return ()
+        return all(isinstance(getattr(p, _GATHER), InPlace) for p in sharded(self.owner))
 
 
 def sharded(offload: DeepSpeedZeRoOffload) -> list[nn.Parameter]:

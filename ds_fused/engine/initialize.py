@@ -222,8 +222,8 @@ def _arrange_gathers(engine: DeepSpeedEngine, config: Config, report: Report) ->
     offload = leaf_modules.offload_of(engine)
     if offload is not None:
         zero_linear.remember_signature()
-    if offload is not None and config.collectives == "in_place":
-        _claim(report, *collectives.claims_of(engine, offload))
+        if config.collectives == "in_place":
+            _claim(report, *collectives.claims_of(engine, offload))
     slabs = engine.__dict__["_ds_fused_slab_mode"].parameters
     wholes = [
         module

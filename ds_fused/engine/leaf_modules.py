@@ -143,11 +143,15 @@ def _why_none(
 ) -> str | None:
     if offload is None:
         return f"ZeRO stage {engine.zero_optimization_stage()} shards no weights"
+    return gathered_otherwise(engine) or (None if layers else "the model has no repeated layers")
+
+
+def gathered_otherwise(engine: DeepSpeedEngine) -> str | None:
+    """What else has a say in how this engine's weights are gathered."""
     reasons = {
         "DeepCompile arranges the gathering": engine.is_deepcompile_enabled(),
         "ZenFlow turns weights module by module": bool(getattr(engine.optimizer, "zenflow", False)),
         "stage3_allgather_sequential gathers weights one by one": engine.zero_allgather_sequential(),
-        "the model has no repeated layers": not layers,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 

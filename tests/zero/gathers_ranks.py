@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -98,27 +99,44 @@ def digest(model: nn.Module) -> str:
     return found.hexdigest()
 
 
+# all gathers of ZeRO-3, whoever starts them
+GATHERS = ((partition_parameters, "_dist_allgather_fn"), (gathers, "Flight"))
+
+
+@contextmanager
+def calls_of(ways: Sequence[tuple[object, str]]) -> Iterator[Counter[str]]:
+    """How often each attribute is called within, by its name."""
+    found: Counter[str] = Counter()
+
+    def counting(name: str, way: Callable) -> Callable:
+        def called(*args: object, **named: object) -> object:
+            found[name] += 1
+            return way(*args, **named)
+
+        return called
+
+    stock = [getattr(place, name) for place, name in ways]
+    for (place, name), way in zip(ways, stock, strict=True):
+        setattr(place, name, counting(name, way))
+    try:
+        yield found
+    finally:
+        for (place, name), way in zip(ways, stock, strict=True):
+            setattr(place, name, way)
+
+
 def trained(
     build: Callable[[], nn.Module], block: dict | None, between: Callable | None = None, **config: object
 ) -> dict:
     """Losses and gradient norms, the weights after it, how many gathers a step of the last took, and which leafs."""
     engine = engine_of(build(), block, **config)
     counts, said = [], []
-    stock, flight = partition_parameters._dist_allgather_fn, gathers.Flight
-
-    def counted(gather: Callable, *args: object, **named: object) -> object:
-        counts[-1] += 1
-        return gather(*args, **named)
-
-    partition_parameters._dist_allgather_fn, gathers.Flight = partial(counted, stock), partial(counted, flight)
-    try:
-        for number, step in enumerate(jobs.batches(GAS, products.FEW_STEPS)):
-            counts.append(0)
+    for number, step in enumerate(jobs.batches(GAS, products.FEW_STEPS)):
+        with calls_of(GATHERS) as calls:
             said += step_of(engine, step)
             if between is not None and number == 1:
                 said += between(engine)
-    finally:
-        partition_parameters._dist_allgather_fn, gathers.Flight = stock, flight
+        counts.append(calls.total())
     found = {
         "said": said,
         "gathers": counts,
@@ -347,23 +365,8 @@ WAYS = (
 
 def handles(engine: deepspeed.DeepSpeedEngine, step: list) -> Counter[str]:
     """How often a step calls each of WAYS, by its name."""
-    found: Counter[str] = Counter()
-
-    def counting(name: str, way: Callable) -> Callable:
-        def called(*args: object, **named: object) -> object:
-            found[name] += 1
-            return way(*args, **named)
-
-        return called
-
-    stock = [getattr(place, name) for place, name in WAYS]
-    for (place, name), way in zip(WAYS, stock, strict=True):
-        setattr(place, name, counting(name, way))
-    try:
+    with calls_of(WAYS) as found:
         step_of(engine, step)
-    finally:
-        for (place, name), way in zip(WAYS, stock, strict=True):
-            setattr(place, name, way)
     return found
 
 
