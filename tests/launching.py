@@ -30,6 +30,8 @@ ATTEMPTS = 3
 PATIENCE = 600.0
 # what ranks that wait for a failed one may still say, and how they end by themselves
 AFTER_A_FAILURE = 90.0
+# of each process, where they are shown together
+LAST_LINES = 40
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ def cpu_environment(**more: str) -> dict[str, str]:
     env |= {
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
+        # a rank that a signal ends says where it was
+        "PYTHONFAULTHANDLER": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         # what scripts of several folders share lies beside this file
@@ -193,4 +197,10 @@ def _watch(started: Sequence[_Started], deadline: float) -> bool:
 
 
 def _shown(ended: Sequence[Ended]) -> str:
-    return "\n".join(f"--- process {i} ended with status {e.status}\n{e.output}" for i, e in enumerate(ended))
+    """All that was said; and below it, where a log that was cut still has it, how each ended and its last lines."""
+    whole = [f"--- process {i}\n{e.output}" for i, e in enumerate(ended)]
+    ends = [
+        "\n".join([f"--- process {i} ended with status {e.status}, after", *e.output.splitlines()[-LAST_LINES:]])
+        for i, e in enumerate(ended)
+    ]
+    return "\n".join([*whole, *ends])

@@ -3,7 +3,7 @@
 DeepSpeed has several weights come as one buffer, every rank's parts of all of them one after another, and copies each
 weight out of it when it is waited for: these weights twice in memory for a moment, and read and written once more each
 time. Here each weight is an all-gather of its own, whose output is the weight; all of a dtype go as one call, which
-NCCL makes one kernel.
+NCCL makes one kernel (on CPU ranks each goes alone).
 
 A gather goes DeepSpeed's way where it does not fit that form: quantised weights, communication in another dtype
 (torch.autocast), shards on NVMe, weights of several groups of ranks; and where DeepSpeed's communication logger is to
@@ -133,7 +133,13 @@ class Flight:
             parts.append(part)
             self._wholes.append((p, whole))
             p.ds_status = ZeroParamStatus.INFLIGHT
-        self._works: list[Work] = [group.allgather_into_tensor_coalesced(*call) for call in calls.values()]
+        self._works: list[Work] = []
+        for call in calls.values():
+            if get_accelerator().device_name() == "cpu":
+                # gloo writes into freed memory where several calls of the other kind are on their way (PyTorch 2.13)
+                self._works += map(group._allgather_base, *call)
+            else:
+                self._works.append(group.allgather_into_tensor_coalesced(*call))
 
     def wait(self, handle_dependency: bool = True) -> None:
         """The current stream waits; nothing happens the second time. DeepSpeed tells the allocator who used a weight
