@@ -102,6 +102,9 @@ def test_weights_that_split_unevenly_in_two_dtypes(cases):
     for found in cases["odd"]:
         assert found["class"] == "Flight" and found["got"] == found["expected"]
         assert found["dtypes"] == ["torch.float32", "torch.float32", "torch.bfloat16"]
+        assert found["calls"] == {"_allgather_base": 3}
+        assert found["got on GPUs"] == found["expected"][:2]
+        assert found["calls on GPUs"] == {"allgather_into_tensor_coalesced": 1}
 
 
 def test_where_a_proof_fails_all_ranks_go_by_buffers(cases):
