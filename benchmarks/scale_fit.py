@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from benchmarks.scale_model import Machine
-from benchmarks.scale_points import HOSTS, STEPS_ON, Point, Setting
+from benchmarks.scale_points import HOSTS, START, START_AGREED, START_SLABS, STARTS, STEPS_ON, Point, Setting
 
 ROUNDS = 30
 # of a logarithm, for numeric derivatives
@@ -37,10 +37,12 @@ class Parameter:
     meaning: str
 
 
+ATTENTION = "rate of causal attention, forward and backward, half of the square"
+
 PARAMETERS = (
     Parameter("products", "TFLOP/s", 1e12, 700, "rate of matrix products in a head that is measured alone, on H100"),
     *(Parameter(f"products {name}", "TFLOP/s", 1e12, 700, "in steps; of H200 in heads as well") for name in STEPS_ON),
-    Parameter("attention", "TFLOP/s", 1e12, 400, "rate of causal attention, forward and backward, half of the square"),
+    *(Parameter(f"attention {name}", "TFLOP/s", 1e12, 400, ATTENTION) for name in STEPS_ON),
     Parameter("memory H100", "TB/s", 1e12, 3.0, "bytes that element-wise kernels read and write"),
     Parameter("memory H200", "TB/s", 1e12, 3.0, "the same"),
     Parameter("delay", "GB/s", 1e9, 400, "bytes over NVLink for each second by which transfers delay products"),
@@ -52,7 +54,9 @@ PARAMETERS = (
     # it has one hook, but each of its weights is looked for, waited for and let go by itself
     Parameter("leaf", "hooks", 1, 7, "what a decoder layer that is gathered as one takes the host, a pass"),
     Parameter("wait", "ms", 1e-3, 15, "of a whole step: the host's way to its first product and to the optimizer"),
-    Parameter("start", "ms", 1e-3, 3, "host time before the first product of a head that is measured alone"),
+    Parameter(START, "ms", 1e-3, 3, "host time before the first product of a head that is measured alone"),
+    Parameter(START_SLABS, "ms", 1e-3, 3, "the same in mode stream, since it has 18 small kernels for 166"),
+    Parameter(START_AGREED, "ms", 1e-3, 3, "the same in modes stationary and auto, where hosts agree on tokens first"),
 )
 
 
@@ -60,16 +64,18 @@ def setting(values: Sequence[float]) -> Setting:
     """Of values in the units of PARAMETERS."""
     of = {parameter.name: value * parameter.scale for value, parameter in zip(values, PARAMETERS, strict=True)}
 
-    def machine(card: str, gemm: str, host: str) -> Machine:
-        names = (gemm, "attention", f"memory {card}", "delay", "collective", f"hook {host}", "leaf", "wait")
+    def machine(card: str, gemm: str, host: str, attention: str) -> Machine:
+        names = (gemm, attention, f"memory {card}", "delay", "collective", f"hook {host}", "leaf", "wait")
         return Machine(*(of[name] for name in names), ROOM_GIB[card] * 2**30)
 
-    machines = {name: machine(name.split()[-1], f"products {name}", name) for name in HOSTS}
+    def of_steps(name: str, host: str) -> Machine:
+        return machine(name.split()[-1], f"products {name}", host, f"attention {name}")
+
     # no step of one GPU was of ZeRO-3
-    machines["1 x H100"] = machine("H100", "products 1 x H100", "2 x H100")
-    # a head alone waits for no hook
-    machines |= {"H100": machine("H100", "products", "2 x H100"), "H200": machines["4 x H200"]}
-    return Setting(machines, of["start"])
+    machines = {name: of_steps(name, name if name in HOSTS else "2 x H100") for name in STEPS_ON}
+    # a head alone waits for no hook, and has no attention
+    machines |= {"H100": machine("H100", "products", "2 x H100", "attention 2 x H100"), "H200": machines["4 x H200"]}
+    return Setting(machines, {name: of[name] for name in STARTS})
 
 
 @dataclass(frozen=True)

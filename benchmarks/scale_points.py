@@ -79,6 +79,11 @@ IN_PLACE_SINCE = "2026-11-27 17:45"
 # measured when "fit" knew of longer batches what they need in proportion to its first steps
 BY_FIRST_STEPS = ("h100x2/end_to_end",)
 NO_MODEL = "a way that is in no prediction"
+# host time before the first product of a head that is measured alone, from idle (parameters of scale_fit.py): in
+# general; of slabs that look for the words of all of them at once, in 18 kernels for 166; where hosts agree on their
+# tokens first
+START, START_SLABS, START_AGREED = STARTS = ("start", "start, slabs", "start, agreed")
+WORDS_AT_ONCE_SINCE = "2026-11-26 12:00"
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class Setting:
     """What is fitted: a machine of each device, and what stands around a head that is measured alone in an engine."""
 
     machines: dict[str, Machine]  # by names as in STEPS_ON; by "H100" and "H200" for heads that are measured alone
-    start: float  # seconds
+    starts: dict[str, float]  # seconds, by STARTS
 
 
 @dataclass(frozen=True)
@@ -129,9 +134,10 @@ def heads(results: Path = RESULTS) -> Iterator[Point | Skipped]:
                 yield Skipped(name, shape, way, reason or row["status"])
                 continue
             loss, in_engine = found
+            start = _start(way, measured["header"]["date"]) if in_engine else None
             # from idle, as all were before
             ms = row.get("idle_ms", row["ms"])
-            yield Point(name, shape, way, "ms", ms, _time_of_head(loss, device, ranks, in_engine))
+            yield Point(name, shape, way, "ms", ms, _time_of_head(loss, device, ranks, start))
             cut_since = measured["header"]["date"] < CUT_BEFORE.get(way.partition(" ")[0], "")
             if row.get("extra_mib") is not None and not cut_since:
                 yield Point(name, shape, way, "MiB", row["extra_mib"], _memory_of_head(loss))
@@ -216,10 +222,17 @@ def _no_parameters(header: dict[str, str], device: str | None) -> str | None:
     return None if device else f"no parameters for {header['device']}"
 
 
-def _time_of_head(loss: LossOf, device: str, ranks: int, in_engine: bool) -> Callable[[Setting], float]:
+def _start(way: str, date: str) -> str:
+    mode = way.partition(" ")[0]
+    if mode in ("stationary", "auto"):
+        return START_AGREED
+    return START_SLABS if mode == "stream" and date >= WORDS_AT_ONCE_SINCE else START
+
+
+def _time_of_head(loss: LossOf, device: str, ranks: int, start: str | None = None) -> Callable[[Setting], float]:
     def ms(setting: Setting) -> float:
         seconds = setting.machines[device].device(loss(setting).work, ranks, hidden=False)
-        return 1e3 * (seconds + (setting.start if in_engine else 0.0))
+        return 1e3 * (seconds + (0.0 if start is None else setting.starts[start]))
 
     return ms
 
@@ -253,7 +266,7 @@ def probes(folder: Path = RESULTS / "h200x4") -> Iterator[Point]:
             # each (the conditions call it double-buffered), and dx of all tokens
             blocks = 2 * row["block"] * (vocab + 4 * ranks * hidden)
             loss = Loss(loss.work, 4 * shards.size + blocks + 2 * tokens * hidden)
-        yield Point("probe", row["shape"], way, "ms", row["ms"], _time_of_head(_fixed(loss), device, ranks, False))
+        yield Point("probe", row["shape"], way, "ms", row["ms"], _time_of_head(_fixed(loss), device, ranks))
         if "peak_mib" in row:
             yield Point("probe", row["shape"], way, "MiB", row["peak_mib"], _memory_of_head(_fixed(loss)))
 

@@ -39,17 +39,20 @@ from benchmarks.scale_model import (
     stock_loss,
     update_seconds,
 )
-from benchmarks.scale_points import HOSTS, STEPS_ON, Point, Skipped, baselines, ends, head_loss, heads, probes, searches
+from benchmarks.scale_points import HOSTS, STEPS_ON, Point, Skipped, ends, head_loss, heads, points, searches
 
 GIB = 2**30
 HEADS = tuple(f"h100x2/zero3_head{name}" for name in ("", "_rivals", "_vocab"))
 ENDS = ("h100x2/end_to_end", "h100x2/end_to_end_small", "h100x4/end_to_end", "h200x4/end_to_end")
-ONE_GPU = ("h100/end_to_end_1b_tied", "h100/end_to_end_gemma_256k")
+ONE_GPU = ("h100/end_to_end_1b_tied", "h100/end_to_end_gemma_256k", "h100/end_to_end_qwen3")
+SMALL = ("h100x4/end_to_end_1b_tied", "h100x4/end_to_end_gemma_256k")
 # so short that leaf modules too are waited for
 SHORT = "h100x4/curves_8b"
-FILES = (*HEADS, "h100x4/zero3_head", "probe", "baselines", *ENDS, *ONE_GPU, SHORT, "h100x4/end_to_end_longest")
 # in the units of PARAMETERS
-KNOWN = [650.0, 645.0, 640.0, 630.0, 660.0, 450.0, 2.8, 3.6, 350.0, 40.0, 1800.0, 1900.0, 1700.0, 4.2, 25.0, 2.0]
+KNOWN = [
+    *(650.0, 645.0, 640.0, 630.0, 660.0), *(500.0, 455.0, 450.0, 445.0), 2.8, 3.6, 350.0, 40.0,
+    *(1800.0, 1900.0, 1700.0), 4.2, 25.0, *(2.0, 1.5, 2.5),
+]  # fmt: skip
 MACHINE = Machine(
     gemm=700e12, attention=500e12, memory=3e12, delay=300e9, call=50e-6, hook=1.2e-3, leaf=5.8, wait=20e-3
 )
@@ -57,9 +60,7 @@ MACHINE = Machine(
 
 @pytest.fixture(scope="module")
 def found() -> list[Point]:
-    """The points that are always there."""
-    there = [point for point in (*heads(), *probes(), *baselines(), *ends(), *searches()) if isinstance(point, Point)]
-    return [point for point in there if point.file in FILES]
+    return points()[0]
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +69,9 @@ def times(found) -> list[Point]:
 
 
 def some_of(times: list[Point]) -> list[Point]:
-    """Some of each kind: of one GPU and of short sequences there are few."""
-    few = (*ONE_GPU, SHORT)
-    return [point for i, point in enumerate(times) if i % 9 == 0 or point.file in few] + times[-13:]
+    """Some of each file, from its first one on: of one GPU and of short sequences there are few."""
+    files = {point.file: [p for p in times if p.file == point.file] for point in times}
+    return [point for file, there in files.items() for point in there[:: 1 if file in (*ONE_GPU, SHORT) else 5]]
 
 
 def test_the_fit_finds_the_parameters_that_made_the_times(times):
@@ -84,7 +85,9 @@ def test_the_fit_finds_the_parameters_that_made_the_times(times):
 
 def test_a_point_that_is_off_shows_where_it_is_left_out(times):
     known = setting(KNOWN)
-    made = [replace(point, measured=point.model(known)) for point in some_of(times)]
+    # of heads alone, since the fit is made anew without each
+    some = [point for point in times if point.file in HEADS][::3]
+    made = [replace(point, measured=point.model(known)) for point in some]
     made[5] = replace(made[5], measured=made[5].measured / 1.2)
     fitted = fit(made)
     assert np.abs(fitted.left_out).argmax() == 5 and fitted.left_out[5] == pytest.approx(0.2, abs=0.01)
@@ -96,7 +99,8 @@ def test_what_no_point_knows_is_said(times):
     unknown = {name for name, e in zip(names, fitted.errors, strict=True) if e == np.inf}
     # heads on H100
     of_steps = {f"products {cards}" for cards in STEPS_ON} | {f"hook {cards}" for cards in HOSTS}
-    assert unknown == {"attention", "leaf", "wait", "memory H200"} | of_steps
+    of_steps |= {f"attention {cards}" for cards in STEPS_ON}
+    assert unknown == {"leaf", "wait", "memory H200", "start, slabs"} | of_steps
     # no collective takes less than no time
     impossible = setting([-30.0 if name == "collective" else value for name, value in zip(names, KNOWN, strict=True)])
     fitted = fit([replace(point, measured=point.model(impossible)) for point in some_of(times)])
@@ -122,13 +126,14 @@ def test_memory_as_measured(found):
     for point in some:
         # what "fit" keeps is a number of layers: one of them is 4 % here
         rel = 0.05 if point.way == "ours-fast" else 0.03
-        # under ZeRO-2 it holds about the gradients more than is modelled, where activations are the peak
-        rel = 0.10 if point.way == "ours-fast" and point.file in ONE_GPU else rel
+        # under ZeRO-2 it holds about the gradients more than is modelled, where activations are the peak; and of small
+        # models under ZeRO-3 every way does
+        rel = 0.10 if point.way == "ours-fast" and point.file in ONE_GPU or point.file in SMALL else rel
         assert point.model(setting(KNOWN)) == pytest.approx(point.measured, rel=rel), point
 
 
 def test_too_few_points_are_refused(times):
-    with pytest.raises(ValueError, match="10 points can't fix 16 parameters"):
+    with pytest.raises(ValueError, match="10 points can't fix 21 parameters"):
         fit(times[:10])
 
 
@@ -142,7 +147,9 @@ def test_a_head_is_the_product_s(times):
     some = [point for point in times if (point.file, point.case) == (HEADS[0], "8192x4096x128256")]
     some = [point for point in some if point.way in ("stationary", "auto")]
     assert len(some) == 2
-    assert all(p.model(known) == pytest.approx(1e3 * (stationary.seconds(rates) + known.start)) for p in some)
+    assert all(
+        p.model(known) == pytest.approx(1e3 * (stationary.seconds(rates) + known.starts["start, agreed"])) for p in some
+    )
 
 
 def test_links():
@@ -427,7 +434,7 @@ def test_where_the_modes_cross_over():
 
 def test_the_page(tmp_path, monkeypatch, found):
     # the fit is made anew without each of its points
-    shown = found[::15] + found[-12:]
+    shown = found[::10] + found[-12:]
     monkeypatch.setattr(scale, "points", lambda: (shown, [Skipped("a file", "1x1x1", "x", "why")]))
     assert scale.main(["--out", str(tmp_path)]) == 0
     text = (tmp_path / "scale.md").read_text()
