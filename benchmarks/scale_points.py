@@ -134,7 +134,7 @@ def heads(results: Path = RESULTS) -> Iterator[Point | Skipped]:
                 yield Skipped(name, shape, way, reason or row["status"])
                 continue
             loss, in_engine = found
-            start = _start(way, measured["header"]["date"]) if in_engine else None
+            start = start_of(way, measured["header"]["date"]) if in_engine else None
             # from idle, as all were before
             ms = row.get("idle_ms", row["ms"])
             yield Point(name, shape, way, "ms", ms, _time_of_head(loss, device, ranks, start))
@@ -222,7 +222,8 @@ def _no_parameters(header: dict[str, str], device: str | None) -> str | None:
     return None if device else f"no parameters for {header['device']}"
 
 
-def _start(way: str, date: str) -> str:
+def start_of(way: str, date: str) -> str:
+    """Which of STARTS a way of zero3_head.py had then."""
     mode = way.partition(" ")[0]
     if mode in ("stationary", "auto"):
         return START_AGREED
