@@ -55,6 +55,18 @@ def llama(tied: bool = False, checkpointing: str | None = None) -> LlamaForCausa
     return model
 
 
+def split_llama(**more: object) -> LlamaForCausalLM:
+    """Over the ranks, as it is built."""
+    config = {"train_micro_batch_size_per_gpu": products.ROWS, "zero_optimization": {"stage": 3}, **more}
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        model = LlamaForCausalLM(jobs.config_of(False))
+    weights = jobs.first_weights(False)
+    for name, weight in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
+            weight.data.copy_(weights[name])
+    return model
+
+
 def lora(checkpointing: str | None = None, inputs: bool = True) -> nn.Module:
     """The embedding is frozen: without checkpointing, nothing that reaches the first layer needs a gradient."""
     model = llama(checkpointing=checkpointing)
@@ -247,13 +259,7 @@ def fp32_adapters() -> dict:
     """Over a model in bf16, as PEFT makes them and zero.Init leaves them: gradients in fp32 where bf16 is sent."""
 
     def build() -> nn.Module:
-        config = {"train_micro_batch_size_per_gpu": products.ROWS, "zero_optimization": {"stage": 3}}
-        with deepspeed.zero.Init(config_dict_or_path=config | {"bf16": {"enabled": True}}):
-            model = LlamaForCausalLM(jobs.config_of(False))
-        weights = jobs.first_weights(False)
-        for name, weight in model.named_parameters():
-            with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
-                weight.data.copy_(weights[name])
+        model = split_llama(bf16={"enabled": True})
         torch.manual_seed(2)
         return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
 
@@ -295,18 +301,7 @@ def unwrapped() -> dict:
 @case
 def some_stay_whole() -> dict:
     """Norms are persistent, and weights were split when the model was built."""
-
-    def build() -> nn.Module:
-        config = {"train_micro_batch_size_per_gpu": products.ROWS, "zero_optimization": {"stage": 3}}
-        with deepspeed.zero.Init(config_dict_or_path=config):
-            model = LlamaForCausalLM(jobs.config_of(False))
-        weights = jobs.first_weights(False)
-        for name, weight in model.named_parameters():
-            with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
-                weight.data.copy_(weights[name])
-        return model
-
-    return ways(build, zero={"stage3_param_persistence_threshold": 100})
+    return ways(split_llama, zero={"stage3_param_persistence_threshold": 100})
 
 
 @case
