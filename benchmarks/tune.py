@@ -180,7 +180,11 @@ SEARCHES = (
     ),
     Search(
         "embedding", "", "backward", ((16384, 4096, 128256), (32768, 576, 49152)),
-        {"BLOCK_COLS": (256, 512, 1024), "PER_THREAD": (4, 8), "CHUNK": (128, 256, 512), "ROWS": (2, 4, 8)},
+        {"BLOCK_COLS": (512, 1024, 2048), "ROWS": (2, 4), "WORDS": (4, 8, 16)},
+    ),
+    Search(
+        "embedding", "", "backward", ((16384, 4096, 128256), (32768, 576, 49152)),
+        {"PER_THREAD": (4, 8, 16), "CHUNK": (128, 256, 512)},
     ),
     Search(
         "layer_norm", "", "backward", ROW_SHAPES,

@@ -158,11 +158,13 @@ def _set_up(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config) -> 
     from ds_fused.engine import leaf_modules, zero_sizes
     from ds_fused.policies.blocks import blocks
 
+    most_whole = 0
     if config.leaf_modules:
-        engine.__dict__["_ds_fused_leafs_are_set"] = leaf_modules.are_set(engine, model)
+        engine.__dict__["_ds_fused_leafs_are_set"] = reason = leaf_modules.are_set(engine, model)
+        most_whole = 0 if reason else leaf_modules.MOST_BYTES // training_dtype(engine).itemsize
     if config.zero_sizes == "stock":
         return []
-    return [zero_sizes.set_sizes(engine, config.zero_sizes, model, blocks(model).values())]
+    return [zero_sizes.set_sizes(engine, config.zero_sizes, model, blocks(model).values(), most_whole)]
 
 
 def _check_triton() -> None:

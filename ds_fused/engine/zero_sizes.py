@@ -25,10 +25,11 @@ PREFETCH, LIVE, REUSE, BUCKET = int(5e7), int(1e9), int(1e9), int(5e8)
 LEAST_GROUP = int(1e7)
 
 
-def sizes_of(choice: str, layer: int, trained: int, offloaded: bool = False) -> dict[str, int]:
+def sizes_of(choice: str, layer: int, trained: int, offloaded: bool = False, whole: bool = False) -> dict[str, int]:
     """Name in the JSON -> elements, for "small" and "large" sizes. ``layer``: of the largest repeated layer;
     ``trained``: of all parameters that are trained. ``offloaded``: the optimizer is, so groups travel, and their size
-    is the user's matter.
+    is the user's matter. ``whole``: layers come as one (`leaf_modules`), so the next one is on its way as a whole: a
+    part of it would have it come in two pieces, of which nothing hides the second.
 
     A checkpointed layer is computed again right before its backward. Between the two of its first parameter lie less
     than two layers; it is gathered once for both where that is within ``stage3_max_reuse_distance``. A bucket of
@@ -49,7 +50,8 @@ def sizes_of(choice: str, layer: int, trained: int, offloaded: bool = False) -> 
             "reduce_bucket_size": max(1, min(BUCKET, layer, trained)),
             **group,
         }
-    prefetch = min(PREFETCH, layer)
+    # gathers go on until so much is on its way: with less than all of a layer the one after it stays where it is
+    prefetch = layer - layer // 16 if whole else min(PREFETCH, layer)
     return {
         "stage3_prefetch_bucket_size": prefetch,
         # never more than DeepSpeed's, with which layers of half a billion parameters and more are gathered a third time
@@ -72,8 +74,10 @@ def given(engine: DeepSpeedEngine) -> set[str]:
     return set(block) if isinstance(block, dict) else set()
 
 
-def set_sizes(engine: DeepSpeedEngine, choice: str, model: nn.Module, layers: Iterable[nn.Module]) -> str:
-    """Before the optimizer is built; what came of it, in a line."""
+def set_sizes(
+    engine: DeepSpeedEngine, choice: str, model: nn.Module, layers: Iterable[nn.Module], most_whole: int
+) -> str:
+    """Before the optimizer is built; what came of it, in a line. Layers of up to ``most_whole`` elements come whole."""
     what = f'zero_sizes "{choice}"'
     if not engine.zero_optimization_partition_weights():
         return f"{what}: nothing to set, ZeRO stage {engine.zero_optimization_stage()} shards no weights"
@@ -81,7 +85,8 @@ def set_sizes(engine: DeepSpeedEngine, choice: str, model: nn.Module, layers: It
     if not layer:
         return f"{what}: nothing is set, the model has no repeated layers whose size could choose it"
     trained = elements(p for p in model.parameters() if p.requires_grad)
-    sizes = sizes_of(choice, layer, trained, offloaded=engine.zero_offload_optimizer() is not None)
+    offloaded = engine.zero_offload_optimizer() is not None
+    sizes = sizes_of(choice, layer, trained, offloaded, whole=layer <= most_whole)
     zero, said = engine._config.zero_config, given(engine)
     fields = {field.alias or name: name for name, field in type(zero).model_fields.items()}
     kept = [name for name in sizes if name in said or fields[name] in said]

@@ -166,6 +166,18 @@ def test_small_sizes_are_no_larger_than_deepspeeds(layer):
     assert all(small[name] <= size for name, size in stock.items()) and small.keys() == stock.keys()
 
 
+def test_of_layers_that_come_as_one_the_next_is_on_its_way_as_a_whole():
+    # of Llama's matrices, as they are gathered: the last one is asked for, the first of the layer after it is not
+    matrices = [4096 * n for n in (4096, 1024, 1024, 4096, 14336, 14336, 14336)]
+    small = sizes_of("small", LLAMA.layer, 32 * LLAMA.layer, whole=True)
+    assert sum(matrices[:-1]) < small["stage3_prefetch_bucket_size"] <= sum(matrices)
+    # with the layer in use, and one that is kept for its backward
+    assert small["stage3_max_live_parameters"] >= 2 * LLAMA.layer + small["stage3_prefetch_bucket_size"]
+    assert small.items() - sizes_of("small", LLAMA.layer, 32 * LLAMA.layer).items() == {
+        (name, small[name]) for name in ("stage3_prefetch_bucket_size", "stage3_max_live_parameters")
+    }
+
+
 def test_a_layer_that_gets_its_input_by_keyword_is_named(caplog):
     layer = nn.Linear(2, 2)
     x = torch.ones(1, 2)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,6 +56,7 @@ def test_a_vocabulary_whose_ids_need_int64(device, monkeypatch):
 
 
 def test_several_blocks_of_columns(device, monkeypatch):
+    monkeypatch.setattr(FILE, "COLS_FWD", 8)
     monkeypatch.setattr(FILE, "BLOCK_COLS", 16)
     monkeypatch.setattr(FILE, "CHUNK", 4)
     judge(ids_of(3, 7, n_vocab=4, device=device), randn(4, 41, device=device), torch.float32)
@@ -169,6 +173,25 @@ def test_an_id_outside_the_vocabulary():
     for wrong in (-1, 3):
         with pytest.raises(ValueError, match=rf"embedding: id {wrong} lies outside \[0, 3\)"):
             embedding(torch.tensor([0, wrong]), torch.ones(3, 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_an_id_outside_the_vocabulary_ends_on_the_device(wrong):
+    # in a process of its own: no kernel runs on that device any more
+    code = f"""import torch, ds_fused
+ds_fused.embedding(torch.tensor([0, {wrong}], device="cuda"), torch.ones(3, 4, device="cuda"))
+torch.cuda.synchronize()"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0 and "embedding: an id lies outside the vocabulary" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("n_vocab", [5, 70])
+def test_words_without_tokens_get_zeros_once(n_vocab, device):
+    # far more words than tokens and far fewer, in memory that is full of NaN
+    ids = torch.tensor([4, 4, 0, n_vocab - 2], device=device)
+    judge(ids, randn(n_vocab, 9, device=device), torch.bfloat16, padding_idx=n_vocab - 2)
+    judge(ids.repeat(20), randn(n_vocab, 9, device=device), torch.bfloat16, padding_idx=0)
 
 
 def test_without_the_interpreter_a_cpu_runs_the_reference(monkeypatch):
