@@ -212,7 +212,8 @@ def check(found: Sequence[Point], skipped: Sequence[Skipped], fitted: Fit) -> li
         "alone), end_to_end and curves (whole steps); probe (heads) and baselines (whole steps) are "
         "h200x4/baselines.json. Point out: the error of a fit that did not see the point. Case out: of one that did "
         "not see these sizes at all, in any way or run. Beyond states: the error of what is held beside weights, "
-        "gradients and optimizer.",
+        "gradients and optimizer. A job that was measured in several leases is one point, the median of them; each is "
+        "in brackets behind it, and the file is the first one's.",
         "",
         *table(("points", "number", "rms error", "largest", "point out, rms", "case out, rms", "beyond 10 %"), summary),
         "",
@@ -228,7 +229,10 @@ def check(found: Sequence[Point], skipped: Sequence[Skipped], fitted: Fit) -> li
         out = [f"{100 * e:+.1f} %" for e in unseen.get(id(point), ())] or ["-", "-"]
         if point.base:
             out = [f"{100 * ((model - point.base) / (point.measured - point.base) - 1):+.1f} % beyond states", "-"]
-        numbers = (format(point.measured, form), format(model, form), f"{100 * (model / point.measured - 1):+.1f} %")
+        measured = format(point.measured, form)
+        if point.leases:
+            measured += f" ({', '.join(format(lease, form) for lease in point.leases)})"
+        numbers = (measured, format(model, form), f"{100 * (model / point.measured - 1):+.1f} %")
         rows.append((point.file, point.case, point.way, point.unit, *numbers, *out))
     lines += table(("file", "case", "way", "unit", "measured", "model", "error", "point out", "case out"), rows)
     lines += ["", "Rows without a model:", ""]

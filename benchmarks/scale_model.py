@@ -195,6 +195,8 @@ def whole_head(vocab: int, hidden: int, ranks: int) -> Work:
 STOCK_LOSS_BYTES = 44
 # held at the worst moment: logits in bf16 and fp32, log_softmax or the gradient in fp32, its bf16
 STOCK_LOSS_HELD = 12
+# so many tokens are multiplied with a weight in bf16 in the time that it is read in: 650 TFLOP/s, 3.0 TB/s
+TOKENS_A_READ = 217
 # two reads and a write of bf16 logits
 FUSED_LOSS_BYTES = 6
 
@@ -208,15 +210,18 @@ def stock_loss(tokens: int, hidden: int, vocab: int) -> Loss:
 def liger_loss(tokens: int, hidden: int, vocab: int, chunk_mem_const: int = 1) -> Loss:
     """Gradients in the forward, chunk of tokens by chunk.
 
-    The weight's is read and written for each: products of few tokens take as long as what they write.
+    The weight's is read and written for each: products of few tokens take as long as what they write. So do those that
+    read the weight, by as much as a read takes longer than their FLOPs.
     """
     parts = -(-vocab // hidden)
     parts = -(-parts // chunk_mem_const)
     chunk = min(tokens, 1 << (-(-tokens // parts) - 1).bit_length())
     chunks = -(-tokens // chunk)
+    # of 2 bytes, for logits and for their gradient
+    reads = 2 * 2 * max(0.0, 1 - chunk / TOKENS_A_READ)
     work = Work(
         gemm=6 * tokens * vocab * hidden,
-        memory=FUSED_LOSS_BYTES * tokens * vocab + 4 * vocab * hidden * chunks,
+        memory=FUSED_LOSS_BYTES * tokens * vocab + (4 + reads) * vocab * hidden * chunks,
         launches=12 * chunks,
     )
     return Loss(work, 4 * vocab * hidden + 2 * chunk * vocab)
@@ -273,7 +278,8 @@ class Way:
 
     def live(self, shape: Shape) -> float:
         """Elements of weights that may be gathered at a time."""
-        by_layer = {"small": min(1e9, 2 * shape.layer + PREFETCH), "large": max(1e9, 2 * shape.layer) + 3 * shape.layer}
+        ahead = shape.layer - shape.layer // 16 if self.leaf else PREFETCH
+        by_layer = {"small": min(1e9, 2 * shape.layer + ahead), "large": max(1e9, 2 * shape.layer) + 3 * shape.layer}
         return min({"stock": 1e9, "2e9": 2e9}.get(self.sizes) or by_layer[self.sizes], shape.elements)
 
     def group(self, shape: Shape) -> float:
@@ -299,7 +305,9 @@ WAYS = {
         Way("ours-fast-attention", "ours", leaf=True, sizes="large", recompute="attention"),
         Way("ours-fast-full", "ours", leaf=True, sizes="large"),
         # its MLPs are whole up to 65535 tokens, which is as far as anything is predicted
-        Way("ours-small", "ours", sizes="small", recompute="attention", keep_mb=0, offload=True),
+        Way("ours-small", "ours", leaf=True, sizes="small", recompute="attention", keep_mb=0, offload=True),
+        # before that: gathered module by module
+        Way("ours-small-modules", "ours", sizes="small", recompute="attention", keep_mb=0, offload=True),
         Way("ours-small-tiled", "ours", sizes="small", recompute="attention", keep_mb=0, tiles=4, offload=True),
         # before that: nothing is kept, and inputs stay on the device
         Way("ours-small-device", "ours", sizes="small", recompute="unread", keep_mb=0, tiles=4),
@@ -483,7 +491,8 @@ def _layers_work(job: Job, spared: Kept) -> tuple[Work, Work]:
     weighty, others = (7, 2) if way.tiles > 1 else (9, 4 - way.fused)
     hooks = (0 if way.leaf else weighty + EMPTY * others) * (job.stage == 3)
     leaves = int(way.leaf and job.stage == 3)
-    launches = 20 if way.fused else 45
+    # of the host: an op of Liger's takes it as long as the kernels that it replaces, ours half of that (h100/ops.md)
+    launches = 20 if way.loss == "ours" else 45
     # of an MLP's products and kernels six
     in_tiles, of_tiles = 6 * (way.tiles - 1), TILE_LAUNCHES * (way.tiles - 1)
     # of a layer's input, its attention and the log-sum-exp of that: memory, what to wait for, a copy and an event

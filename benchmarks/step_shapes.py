@@ -106,7 +106,11 @@ def built(
     lora: bool,
     dtype: torch.dtype = torch.bfloat16,
 ) -> nn.Module:
-    """The model with random weights: under ZeRO-3 each is sharded as soon as it is made, so it is nowhere whole."""
+    """The model with random weights: under ZeRO-3 each is sharded as soon as it is made, so it is nowhere whole.
+
+    zero.Init rounds the frequencies of a rotary embedding to the dtype of the training. A model in fp32 gets those that
+    one in bf16 has, so that it is the same function.
+    """
     import deepspeed
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -120,6 +124,11 @@ def built(
     if lora:
         model = _adapted(model)
     draw(model, rounded=dtype == torch.float32)
+    if sharded and dtype == torch.float32:
+        with deepspeed.zero.Init(config_dict_or_path={**ds_config, "bf16": {"enabled": True}}), device:
+            twins = [(m, type(m)(m.config)) for m in model.modules() if "inv_freq" in m._buffers]
+        for module, twin in twins:
+            module.inv_freq.copy_(twin.inv_freq)
     return model.train()
 
 

@@ -136,15 +136,25 @@ WAYS: Mapping[str, Way] = {
         block={"enabled": True, "profile": "fast", "recompute": {"level": "fit", "offload": "fit"}},
     ),
     "ours-small": Way('ds_fused, "profile": "small"', block={"enabled": True, "profile": "small"}),
+    "ours-small-modules": Way(
+        "the same, gathered module by module",
+        block={"enabled": True, "profile": "small", "leaf_modules": False},
+    ),
     "ours-small-tiled": Way(
-        "the same with every MLP in tiles",
-        block={"enabled": True, "profile": "small", "tiled_mlp": {"tiles": 4, "least_tokens": 1}},
+        "that with every MLP in tiles",
+        block={
+            "enabled": True,
+            "profile": "small",
+            "leaf_modules": False,
+            "tiled_mlp": {"tiles": 4, "least_tokens": 1},
+        },
     ),
     "ours-small-device": Way(
         "that with nothing on the host, so that no attention is kept",
         block={
             "enabled": True,
             "profile": "small",
+            "leaf_modules": False,
             "tiled_mlp": {"tiles": 4, "least_tokens": 1},
             "recompute": {"level": "fit", "keep_mb": 0},
         },

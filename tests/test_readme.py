@@ -75,6 +75,7 @@ def test_the_table_of_the_json_block_is_the_parser():
         "profile": 'values for the keys that are not given; "auto" and "fit": "fast" where it fits, else "small"',
         "zero_sizes": "under ZeRO-3: sizes that the JSON does not give DeepSpeed, by the size of the model's layers",
         "collectives": "under ZeRO-3: whether weights and gradients travel from place to place, or through buffers",
+        "rotary_frequencies": "whether rotary frequencies that zero.Init has rounded stay so, or are computed again",
     }
     rows = []
     for key in SWITCHES:

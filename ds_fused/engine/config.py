@@ -49,6 +49,8 @@ CHOICES = {
     "zero_sizes": ("stock", "small", "large"),
     # under ZeRO-3: weights and gradients travel from place to place, or through buffers
     "collectives": ("in_place", "stock"),
+    # rotary frequencies that zero.Init has rounded: as they are, or computed again
+    "rotary_frequencies": ("stock", "fp32"),
 }
 OP_OPTIONS: Mapping[str, Mapping[str, Option]] = MappingProxyType({key: op.options for op in OPS for key in op.keys})
 # options of the same objects that are the engine's: how the head's weight comes to the op under ZeRO-3
@@ -106,6 +108,7 @@ class Config:
     profile: str
     zero_sizes: str
     collectives: str
+    rotary_frequencies: str
     tiles: Tiles | None  # None: MLPs run whole
     recompute: Recomputing
     wanted: Mapping[str, Mapping[str, object]]  # JSON key that is on -> the options given for its op

@@ -282,6 +282,8 @@ def training_dtype(engine: DeepSpeedEngine) -> torch.dtype:
 
 
 def _finish(engine: DeepSpeedEngine) -> None:
+    from ds_fused.engine import frequencies
+
     config, report = (engine.__dict__.get(name) for name in ("_ds_fused_config", "ds_fused_report"))
     if report is None:
         raise RuntimeError(
@@ -289,6 +291,7 @@ def _finish(engine: DeepSpeedEngine) -> None:
             "DeepSpeedEngine._configure_distributed_model, where the layers are replaced"
         )
     engine.__dict__["_ds_fused_slab_mode"].decide(engine, report)
+    _claim(report, *frequencies.claims_of(engine.module, config.rotary_frequencies == "fp32"))
     _arrange_gathers(engine, config, report)
     undone = [f"{len(claim.paths)} x {claim.original}" for claim in report.recheck()]
     if undone:

@@ -488,6 +488,28 @@ def test_a_model_is_its_shape(name, monkeypatch):
         assert second.dtype == torch.float32 and torch.equal(first.float(), second)
 
 
+def test_under_zero_3_a_model_in_fp32_turns_as_one_in_bf16():
+    """Whose frequencies zero.Init has rounded."""
+    code = """
+import deepspeed, torch
+from benchmarks.step_shapes import SHAPES, built
+deepspeed.init_distributed("gloo", verbose=False)
+for dtype in (torch.bfloat16, torch.float32):
+    config = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": dtype == torch.bfloat16}}
+    config["zero_optimization"] = {"stage": 3}
+    model = built(SHAPES["tiny"], config, torch.device("cpu"), False, dtype)
+    rotary, weight = model.model.rotary_emb.inv_freq, model.lm_head.weight
+    print("FOUND", weight.ds_tensor.dtype, rotary.float().tolist())
+"""
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+    done = start([sys.executable, "-c", code], timeout=100, **place, MASTER_PORT=str(free_port()))
+    assert done.status == 0, done.output
+    bf16, fp32 = (line.split(maxsplit=2) for line in done.output.splitlines() if line.startswith("FOUND"))
+    assert (bf16[1], fp32[1]) == ("torch.bfloat16", "torch.float32") and bf16[2] == fp32[2]
+    # 10000 to the power of an eighth
+    assert json.loads(fp32[2])[1] == 0.31640625
+
+
 def test_weights_of_a_saved_model(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     tiny, stage = SHAPES["tiny"], {"zero_optimization": {"stage": 0}}

@@ -39,7 +39,18 @@ from benchmarks.scale_model import (
     stock_loss,
     update_seconds,
 )
-from benchmarks.scale_points import HOSTS, STEPS_ON, Point, Skipped, ends, head_loss, heads, points, searches
+from benchmarks.scale_points import (
+    HOSTS,
+    STEPS_ON,
+    Point,
+    Skipped,
+    ends,
+    head_loss,
+    heads,
+    over_leases,
+    points,
+    searches,
+)
 
 GIB = 2**30
 HEADS = tuple(f"h100x2/zero3_head{name}" for name in ("", "_rivals", "_vocab"))
@@ -390,8 +401,23 @@ def test_rows_are_modelled_as_what_was_measured_under_their_name(found):
         {"ours-small-untiled"},
         {"ours-small-device"},
         {"ours-small-device", "ours-small-tiled"},
-        {"ours-small-tiled", "ours-small"},
+        {"ours-small-tiled", "ours-small-modules"},
     ]
+
+
+def test_a_job_of_several_leases_is_one_point():
+    job = Job(WAYS["liger"], LLAMA_8B, 4, 1)
+
+    def point(file: str, measured: float, job: Job | None = job, unit: str = "ms") -> Point:
+        return Point(file, "8b, 1 x 8192", "liger", unit, measured, lambda s: 1.0, job=job)
+
+    longer = replace(job, length=4096)
+    found = [point("h100x4/a", 9.0), point("h100x4/b", 5.0), point("h100x2/a", 1.0), point("h100x4/a", 2.0, longer)]
+    found += [point("h100x4/c", 6.0), point("h100x4/b", 7.0, unit="MiB"), *(point("h100x4/a", 3.0, None) for _ in range(2))]
+    first, *others = over_leases(found)
+    assert (first.file, first.measured, first.leases) == ("h100x4/a", 6.0, (9.0, 5.0, 6.0))
+    # others' are other cards, another length, another unit, and heads
+    assert others == [found[i] for i in (2, 3, 5, 6, 7)]
 
 
 def test_what_is_on_the_host_takes_launches_and_no_room():

@@ -54,7 +54,7 @@ def test_options_of_the_engine_do_not_reach_the_op():
 def test_everything_can_be_said():
     block = {"enabled": False, "strict": True, "verify": False, "report": False, "logits": "keep", "eval": "stock"}
     block |= {"embedding": True, "warmup": True, "leaf_modules": True, "profile": "small", "zero_sizes": "large"}
-    block |= {"collectives": "stock"}
+    block |= {"collectives": "stock", "rotary_frequencies": "fp32"}
     config = parse(block | dict.fromkeys(OP_KEYS, False))
     assert {name: getattr(config, name) for name in block} == block
     assert config.wanted == {}

@@ -15,7 +15,7 @@ from ds_fused.engine.profiles import ESTIMATED, PROFILES, filled
 from ds_fused.engine.zero_sizes import sizes_of
 
 ON = {"enabled": True}
-SMALL = {"leaf_modules": False, "zero_sizes": "small", "embedding": True}
+SMALL = {"leaf_modules": True, "zero_sizes": "small", "embedding": True}
 ON_HOST = {"recompute.level": "attention", "recompute.offload": True}
 IF_LONG = {"tiled_mlp.least_tokens": 32768}
 IN_TILES = {"tiled_mlp.tiles": 4} | IF_LONG
@@ -28,12 +28,12 @@ TABLE = [
     (
         ON | {"recompute": "attention", "embedding": False},
         "small",
-        {"leaf_modules": False, "zero_sizes": "small"} | IN_TILES | OF_HEAD,
+        {"leaf_modules": True, "zero_sizes": "small"} | IN_TILES | OF_HEAD,
     ),
     (
         ON | {"recompute": {"level": "fit", "keep_mb": 3}, "zero_sizes": "stock"},
         "small",
-        {"leaf_modules": False, "embedding": True} | IN_TILES | OF_HEAD,
+        {"leaf_modules": True, "embedding": True} | IN_TILES | OF_HEAD,
     ),
     # no options are added: "matmuls" has no keep_mb, and "fit" by itself has room
     (ON | {"recompute": {"level": "matmuls"}}, "small", SMALL | IN_TILES | OF_HEAD),

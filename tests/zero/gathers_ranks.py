@@ -305,6 +305,17 @@ def some_stay_whole() -> dict:
 
 
 @case
+def frequencies() -> dict:
+    """zero.Init rounds those of the rotary embedding. "whole": a model that was built without it."""
+    bf16 = {"bf16": {"enabled": True}}
+    build = partial(split_llama, **bf16)
+    found = {"stock": trained(build, None, **bf16), "whole": trained(llama, None, **bf16)}
+    for choice in ("stock", "fp32"):
+        found[f"{choice} by us"] = trained(build, OFF | {"rotary_frequencies": choice}, **bf16)
+    return found
+
+
+@case
 def offloaded() -> dict:
     """Shards of weights on the host: here, where the device is."""
     return ways(llama, zero={"offload_param": {"device": "cpu"}})

@@ -246,6 +246,19 @@ def test_a_large_layer_is_left(cases):
         assert left.startswith("MixtralDecoderLayer: leaf_modules: its ")
 
 
+def test_rotary_frequencies_that_zero_init_has_rounded(cases):
+    for found in cases["frequencies"]:
+        # as stock, unless they are asked for in fp32: then as a model that zero.Init has not made
+        assert_alike(found["stock by us"], found["stock"])
+        assert_alike(found["fp32 by us"], found["whole"])
+        assert found["stock"]["said"] != found["whole"]["said"]
+        (left,) = [line for line in found["stock by us"]["left"] if "frequencies" in line]
+        assert left.startswith(
+            "LlamaRotaryEmbedding: rotary_frequencies: its frequencies are in bfloat16, as zero.Init"
+        )
+        assert "-> the same, with its frequencies in fp32" in found["fp32 by us"]["report"]
+
+
 def test_profiles(cases):
     for found in cases["profiles"]:
         for way in ("auto", "fit", "fast", "small", "explicit"):
@@ -254,9 +267,12 @@ def test_profiles(cases):
         assert found["auto"]["sizes"] == found["fast"]["sizes"] and found["auto"]["leafs"] == found["fast"]["leafs"]
         for way in ("auto", "fit"):
             assert f'profile "{way}": "fast", ' in found[way]["report"]
-        assert 'profile "small"; it sets leaf_modules = false, zero_sizes = "small", ' in found["small"]["report"]
+        assert 'profile "small"; it sets leaf_modules = true, zero_sizes = "small", ' in found["small"]["report"]
         assert "inputs, and what is kept of attention, wait in the host's memory" in found["small"]["report"]
         assert found["small"]["sizes"]["reduce_bucket_size"] == 7744 // 8
+        assert found["small"]["sizes"]["stage3_prefetch_bucket_size"] == 7744 - 7744 // 16
+        # tiled MLPs too, which are inside
+        assert found["fast"]["leafs"] and {*found["fast"]["leafs"]} < {*found["small"]["leafs"]}
         assert found["explicit"]["sizes"]["reduce_bucket_size"] == 500_000_000
         assert "its weight in 2 slabs" not in found["explicit"]["report"]
 
