@@ -25,7 +25,7 @@ from ds_fused.policies.report import Left
 KEY = "rotary_frequencies"
 # part of the names of transformers' buffers
 NAME = "inv_freq"
-# as far as numbers may be apart that were rounded to 16 bits at every step of their computation
+# as far, of their size, as numbers may be apart that were rounded to 16 bits at every step of their computation
 NEAR = 2**-6
 
 Buffers = Mapping[str, Tensor]
@@ -109,14 +109,20 @@ def _exact(module: nn.Module, rounded: Buffers) -> Buffers | str:
     for name, buffer in rounded.items():
         if exact[name] is None or exact[name].shape != buffer.shape or exact[name].dtype != torch.float32:
             return f"its configuration gives no {name} like this in fp32"
-        if not _off(buffer, exact[name]) <= NEAR:
+        # below the smallest normal number there are few bits, and what overflows on the way is 0 in the end
+        apart, allowed = _apart(buffer, exact[name]), NEAR * exact[name].abs() + torch.finfo(buffer.dtype).tiny
+        if not (apart <= allowed).all():
             return f"{name} is none that its configuration gives"
     return exact
 
 
+def _apart(rounded: Tensor, exact: Tensor) -> Tensor:
+    return (rounded.float().cpu() - exact).abs()
+
+
 def _off(rounded: Tensor, exact: Tensor) -> float:
-    """The largest relative error."""
-    return ((rounded.float().cpu() - exact).abs() / exact.abs()).max().item()
+    """The largest relative error; parts of a head that are not turned have 0."""
+    return (_apart(rounded, exact) / exact.abs().clamp_min(torch.finfo(torch.float32).tiny)).max().item()
 
 
 def _said(rounded: Buffers, exact: Buffers | str, wanted: bool) -> str:
@@ -125,6 +131,6 @@ def _said(rounded: Buffers, exact: Buffers | str, wanted: bool) -> str:
         return f"its frequencies stay in {dtype}, since {exact}" if wanted else f"its frequencies are in {dtype}"
     off = max(_off(buffer, exact[name]) for name, buffer in rounded.items())
     return (
-        f"its frequencies are in {dtype}, as zero.Init makes them and stock has them, up to {100 * off:.2g} % off; "
+        f"its frequencies are in {dtype}, as DeepSpeed has made them and stock has them, up to {100 * off:.3g} % off; "
         f'"{KEY}": "fp32" has them computed again'
     )

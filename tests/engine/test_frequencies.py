@@ -9,7 +9,7 @@ from transformers import Gemma3TextConfig, LlamaConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from ds_fused.engine.frequencies import claims_of
+from ds_fused.engine.frequencies import _off, claims_of
 
 SCALED = {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}
 
@@ -47,12 +47,28 @@ def test_frequencies_are_computed_again_and_put_back(made, dtype):
     assert all(model.rotary.get_buffer(name) is buffer for name, buffer in were.items())
 
 
+def test_frequencies_that_overflow_on_the_way():
+    """In fp16 500000 ** x is infinite for the slowest ones; and where a head is turned in part, some are 0."""
+    exact = llama(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    model = rounded(llama(rope_parameters={"rope_type": "default", "rope_theta": 5e5}), torch.float16)
+    slow = exact.inv_freq < 1 / torch.finfo(torch.float16).max
+    assert slow.sum() == 4
+    for buffer in model.rotary.buffers():
+        buffer[slow] = 0
+    _, (left,) = claims_of(model, wanted=False)
+    assert "in float16, as DeepSpeed has made them and stock has them, up to 100 % off" in left.reason
+    ((claim,), _) = claims_of(model, wanted=True)
+    claim.commit()
+    assert torch.equal(model.rotary.inv_freq, exact.inv_freq)
+    assert _off(torch.zeros(2), torch.zeros(2)) == 0
+
+
 def test_what_stays_is_said():
     claims, (left,) = claims_of(rounded(llama()), wanted=False)
     assert claims == [] and (left.what, left.count) == ("LlamaRotaryEmbedding", 1)
     assert left.reason == (
-        "rotary_frequencies: its frequencies are in bfloat16, as zero.Init makes them and stock has them, "
-        'up to 0.37 % off; "rotary_frequencies": "fp32" has them computed again'
+        "rotary_frequencies: its frequencies are in bfloat16, as DeepSpeed has made them and stock has them, "
+        'up to 0.365 % off; "rotary_frequencies": "fp32" has them computed again'
     )
 
 
