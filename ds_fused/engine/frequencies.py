@@ -3,9 +3,10 @@
 Within DeepSpeed's zero.Init every floating-point tensor that a constructor makes has the dtype of the training, however
 it was asked for. So a model that is built there, as by HuggingFace's ``from_pretrained`` under ZeRO-3, has the
 frequencies of its rotary embedding in 16 bits, up to 0.4 % off, where under ZeRO-0 to 2 they are in fp32: a pretrained
-model turns by other angles than it was trained with. That costs little (1e-4 to 4e-4 of SmolLM2's loss, see
-benchmarks/notes.md), but a training that moves between the stages is not of one model. Stock has it so; without this
-key a line of the report says it.
+model turns by other angles than it was trained with. In bf16 that costs little (1e-4 to 4e-4 of SmolLM2's loss, see
+benchmarks/notes.md), but a training that moves between the stages is not of one model. In fp16 a base beyond 65504 is
+infinite on the way, and all frequencies but the first are 0. Stock has it so; without this key a line of the report
+says it.
 
 Source: DeepSpeed's issue 4932, transformers' issue 28596.
 """
@@ -115,8 +116,7 @@ def _exact(module: nn.Module, rounded: Buffers) -> Buffers | str:
 
 
 def _is_rounded(rounded: Tensor, exact: Tensor) -> bool:
-    """Below the smallest normal number there are few bits. What overflows on the way is 0 in the end: in fp16 that are
-    all frequencies but the first where their base is beyond 65504, as Llama-3's and Gemma-3's are."""
+    """Below the smallest normal number there are few bits. What overflows on the way is 0 in the end."""
     allowed = NEAR * exact.abs() + torch.finfo(rounded.dtype).tiny
     overflowed = (rounded.cpu() == 0) & (rounded.dtype == torch.float16)
     return bool(((_apart(rounded, exact) <= allowed) | overflowed).all())
