@@ -113,6 +113,8 @@ def patch_tiled(type_: str) -> None:
 _LIGER = {"patch": patch_liger, "check": check_liger, "needs_gpu": True}
 _LEAF = {"leaf": True, "zero": LARGE}
 _SIZES = {"leaf": True, "sizes": "large"}
+_BY_MODULES = {"enabled": True, "profile": "small", "leaf_modules": False}
+_IN_TILES = {"tiled_mlp": {"tiles": 4, "least_tokens": 1}}
 WAYS: Mapping[str, Way] = {
     "hf": Way("stock"),
     "hf-flash": Way("stock, flash attention whatever PyTorch would take", backend="FLASH_ATTENTION"),
@@ -136,28 +138,11 @@ WAYS: Mapping[str, Way] = {
         block={"enabled": True, "profile": "fast", "recompute": {"level": "fit", "offload": "fit"}},
     ),
     "ours-small": Way('ds_fused, "profile": "small"', block={"enabled": True, "profile": "small"}),
-    "ours-small-modules": Way(
-        "the same, gathered module by module",
-        block={"enabled": True, "profile": "small", "leaf_modules": False},
-    ),
-    "ours-small-tiled": Way(
-        "that with every MLP in tiles",
-        block={
-            "enabled": True,
-            "profile": "small",
-            "leaf_modules": False,
-            "tiled_mlp": {"tiles": 4, "least_tokens": 1},
-        },
-    ),
+    "ours-small-modules": Way("the same, gathered module by module", block=_BY_MODULES),
+    "ours-small-tiled": Way("that with every MLP in tiles", block=_BY_MODULES | _IN_TILES),
     "ours-small-device": Way(
         "that with nothing on the host, so that no attention is kept",
-        block={
-            "enabled": True,
-            "profile": "small",
-            "leaf_modules": False,
-            "tiled_mlp": {"tiles": 4, "least_tokens": 1},
-            "recompute": {"level": "fit", "keep_mb": 0},
-        },
+        block=_BY_MODULES | _IN_TILES | {"recompute": {"level": "fit", "keep_mb": 0}},
     ),
 }
 # what is run when none are named; a leaf module is ZeRO-3's

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from ds_fused.modules.swap import qualified_name
+
 # so many of the smallest weights, or gradients, go both ways before any go in place
 PROBES = 2
 
@@ -22,8 +24,7 @@ class CollectiveClaim:
 
     @property
     def original(self) -> str:
-        cls = type(self.owner)
-        return f"{cls.__module__}.{cls.__qualname__}"
+        return qualified_name(type(self.owner))
 
     def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """What differs where some go this way and DeepSpeed's; all ranks ask."""

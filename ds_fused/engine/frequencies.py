@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ds_fused.modules.swap import original_class
+from ds_fused.modules.swap import original_class, qualified_name
 from ds_fused.policies.report import Left
 
 KEY = "rotary_frequencies"
@@ -45,8 +45,7 @@ class FrequencyClaim:
 
     @property
     def original(self) -> str:
-        cls = original_class(self.modules[0])
-        return f"{cls.__module__}.{cls.__qualname__}"
+        return qualified_name(original_class(self.modules[0]))
 
     def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None  # they were compared when they were found

@@ -35,7 +35,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ds_fused.engine.zero_sizes import given
 from ds_fused.modules.scope import in_backward, say_once
-from ds_fused.modules.swap import original_class
+from ds_fused.modules.swap import original_class, qualified_name
 from ds_fused.policies.report import Left
 
 if TYPE_CHECKING:
@@ -64,8 +64,7 @@ class LeafClaim:
 
     @property
     def original(self) -> str:
-        cls = original_class(self.layers[0])
-        return f"{cls.__module__}.{cls.__qualname__}"
+        return qualified_name(original_class(self.layers[0]))
 
     def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None  # nothing is computed otherwise

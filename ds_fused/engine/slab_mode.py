@@ -26,7 +26,7 @@ from ds_fused.engine.stationary import ZeroShard
 from ds_fused.engine.zero_slabs import ZeroSlabs
 from ds_fused.engine.zero_vector import ZeroVector
 from ds_fused.modules.embedding import slab_embedding_of
-from ds_fused.modules.swap import is_fused, original_class, swap, unswap, why_not
+from ds_fused.modules.swap import is_fused, original_class, qualified_name, swap, unswap, why_not
 from ds_fused.policies.loss import LinearClaim
 from ds_fused.policies.report import Left
 
@@ -51,8 +51,7 @@ class EmbeddingClaim:
 
     @property
     def original(self) -> str:
-        cls = original_class(self.module)
-        return f"{cls.__module__}.{cls.__qualname__}"
+        return qualified_name(original_class(self.module))
 
     @property
     def replacement(self) -> str:

@@ -14,6 +14,7 @@ to know, hashable and picklable.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -83,6 +84,11 @@ def is_fused(module: nn.Module) -> bool:
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class the layer had before any swap."""
     return getattr(type(module), "_ds_fused_original", type(module))
+
+
+def qualified_name(cls: type | Callable) -> str:
+    """Of a class or a function, as reports name it."""
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def why_not(module: nn.Module) -> str | None:

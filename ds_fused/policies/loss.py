@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ds_fused.modules.head import CausalLMLoss, Head
 from ds_fused.modules.scope import HeadWeight, Scope
-from ds_fused.modules.swap import fused_class, is_fused, swap, unswap, why_not
+from ds_fused.modules.swap import fused_class, is_fused, qualified_name, swap, unswap, why_not
 from ds_fused.policies.loss_proof import code_of, head_differs, linear_differs, real_differs
 from ds_fused.policies.report import Claim, Left
 
@@ -83,7 +83,7 @@ class LinearClaim:
 
     @property
     def original(self) -> str:
-        return f"{self.cls.__module__}.{self.cls.__qualname__}"
+        return qualified_name(self.cls)
 
     def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
         options = tuple(sorted(self.options.items()))
@@ -194,7 +194,7 @@ def claim_loss(
         if REAL in wanted and losses:
             original = next(iter(losses.values())).original
             where = tuple(names[id(m)] for m in losses)
-            claims.append(RealClaim(site, where, f"{original.__module__}.{original.__qualname__}"))
+            claims.append(RealClaim(site, where, qualified_name(original)))
     return claims, left
 
 
@@ -300,7 +300,7 @@ def _why_not_head(head: nn.Module) -> str | None:
         return f"PEFT wraps it ({cls.__name__}); the logits are computed"
     more = head._modules or head._buffers or not head._parameters.keys() <= {"weight", "bias"}
     if not isinstance(head, nn.Linear) or more:
-        return f"it is a {cls.__module__}.{cls.__qualname__}, no plain Linear; the logits are computed"
+        return f"it is a {qualified_name(cls)}, no plain Linear; the logits are computed"
     reason = why_not(head)
     if reason is not None:
         return reason
@@ -313,7 +313,7 @@ def _why_not_head(head: nn.Module) -> str | None:
     if cls.forward is not nn.Linear.forward:
         differs = head_differs(head)
         if differs is not None:
-            return f"it is a {cls.__module__}.{cls.__qualname__}, no plain Linear: {differs}; the logits are computed"
+            return f"it is a {qualified_name(cls)}, no plain Linear: {differs}; the logits are computed"
     return None
 
 

@@ -16,7 +16,7 @@ from ds_fused.modules.allotment import Allotment, Auto, Fixed
 from ds_fused.modules.kept import Learnt
 from ds_fused.modules.offload import Offload
 from ds_fused.modules.recompute import FUNCTION, Recompute
-from ds_fused.modules.swap import is_fused, swap, unswap, why_not
+from ds_fused.modules.swap import is_fused, qualified_name, swap, unswap, why_not
 from ds_fused.policies.report import Left
 
 KEY = "recompute"
@@ -107,8 +107,7 @@ class RecomputeClaim:
 
     @property
     def original(self) -> str:
-        cls = type(self.modules[0])
-        return f"{cls.__module__}.{cls.__qualname__}"
+        return qualified_name(type(self.modules[0]))
 
     @property
     def replacement(self) -> str:

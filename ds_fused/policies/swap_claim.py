@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ds_fused.modules.swap import fused_class, is_fused, swap, unswap
+from ds_fused.modules.swap import fused_class, is_fused, qualified_name, swap, unswap
 from ds_fused.modules.tiled_mlp import TILED, Tiles
 from ds_fused.policies.kinds import Kind, Way, qk_norms, unproven
 from ds_fused.policies.memory import remembered
@@ -55,7 +55,7 @@ class SwapClaim:
         self.paths += (path,)
         self._modules.append(module)
         self._cls = type(module)
-        self.original = f"{self._cls.__module__}.{self._cls.__qualname__}"
+        self.original = qualified_name(self._cls)
 
     def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
         # what runs tile by tile is what is proven; its copies have stub children, whose weights no tile would know
