@@ -100,6 +100,9 @@ def _exact(module: nn.Module, rounded: Buffers) -> Buffers | str:
     config = getattr(module, "config", None)
     if config is None:
         return "it has no configuration that they could be computed from"
+    if next(module.parameters(), None) is not None:
+        # a second one of these would be more than frequencies
+        return "it has weights besides"
     try:
         with torch.device("cpu"):
             twin = original_class(module)(config)

@@ -101,6 +101,14 @@ class Picky(LlamaRotaryEmbedding):
         super().__init__(config)
 
 
+class Attention(LlamaRotaryEmbedding):
+    """That has its frequencies itself."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.q_proj = nn.Linear(4, 4)
+
+
 CONFIG = LlamaConfig(hidden_size=64, num_attention_heads=1)
 
 
@@ -116,8 +124,9 @@ def moved() -> LlamaRotaryEmbedding:
         (Vision(), "it has no configuration that they could be computed from"),
         (moved(), "inv_freq is none that its configuration gives"),
         (Picky(CONFIG, 1), "they can't be computed from its configuration: TypeError: "),
+        (Attention(CONFIG), "it has weights besides"),
     ],
-    ids=["no configuration", "others", "another constructor"],
+    ids=["no configuration", "others", "another constructor", "with weights"],
 )
 def test_what_cannot_be_computed_again_stays_and_says_why(module, reason):
     claims, (left,) = claims_of(rounded(module), wanted=True)
