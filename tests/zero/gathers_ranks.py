@@ -305,6 +305,13 @@ def some_stay_whole() -> dict:
 
 
 @case
+def whole_ahead() -> dict:
+    """Of a layer of 7744 weights all is on its way before it begins, or, as the JSON says in "part", 2000."""
+    block, part = LEAF | {"zero_sizes": "small"}, {"stage3_prefetch_bucket_size": 2000}
+    return {"whole": trained(llama, block), "part": trained(llama, block, zero=part)}
+
+
+@case
 def frequencies() -> dict:
     """zero.Init rounds those of the rotary embedding. "whole": a model that was built without it."""
     bf16 = {"bf16": {"enabled": True}}

@@ -246,6 +246,16 @@ def test_a_large_layer_is_left(cases):
         assert left.startswith("MixtralDecoderLayer: leaf_modules: its ")
 
 
+def test_of_leaf_modules_the_next_is_on_its_way_as_a_whole(cases):
+    for found in cases["whole_ahead"]:
+        whole, part = found["whole"], found["part"]
+        assert whole["said"] == part["said"]
+        assert whole["sizes"]["stage3_prefetch_bucket_size"] == 7744 - 7744 // 16
+        assert part["sizes"]["stage3_prefetch_bucket_size"] == 2000
+        # once DeepSpeed knows the order, a layer that is not all on its way comes in two gathers
+        assert whole["gathers"][-1] < part["gathers"][-1]
+
+
 def test_rotary_frequencies_that_zero_init_has_rounded(cases):
     for found in cases["frequencies"]:
         # as stock, unless they are asked for in fp32: then as a model that zero.Init has not made
