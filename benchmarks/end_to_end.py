@@ -34,7 +34,7 @@ from pathlib import Path
 # run as a script: find this folder's modules
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.page import PACKAGES, Header, Results, Row, header, without_folders
+from benchmarks.page import PACKAGES, Header, Results, Row, header, positive, without_folders
 from benchmarks.plot_step import draw
 from benchmarks.ranks import Ended, free_port, listen
 from benchmarks.results import OK
@@ -315,21 +315,21 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_off = argparse.BooleanOptionalAction
     add = parser.add_argument
-    add("--gpus", type=_positive, default=1, help="ranks; on a machine without a GPU they run on the CPU")
+    add("--gpus", type=positive, default=1, help="ranks; on a machine without a GPU they run on the CPU")
     add("--out", type=Path, default=Path(), help="folder for the results")
     add("--name", default="end_to_end", help="of the files in it")
     add("--shape", choices=tuple(SHAPES), default="8b-16layers", help="the model")
-    add("--layers", type=_positive, help="so many instead of the model's own")
+    add("--layers", type=positive, help="so many instead of the model's own")
     add("--stage", type=int, choices=(0, 1, 2, 3), default=3, help="of ZeRO")
     add("--micro-batches", type=_numbers, default=[1], metavar="N,...", help="sequences of a rank and step")
-    add("--length", type=_positive, default=4096, help="tokens of a sequence; with --longest the first that is tried")
+    add("--length", type=positive, default=4096, help="tokens of a sequence; with --longest the first that is tried")
     add("--checkpointing", action=on_off, default=True, help="of gradients")
     add("--lora", action=on_off, default=False, help="train adapters only; needs peft")
     add("--offload", action=on_off, default=False, help="optimizer on the CPU")
-    add("--steps", type=_positive, default=8, help="that are measured")
+    add("--steps", type=positive, default=8, help="that are measured")
     add("--warm-up", type=_numbers, default=[3], metavar="N[,M]", help="steps before them; M: where a size came before")
     add("--profile", action=on_off, default=True, help="one more step in round 1, taken apart")
-    add("--rounds", type=_positive, default=2)
+    add("--rounds", type=positive, default=2)
     add("--resume", action="store_true", help="keep the rows of NAME.json, measure what is missing")
     add("--room", type=float, metavar="GIB", help="that PyTorch may have of each card, as if it were a smaller one")
     add("--seconds", type=float, default=float("inf"), help="start no way after that")
@@ -340,9 +340,9 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     add("--tokenizer", type=Path, help="folder of the tokenizer")
     add("--weights", type=Path, help="folder with a saved model of the shape; default: random weights")
     add("--longest", action="store_true", help="look for the longest sequence that trains, micro batch 1")
-    add("--last-length", type=_positive, default=1 << 20, help="--longest tries none beyond it")
+    add("--last-length", type=positive, default=1 << 20, help="--longest tries none beyond it")
     add("--plot", type=Path, metavar="FOLDER", help="draw NAME.png from the NAME.json of a folder, measure nothing")
-    add("--master_port", type=_positive, help="where the ranks meet; default: a free one for each launch")
+    add("--master_port", type=positive, help="where the ranks meet; default: a free one for each launch")
     options = parser.parse_args(arguments)
     try:
         options.ways = chosen(options)
@@ -391,14 +391,8 @@ def chosen(options: argparse.Namespace) -> dict[str, Way]:
     return {name: known[name] for name in names}
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
-
-
 def _numbers(text: str) -> list[int]:
-    return [_positive(word) for word in text.split(",")]
+    return [positive(word) for word in text.split(",")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

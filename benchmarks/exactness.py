@@ -27,18 +27,16 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 import ds_fused
-from benchmarks.page import Header, Results, Row, header, table, without_folders
-from benchmarks.ranks import said
+from benchmarks.page import Header, Results, Row, header, positive, table, without_folders
 from benchmarks.results import OK
 from benchmarks.step_data import Stream
-from benchmarks.step_job import attention
+from benchmarks.step_job import attention, status_of
+from benchmarks.step_page import LIGER, OTHER_STOCK, STOCK
 from benchmarks.step_shapes import SHAPES, built, shape_of
 from benchmarks.step_ways import WAYS, Way
 
-OURS = "ours"
-STOCK = tuple(name for name, way in WAYS.items() if name.split("-")[0] == "hf" and not way.leaf)
 # Liger's patch can't be taken back, so it comes last
-DEFAULT = (*STOCK, OURS, "liger")
+DEFAULT = (*(name for name in WAYS if name == STOCK or name.startswith(OTHER_STOCK)), "ours", LIGER)
 NO_ENGINE: dict[str, object] = {"zero_optimization": {"stage": 0}}
 
 
@@ -54,9 +52,11 @@ class Compared:
         handles = [
             weight.register_post_accumulate_grad_hook(self._hook(name)) for name, weight in model.named_parameters()
         ]
-        yield
-        for handle in handles:
-            handle.remove()
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _hook(self, name: str) -> object:
         def compare(weight: Tensor) -> None:
@@ -140,16 +140,9 @@ def page(head: Header, rows: Sequence[Row]) -> str:
             continue
         apart, gradients = row["apart"], row["gradients"]
         amounts = [abs(one) for one in apart]
-        cells.append(
-            [
-                row["way"],
-                f"{statistics.fmean(apart):+.1e}",
-                *(f"{one:.1e}" for one in (statistics.fmean(amounts), max(amounts))),
-                *(f"{gradients[key]:.2e}" for key in ("all", "median")),
-                f"{gradients['worst']:.2e} ({gradients['worst_of']})",
-                row["note"],
-            ]
-        )
+        losses = [f"{statistics.fmean(apart):+.1e}", f"{statistics.fmean(amounts):.1e}", f"{max(amounts):.1e}"]
+        of_all, median, worst = (f"{gradients[key]:.2e}" for key in ("all", "median", "worst"))
+        cells.append([row["way"], *losses, of_all, median, f"{worst} ({gradients['worst_of']})", row["note"]])
     return "\n".join([*lines, *table(names, cells), ""])
 
 
@@ -159,17 +152,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(), help="folder for the results")
     parser.add_argument("--name", default="exactness", help="of the files in it")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="8b", help="the model")
-    parser.add_argument("--layers", type=int, help="so many instead of the model's own")
-    parser.add_argument("--batch", type=int, default=1, help="sequences of a batch")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
-    parser.add_argument("--batches", type=int, default=8)
-    parser.add_argument("--ways", default=",".join(DEFAULT), help=f"of {', '.join(DEFAULT)}; liger has to be the last")
+    parser.add_argument("--layers", type=positive, help="so many instead of the model's own")
+    parser.add_argument("--batch", type=positive, default=1, help="sequences of a batch")
+    parser.add_argument("--length", type=positive, default=2048, help="tokens of a sequence")
+    parser.add_argument("--batches", type=positive, default=8)
+    parser.add_argument(
+        "--ways", default=",".join(DEFAULT), help=f"of {', '.join(DEFAULT)}; {LIGER} has to be the last"
+    )
     options = parser.parse_args(arguments)
     names = options.ways.split(",")
     if unknown := [name for name in names if name not in DEFAULT]:
         parser.error(f"there is no way {unknown[0]!r}; there are {', '.join(DEFAULT)}")
-    if "liger" in names[:-1]:
-        parser.error("liger has to be the last way: its patch can't be taken back")
+    if LIGER in names[:-1]:
+        parser.error(f"{LIGER} has to be the last way: its patch can't be taken back")
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     # weights are drawn by rank
@@ -190,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             row["apart"] = [loss - exact for loss, exact in zip(row["losses"], job.losses, strict=True)]
         except Exception as error:
             # one way that can't run leaves the others
-            row["status"] = f"failed: {without_folders(said(error))}"
+            row["status"] = without_folders(status_of(error))
         results.add(row)
         gc.collect()
         if on_gpu:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -37,6 +38,13 @@ def _version(name: str) -> str:
 def table(names: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
     rows = [names, ["---"] * len(names), *lines]
     return [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
+
+
+def positive(text: str) -> int:
+    """Of an option's text."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
 
 
 def number(value: object, form: str) -> str:

@@ -26,10 +26,12 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ds_fused.engine.figures import Figures, Head, Rates, chosen, of_gather, sharded
 from ds_fused.engine.shards import Shards
+from ds_fused.engine.zero_sizes import BUCKET, LIVE, PREFETCH, REUSE, sizes_of
 
 MIB = 2**20
 GPUS_OF_NODE = 8
@@ -37,8 +39,6 @@ GPUS_OF_NODE = 8
 NVLINK = 450e9
 # seconds of a hop of a ring within a node and between two, as NCCL's own model has them for protocol LL128 (tuning.cc)
 HOP, NETWORK_HOP = 1.9e-6, 4.0e-6
-# elements: DeepSpeed's stage3_prefetch_bucket_size and stage3_max_reuse_distance
-PREFETCH, REUSE = 5e7, 1e9
 # of an optimizer's step per parameter: the gradient widened, read and its norm taken (12 B), the weight laid back (4 B)
 OPTIMIZER_BYTES = 16
 # and seconds of PyTorch's fused AdamW: 40.2 ms for 2.27e9 on an H100, in all ways of results/h100x2/end_to_end. Its
@@ -273,18 +273,26 @@ class Way:
 
     def bucket(self, shape: Shape) -> float:
         """Elements of gradients that are reduced together."""
-        by_layer = {"small": shape.layer / 8, "large": shape.layer}
-        return min(5e8, by_layer.get(self.sizes, 5e8), shape.elements)
+        return min(self.zero_sizes(shape)["reduce_bucket_size"], shape.elements)
 
     def live(self, shape: Shape) -> float:
         """Elements of weights that may be gathered at a time."""
-        ahead = shape.layer - shape.layer // 16 if self.leaf else PREFETCH
-        by_layer = {"small": min(1e9, 2 * shape.layer + ahead), "large": max(1e9, 2 * shape.layer) + 3 * shape.layer}
-        return min({"stock": 1e9, "2e9": 2e9}.get(self.sizes) or by_layer[self.sizes], shape.elements)
+        return min(self.zero_sizes(shape)["stage3_max_live_parameters"], shape.elements)
 
     def group(self, shape: Shape) -> float:
         """Elements of weights after which the optimizer begins a new group."""
-        return GROUP if self.sizes in ("stock", "2e9") else shape.layer
+        return self.zero_sizes(shape)["sub_group_size"]
+
+    def zero_sizes(self, shape: Shape) -> Mapping[str, float]:
+        """Elements, by their names in the JSON."""
+        if self.sizes in ("small", "large"):
+            return sizes_of(self.sizes, shape.layer, shape.elements, whole=self.leaf)
+        return {
+            "stage3_prefetch_bucket_size": PREFETCH,
+            "stage3_max_live_parameters": 2e9 if self.sizes == "2e9" else LIVE,
+            "reduce_bucket_size": BUCKET,
+            "sub_group_size": GROUP,
+        }
 
 
 WAYS = {
@@ -442,7 +450,7 @@ def kept_room(job: Job, machine: Machine, measured: Kept) -> float:
 def _start_bytes(job: Job) -> float:
     """What is there when the first layer begins: its input, its weights, and those fetched ahead."""
     shape, way = job.shape, job.way
-    ahead = 2 * shape.layer if way.sizes == "large" else PREFETCH
+    ahead = way.zero_sizes(shape)["stage3_prefetch_bucket_size"]
     weights = 2 * (shape.layer + ahead) if job.stage == 3 else 0.0
     return states_bytes(job) + _bucket_bytes(job) + weights + 2 * shape.hidden * job.tokens
 

@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ds_fused.modules.swap import original_class, qualified_name
-from ds_fused.policies.report import Left
+from ds_fused.engine.unproven_claim import UnprovenClaim
+from ds_fused.modules.swap import original_class
+from ds_fused.policies.report import Left, counted
 
 KEY = "rotary_frequencies"
 # part of the names of transformers' buffers
@@ -33,27 +34,18 @@ Buffers = Mapping[str, Tensor]
 
 
 @dataclass(eq=False)
-class FrequencyClaim:
-    """The rotary embeddings of one class whose frequencies are computed again."""
+class FrequencyClaim(UnprovenClaim):
+    """The rotary embeddings of one class whose frequencies are computed again: compared when they were found."""
 
-    paths: tuple[str, ...]
-    modules: Sequence[nn.Module]
     exact: Sequence[Buffers]
     key: str = KEY
     replacement: str = "the same, with its frequencies in fp32"
     rounded: list[Buffers] = field(default_factory=list)
 
-    @property
-    def original(self) -> str:
-        return qualified_name(original_class(self.modules[0]))
-
-    def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        return None  # they were compared when they were found
-
     def commit(self) -> None:
         self.rounded = [_rounded(module) for module in self.modules]
-        for module, exact in zip(self.modules, self.exact, strict=True):
-            module._buffers.update({name: exact[name].to(buffer.device) for name, buffer in _rounded(module).items()})
+        for module, exact, rounded in zip(self.modules, self.exact, self.rounded, strict=True):
+            module._buffers.update({name: exact[name].to(buffer.device) for name, buffer in rounded.items()})
 
     def restore(self) -> None:
         for module, rounded in zip(self.modules, self.rounded, strict=True):
@@ -61,9 +53,6 @@ class FrequencyClaim:
 
     def in_place(self) -> bool:
         return not any(map(_rounded, self.modules))
-
-    def watched(self) -> tuple[type, ...]:
-        return ()
 
 
 def claims_of(model: nn.Module, wanted: bool) -> tuple[list[FrequencyClaim], list[Left]]:
@@ -83,7 +72,7 @@ def claims_of(model: nn.Module, wanted: bool) -> tuple[list[FrequencyClaim], lis
         FrequencyClaim(tuple(there), [module for module, _ in there.values()], [exact for _, exact in there.values()])
         for there in found.values()
     ]
-    return claims, [Left(what, count, reason) for (what, reason), count in left.items()]
+    return claims, counted(left)
 
 
 def _rounded(module: nn.Module) -> Buffers:

@@ -33,10 +33,11 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ds_fused.engine.unproven_claim import UnprovenClaim
 from ds_fused.engine.zero_sizes import given
 from ds_fused.modules.scope import in_backward, say_once
-from ds_fused.modules.swap import original_class, qualified_name
-from ds_fused.policies.report import Left
+from ds_fused.modules.swap import original_class
+from ds_fused.policies.report import Left, counted
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -52,26 +53,17 @@ _HELD = "ds_fused: computed again"
 
 
 @dataclass(eq=False)
-class LeafClaim:
+class LeafClaim(UnprovenClaim):
     """Layers of one class, gathered as one each."""
 
-    paths: tuple[str, ...]
-    layers: Sequence[nn.Module]
     offload: DeepSpeedZeRoOffload
     key: str = KEY
     replacement: str = "the same, gathered as one"
     hooks: list[RemovableHandle] = field(default_factory=list)
 
-    @property
-    def original(self) -> str:
-        return qualified_name(original_class(self.layers[0]))
-
-    def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        return None  # nothing is computed otherwise
-
     def commit(self) -> None:
-        gather_as_one(self.offload, self.layers)
-        for layer in self.layers:
+        gather_as_one(self.offload, self.modules)
+        for layer in self.modules:
             # found once: to walk through a layer's modules takes longer than either hook
             parameters = list(layer.parameters())
             # around DeepSpeed's own, which lets go of what no module is active with
@@ -81,17 +73,14 @@ class LeafClaim:
     def restore(self) -> None:
         for hook in self.hooks:
             hook.remove()
-        for layer in self.layers:
+        for layer in self.modules:
             with suppress(AttributeError):
                 delattr(layer, _FLAG)
         if _is_hooked(self.offload):
             _hook_again(self.offload)
 
     def in_place(self) -> bool:
-        return all(getattr(layer, _FLAG, False) for layer in self.layers)
-
-    def watched(self) -> tuple[type, ...]:
-        return ()
+        return all(getattr(layer, _FLAG, False) for layer in self.modules)
 
 
 def are_set(engine: DeepSpeedEngine, model: nn.Module) -> str | None:
@@ -134,7 +123,7 @@ def claims_of(
         else:
             left[original_class(layer).__name__, f"{KEY}: {reason}"] += 1
     claims = [LeafClaim(tuple(found), list(found.values()), offload) for found in fitting.values()]
-    return claims, [Left(what, count, reason) for (what, reason), count in left.items()]
+    return claims, counted(left)
 
 
 def _why_none(

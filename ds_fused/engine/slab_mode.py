@@ -23,15 +23,15 @@ from ds_fused.engine.delivery import Bystander, Delivery
 from ds_fused.engine.lookup import Lookup
 from ds_fused.engine.shards import Shards
 from ds_fused.engine.stationary import ZeroShard
+from ds_fused.engine.unproven_claim import UnprovenClaim
 from ds_fused.engine.zero_slabs import ZeroSlabs
 from ds_fused.engine.zero_vector import ZeroVector
 from ds_fused.modules.embedding import slab_embedding_of
-from ds_fused.modules.swap import is_fused, original_class, qualified_name, swap, unswap, why_not
+from ds_fused.modules.swap import is_fused, swap, unswap, why_not
 from ds_fused.policies.loss import LinearClaim
 from ds_fused.policies.report import Left
 
 if TYPE_CHECKING:
-    import torch
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     from ds_fused.policies.report import Report
@@ -41,36 +41,26 @@ log = logging.getLogger("ds_fused")
 
 
 @dataclass(eq=False)
-class EmbeddingClaim:
-    """An embedding whose table is never whole."""
+class EmbeddingClaim(UnprovenClaim):
+    """An embedding whose table is never whole: rows are picked, not computed."""
 
-    module: nn.Embedding
-    paths: tuple[str, ...]
     lookup: Lookup
     key: str = "embedding"
-
-    @property
-    def original(self) -> str:
-        return qualified_name(original_class(self.module))
 
     @property
     def replacement(self) -> str:
         return f"embedding; {self.lookup}"
 
-    def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        return None  # rows are picked, not computed
-
     def commit(self) -> None:
-        swap(self.module, slab_embedding_of(type(self.module)), _ds_fused_lookup=self.lookup)
+        for module in self.modules:
+            swap(module, slab_embedding_of(type(module)), _ds_fused_lookup=self.lookup)
 
     def restore(self) -> None:
-        unswap(self.module)
+        for module in self.modules:
+            unswap(module)
 
     def in_place(self) -> bool:
-        return is_fused(self.module) and "forward" not in vars(self.module)
-
-    def watched(self) -> tuple[type, ...]:
-        return ()
+        return all(is_fused(module) and "forward" not in vars(module) for module in self.modules)
 
 
 class SlabMode:
@@ -150,7 +140,7 @@ class SlabMode:
         for path, module in self._tables(engine.module, [claim.site.head for claim in heads]):
             reason = self._why_gather(engine, module, why_not_looked_up(module))
             if reason is None:
-                claim = EmbeddingClaim(module, (path,), self._lookup(self._delivery(engine, module.weight)))
+                claim = EmbeddingClaim((path,), [module], self._lookup(self._delivery(engine, module.weight)))
                 claim.commit()
                 report.claims = (*report.claims, claim)
             else:

@@ -19,7 +19,7 @@ from ds_fused.policies.arguments import check_choice, check_flags, check_model, 
 from ds_fused.policies.kinds import ACTIVATION, ADAPTER, NORM, ROPE, Kind, Way, find, qk_norms, unproven
 from ds_fused.policies.loss import claim_loss
 from ds_fused.policies.recompute import Recomputing, claim_recompute, recomputing
-from ds_fused.policies.report import Claim, Left, Report
+from ds_fused.policies.report import Claim, Left, Report, counted
 from ds_fused.policies.swap_claim import AttentionClaim, SwapClaim
 
 # names of layers that a user would expect to be replaced: where they are of no kind that we know, the report says so
@@ -162,7 +162,7 @@ def plan(
 
     loss, loss_left = claim_loss(model, wanted, logits=logits, eval=eval, weight=weight)
     claims = (*alike.values(), *loss)
-    left_whole = [Left(what, count, reason) for (what, reason), count in left.items()]
+    left_whole = counted(left)
     _no_conflict(claims)
     return Plan(claims, (*left_whole, *loss_left))
 
@@ -213,7 +213,7 @@ def _left_apart(claims: Sequence[Claim]) -> list[Left]:
     for claim in claims:
         if isinstance(claim, SwapClaim) and claim.apart is not None:
             rows[_short(claim.original), ": ".join(claim.apart)] += len(claim.paths)
-    return [Left(what, count, reason) for (what, reason), count in rows.items()]
+    return counted(rows)
 
 
 def _keys(wanted: Mapping[str, object] | None, switches: Mapping[str, object]) -> dict[str, dict[str, object]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -49,6 +49,11 @@ class Left:
     what: str
     count: int
     reason: str
+
+
+def counted(left: Mapping[tuple[str, str], int]) -> list[Left]:
+    """Of (what, reason) -> how many layers."""
+    return [Left(what, count, reason) for (what, reason), count in left.items()]
 
 
 @dataclass(frozen=True)

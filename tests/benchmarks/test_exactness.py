@@ -28,7 +28,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     return {row["way"]: row for row in json.loads((out / "exactness.json").read_text())["rows"]}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there it runs")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU this way runs")
 def test_a_way_that_needs_a_gpu_says_so_and_leaves_the_others(rows):
     assert rows["hf-cudnn"]["status"] == "failed: RuntimeError: needs a GPU"
     assert rows["ours"]["status"] == OK
