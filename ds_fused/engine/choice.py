@@ -69,6 +69,11 @@ class Choice:
         return self._mode != GATHER
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the weight is here and no gradient is wanted, so that nothing has to travel."""
+        return self._slabs.whole is not None
+
+    @property
     def window_bytes(self) -> int:
         return self._slabs.window_bytes
 

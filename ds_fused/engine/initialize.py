@@ -3,10 +3,11 @@
 ``__init__``: take note of the ``ds_fused`` block before anything happens; report when all is done.
 ``_configure_distributed_model``: replace right before it. By then AutoTP and AutoEP have put their own layers in place
 (earlier, they would replace ours by stock ones); the cast, ZeRO's hooks and the optimizer are still to come.
-``destroy``: hand back what copy engines hold, after all of stock's. ``__del__``, which calls it: ranks do so when they
-like, so nothing may wait for another one.
+``destroy``: give the model back as it was, before all of stock's, and after it what copy engines hold. ``__del__``,
+which calls it: ranks do so when they like, in the middle of whatever it may be, so nothing may wait for another one or
+touch the model. A later engine over the same layers gives it back then: what they are bound to is the earlier one.
 
-Without a block, or with ``"enabled": false``, all are the originals and nothing of us is imported.
+Without a block, or with ``"enabled": false``, all else is the originals' and nothing of us is imported.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import inspect
 import json
 import logging
 import os
+import weakref
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 BLOCK = "ds_fused"
 
 log = logging.getLogger("ds_fused")
+# of engines whose models are not given back
+_reports: weakref.WeakSet[Report] = weakref.WeakSet()
 
 
 def hook(engine_module: ModuleType) -> None:
@@ -80,6 +84,8 @@ def _wrapped_init(original):
 def _wrapped_configure(original):
     @functools.wraps(original)
     def _configure_distributed_model(self, model):
+        if _reports:
+            _give_back(model)
         if "_ds_fused_block" in self.__dict__:
             _replace(self, model, self.__dict__["_ds_fused_block"])
         return original(self, model)
@@ -90,12 +96,17 @@ def _wrapped_configure(original):
 def _wrapped_destroy(original):
     @functools.wraps(original)
     def destroy(self):
+        is_garbage = self.__dict__.get("_ds_fused_is_garbage", False)
+        report, slab_mode = (self.__dict__.get(name) for name in ("ds_fused_report", "_ds_fused_slab_mode"))
         try:
-            return original(self)
+            if report is not None and not is_garbage:
+                report.restore()
         finally:
-            slab_mode = self.__dict__.get("_ds_fused_slab_mode")
-            if slab_mode is not None:
-                slab_mode.close(together=not self.__dict__.get("_ds_fused_is_garbage", False))
+            try:
+                original(self)
+            finally:
+                if slab_mode is not None:
+                    slab_mode.close(together=not is_garbage)
 
     return destroy
 
@@ -112,6 +123,15 @@ def _wrapped_del(original):
 _ABSENT = object()
 
 
+def _give_back(model: torch.nn.Module) -> None:
+    """As they were: layers of this model that an earlier engine has."""
+    modules = set(model.modules())
+    for report in list(_reports):
+        if not modules.isdisjoint(report.model.modules()):
+            report.restore()
+            _reports.discard(report)
+
+
 def _replace(engine: DeepSpeedEngine, model: torch.nn.Module, block: object) -> None:
     from ds_fused.engine.agreement import Agreement
 
@@ -126,6 +146,7 @@ def _replace(engine: DeepSpeedEngine, model: torch.nn.Module, block: object) -> 
         agree.failed(e)
         raise
     engine.__dict__.update(_ds_fused_config=config, ds_fused_report=report)
+    _reports.add(report)
 
 
 def _resolved(
@@ -215,6 +236,8 @@ def _replaced(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config, a
 def _arrange_gathers(engine: DeepSpeedEngine, config: Config, report: Report) -> None:
     """Under ZeRO-3: how weights come, and which together: a tiled MLP's, once for all tiles; an adapter's with those of
     its layer, which opens them; with ``leaf_modules`` those of a repeated layer."""
+    from deepspeed.utils import z3_leaf_module
+
     from ds_fused.engine import collectives, leaf_modules, zero_linear
     from ds_fused.modules.lora import LoRALinear
     from ds_fused.modules.tiled_mlp import TiledMLP
@@ -230,10 +253,13 @@ def _arrange_gathers(engine: DeepSpeedEngine, config: Config, report: Report) ->
     wholes = [
         module
         for module in engine.module.modules()
-        if isinstance(module, (TiledMLP, LoRALinear)) and not any(p in slabs for p in module.parameters())
+        if isinstance(module, (TiledMLP, LoRALinear))
+        and not z3_leaf_module(module)
+        and not any(p in slabs for p in module.parameters())
     ]
     if wholes and offload is not None:
         leaf_modules.gather_as_one(offload, wholes)
+        report.undoing = (*report.undoing, functools.partial(leaf_modules.gather_apart, offload, wholes))
     if not config.leaf_modules:
         return
     reason = engine.__dict__["_ds_fused_leafs_are_set"]

@@ -47,7 +47,8 @@ KEY = "leaf_modules"
 # what is saved is the start of a collective for each module: beyond a GiB a layer's matrices are large enough for that
 # not to matter, and experts of which a batch may need a few would all be gathered
 MOST_BYTES = 2**30
-_FLAG = "_z3_leaf"
+# DeepSpeed's marks: of such a module, and of its parameters
+_FLAG, _OF_LEAF = "_z3_leaf", "ds_z3_leaf_module"
 # among the ids of modules that use a weight
 _HELD = "ds_fused: computed again"
 
@@ -73,11 +74,7 @@ class LeafClaim(UnprovenClaim):
     def restore(self) -> None:
         for hook in self.hooks:
             hook.remove()
-        for layer in self.modules:
-            with suppress(AttributeError):
-                delattr(layer, _FLAG)
-        if _is_hooked(self.offload):
-            _hook_again(self.offload)
+        gather_apart(self.offload, self.modules)
 
     def in_place(self) -> bool:
         return all(getattr(layer, _FLAG, False) for layer in self.modules)
@@ -189,6 +186,18 @@ def gather_as_one(offload: DeepSpeedZeRoOffload, modules: Sequence[nn.Module]) -
     for module in modules:
         set_z3_leaf_module(module, True)
     _hook_again(offload)
+
+
+def gather_apart(offload: DeepSpeedZeRoOffload, modules: Sequence[nn.Module]) -> None:
+    """As before ``gather_as_one``, for this engine and any later one."""
+    for module in modules:
+        with suppress(AttributeError):
+            delattr(module, _FLAG)
+        for p in module.parameters():
+            if getattr(p, _OF_LEAF, None) is module:
+                delattr(p, _OF_LEAF)
+    if _is_hooked(offload):
+        _hook_again(offload)
 
 
 def _is_hooked(offload: DeepSpeedZeRoOffload) -> bool:

@@ -1,11 +1,13 @@
 """How an embedding's table is reached under ZeRO-3: it comes in slabs, or it stays and the tokens travel.
 
-Chosen call by call, by what travels: W ranks of at most M tokens send W * M rows, the table has V.
+Chosen call by call, by what travels: W ranks of at most M tokens send W * M rows, the table has V. Where somebody has
+gathered it, nothing has to.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from ds_fused.engine.stationary import ZeroShard
 from ds_fused.engine.zero_slabs import ZeroSlabs
@@ -15,7 +17,7 @@ from ds_fused.ops.stationary_embedding import stationary_embedding
 
 
 class Lookup:
-    """One embedding's table. Every rank calls it at the same place, with as many ids as it has."""
+    """One embedding's table. Every rank calls it at the same place, with as many ids as it has, unless it is whole."""
 
     def __init__(self, slabs: ZeroSlabs, shard: ZeroShard | None, block_bytes: int) -> None:
         """``shard``: the same table where it lies; without it, it always comes in slabs."""
@@ -34,6 +36,9 @@ class Lookup:
 
     def __call__(self, ids: Tensor, padding_idx: int | None = None) -> Tensor:
         """ids [...] -> [..., H]"""
+        whole = self._slabs.whole
+        if whole is not None:
+            return F.embedding(ids, whole)
         if self._shard is None:
             return slab_embedding(ids, self._slabs, padding_idx)
         if ids.device.type == "cpu":

@@ -77,12 +77,12 @@ class SlabMode:
         self._deliveries: dict[nn.Parameter, Delivery] = {}
 
     def slabs(self, head: nn.Module, n_tokens: int, inside: bool) -> ZeroSlabs | ZeroShard | None:
-        """The weight of a head whose loss is to be computed without the whole of it.
+        """The weight of a head whose loss is to be computed without the whole of it; None where that is here.
 
         ``inside``: a forward of the model is running.
         """
         choice = self._heads.get(head)
-        return None if choice is None else choice.of(n_tokens, inside)
+        return None if choice is None or choice.is_whole else choice.of(n_tokens, inside)
 
     @property
     def window_bytes(self) -> int:

@@ -90,6 +90,17 @@ class ZeroSlabs:
     def requires_grad(self) -> bool:
         return self.param.requires_grad
 
+    @property
+    def whole(self) -> Tensor | None:
+        """The weight, where somebody has gathered it and no gradient is wanted: a rank may go its own way then.
+
+        As generation does over ``GatheredParameters``. To gather is a collective, so all ranks find the same.
+        """
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        is_here = self.param.ds_status == ZeroParamStatus.AVAILABLE
+        return self.param.data if is_here and not torch.is_grad_enabled() else None
+
     def __len__(self) -> int:
         return len(self._spans)
 

@@ -85,8 +85,8 @@ def slice_width(tokens: int, hidden: int, inner: int, tiles: int) -> int:
 
 def sliced_gradients(
     linears: Linears, x: Tensor, dy: Tensor, tiles: int, wants_dx: bool
-) -> tuple[Tensor | None, list[tuple[nn.Parameter, Tensor]]]:
-    """x [..., D], dy [..., E] -> dx, and each parameter that is trained with its gradient.
+) -> tuple[Tensor | None, dict[nn.Parameter, Tensor]]:
+    """x [..., D], dy [..., E] -> dx, and the gradient of each parameter that is trained.
 
     In the memory of so many tiles of tokens.
     """
@@ -102,7 +102,10 @@ def sliced_gradients(
         _one_slice(linears.form, _heads(linears.form, gate, up, inner, cols), down, cols, rows, dy, dx)
     if down.dbias is not None:
         torch.sum(dy, 0, out=down.dbias)
-    gradients = [pair for layer in (gate, up, down) if layer is not None for pair in layer.gradients()]
+    gradients: dict[nn.Parameter, Tensor] = {}
+    for p, gradient in (pair for layer in (gate, up, down) if layer is not None for pair in layer.gradients()):
+        # two layers may share a weight
+        gradients[p] = gradients[p].add_(gradient) if p in gradients else gradient
     return None if dx is None else dx.to(x.dtype).view(x.shape), gradients
 
 

@@ -7,8 +7,8 @@ the peak is one tile's activations, x, y and their gradients. Costs one more for
 ALST (arXiv 2506.13996), where parameters collect their gradients tile by tile; here each gets one gradient:
 
 - what the tiles give is summed in fp32 (4 bytes a parameter while a backward lasts), and rounded once;
-- the sum reaches the parameter inside the last tile's own backward, where whoever waits for gradients (ZeRO's buckets,
-  a hook) sees it once for each backward, as of an untiled layer, with the parameter in place (ZeRO-3 has it gathered);
+- autograd gets the sum, as of an untiled layer, and adds what other uses of the layer give: whoever waits for gradients
+  (ZeRO's buckets, a hook) sees one for each backward, with the parameter in place (ZeRO-3 has it gathered);
 - all ranks run the same number of tiles, however many tokens they have: a layer whose weights are gathered must;
 - the gradient of a linear layer's weight is added to its sum by the product that makes it (``summed.py``), and where a
   tile's result is that of a last linear layer, from the second tile on it is not computed: nobody reads it.
@@ -24,7 +24,8 @@ out: the tiles run twice, and hooks of modules within the function as often.
 
 Under ZeRO-3 a tiled layer should be a leaf module (``deepspeed.utils.set_z3_leaf_modules``): its weights are then
 gathered once each way, as an untiled layer's, and there may be slices. Otherwise each tile asks for them, and DeepSpeed
-keeps them in between only when it has seen the order of layers.
+keeps them in between only when it has seen the order of layers; the sum reaches a parameter inside the last tile's own
+backward then, the only place where it is there, and a layer that is used twice before a backward is not supported.
 
 Random numbers and autocast are in a recomputed tile what they were before.
 
@@ -82,10 +83,10 @@ def tiled(
 ) -> Tensor:
     """``function(x)`` for x [..., T, H], in ``tiles`` calls with about as many rows [..., 1, n, H] each.
 
-    ``function`` must treat every row alone and return [..., 1, n, D]. ``parameters`` are those that it uses: they get
-    their gradients by ``.backward()``, as under reentrant checkpointing, not by ``torch.autograd.grad``. A tensor hook
-    on a parameter sees the parts of a gradient, a post-accumulate hook the whole. In a compiled graph it is a
-    checkpoint around each tile. ``projections``: the layers of which ``function`` is a gated MLP, if it is one.
+    ``function`` must treat every row alone and return [..., 1, n, D]. ``parameters`` are those that it uses. Those that
+    ZeRO-3 shards, and not as a leaf module's, get their gradients by ``.backward()``, as under reentrant checkpointing,
+    not by ``torch.autograd.grad``. A tensor hook on a parameter sees the parts of a gradient too. In a compiled graph
+    it is a checkpoint around each tile. ``projections``: the layers of which ``function`` is a gated MLP, if it is one.
     """
     check_tiles("tiled", tiles)
     if x.ndim < 2:
@@ -99,17 +100,23 @@ def tiled(
     trained = [p for p in parameters if p.requires_grad]
     if not torch.is_grad_enabled() or not (trained or x.requires_grad):
         return _forward(function, x, tiles)
-    # of trained parameters autograd knows nothing here: something has to lead back even if x needs no gradient
-    anchor = x.new_empty(0).requires_grad_(bool(trained))
+    stay = all(_stays(p) for p in trained)
+    # of parameters that don't, autograd knows nothing: something has to lead back even if x needs no gradient
+    known = trained if stay else [x.new_empty(0).requires_grad_()]
 
     def make(empty: Empty | None) -> Tensor:
-        return TiledFunction.apply(x, anchor, function, tiles, trained, projections, empty)
+        return TiledFunction.apply(x, function, tiles, trained, stay, projections, empty, *known)
 
     def value() -> Tensor:
         with _Surroundings(x).autocast():
             return _forward(function, x, tiles)
 
     return postponable(make, value)
+
+
+def _stays(p: nn.Parameter) -> bool:
+    """Whether it is in place from the layer's backward to its own: not where ZeRO-3 gathers it for each tile."""
+    return not hasattr(p, "ds_id") or p.ds_persist or hasattr(p, "ds_z3_leaf_module")
 
 
 def _tiles(x: Tensor, tiles: int) -> list[Tensor]:
@@ -141,15 +148,16 @@ class TiledFunction(torch.autograd.Function):
     def forward(
         ctx,
         x: Tensor,
-        anchor: Tensor,
         function: Layer,
         tiles: int,
         trained: list[nn.Parameter],
+        stay: bool,  # they follow, and autograd gets their gradients
         projections: Projections | None,
         empty: Empty | None,  # makes the result where it is not to be computed
+        *_: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.function, ctx.tiles, ctx.trained = function, tiles, trained
+        ctx.function, ctx.tiles, ctx.trained, ctx.stay = function, tiles, trained, stay
         ctx.projections, ctx.then = projections, _Surroundings(x)
         if empty is not None:
             return empty()
@@ -159,18 +167,18 @@ class TiledFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.trained and not torch.autograd._is_checkpoint_valid():
+        if not ctx.stay and not torch.autograd._is_checkpoint_valid():
             raise RuntimeError(
-                "tiled: parameters get their gradients by .backward() without inputs=, not by torch.autograd.grad"
+                "tiled: parameters that ZeRO-3 gathers for each tile get their gradients by .backward() without "
+                "inputs=, not by torch.autograd.grad"
             )
         (x,) = ctx.saved_tensors
         wants_dx = ctx.needs_input_grad[0]
-        linears = None if ctx.projections is None or ctx.then.enabled else ctx.projections.linears()
+        linears = None if ctx.projections is None or ctx.then.enabled or not ctx.stay else ctx.projections.linears()
         if linears is not None and linears.suit(x, dy, wants_dx):
             with ctx.then.autocast():
                 dx, gradients = sliced_gradients(linears, x.detach(), dy, ctx.tiles, wants_dx)
-            _hand_over(gradients)
-            return dx, *[None] * 6
+            return dx, *[None] * 6, *(gradients.get(p) for p in ctx.trained)
         tiles, dys = _tiles(x.detach(), ctx.tiles), _tiles(dy, ctx.tiles)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wants_dx else None
         dxs = _tiles(dx, ctx.tiles) if wants_dx else None
@@ -184,30 +192,38 @@ class TiledFunction(torch.autograd.Function):
                 with torch.enable_grad(), ctx.then.autocast(), summed:
                     y = ctx.function(tile)
                 summed.returned(y)
-                if not is_last:
-                    dtile = _collect(y, dys[i], tile if wants_dx else None, ctx.trained, sums)
-                else:
+                if is_last and not ctx.stay:
                     _deliver(y, dys[i], ctx.trained, sums)
                     dtile = tile.grad
+                else:
+                    dtile = _collect(y, dys[i], tile if wants_dx else None, ctx.trained, sums, is_last)
                 if wants_dx:
                     dxs[i].copy_(dtile)
-        return dx, *[None] * 6
+        return dx, *[None] * 6, *(sums if ctx.stay else [None])
 
 
 def _collect(
-    y: Tensor, dy: Tensor, tile: Tensor | None, trained: list[nn.Parameter], sums: list[Tensor | None]
+    y: Tensor,
+    dy: Tensor,
+    tile: Tensor | None,
+    trained: list[nn.Parameter],
+    sums: list[Tensor | None],
+    is_last: bool,
 ) -> Tensor | None:
     """One tile's gradients: those of parameters are added to the sums, the tile's is returned.
 
-    None for a parameter: it has none, or the product that made it has added it to its sum.
+    None for a parameter: it has none, or the product that made it has added it to its sum. The last tile's sums are
+    rounded.
     """
     inputs = trained if tile is None else [tile, *trained]
     gradients = list(torch.autograd.grad(y, inputs, dy, allow_unused=True))
     dtile = None if tile is None else gradients.pop(0)
     for i, gradient in enumerate(gradients):
-        if gradient is None:
+        if is_last:
+            sums[i] = _rounded(sums[i], gradient)
+        elif gradient is None:
             continue
-        if sums[i] is None:
+        elif sums[i] is None:
             # a copy: two parameters may have been handed one tensor
             wide = torch.promote_types(gradient.dtype, torch.float32)
             sums[i] = gradient.to(wide, copy=True)
@@ -216,14 +232,21 @@ def _collect(
     return dtile
 
 
+def _rounded(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    if total is None or gradient is None:
+        # autograd rounds it
+        return total if gradient is None else gradient
+    # in one pass: a sum is four bytes a parameter, and that is what adding takes its time for
+    return torch.add(total, gradient, out=torch.empty_like(gradient))
+
+
 def _deliver(y: Tensor, dy: Tensor, trained: list[nn.Parameter], sums: list[Tensor | None]) -> None:
     """The last tile's backward, in which every parameter's gradient becomes that of all tiles."""
 
     def adding(i: int) -> Callable[[Tensor], Tensor]:
         def add(gradient: Tensor) -> Tensor:
             total, sums[i] = sums[i], None
-            # in one pass: a sum is four bytes a parameter, and that is what adding takes its time for
-            return torch.add(total, gradient, out=torch.empty_like(gradient))
+            return _rounded(total, gradient)
 
         return add
 
@@ -236,33 +259,6 @@ def _deliver(y: Tensor, dy: Tensor, trained: list[nn.Parameter], sums: list[Tens
     lost = [tuple(p.shape) for p, left in zip(trained, sums, strict=True) if left is not None]
     if lost:
         raise RuntimeError(f"tiled: parameters {lost} were used in some tiles and not in the last one")
-
-
-class _Gradients(torch.autograd.Function):
-    """Of the parameters, a node whose backward gives them what is ready."""
-
-    @staticmethod
-    def forward(ctx, ready: list[Tensor], *parameters: nn.Parameter) -> Tensor:
-        ctx.ready = ready
-        return ready[0].new_empty(0)
-
-    @staticmethod
-    def backward(ctx, _: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = (None, *ctx.ready)
-        # whoever gets one may keep it as it is where nobody else holds it
-        ctx.ready.clear()
-        return gradients
-
-
-def _hand_over(gradients: list[tuple[nn.Parameter, Tensor]]) -> None:
-    """By autograd, for whoever waits for a parameter's gradient. Empties the list."""
-    if not gradients:
-        return
-    parameters, ready = [p for p, _ in gradients], [gradient for _, gradient in gradients]
-    gradients.clear()
-    with torch.enable_grad():
-        made = _Gradients.apply(ready, *parameters)
-    torch.autograd.backward(made, torch.empty_like(made))
 
 
 class _Surroundings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -108,6 +108,7 @@ class Report:
     seconds: float
     watch: Watch = field(init=False)
     settings: Sequence[str] = ()  # what was set beside the layers, a line each
+    undoing: Sequence[Callable[[], None]] = ()  # of what was done beside the claims, behind them
 
     def __post_init__(self) -> None:
         self.watch = Watch(self.model, self.claims)
@@ -128,6 +129,9 @@ class Report:
         claims, self.claims = self.claims, ()
         for claim in reversed(claims):
             claim.restore()
+        undoing, self.undoing = self.undoing, ()
+        for undo in reversed(undoing):
+            undo()
         reports = vars(self.model).get(REPORTS, [])
         if self in reports:
             reports.remove(self)

@@ -15,6 +15,7 @@ V, H = 13, 6
 
 class Slabs(WholeWeight):
     ranks = 1
+    whole = None
 
     def __str__(self) -> str:
         return "its weight in 4 slabs"
@@ -37,6 +38,15 @@ def test_without_the_shard_all_comes_in_slabs():
     lookup = Lookup(Slabs(weight, 4), None, 2**20)
     assert str(lookup) == "its weight in 4 slabs"
     assert torch.equal(lookup(torch.tensor([1, 2])), weight[1:3])
+
+
+def test_nothing_travels_where_the_table_is_here():
+    weight = torch.randn(V, H)
+    shard, slabs = Shard(weight, 0, V), Slabs(weight, 4)
+    slabs.whole = weight
+    for way in (shard, None):
+        assert torch.equal(Lookup(slabs, way, 2**20)(torch.tensor([[1, 2]])), weight[None, 1:3])
+    assert not shard.collectives
 
 
 def test_an_illegal_id_is_an_error_before_ranks_count_on_each_other(monkeypatch):

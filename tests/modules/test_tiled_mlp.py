@@ -235,14 +235,36 @@ def test_errors(mlp):
         tiled(mlp, x[0, 0], 2, mlp.parameters())
     with pytest.raises(ValueError, match=r"made \(1, 6\) of \(1, 5, 6\); rows must stay"):
         tiled(lambda x: x.sum(-2), x, 3, mlp.parameters())
-    with pytest.raises(RuntimeError, match="not by torch.autograd.grad"):
-        torch.autograd.grad(tiled(mlp, x.requires_grad_(), 2, mlp.parameters()).sum(), x)
+
+
+def test_gradients_without_backward(mlp):
+    x, fused = torch.randn(2, 7, 6, requires_grad=True), tile(mlp, 3)
+    inputs = [[x, *model.parameters()] for model in (fused, mlp)]
+    close(*(torch.autograd.grad(model(x).sum(), given) for model, given in zip((fused, mlp), inputs, strict=True)))
+
+
+def test_parameters_of_the_first_tiles_alone(mlp):
+    x = torch.randn(2, 7, 6)
 
     def of_the_first(x: Tensor) -> Tensor:
         return mlp(x) if x.shape[-2] == 5 else x[..., :5] * mlp.down_proj.bias
 
-    with pytest.raises(RuntimeError, match="used in some tiles and not in the last one"):
-        tiled(of_the_first, x, 3, mlp.parameters()).sum().backward()
+    found = torch.autograd.grad(tiled(of_the_first, x, 3, mlp.parameters()).sum(), list(mlp.parameters()))
+    pieces = [of_the_first(rows) for rows in x.view(14, 6).split(5)]
+    close(found, torch.autograd.grad(torch.cat(pieces).sum(), list(mlp.parameters())))
+
+
+def test_a_layer_that_is_used_twice_has_one_gradient(mlp):
+    """Whoever waits for gradients, as ZeRO does, is told once of each backward."""
+    x, fused = torch.randn(2, 7, 6), tile(mlp, 3)
+    told: list[Tensor] = []
+    for p in fused.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: told.append(p.grad.clone()))
+    (fused(x).sum() + fused(2 * x).sum()).backward()
+    (mlp(x).sum() + mlp(2 * x).sum()).backward()
+    assert len(told) == len(list(fused.parameters()))
+    close([p.grad for p in fused.parameters()], [p.grad for p in mlp.parameters()])
+    assert all(any(torch.equal(p.grad, seen) for seen in told) for p in fused.parameters())
 
 
 def test_a_second_backward_is_another_one(mlp):

@@ -124,6 +124,9 @@ CASES = (
     "stream_without_copy_engines",
     "copied_auto",
     "destroyed",
+    "second_engine",
+    "whole_weights",
+    "two_forwards",
     *(f"copied_{name}" for name in (*COPIED, *STEPS)),
     *(f"stationary_{name}" for name in (*STATIONARY, *STEPS)),
     "stationary_class_weights",
@@ -401,6 +404,30 @@ def test_destroyed(ranks):
         assert all(losses == result["losses"][0] for losses in result["losses"])
         assert len(result["windows"]) == 2 * TURNS + 1 and all(result["windows"])
         assert result["there"] == [[0], [], [1, 2], [3], []]
+
+
+def test_second_engine(ranks):
+    """It trains what a model's first engine had fused, whichever the blocks of the two are, as stock's does."""
+    for result in ranks:
+        for name, pairs in result.items():
+            for pair, found in pairs.items():
+                assert found["losses"] == pytest.approx(pairs["stock"]["losses"], rel=1e-5), (name, pair)
+                assert found["moved"] == pytest.approx(pairs["stock"]["moved"], rel=1e-3), (name, pair)
+                # a destroyed engine takes all of itself along
+                assert not found["left"] and not found["claims"], (name, pair)
+
+
+def test_whole_weights(ranks):
+    for result in ranks:
+        for model, found in result.items():
+            for name, numbers in found.items():
+                assert numbers == pytest.approx(found["stock"], rel=1e-5), (model, name)
+
+
+def test_two_forwards(ranks):
+    for result in ranks:
+        for found in result.values():
+            equal_losses([found])
 
 
 def test_stream_without_copy_engines(ranks):

@@ -1,0 +1,120 @@
+"""Several engines over one model, weights that are whole for a while, and layers that run twice before a backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param, z3_leaf_module
+from special import STATIONARY, STREAM, case, engine_of, mine, model_of, train, with_lora
+
+TARGETS = ["q_proj", "down_proj"]
+BUILDS = {"plain": model_of, "tied": lambda: model_of(tied=True), "lora": lambda: with_lora(TARGETS)}
+TILED = {"tiled_mlp": {"tiles": 3}}
+# blocks of the first engine and of the second; None: stock
+PAIRS = {
+    "stock": (None, None),
+    "twice": ({}, {}),
+    "then stock": (STREAM, None),
+    "then stationary": (TILED | {"leaf_modules": True}, STATIONARY),
+}
+
+
+def marks(model: torch.nn.Module) -> list[str]:
+    """What of an engine is left on a model."""
+    leafs = [name for name, module in model.named_modules() if z3_leaf_module(module)]
+    return leafs + [name for name, p in model.named_parameters() if hasattr(p, "ds_z3_leaf_module")]
+
+
+@case
+def second_engine() -> dict:
+    """One engine after another over the same model; the first is destroyed, or forgotten."""
+
+    def run(build: Callable[[], torch.nn.Module], pair: tuple, is_destroyed: bool) -> dict:
+        model = build()
+        engine = engine_of(model, 3, pair[0])
+        losses = train(engine, mine()[:2])
+        left = None
+        if is_destroyed:
+            engine.destroy()
+            left = marks(model)
+        second = engine_of(model, 3, pair[1])
+        head = model.get_output_embeddings().weight
+        before = safe_get_full_fp32_param(head).clone() if head.requires_grad else torch.zeros(())
+        losses += train(second, mine()[2:])
+        moved = (safe_get_full_fp32_param(head) - before).abs().max().item() if head.requires_grad else 0.0
+        report = getattr(second, "ds_fused_report", None)
+        second.destroy()
+        return {"losses": losses, "moved": moved, "left": left, "claims": 0 if report is None else len(report.claims)}
+
+    return {
+        f"{name}, {'destroyed' if is_destroyed else 'forgotten'}": {
+            key: run(build, pair, is_destroyed) for key, pair in PAIRS.items()
+        }
+        for name, build in BUILDS.items()
+        # LoRA's layers come as one, and so do the first engine's tiled ones
+        for is_destroyed in ((True, False) if name == "plain" else (True,))
+    }
+
+
+@contextmanager
+def whole(engine: deepspeed.DeepSpeedEngine) -> Iterator[torch.nn.Module]:
+    """As TRL has a model generate: all weights gathered once, and nothing of DeepSpeed around the layers."""
+    offload = engine.optimizer.parameter_offload
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        for hook in (*offload.forward_hooks, *offload.backward_hooks):
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        yield engine.module
+        offload._register_deepspeed_module(offload.module)
+
+
+@case
+def whole_weights() -> dict:
+    """A rank may be alone then: one generates for longer, and one has a loss of its own."""
+
+    def run(tied: bool, block: dict | None) -> list[float]:
+        engine = engine_of(model_of(tied=tied), 3, block)
+        found = train(engine, mine()[:2])
+        engine.eval()
+        ids, labels = mine()[0]
+        with torch.no_grad(), whole(engine) as model:
+            made = model.generate(ids, max_new_tokens=3 * (1 + dist.get_rank()), min_new_tokens=3, do_sample=False)
+            if dist.get_rank() == 0:
+                found.append(model(input_ids=ids, labels=labels).loss.item())
+        found.append(made[:, ids.shape[1] :][:, :3].double().mean().item())
+        engine.train()
+        found += train(engine, mine()[2:])
+        engine.destroy()
+        return found
+
+    blocks = {"stock": None, "auto": {}, "stream": STREAM, "stationary": STATIONARY}
+    return {f"tied {tied}": {name: run(tied, block) for name, block in blocks.items()} for tied in (False, True)}
+
+
+@case
+def two_forwards() -> dict:
+    """One backward of two forwards, in buckets that are sent in between: each MLP in tiles has one gradient."""
+
+    def run(stage: int, bucket: int, block: dict | None) -> list[float]:
+        zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": bucket}
+        engine = engine_of(model_of(), stage, block, zero_optimization=zero)
+        found = []
+        for first, second in zip(mine()[:2], mine()[2:], strict=True):
+            losses = [engine(input_ids=ids, labels=labels).loss for ids, labels in (first, second)]
+            engine.backward(losses[0] + 0.5 * losses[1])
+            engine.step()
+            found += [loss.item() for loss in losses]
+        engine.destroy()
+        return found
+
+    return {
+        f"ZeRO-{stage}, {bucket}": {
+            name: run(stage, bucket, block) for name, block in (("stock", None), ("fused", TILED))
+        }
+        for stage in (2, 3)
+        for bucket in (100, 10**8)
+    }
