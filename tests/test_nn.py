@@ -105,6 +105,20 @@ def test_the_eps_of_rms_norm_is_pytorchs(dtype, device):
     torch.testing.assert_close(*(norm(x) for norm in norms))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_norms_under_autocast(dtype):
+    """Norms are among what PyTorch computes in fp32."""
+    for kind in ("RMSNorm", "LayerNorm"):
+        ours, stock = (getattr(made, kind)(D, 1e-6, device="cuda") for made in (nn, torch.nn))
+        fused = torch.nn.Sequential(copy.deepcopy(stock))
+        assert ds_fused.apply(fused).replaced
+        with torch.autocast("cuda", torch.bfloat16):
+            found, swapped, wanted = (norm(X.to("cuda", dtype)) for norm in (ours, fused, stock))
+        assert found.dtype == swapped.dtype == wanted.dtype == torch.float32
+        torch.testing.assert_close([found, swapped], [wanted, wanted])
+
+
 def test_a_wrong_shape_is_an_error():
     # as many numbers as wanted, but others
     with pytest.raises(ValueError, match=r"RMSNorm: x \(2, 3, 4\) must end in the normalized shape \(4, 3\)"):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ds_fused.modules.scope import say_once
 from ds_fused.ops import add_rms_norm, gated_rms_norm, group_norm, layer_norm, rms_norm
+from ds_fused.ops._triton import norm_dtype
 
 EPS_NAMES = ("variance_epsilon", "eps", "norm_eps", "epsilon", "layer_norm_eps")
 
@@ -32,6 +33,17 @@ class RMSNorm:
         if residual:
             return add_rms_norm(x, *residual, weight, eps=eps, offset=self.fused_offset, cast=self.fused_cast)
         return rms_norm(x, weight, bias=bias, eps=eps, offset=self.fused_offset, cast=self.fused_cast)
+
+
+class PyTorchRMSNorm(RMSNorm):
+    """``torch.nn.RMSNorm``, which under a GPU's autocast computes and returns fp32."""
+
+    def forward(self, *args: Tensor, **named: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x, *residual = (*args, *named.values())
+        if residual:
+            y, total = super().forward(x, *residual)
+            return y.to(norm_dtype(x, y.dtype)), total
+        return super().forward(x.to(norm_dtype(x, x.dtype)))
 
 
 class RMSNormT5(RMSNorm):

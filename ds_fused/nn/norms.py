@@ -19,6 +19,7 @@ from ds_fused.ops import (
     poly_norm,
     rms_norm,
 )
+from ds_fused.ops._triton import norm_dtype
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -58,6 +59,9 @@ class RMSNorm(torch.nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if self.eps is None else self.eps
         rows = _as_rows("RMSNorm", x, self.normalized_shape)
+        if self.cast == "after_weight":
+            # PyTorch's
+            rows = rows.to(norm_dtype(x, x.dtype))
         options = {"eps": eps, "offset": self.offset, "cast": self.cast}
         return rms_norm(rows, _flat(self.weight), **options).view(x.shape)
 

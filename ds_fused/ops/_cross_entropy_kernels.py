@@ -77,7 +77,7 @@ def _cross_entropy_fwd_kernel(
         row_ptr = logits_ptr + row * logits_stride
         cols = tl.arange(0, BLOCK)
         # finite, since -inf - -inf is not a number; no logit lies below it
-        top = tl.full([BLOCK], -1e38, tl.float32)
+        top = tl.full([BLOCK], -3.4028234663852886e38, tl.float32)
         total = tl.zeros([BLOCK], tl.float32)
         each = tl.zeros([BLOCK], tl.float32)
         first = tl.zeros([BLOCK], tl.int32)  # the block in which a lane saw its top first

@@ -87,7 +87,7 @@ def _lent_logits_kernel(
             of_label, of_all = tl.load(token_weights_ptr + row), tl.load(token_weights_ptr + token_weights_stride + row)
 
         # finite, since -inf - -inf is not a number; no logit lies below it
-        top = tl.full([BLOCK], -1e38, tl.float32)
+        top = tl.full([BLOCK], -3.4028234663852886e38, tl.float32)
         total = tl.zeros([BLOCK], tl.float32)
         each = tl.zeros([BLOCK], tl.float32)
         first = tl.zeros([BLOCK], tl.int32)  # the block in which a lane saw its top first

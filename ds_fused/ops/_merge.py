@@ -34,7 +34,7 @@ def _merge_kernel(
     ignored = tl.load(labels_ptr + token, mask=mask, other=0) == ignore_index
     picked = tl.zeros([BLOCK], tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    peak = tl.full([BLOCK], -1e38, tl.float32)
+    peak = tl.full([BLOCK], -3.4028234663852886e38, tl.float32)
     right = tl.zeros([BLOCK], tl.float32)
     below = tl.zeros([BLOCK], tl.float32)
     n_numbers = 3 + HAS_ACCURACY + HAS_ENTROPY

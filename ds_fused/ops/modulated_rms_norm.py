@@ -56,6 +56,8 @@ STAGES_BWD = 3
 SUM_ROWS = 32
 # modulations that one program adds up, one after the other
 MOST_IN_TURN = 8
+# programs beside each other, of a dimension of the grid that has 65535 at most
+MOST_BESIDE = 4096
 
 
 def modulated_rms_norm_reference(
@@ -169,17 +171,18 @@ def modulated_rms_norm_bwd(
             sum_partials(products, parts, d, dweight)
         return dx, dweight, dscale, dshift
     if any(wants[1:]):
-        # one launch less, where one program is not long at it
-        one = m <= MOST_IN_TURN or not wants[1]
-        dweights = dweight if one else torch.empty((m, d), dtype=torch.float32, device=x.device)
+        # one launch less, where one program is not long at it; of more than so many each takes several
+        turns = 1 if m <= MOST_IN_TURN else min(m, MOST_BESIDE)
+        one = turns == 1 or not wants[1]
+        dweights = dweight if one else torch.empty((turns, d), dtype=torch.float32, device=x.device)
         launch(
-            _modulated_rms_norm_sums_kernel, (cdiv(d, SUM_COLS), 1 if m <= MOST_IN_TURN else m),
+            _modulated_rms_norm_sums_kernel, (cdiv(d, SUM_COLS), turns),
             products, sums, weight, scale, dscale, dshift, dweights, row_stride(scale), m, parts, d,
             **forms, WANTS_DWEIGHT=wants[1], WANTS_DSCALE=wants[2], WANTS_DSHIFT=wants[3],
             BLOCK_ROWS=SUM_ROWS, BLOCK_COLS=SUM_COLS, num_warps=4,
         )  # fmt: skip
         if not one:
-            sum_partials(dweights, m, d, dweight)
+            sum_partials(dweights, turns, d, dweight)
     return dx, dweight, dscale, dshift
 
 

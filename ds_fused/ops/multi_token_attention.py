@@ -203,4 +203,5 @@ def multi_token_attention(
         window = None
     # flattened here: dynamo 2.11 can't hold the sizes of what was made of an input
     rows = rows_of(scores.contiguous())
-    return MultiTokenAttentionFunction.apply(rows, weight.contiguous(), bias, scores.shape, options, window, sparse)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    return MultiTokenAttentionFunction.apply(rows, weight, bias, scores.shape, options, window, sparse)

@@ -202,6 +202,14 @@ def test_masked_vocabulary(device, blocks):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_masked_by_the_least_number_of_their_dtype(dtype, device, blocks):
+    logits = randn(3, 71, device=device).to(dtype)
+    logits[1], logits[2, 8:] = torch.finfo(dtype).min, torch.finfo(dtype).min
+    labels = torch.tensor([0, 31, 4], device=device)
+    as_accurate(cross_entropy, cross_entropy_reference, [logits, labels], dtype, reduction="none")
+
+
 def test_ignored_rows_are_zero_and_not_read(device):
     logits = randn(4, 7, device=device).float()
     logits[1] = float("nan")

@@ -99,6 +99,15 @@ def test_masked_vocabulary(beta, device, pair_blocks):
     as_accurate(jsd, jsd_reference, [student, teacher, labels], torch.float32, beta=beta)
 
 
+@pytest.mark.parametrize("beta", BETAS)
+def test_rows_masked_by_the_least_number(beta, device, pair_blocks):
+    student, teacher, labels = pair(6, 71, device=device)
+    least = torch.finfo(torch.float32).min
+    for logits in (student, teacher):
+        logits[1], logits[2, 32:] = least, least
+    as_accurate(jsd, jsd_reference, [student, teacher, labels], torch.float32, frozen=(1,), beta=beta)
+
+
 @pytest.mark.parametrize(
     ("beta", "masked", "is_finite"), [(0.0, 1, True), (0.5, 0, True), (0.5, 1, True), (0.0, 0, False)]
 )

@@ -220,6 +220,12 @@ def test_masked_vocabulary_and_large_logits(device, blocks):
     as_accurate(lent, exact, [logits, torch.full((12,), 5, device=device)], torch.float32)
 
 
+def test_rows_masked_by_the_least_number(device, blocks):
+    logits = randn(3, 71, device=device)
+    logits[1], logits[2, 8:] = torch.finfo(torch.float32).min, torch.finfo(torch.float32).min
+    as_accurate(lent, exact, [logits, torch.tensor([0, 31, 4], device=device)], torch.float32)
+
+
 @pytest.mark.parametrize("upstream", [0.0, float("inf"), float("nan")])
 def test_errors(upstream):
     with pytest.raises(ValueError, match="cross_entropy: upstream is .*; it must be finite and not 0"):

@@ -110,6 +110,14 @@ def test_masked_vocabulary(where):
     as_accurate(ours, theirs, [x, weight, labels, bias], torch.float32, **CUTS[1])
 
 
+def test_a_vocabulary_masked_by_the_least_number(where):
+    x, weight, _, bias = some(3, 3, 23, where)
+    bias = torch.full_like(bias, torch.finfo(torch.bfloat16).min)
+    labels = torch.tensor([5, -100, 13], device=where)
+    loss = ours(x.bfloat16(), weight.bfloat16(), labels, bias.bfloat16(), **CUTS[1])
+    torch.testing.assert_close(loss.float(), torch.tensor(23.0, device=where).log().expand_as(loss))
+
+
 @only_plain
 @pytest.mark.parametrize("frozen", [(0,), (1,), (3,), (0, 1), (1, 3), (0, 3)])
 @pytest.mark.parametrize("cut", CUTS)

@@ -55,6 +55,19 @@ def test_more_samples_than_one_program_adds_up(frozen, device):
     as_accurate(modulated_rms_norm, modulated_rms_norm_reference, inputs, torch.bfloat16, frozen=frozen)
 
 
+@pytest.mark.parametrize("frozen", [(), (1,)])
+def test_more_samples_than_programs_beside_each_other(frozen, device, monkeypatch):
+    monkeypatch.setattr(registry.op("modulated_rms_norm").module, "MOST_BESIDE", 3)
+    inputs = some((MOST_IN_TURN + 3, 2, 9), device)
+    as_accurate(modulated_rms_norm, modulated_rms_norm_reference, inputs, torch.bfloat16, frozen=frozen)
+
+
+@pytest.mark.gpu
+def test_more_samples_than_a_grid_has_rows(device):
+    inputs = some((65537, 1, 9), device)
+    as_accurate(modulated_rms_norm, modulated_rms_norm_reference, inputs, torch.bfloat16)
+
+
 @pytest.mark.parametrize("shift_of", [(9,), (2, 3, 9)])
 def test_scale_and_shift_of_different_rows(shift_of, device):
     inputs = some((2, 3, 9), device)

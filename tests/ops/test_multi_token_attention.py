@@ -162,6 +162,9 @@ def test_strided_tensors(device):
     scores, weight, bias = (x.bfloat16() for x in some((2, 3, 9), (3, 5), device=device))
     turned = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (scores, weight)]
     judged([*turned, bias], torch.bfloat16, padding=1)
+    # what lies between a bias's elements is no bias
+    apart = torch.full((2 * len(bias),), float("nan"), dtype=bias.dtype, device=device)[::2].copy_(bias)
+    judged([scores, weight, apart], torch.bfloat16, padding=1)
     leaf = scores.requires_grad_()
     y = multi_token_attention(leaf, weight, bias, groups=3)
     dy = torch.ones((), dtype=y.dtype, device=device).expand_as(y)

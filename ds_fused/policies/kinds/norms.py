@@ -40,8 +40,9 @@ def _ways(module: nn.Module) -> Sequence[Way] | str:
     names = parameter_names(module)
     if names == ["hidden_states", "gate"]:
         return "it has not one epsilon" if eps is None else _ways_with_gate(module, eps)
+    mixin = norm.PyTorchRMSNorm if type(module).forward is nn.RMSNorm.forward else norm.RMSNorm
     rms = [] if eps is None else [
-        Way("rms_norm", "rms_norm", norm.RMSNorm, _state(eps=eps, cast=cast, offset=offset))
+        Way("rms_norm", "rms_norm", mixin, _state(eps=eps, cast=cast, offset=offset))
         for cast, offset in (RMS_FORMS if parameters else RMS_FORMS[:1])
     ]  # fmt: skip
     if rms and "weight" in module._parameters:
