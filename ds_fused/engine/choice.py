@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch import nn
 
 from ds_fused.engine.figures import Figures, Head, Rates, candidates, chosen, measured, turning_point
 
@@ -67,6 +68,10 @@ class Choice:
     def is_sharded(self) -> bool:
         """Whether the weight is never whole, as far as is known."""
         return self._mode != GATHER
+
+    @property
+    def param(self) -> nn.Parameter:
+        return self._slabs.param
 
     @property
     def is_whole(self) -> bool:

@@ -224,7 +224,9 @@ def _replaced(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config, a
         strict=config.strict,
         logits=config.logits,
         eval=config.eval,
-        weight=HeadWeight(zero3.whole_weight_of(engine), slab_mode.slabs, slab_mode.is_sharded, slab_mode.bias),
+        weight=HeadWeight(
+            zero3.whole_weight_of(engine), slab_mode.slabs, slab_mode.is_sharded, slab_mode.bias, slab_mode.shard
+        ),
         tiles=config.tiles,
         recompute=config.recompute,
         agree=lambda decisions: agree({"config": asked, **decisions}),

@@ -104,6 +104,11 @@ class SlabMode:
     def is_sharded(self, head: nn.Module) -> bool:
         return head in self._heads and self._heads[head].is_sharded
 
+    def shard(self, head: nn.Module) -> Tensor | None:
+        """This rank's part of a head's weight, if that is trained."""
+        param = self._heads[head].param if head in self._heads else None
+        return param.ds_tensor if param is not None and param.requires_grad else None
+
     def bias(self, head: nn.Module) -> Tensor | None:
         """That of a head in slabs, whole."""
         # a small one is whole on every rank

@@ -51,8 +51,9 @@ def _is_number(x: object) -> bool:
 class DeferredLogits:
     """``steps`` applied to the output of a postponed head call. See the file's text."""
 
+    # __dict__, in which nothing is: DeepSpeed's hooks look through vars() of what a layer returns for parameters
     __slots__ = (
-        *("_real", "_unwritten", "_viewed", "bias", "call", "capped", "dtype", "inner", "log_probs"),
+        *("__dict__", "_real", "_unwritten", "_viewed", "bias", "call", "capped", "dtype", "inner", "log_probs"),
         *("outer", "shape", "steps"),
     )
     # as a tensor's: `numpy_number * logits` is ours to compute

@@ -78,6 +78,11 @@ class Head:
             y.register_hook(_say_computed)
         return y
 
+    def _logits(self, input: Tensor, is_sharded: bool) -> Tensor:
+        """On demand."""
+        call, weight = HeadCall(self, input), self._ds_fused_scope.weight
+        return sealed(call, weight.whole, weight.shard) if is_sharded else on_demand(call, weight.whole)
+
     def forward(
         self,
         input: Tensor,
@@ -91,13 +96,13 @@ class Head:
         """
         scope = self._ds_fused_scope
         if later:
-            return (sealed if scope.weight.is_sharded(self) else on_demand)(HeadCall(self, input), scope.weight.whole)
+            return self._logits(input, scope.weight.is_sharded(self))
         if loss is None:
             return super().forward(input)
         logits = None
         if not torch.compiler.is_compiling():
             # beside the loss, so that hooks which act on a layer's outputs (ZeRO-3's) see a gradient to the logits too
-            logits = (on_demand if slabs is None else sealed)(HeadCall(self, input), scope.weight.whole)
+            logits = self._logits(input, is_sharded=slabs is not None)
         hidden, labels = replay(input, loss.rows).reshape(-1, input.shape[-1]), loss.labels
         # sharded, how many tokens a rank has is agreed on already; a compiled graph has room for a fixed number of them
         if scope.masked and slabs is None and loss.reduction != "none" and not torch.compiler.is_compiling():

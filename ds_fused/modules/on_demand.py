@@ -14,6 +14,10 @@ those; so this is a tensor subclass without storage, and it is the tensor that t
 One thing can differ from logits computed in the forward, and not silently: after an optimizer step they are those of
 the new weight, and reading them warns.
 
+Where the weight is sharded all ranks have to read. Accelerate's ``pad_across_processes`` has only those read whose batch
+is shorter than the longest, and between two such tensors all of them meet; but every rank asks first whether its tensor
+is nested. Nothing else that gets a model's output asks that, so there the logits are computed.
+
 Memory: hidden states [..., H] instead of logits [..., V], and both after a read; freed with the output.
 """
 
@@ -40,7 +44,9 @@ log = logging.getLogger("ds_fused")
 
 WholeWeight = Callable[[nn.Module], contextlib.AbstractContextManager]
 
-# spread over the weight, these tell whether it is the one that the loss saw: a step of an optimizer changes nearly all
+# what tells of a head whether its weight is still the same: it or this rank's part, if it is trained
+Seen = Callable[[nn.Module], Tensor | None]
+# spread over it, these do: a step of an optimizer changes nearly all
 SAMPLED_ELEMENTS = 256
 
 
@@ -63,16 +69,22 @@ def say_if_changed(weight: Tensor, sampled: Tensor) -> None:
 class Source:
     """The values behind one or more ``LogitsOnDemand``, and what they look like. Computed once, without a graph."""
 
-    __slots__ = ("__weakref__", "_compute", "_values", "device", "dtype", "shape")
+    __slots__ = ("__weakref__", "_compute", "_values", "device", "dtype", "shape", "together")
 
     def __init__(
-        self, compute: Callable[[], Tensor], shape: torch.Size, dtype: torch.dtype, device: torch.device
+        self,
+        compute: Callable[[], Tensor],
+        shape: torch.Size,
+        dtype: torch.dtype,
+        device: torch.device,
+        together: bool,  # all ranks have to
     ) -> None:
         self._compute: Callable[[], Tensor] | None = compute
         self._values: Tensor | None = None
         self.shape = shape
         self.dtype = dtype
         self.device = device
+        self.together = together
 
     def values(self) -> Tensor:
         if self._values is None:
@@ -84,30 +96,30 @@ class Source:
 
     def after(self, steps: tuple[Step, ...], shape: torch.Size, dtype: torch.dtype) -> Source:
         """The values with recorded steps on them, which have this shape and dtype."""
-        return Source(lambda: replay(self.values(), steps), shape, dtype, self.device)
+        return Source(lambda: replay(self.values(), steps), shape, dtype, self.device, self.together)
 
 
 class _Read:
     """How the logits of one forward are computed: head(hidden), under the forward's autocast."""
 
-    __slots__ = ("autocast", "head", "hidden", "sample", "whole_weight")
+    __slots__ = ("autocast", "head", "hidden", "sample", "seen", "whole_weight")
 
-    def __init__(self, call: HeadCall, whole_weight: WholeWeight, weight: Tensor | None) -> None:
-        """``weight``: the head's, by which a later read sees whether it is still the same; None where it isn't here."""
+    def __init__(self, call: HeadCall, whole_weight: WholeWeight, seen: Seen) -> None:
         self.head = call.head
         self.hidden = call.hidden.detach()
         self.autocast = call.autocast
-        self.sample = sample(weight) if weight is not None and weight.requires_grad else None
+        self.seen = seen
+        now = seen(call.head)
+        self.sample = None if now is None else sample(now)
         self.whole_weight = whole_weight
 
     def __call__(self) -> Tensor:
         _say_who_reads(_caller())
         # not the head's own call: outside the model's forward its hooks have no place in ZeRO-3's order of gathering
         with torch.inference_mode(self.hidden.is_inference()), torch.no_grad(), self.whole_weight(self.head):
-            weight = self.head.weight
             if self.sample is not None:
-                say_if_changed(weight, self.sample)
-            return self.logits(self.hidden, weight, self.head.bias)
+                say_if_changed(self.seen(self.head), self.sample)
+            return self.logits(self.hidden, self.head.weight, self.head.bias)
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         with torch.autocast(hidden.device.type, dtype=self.autocast, enabled=self.autocast is not None):
@@ -219,6 +231,8 @@ class LogitsOnDemand(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if func == _IS_NESTED and args[0]._source.together:
+            args[0].values()
         if func in FACTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -277,21 +291,26 @@ FACTS = {getattr(torch.Tensor, name).__get__ for name in _ATTRIBUTES.split() if 
 FACTS |= {getattr(torch.Tensor, name) for name in _METHODS.split() if hasattr(torch.Tensor, name)}
 FACTS |= {torch.numel, torch.is_floating_point, torch.is_complex, torch.is_inference}
 FACTS |= {torch.Tensor.grad.__set__, torch.Tensor._backward_hooks.__set__}
+_IS_NESTED = torch.Tensor.is_nested.__get__
+
+
+def _trained(head: nn.Module) -> Tensor | None:
+    return head.weight if head.weight.requires_grad else None
 
 
 def on_demand(call: HeadCall, whole_weight: WholeWeight) -> LogitsOnDemand:
     """The output of a postponed head call, on demand. To be called where the weight is whole: in the head's forward."""
-    weight = call.head.weight
-    read = _Read(call, whole_weight, weight)
-    source = Source(read, call.shape, call.dtype, call.hidden.device)
-    return _Logits.apply(read, source, call.hidden, weight, call.head.bias)
+    read = _Read(call, whole_weight, _trained)
+    together = whole_weight is not contextlib.nullcontext
+    source = Source(read, call.shape, call.dtype, call.hidden.device, together)
+    return _Logits.apply(read, source, call.hidden, call.head.weight, call.head.bias)
 
 
-def sealed(call: HeadCall, whole_weight: WholeWeight) -> LogitsOnDemand:
+def sealed(call: HeadCall, whole_weight: WholeWeight, shard: Seen) -> LogitsOnDemand:
     """The same where the weight is not whole: the logits can be read later, and a gradient to them is an error."""
     # not even looked at: within the model's forward ZeRO-3 would gather it, and hold it until the forward ends
-    source = Source(_Read(call, whole_weight, weight=None), call.shape, call.dtype, call.hidden.device)
-    return _Sealed.apply(source, call.hidden)
+    read = _Read(call, whole_weight, shard)
+    return _Sealed.apply(Source(read, call.shape, call.dtype, call.hidden.device, together=True), call.hidden)
 
 
 def leaving(logits: DeferredLogits) -> LogitsOnDemand:

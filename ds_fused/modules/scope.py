@@ -55,6 +55,10 @@ def _is_not_sharded(head: nn.Module) -> bool:
     return False
 
 
+def _no_shard(head: nn.Module) -> Tensor | None:
+    return None
+
+
 def _own_bias(head: nn.Module) -> Tensor | None:
     return head.bias
 
@@ -75,6 +79,8 @@ class HeadWeight:
     is_sharded: Callable[[nn.Module], bool] = _is_not_sharded
     # the bias beside them
     bias: Callable[[nn.Module], Tensor | None] = _own_bias
+    # of a weight that is sharded and trained this rank's part
+    shard: Callable[[nn.Module], Tensor | None] = _no_shard
 
     def __deepcopy__(self, memo: dict) -> HeadWeight:
         return self

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import deepspeed
+import jobs
+import products
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, z3_leaf_module
-from special import STATIONARY, STREAM, case, engine_of, mine, model_of, train, with_lora
+from special import STATIONARY, STREAM, both, case, engine_of, mine, model_of, train, with_lora
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 TARGETS = ["q_proj", "down_proj"]
 BUILDS = {"plain": model_of, "tied": lambda: model_of(tied=True), "lora": lambda: with_lora(TARGETS)}
@@ -93,6 +104,95 @@ def whole_weights() -> dict:
 
     blocks = {"stock": None, "auto": {}, "stream": STREAM, "stationary": STATIONARY}
     return {f"tied {tied}": {name: run(tied, block) for name, block in blocks.items()} for tied in (False, True)}
+
+
+@case
+def padded_logits() -> dict:
+    """An evaluation that pads logits as Accelerate does: of two tensors, each read where a batch is shorter."""
+
+    def padded(logits: torch.Tensor) -> torch.Tensor:
+        assert not logits.is_nested
+        lengths = [torch.zeros(1) for _ in range(dist.get_world_size())]
+        dist.all_gather(lengths, torch.full((1,), float(logits.shape[1])))
+        longest = int(max(lengths))
+        if logits.shape[1] == longest:
+            return logits
+        wide = logits.new_zeros((len(logits), longest, logits.shape[2]))
+        wide[:, : logits.shape[1]] = logits
+        return wide
+
+    def run(block: dict | None) -> list[float]:
+        engine = engine_of(model_of(), 3, block)
+        engine.eval()
+        found = []
+        for turn, (ids, labels) in enumerate(mine()):
+            # the rank with the longest batch goes on to the other tensor
+            length = ids.shape[1] - (turn + dist.get_rank()) % 2
+            with torch.no_grad():
+                output = engine(input_ids=ids[:, :length], labels=labels[:, :length], output_hidden_states=True)
+            for values in (output.logits, output.hidden_states[-1]):
+                mean = padded(values).float().mean()
+                dist.all_reduce(mean)
+                found.append(mean.item())
+        engine.destroy()
+        return found
+
+    return {name: run(block) for name, block in {"stock": None, "auto": {}, "stream": STREAM}.items()}
+
+
+@case
+def logits_after_a_step() -> dict:
+    """How many warnings there are of logits that are those of a new weight."""
+
+    class Heard(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage())
+
+    def run(block: dict, steps: bool) -> int:
+        engine = engine_of(model_of(), 3, block)
+        ids, labels = mine()[0]
+        output = engine(input_ids=ids, labels=labels)
+        engine.backward(output.loss)
+        if steps:
+            engine.step()
+        heard.clear()
+        assert output.logits.float().isfinite().all()
+        engine.destroy()
+        return sum("after the head's weight changed" in line for line in heard)
+
+    heard: list[str] = []
+    handler = Heard()
+    logging.getLogger("ds_fused").addHandler(handler)
+    try:
+        blocks = {"gather": {"fused_linear_cross_entropy": {"mode": "gather"}}, "stream": STREAM}
+        return {name: [run(block, steps) for steps in (False, True)] for name, block in blocks.items()}
+    finally:
+        logging.getLogger("ds_fused").removeHandler(handler)
+
+
+@case
+def masked() -> dict:
+    """Masked language models, whose heads lie within a layer of their own."""
+    vocab, length = jobs.config_of(False).vocab_size, products.LENGTH
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    plain = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+    families = {
+        "bert": (BertForMaskedLM, BertConfig),
+        "roberta": (RobertaForMaskedLM, RobertaConfig),
+        "modernbert": (ModernBertForMaskedLM, ModernBertConfig),
+    }
+
+    def build(name: str) -> torch.nn.Module:
+        torch.manual_seed(5)
+        of, config = families[name]
+        more = {} if name == "modernbert" else plain
+        return of(config(vocab_size=vocab, pad_token_id=0, max_position_embeddings=2 * length, **sizes, **more))
+
+    return {
+        f"{name}, {mode}": both(lambda name=name: build(name), stage=3, block=block)
+        for name in families
+        for mode, block in {"auto": {}, "stream": STREAM, "stationary": STATIONARY}.items()
+    }
 
 
 @case

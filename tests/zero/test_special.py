@@ -127,6 +127,9 @@ CASES = (
     "second_engine",
     "whole_weights",
     "two_forwards",
+    "padded_logits",
+    "logits_after_a_step",
+    "masked",
     *(f"copied_{name}" for name in (*COPIED, *STEPS)),
     *(f"stationary_{name}" for name in (*STATIONARY, *STEPS)),
     "stationary_class_weights",
@@ -422,6 +425,24 @@ def test_whole_weights(ranks):
         for model, found in result.items():
             for name, numbers in found.items():
                 assert numbers == pytest.approx(found["stock"], rel=1e-5), (model, name)
+
+
+def test_padded_logits(ranks):
+    for result in ranks:
+        for name, numbers in result.items():
+            assert numbers == pytest.approx(result["stock"], rel=1e-5), name
+
+
+def test_logits_after_a_step(ranks):
+    for result in ranks:
+        assert result == {"gather": [0, 1], "stream": [0, 1]}
+
+
+def test_masked(ranks):
+    for result in ranks:
+        for name, found in result.items():
+            equal_losses([found])
+            assert found["replaced"]["fused_linear_cross_entropy"] == 1, name
 
 
 def test_two_forwards(ranks):
