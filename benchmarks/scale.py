@@ -165,7 +165,7 @@ def page(found: Sequence[Point], skipped: Sequence[Skipped], fitted: Fit) -> str
 
 
 def parameters(found: Sequence[Point], fitted: Fit) -> list[str]:
-    n = sum(point.unit == "ms" for point in found)
+    later = sum(point.unit == "ms" and point.later for point in found)
     rows = [
         (p.name, f"{value:.4g}", p.unit, f"{100 * e:.1f} %" if e < np.inf else "not determined", p.meaning)
         for p, value, e in zip(PARAMETERS, fitted.values, fitted.errors, strict=True)
@@ -173,9 +173,10 @@ def parameters(found: Sequence[Point], fitted: Fit) -> list[str]:
     return [
         "## Parameters",
         "",
-        f"{len(PARAMETERS)} parameters, fitted to {n} measured times by least squares of relative errors. Memory has "
-        "none: it is a count of buffers. What is counted, in time and in memory, was found with the same measurements "
-        "at hand, so the errors below are of a description; the predictions, of more GPUs, have no such check.",
+        f"{len(PARAMETERS)} parameters, fitted to {len(fitted.points)} measured times by least squares of relative "
+        "errors. Memory has none: it is a count of buffers. What is counted, in time and in memory, was found with the "
+        "same measurements at hand, so the errors below are of a description; the predictions, of more GPUs, have no "
+        f"such check. But for {later} times that were measured since (later): they were predicted.",
         "",
         *table(("parameter", "fitted", "unit", "standard error", "meaning"), rows),
         "",
@@ -196,8 +197,9 @@ def parameters(found: Sequence[Point], fitted: Fit) -> list[str]:
 
 
 def check(found: Sequence[Point], skipped: Sequence[Skipped], fitted: Fit) -> list[str]:
-    times = [point for point in found if point.unit == "ms"]
-    unseen = dict(zip(map(id, times), zip(fitted.left_out, fitted.case_left_out, strict=True), strict=True))
+    unseen = dict(zip(map(id, fitted.points), zip(fitted.left_out, fitted.case_left_out, strict=True), strict=True))
+    # of these the fit itself is
+    unseen |= {id(p): (error(p, fitted),) * 2 for p in found if p.unit == "ms" and p.later}
     summary = []
     for unit, what in (("ms", "time"), ("MiB", "memory")):
         for file in dict.fromkeys(point.file for point in found):
@@ -233,7 +235,9 @@ def check(found: Sequence[Point], skipped: Sequence[Skipped], fitted: Fit) -> li
         if point.leases:
             measured += f" ({', '.join(format(lease, form) for lease in point.leases)})"
         numbers = (measured, format(model, form), f"{100 * (model / point.measured - 1):+.1f} %")
-        rows.append((point.file, point.case, point.way, point.unit, *numbers, *out))
+        rows.append(
+            (f"{point.file}, later" if point.later else point.file, point.case, point.way, point.unit, *numbers, *out)
+        )
     lines += table(("file", "case", "way", "unit", "measured", "model", "error", "point out", "case out"), rows)
     lines += ["", "Rows without a model:", ""]
     lines += [f"- {row.file}: {row.way}, {row.case}: {row.reason}" for row in skipped]
@@ -382,7 +386,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     found, skipped = points()
-    fitted = fit([point for point in found if point.unit == "ms"])
+    fitted = fit([point for point in found if point.unit == "ms" and not point.later])
     (options.out / "scale.md").write_text(page(found, skipped, fitted))
     with (options.out / "scale.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

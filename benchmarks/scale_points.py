@@ -78,6 +78,8 @@ THEN = {
 IN_PLACE_SINCE, WHOLE_SINCE = "2026-11-27 17:45", "2026-11-27 23:00"
 # measured when "fit" knew of longer batches what they need in proportion to its first steps
 BY_FIRST_STEPS = ("h100x2/end_to_end",)
+# what is measured since then checks the fit, and is no part of it
+FITTED_UNTIL = "2026-11-28"
 NO_MODEL = "a way that is in no prediction"
 # host time before the first product of a head that is measured alone, from idle (parameters of scale_fit.py): in
 # general; of slabs that look for the words of all of them at once, in 18 kernels for 166; where hosts agree on their
@@ -105,6 +107,7 @@ class Point:
     base: float = 0.0  # of the measured number, what is there whatever the way is
     job: Job | None = None  # of a whole step
     leases: tuple[float, ...] = ()  # what was measured in each, where `measured` is the median of several
+    later: bool = False  # no part of the fit: it was made before this was measured
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,8 @@ def over_leases(found: Iterable[Point]) -> list[Point]:
     """
     same: dict[object, list[Point]] = {}
     for point in found:
-        key = (point.file.partition("/")[0], point.job, point.way, point.unit) if point.job else id(point)
+        cards = point.file.partition("/")[0]
+        key = (cards, point.job, point.way, point.unit, point.later) if point.job else id(point)
         same.setdefault(key, []).append(point)
     return [
         replace(first, measured=statistics.median(leases), leases=leases) if more else first
@@ -305,11 +309,10 @@ def baselines(folder: Path = RESULTS / "h200x4") -> Iterator[Point]:
         yield from _steps("baselines", case, job, device, statistics.mean(row["ms"]), _mib(row.get("peak_gib")))
 
 
-def _way(name: str, header: dict) -> Way:
-    """As it was when these results were measured."""
-    by_modules = name == "ours-small" and header["date"] < WHOLE_SINCE
-    way = WAYS["ours-small-modules" if by_modules else name]
-    return replace(way, buffered=True) if way.in_place and header["date"] < IN_PLACE_SINCE else way
+def _way(name: str, date: str) -> Way:
+    """As it was then."""
+    way = WAYS["ours-small-modules" if name == "ours-small" and date < WHOLE_SINCE else name]
+    return replace(way, buffered=True) if way.in_place and date < IN_PLACE_SINCE else way
 
 
 def _mib(gib: float | None) -> float | None:
@@ -320,10 +323,12 @@ def _time_of(seconds: Callable[[Machine], float], device: str) -> Callable[[Sett
     return lambda setting: 1e3 * seconds(setting.machines[device])
 
 
-def _steps(file: str, case: str, job: Job, device: str, ms: float, peak_mib: float | None) -> Iterator[Point]:
-    yield Point(file, case, job.way.name, "ms", ms, _time_of(partial(step_seconds, job), device), job=job)
+def _steps(
+    file: str, case: str, job: Job, device: str, ms: float, peak_mib: float | None, later: bool = False
+) -> Iterator[Point]:
+    yield Point(file, case, job.way.name, "ms", ms, _time_of(partial(step_seconds, job), device), job=job, later=later)
     if peak_mib is not None:
-        yield _peak(file, case, job, device, peak_mib)
+        yield replace(_peak(file, case, job, device, peak_mib), later=later)
 
 
 def _peak(file: str, case: str, job: Job, device: str, peak_mib: float) -> Point:
@@ -362,7 +367,7 @@ def searches(results: Path = RESULTS) -> Iterator[Point | Skipped]:
             for length in dict.fromkeys(t["length"] for t in there):
                 peak = max(max(t["ranks"]["peak_mib"]) for t in there if t["length"] == length)
                 checkpoints = "no gradient checkpointing" not in header["job"]
-                job = Job(_way(modelled, header), shape, int(header["ranks"]), 1, length, stage, checkpoints)
+                job = Job(_way(modelled, header["date"]), shape, int(header["ranks"]), 1, length, stage, checkpoints)
                 yield _peak(name, f"{case}, 1 x {length}", job, device, peak)
 
 
@@ -392,11 +397,13 @@ def ends(results: Path = RESULTS) -> Iterator[Point | Skipped]:
             checkpoints = "no gradient checkpointing" not in header["job"]
             # a process goes through the sizes, smallest first
             first = min(size for other, size, _ in rounds if other == way) if name in BY_FIRST_STEPS else None
-            job = Job(_way(modelled, header), shape, int(header["ranks"]), batch, length, stage, checkpoints, first)
+            # rows of a later run have its date
+            date = rows[0].get("date", header["date"])
+            job = Job(_way(modelled, date), shape, int(header["ranks"]), batch, length, stage, checkpoints, first)
             ms = statistics.median(max(row["ranks"]["ms"]) for row in rows)
             peaks = [max(row["ranks"]["peak_mib"]) for row in rows if row["peak_mib"] is not None]
             peak = None if (name, case, way) in KEPT_LESS else max(peaks, default=None)
-            yield from _steps(name, case, job, device, ms, peak)
+            yield from _steps(name, case, job, device, ms, peak, date >= FITTED_UNTIL)
             timelines = [row["parts_ms"]["attention"] for row in rows if row.get("parts_ms")]
             if timelines:
                 # a step alone does not tell its attention from its products

@@ -121,8 +121,10 @@ def test_what_no_point_knows_is_said(times):
 
 
 def test_every_measured_time_is_within_ten_per_cent(times):
-    logs = solve(times)
+    logs = solve([point for point in times if not point.later])
     errors = residuals(logs, times)
+    # those that were predicted among them
+    assert sum(point.later for point in times) > 10
     assert np.abs(errors).max() < 0.10 and np.sqrt(np.mean(errors**2)) < 0.04
     values = dict(zip((parameter.name for parameter in PARAMETERS), np.exp(logs), strict=True))
     # what the cards can do at most: dense bf16 and memory
