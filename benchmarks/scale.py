@@ -188,7 +188,8 @@ def parameters(found: Sequence[Point], fitted: Fit) -> list[str]:
         "own, so a hook is a parameter of each; where one is not determined, no step waits for it, and it is that or "
         "less. So are products and attention: products are slower in a step than in a head alone, and neither is as "
         "fast on all cards, as the timelines show too. What a leaf module takes the host is of the one step that waits "
-        "for them (ours-fast in h100x4/curves_8b), so no other point checks it. From the timelines is the time of "
+        "for them (ours-fast in h100x4/curves_8b), and one of the later points checks it (ours-small there). From the "
+        "timelines is the time of "
         "attention (rows so named); a step alone would not tell it from products. Of wait, they show 13 to 22 ms in "
         "which nothing runs, at micro batch 4, beside 9 to 15 ms of transfers alone (h100x2); what the rest of it is, "
         "is not known.",
