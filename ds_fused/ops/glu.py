@@ -309,8 +309,8 @@ def glu(
     ``alpha``: silu becomes ``x * sigmoid(alpha * x)``. ``limit``: gate is clamped from above, up from both sides, with
     the gradients of ``torch.clamp``. ``offset`` is added to up, after the clamp.
     ``overwrite_inputs``: the backward may write the gradients over gate and up. Only for tensors that nobody reads
-    afterwards, as the outputs of two projections; a second backward is then autograd's error. A compiled graph, which
-    sees to its own memory, makes no use of it.
+    afterwards, as the outputs of two projections (a leaf, such as a parameter, would be lost); a second backward is
+    then autograd's error. A compiled graph, which sees to its own memory, makes no use of it.
     """
     form = GLUForm(act, alpha, limit, offset)
     _check(gate, up, form, interleaved)
