@@ -324,7 +324,8 @@ def test_what_the_first_steps_need_is_scaled_to_longer_ones():
 
 
 def end_to_end(job: str, rows: list[dict]) -> dict:
-    header = {"device": "2 x NVIDIA H100 80GB HBM3", "ranks": "2", "job": job}
+    device, date = "2 x NVIDIA H100 80GB HBM3", "2026-11-27 12:00 UTC"
+    header = {"device": device, "ranks": "2", "job": job, "date": date}
     return {"header": {**header, "command": "python benchmarks/end_to_end.py --gpus 2"}, "rows": rows}
 
 
@@ -469,7 +470,9 @@ def test_the_page(tmp_path, monkeypatch, found):
     text = (tmp_path / "scale.md").read_text()
     assert all(f"| {parameter.name} | " in text for parameter in PARAMETERS)
     assert "- a file: x, 1x1x1: why" in text and "always stationary" in text
-    assert all(f"| {p.file} | {p.case} | {p.way} | {p.unit} | " in text for p in shown)
+    files = [f"{p.file}, later" if p.later else p.file for p in shown]
+    assert all(f"| {file} | {p.case} | {p.way} | {p.unit} | " in text for file, p in zip(files, shown, strict=True))
+    assert any(p.later for p in shown)
     with (tmp_path / "scale.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert sum(r["table"] == "check" for r in rows) == len(shown)
