@@ -236,9 +236,8 @@ def check(found: Sequence[Point], skipped: Sequence[Skipped], fitted: Fit) -> li
         if point.leases:
             measured += f" ({', '.join(format(lease, form) for lease in point.leases)})"
         numbers = (measured, format(model, form), f"{100 * (model / point.measured - 1):+.1f} %")
-        rows.append(
-            (f"{point.file}, later" if point.later else point.file, point.case, point.way, point.unit, *numbers, *out)
-        )
+        file = f"{point.file}, later" if point.later else point.file
+        rows.append((file, point.case, point.way, point.unit, *numbers, *out))
     lines += table(("file", "case", "way", "unit", "measured", "model", "error", "point out", "case out"), rows)
     lines += ["", "Rows without a model:", ""]
     lines += [f"- {row.file}: {row.way}, {row.case}: {row.reason}" for row in skipped]

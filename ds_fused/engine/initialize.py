@@ -100,7 +100,7 @@ def _wrapped_destroy(original):
         report, slab_mode = (self.__dict__.get(name) for name in ("ds_fused_report", "_ds_fused_slab_mode"))
         try:
             if report is not None and not is_garbage:
-                report.restore()
+                _undo(report)
         finally:
             try:
                 original(self)
@@ -128,8 +128,12 @@ def _give_back(model: torch.nn.Module) -> None:
     modules = set(model.modules())
     for report in list(_reports):
         if not modules.isdisjoint(report.model.modules()):
-            report.restore()
-            _reports.discard(report)
+            _undo(report)
+
+
+def _undo(report: Report) -> None:
+    _reports.discard(report)
+    report.restore()
 
 
 def _replace(engine: DeepSpeedEngine, model: torch.nn.Module, block: object) -> None:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 
 from ds_fused.engine.delivery import Delivery, Place
@@ -96,8 +97,6 @@ class ZeroSlabs:
 
         As generation does over ``GatheredParameters``. To gather is a collective, so all ranks find the same.
         """
-        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
         is_here = self.param.ds_status == ZeroParamStatus.AVAILABLE
         return self.param.data if is_here and not torch.is_grad_enabled() else None
 

@@ -14,9 +14,9 @@ those; so this is a tensor subclass without storage, and it is the tensor that t
 One thing can differ from logits computed in the forward, and not silently: after an optimizer step they are those of
 the new weight, and reading them warns.
 
-Where the weight is sharded all ranks have to read. Accelerate's ``pad_across_processes`` has only those read whose batch
-is shorter than the longest, and between two such tensors all of them meet; but every rank asks first whether its tensor
-is nested. Nothing else that gets a model's output asks that, so there the logits are computed.
+Where the weight is sharded all ranks have to read. Accelerate's ``pad_across_processes`` has only those read whose
+batch is shorter than the longest, and between two such tensors all of them meet; but every rank asks first whether its
+tensor is nested. Nothing else that gets a model's output asks that, so there the logits are computed.
 
 Memory: hidden states [..., H] instead of logits [..., V], and both after a read; freed with the output.
 """

@@ -218,7 +218,9 @@ def _collect(
     inputs = trained if tile is None else [tile, *trained]
     gradients = list(torch.autograd.grad(y, inputs, dy, allow_unused=True))
     dtile = None if tile is None else gradients.pop(0)
-    for i, gradient in enumerate(gradients):
+    for i in range(len(gradients)):
+        # let go of where it is added: all of them are as large as the layer
+        gradient, gradients[i] = gradients[i], None
         if is_last:
             sums[i] = _rounded(sums[i], gradient)
         elif gradient is None:

@@ -128,10 +128,8 @@ def _divergence_fwd_kernel(
         n_whole = (n_cols // BLOCK) * BLOCK  # whole blocks carry no mask: see _cross_entropy_kernels.py
         mask = n_whole + cols < n_cols
 
-        top_p, top_q = (
-            tl.full([BLOCK], -3.4028234663852886e38, tl.float32),
-            tl.full([BLOCK], -3.4028234663852886e38, tl.float32),
-        )
+        top_p = tl.full([BLOCK], -3.4028234663852886e38, tl.float32)
+        top_q = top_p
         total_p, total_q = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
         for start in tl.range(0, n_whole, BLOCK, num_stages=STAGES):
             p = tl.load(p_row + start + cols).to(tl.float32) * scale
@@ -214,10 +212,8 @@ def _kl_fwd_kernel(
     if counts:
         p_row, q_row = p_ptr + row * p_stride, q_ptr + row * q_stride
         cols = tl.arange(0, BLOCK)
-        top_p, top_q = (
-            tl.full([BLOCK], -3.4028234663852886e38, tl.float32),
-            tl.full([BLOCK], -3.4028234663852886e38, tl.float32),
-        )
+        top_p = tl.full([BLOCK], -3.4028234663852886e38, tl.float32)
+        top_q = top_p
         total_p, total_q = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
         above, lost = tl.zeros([BLOCK], tl.float32), tl.full([BLOCK], float("-inf"), tl.float32)
         n_whole = (n_cols // BLOCK) * BLOCK

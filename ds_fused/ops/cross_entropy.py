@@ -186,8 +186,8 @@ def cross_entropy(
     a gradient, and the host waits for neither.
 
     ``overwrite_logits``: the backward may write the gradient over the logits. Only for logits whose producer keeps
-    nothing of them (a matrix product's output, no leaf); a second backward through them then raises. Rows that share memory, as
-    those of an expanded tensor do, are left as they are.
+    nothing of them (a matrix product's output, no leaf); a second backward through them then raises. Rows that share
+    memory, as those of an expanded tensor do, are left as they are.
 
     ``grad_in_forward``: the forward itself may, which saves a read of them; whoever reads them after it finds the
     gradient. Not for reduction "none", for fp16 and under torch.compile, where the backward overwrites them.
