@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ds_fused.modules.scope import say_once
 from ds_fused.ops import add_rms_norm, gated_rms_norm, group_norm, layer_norm, rms_norm
-from ds_fused.ops._triton import norm_dtype
+from ds_fused.ops._triton import rms_norm_dtype
 
 EPS_NAMES = ("variance_epsilon", "eps", "norm_eps", "epsilon", "layer_norm_eps")
 
@@ -36,14 +36,14 @@ class RMSNorm:
 
 
 class PyTorchRMSNorm(RMSNorm):
-    """``torch.nn.RMSNorm``, which under a GPU's autocast computes and returns fp32."""
+    """``torch.nn.RMSNorm``, which under a GPU's autocast computes and returns fp32 where this PyTorch does."""
 
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         x, *residual = (*args, *named.values())
         if residual:
             y, total = super().forward(x, *residual)
-            return y.to(norm_dtype(x, y.dtype)), total
-        return super().forward(x.to(norm_dtype(x, x.dtype)))
+            return y.to(rms_norm_dtype(x, y.dtype)), total
+        return super().forward(x.to(rms_norm_dtype(x, x.dtype)))
 
 
 class RMSNormT5(RMSNorm):

@@ -19,7 +19,7 @@ from ds_fused.ops import (
     poly_norm,
     rms_norm,
 )
-from ds_fused.ops._triton import norm_dtype
+from ds_fused.ops._triton import rms_norm_dtype
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -61,7 +61,7 @@ class RMSNorm(torch.nn.RMSNorm):
         rows = _as_rows("RMSNorm", x, self.normalized_shape)
         if self.cast == "after_weight":
             # PyTorch's
-            rows = rows.to(norm_dtype(x, x.dtype))
+            rows = rows.to(rms_norm_dtype(x, x.dtype))
         options = {"eps": eps, "offset": self.offset, "cast": self.cast}
         return rms_norm(rows, _flat(self.weight), **options).view(x.shape)
 

@@ -190,6 +190,15 @@ def norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if x.device.type != "cpu" and autocast_dtype(x) is not None else dtype
 
 
+# torch.rms_norm came to autocast's list between PyTorch 2.11 and 2.13
+_AUTOCAST_HAS_RMS_NORM = torch._C._dispatch_has_kernel_for_dispatch_key("aten::rms_norm", "AutocastCUDA")
+
+
+def rms_norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The same of ``torch.rms_norm``, which not every PyTorch computes in fp32 there."""
+    return norm_dtype(x, dtype) if _AUTOCAST_HAS_RMS_NORM else dtype
+
+
 def multiprocessors(x: Tensor) -> int:
     """How many blocks run side by side at least; the size of a persistent grid is a multiple of it."""
     device = x.device
