@@ -185,9 +185,14 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
 
 
+def fp32_in_autocast(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Of what PyTorch has among that which autocast computes in fp32, for values of dtype on x's device."""
+    return dtype if autocast_dtype(x) is None else torch.promote_types(dtype, torch.float32)
+
+
 def norm_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Of what PyTorch's own norms make of values of dtype on x's device: under a GPU's autocast fp32, else the same."""
-    return torch.float32 if x.device.type != "cpu" and autocast_dtype(x) is not None else dtype
+    """The same of PyTorch's norms, which a CPU's autocast leaves alone."""
+    return dtype if x.device.type == "cpu" else fp32_in_autocast(x, dtype)
 
 
 # torch.rms_norm came to autocast's list between PyTorch 2.11 and 2.13

@@ -28,7 +28,7 @@ from torch import Tensor
 from ds_fused.ops._launch import launch
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._rows import place, walk
-from ds_fused.ops._triton import check_dtypes, like, runs_kernels
+from ds_fused.ops._triton import check_dtypes, fp32_in_autocast, like, runs_kernels
 
 # not yet measured. elements of a program and its warps
 BLOCK = 4096
@@ -53,7 +53,7 @@ def kl_div_reference(
     loss = t.exp() * (t - x) if log_target else t * (t.log() - x)
     loss = loss.masked_fill(nothing, 0.0)
     if reduction == "none":
-        return loss.to(input.dtype)
+        return loss.to(fp32_in_autocast(input, input.dtype))
     return loss.sum() / _count(input.shape, reduction)
 
 
@@ -127,14 +127,15 @@ def _kl_div_bwd_kernel(
         tl.store(dt_ptr + row * n_cols + cols, dloss * dt, mask=mask)
 
 
-def kl_div_fwd(x: Tensor, t: Tensor, log_target: bool, is_sum: bool) -> Tensor:
-    """[..., D], [..., D] -> [..., D] in x's dtype, or one fp32 number: their sum."""
+def kl_div_fwd(x: Tensor, t: Tensor, log_target: bool, dtype: torch.dtype | None) -> Tensor:
+    """[..., D], [..., D] -> [..., D] in dtype, or, where that is None, one fp32 number: their sum."""
+    is_sum = dtype is None
     way = walk(x.shape, BLOCK, x, t)
     if is_sum:
         # summed in two steps, always in the same order
         loss = torch.empty(way.programs, dtype=torch.float32, device=x.device)
     else:
-        loss = like(x)
+        loss = like(x, dtype)
     if way.programs:
         launch(
             _kl_div_fwd_kernel, (way.programs,),
@@ -173,10 +174,10 @@ class KLDivFunction(torch.autograd.Function):
     """Autograd around the two launchers, which flatten (see RMSNormFunction)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, t: Tensor, log_target: bool, is_sum: bool) -> Tensor:
+    def forward(ctx, x: Tensor, t: Tensor, log_target: bool, dtype: torch.dtype | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, t)
-        ctx.x_dtype, ctx.log_target, ctx.is_sum = x.dtype, log_target, is_sum
-        return kl_div_fwd(x, t, log_target, is_sum)
+        ctx.x_dtype, ctx.log_target, ctx.is_sum = x.dtype, log_target, dtype is None
+        return kl_div_fwd(x, t, log_target, dtype)
 
     @staticmethod
     @once_differentiable
@@ -196,7 +197,7 @@ def kl_div(
     """``F.kl_div(input, target, reduction=reduction, log_target=log_target)``; computed, and summed, in fp32.
 
     ``reduction``: "batchmean" divides the sum by the first dimension, "mean" by all elements (PyTorch's default);
-    "none" gives each element's loss in the input's dtype.
+    "none" gives each element's loss in the input's dtype, under autocast in fp32.
     """
     if input.shape != target.shape:
         raise ValueError(f"kl_div: input {tuple(input.shape)} and target {tuple(target.shape)} must have one shape")
@@ -207,5 +208,6 @@ def kl_div(
     if not runs_kernels(input, target):
         return kl_div_reference(input, target, log_target=log_target, reduction=reduction)
     check_dtypes("kl_div", input=input, target=target)
-    loss = KLDivFunction.apply(input, target, log_target, reduction != "none")
+    dtype = fp32_in_autocast(input, input.dtype) if reduction == "none" else None
+    loss = KLDivFunction.apply(input, target, log_target, dtype)
     return loss if reduction in ("sum", "none") else loss / _count(input.shape, reduction)

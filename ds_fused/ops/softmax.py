@@ -27,17 +27,12 @@ from ds_fused.ops._along_rows import (
 )
 from ds_fused.ops._meet import meet, team_and_member
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._triton import autocast_dtype, check_dtypes, like, runs_kernels
+from ds_fused.ops._triton import check_dtypes, fp32_in_autocast, like, runs_kernels
 
 
 def softmax_reference(x: Tensor, dim: int = -1) -> Tensor:
     """What this file computes, in PyTorch: the specification, the CPU path and the yardstick of the tests."""
-    return torch.softmax(x, dim, dtype=result_dtype(x))
-
-
-def result_dtype(x: Tensor) -> torch.dtype:
-    """PyTorch's autocast on a GPU has softmax give fp32; so do we, on any device."""
-    return x.dtype if autocast_dtype(x) is None else torch.promote_types(x.dtype, torch.float32)
+    return torch.softmax(x, dim, dtype=fp32_in_autocast(x, x.dtype))
 
 
 # n_rows is not specialized: a batch whose row count is no multiple of 16 would compile everything again
@@ -204,4 +199,4 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
     if not runs_kernels(x):
         return softmax_reference(x, dim)
     check_dtypes("softmax", x=x)
-    return along_dim(SoftmaxFunction.apply, x, dim, result_dtype(x))
+    return along_dim(SoftmaxFunction.apply, x, dim, fp32_in_autocast(x, x.dtype))

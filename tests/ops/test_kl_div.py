@@ -124,6 +124,14 @@ def test_no_target_counts_nothing(log_target, device):
     as_accurate(kl_div, kl_div_reference, [x, t], torch.float32, log_target=log_target)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_under_autocast_a_result_has_the_dtype_of_pytorchs(dtype, device):
+    x, target = (t.to(dtype) for t in some(3, 6, device=device, log_target=False))
+    with torch.autocast(device.type, torch.bfloat16):
+        wanted = torch.nn.functional.kl_div(x, target, reduction="none")
+        assert kl_div(x, target, reduction="none").dtype == wanted.dtype
+
+
 def test_empty(device):
     x = torch.empty(0, 7, device=device, requires_grad=True)
     for reduction, is_right in (("mean", torch.isnan), ("batchmean", torch.isnan), ("sum", torch.logical_not)):
