@@ -9,6 +9,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from ds_fused.modules.swap import home_of
 from ds_fused.ops._parts import sum_parts
 
 if TYPE_CHECKING:
@@ -28,6 +29,13 @@ NEEDED = (
     "reduce_and_partition_stream",
     "zero_grad",
 )
+
+
+def gradient_hooks(param: nn.Parameter) -> list[str]:
+    """Those which anybody but DeepSpeed has hung on a weight's gradient; autograd calls them."""
+    every = (hooks.values() for hooks in (param._backward_hooks, param._post_accumulate_grad_hooks) if hooks)
+    others = (hook for hooks in every for hook in hooks if home_of(hook).partition(".")[0] != "deepspeed")
+    return [getattr(hook, "__qualname__", type(hook).__name__) for hook in others]
 
 
 class Place(NamedTuple):
@@ -71,6 +79,19 @@ class Delivery:
         engine.optimizer.partition_grads = self._partition_grads
         self._zero_grad = engine.optimizer.zero_grad
         engine.optimizer.zero_grad = self._forget
+
+    def refuse_hooks(self) -> None:
+        """Of hooks that came after the engine was made: nobody would call them, since autograd is not on this way."""
+        if not (self.param.requires_grad and torch.is_grad_enabled()):
+            return
+        hooks = gradient_hooks(self.param)
+        if hooks:
+            name = next(name for name, param in self.engine.module.named_parameters() if param is self.param)
+            raise RuntimeError(
+                f"ds_fused: {name} was given hooks on its gradient after deepspeed.initialize ({', '.join(hooks)}), "
+                "which would not be called, since that gradient is never whole; hang them on it before, or set "
+                '"fused_linear_cross_entropy": {"mode": "gather"}, "embedding": false'
+            )
 
     def open(self) -> Place | None:
         """Where the optimizer keeps this rank's part, to be written to instead of giving it; None where it is not here.

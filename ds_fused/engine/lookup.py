@@ -6,6 +6,8 @@ gathered it, nothing has to.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,9 +21,11 @@ from ds_fused.ops.stationary_embedding import stationary_embedding
 class Lookup:
     """One embedding's table. Every rank calls it at the same place, with as many ids as it has, unless it is whole."""
 
-    def __init__(self, slabs: ZeroSlabs, shard: ZeroShard | None, block_bytes: int) -> None:
-        """``shard``: the same table where it lies; without it, it always comes in slabs."""
-        self._slabs, self._shard, self._block_bytes = slabs, shard, block_bytes
+    def __init__(
+        self, slabs: ZeroSlabs, shard: ZeroShard | None, block_bytes: int, check: Callable[[], None] = lambda: None
+    ) -> None:
+        """``shard``: the same table where it lies; without it, it always comes in slabs. ``check``: before each use."""
+        self._slabs, self._shard, self._block_bytes, self._check = slabs, shard, block_bytes, check
 
     def __str__(self) -> str:
         if self._shard is None:
@@ -39,6 +43,7 @@ class Lookup:
         whole = self._slabs.whole
         if whole is not None:
             return F.embedding(ids, whole)
+        self._check()
         if self._shard is None:
             return slab_embedding(ids, self._slabs, padding_idx)
         if ids.device.type == "cpu":

@@ -19,7 +19,7 @@ from ds_fused.engine.agreement import first_of
 from ds_fused.engine.choice import AUTO, GATHER, Choice
 from ds_fused.engine.config import HEAD, OP_OPTIONS, Config
 from ds_fused.engine.copy_engines import CopyEngines
-from ds_fused.engine.delivery import Bystander, Delivery
+from ds_fused.engine.delivery import Bystander, Delivery, gradient_hooks
 from ds_fused.engine.lookup import Lookup
 from ds_fused.engine.shards import Shards
 from ds_fused.engine.stationary import ZeroShard
@@ -82,7 +82,10 @@ class SlabMode:
         ``inside``: a forward of the model is running.
         """
         choice = self._heads.get(head)
-        return None if choice is None or choice.is_whole else choice.of(n_tokens, inside)
+        form = None if choice is None or choice.is_whole else choice.of(n_tokens, inside)
+        if form is not None:
+            self._deliveries[choice.param].refuse_hooks()
+        return form
 
     @property
     def window_bytes(self) -> int:
@@ -201,7 +204,7 @@ class SlabMode:
     def _lookup(self, delivery: Delivery) -> Lookup:
         # in mode "stream" collectives depend on the weight alone, here as in the head
         shard = None if self._mode == "stream" else ZeroShard(delivery)
-        return Lookup(ZeroSlabs(delivery, self._slab_bytes), shard, self._slab_bytes)
+        return Lookup(ZeroSlabs(delivery, self._slab_bytes), shard, self._slab_bytes, delivery.refuse_hooks)
 
     def _delivery(self, engine: DeepSpeedEngine, param: nn.Parameter) -> Delivery:
         # a head and an embedding that share a weight share it
@@ -269,6 +272,7 @@ def why_gather(engine: DeepSpeedEngine, module: nn.Module) -> str | None:
         "AutoEP places it among the experts": getattr(param, "ds_zero_placement_family", _PLAIN) != _PLAIN,
         "it is small enough to stay whole on every rank (stage3_param_persistence_threshold)": param.ds_persist,
         "it is part of a ZeRO-3 leaf module, which is gathered as one": hasattr(param, "ds_z3_leaf_module"),
+        "somebody's hooks hang on its gradient": bool(gradient_hooks(param)),
     }
     found = next((reason for reason, holds in reasons.items() if holds), None)
     if found is not None:

@@ -218,3 +218,43 @@ def two_forwards() -> dict:
         for stage in (2, 3)
         for bucket in (100, 10**8)
     }
+
+
+@case
+def weight_hooks() -> dict:
+    """The script has only the last words of the head trained: a hook masks its weight's gradient."""
+
+    def run(tied: bool, block: dict | None, when: str) -> dict:
+        model = model_of(tied=tied)
+        head = model.get_output_embeddings().weight
+        calls = []
+
+        def mask(gradient: torch.Tensor) -> torch.Tensor:
+            calls.append(1)
+            return gradient.index_fill(0, torch.arange(20), 0)
+
+        if when == "before":
+            head.register_hook(mask)
+        engine = engine_of(model, 3, block)
+        if when == "after":
+            head.register_hook(mask)
+        before = safe_get_full_fp32_param(head).clone()
+        try:
+            losses = train(engine, mine())
+            moved = (safe_get_full_fp32_param(head) - before).abs()[:20].max().item()
+        except RuntimeError as error:
+            return {"error": str(error)}
+        finally:
+            engine.destroy()
+        return {"losses": losses, "calls": len(calls), "moved": moved}
+
+    return {
+        f"tied {tied}, {name}, {when}": {"stock": run(tied, None, when), "ours": run(tied, block, when)}
+        for tied, name, block in (
+            (False, "stream", STREAM),
+            (False, "stationary", STATIONARY),
+            (False, "gather", {"fused_linear_cross_entropy": {"mode": "gather"}}),
+            (True, "auto", {}),
+        )
+        for when in ("before", "after")
+    }

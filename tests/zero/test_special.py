@@ -127,6 +127,7 @@ CASES = (
     "second_engine",
     "whole_weights",
     "two_forwards",
+    "weight_hooks",
     "padded_logits",
     "logits_after_a_step",
     "masked",
@@ -425,6 +426,20 @@ def test_whole_weights(ranks):
         for model, found in result.items():
             for name, numbers in found.items():
                 assert numbers == pytest.approx(found["stock"], rel=1e-5), (model, name)
+
+
+def test_weight_hooks(ranks):
+    """Hooks on the head's gradient have it gathered; those that come too late for that are an error, not lost."""
+    for result in ranks:
+        for name, found in result.items():
+            ours, stock = found["ours"], found["stock"]
+            if name.endswith("after") and "gather" not in name:
+                assert "lm_head.weight" in ours["error"] or "embed_tokens.weight" in ours["error"], name
+                assert "was given hooks on its gradient after deepspeed.initialize" in ours["error"], name
+            else:
+                assert ours["calls"] == stock["calls"] > 0, name
+                assert ours["losses"] == pytest.approx(stock["losses"], rel=1e-5), name
+                assert ours["moved"] == pytest.approx(stock["moved"], rel=1e-3), name
 
 
 def test_padded_logits(ranks):
