@@ -1,7 +1,8 @@
 """``once_differentiable``, for the backward of an op, which no kernel differentiates: a second derivative is refused.
 
 PyTorch's own refuses it only where the upstream gradient has a graph. Where it is a constant, as that of a plain sum, a
-penalty on a gradient would train with a part of its gradient missing, without a word.
+penalty on a gradient would train with a part of its gradient missing, without a word. Refused is what differentiates a
+gradient, not the gradient itself; where an op keeps nothing of its input by which autograd would find back, that too.
 """
 
 from __future__ import annotations
@@ -11,24 +12,38 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 Gradients = Tensor | tuple[Tensor | None, ...] | None
 
 
 class _Refused(torch.autograd.Function):
-    """Gradients as they are, of which nothing can be differentiated."""
+    """The first n tensors, gradients, as they are; behind them what they are functions of.
+
+    Nothing can be differentiated through it, and with those as inputs it lies on every way to them.
+    """
 
     @staticmethod
-    def forward(ctx, function: str, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(ctx, function: str, n: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.function = function
-        return tuple(None if gradient is None else gradient.view_as(gradient) for gradient in gradients)
+        return tuple(None if gradient is None else gradient.view_as(gradient) for gradient in tensors[:n])
 
     @staticmethod
     def backward(ctx, *_: Tensor | None) -> None:
-        raise RuntimeError(
-            f"{ctx.function}: a second derivative, but its backward is a kernel, which can be differentiated only once "
-            f"(once_differentiable); for a gradient of a gradient call the op's reference in PyTorch"
-        )
+        raise _refusal(ctx.function)
+
+
+def _refusal(function: str) -> RuntimeError:
+    return RuntimeError(
+        f"{function}: a second derivative, but its backward is a kernel, which can be differentiated only once "
+        f"(once_differentiable); for a gradient of a gradient call the op's reference in PyTorch"
+    )
+
+
+def _leads_to_the_first(ctx, tensors: list[Tensor]) -> bool:
+    """Whether one of them is the first input that has a gradient, or is computed of it by this very function."""
+    first = next(node for node, _ in ctx.next_functions if node is not None)
+    return any(get_gradient_edge(x).node in (first, ctx) for x in tensors)
 
 
 def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
@@ -46,8 +61,12 @@ def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gra
         several = gradients if isinstance(gradients, tuple) else (gradients,)
         if all(gradient is None for gradient in several):
             return gradients
-        several = (None if gradient is None else gradient.detach().requires_grad_() for gradient in several)
-        several = _Refused.apply(backward.__qualname__.removesuffix(".backward"), *several)
+        function = backward.__qualname__.removesuffix(".backward")
+        several = [None if gradient is None else gradient.detach().requires_grad_() for gradient in several]
+        of = [x for x in (*ctx.saved_tensors, *dys) if x is not None and x.requires_grad]
+        if not _leads_to_the_first(ctx, of):
+            raise _refusal(function)
+        several = _Refused.apply(function, len(several), *several, *of)
         return several if isinstance(gradients, tuple) else several[0]
 
     return wrapper
