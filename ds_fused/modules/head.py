@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ds_fused.modules.deferred import DeferredLogits, materialised
 from ds_fused.modules.head_call import HeadCall
 from ds_fused.modules.on_demand import on_demand, sealed
-from ds_fused.modules.scope import Scope, has_hooks, in_backward, is_observed, say_once
+from ds_fused.modules.scope import Scope, has_hooks, in_backward, is_head_observed, say_once
 from ds_fused.modules.steps import Step, replay
 from ds_fused.ops import cross_entropy, linear_cross_entropy
 from ds_fused.ops._triton import is_transformed
@@ -61,7 +61,7 @@ class Head:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # a postponed call must fire no hook; the call that computes is nn.Module's own
         is_plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-        if self._ds_fused_scope.armed() and is_plain and (torch.compiler.is_compiling() or not is_observed(self)):
+        if self._ds_fused_scope.armed() and is_plain and (torch.compiler.is_compiling() or not is_head_observed(self)):
             return DeferredLogits(HeadCall(self, args[0]))
         trains = torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed()
         is_sharded = trains and self._ds_fused_scope.weight.is_sharded(self)

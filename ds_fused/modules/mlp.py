@@ -8,9 +8,12 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 
+from ds_fused.modules.swap import is_observed
 from ds_fused.ops import glu, relu2
 
 
@@ -24,12 +27,29 @@ class Gate(NamedTuple):
     offset: float = 0.0
 
 
-def gated(gate: Gate, x: Tensor, up: Tensor | None = None) -> Tensor:
-    """``glu`` of x and up, or of x that holds both: what projections have just made, and nobody reads again."""
+def gated(gate: Gate, x: Tensor, up: Tensor | None = None, *, seen: bool = False) -> Tensor:
+    """``glu`` of x and up, or of x that holds both: what projections have just made.
+
+    ``seen``: by somebody else, too, who may read it again.
+    """
     return glu(
         x, up, gate.act, interleaved=gate.interleaved, alpha=gate.alpha, limit=gate.limit, offset=gate.offset,
-        overwrite_inputs=True,
+        overwrite_inputs=not seen,
     )  # fmt: skip
+
+
+def _are_seen(*projections: nn.Module) -> bool:
+    """Whether hooks have got what they return; a compiled graph sees to its memory itself."""
+    if torch.compiler.is_compiling():
+        return False
+    return bool(_global_forward_hooks) or any(is_observed(layer, "_forward_hooks") for layer in projections)
+
+
+def _is_patched(layer: nn.Module) -> bool:
+    """Whether somebody has hung hooks on the layer's activation since, which are called where it is."""
+    act = layer._modules.get(layer.fused_act_name)
+    is_open = act is not None and not torch.compiler.is_compiling()
+    return is_open and is_observed(act, "_forward_pre_hooks", "_forward_hooks", "_backward_hooks")
 
 
 class GatedMLP:
@@ -37,11 +57,14 @@ class GatedMLP:
 
     fused_gate: Gate
     fused_children: tuple[str, str, str]  # gate, up, down
+    fused_act_name: str | None = None  # None: a function in its forward
 
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
+        if _is_patched(self):
+            return super().forward(*args, **named)
         (x,) = (*args, *named.values())  # hidden_states to some, x to others
         gate, up, down = (getattr(self, name) for name in self.fused_children)
-        return down(gated(self.fused_gate, gate(x), up(x)))
+        return down(gated(self.fused_gate, gate(x), up(x), seen=_are_seen(gate, up)))
 
 
 class PackedMLP:
@@ -49,11 +72,14 @@ class PackedMLP:
 
     fused_gate: Gate
     fused_children: tuple[str, str]  # gate and up, down
+    fused_act_name: str | None = None  # None: a function in its forward
 
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
+        if _is_patched(self):
+            return super().forward(*args, **named)
         (x,) = (*args, *named.values())
         gate_up, down = (getattr(self, name) for name in self.fused_children)
-        return down(gated(self.fused_gate, gate_up(x)))
+        return down(gated(self.fused_gate, gate_up(x), seen=_are_seen(gate_up)))
 
 
 class ReLU2:

@@ -11,8 +11,8 @@ those; so this is a tensor subclass without storage, and it is the tensor that t
   it, also through a custom autograd function, goes on to the hidden states and the head's weight, and under ZeRO-3 it
   passes the same hooks as the loss, which gather the weight for it.
 
-One thing can differ from logits computed in the forward, and not silently: after an optimizer step they are those of
-the new weight, and reading them warns.
+Two things can differ from logits computed in the forward, and not silently: after an optimizer step they are those of
+the new weight, and reading them warns; and the fused loss has no gradient to them, of which hooks and retain_grad warn.
 
 Where the weight is sharded all ranks have to read. Accelerate's ``pad_across_processes`` has only those read whose
 batch is shorter than the longest, and between two such tensors all of them meet; but every rank asks first whether its
@@ -233,6 +233,8 @@ class LogitsOnDemand(torch.Tensor):
         kwargs = kwargs or {}
         if func == _IS_NESTED and args[0]._source.together:
             args[0].values()
+        if func in _OF_GRADIENTS:
+            _say_apart()
         if func in FACTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -292,6 +294,15 @@ FACTS |= {getattr(torch.Tensor, name) for name in _METHODS.split() if hasattr(to
 FACTS |= {torch.numel, torch.is_floating_point, torch.is_complex, torch.is_inference}
 FACTS |= {torch.Tensor.grad.__set__, torch.Tensor._backward_hooks.__set__}
 _IS_NESTED = torch.Tensor.is_nested.__get__
+_OF_GRADIENTS = {torch.Tensor.register_hook, torch.Tensor.retain_grad}
+
+
+@functools.cache
+def _say_apart() -> None:
+    log.warning(
+        "ds_fused: somebody waits for a gradient of outputs.logits, by retain_grad or a hook. That of the fused loss "
+        'never comes to them, since it is computed beside them; with "fused_linear_cross_entropy": false it does'
+    )
 
 
 def _trained(head: nn.Module) -> Tensor | None:

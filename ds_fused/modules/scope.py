@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ds_fused.modules.deferred import DeferredLogits
 from ds_fused.modules.on_demand import WholeWeight, leaving
 from ds_fused.modules.out_of_graph import out_of_graph
-from ds_fused.modules.swap import home_of
+from ds_fused.modules.swap import home_of, is_observed
 from ds_fused.ops._triton import is_transformed
 from ds_fused.ops.slabs import WeightSlabs
 from ds_fused.ops.vocab_shard import VocabShard
@@ -36,15 +36,9 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-# whose hooks act on any layer's call alike, to gather weights
-_GATHERING = ("deepspeed", "torch")
-
-
-def is_observed(head: nn.Module) -> bool:
-    """Whether hooks of anybody else hang on the head: they expect its logits, and one that gives a loss is no head."""
-    hooks = (hook for name in _HOOKS for hook in vars(head)[name].values())
-    return any(home_of(hook).partition(".")[0] not in _GATHERING for hook in hooks)
+def is_head_observed(head: nn.Module) -> bool:
+    """Whether somebody expects the head's logits: one that gives a loss is no head."""
+    return is_observed(head, "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def _no_slabs(head: nn.Module, n_tokens: int, inside: bool) -> None:
@@ -217,8 +211,8 @@ class Scope:
         around = owner.get_submodule(paths[0].rpartition(".")[0])
         if type(around).__module__.startswith("peft."):
             return f"PEFT has wrapped its head since ({type(around).__name__}), and the logits are computed"
-        if is_observed(owner.get_submodule(paths[0])):
-            return "Its head was given hooks since, which expect the logits"
+        if is_head_observed(owner.get_submodule(paths[0])):
+            return "Its head was given hooks or a forward of its own since, which expect the logits"
         if self._without_gradients:
             return (
                 "Its head was called without gradients, as within a reentrant checkpoint, whose repetition would not "
@@ -243,7 +237,10 @@ class Scope:
             if leaves:
                 self.left = value
             if (leaves or value.call.fused) and not value.is_real() and self.logits == "defer":
-                return out_of_graph(value) if torch.compiler.is_compiling() else leaving(value)
+                if not torch.compiler.is_compiling():
+                    return leaving(value)
+                if not torch.compiler.is_exporting():
+                    return out_of_graph(value)
             return value.materialise()
         if isinstance(value, tuple):
             items = [self._settle(item) for item in value]

@@ -46,6 +46,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ds_fused.modules.kept import Empty, postponable
 from ds_fused.modules.mlp import GatedMLP, PackedMLP
+from ds_fused.modules.scope import say_once
 from ds_fused.modules.sliced_mlp import Projections, sliced_gradients
 from ds_fused.modules.summed import SummedLinears
 from ds_fused.ops._once import once_differentiable
@@ -299,10 +300,17 @@ class TiledMLP:
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
         (x,) = (*args, *named.values())  # hidden_states to some, x to others
         tiles = self.fused_tiles.of(x.shape[:-1].numel())
-        if tiles == 1 < self.fused_tiles.most:
+        if tiles == 1 < self.fused_tiles.most or self._is_given_more():
             return super().forward(*args, **named)
         # not by name: under ZeRO-3 a look-up of a parameter gathers it
         return tiled(super().forward, x, tiles, self.parameters(), self._projections())
+
+    def _is_given_more(self) -> bool:
+        """Whether hooks hand its layers what belongs to all tokens, as PEFT does for aLoRA and mixed adapters."""
+        if torch.compiler.is_compiling() or not any(m._forward_pre_hooks_with_kwargs for m in self.modules()):
+            return False
+        say_once("ds_fused: hooks hand the layers of an MLP more than its tokens, so that it is not cut into tiles")
+        return True
 
     def _projections(self) -> Projections | None:
         """Where the forward is known to be theirs."""

@@ -60,15 +60,23 @@ def is_spread(tensor: object) -> bool:
 
 
 def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether kernels can read them by their addresses: no transform of torch.func is at work, and none is spread."""
+    """Whether kernels can read them by their addresses: no transform of torch.func, none is spread, and none a fake."""
     if torch.compiler.is_compiling():
         return True
     if torch._C._are_functorch_transforms_active():
         return False
-    if PLAIN.issuperset(map(type, tensors)) or not any(is_spread(tensor) for tensor in tensors):
+    if PLAIN.issuperset(map(type, tensors)):
         return True
-    _say_spread()
-    return False
+    if any(is_spread(tensor) for tensor in tensors):
+        _say_spread()
+        return False
+    return not any(_is_fake(tensor) for tensor in tensors)
+
+
+def _is_fake(tensor: object) -> bool:
+    """Whether it has no memory and says that it lies on a GPU, as under FakeTensorMode."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(tensor, module.FakeTensor)
 
 
 @functools.cache

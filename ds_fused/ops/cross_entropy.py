@@ -194,7 +194,8 @@ def cross_entropy(
     ``upstream``: the gradient of the loss that the forward takes for granted, for instance 1 / steps of gradient
     accumulation. A backward that is given another one scales what is there, in one more pass over it.
     """
-    if not (math.isfinite(upstream) and upstream):
+    # not math.isfinite: dynamo can't trace it, where upstream is one of several numbers
+    if not (abs(upstream) < math.inf and upstream):
         raise ValueError(f"cross_entropy: upstream is {upstream}; it must be finite and not 0")
     if logits.ndim == 0:
         raise ValueError("cross_entropy: logits must be [..., vocabulary], got a scalar")

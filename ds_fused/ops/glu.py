@@ -239,7 +239,7 @@ class GLUFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         gate, up = ctx.saved_tensors
-        overwrite = ctx.overwrite and gate.data_ptr() != up.data_ptr()
+        overwrite = _overwrites(ctx) and gate.data_ptr() != up.data_ptr()
         dgate, dup = (
             _room(x, overwrite) if wanted else None for x, wanted in zip((gate, up), ctx.needs_input_grad, strict=False)
         )
@@ -262,11 +262,17 @@ class PackedGLUFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None, None]:
         (gate_up,) = ctx.saved_tensors
-        dgate_up = _room(gate_up, ctx.overwrite)
+        overwrite = _overwrites(ctx)
+        dgate_up = _room(gate_up, overwrite)
         glu_bwd(dy, gate_up, None, dgate_up, None, ctx.form, ctx.interleaved)
-        if ctx.overwrite:
+        if overwrite:
             torch.autograd.graph.increment_version(gate_up)
         return dgate_up, None, None, None
+
+
+def _overwrites(ctx) -> bool:
+    """Not in a backward that keeps its graph (retain_graph), for another one that reads the same again."""
+    return ctx.overwrite and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _room(x: Tensor, overwrite: bool) -> Tensor:
@@ -309,8 +315,8 @@ def glu(
     ``alpha``: silu becomes ``x * sigmoid(alpha * x)``. ``limit``: gate is clamped from above, up from both sides, with
     the gradients of ``torch.clamp``. ``offset`` is added to up, after the clamp.
     ``overwrite_inputs``: the backward may write the gradients over gate and up. Only for tensors that nobody reads
-    afterwards, as the outputs of two projections (a leaf, such as a parameter, would be lost); a second backward is
-    then autograd's error. A compiled graph, which sees to its own memory, makes no use of it.
+    afterwards, as the outputs of two projections (a leaf, such as a parameter, would be lost). A backward with
+    ``retain_graph`` does not, nor does a compiled graph, which sees to its own memory.
     """
     form = GLUForm(act, alpha, limit, offset)
     _check(gate, up, form, interleaved)

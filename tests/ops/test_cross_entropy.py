@@ -318,3 +318,14 @@ def test_errors(changes, message):
 def test_kernels_refuse_fp64(device):
     with pytest.raises(ValueError, match="cross_entropy: logits is torch.float64"):
         cross_entropy(torch.zeros(2, 7, dtype=torch.float64, device=device), torch.tensor([0, 1], device=device))
+
+
+def test_a_compiled_graph_takes_any_upstream(device):
+    logits, labels = randn(3, 7, device=device).float().requires_grad_(), torch.tensor([1, -100, 6], device=device)
+
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
+    def loss_of(logits, upstream):
+        return cross_entropy(logits, labels, grad_in_forward=True, upstream=upstream)
+
+    for upstream in (1.0, 0.5, 0.25):
+        torch.testing.assert_close(loss_of(logits, upstream), cross_entropy(logits, labels))

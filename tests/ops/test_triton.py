@@ -8,9 +8,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ds_fused.ops._triton as shared
 import ds_fused.ops.registry  # noqa: F401  # all op files
+from ds_fused.ops import rms_norm
 from ds_fused.ops._rows import walk
 
 
@@ -42,6 +44,15 @@ def test_no_kernel_is_tuned_where_it_trains():
 def test_kernels_run_here(device):
     assert shared.runs_kernels(torch.empty(1, device=device))
     assert not shared.runs_kernels(torch.empty(1, device=device), torch.empty(1, device="meta"))
+
+
+def test_a_fake_tensor_goes_to_pytorch():
+    """It has no memory for a kernel, whichever device it says it lies on."""
+    with FakeTensorMode():
+        x = torch.empty(2, 8, device="cuda")
+        assert not shared.runs_kernels(x)
+        y = rms_norm(x, torch.empty(8, device="cuda"))
+    assert y.shape == (2, 8) and y.device.type == "cuda"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 
 import ds_fused
+from ds_fused.modules import on_demand
 from ds_fused.modules import scope as scope_module
 from ds_fused.modules.on_demand import LogitsOnDemand
 from ds_fused.modules.swap import is_fused
@@ -341,3 +342,117 @@ def test_metrics_of_preprocessed_logits(tmp_path: Path) -> None:
 
 def _first(logits: object) -> torch.Tensor:
     return logits[0] if isinstance(logits, tuple) else logits
+
+
+# hooks and forwards that come later
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only these write over what projections return."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.mark.usefixtures("kernels")
+def test_what_a_hook_keeps_of_a_projection_stays() -> None:
+    model, _ = pair()
+    kept = []
+    model.model.layers[1].mlp.up_proj.register_forward_hook(lambda _, x, y: kept.append((y, y.detach().clone())))
+    step(model)
+    ((output, then),) = kept
+    assert torch.equal(output, then)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    "hook",
+    [lambda layer, x, y: torch.tanh(y), lambda layer, x, y: y * y.square().mean().rsqrt()],
+    ids=["tanh", "product"],
+)
+@pytest.mark.parametrize("where", ["up_proj", "act_fn"])
+def test_a_hook_within_an_mlp_has_its_way(hook: Callable, where: str) -> None:
+    model, stock = pair()
+    for each in (model, stock):
+        each.model.layers[1].mlp.get_submodule(where).register_forward_hook(hook)
+    assert_same_step(model, stock, tolerance=1e-5)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_backward_that_keeps_its_graph() -> None:
+    model, stock = pair()
+    found = []
+    for each in (model, stock):
+        hidden = each.model(batch()["input_ids"])[0]
+        weight = each.model.layers[0].mlp.gate_proj.weight
+        found.append([torch.autograd.grad(hidden[0, i].sum(), weight, retain_graph=True)[0] for i in (0, 1)])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_a_forward_in_front_of_the_heads_own() -> None:
+    model, stock = pair()
+    for each in (model, stock):
+        forward = each.lm_head.forward
+        each.lm_head.forward = lambda x, forward=forward: 0.5 * forward(x)
+    assert_same_step(model, stock, tolerance=1e-5)
+
+
+def test_who_waits_for_a_gradient_of_logits_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    on_demand._say_apart.cache_clear()
+    model, _ = pair()
+    outputs = model(**batch())
+    outputs.logits.retain_grad()
+    outputs.logits.register_hook(lambda gradient: None)
+    (message,) = caplog.messages
+    assert "gradient of outputs.logits" in message and '"fused_linear_cross_entropy": false' in message
+
+
+def test_adapters_that_begin_at_a_token() -> None:
+    """aLoRA: its layers are handed where a sequence's tokens begin to count, which tiles of tokens would not know."""
+    peft = pytest.importorskip("peft")
+    model, stock = twins(LLAMA)
+    tokens = batch()["input_ids"]
+    invoked = [int(token) for token in tokens[0, 2:4]]
+    tokens[:, 2:4] = tokens[0, 2:4]
+    config = peft.LoraConfig(target_modules=["gate_proj", "down_proj"], alora_invocation_tokens=invoked)
+    losses = []
+    for each, tiles in ((stock, None), (model, 3)):
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(each, config)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+        if tiles is not None:
+            ds_fused.apply(adapted, tiles=tiles)
+        losses.append(adapted(input_ids=tokens, labels=tokens).loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_export_with_labels(strict: bool) -> None:
+    model, stock = pair()
+    kwargs = {**batch(), "use_cache": False}
+    exported = torch.export.export(model, (), kwargs, strict=strict).module()
+    torch.testing.assert_close(exported(**kwargs)["loss"], stock(**kwargs).loss)
+
+
+def test_a_dropout_that_is_turned_on() -> None:
+    """T5Gemma's MLPs have one between the product and the last projection."""
+    config = transformers.T5GemmaConfig(
+        encoder=(sizes := dict(
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=16, dropout_rate=0.0, attention_dropout=0.0,
+        )),
+        decoder=sizes, dropout_rate=0.0, attention_dropout=0.0, vocab_size=VOCAB,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    stock = transformers.T5GemmaForConditionalGeneration(config)
+    model = copy.deepcopy(stock)
+    assert counts(ds_fused.apply(model))["geglu"] == 2
+    losses = []
+    for each in (stock, model):
+        for name, layer in each.named_modules():
+            if name.endswith("mlp.dropout"):
+                layer.p = 0.5
+        torch.manual_seed(1)
+        losses.append(each.train()(**batch()).loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)

@@ -64,13 +64,19 @@ def _ways(module: nn.Module) -> Sequence[Way] | str:
     else:
         act = "silu"
     whole = [] if layout is None else [
-        Way(KEYS[act], "glu", layout.mixin, (("fused_gate", gate), ("fused_children", layout.children)))
+        Way(
+            KEYS[act], "glu", layout.mixin,
+            (("fused_gate", gate), ("fused_children", layout.children), ("fused_act_name", layout.act)),
+        )
         for gate in gates(module, act)
     ]  # fmt: skip
     return whole if name is None else [*whole, Way(KEYS[act], "glu", Product, (("fused_act", act),), (name,))]
 
 
 def _layout_of(module: nn.Module) -> Layout | None:
+    # what it does between the product and the last projection, the original's own forward does alone (T5Gemma)
+    if any(isinstance(child, nn.Dropout) for child in module._modules.values()):
+        return None
     for layout in LAYOUTS:
         if all(isinstance(module._modules.get(name), nn.Module) for name in layout.children) and (
             layout.act is None or hasattr(module, layout.act)
