@@ -26,6 +26,10 @@ class CollectiveClaim:
     def original(self) -> str:
         return qualified_name(type(self.owner))
 
+    def __deepcopy__(self, memo: dict) -> None:
+        # an engine's; of a copied model nothing is sent
+        return None
+
     def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """What differs where some go this way and DeepSpeed's; all ranks ask."""
         try:

@@ -5,7 +5,8 @@
 (earlier, they would replace ours by stock ones); the cast, ZeRO's hooks and the optimizer are still to come.
 ``destroy``: give the model back as it was, before all of stock's, and after it what copy engines hold. ``__del__``,
 which calls it: ranks do so when they like, in the middle of whatever it may be, so nothing may wait for another one or
-touch the model. A later engine over the same layers gives it back then: what they are bound to is the earlier one.
+touch the model. A later engine over the same layers gives it back then: what they are bound to is the earlier one. It
+does so too with a copy of an engine's model, whose layers were replaced for that engine's stage of ZeRO.
 
 Without a block, or with ``"enabled": false``, all else is the originals' and nothing of us is imported.
 """
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 BLOCK = "ds_fused"
 
 log = logging.getLogger("ds_fused")
-# of engines whose models are not given back
+# of engines whose models are not given back, and of copies of these models
 _reports: weakref.WeakSet[Report] = weakref.WeakSet()
 
 
@@ -124,7 +125,7 @@ _ABSENT = object()
 
 
 def _give_back(model: torch.nn.Module) -> None:
-    """As they were: layers of this model that an earlier engine has."""
+    """As they were: layers of this model that an earlier engine has, or had where they were copied."""
     modules = set(model.modules())
     for report in list(_reports):
         if not modules.isdisjoint(report.model.modules()):
@@ -150,6 +151,7 @@ def _replace(engine: DeepSpeedEngine, model: torch.nn.Module, block: object) -> 
         agree.failed(e)
         raise
     engine.__dict__.update(_ds_fused_config=config, ds_fused_report=report)
+    report.found_in = _reports
     _reports.add(report)
 
 
@@ -265,7 +267,7 @@ def _arrange_gathers(engine: DeepSpeedEngine, config: Config, report: Report) ->
     ]
     if wholes and offload is not None:
         leaf_modules.gather_as_one(offload, wholes)
-        report.undoing = (*report.undoing, functools.partial(leaf_modules.gather_apart, offload, wholes))
+        report.undoing = (*report.undoing, leaf_modules.LeafClaim((), wholes, offload).restore)
     if not config.leaf_modules:
         return
     reason = engine.__dict__["_ds_fused_leafs_are_set"]

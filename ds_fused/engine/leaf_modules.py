@@ -22,6 +22,7 @@ only at the end of the backward; that is said where it happens.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -57,10 +58,14 @@ _HELD = "ds_fused: computed again"
 class LeafClaim(UnprovenClaim):
     """Layers of one class, gathered as one each."""
 
-    offload: DeepSpeedZeRoOffload
+    offload: DeepSpeedZeRoOffload | None  # None: of a copied model, which nobody gathers
     key: str = KEY
     replacement: str = "the same, gathered as one"
     hooks: list[RemovableHandle] = field(default_factory=list)
+
+    def __deepcopy__(self, memo: dict) -> LeafClaim:
+        modules, hooks = copy.deepcopy((self.modules, self.hooks), memo)
+        return LeafClaim(self.paths, modules, None, hooks=hooks)
 
     def commit(self) -> None:
         gather_as_one(self.offload, self.modules)
@@ -166,7 +171,7 @@ def _hold(parameters: Sequence[nn.Parameter], layer: nn.Module, args: tuple, out
             'its weights until the backward ends; "leaf_modules": false takes less memory'
         )
     if in_backward():
-        for p in parameters:
+        for p in filter(_comes_and_goes, parameters):
             p.ds_active_sub_modules.add(_HELD)
 
 
@@ -174,9 +179,14 @@ def _hold(parameters: Sequence[nn.Parameter], layer: nn.Module, args: tuple, out
 def _hand_on(parameters: Sequence[nn.Parameter], layer: nn.Module, args: tuple, output: object) -> None:
     """To the layer's backward, at whose end DeepSpeed takes it off."""
     if in_backward():
-        for p in parameters:
+        for p in filter(_comes_and_goes, parameters):
             p.ds_active_sub_modules.add(layer.ds_id)
             p.ds_active_sub_modules.discard(_HELD)
+
+
+def _comes_and_goes(p: nn.Parameter) -> bool:
+    """Not in a copy of the model."""
+    return hasattr(p, "ds_active_sub_modules")
 
 
 def gather_as_one(offload: DeepSpeedZeRoOffload, modules: Sequence[nn.Module]) -> None:
@@ -188,7 +198,7 @@ def gather_as_one(offload: DeepSpeedZeRoOffload, modules: Sequence[nn.Module]) -
     _hook_again(offload)
 
 
-def gather_apart(offload: DeepSpeedZeRoOffload, modules: Sequence[nn.Module]) -> None:
+def gather_apart(offload: DeepSpeedZeRoOffload | None, modules: Sequence[nn.Module]) -> None:
     """As before ``gather_as_one``, for this engine and any later one."""
     for module in modules:
         with suppress(AttributeError):
@@ -196,7 +206,7 @@ def gather_apart(offload: DeepSpeedZeRoOffload, modules: Sequence[nn.Module]) ->
         for p in module.parameters():
             if getattr(p, _OF_LEAF, None) is module:
                 delattr(p, _OF_LEAF)
-    if _is_hooked(offload):
+    if offload is not None and _is_hooked(offload):
         _hook_again(offload)
 
 

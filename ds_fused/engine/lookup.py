@@ -27,6 +27,10 @@ class Lookup:
         """``shard``: the same table where it lies; without it, it always comes in slabs. ``check``: before each use."""
         self._slabs, self._shard, self._block_bytes, self._check = slabs, shard, block_bytes, check
 
+    def __deepcopy__(self, memo: dict) -> None:
+        # an engine's; a copied embedding has a table of its own
+        return None
+
     def __str__(self) -> str:
         if self._shard is None:
             return str(self._slabs)

@@ -44,12 +44,12 @@ log = logging.getLogger("ds_fused")
 class EmbeddingClaim(UnprovenClaim):
     """An embedding whose table is never whole: rows are picked, not computed."""
 
-    lookup: Lookup
+    lookup: Lookup | None  # None: of a copied model
     key: str = "embedding"
 
     @property
     def replacement(self) -> str:
-        return f"embedding; {self.lookup}"
+        return f"embedding; {self.lookup or 'its own table'}"
 
     def commit(self) -> None:
         for module in self.modules:

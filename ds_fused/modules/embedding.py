@@ -16,15 +16,20 @@ class SlabEmbedding:
     """Mix-in for an ``nn.Embedding`` under ZeRO-3, whose hooks would gather the whole table: they are left out."""
 
     padding_idx: int | None
-    # (ids, padding_idx=...) -> rows
-    _ds_fused_lookup: Callable[..., Tensor]
+    # (ids, padding_idx=...) -> rows; None in a copy, which has a table of its own
+    _ds_fused_lookup: Callable[..., Tensor] | None
 
     # collectives, and the exchange of hooks: nothing for a compiled graph
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._ds_fused_lookup is None:
+            return nn.Module.__call__(self, *args, **kwargs)
         return past_hooks(self, "deepspeed", *args, **kwargs)
 
     def forward(self, input: Tensor) -> Tensor:
+        if self._ds_fused_lookup is None:
+            # not the next in line: that may be the forward which this one is called by
+            return nn.Embedding.forward(self, input)
         return self._ds_fused_lookup(input, padding_idx=self.padding_idx)
 
 

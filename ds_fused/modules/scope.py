@@ -61,7 +61,7 @@ def _own_bias(head: nn.Module) -> Tensor | None:
 class HeadWeight:
     """How the weight of a head is reached where ZeRO-3 has sharded it; as it stands here, where nothing has.
 
-    What it refers to is an engine's: copies of a model share it, and a pickle holds none of it.
+    What it refers to is an engine's: copies and pickles of a model have none of it.
     """
 
     # the context of a read after the forward, in which the weight is whole
@@ -75,9 +75,6 @@ class HeadWeight:
     bias: Callable[[nn.Module], Tensor | None] = _own_bias
     # of a weight that is sharded and trained this rank's part
     shard: Callable[[nn.Module], Tensor | None] = _no_shard
-
-    def __deepcopy__(self, memo: dict) -> HeadWeight:
-        return self
 
     def __reduce__(self) -> tuple:
         return HeadWeight, ()

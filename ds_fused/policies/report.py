@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -109,11 +110,22 @@ class Report:
     watch: Watch = field(init=False)
     settings: Sequence[str] = ()  # what was set beside the layers, a line each
     undoing: Sequence[Callable[[], None]] = ()  # of what was done beside the claims, behind them
+    found_in: weakref.WeakSet[Report] | None = None  # copies are, too
 
     def __post_init__(self) -> None:
         self.watch = Watch(self.model, self.claims)
         # a plain attribute of the model, so that restore() finds it and both go together
         self.model.__dict__.setdefault(REPORTS, _Reports()).append(self)
+
+    def __deepcopy__(self, memo: dict) -> Report:
+        """Of a copied model; claims that are an engine's have no copy."""
+        memo[id(self)] = twin = copy.copy(self)
+        state = {name: value for name, value in vars(self).items() if name != "found_in"}
+        vars(twin).update(copy.deepcopy(state, memo))
+        twin.claims = [claim for claim in twin.claims if claim is not None]
+        if twin.found_in is not None:
+            twin.found_in.add(twin)
+        return twin
 
     @property
     def replaced(self) -> tuple[Replaced, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
+from ds_fused.engine.lookup import Lookup
 from ds_fused.modules.embedding import SlabEmbedding, slab_embedding_of
 from ds_fused.modules.swap import swap, unswap
 from ds_fused.ops.slab_embedding import slab_embedding
@@ -59,6 +61,21 @@ def test_a_forward_around_the_lookup_runs_on():
     assert torch.equal(slabs.grad, dweight)
     # the class itself, and what is made of it elsewhere, are as they were
     assert torch.equal(other(ids), of_other)
+
+
+@pytest.mark.parametrize("cls", [nn.Embedding, Gemma3TextScaledWordEmbedding])
+def test_a_copy_looks_up_in_its_own_table(cls):
+    embedding = cls(13, 6, padding_idx=0, **({} if cls is nn.Embedding else {"embed_scale": 2.5}))
+    ids = torch.tensor([[1, 2, 1, 0]])
+    swap(embedding, slab_embedding_of(cls), _ds_fused_lookup=Lookup(slabs=None, shard=None, block_bytes=0))
+    twin = copy.deepcopy(embedding)
+    rows = twin(ids)
+    unswap(embedding)
+    assert torch.equal(rows, embedding(ids))
+    rows.sum().backward()
+    assert twin.weight.grad is not None and embedding.weight.grad is None
+    unswap(twin)
+    assert type(twin) is cls
 
 
 class Renamed(nn.Embedding):

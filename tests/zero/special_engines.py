@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ import products
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, z3_leaf_module
-from special import STATIONARY, STREAM, both, case, engine_of, mine, model_of, train, with_lora
+from special import STATIONARY, STREAM, both, case, engine_of, left, mine, model_of, replaced, train, with_lora
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -21,6 +23,9 @@ from transformers import (
     RobertaConfig,
     RobertaForMaskedLM,
 )
+
+import ds_fused
+from ds_fused.modules.swap import is_fused
 
 TARGETS = ["q_proj", "down_proj"]
 BUILDS = {"plain": model_of, "tied": lambda: model_of(tied=True), "lora": lambda: with_lora(TARGETS)}
@@ -71,6 +76,43 @@ def second_engine() -> dict:
     }
 
 
+@case
+def second_engine_over_a_copy() -> dict:
+    """A copy of a model that is trained becomes another engine's, as a teacher does; both train on."""
+
+    def run(stage: int, pair: tuple, is_destroyed: bool) -> dict:
+        first = engine_of(model_of(), stage, pair[0])
+        numbers = train(first, mine()[:1])
+        twin = copy.deepcopy(first.module)
+        # of a copy of a copy, too
+        model = copy.deepcopy(twin)
+        if is_destroyed:
+            first.destroy()
+        second = engine_of(model, 3, pair[1])
+        ids, labels = mine()[1]
+        output = second(input_ids=ids, labels=labels)
+        numbers.append(output.logits.detach().float().square().mean().item())
+        second.backward(output.loss)
+        second.step()
+        numbers += train(second, mine()[2:])
+        if not is_destroyed:
+            numbers += train(first, mine()[1:])
+            first.destroy()
+        fused = pair[1] is not None
+        found = {"replaced": replaced(second), "left": left(second)} if fused else {}
+        second.destroy()
+        is_stock = not any(map(is_fused, model.modules()))
+        return {"numbers": numbers, "is_stock": is_stock} | found
+
+    pairs = {"stock": (None, None), "then stock": ({}, None), "twice": ({}, {}), "then stream": (TILED, STREAM)}
+    return {
+        f"ZeRO-{stage}, {'destroyed' if is_destroyed else 'alive'}": {
+            name: run(stage, pair, is_destroyed) for name, pair in pairs.items()
+        }
+        for stage, is_destroyed in ((0, False), (2, False), (2, True))
+    }
+
+
 @contextmanager
 def whole(engine: deepspeed.DeepSpeedEngine) -> Iterator[torch.nn.Module]:
     """As TRL has a model generate: all weights gathered once, and nothing of DeepSpeed around the layers."""
@@ -104,6 +146,55 @@ def whole_weights() -> dict:
 
     blocks = {"stock": None, "auto": {}, "stream": STREAM, "stationary": STATIONARY}
     return {f"tied {tied}": {name: run(tied, block) for name, block in blocks.items()} for tied in (False, True)}
+
+
+@case
+def copied_models() -> dict:
+    """Copies of a ZeRO-3 engine's model: an average of its weights, and one that computes by itself."""
+
+    def run(build: Callable[[], torch.nn.Module], block: dict | None) -> dict:
+        model = build()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+        engine = engine_of(model, 3, block)
+        numbers = train(engine, mine()[:1])
+        weights = list(engine.module.parameters())
+        with deepspeed.zero.GatheredParameters(weights):
+            average = AveragedModel(engine.module, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+        for batch in mine()[1:3]:
+            numbers += train(engine, [batch])
+            with deepspeed.zero.GatheredParameters(weights):
+                average.update_parameters(engine.module)
+        # DeepSpeed's hooks, which a copy has as well, know no weights but an engine's
+        with whole(engine) as model:
+            twin = copy.deepcopy(model)
+        numbers += train(engine, mine()[3:])
+        engine.destroy()
+
+        twin.load_state_dict(average.module.state_dict())
+        ids, labels = mine()[0]
+        n_fused = sum(map(is_fused, twin.modules()))
+        for _ in ("as it was copied", "restored"):
+            output = twin(input_ids=ids, labels=labels)
+            output.loss.backward()
+            grads = [p.grad for p in twin.parameters() if p.grad is not None]
+            numbers += [output.loss.item(), output.logits.float().square().mean().item()]
+            numbers += [len(grads), sum(grad.abs().sum().item() for grad in grads)]
+            made = twin.generate(input_ids=ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+            numbers.append(made[:, ids.shape[1] :].double().mean().item())
+            twin.zero_grad()
+            ds_fused.restore(twin)
+        is_stock = not any(map(is_fused, twin.modules()))
+        return {"numbers": numbers, "n_fused": n_fused, "is_stock": is_stock, "left": marks(twin)}
+
+    blocks = {
+        "stock": None,
+        "auto": {},
+        "stream": STREAM | {"embedding": True},
+        "leafs": TILED | {"leaf_modules": True},
+        "small": {"profile": "small"},
+    }
+    return {name: {key: run(build, block) for key, block in blocks.items()} for name, build in BUILDS.items()}
 
 
 @case

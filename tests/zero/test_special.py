@@ -125,6 +125,8 @@ CASES = (
     "copied_auto",
     "destroyed",
     "second_engine",
+    "second_engine_over_a_copy",
+    "copied_models",
     "whole_weights",
     "two_forwards",
     "weight_hooks",
@@ -419,6 +421,27 @@ def test_second_engine(ranks):
                 assert found["moved"] == pytest.approx(pairs["stock"]["moved"], rel=1e-3), (name, pair)
                 # a destroyed engine takes all of itself along
                 assert not found["left"] and not found["claims"], (name, pair)
+
+
+def test_second_engine_over_a_copy(ranks):
+    for result in ranks:
+        for name, pairs in result.items():
+            for pair, found in pairs.items():
+                assert found["numbers"] == pytest.approx(pairs["stock"]["numbers"], rel=1e-5), (name, pair)
+                assert found["is_stock"], (name, pair)
+            # all of it, as of a model that is no copy
+            assert pairs["twice"]["replaced"]["swiglu"] == LAYERS and not pairs["twice"]["left"], name
+            assert pairs["then stream"]["replaced"]["fused_linear_cross_entropy"] == 1, name
+
+
+def test_copied_models(ranks):
+    """They compute as stock's, fused as the model that they were copied from, and can be restored."""
+    for result in ranks:
+        for model, runs in result.items():
+            for name, found in runs.items():
+                assert found["numbers"] == pytest.approx(runs["stock"]["numbers"], rel=1e-5), (model, name)
+                assert (found["n_fused"] > 0) == (name != "stock"), (model, name)
+                assert found["is_stock"] and not found["left"], (model, name)
 
 
 def test_whole_weights(ranks):
