@@ -236,7 +236,7 @@ class LentLogitsFunction(torch.autograd.Function):
         if ctx.spent:
             raise RuntimeError(
                 "cross_entropy: a second backward, but the first handed out the gradient that the forward had written "
-                "over the logits; pass grad_in_forward=False to compute it each time"
+                "over the logits; pass grad_in_forward=False and overwrite_logits=False to keep them"
             )
         ctx.spent = True
         (logits,) = ctx.saved_tensors

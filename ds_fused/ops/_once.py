@@ -16,6 +16,16 @@ from torch.autograd.graph import get_gradient_edge
 
 Gradients = Tensor | tuple[Tensor | None, ...] | None
 
+# op -> what to pass where one graph is to have two backwards. All at once: less would lead to the next such error
+FOR_TWO_BACKWARDS = {
+    "linear_cross_entropy": 'grad_in_forward=False and keep_mb=0 (in JSON "fused_linear_cross_entropy": '
+    '{"grad_in_forward": false, "keep_mb": 0})',
+    "linear_log_probs": "keep_mb=0",
+    "linear_jsd": "grad_in_forward=False",
+    "linear_kl_div": "grad_in_forward=False",
+    "linear_cosine": "grad_in_forward=False",
+}
+
 
 class _Refused(torch.autograd.Function):
     """The first n tensors, gradients, as they are; behind them what they are functions of.

@@ -140,7 +140,7 @@ class CrossEntropyFunction(torch.autograd.Function):
         if ctx.overwritten:
             raise RuntimeError(
                 "cross_entropy: a second backward, but the first wrote the gradient over the logits; "
-                "pass overwrite_logits=False to keep them"
+                "pass grad_in_forward=False and overwrite_logits=False to keep them"
             )
         logits, labels, lse, total, of_token, weight, token_weights = ctx.saved_tensors
         if ctx.overwrite:

@@ -105,7 +105,7 @@ def linear_cross_entropy(
 
     ``chunk_mb``: MiB of logits that are worked on at a time. ``keep_mb``: MiB of logits kept for backward; the rest is
     computed again. Logits that fit it whole are not cut. Kept logits make way for their gradient, so a second
-    backward raises unless ``keep_mb=0``.
+    backward raises unless ``grad_in_forward=False, keep_mb=0``.
 
     ``grad_in_forward``: where the weight is whole, the loss alone a mean or a sum, without class weights, and x not in
     fp16, gradients are made in the forward, chunk after chunk: each logit is computed once and none is kept, whatever

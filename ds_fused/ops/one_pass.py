@@ -33,7 +33,7 @@ from torch import Tensor
 from ds_fused.ops._cross_entropy_kernels import softmax_passes
 from ds_fused.ops._lent_logits import lent_logits
 from ds_fused.ops._loss import LossOptions, cross_entropy_bwd_torch, cross_entropy_fwd_torch
-from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._once import FOR_TWO_BACKWARDS, once_differentiable
 from ds_fused.ops._scale import scaled
 from ds_fused.ops._tiles import MOST_ROUNDINGS, logits_of, of_chunk, part, product, side, sum_dtype, tile_elements, wide
 from ds_fused.ops._triton import cdiv, runs_kernels
@@ -170,7 +170,7 @@ class OnePassFunction(torch.autograd.Function):
         if ctx.spent:
             raise RuntimeError(
                 f"{ctx.op}: a second backward, but the first handed out the gradients that the forward had made; pass "
-                "grad_in_forward=False to compute them each time"
+                f"{FOR_TWO_BACKWARDS[ctx.op]} to compute them each time"
             )
         ctx.spent = True
         made = (None if t is None else scaled(t, dloss) for t in ctx.saved_tensors)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ds_fused.ops._cross_entropy_kernels import softmax_passes
 from ds_fused.ops._loss import LossOptions
-from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._once import FOR_TWO_BACKWARDS, once_differentiable
 from ds_fused.ops._slab import Slab, room_of
 from ds_fused.ops._tiles import Tiling, logits_of, of_chunk, product, sum_dtype, tile, tile_elements, wide
 from ds_fused.ops.slabs import WeightSlabs, WholeWeight
@@ -115,8 +115,8 @@ class TwoPassFunction(torch.autograd.Function):
     def backward(ctx, dloss: Tensor, *more: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.overwritten:
             raise RuntimeError(
-                f"{ctx.op}: a second backward, but the first wrote the gradient over the logits it had "
-                "kept; pass keep_mb=0 to compute them again each time"
+                f"{ctx.op}: a second backward, but the first wrote the gradient over the logits it had kept; pass "
+                f"{FOR_TWO_BACKWARDS[ctx.op]} to compute them again each time"
             )
         x, weight, bias, labels, lse, class_weight, token_weights, entropies, *kept = ctx.saved_tensors
         dentropy = None if entropies is None else more[0]
