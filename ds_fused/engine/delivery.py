@@ -61,6 +61,10 @@ class Bystander(NamedTuple):
 
     param: nn.Parameter
 
+    @property
+    def requires_grad(self) -> bool:
+        return self.param.requires_grad
+
 
 class Delivery:
     """Hands the optimizer this rank's part of a weight's gradient, beside what it gets for that weight by itself.
@@ -73,6 +77,7 @@ class Delivery:
     def __init__(self, param: nn.Parameter, engine: DeepSpeedEngine) -> None:
         self.param = param
         self.engine = engine
+        self._is_optimized = param.ds_id in getattr(engine.optimizer, KEPT_GRADIENTS)
         self._given_at: tuple[int, int, int] | None = None
         self._held: Tensor | None = None
         self._original = engine.optimizer.partition_grads
@@ -80,9 +85,17 @@ class Delivery:
         self._zero_grad = engine.optimizer.zero_grad
         engine.optimizer.zero_grad = self._forget
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether its gradient is wanted: not of a weight that was frozen when the optimizer was made.
+
+        That does not train it when it is unfrozen later, and has no place for a gradient.
+        """
+        return self._is_optimized and self.param.requires_grad
+
     def refuse_hooks(self) -> None:
         """Of hooks that came after the engine was made: nobody would call them, since autograd is not on this way."""
-        if not (self.param.requires_grad and torch.is_grad_enabled()):
+        if not (self.requires_grad and torch.is_grad_enabled()):
             return
         hooks = gradient_hooks(self.param)
         if hooks:

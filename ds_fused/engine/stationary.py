@@ -38,7 +38,7 @@ class ZeroShard(VocabShard):
 
     @property
     def requires_grad(self) -> bool:
-        return self.param.requires_grad
+        return self.delivery.requires_grad
 
     def __str__(self) -> str:
         return f"its rows stay on {self.ranks} ranks, to which the tokens travel"

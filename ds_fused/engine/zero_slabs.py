@@ -89,7 +89,7 @@ class ZeroSlabs:
 
     @property
     def requires_grad(self) -> bool:
-        return self.param.requires_grad
+        return self._delivery.requires_grad
 
     @property
     def whole(self) -> Tensor | None:

@@ -43,7 +43,7 @@ class ZeroVector:
     def __call__(self) -> Tensor:
         """The vector as autograd is to see it."""
         dtype = self.param.ds_tensor.dtype
-        anchor = torch.empty(0, dtype=dtype, device=self._device, requires_grad=self.param.requires_grad)
+        anchor = torch.empty(0, dtype=dtype, device=self._device, requires_grad=self._delivery.requires_grad)
         return _Gather.apply(anchor, self)
 
     def gather(self) -> Tensor:

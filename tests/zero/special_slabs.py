@@ -25,9 +25,9 @@ from ds_fused.engine import copy_engines, slab_mode
 from ds_fused.ops import _tiles
 
 
-def frozen(*trained: str) -> torch.nn.Module:
+def frozen(*trained: str, tied: bool = False) -> torch.nn.Module:
     """A model of which only those parameters learn whose names hold one of the words."""
-    model = model_of()
+    model = model_of(tied)
     for name, weight in model.named_parameters():
         weight.requires_grad_(any(word in name for word in trained))
     return model
@@ -125,6 +125,18 @@ def stream_frozen_trunk() -> dict:
 @case
 def stream_frozen_head() -> dict:
     return streamed(lambda: frozen("layers", "norm"))
+
+
+@case
+def stream_unfrozen() -> dict:
+    """Head and embedding, tied, frozen when the optimizer is made: that never trains them, and says nothing."""
+
+    def run(engine: deepspeed.DeepSpeedEngine) -> list[float]:
+        losses = train(engine, mine()[:1])
+        engine.module.lm_head.weight.requires_grad_()
+        return losses + train(engine, mine()[1:])
+
+    return streamed(lambda: frozen("layers", "norm", tied=True), run=run)
 
 
 @case

@@ -38,6 +38,7 @@ COPIED = (
 # these and others in the other mode, and two of its own
 STATIONARY = (
     *COPIED,
+    "unfrozen",
     "gemma",
     "smoothed",
     "embedding",
@@ -90,6 +91,7 @@ CASES = (
     "logits_read_by_one",
     "stream_frozen_trunk",
     "stream_frozen_head",
+    "stream_unfrozen",
     "stream_uneven_ranks",
     "stream_embedding",
     "stream_logits_kept",
@@ -179,7 +181,7 @@ def ranks(request: pytest.FixtureRequest, ended) -> list[dict]:
 
 IN_BF16 = ("communication_dtype", "accumulation_dtype", "autocast")
 # cases whose embedding is looked up without being whole
-LOOKED_UP = ("embedding", "gemma", "own_loss", "tied_offload")
+LOOKED_UP = ("embedding", "gemma", "own_loss", "tied_offload", "unfrozen")
 
 
 def equal_losses(ranks: list[dict]) -> None:
@@ -323,6 +325,7 @@ def test_one_rank_misspells(ranks):
     [
         pytest.param("frozen_trunk", marks=pytest.mark.all),
         "frozen_head",
+        "unfrozen",
         "uneven_ranks",
         "embedding",
         pytest.param("logits_kept", marks=pytest.mark.all),
