@@ -204,6 +204,7 @@ def _check_triton() -> None:
 
 def _replaced(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config, agree: Agreement) -> Report:
     from ds_fused.engine import builders, zero3
+    from ds_fused.engine.config import OP_OPTIONS
     from ds_fused.engine.slab_mode import SlabMode
     from ds_fused.modules.scope import HeadWeight
     from ds_fused.policies import plan
@@ -213,17 +214,18 @@ def _replaced(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config, a
     wanted, left = _loadable(config)
     if engine.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         _say(engine, "no GPU: on CPU tensors every op runs its PyTorch reference")
-    dtype = training_dtype(engine)
+    dtype, block = training_dtype(engine), engine.__dict__["_ds_fused_block"]
     if config.warmup:
         from ds_fused.engine.warmup import warm_up
 
-        warm_up(engine, model, engine.__dict__["_ds_fused_block"], dtype)
+        warm_up(engine, model, block, dtype)
     slab_mode = engine.__dict__["_ds_fused_slab_mode"] = SlabMode(config)
     asked = {**vars(config), "head": dict(config.head), "wanted": {key: dict(o) for key, o in wanted.items()}}
     asked |= {"recompute": vars(config.recompute), "device": engine.device.type, "dtype": str(dtype)}
+    # what the block names stays told from what is on without it: `strict` wants each of the former
+    named = {key: wanted.get(key, False) for key in OP_OPTIONS if key in block or key in left}
     report = plan.apply(
         model,
-        wanted,
         device=engine.device,
         dtype=dtype,
         verify=config.verify,
@@ -236,6 +238,7 @@ def _replaced(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config, a
         tiles=config.tiles,
         recompute=config.recompute,
         agree=lambda decisions: agree({"config": asked, **decisions}),
+        **named,
     )
     report.left = (*report.left, *(Left(key, 1, reason) for key, reason in left.items()))
     return report

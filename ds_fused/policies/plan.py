@@ -24,12 +24,16 @@ from ds_fused.policies.swap_claim import AttentionClaim, SwapClaim
 
 # names of layers that a user would expect to be replaced: where they are of no kind that we know, the report says so
 _EXPECTED = re.compile(r"(RMSNorm|LayerNorm|MLP|Experts)$")
-# ops that are alternatives: `strict` is content with one of each group
-_GROUPS = {
-    **dict.fromkeys(("rms_norm", "add_rms_norm", "layer_norm", "group_norm", "gated_rms_norm"), "norm"),
-    **dict.fromkeys(("rope", "rms_norm_rope"), "rope"),
-    **dict.fromkeys(("glu", "relu2", "experts"), "mlp"),
-    **dict.fromkeys(("cross_entropy", "linear_cross_entropy"), "loss"),
+_NORMS = ("rms_norm", "add_rms_norm", "layer_norm", "group_norm", "gated_rms_norm")
+_ROPES = ("rope", "rms_norm_rope")
+_MLPS = ("glu", "relu2", "experts")
+# op -> any of which `strict` is content with, where the op's key is on without being named
+_ALTERNATIVES = {
+    **dict.fromkeys(_NORMS, _NORMS),
+    **dict.fromkeys(_ROPES, _ROPES),
+    **dict.fromkeys(_MLPS, _MLPS),
+    # not the other way round: a head whose logits are computed is what nobody wants to find out by its memory
+    "cross_entropy": ("cross_entropy", "linear_cross_entropy"),
 }
 
 
@@ -63,7 +67,8 @@ def apply(
     ``device``, ``dtype``: what the model will train in, where each replacement is compared with the original before it
     is used; the first parameter's when not given. Without ``verify`` that happens on the CPU, and only for layers that
     could be one of several forms.
-    ``strict``: a requested kind that matches nothing is a ValueError; adapters, where the model has some.
+    ``strict``: a key that is named and matches nothing is a ValueError; of those that are on without being named, a
+    kind of layer of which none matches, unless one of its keys is named as off (adapters: where the model has some).
     ``logits``: after a fused loss, "defer" computes them when they are read, "keep" in the forward as well.
     ``eval``: "defer" fuses the loss of an evaluation too, "stock" leaves evaluation alone.
     ``weight``: how the weight of a head is reached where it is sharded.
@@ -82,6 +87,7 @@ def apply(
     check_choice("eval", eval, ("defer", "stock"))
     device, dtype = place(model, device, dtype)
     keys = _keys(wanted, switches)
+    on, named = list(keys), {**(wanted or {}), **switches}
     tiles = _checked(tiles)
     if not isinstance(recompute, Recomputing):
         recompute = recomputing(recompute, "apply: recompute")
@@ -106,7 +112,7 @@ def apply(
     if agree is not None:
         agree(_digest(planned, outcomes))
     if strict:
-        _all_matched(model, keys, claims, left)
+        _all_matched(model, on, named, claims, left)
     kept, not_kept = claim_recompute(model, recompute, {path for claim in claims for path in claim.paths})
     claims, left = [*claims, *kept], [*left, *not_kept]
     _commit(claims)
@@ -279,17 +285,29 @@ def _no_conflict(claims: Sequence[Claim]) -> None:
                 raise ValueError(f"apply: {path} is claimed twice: {both}")
 
 
-def _all_matched(model: nn.Module, keys: Mapping[str, object], claims: Sequence[Claim], left: Sequence[Left]) -> None:
-    """``strict``: every op that is on has work. Keys of one op are alternatives (a model is swiglu or geglu), and so
-    are norms, MLPs with and without a gate, and the two ways to the loss. Adapters are no part of most models."""
+def _all_matched(
+    model: nn.Module, on: Sequence[str], named: Mapping[str, object], claims: Sequence[Claim], left: Sequence[Left]
+) -> None:
+    """``strict``: every key that is named has work. Of those that are on without being named, keys of one op are
+    alternatives (a model is swiglu or geglu), and so are norms, MLPs with and without a gate, and rotations with and
+    without norms: where one is named as off, the others may well have no work. A head's loss has no alternative.
+    Adapters are no part of most models."""
+    # what does the work of two is work of both
+    matched = {key for claim in claims for key in (claim.key, *NEEDS[claim.key])}
+    matched |= {claim.instead_of for claim in claims if isinstance(claim, SwapClaim)}
+    will_do = matched | {key for key, value in named.items() if value is False}
     if not any(map(ADAPTER.recognises, model.modules())):
-        keys = [key for key in keys if key != ADAPTER.key]
-    groups = {key: _GROUPS.get(op.name, op.name) for op in OPS for key in op.keys}
-    matched = {groups[claim.key] for claim in claims}
-    missed = [key for key in keys if groups[key] not in matched]
+        will_do.add(ADAPTER.key)
+    missed = [key for key in on if (key not in matched if key in named else will_do.isdisjoint(_alternatives(key)))]
     if missed:
         reasons = "".join(f"\n  {row.count} x {row.what}: {row.reason}" for row in left)
         raise ValueError(f"apply: strict, and nothing matched {', '.join(missed)}{reasons}")
+
+
+def _alternatives(key: str) -> list[str]:
+    """The keys any of which will do, itself among them."""
+    name = next(op.name for op in OPS if key in op.keys)
+    return [other for op in OPS if op.name in _ALTERNATIVES.get(name, (name,)) for other in op.keys]
 
 
 def _digest(planned: Plan, outcomes: Sequence[str | None]) -> dict[str, object]:

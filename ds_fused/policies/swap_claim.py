@@ -18,6 +18,8 @@ class SwapClaim:
 
     # the key that asked for another way, which was not to be had, and why
     apart: tuple[str, str] | None = None
+    # the key of the way that is had where nobody asks for the one that was proven
+    instead_of: str | None = None
 
     def __init__(self, kind: Kind, ways: Sequence[Way], model: nn.Module, tiles: Tiles | None = None) -> None:
         self.paths: tuple[str, ...] = ()
@@ -66,6 +68,8 @@ class SwapClaim:
             if isinstance(chosen, Way):
                 if reason is not None:
                     self.apart = asked[0].key, reason
+                elif chosen.asked and others:
+                    self.instead_of = others[0].key
                 self._ways = (chosen,)
                 return None
             reason = chosen

@@ -147,6 +147,16 @@ def strict(said):
     deepspeed.initialize(model=torch.nn.Linear(4, 4), config=config(block=ON | {"strict": True}))
 
 
+def strict_without_norms(said):
+    block = ON | {"strict": True, "rms_norm": False, "report": False}
+    engine, *_ = deepspeed.initialize(model=llama(), config=config(block=block))
+    said["replaced"] = {row.key: row.count for row in engine.ds_fused_report.replaced}
+
+
+def strict_by_name(said):
+    deepspeed.initialize(model=llama(), config=config(block=ON | {"strict": True, "geglu": True, "profile": "small"}))
+
+
 def broken_engine(said):
     model = llama()
     try:
@@ -171,5 +181,5 @@ case("compiled", lambda said: train(2, ON | {"report": False}, said, compiled=Tr
 case("keep 3", lambda said: train(3, ON | {"logits": "keep", "report": False}, said) and None)
 for act in (read_alone, in_flight, by_position, malformed_here, malformed_on_one, other_ops_on_one):
     case(act.__name__, act)
-for act in (strict, broken_engine, pipeline):
+for act in (strict, strict_without_norms, strict_by_name, broken_engine, pipeline):
     case(act.__name__, act)

@@ -94,6 +94,16 @@ def test_strict_and_nothing_matched(cases):
         assert "rms_norm" in rank["strict"]["error"]
 
 
+def test_strict_goes_by_what_the_block_names(cases):
+    for rank in cases:
+        assert set(rank["strict_without_norms"]["replaced"]) == {
+            "rope", "swiglu", "cross_entropy", "fused_linear_cross_entropy"
+        }  # fmt: skip
+        assert "strict, and nothing matched geglu" in rank["strict_by_name"]["error"]
+        # nor what a profile adds
+        assert "matched geglu," not in rank["strict_by_name"]["error"]
+
+
 def test_a_model_outlives_an_engine_that_failed(cases):
     for rank in cases:
         assert "NoSuchOptimizer" in rank["broken_engine"]["error"]

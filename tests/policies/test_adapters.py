@@ -210,5 +210,5 @@ def test_the_ranks_of_adapters_are_found_for_a_warm_up():
 
 def test_strict_misses_an_adapter_where_there_is_one():
     with pytest.raises(ValueError, match="strict, and nothing matched lora"):
-        ds_fused.apply(adapted(target_modules=["q_proj"], use_dora=True), {"lora": True}, strict=True)
-    ds_fused.apply(LLAMA.make(), {"lora": True, "rope": True}, strict=True)
+        ds_fused.apply(adapted(target_modules=["q_proj"], use_dora=True), strict=True)
+    ds_fused.apply(LLAMA.make(), strict=True)

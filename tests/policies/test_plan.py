@@ -115,10 +115,49 @@ def test_strict() -> None:
     with pytest.raises(ValueError, match="geglu"):
         ds_fused.apply(model, {"geglu": True, "rope": True}, strict=True)
     assert classes(model) == classes(LLAMA.make())
-    # norms are alternatives, too
-    ds_fused.apply(LLAMA.make(), {"layer_norm": True, "rms_norm": True}, strict=True)
     with pytest.raises(ValueError, match="nothing matched rope, qk_norm_rope, swiglu"):
         ds_fused.apply(NAMED["OPT"].make(), strict=True)
+
+
+@pytest.mark.parametrize(
+    "switches", [{"rms_norm": False}, {"rope": False}, {"swiglu": False}, {"fused_linear_cross_entropy": False}]
+)
+def test_strict_asks_for_nothing_more_of_a_kind_that_is_off(switches: dict) -> None:
+    counted = counts(ds_fused.apply(LLAMA.make(), strict=True, **switches))
+    assert counted == {key: count for key, count in counts(ds_fused.apply(LLAMA.make())).items() if key not in switches}
+
+
+@pytest.mark.parametrize("key", ["geglu", "layer_norm", "gated_rms_norm", "experts", "lora", "qk_norm_rope"])
+def test_strict_wants_each_key_that_is_named(key: str) -> None:
+    for wanted, switches in ((None, {key: True}), ({key: True, "rms_norm": True}, {}), (None, {key: {}})):
+        with pytest.raises(ValueError, match=rf"strict, and nothing matched {key}(\n|$)"):
+            ds_fused.apply(LLAMA.make(), wanted, strict=True, **switches)
+
+
+def test_strict_counts_what_one_op_does_for_two_keys() -> None:
+    named = {"rms_norm": True, "rope": True, "qk_norm_rope": True, "swiglu": True}
+    report = ds_fused.apply(NAMED["Qwen3"].make(), named, strict=True)
+    assert "rope" not in counts(report) and counts(report)["qk_norm_rope"] == 2
+    # experts whose gates would be swiglu are no miss of it
+    report = ds_fused.apply(NAMED["Mixtral"].make(), {"swiglu": True, "experts": True}, strict=True)
+    assert counts(report) == {"experts": 2}
+    with pytest.raises(ValueError, match="nothing matched geglu$"):
+        ds_fused.apply(NAMED["Mixtral"].make(), {"geglu": True, "experts": True}, strict=True)
+
+
+def test_strict_tells_why_a_key_yields() -> None:
+    with pytest.raises(ValueError, match="nothing matched add_rms_norm(.|\n)*recompute has the layers"):
+        ds_fused.apply(LLAMA.make(), add_rms_norm=True, recompute="matmuls", strict=True)
+
+
+@pytest.mark.parametrize("switches", [{}, {"fused_linear_cross_entropy": {"chunk_mb": 256}}])
+def test_strict_misses_a_head_whose_logits_are_computed(switches: dict) -> None:
+    model = LLAMA.make()
+    model.lm_head.register_forward_hook(lambda module, args, output: None)
+    with pytest.raises(ValueError, match="nothing matched fused_linear_cross_entropy(.|\n)*it has hooks"):
+        ds_fused.apply(model, strict=True, **switches)
+    # where it is said so, the loss of real logits is enough
+    ds_fused.apply(model, strict=True, fused_linear_cross_entropy=False)
 
 
 def test_strict_counts_what_the_proof_let_pass() -> None:
