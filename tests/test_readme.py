@@ -94,6 +94,7 @@ def test_the_table_of_the_json_block_is_the_parser():
         rows.append((f"`{key}`", value, given, words.get(key, "this op")))
         for name, option in options.items():
             kind = {int: "an integer", float: "a number", bool: "true, false", str: "a string"}[option.type]
+            kind += f", at least {option.least}" if option.type in (int, float) else ""
             kind = ", ".join(json.dumps(choice) for choice in option.choices) or kind
             rows.append((f"`{key}.{name}`", kind, json.dumps(option.default), option.doc))
     assert_table("| key | value | default | meaning |", rows)

@@ -64,7 +64,7 @@ HEAD_OPTIONS: Mapping[str, Option] = MappingProxyType(
             '"stationary" it stays on its ranks, and the tokens travel; "auto" takes one of these three',
             ("auto", "stream", "stationary", "gather"),
         ),
-        # 132: at 4096 columns twice shards.WAVE_ROWS
+        # 132: at 4096 columns twice shards.WAVE_ROWS; 0: one row at a time
         "slab_mb": Option(
             int,
             132,
@@ -83,8 +83,10 @@ HEAD_OPTIONS: Mapping[str, Option] = MappingProxyType(
 TILED = "tiled_mlp"
 TILED_OPTIONS: Mapping[str, Option] = MappingProxyType(
     {
-        "tiles": Option(int, 8, "in how many tiles the tokens of an MLP run"),  # 8: not yet measured
-        "least_tokens": Option(int, 1, "how many tokens a tile is worth while for: fewer than two such run whole"),
+        "tiles": Option(int, 8, "in how many tiles the tokens of an MLP run", least=1),  # 8: not yet measured
+        "least_tokens": Option(
+            int, 1, "how many tokens a tile is worth while for: fewer than two such run whole", least=1
+        ),
     }
 )
 KEYS = (*SWITCHES, *CHOICES, TILED, RECOMPUTE, *OP_OPTIONS)
@@ -174,14 +176,11 @@ def _tiles(value: object) -> Tiles | None:
     if options is None:
         return None
     numbers = {name: options.get(name, option.default) for name, option in TILED_OPTIONS.items()}
-    for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"ds_fused.{TILED}.{name} must be at least 1, got {number!r}")
     return Tiles(numbers["tiles"], numbers["least_tokens"])
 
 
 def _option(where: str, value: object, option: Option) -> object:
-    return _chosen(where, value, option.choices) if option.choices else _typed(where, value, option.type)
+    return _chosen(where, value, option.choices) if option.choices else _typed(where, value, option.type, option.least)
 
 
 def _check_known(where: str, key: object, known: Iterable[str]) -> None:
@@ -193,13 +192,13 @@ def _check_known(where: str, key: object, known: Iterable[str]) -> None:
     raise ValueError(f"{where}: unknown key {key!r}{hint}; known keys: {', '.join(known) or 'none'}")
 
 
-def _typed(where: str, value: object, kind: type) -> object:
+def _typed(where: str, value: object, kind: type, least: int = 0) -> object:
     # bool is an int in Python, but not in JSON; an integer is a number in both
     accepted = (int, float) if kind is float else (kind,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{where} must be {_WORDS[kind]}, got {_shown(value)}")
-    if kind in (int, float) and not value >= 0:
-        raise ValueError(f"{where} must not be negative, got {value!r}")
+    if kind in (int, float) and not value >= least:
+        raise ValueError(f"{where} must be at least {least}, got {value!r}")
     return value
 
 

@@ -60,6 +60,7 @@ class Option(NamedTuple):
     default: object
     doc: str
     choices: tuple[object, ...] = ()  # what it may be, where not every value of its type
+    least: int = 0  # of a number
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Op:
 # of every op that makes logits
 MEMORY = MappingProxyType(
     {
-        "chunk_mb": Option(int, 512, "MiB of logits that are worked on at a time"),
+        "chunk_mb": Option(int, 512, "MiB of logits that are worked on at a time", least=1),
         "keep_mb": Option(int, 2048, "MiB of logits kept for backward instead of being computed again"),
     }
 )

@@ -240,11 +240,11 @@ def _keys(wanted: Mapping[str, object] | None, switches: Mapping[str, object]) -
             if name not in options[key]:
                 known = ", ".join(options[key]) or "none"
                 raise ValueError(f"apply: {key} has no option {name!r}; it has {known}")
-            kind = options[key][name].type
+            kind, least = options[key][name].type, options[key][name].least
             if type(given) is not kind:
                 raise ValueError(f"apply: {key}.{name} is {given!r}; it takes {kind.__name__}")
-            if kind is int and given < 0:
-                raise ValueError(f"apply: {key}.{name} is {given!r}; it must not be negative")
+            if kind is int and given < least:
+                raise ValueError(f"apply: {key}.{name} is {given!r}; it must be at least {least}")
             choices = options[key][name].choices
             if choices and given not in choices:
                 raise ValueError(f"apply: {key}.{name} is {given!r}; it can be {', '.join(map(repr, choices))}")

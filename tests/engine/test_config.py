@@ -60,6 +60,12 @@ def test_everything_can_be_said():
     assert config.wanted == {}
 
 
+def test_the_least_values_are_allowed():
+    head = {"chunk_mb": 1, "keep_mb": 0, "slab_mb": 0}
+    config = parse({"enabled": True, "fused_linear_cross_entropy": head, "tiled_mlp": {"tiles": 1}})
+    assert {**config.wanted["fused_linear_cross_entropy"], "slab_mb": config.head["slab_mb"]} == head
+
+
 def test_tiles():
     said = {value: parse({"enabled": True, "tiled_mlp": value}).tiles for value in (True, False)}
     assert said == {True: (8, 1), False: None}
@@ -144,7 +150,19 @@ MALFORMED = [
     ),
     ({"enabled": True, "fused_linear_cross_entropy": {"chunk_mb": 0.5}}, "chunk_mb", "0.5 (float)", "an integer"),
     ({"enabled": True, "fused_linear_cross_entropy": {"keep_mb": True}}, "keep_mb", "True (bool)", "an integer"),
-    ({"enabled": True, "fused_linear_cross_entropy": {"keep_mb": -1}}, "keep_mb", "-1", "negative"),
+    ({"enabled": True, "fused_linear_cross_entropy": {"keep_mb": -1}}, "keep_mb", "-1", "at least 0"),
+    (
+        {"enabled": True, "fused_linear_cross_entropy": {"chunk_mb": 0}},
+        "fused_linear_cross_entropy.chunk_mb",
+        "at least 1",
+        "0",
+    ),
+    (
+        {"enabled": True, "fused_linear_cross_entropy": {"slab_mb": -1}},
+        "fused_linear_cross_entropy.slab_mb",
+        "at least 0",
+        "-1",
+    ),
     (
         {"enabled": True, "fused_linear_cross_entropy": {"mode": "slabs"}},
         "mode",
