@@ -332,6 +332,39 @@ def test_errors():
         nn.LinearORPOLoss()(X, WEIGHT, ANSWERS, nll_labels=(LABELS + 1) % VOCAB)
 
 
+B = torch.zeros(4)
+B_T = torch.zeros(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("loss", "inputs", "message"),
+    [
+        ("dpo_loss", {"rejected": B[:, None]}, r"rejected \(4, 1\) must have the shape of chosen, \(4,\)"),
+        ("dpo_loss", {"rejected": B, "ref_chosen": B}, "ref_rejected is missing"),
+        ("dpo_loss", {"rejected": B, "ref_rejected": B}, "ref_chosen is missing"),
+        ("dpo_loss", {"rejected": B, "ref_chosen": B, "ref_rejected": B[:1]}, r"ref_rejected \(1,\)"),
+        ("cpo_loss", {"rejected": B[:1]}, r"rejected \(1,\)"),
+        ("simpo_loss", {"rejected": B[0]}, r"rejected \(\)"),
+        ("orpo_loss", {"rejected": B[:, None]}, r"rejected \(4, 1\)"),
+        ("kto_loss", {"is_chosen": B[:2, None] > 0}, r"is_chosen \(2, 1\) must have the shape of log_probs, \(4,\)"),
+        ("kto_loss", {"is_chosen": B.long()}, "is_chosen is torch.int64; it must be torch.bool"),
+        ("kto_loss", {"is_chosen": B > 0, "ref_log_probs": B[:, None]}, r"ref_log_probs \(4, 1\)"),
+        ("kto_loss", {"is_chosen": B > 0, "kl": B[:, None]}, r"kl \(4, 1\)"),
+        ("grpo_loss", {"log_probs": B, "advantages": B}, r"log_probs \(4,\) must be \[B, T\]"),
+        ("grpo_loss", {"advantages": B, "old_log_probs": B[:3]}, r"old_log_probs \(3,\) must have the shape of log_pr"),
+        ("grpo_loss", {"advantages": B, "mask": B[:, None]}, r"mask \(4, 1\)"),
+        ("grpo_loss", {"advantages": B, "ref_log_probs": B_T.T, "beta": 0.1}, r"ref_log_probs \(3, 4\)"),
+        ("grpo_loss", {"advantages": B[:3]}, r"advantages \(3,\) must be \[B\], \[B, 1\] or \[B, T\]"),
+        ("grpo_loss", {"advantages": B, "importance_ratio": B_T[:1]}, r"importance_ratio \(1, 3\)"),
+        ("grpo_loss", {"advantages": B, "epsilon_low": -0.1}, "epsilon_low is -0.1; it must not be negative"),
+    ],
+)
+def test_what_would_be_broadcast_is_an_error(loss, inputs, message):
+    first = {"log_probs": B_T} if loss == "grpo_loss" else {"log_probs" if loss == "kto_loss" else "chosen": B}
+    with pytest.raises(ValueError, match=f"{loss}: {message}"):
+        getattr(functional, loss)(**{**first, **inputs})
+
+
 def liger(name: str, *inputs: object, **options: object) -> Tensor:
     """A loss of Liger's by its name, uncompiled, which gives a tuple."""
     import liger_kernel.chunked_loss as chunked

@@ -88,10 +88,12 @@ def dpo_loss(
     "sigmoid", "robust" (below 0.5) and "exo_pair" (above 0).
     """
     check_dpo(beta, loss_type, label_smoothing)
+    if (ref_chosen is None) != (ref_rejected is None):
+        missing = "ref_chosen" if ref_chosen is None else "ref_rejected"
+        raise ValueError(f"dpo_loss: {missing} is missing; a reference gives both answers of a pair")
+    _check_shapes("dpo_loss", "chosen", chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
     if ref_chosen is not None:
-        chosen = chosen - ref_chosen
-    if ref_rejected is not None:
-        rejected = rejected - ref_rejected
+        chosen, rejected = chosen - ref_chosen, rejected - ref_rejected
     return DPO_LOSSES[loss_type](_Pairs(chosen, rejected, beta, label_smoothing, discopop_tau)).mean()
 
 
@@ -108,6 +110,13 @@ def check_dpo(beta: float, loss_type: str, label_smoothing: float) -> None:
         )
 
 
+def _check_shapes(op: str, name: str, like: Tensor, **others: Tensor | None) -> None:
+    """All of one shape: what is broadcast gives a loss of pairs that nobody has made."""
+    for other, given in others.items():
+        if given is not None and given.shape != like.shape:
+            raise ValueError(f"{op}: {other} {tuple(given.shape)} must have the shape of {name}, {tuple(like.shape)}")
+
+
 def _check_smoothing(op: str, label_smoothing: float) -> None:
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{op}: label_smoothing is {label_smoothing}; it must lie in [0, 1]")
@@ -116,6 +125,7 @@ def _check_smoothing(op: str, label_smoothing: float) -> None:
 def cpo_loss(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
     """Contrastive preference optimisation (arXiv 2401.08417) of [B] and [B], without its likelihood of the chosen."""
     _check_smoothing("cpo_loss", label_smoothing)
+    _check_shapes("cpo_loss", "chosen", chosen, rejected=rejected)
     return _bits(beta * (chosen - rejected), label_smoothing).mean()
 
 
@@ -124,11 +134,13 @@ def simpo_loss(
 ) -> Tensor:
     """SimPO (arXiv 2405.14734): of mean log-probabilities [B] and [B], which have to be ``gamma`` apart."""
     _check_smoothing("simpo_loss", label_smoothing)
+    _check_shapes("simpo_loss", "chosen", chosen, rejected=rejected)
     return _bits(beta * (chosen - rejected) - gamma, label_smoothing).mean()
 
 
 def orpo_loss(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
     """ORPO's odds ratio (arXiv 2403.07691), of mean log-probabilities [B] and [B]; without the likelihood."""
+    _check_shapes("orpo_loss", "chosen", chosen, rejected=rejected)
     return -beta * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected)).mean()
 
 
@@ -154,6 +166,12 @@ def kto_loss(
 
     ``kl``: how far policy and reference are apart, as estimated elsewhere; no gradient goes there.
     """
+    if is_chosen.dtype != torch.bool:
+        raise ValueError(f"kto_loss: is_chosen is {is_chosen.dtype}; it must be torch.bool")
+    answers = {"is_chosen": is_chosen, "ref_log_probs": ref_log_probs}
+    if isinstance(kl, Tensor) and kl.numel() != 1:
+        answers["kl"] = kl
+    _check_shapes("kto_loss", "log_probs", log_probs, **answers)
     rewards = log_probs if ref_log_probs is None else log_probs - ref_log_probs
     if kl is not None:
         rewards = rewards - (kl.detach() if isinstance(kl, Tensor) else kl)
@@ -175,7 +193,7 @@ class GRPOMetrics(NamedTuple):
 
 def grpo_loss(
     log_probs: Tensor,  # [B, T]
-    advantages: Tensor,  # [B] or [B, T]
+    advantages: Tensor,  # [B], [B, 1] or [B, T]
     mask: Tensor | None = None,  # [B, T]: which tokens count
     old_log_probs: Tensor | None = None,  # [B, T]; None: those of now
     ref_log_probs: Tensor | None = None,  # [B, T], for beta
@@ -216,7 +234,11 @@ def grpo_loss(
     ``n_tokens``: with gradient accumulation or several ranks, the tokens that count in all of the step divided by the
     ranks that average their gradients; None: those of this call. Nothing is asked of other ranks here.
     """
-    check_grpo(loss_type, importance_sampling_level, delta, sapo_temperature_pos, sapo_temperature_neg)
+    check_grpo(
+        loss_type, importance_sampling_level, delta, sapo_temperature_pos, sapo_temperature_neg,
+        epsilon_low, epsilon_high,
+    )  # fmt: skip
+    _check_answers(log_probs, advantages, mask, old_log_probs, ref_log_probs, importance_ratio)
     if beta != 0.0 and ref_log_probs is None:
         raise ValueError(f"grpo_loss: beta is {beta}, but there are no ref_log_probs to stay near to")
     if importance_ratio is not None and importance_ratio.ndim == 1:
@@ -282,7 +304,13 @@ def _divided(
 
 
 def check_grpo(
-    loss_type: str, level: str, delta: float | None, sapo_temperature_pos: float, sapo_temperature_neg: float
+    loss_type: str,
+    level: str,
+    delta: float | None,
+    sapo_temperature_pos: float,
+    sapo_temperature_neg: float,
+    epsilon_low: float,
+    epsilon_high: float,
 ) -> None:
     if loss_type not in GRPO_LOSSES:
         raise ValueError(f"grpo_loss: loss_type is {loss_type!r}; known are {', '.join(GRPO_LOSSES)}")
@@ -295,6 +323,32 @@ def check_grpo(
     ):  # fmt: skip
         if value is not None and not value > 0.0:
             raise ValueError(f"grpo_loss: {name} is {value}; it must be positive")
+    for name, value in (("epsilon_low", epsilon_low), ("epsilon_high", epsilon_high)):
+        # a ratio of 1 would be outside its own bounds
+        if not value >= 0.0:
+            raise ValueError(f"grpo_loss: {name} is {value}; it must not be negative")
+
+
+def _check_answers(
+    log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None,
+    old_log_probs: Tensor | None,
+    ref_log_probs: Tensor | None,
+    importance_ratio: Tensor | None,
+) -> None:
+    if log_probs.ndim != 2:
+        raise ValueError(f"grpo_loss: log_probs {tuple(log_probs.shape)} must be [B, T]")
+    by_token = {"mask": mask, "old_log_probs": old_log_probs, "ref_log_probs": ref_log_probs}
+    _check_shapes("grpo_loss", "log_probs", log_probs, **by_token)
+    n_answers, n_tokens = log_probs.shape
+    by_answer = {(n_answers,), (n_answers, 1), (n_answers, n_tokens)}
+    for name, given in (("advantages", advantages), ("importance_ratio", importance_ratio)):
+        if given is not None and tuple(given.shape) not in by_answer:
+            raise ValueError(
+                f"grpo_loss: {name} {tuple(given.shape)} must be [B], [B, 1] or [B, T] beside log_probs "
+                f"{tuple(log_probs.shape)}"
+            )
 
 
 def _vespo_weight(apart: Tensor, importance_ratio: Tensor | None, k: Tensor, rate: Tensor) -> Tensor:

@@ -19,14 +19,14 @@ class LinearGRPOLoss(HeadLoss):
     def __init__(self, ignore_index: int = -100, **options: object) -> None:
         super().__init__(ignore_index, options)
         names = "loss_type", "importance_sampling_level", "delta", "sapo_temperature_pos", "sapo_temperature_neg"
-        check_grpo(*(self.options[name] for name in names))
+        check_grpo(*(self.options[name] for name in (*names, "epsilon_low", "epsilon_high")))
 
     def forward(
         self,
         x: Tensor,  # [B, T, H]: hidden states that predict ids
         weight: Tensor,  # [V, H]
         ids: Tensor,  # [B, T]
-        advantages: Tensor,  # [B] or [B, T]
+        advantages: Tensor,  # [B], [B, 1] or [B, T]
         mask: Tensor | None = None,  # [B, T]: which tokens count
         *,
         bias: Tensor | None = None,  # [V]
