@@ -105,6 +105,23 @@ def test_the_eps_of_rms_norm_is_pytorchs(dtype, device):
     torch.testing.assert_close(*(norm(x) for norm in norms))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_eps_of_norms_of_one_dimension_may_be_pytorchs_too(dtype, device):
+    x = (1e-3 * X).to(device, dtype)
+    place = {"device": device, "dtype": dtype}
+    wanted = nn.RMSNorm(D, **place)(2 * x)
+    torch.testing.assert_close(nn.AddRMSNorm(D, None, **place)(x, x)[0], wanted)
+    zero = torch.zeros_like(x)
+    torch.testing.assert_close(nn.ModulatedRMSNorm(D, None, **place)(2 * x, zero, zero), wanted)
+
+
+@pytest.mark.parametrize("norm", [nn.AddRMSNorm, nn.AddLayerNorm, nn.ModulatedRMSNorm])
+def test_norms_of_one_dimension_take_no_more(norm):
+    assert norm([D]).weight.shape == (D,)
+    with pytest.raises(ValueError, match=rf"{norm.__name__}: hidden_size is \(3, {D}\); it must be one number"):
+        norm((3, D))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_norms_under_autocast(dtype):

@@ -57,12 +57,11 @@ class RMSNorm(torch.nn.RMSNorm):
         return ", ".join([super().extra_repr(), listed(more)] if more else [super().extra_repr()])
 
     def forward(self, x: Tensor) -> Tensor:
-        eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if self.eps is None else self.eps
         rows = _as_rows("RMSNorm", x, self.normalized_shape)
         if self.cast == "after_weight":
             # PyTorch's
             rows = rows.to(rms_norm_dtype(x, x.dtype))
-        options = {"eps": eps, "offset": self.offset, "cast": self.cast}
+        options = {"eps": _eps(self.eps, x), "offset": self.offset, "cast": self.cast}
         return rms_norm(rows, _flat(self.weight), **options).view(x.shape)
 
 
@@ -77,11 +76,14 @@ class LayerNorm(torch.nn.LayerNorm):
 class AddRMSNorm(RMSNorm):
     """``RMSNorm`` of one dimension over a sum: (norm(x + residual), x + residual)."""
 
-    def __init__(self, hidden_size: int, eps: float = 1e-6, elementwise_affine: bool = True, **options) -> None:
+    def __init__(self, hidden_size: int, eps: float | None = 1e-6, elementwise_affine: bool = True, **options) -> None:
         super().__init__(hidden_size, eps, elementwise_affine, **options)
+        _check_one_dimension(self)
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return add_rms_norm(x, residual, self.weight, eps=self.eps, offset=self.offset, cast=self.cast)
+        # the sum has the dtype of both
+        eps = _eps(self.eps, x, residual)
+        return add_rms_norm(x, residual, self.weight, eps=eps, offset=self.offset, cast=self.cast)
 
 
 class AddLayerNorm(torch.nn.LayerNorm):
@@ -89,6 +91,7 @@ class AddLayerNorm(torch.nn.LayerNorm):
 
     def __init__(self, hidden_size: int, eps: float = 1e-5, **options: object) -> None:
         super().__init__(hidden_size, eps, **options)
+        _check_one_dimension(self)
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         return add_layer_norm(x, residual, self.weight, self.bias, eps=self.eps)
@@ -133,16 +136,17 @@ class ModulatedRMSNorm(torch.nn.RMSNorm):
     def __init__(
         self,
         hidden_size: int,
-        eps: float = 1e-6,
+        eps: float | None = 1e-6,
         elementwise_affine: bool = True,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(hidden_size, eps, elementwise_affine, device=device, dtype=dtype)
+        _check_one_dimension(self)
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
-        return modulated_rms_norm(x, self.weight, scale, shift, eps=self.eps, cast="after_weight")
+        return modulated_rms_norm(x, self.weight, scale, shift, eps=_eps(self.eps, x), cast="after_weight")
 
 
 class DyT(torch.nn.Module):
@@ -190,6 +194,22 @@ class PolyNorm(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"
+
+
+def _eps(eps: float | None, *inputs: Tensor) -> float:
+    """None: that of the dtype in which such inputs are normalised, fp32 or wider."""
+    if eps is not None:
+        return eps
+    dtype = torch.float32
+    for x in inputs:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return torch.finfo(dtype).eps
+
+
+def _check_one_dimension(norm: torch.nn.RMSNorm | torch.nn.LayerNorm) -> None:
+    if len(norm.normalized_shape) != 1:
+        shape = tuple(norm.normalized_shape)
+        raise ValueError(f"{type(norm).__name__}: hidden_size is {shape}; it must be one number, the columns of x")
 
 
 def _as_rows(norm: str, x: Tensor, shape: tuple[int, ...]) -> Tensor:
