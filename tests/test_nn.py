@@ -437,6 +437,43 @@ def test_experts(device):
         nn.Experts(3, D, 8, limits=7.0)
 
 
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda **o: nn.CrossEntropyLoss(**o), "labels"),
+        (lambda **o: nn.LinearCrossEntropyLoss(8, 6, **o), "class_weight"),
+        (lambda **o: nn.LinearCrossEntropyLoss(8, 6, **o), "x"),
+        (lambda **o: nn.JSDLoss(**o), "labels"),
+        (lambda **o: nn.LinearKLDivLoss(**o), "teacher_bias"),
+        (lambda **o: nn.LinearDPOLoss(**o), "x"),
+        (lambda **o: nn.Experts(2, 8, 4, **o), "weights"),
+        (lambda **o: nn.HyperConnection(torch.nn.Identity(), 2, 8, **o), "scale"),
+    ],
+)
+def test_what_forward_passes_is_no_option(make, name):
+    with pytest.raises(TypeError, match=rf"\w+: {name} is no option of it; of \w+ it takes \w+"):
+        make(**{name: 1.0})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.RMSNorm(8, cast="llama"), "RMSNorm: cast is 'llama'; known are"),
+        (lambda: nn.AddRMSNorm(8, cast="llama"), "AddRMSNorm: cast is 'llama'"),
+        (lambda: nn.GatedRMSNorm(8, order="zzz"), "GatedRMSNorm: order is 'zzz'; known are norm_first"),
+        (lambda: nn.GatedRMSNorm(8, act="zzz"), "GatedRMSNorm: act is 'zzz'"),
+        (lambda: nn.GatedRMSNorm(8, group_size=3), "GatedRMSNorm: group_size is 3; it must divide the 8 columns"),
+        (lambda: nn.JSDLoss(beta=3.0), "jsd: beta is 3.0; it must lie in"),
+        (lambda: nn.LinearJSDLoss(beta=-1.0), "linear_jsd: beta is -1.0"),
+        (lambda: nn.TVDLoss(temperature=0.0), "tvd: temperature is 0.0; it must be positive"),
+        (lambda: nn.LinearKLDivLoss(temperature=-1.0), "linear_kl_div: temperature is -1.0"),
+    ],
+)
+def test_a_bad_value_is_refused_where_the_module_is_made(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 def test_all_that_is_named_is_there():
     assert ds_fused.nn is nn
     for name in nn.__all__:

@@ -23,10 +23,8 @@ class HeadLoss(torch.nn.Module):
         arguments = inspect.signature(self.loss).parameters
         own = {name: p.default for name, p in arguments.items() if p.kind is p.KEYWORD_ONLY}
         others = {name: given for name, given in options.items() if name not in own}
-        for name in {"bias", "entropy"} & others.keys():
-            raise TypeError(f"{type(self).__name__}: {name} is no option of it")
         self.options = own | {name: options[name] for name in options if name in own}
-        self.head = known(linear_log_probs, others)
+        self.head = known(self, linear_log_probs, others, ("bias", "entropy", "ignore_index"))
         self.ignore_index = ignore_index
 
     def log_probs(self, x: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> Tensor:

@@ -5,10 +5,23 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
+import torch
 
-def known(op: Callable[..., object], options: dict[str, object]) -> dict[str, object]:
-    """The options, all of them the op's; else a TypeError now and not in the first forward."""
-    inspect.signature(op).bind_partial(**options)
+
+def known(
+    module: torch.nn.Module, op: Callable[..., object], options: dict[str, object], passed: tuple[str, ...] = ()
+) -> dict[str, object]:
+    """The options, all of them the op's; else a TypeError now and not in the first forward.
+
+    None are the op's tensors, and ``passed``: what the module's forward passes itself.
+    """
+    arguments = inspect.signature(op).parameters
+    takes = [name for name, a in arguments.items() if a.default is not a.empty and name not in passed]
+    for name in options:
+        if name not in takes:
+            raise TypeError(
+                f"{type(module).__name__}: {name} is no option of it; of {op.__name__} it takes {', '.join(takes)}"
+            )
     return options
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ds_fused.nn._options import known, listed
 from ds_fused.ops import jsd, kl_div, linear_cosine, linear_jsd, linear_kl_div, tvd
+from ds_fused.ops._teacher_divergence import DivergenceOptions
 
 
 class KLDivLoss(torch.nn.KLDivLoss):
@@ -22,10 +23,13 @@ class _DivergenceLoss(torch.nn.Module):
     """``op(student_logits, teacher_logits, labels)``; ``options`` are the op's: temperature, reduction ..."""
 
     op: Callable[..., Tensor]
+    passed: tuple[str, ...] = ("labels",)  # by forward
 
     def __init__(self, **options: object) -> None:
         super().__init__()
-        self.options = known(self.op, options)
+        self.options = known(self, self.op, options, self.passed)
+        numbers = {name: options[name] for name in ("beta", "temperature") if name in options}
+        DivergenceOptions(**numbers).check(self.op.__name__)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.op(student_logits, teacher_logits, labels, **self.options)
@@ -48,6 +52,8 @@ class TVDLoss(_DivergenceLoss):
 
 class _HeadsLoss(_DivergenceLoss):
     """``op(student_x, student_weight, teacher_x, teacher_weight, labels)``; the teacher is frozen."""
+
+    passed = ("labels", "student_bias", "teacher_bias")
 
     def forward(
         self,

@@ -33,7 +33,7 @@ class Experts(torch.nn.Module):
         ):
             weight = torch.empty(num_experts, n_out, n_in, device=device, dtype=dtype).uniform_(-1, 1)
             setattr(self, name, torch.nn.Parameter(weight * n_in**-0.5))
-        self.options = known(experts, options)
+        self.options = known(self, experts, options)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return experts(hidden_states, self.gate_up_proj, self.down_proj, top_k_index, top_k_weights, **self.options)

@@ -26,7 +26,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         **options: object,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        self.options = known(cross_entropy, options)
+        self.options = known(self, cross_entropy, options, ("weight",))
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, ...]:
         return cross_entropy(
@@ -69,7 +69,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         self.linear = torch.nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
         self.register_buffer("weight", weight)
         self.options = {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
-        self.options |= known(linear_cross_entropy, options)
+        self.options |= known(self, linear_cross_entropy, options, ("bias", "class_weight"))
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, ...]:
         head = self.linear

@@ -19,7 +19,9 @@ from ds_fused.ops import (
     poly_norm,
     rms_norm,
 )
+from ds_fused.ops._norms import check_cast
 from ds_fused.ops._triton import rms_norm_dtype
+from ds_fused.ops.gated_rms_norm import check_form
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -42,6 +44,7 @@ class RMSNorm(torch.nn.RMSNorm):
         offset: float = 0.0,
         cast: str = "after_weight",
     ) -> None:
+        check_cast(type(self).__name__, cast)
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         self.offset, self.cast = offset, cast
         self.reset_parameters()
@@ -119,6 +122,7 @@ class GatedRMSNorm(torch.nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_form("GatedRMSNorm", hidden_size, order, cast, act, group_size)
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
         self.options = {"eps": eps, "order": order, "cast": cast, "act": act, "group_size": group_size}

@@ -34,7 +34,7 @@ class HyperConnection(torch.nn.Module):
         self.base = torch.nn.Parameter(torch.zeros(coefficients, **place))
         self.scale = torch.nn.Parameter(torch.ones(3, **place))
         self.num_streams, self.hidden_size = num_streams, hidden_size
-        self.options = known(mhc_in, options)
+        self.options = known(self, mhc_in, options)
 
     def forward(self, x: Tensor, *more: object, **named: object) -> Tensor:
         y, post, res, x = mhc_in(x, self.fn, self.base, self.scale, **self.options)

@@ -282,6 +282,16 @@ class GatedRMSNormFunction(torch.autograd.Function):
         return *gated_rms_norm_bwd(rows_of(dy), x, gate, weight, rstd, ctx.form, ctx.needs_input_grad[:3]), None, None
 
 
+def check_form(op: str, d: int, order: str, cast: str, act: str, group_size: int | None) -> None:
+    """All that is no tensor, of d columns."""
+    check_cast(op, cast)
+    for name, value, known in (("order", order, ORDERS), ("act", act, ACTS)):
+        if value not in known:
+            raise ValueError(f"{op}: {name} is {value!r}; known are {', '.join(known)}")
+    if group_size is not None and (group_size < 1 or d % group_size):
+        raise ValueError(f"{op}: group_size is {group_size}; it must divide the {d} columns of x")
+
+
 def gated_rms_norm(
     x: Tensor,
     gate: Tensor,
@@ -302,13 +312,8 @@ def gated_rms_norm(
     if gate.shape != x.shape:
         raise ValueError(f"gated_rms_norm: x {tuple(x.shape)} and gate {tuple(gate.shape)} must have one shape")
     check_per_column("gated_rms_norm", x, weight=weight)
-    check_cast("gated_rms_norm", cast)
-    for name, value, known in (("order", order, ORDERS), ("act", act, ACTS)):
-        if value not in known:
-            raise ValueError(f"gated_rms_norm: {name} is {value!r}; known are {', '.join(known)}")
     d = x.shape[-1]
-    if group_size is not None and (group_size < 1 or d % group_size):
-        raise ValueError(f"gated_rms_norm: group_size is {group_size}; it must divide the {d} columns of x")
+    check_form("gated_rms_norm", d, order, cast, act, group_size)
     if not runs_kernels(x, gate, weight):
         return gated_rms_norm_reference(
             x, gate, weight, eps=eps, order=order, cast=cast, act=act, group_size=group_size
