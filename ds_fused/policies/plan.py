@@ -24,6 +24,7 @@ from ds_fused.policies.swap_claim import AttentionClaim, SwapClaim
 
 # names of layers that a user would expect to be replaced: where they are of no kind that we know, the report says so
 _EXPECTED = re.compile(r"(RMSNorm|LayerNorm|MLP|Experts)$")
+TILED = "tiled_mlp"  # the JSON key of `tiles`
 _NORMS = ("rms_norm", "add_rms_norm", "layer_norm", "group_norm", "gated_rms_norm")
 _ROPES = ("rope", "rms_norm_rope")
 _MLPS = ("glu", "relu2", "experts")
@@ -107,7 +108,7 @@ def apply(
     if yields:
         left.append(Left("add_rms_norm", 1, "recompute has the layers"))
     if tiles is not None and not any(isinstance(claim, SwapClaim) and claim.tiles for claim in claims):
-        left.append(Left("tiled_mlp", 1, "no gated MLP is replaced, and only such run in tiles"))
+        left.append(Left(TILED, 1, "no gated MLP is replaced, and only such run in tiles"))
 
     if agree is not None:
         agree(_digest(planned, outcomes))
@@ -230,7 +231,8 @@ def _keys(wanted: Mapping[str, object] | None, switches: Mapping[str, object]) -
     on: dict[str, dict[str, object]] = {}
     for key, value in asked.items():
         if key not in options:
-            raise ValueError(f"apply: there is no {key!r}; there are {', '.join(options)}")
+            hint = " (here it is tiles=, a number of tiles)" if key == TILED else ""
+            raise ValueError(f"apply: there is no {key!r}{hint}; there are {', '.join(options)}")
         if not isinstance(value, (bool, Mapping)):
             raise ValueError(f"apply: {key} is {value!r}; it can be True, False or an object of options")
         if value is False:

@@ -40,6 +40,7 @@ def test_switches_and_wanted() -> None:
     ("wrong", "words"),
     [
         ({"rmsnorm": True}, ["rmsnorm", "rms_norm", "fused_linear_cross_entropy"]),
+        ({"tiled_mlp": True}, ["'tiled_mlp'", "tiles=", "rms_norm"]),
         ({"rms_norm": 1}, ["rms_norm", "1", "True"]),
         ({"rms_norm": {"eps": 1e-6}}, ["rms_norm", "eps", "none"]),
         ({"fused_linear_cross_entropy": {"chunks": 2}}, ["chunks", "chunk_mb", "keep_mb"]),
