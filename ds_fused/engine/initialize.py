@@ -1,4 +1,4 @@
-"""Where DeepSpeed meets us: four methods of ``DeepSpeedEngine``, the base of every training engine.
+"""Where DeepSpeed meets us: four methods of ``DeepSpeedEngine``, the base of every training engine, and a function.
 
 ``__init__``: take note of the ``ds_fused`` block before anything happens; report when all is done.
 ``_configure_distributed_model``: replace right before it. By then AutoTP and AutoEP have put their own layers in place
@@ -7,6 +7,8 @@
 which calls it: ranks do so when they like, in the middle of whatever it may be, so nothing may wait for another one or
 touch the model. A later engine over the same layers gives it back then: what they are bound to is the earlier one. It
 does so too with a copy of an engine's model, whose layers were replaced for that engine's stage of ZeRO.
+``init_autocast_params``, of a ``torch_autocast`` section: it marks the parameters that travel in lower precision, by
+the class of their layer, for which it is shown the originals'.
 
 Without a block, or with ``"enabled": false``, all else is the originals' and nothing of us is imported.
 """
@@ -19,6 +21,7 @@ import inspect
 import json
 import logging
 import os
+import sys
 import weakref
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -41,7 +44,7 @@ _reports: weakref.WeakSet[Report] = weakref.WeakSet()
 
 
 def hook(engine_module: ModuleType) -> None:
-    """``deepspeed.runtime.engine`` was imported: wrap the four methods, once."""
+    """``deepspeed.runtime.engine`` was imported: wrap the four methods and the function, once."""
     cls = engine_module.DeepSpeedEngine
     if hasattr(cls.__init__, "_ds_fused_hook"):
         return
@@ -51,6 +54,9 @@ def hook(engine_module: ModuleType) -> None:
     cls._configure_distributed_model = _wrapped_configure(configure)
     cls.destroy = _wrapped_destroy(destroy)
     cls.__del__ = _wrapped_del(collect)
+    # not in every version
+    if hasattr(engine_module, "init_autocast_params"):
+        engine_module.init_autocast_params = _wrapped_autocast(engine_module.init_autocast_params)
 
 
 def _wrapped_init(original):
@@ -119,6 +125,19 @@ def _wrapped_del(original):
         original(self)
 
     return __del__
+
+
+def _wrapped_autocast(original):
+    @functools.wraps(original)
+    def init_autocast_params(engine, *args, **kwargs):
+        swap = sys.modules.get("ds_fused.modules.swap")
+        if swap is None:
+            # nothing of us was imported, so nothing is swapped
+            return original(engine, *args, **kwargs)
+        with swap.as_originals(engine.module):
+            return original(engine, *args, **kwargs)
+
+    return init_autocast_params
 
 
 _ABSENT = object()

@@ -13,8 +13,9 @@ to know, hashable and picklable.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -74,6 +75,19 @@ def unswap(module: nn.Module) -> None:
     for name in module.__dict__.pop("_ds_fused_state", ()):
         module.__dict__.pop(name, None)
     module.__class__ = cls._ds_fused_original
+
+
+@contextlib.contextmanager
+def as_originals(model: nn.Module) -> Iterator[None]:
+    """Within it swapped layers have their originals' classes, for code that looks a layer's class up in a list."""
+    swapped = [(module, type(module)) for module in model.modules() if "_ds_fused_original" in vars(type(module))]
+    try:
+        for module, cls in swapped:
+            module.__class__ = cls._ds_fused_original
+        yield
+    finally:
+        for module, cls in swapped:
+            module.__class__ = cls
 
 
 def is_fused(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ import sys
 import deepspeed
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime import torch_autocast
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -64,8 +65,8 @@ def disabled(said):
     said["ours"] = sorted(name for name in sys.modules if name.startswith("ds_fused."))
 
 
-def train(stage, block, said, compiled=False):
-    engine, *_ = deepspeed.initialize(model=llama(), config=config(stage, block))
+def train(stage, block, said, compiled=False, **more):
+    engine, *_ = deepspeed.initialize(model=llama(), config=config(stage, block, **more))
     graphs = CompileCounterWithBackend("eager")
     if compiled:
         engine.compile(backend=graphs)
@@ -173,6 +174,25 @@ def pipeline(said):
     said["replaced"] = {row.key: row.count for row in engine.ds_fused_report.replaced}
 
 
+def autocast(said):
+    """Which parameters travel in lower precision, and losses under ZeRO-3; with the layers that are so by default."""
+    listed = ["torch.nn.Linear", "torch.nn.Embedding", "transformers.models.llama.modeling_llama.LlamaRMSNorm"]
+    silent = ON | {"report": False}
+    blocks = {"stock": None, "fused": silent, "gather": silent | {"fused_linear_cross_entropy": {"mode": "gather"}}}
+    for layers, more in {"default": {}, "listed": {"lower_precision_safe_modules": listed}}.items():
+        for name, block in blocks.items():
+            section = {"enabled": True, "dtype": "bfloat16", **more}
+            found = said[f"{layers}, {name}"] = {}
+            try:
+                engine = train(3, block, found, torch_autocast=section)
+            finally:
+                # DeepSpeed remembers it, and then asks no other engine what its gradients travel in
+                torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
+            named = engine.module.named_parameters()
+            found["marked"] = [path for path, p in named if torch_autocast.get_comm_dtype(p) is torch.bfloat16]
+            found["stock"] = is_stock(engine.module)
+
+
 case("disabled", disabled)
 for stage in (0, 3):
     case(f"stock {stage}", lambda said, stage=stage: train(stage, None, said) and None)
@@ -181,5 +201,5 @@ case("compiled", lambda said: train(2, ON | {"report": False}, said, compiled=Tr
 case("keep 3", lambda said: train(3, ON | {"logits": "keep", "report": False}, said) and None)
 for act in (read_alone, in_flight, by_position, malformed_here, malformed_on_one, other_ops_on_one):
     case(act.__name__, act)
-for act in (strict, strict_without_norms, strict_by_name, broken_engine, pipeline):
+for act in (strict, strict_without_norms, strict_by_name, broken_engine, autocast, pipeline):
     case(act.__name__, act)

@@ -110,6 +110,21 @@ def test_a_model_outlives_an_engine_that_failed(cases):
         assert rank["broken_engine"]["stock"]
 
 
+@pytest.mark.parametrize("layers", ["default", "listed"])
+def test_what_autocast_sends_in_lower_precision_is_stocks(cases, layers):
+    for rank in cases:
+        stock = rank["autocast"][f"{layers}, stock"]
+        # linear layers, the head among them; listed, the embedding and the norms, too
+        assert "lm_head.weight" in stock["marked"]
+        assert len(stock["marked"]) == {"default": 15, "listed": 21}[layers]
+        for mode in ("fused", "gather"):
+            fused = rank["autocast"][f"{layers}, {mode}"]
+            assert not fused["stock"]
+            assert fused["marked"] == stock["marked"]
+            # half an ulp of bf16, in which the products are rounded
+            assert fused["losses"] == pytest.approx(stock["losses"], rel=4e-3)
+
+
 def test_the_pipeline_engine(cases):
     for rank in cases:
         assert rank["pipeline"] == {"replaced": {"rms_norm": 1}}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ds_fused.modules.swap import fused_class, is_fused, original_class, swap, unswap, why_not
+from ds_fused.modules.swap import as_originals, fused_class, is_fused, original_class, swap, unswap, why_not
 
 
 class Layer(nn.Module):
@@ -58,6 +58,16 @@ def test_behaviour_changes_and_nothing_else() -> None:
     assert type(layer) is Layer
     assert vars(layer).keys() == vars(Layer()).keys()
     assert torch.equal(layer(X), before)
+
+
+def test_originals_for_a_while() -> None:
+    model = nn.Sequential(Layer(), Slotted())
+    swap(model[0], Doubled, factor=2.0)
+    fused = type(model[0])
+    with pytest.raises(ArithmeticError), as_originals(model):
+        assert [type(layer) for layer in model] == [Layer, Slotted]
+        raise ArithmeticError
+    assert [type(layer) for layer in model] == [fused, Slotted]
 
 
 def test_one_class_for_all_layers_of_a_kind() -> None:

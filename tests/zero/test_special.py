@@ -360,7 +360,7 @@ def test_stream(ended, name):
 
 
 # where it is not the weight's own dtype
-GRADIENT_IN = {"communication_dtype": ["float32"]}
+GRADIENT_IN = {"communication_dtype": ["float32"], "autocast": ["bfloat16"]}
 QUICK_COPIED = ("communication_dtype", "thrown_away")
 QUICK = ("uneven_ranks", "gemma", "weighted_ranks", "both_ways")
 
