@@ -45,7 +45,7 @@ def _are_seen(*projections: nn.Module) -> bool:
     return bool(_global_forward_hooks) or any(is_observed(layer, "_forward_hooks") for layer in projections)
 
 
-def _is_patched(layer: nn.Module) -> bool:
+def is_patched(layer: nn.Module) -> bool:
     """Whether somebody has hung hooks on the layer's activation since, which are called where it is."""
     act = layer._modules.get(layer.fused_act_name)
     is_open = act is not None and not torch.compiler.is_compiling()
@@ -60,7 +60,7 @@ class GatedMLP:
     fused_act_name: str | None = None  # None: a function in its forward
 
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
-        if _is_patched(self):
+        if is_patched(self):
             return super().forward(*args, **named)
         (x,) = (*args, *named.values())  # hidden_states to some, x to others
         gate, up, down = (getattr(self, name) for name in self.fused_children)
@@ -75,7 +75,7 @@ class PackedMLP:
     fused_act_name: str | None = None  # None: a function in its forward
 
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
-        if _is_patched(self):
+        if is_patched(self):
             return super().forward(*args, **named)
         (x,) = (*args, *named.values())
         gate_up, down = (getattr(self, name) for name in self.fused_children)

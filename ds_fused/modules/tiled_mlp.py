@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ds_fused.modules.kept import Empty, postponable
-from ds_fused.modules.mlp import GatedMLP, PackedMLP
+from ds_fused.modules.mlp import GatedMLP, PackedMLP, is_patched
 from ds_fused.modules.scope import say_once
 from ds_fused.modules.sliced_mlp import Projections, sliced_gradients
 from ds_fused.modules.summed import SummedLinears
@@ -320,14 +320,18 @@ class TiledMLP:
 class TiledGatedMLP(TiledMLP, GatedMLP):
     """``GatedMLP``, tile by tile."""
 
-    def _projections(self) -> Projections:
+    def _projections(self) -> Projections | None:
+        if is_patched(self):
+            return None
         return Projections(self.fused_gate, *(getattr(self, name) for name in self.fused_children))
 
 
 class TiledPackedMLP(TiledMLP, PackedMLP):
     """``PackedMLP``, tile by tile."""
 
-    def _projections(self) -> Projections:
+    def _projections(self) -> Projections | None:
+        if is_patched(self):
+            return None
         gate_up, down = (getattr(self, name) for name in self.fused_children)
         return Projections(self.fused_gate, gate_up, None, down)
 

@@ -377,6 +377,14 @@ def test_a_hook_within_an_mlp_has_its_way(hook: Callable, where: str) -> None:
     assert_same_step(model, stock, tolerance=1e-5)
 
 
+def test_a_hook_on_an_activation_within_tiles() -> None:
+    model, stock = twins(LLAMA)
+    ds_fused.apply(model, tiles=3)
+    for each in (model, stock):
+        each.model.layers[1].mlp.act_fn.register_forward_hook(lambda layer, x, y: torch.tanh(y))
+    assert_same_step(model, stock, tolerance=1e-5)
+
+
 @pytest.mark.usefixtures("kernels")
 def test_a_backward_that_keeps_its_graph() -> None:
     model, stock = pair()
