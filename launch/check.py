@@ -35,6 +35,8 @@ LEAST = {
     "cluster.restarts": 0,
     "cluster.wait_s": 1,
 }
+# and the most
+MOST = {"cluster.port": 65535, "cluster.ssh_port": 65535}
 
 
 def typed(composed: DictConfig) -> Run:
@@ -110,6 +112,12 @@ def check_numbers(run: Run) -> None:
         value = getattr(getattr(run, group), name, None)
         if value is not None and value < least:
             raise ValueError(f"{key} is {value}, but must be at least {least}")
+    for key, most in MOST.items():
+        group, name = key.split(".")
+        value = getattr(getattr(run, group), name, None)
+        # a port may also be "auto"
+        if isinstance(value, int) and value > most:
+            raise ValueError(f"{key} is {value}, but must be at most {most}")
     if not 0 < run.data.held_out < 1:
         raise ValueError(f"data.held_out is {run.data.held_out}, but must be a share between 0 and 1")
     if not run.data.text:

@@ -36,6 +36,8 @@ OPTIMIZERS = {
 }
 # what DeepSpeed itself takes out of the params of adam and adamw
 TAKEN_OUT = {"torch_adam", "adam_w_mode", "fp32_optimizer_states"}
+# of an optimizer's options those that are numbers in all of them, and none below 0
+NUMBERS = ("lr", "weight_decay", "eps")
 
 
 def data_parallel(deepspeed: Mapping, ranks: int) -> int:
@@ -151,6 +153,16 @@ def check_types(deepspeed: Mapping) -> None:
         allowed, words = kinds.get(type(defaults.get(key)), ((), ""))
         if allowed and type(value) not in allowed:
             raise ValueError(f"deepspeed.{key} is {value!r}, but must be {words}")
+    check_not_negative("deepspeed", deepspeed, ("gradient_clipping",))
+
+
+def check_not_negative(where: str, given: Mapping, names: Iterable[str]) -> None:
+    for name in names:
+        value = given.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+            raise ValueError(f"{where}.{name} is {value!r}, but must be a number, and not below 0")
 
 
 def arguments(*classes: type) -> set[str]:
@@ -185,6 +197,7 @@ def check_optimizer(deepspeed: Mapping) -> None:
             "of torch.optim" + (f"; did you mean {near[0]}?" if near else "")
         )
     refuse_unknown("deepspeed.optimizer.params", params, known, f"is no option of {kind}")
+    check_not_negative("deepspeed.optimizer.params", params, NUMBERS)
 
 
 def check_scheduler(deepspeed: Mapping) -> None:

@@ -8,6 +8,7 @@ newest checkpoint. The run's folder, the Python environment and the data have th
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from dataclasses import dataclass
 from typing import Optional
@@ -28,6 +29,11 @@ from launch.render import (
 from launch.schema import Cluster, Run
 
 # ruff: noqa: UP045 (omegaconf knows Optional by this name)
+
+# what sbatch takes as a time: minutes, minutes:seconds, hours:minutes:seconds, and days in front of hours
+TIME = re.compile(
+    r"(?:(?P<d>\d+)-(?P<dh>\d+)(?::(?P<dm>\d+))?(?::(?P<ds>\d+))?|(?:(?P<h>\d+):)?(?P<m>\d+):(?P<s>\d+)|(?P<min>\d+))"
+)
 
 
 @dataclass
@@ -51,6 +57,7 @@ def render(run: Run, host: Host) -> Rendered:
     refuse_spaces(run, "sbatch")
     nodes, ranks = count("nodes", cluster.nodes), count("ranks", cluster.ranks)
     on_cpu = choice("accelerator", cluster.accelerator, "auto", "cpu") == "cpu"
+    check_time(cluster)
     line = f"{node_line(run, host)} {shlex.join(train_script(run))}"
     return Rendered(
         command=["sbatch", at(run, "job.sh")],
@@ -59,6 +66,24 @@ def render(run: Run, host: Host) -> Rendered:
         ranks=nodes * ranks,
         files={"job.sh": job_script(run, nodes, ranks, on_cpu, host), "node.sh": node_script(run, ranks, on_cpu, host)},
     )
+
+
+def check_time(cluster: Options) -> None:
+    """A time that sbatch takes, and the signal within it."""
+    if cluster.time is None or cluster.time in ("INFINITE", "UNLIMITED"):
+        return
+    found = TIME.fullmatch(cluster.time)
+    if found is None:
+        raise ValueError(
+            f"cluster.time is {cluster.time!r}, but must be minutes, minutes:seconds, hours:minutes:seconds, "
+            "days-hours, days-hours:minutes or days-hours:minutes:seconds"
+        )
+    part = {name: int(value or 0) for name, value in found.groupdict().items()}
+    minutes = 60 * (24 * part["d"] + part["dh"] + part["h"]) + part["dm"] + part["m"] + part["min"]
+    seconds = 60 * minutes + part["ds"] + part["s"]
+    # 0 is no limit to slurm
+    if 0 < seconds <= cluster.notice:
+        raise ValueError(f"cluster.notice is {cluster.notice}, but must be below the {seconds} seconds of cluster.time")
 
 
 def job_script(run: Run, nodes: int, ranks: int, on_cpu: bool, host: Host) -> str:
