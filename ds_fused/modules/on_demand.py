@@ -297,9 +297,16 @@ _IS_NESTED = torch.Tensor.is_nested.__get__
 _OF_GRADIENTS = {torch.Tensor.register_hook, torch.Tensor.retain_grad}
 
 
+def _say(line: str, *names: str) -> None:
+    """From the first rank."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
+    log.warning(line, *names)
+
+
 @functools.cache
 def _say_apart() -> None:
-    log.warning(
+    _say(
         "ds_fused: somebody waits for a gradient of outputs.logits, by retain_grad or a hook. That of the fused loss "
         'never comes to them, since it is computed beside them; with "fused_linear_cross_entropy": false it does'
     )
@@ -351,10 +358,8 @@ def _caller() -> str:
 
 @functools.cache
 def _say_who_reads(caller: str) -> None:
-    """One line for each place that reads, from the first rank."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
-        return
-    log.warning(
+    """One line for each place that reads."""
+    _say(
         "ds_fused: %s reads the logits of a forward whose loss was fused; they are computed now. "
         'Where that is too late (sharded weights), set "logits": "keep" in the ds_fused block',
         caller,
