@@ -38,6 +38,7 @@ from torch.utils._pytree import tree_map_only
 from ds_fused.modules.deferred import DeferredLogits
 from ds_fused.modules.head_call import HeadCall
 from ds_fused.modules.steps import Step, replay
+from ds_fused.modules.swap import GATHERING, home_of
 from ds_fused.ops._once import once_differentiable
 
 log = logging.getLogger("ds_fused")
@@ -233,7 +234,7 @@ class LogitsOnDemand(torch.Tensor):
         kwargs = kwargs or {}
         if func == _IS_NESTED and args[0]._source.together:
             args[0].values()
-        if func in _OF_GRADIENTS:
+        if func in _OF_GRADIENTS and _is_a_users(*args[1:], **kwargs):
             _say_apart()
         if func in FACTS:
             with torch._C.DisableTorchFunctionSubclass():
@@ -295,6 +296,11 @@ FACTS |= {torch.numel, torch.is_floating_point, torch.is_complex, torch.is_infer
 FACTS |= {torch.Tensor.grad.__set__, torch.Tensor._backward_hooks.__set__}
 _IS_NESTED = torch.Tensor.is_nested.__get__
 _OF_GRADIENTS = {torch.Tensor.register_hook, torch.Tensor.retain_grad}
+
+
+def _is_a_users(hook: Callable | None = None) -> bool:
+    """DeepSpeed hangs hooks on all outputs, to know when a backward begins; without one, retain_grad was called."""
+    return hook is None or home_of(hook).partition(".")[0] not in GATHERING
 
 
 def _say(line: str, *names: str) -> None:

@@ -144,14 +144,14 @@ def home_of(thing: object) -> str:
 
 
 # whose hooks act on any layer's call alike, to gather weights
-_GATHERING = ("deepspeed", "torch")
+GATHERING = ("deepspeed", "torch")
 
 
 def is_observed(module: nn.Module, *kinds: str) -> bool:
     """Whether hooks of anybody else, of these kinds, hang on a layer, or somebody has put a forward before its own."""
     state = vars(module)
     hooks = (hook for kind in kinds for hook in state[kind].values())
-    return "forward" in state or any(home_of(hook).partition(".")[0] not in _GATHERING for hook in hooks)
+    return "forward" in state or any(home_of(hook).partition(".")[0] not in GATHERING for hook in hooks)
 
 
 def _fused_name(self: nn.Module) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -408,6 +409,9 @@ def test_who_waits_for_a_gradient_of_logits_is_told(caplog: pytest.LogCaptureFix
     on_demand._say_apart.cache_clear()
     model, _ = pair()
     outputs = model(**batch())
+    # as DeepSpeed's on all outputs
+    outputs.logits.register_hook(types.FunctionType((lambda gradient: None).__code__, {"__name__": "deepspeed.utils"}))
+    assert not caplog.messages
     outputs.logits.retain_grad()
     outputs.logits.register_hook(lambda gradient: None)
     (message,) = caplog.messages
