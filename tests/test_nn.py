@@ -107,6 +107,8 @@ def test_the_eps_of_rms_norm_is_pytorchs(dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_the_eps_of_norms_of_one_dimension_may_be_pytorchs_too(dtype, device):
+    if dtype == torch.float64:
+        device = "cpu"  # the reference's, no kernel's
     x = (1e-3 * X).to(device, dtype)
     place = {"device": device, "dtype": dtype}
     wanted = nn.RMSNorm(D, **place)(2 * x)

@@ -236,7 +236,8 @@ class Scope:
             if (leaves or value.call.fused) and not value.is_real() and self.logits == "defer":
                 if not torch.compiler.is_compiling():
                     return leaving(value)
-                if not torch.compiler.is_exporting():
+                # is_exporting() is a constant of dynamo before torch 2.13: True, also where nothing is exported
+                if not torch.compiler._is_exporting_flag:
                     return out_of_graph(value)
             return value.materialise()
         if isinstance(value, tuple):

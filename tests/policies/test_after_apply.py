@@ -349,14 +349,15 @@ def _first(logits: object) -> torch.Tensor:
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only these write over what projections return."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+def kernels(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> torch.device:
+    """Where they run: only these write over what projections return."""
+    if device.type == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return device
 
 
-@pytest.mark.usefixtures("kernels")
-def test_what_a_hook_keeps_of_a_projection_stays() -> None:
-    model, _ = pair()
+def test_what_a_hook_keeps_of_a_projection_stays(kernels: torch.device) -> None:
+    model = pair()[0].to(kernels)
     kept = []
     model.model.layers[1].mlp.up_proj.register_forward_hook(lambda _, x, y: kept.append((y, y.detach().clone())))
     step(model)
@@ -364,17 +365,16 @@ def test_what_a_hook_keeps_of_a_projection_stays() -> None:
     assert torch.equal(output, then)
 
 
-@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(
     "hook",
     [lambda layer, x, y: torch.tanh(y), lambda layer, x, y: y * y.square().mean().rsqrt()],
     ids=["tanh", "product"],
 )
 @pytest.mark.parametrize("where", ["up_proj", "act_fn"])
-def test_a_hook_within_an_mlp_has_its_way(hook: Callable, where: str) -> None:
+def test_a_hook_within_an_mlp_has_its_way(hook: Callable, where: str, kernels: torch.device) -> None:
     model, stock = pair()
     for each in (model, stock):
-        each.model.layers[1].mlp.get_submodule(where).register_forward_hook(hook)
+        each.to(kernels).model.layers[1].mlp.get_submodule(where).register_forward_hook(hook)
     assert_same_step(model, stock, tolerance=1e-5)
 
 
@@ -386,12 +386,11 @@ def test_a_hook_on_an_activation_within_tiles() -> None:
     assert_same_step(model, stock, tolerance=1e-5)
 
 
-@pytest.mark.usefixtures("kernels")
-def test_a_backward_that_keeps_its_graph() -> None:
+def test_a_backward_that_keeps_its_graph(kernels: torch.device) -> None:
     model, stock = pair()
     found = []
     for each in (model, stock):
-        hidden = each.model(batch()["input_ids"])[0]
+        hidden = each.to(kernels).model(batch()["input_ids"].to(kernels))[0]
         weight = each.model.layers[0].mlp.gate_proj.weight
         found.append([torch.autograd.grad(hidden[0, i].sum(), weight, retain_graph=True)[0] for i in (0, 1)])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
