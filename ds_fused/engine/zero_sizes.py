@@ -88,6 +88,9 @@ def set_sizes(
     offloaded = engine.zero_offload_optimizer() is not None
     sizes = sizes_of(choice, layer, trained, offloaded, whole=layer <= most_whole)
     zero, said = engine._config.zero_config, given(engine)
+    # its gradients lie transposed, which DeepSpeed can send from a bucket alone
+    if zero.zenflow is not None:
+        del sizes["reduce_bucket_size"]
     fields = {field.alias or name: name for name, field in type(zero).model_fields.items()}
     kept = [name for name in sizes if name in said or fields[name] in said]
     fresh = {name: size for name, size in sizes.items() if name not in kept}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import get_zero_config
 from torch import nn
 
 from ds_fused.engine import leaf_modules
 from ds_fused.engine.config import CHOICES, HEAD, RECOMPUTE, TILED, parse
 from ds_fused.engine.estimate import Job, fitting, job_of
 from ds_fused.engine.profiles import ESTIMATED, PROFILES, filled
-from ds_fused.engine.zero_sizes import sizes_of
+from ds_fused.engine.zero_sizes import set_sizes, sizes_of
 
 ON = {"enabled": True}
 SMALL = {"leaf_modules": True, "zero_sizes": "small", "embedding": True}
@@ -176,6 +178,26 @@ def test_of_layers_that_come_as_one_the_next_is_on_its_way_as_a_whole():
     assert small.items() - sizes_of("small", LLAMA.layer, 32 * LLAMA.layer).items() == {
         (name, small[name]) for name in ("stage3_prefetch_bucket_size", "stage3_max_live_parameters")
     }
+
+
+@pytest.mark.parametrize("choice", ["small", "large"])
+@pytest.mark.parametrize("zenflow", [False, True])
+def test_zenflows_buckets_are_deepspeeds(choice, zenflow):
+    """Its gradients lie transposed: one that is larger than the bucket ends DeepSpeed's backward."""
+    block = {"stage": 3, "stage3_max_live_parameters": 7} | ({"zenflow": {}} if zenflow else {})
+    engine = SimpleNamespace(
+        zero_optimization_partition_weights=lambda: True,
+        zero_offload_optimizer=lambda: None,
+        _config=SimpleNamespace(
+            zero_config=get_zero_config({"zero_optimization": block}), _param_dict={"zero_optimization": block}
+        ),
+    )
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 999, bias=False))
+    line = set_sizes(engine, choice, model, [model[0]], 0)
+    zero, wanted = engine._config.zero_config, sizes_of(choice, 64 * 64, 64 * (64 + 999))
+    assert zero.reduce_bucket_size == (5e8 if zenflow else wanted["reduce_bucket_size"])
+    assert zero.prefetch_bucket_size == wanted["stage3_prefetch_bucket_size"] and zero.max_live_parameters == 7
+    assert ("reduce_bucket_size" in line) is not zenflow and line.endswith("gives them: stage3_max_live_parameters")
 
 
 def test_a_layer_that_gets_its_input_by_keyword_is_named(caplog):
