@@ -29,14 +29,13 @@ MEASURES_ALONE = {"MEASURES": True, "WRITES": False}
 def team_and_member(arrivals_ptr, size, MEASURES: tl.constexpr, WRITES: tl.constexpr):
     """This program's team of `size` programs, and which of them it is."""
     if MEASURES and WRITES:
-        number = tl.atomic_add(arrivals_ptr, 1, sem="relaxed")
+        number = tl.atomic_add(arrivals_ptr, 1, sem="relaxed").to(tl.int64)
     else:
-        number = tl.program_id(0)
+        number = tl.program_id(0).to(tl.int64)
         if WRITES:
             # from the end, whose values were read last
             number = tl.num_programs(0) - 1 - number
-    # a division of 64 bits is a walk of its own
-    return (number // size).to(tl.int64), number % size
+    return number // size, (number % size).to(tl.int32)
 
 
 @triton.jit
