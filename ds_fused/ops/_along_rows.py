@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 
 from ds_fused.ops import _triton
 from ds_fused.ops._launch import Kept, Ready, launch, launch_ready, lie_alike, ready
-from ds_fused.ops._meet import arrivals, passes
+from ds_fused.ops._meet import arrivals, limited, passes
 from ds_fused.ops._row_tiles import tile
 from ds_fused.ops._triton import cdiv, power_of_2, row_stride, rows_of, warps_for
 
@@ -24,13 +24,13 @@ WHOLE_ROW_FWD = 32768
 WHOLE_ROW_BWD = 16384
 # elements of a tile when a row is narrower (as many rows as fit), and of a thread. Not measured yet.
 TILE, PER_THREAD = 2048, 16
-# of a wider row, elements of a part and of a thread. On an H100, ms of 8192x128256: softmax forward 1.88, with 8192 and
-# 16 elements 2.08; backward 2.45, with 16384 and 32 elements 2.58
-PART_FWD, PART_PER_THREAD_FWD = 16384, 32
-PART_BWD, PART_PER_THREAD_BWD = 8192, 16
+# of a wider row, elements of a part and of a thread: what counts is how much of all rows a multiprocessor's registers
+# hold while parts wait for one another. On an H200, ms of softmax, 8192x128256: forward 1.29, of 32 elements a thread
+# 1.47, of 16384 2.55; backward 1.49, of 32 elements a thread 1.54
+PART_FWD, PART_PER_THREAD_FWD = 8192, 64
+PART_BWD, PART_PER_THREAD_BWD = 8192, 64
 # parts of a row whose numbers are read at a time, at most
 MERGE_BLOCK = 256
-
 
 # what lies above the diagonal: it counts like the rest; it doesn't, and is written as 0; or is left as it is, nearly
 SEEN, ZERO, LEFT = "seen", "zero", "left"
@@ -77,6 +77,19 @@ def ends_of(row, n_cols, ABOVE: tl.constexpr):
     return n_seen, n_written
 
 
+@triton.jit
+def sum_of(numbers_ptr, n_parts, MERGE: tl.constexpr, MANY: tl.constexpr):
+    """Of one number of each part; MANY: parts are more than MERGE. Without that there is no loop, around which a row's
+    values would take 20 registers more."""
+    other = tl.arange(0, MERGE)
+    numbers = tl.load(numbers_ptr + other, mask=other < n_parts, other=0.0)
+    if MANY:
+        for first in range(MERGE, n_parts, MERGE):
+            other = first + tl.arange(0, MERGE)
+            numbers += tl.load(numbers_ptr + other, mask=other < n_parts, other=0.0)
+    return tl.sum(numbers)
+
+
 def along_rows(
     kernel: JITFunction, out: Tensor, *inputs: Tensor, above: str = SEEN, per_thread: int | None = None
 ) -> Tensor:
@@ -108,19 +121,27 @@ def along_rows(
 
 
 def in_parts(
-    kernel: JITFunction, n_measures: int, part: int, per_thread: int, out: Tensor, *inputs: Tensor, above: str = SEEN
+    kernel: JITFunction,
+    n_measures: int,
+    part: int,
+    per_thread: int,
+    out: Tensor,
+    *inputs: Tensor,
+    above: str = SEEN,
+    registers: int | None = None,
 ) -> Tensor:
     """Fills ``out`` [..., D] by a kernel whose programs share a row (_meet.py): each measures its part of so many
-    columns, leaves n_measures numbers, and writes its part by those of all.
+    columns, leaves n_measures numbers, and writes its part by those of all. registers: of a thread, at most.
 
     It takes inputs, out, the numbers [n_measures, N, P], arrivals, the row stride of the first input (the others have
-    no gaps), D, P, ABOVE, what it does, and how many parts' numbers it may read at a time.
+    no gaps), D, P, ABOVE, what it does, how many parts' numbers it may read at a time, and whether there are more.
     """
     first = rows_of(inputs[0])
     n, d = first.shape
     if n == 0:
         return out
     n_parts = cdiv(d, part)
+    merge = min(MERGE_BLOCK, power_of_2(n_parts))
     measures = torch.empty(n_measures * n * n_parts, dtype=torch.float32, device=first.device)
     steps = passes(first, n_parts)
     arrived = arrivals(first, n, steps)
@@ -128,8 +149,8 @@ def in_parts(
         launch(
             kernel, (n * n_parts,),
             first, *inputs[1:], out, measures, arrived, row_stride(first), d, n_parts,
-            ABOVE=above, BLOCK=part, MERGE=min(MERGE_BLOCK, power_of_2(n_parts)),
-            num_warps=warps_for(part, per_thread), **step,
+            ABOVE=above, BLOCK=part, MERGE=merge, MANY=n_parts > merge,
+            num_warps=warps_for(part, per_thread), **step, **limited(first, steps, registers),
         )  # fmt: skip
     return out
 

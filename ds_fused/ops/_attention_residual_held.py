@@ -10,14 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ds_fused.ops._again import wide_again
 from ds_fused.ops._attention_residual_kernels import dscore_of, dv_of, query_of_keys
 from ds_fused.ops._exp import exp_of
-
-
-@triton.jit
-def wide_again(x):
-    """bf16 in fp32, by other instructions than .to: else the compiler keeps the numbers of an earlier conversion."""
-    return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit

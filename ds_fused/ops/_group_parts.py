@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ds_fused.ops._again import wide_again
 from ds_fused.ops._launch import launch
-from ds_fused.ops._meet import MEASURES_ALONE, arrivals, meet, passes, team_and_member
+from ds_fused.ops._meet import MEASURES_ALONE, arrivals, limited, meet, passes, team_and_member
 from ds_fused.ops._sums import partials
 from ds_fused.ops._triton import cdiv, power_of_2
 
@@ -28,6 +29,9 @@ from ds_fused.ops._triton import cdiv, power_of_2
 NARROWEST = 256
 # parts whose measures are merged at a time, at most
 MERGE_BLOCK = 256
+# of a thread, where a group's programs wait for each other: four share a multiprocessor, three with the 80 that the
+# assembler takes. On an H200, us of the backward of 16x512x128x128: 251 for 272
+REGISTERS_BWD = 64
 
 
 @triton.jit
@@ -37,6 +41,40 @@ def _merged(count, mean, squares, other_count, other_mean, other_squares):
     share = tl.where(total > 0.0, other_count / tl.maximum(total, 1.0), 0.0)
     distance = other_mean - mean
     return total, mean + distance * share, squares + other_squares + distance * distance * count * share
+
+
+@triton.jit
+def _moments(
+    first, moments_ptr, squares_ptr, n_parts, group_channels, n_space,
+    ROWS: tl.constexpr, SPACE: tl.constexpr, MERGE: tl.constexpr,
+):  # fmt: skip
+    """Of the parts from `first` on: how many values each has, their mean, and the squares; of none that is not there"""
+    other = first + tl.arange(0, MERGE)
+    there = other < n_parts
+    blocks = tl.cdiv(n_space, SPACE)
+    values = tl.minimum(group_channels - other // blocks * ROWS, ROWS)
+    values *= tl.minimum(n_space - other % blocks * SPACE, SPACE)
+    means = tl.load(moments_ptr + other, mask=there, other=0.0)
+    return tl.where(there, values, 0).to(tl.float32), means, tl.load(squares_ptr + other, mask=there, other=0.0)
+
+
+@triton.jit
+def _channels(
+    first, sums_ptr, dys_ptr, weight_ptr, n_rows, n_entries, group_channels, HAS_WEIGHT: tl.constexpr,
+    MERGE: tl.constexpr,
+):  # fmt: skip
+    """Both sums of the parts of channels from entry `first` on, by the channel's weight."""
+    entry = first + tl.arange(0, MERGE)
+    channel = entry % group_channels
+    at = (entry // group_channels).to(tl.int64) * n_rows + channel
+    there = entry < n_entries
+    products = tl.load(sums_ptr + at, mask=there, other=0.0)
+    dys = tl.load(dys_ptr + at, mask=there, other=0.0)
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + channel, mask=there, other=0.0).to(tl.float32)
+        products *= weight
+        dys *= weight
+    return products, dys
 
 
 @triton.jit
@@ -69,7 +107,7 @@ def _group_norm_part_fwd_kernel(
     mean_ptr,  # [N, G]
     rstd_ptr,  # [N, G]
     moments_ptr,  # [2, N, G, P] fp32: mean, and sum of squared distances from it, of each part
-    arrivals_ptr,  # [1 + N * G]
+    arrivals_ptr,  # of N * G teams
     x_stride,  # elements from one sample to the next; y has no gaps
     n_groups,
     group_channels,
@@ -78,7 +116,8 @@ def _group_norm_part_fwd_kernel(
     n_parts,
     eps,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, MEASURES: tl.constexpr, WRITES: tl.constexpr,
-    FULL: tl.constexpr, ROWS: tl.constexpr, SPACE: tl.constexpr, MERGE: tl.constexpr,
+    FULL: tl.constexpr, ROWS: tl.constexpr, SPACE: tl.constexpr,
+    MERGE: tl.constexpr, MANY: tl.constexpr,  # more parts than that
 ):  # fmt: skip
     # Inductor passes fp64
     eps = tl.cast(eps, tl.float32)
@@ -103,21 +142,15 @@ def _group_norm_part_fwd_kernel(
     if MEASURES and WRITES:
         meet(arrivals_ptr, group, n_parts)
     if WRITES:
-        counts = tl.zeros((MERGE,), tl.float32)
-        means = tl.zeros((MERGE,), tl.float32)
-        all_squares = tl.zeros((MERGE,), tl.float32)
-        blocks = tl.cdiv(n_space, SPACE)
-        for first in range(0, n_parts, MERGE):
-            other = first + tl.arange(0, MERGE)
-            there = other < n_parts
-            values = tl.minimum(group_channels - other // blocks * ROWS, ROWS)
-            values *= tl.minimum(n_space - other % blocks * SPACE, SPACE)
-            counts, means, all_squares = _merged(
-                counts, means, all_squares,
-                tl.where(there, values, 0).to(tl.float32),
-                tl.load(moments_ptr + other, mask=there, other=0.0),
-                tl.load(squares_ptr + other, mask=there, other=0.0),
-            )  # fmt: skip
+        counts, means, all_squares = _moments(
+            0, moments_ptr, squares_ptr, n_parts, group_channels, n_space, ROWS, SPACE, MERGE
+        )
+        if MANY:
+            for first in range(MERGE, n_parts, MERGE):
+                count, mean, squares = _moments(
+                    first, moments_ptr, squares_ptr, n_parts, group_channels, n_space, ROWS, SPACE, MERGE
+                )
+                counts, means, all_squares = _merged(counts, means, all_squares, count, mean, squares)
         # measured from the first part's mean, so that values far from zero don't cost bits
         some = tl.load(moments_ptr)
         mean = some + tl.sum(counts * (means - some)) / group_size
@@ -143,7 +176,7 @@ def _group_norm_part_bwd_kernel(
     rstd_ptr,  # [N, G]
     dx_ptr,  # [N, C, S]
     sums_ptr,  # [2, K, N, C] fp32: sums of dy * x_hat, and of dy, of each part of a channel
-    arrivals_ptr,  # [1 + N * G]
+    arrivals_ptr,  # of N * G teams
     dy_stride,  # elements from one sample to the next; dx has no gaps
     x_stride,
     n_groups,
@@ -152,7 +185,8 @@ def _group_norm_part_bwd_kernel(
     group_size,
     n_parts,
     HAS_WEIGHT: tl.constexpr, MEASURES: tl.constexpr, WRITES: tl.constexpr,
-    FULL: tl.constexpr, ROWS: tl.constexpr, SPACE: tl.constexpr, MERGE: tl.constexpr,
+    FULL: tl.constexpr, ROWS: tl.constexpr, SPACE: tl.constexpr,
+    MERGE: tl.constexpr, MANY: tl.constexpr,  # more entries than that
 ):  # fmt: skip
     group, part = team_and_member(arrivals_ptr, n_parts, MEASURES, WRITES)
     in_group, place, start, offset, exists, mask = _tile(part, group_channels, n_space, FULL, ROWS, SPACE)
@@ -179,25 +213,24 @@ def _group_norm_part_bwd_kernel(
     if MEASURES and WRITES:
         meet(arrivals_ptr, group, n_parts)
     if WRITES:
-        along = tl.zeros((MERGE,), tl.float32)
-        aside = tl.zeros((MERGE,), tl.float32)
-        for first in range(0, blocks * group_channels, MERGE):
-            entry = first + tl.arange(0, MERGE)
-            other = entry % group_channels
-            at = (entry // group_channels).to(tl.int64) * n_rows + other
-            there = entry < blocks * group_channels
-            one = tl.load(sums_ptr + at, mask=there, other=0.0)
-            two = tl.load(dys_ptr + at, mask=there, other=0.0)
-            if HAS_WEIGHT:
-                weight = tl.load(weight_ptr + first_channel + other, mask=there, other=0.0).to(tl.float32)
-                one *= weight
-                two *= weight
-            along += one
-            aside += two
-        dx = dy.to(tl.float32)
+        entries = blocks * group_channels
+        own_weight_ptr = weight_ptr
+        if HAS_WEIGHT:
+            own_weight_ptr += first_channel
+        along, aside = _channels(
+            0, sums_ptr, dys_ptr, own_weight_ptr, n_rows, entries, group_channels, HAS_WEIGHT, MERGE
+        )
+        if MANY:
+            for first in range(MERGE, entries, MERGE):
+                products, dys = _channels(
+                    first, sums_ptr, dys_ptr, own_weight_ptr, n_rows, entries, group_channels, HAS_WEIGHT, MERGE
+                )
+                along += products
+                aside += dys
+        dx = wide_again(dy)
         if HAS_WEIGHT:
             dx *= tl.load(weight_ptr + first_channel + channel, mask=exists, other=0.0).to(tl.float32)[:, None]
-        x_hat = (x.to(tl.float32) - mean) * rstd
+        x_hat = (wide_again(x) - mean) * rstd
         dx = rstd * (dx - tl.sum(aside) / group_size - x_hat * (tl.sum(along) / group_size))
         tl.store(dx_ptr + group * group_size + start + offset, dx, mask=mask)
 
@@ -257,7 +290,7 @@ class Parts(NamedTuple):
         """Of a kernel that merges so many numbers."""
         merge = min(MERGE_BLOCK, power_of_2(n_entries))
         tile = {"FULL": self.full, "ROWS": self.rows, "SPACE": self.space}
-        return {**tile, "MERGE": merge, "num_warps": self.warps}
+        return {**tile, "MERGE": merge, "MANY": n_entries > merge, "num_warps": self.warps}
 
 
 def sample_stride(x: Tensor) -> int:
@@ -316,5 +349,6 @@ def bwd_in_parts(
             dy, x, weight, mean, rstd, dx, sums, arrived, sample_stride(dy), sample_stride(x),
             sizes.groups, sizes.group_channels, sizes.space, sizes.group_size, parts.count,
             HAS_WEIGHT=weight is not None, **step, **parts.constants(parts.of_channel * sizes.group_channels),
+            **limited(x, steps, REGISTERS_BWD),
         )  # fmt: skip
     return sums, n_partials

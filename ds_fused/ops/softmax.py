@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fused.ops import _along_rows
+from ds_fused.ops._again import wide_again
 from ds_fused.ops._along_rows import (
     SEEN,
     along_dim,
@@ -24,6 +25,7 @@ from ds_fused.ops._along_rows import (
     in_parts,
     load_seen,
     store_seen,
+    sum_of,
 )
 from ds_fused.ops._meet import meet, team_and_member
 from ds_fused.ops._once import once_differentiable
@@ -62,11 +64,12 @@ def _softmax_part_fwd_kernel(
     x_ptr,  # [N, D]
     y_ptr,  # [N, D]
     measures_ptr,  # [2, N, P] fp32: the maximum of each part, and its sum of exponentials below that
-    arrivals_ptr,  # [1 + N]
+    arrivals_ptr,  # of N teams
     x_stride,  # elements from one row to the next; y has no gaps
     n_cols,
     n_parts,
-    ABOVE: tl.constexpr, MEASURES: tl.constexpr, WRITES: tl.constexpr, BLOCK: tl.constexpr, MERGE: tl.constexpr,
+    ABOVE: tl.constexpr, MEASURES: tl.constexpr, WRITES: tl.constexpr, BLOCK: tl.constexpr,
+    MERGE: tl.constexpr, MANY: tl.constexpr,  # see sum_of
 ):  # fmt: skip
     row, part = team_and_member(arrivals_ptr, n_parts, MEASURES, WRITES)
     n_seen, n_written = ends_of(row, n_cols, ABOVE)
@@ -84,19 +87,24 @@ def _softmax_part_fwd_kernel(
     if MEASURES and WRITES:
         meet(arrivals_ptr, row, n_parts)
     if WRITES:
-        highs = tl.full((MERGE,), -float("inf"), tl.float32)
-        sums = tl.zeros((MERGE,), tl.float32)
-        for first in range(0, n_parts, MERGE):
-            other = first + tl.arange(0, MERGE)
-            own = tl.load(measures_ptr + other, mask=other < n_parts, other=-float("inf"))
-            higher = tl.maximum(highs, own)
-            finite = tl.where(higher == -float("inf"), 0.0, higher)
-            sums *= tl.exp(highs - finite)
-            sums += tl.load(sums_ptr + other, mask=other < n_parts, other=0.0) * tl.exp(own - finite)
-            highs = higher
+        other = tl.arange(0, MERGE)
+        highs = tl.load(measures_ptr + other, mask=other < n_parts, other=-float("inf"))
+        sums = tl.load(sums_ptr + other, mask=other < n_parts, other=0.0)
+        if MANY:
+            for first in range(MERGE, n_parts, MERGE):
+                other = first + tl.arange(0, MERGE)
+                own = tl.load(measures_ptr + other, mask=other < n_parts, other=-float("inf"))
+                higher = tl.maximum(highs, own)
+                finite = tl.where(higher == -float("inf"), 0.0, higher)
+                sums *= tl.exp(highs - finite)
+                sums += tl.load(sums_ptr + other, mask=other < n_parts, other=0.0) * tl.exp(own - finite)
+                highs = higher
         highest = tl.max(highs)
-        # parts of -inf alone have the sum 0. Triton's own division is off by two units in the last place
-        scale = tl.div_rn(1.0, tl.sum(sums * tl.exp(highs - highest)))
+        # parts of -inf alone have the sum 0
+        total = tl.sum(sums * tl.exp(highs - highest))
+        # Triton's own division is off by two units in the last place, and div_rn takes registers that hold a row
+        scale = 1.0 / total
+        scale *= 2.0 - total * scale
         if MEASURES:
             y *= tl.exp(high - highest) * scale
         else:
@@ -130,11 +138,12 @@ def _softmax_part_bwd_kernel(
     y_ptr,  # [N, D]
     dx_ptr,  # [N, D]
     measures_ptr,  # [N, P] fp32: sums of dy * y
-    arrivals_ptr,  # [1 + N]
+    arrivals_ptr,  # of N teams
     dy_stride,  # elements from one row to the next; y and dx have no gaps
     n_cols,
     n_parts,
-    ABOVE: tl.constexpr, MEASURES: tl.constexpr, WRITES: tl.constexpr, BLOCK: tl.constexpr, MERGE: tl.constexpr,
+    ABOVE: tl.constexpr, MEASURES: tl.constexpr, WRITES: tl.constexpr, BLOCK: tl.constexpr,
+    MERGE: tl.constexpr, MANY: tl.constexpr,  # see sum_of
 ):  # fmt: skip
     row, part = team_and_member(arrivals_ptr, n_parts, MEASURES, WRITES)
     n_seen, n_written = ends_of(row, n_cols, ABOVE)
@@ -148,11 +157,7 @@ def _softmax_part_bwd_kernel(
     if MEASURES and WRITES:
         meet(arrivals_ptr, row, n_parts)
     if WRITES:
-        products = tl.zeros((MERGE,), tl.float32)
-        for first in range(0, n_parts, MERGE):
-            other = first + tl.arange(0, MERGE)
-            products += tl.load(measures_ptr + other, mask=other < n_parts, other=0.0)
-        dx = y.to(tl.float32) * (dy.to(tl.float32) - tl.sum(products))
+        dx = wide_again(y) * (wide_again(dy) - sum_of(measures_ptr, n_parts, MERGE, MANY))
         tl.store(dx_ptr + row * n_cols + cols, dx, mask=cols < n_written)
 
 

@@ -36,6 +36,7 @@ from ds_fused.ops._along_rows import (
     in_parts,
     load_seen,
     store_seen,
+    sum_of,
 )
 from ds_fused.ops._launch import launch
 from ds_fused.ops._meet import meet, team_and_member
@@ -51,6 +52,9 @@ WALK_COLS = 8192
 # its tiles in flight. On an H100, us of 2048x128256: 567; with 3 of them 615 (and half of the columns and threads 722),
 # with 5 to 8 of them 548 to 542
 WALK_STAGES = 4
+# of a part of the backward: elements of a thread, and its registers. On an H200, us of the backward of 2048x128256:
+# 368; with as many registers as the assembler takes 595, with 16 elements 470
+PART_PER_THREAD_BWD, PART_REGISTERS_BWD = 32, 64
 
 
 def sparsemax_reference(x: Tensor, dim: int = -1) -> Tensor:
@@ -240,11 +244,12 @@ def _sparsemax_part_bwd_kernel(
     y_ptr,  # [N, D]
     dx_ptr,  # [N, D]
     measures_ptr,  # [2, N, P] fp32: the size of each part's support, and the sum of dy over it
-    arrivals_ptr,  # [1 + N]
+    arrivals_ptr,  # of N teams
     dy_stride,
     n_cols,
     n_parts,
-    ABOVE: tl.constexpr, MEASURES: tl.constexpr, WRITES: tl.constexpr, BLOCK: tl.constexpr, MERGE: tl.constexpr,
+    ABOVE: tl.constexpr, MEASURES: tl.constexpr, WRITES: tl.constexpr, BLOCK: tl.constexpr,
+    MERGE: tl.constexpr, MANY: tl.constexpr,  # see sum_of
 ):  # fmt: skip
     """Part of a row that is too wide for registers."""
     row, part = team_and_member(arrivals_ptr, n_parts, MEASURES, WRITES)
@@ -260,13 +265,8 @@ def _sparsemax_part_bwd_kernel(
     if MEASURES and WRITES:
         meet(arrivals_ptr, row, n_parts)
     if WRITES:
-        sizes = tl.zeros((MERGE,), tl.float32)
-        sums = tl.zeros((MERGE,), tl.float32)
-        for first in range(0, n_parts, MERGE):
-            other = first + tl.arange(0, MERGE)
-            sizes += tl.load(measures_ptr + other, mask=other < n_parts, other=0.0)
-            sums += tl.load(sums_ptr + other, mask=other < n_parts, other=0.0)
-        mean = tl.sum(sums) / tl.maximum(tl.sum(sizes), 1.0)
+        size = sum_of(measures_ptr, n_parts, MERGE, MANY)
+        mean = sum_of(sums_ptr, n_parts, MERGE, MANY) / tl.maximum(size, 1.0)
         tl.store(dx_ptr + row * n_cols + cols, tl.where(support, dy - mean, 0.0), mask=cols < n_written)
 
 
@@ -294,8 +294,8 @@ def _walked_fwd(x: Tensor, y: Tensor, above: str) -> Tensor:
 def sparsemax_bwd(dy: Tensor, y: Tensor, dx: Tensor, above: str = SEEN) -> Tensor:
     """dy, y [..., D] -> dx [..., D], which may be dy."""
     if dy.shape[-1] > _along_rows.WHOLE_ROW_BWD:
-        part = _along_rows.PART_BWD, _along_rows.PART_PER_THREAD_BWD
-        return in_parts(_sparsemax_part_bwd_kernel, 2, *part, dx, dy, y, above=above)
+        part = _along_rows.PART_BWD, PART_PER_THREAD_BWD
+        return in_parts(_sparsemax_part_bwd_kernel, 2, *part, dx, dy, y, above=above, registers=PART_REGISTERS_BWD)
     return along_rows(_sparsemax_bwd_kernel, dx, dy, y, above=above)
 
 

@@ -43,9 +43,11 @@ def pair_blocks(monkeypatch) -> None:
 
 @pytest.fixture
 def walked(monkeypatch) -> None:
-    """Rows of more than 8 columns are wide: blocks of 16, where sparsemax walks them, and parts of 16."""
+    """Rows of more than 8 columns are wide: blocks of 16, where sparsemax walks them, and parts of 16, of which four
+    are looked at together."""
     monkeypatch.setattr(_along_rows, "WHOLE_ROW_FWD", 8)
     monkeypatch.setattr(_along_rows, "WHOLE_ROW_BWD", 8)
     monkeypatch.setattr(registry.op("sparsemax").module, "WALK_COLS", 16)
     monkeypatch.setattr(_along_rows, "PART_FWD", 16)
     monkeypatch.setattr(_along_rows, "PART_BWD", 16)
+    monkeypatch.setattr(_along_rows, "MERGE_BLOCK", 4)

@@ -48,6 +48,7 @@ def way(request, monkeypatch):
     }
     # tiles of parts of several channels
     monkeypatch.setattr(PARTS, "NARROWEST", 64)
+    monkeypatch.setattr(PARTS, "MERGE_BLOCK", 4)
     for name, value in constants[request.param.split()[0]].items():
         monkeypatch.setattr(FILE, name, value)
     return request.param.split()[0]
