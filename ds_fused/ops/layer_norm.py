@@ -96,7 +96,6 @@ def _layer_norm_fwd_kernel(
     eps = tl.cast(eps, tl.float32)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     blocks = ()
-    sums = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     for block in tl.static_range(BLOCKS):
         cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
         mask = (rows < n_rows) & (cols < n_cols)
@@ -107,26 +106,26 @@ def _layer_norm_fwd_kernel(
             x = x.to(sum_ptr.dtype.element_ty).to(tl.float32)
             tl.store(sum_ptr + rows * n_cols + cols, x, mask=mask)
         blocks = blocks + (x,)
-        sums += x
+        # not from zeros, which would be added to every value
+        sums = x if block == 0 else sums + x
     mean = tl.sum(sums, axis=1, keep_dims=True) / n_cols
 
     centred = ()
-    sums = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-    squares = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     for block in tl.static_range(BLOCKS):
         cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
         x = tl.where((rows < n_rows) & (cols < n_cols), blocks[block] - mean, 0.0)
         centred = centred + (x,)
-        sums += x
-        squares += x * x
+        sums = x if block == 0 else sums + x
+        squares = x * x if block == 0 else squares + x * x
     # the rounding of a mean far from zero, found beside the variance, so that it costs no bits of either
     rest = tl.sum(sums, axis=1, keep_dims=True) / n_cols
     rstd = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / n_cols - rest * rest + eps)
+    shift = -rest * rstd
     tl.store(mean_ptr + rows, mean + rest, mask=rows < n_rows)
     tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
     for block in tl.static_range(BLOCKS):
         cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
-        y = (centred[block] - rest) * rstd
+        y = centred[block] * rstd + shift
         if HAS_WEIGHT:
             y *= tl.load(weight_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
         if HAS_BIAS:
