@@ -144,6 +144,8 @@ def in_parts(
     merge = min(MERGE_BLOCK, power_of_2(n_parts))
     measures = torch.empty(n_measures * n * n_parts, dtype=torch.float32, device=first.device)
     steps = passes(first, n_parts)
+    # a mask for each value takes registers, too
+    registers = registers if d % 16 == 0 else None
     arrived = arrivals(first, n, steps)
     for step in steps:
         launch(

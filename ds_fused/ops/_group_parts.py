@@ -147,10 +147,10 @@ def _group_norm_part_fwd_kernel(
         )
         if MANY:
             for first in range(MERGE, n_parts, MERGE):
-                count, mean, squares = _moments(
+                more_counts, more_means, more_squares = _moments(
                     first, moments_ptr, squares_ptr, n_parts, group_channels, n_space, ROWS, SPACE, MERGE
                 )
-                counts, means, all_squares = _merged(counts, means, all_squares, count, mean, squares)
+                counts, means, all_squares = _merged(counts, means, all_squares, more_counts, more_means, more_squares)
         # measured from the first part's mean, so that values far from zero don't cost bits
         some = tl.load(moments_ptr)
         mean = some + tl.sum(counts * (means - some)) / group_size
@@ -222,11 +222,11 @@ def _group_norm_part_bwd_kernel(
         )
         if MANY:
             for first in range(MERGE, entries, MERGE):
-                products, dys = _channels(
+                more_along, more_aside = _channels(
                     first, sums_ptr, dys_ptr, own_weight_ptr, n_rows, entries, group_channels, HAS_WEIGHT, MERGE
                 )
-                along += products
-                aside += dys
+                along += more_along
+                aside += more_aside
         dx = wide_again(dy)
         if HAS_WEIGHT:
             dx *= tl.load(weight_ptr + first_channel + channel, mask=exists, other=0.0).to(tl.float32)[:, None]
@@ -349,6 +349,6 @@ def bwd_in_parts(
             dy, x, weight, mean, rstd, dx, sums, arrived, sample_stride(dy), sample_stride(x),
             sizes.groups, sizes.group_channels, sizes.space, sizes.group_size, parts.count,
             HAS_WEIGHT=weight is not None, **step, **parts.constants(parts.of_channel * sizes.group_channels),
-            **limited(x, steps, REGISTERS_BWD),
+            **limited(x, steps, REGISTERS_BWD if parts.full else None),
         )  # fmt: skip
     return sums, n_partials
