@@ -1,16 +1,20 @@
 """Attention layers: their own forward, with its module-level rotary functions exchanged for the fused op.
 
 The forward that runs is the original's code object over a copy of its globals in which those names are other functions:
-per instance, so that a stock model in the same process stays stock. The copy is taken once for each class.
+per instance, so that a stock model in the same process stays stock. The copy is taken once for each class: of what is
+patched in the original's module later only the rotary functions themselves are seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from types import CellType, FunctionType
+from typing import Any
 
+import torch
 from torch import nn
 
+from ds_fused.modules.postponed import computed
 from ds_fused.modules.qk_norm import with_waiting_norms
 from ds_fused.modules.rotary import Turn, fused_rotary
 
@@ -39,7 +43,24 @@ class NormedRope:
 def fused_functions(cls: type[nn.Module], turns: Iterable[tuple[str, Turn]]) -> dict[str, Callable]:
     """Name -> what stands where the rotary function of that name stood."""
     stock = rotary_functions(cls)
-    return {name: fused_rotary(stock[name], turn) for name, turn in turns}
+    # somebody may have patched the forward since, so that it calls none
+    return {
+        name: _unless_patched(_caller(cls.forward).__globals__, name, turn) for name, turn in turns if name in stock
+    }
+
+
+def _unless_patched(names: Mapping[str, object], name: str, turn: Turn) -> Callable:
+    """The fused function, for as long as the original is what has its name in the module."""
+    stock = names[name]
+    fused = fused_rotary(stock, turn)
+
+    def apply_rotary(*args: Any, **named: Any) -> Any:
+        # a graph would guard all that the module holds
+        if torch.compiler.is_compiling() or names.get(name) is stock:
+            return fused(*args, **named)
+        return names[name](*map(computed, args), **{key: computed(value) for key, value in named.items()})
+
+    return apply_rotary
 
 
 def rotary_functions(cls: type[nn.Module]) -> dict[str, Callable]:
@@ -53,6 +74,8 @@ def rotary_functions(cls: type[nn.Module]) -> dict[str, Callable]:
 
 def exchanged(f: FunctionType, new: Mapping[str, Callable]) -> FunctionType:
     """``f`` with globals bound to ``new``; decorators around the function that uses them are built again."""
+    if not new:
+        return f
     if not new.keys().isdisjoint(f.__code__.co_names):
         names = {**f.__globals__, **new}
         # torch.compile would guard what it finds in the module of that name instead

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_fused.modules.swap import is_class_patched
+
 
 class SlabEmbedding:
     """Mix-in for an ``nn.Embedding`` under ZeRO-3, whose hooks would gather the whole table: they are left out."""
@@ -22,7 +24,7 @@ class SlabEmbedding:
     # collectives, and the exchange of hooks: nothing for a compiled graph
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._ds_fused_lookup is None:
+        if self._ds_fused_lookup is None or is_class_patched(self):
             return nn.Module.__call__(self, *args, **kwargs)
         return past_hooks(self, "deepspeed", *args, **kwargs)
 

@@ -13,7 +13,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from ds_fused.modules.kept import postponable
-from ds_fused.modules.mlp import Gate, gated
+from ds_fused.modules.mlp import Gate, gated, is_patched
 from ds_fused.modules.product import Product
 from ds_fused.ops.experts import experts_by
 
@@ -24,6 +24,7 @@ class Experts(Product):
     """The original forward with a fused gate."""
 
     fused_gate: Gate
+    fused_act_name: str | None  # None: a function in its code
 
     @staticmethod
     def _ds_fused_members(cls: type[nn.Module], act_name: str | None) -> dict[str, object]:
@@ -31,6 +32,8 @@ class Experts(Product):
         return {} if act_name is None else Product._ds_fused_members(cls, act_name)
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        if is_patched(self):
+            return super()._apply_gate(gate_up)
         return gated(self.fused_gate, gate_up)
 
 
@@ -42,16 +45,21 @@ class WholeExperts:
     """
 
     fused_gate: Gate
+    fused_act_name: str | None
     fused_transposed: bool  # whether they are stored [E, H, 2I] and [E, I, H]
 
     gate_up_proj: Tensor
     down_proj: Tensor
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if is_patched(self):
+            return super().forward(hidden_states, top_k_index, top_k_weights)
         weights = self.gate_up_proj, self.down_proj
         if self.fused_transposed:
             weights = [weight.transpose(1, 2) for weight in weights]
         return experts_by(_KEPT, hidden_states, *weights, top_k_index, top_k_weights, **self.fused_gate._asdict())
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        if is_patched(self):
+            return super()._apply_gate(gate_up)
         return gated(self.fused_gate, gate_up)

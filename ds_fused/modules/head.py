@@ -61,7 +61,7 @@ class Head:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # a postponed call must fire no hook; the call that computes is nn.Module's own
         is_plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-        if self._ds_fused_scope.armed() and is_plain and (torch.compiler.is_compiling() or not is_head_observed(self)):
+        if self._ds_fused_scope.armed() and is_plain and not is_head_observed(self):
             return DeferredLogits(HeadCall(self, args[0]))
         trains = torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed()
         is_sharded = trains and self._ds_fused_scope.weight.is_sharded(self)

@@ -6,14 +6,23 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ds_fused.modules.swap import home_of
+
 
 class Linear(NamedTuple):
     weight: nn.Parameter
     bias: nn.Parameter | None
 
 
+# None: somebody had patched it before
+_FORWARD = nn.Linear.forward if home_of(nn.Linear.forward) == "torch.nn.modules.linear" else None
 # tensors in copies of a layer, which are compared
 _PLAIN = (nn.Parameter, Tensor)
+
+
+def is_linear_patched() -> bool:
+    """Whether the forward of all linear layers is somebody else's."""
+    return nn.Linear.forward is not _FORWARD
 
 
 def linear_of(module: nn.Module) -> Linear | None:
@@ -21,7 +30,7 @@ def linear_of(module: nn.Module) -> Linear | None:
     # adapters and quantised layers are of other classes, and whoever has hooks on a layer wants it called: ZeRO-3 has
     # them, to gather its weight, where nothing around it is a leaf module
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    if type(module) is not nn.Linear or "forward" in vars(module) or any(hooks):
+    if type(module) is not nn.Linear or is_linear_patched() or "forward" in vars(module) or any(hooks):
         return None
     # past ZeRO-3's own dict, whose look-up of a parameter gathers it
     weight, bias = (dict.get(module._parameters, name) for name in ("weight", "bias"))

@@ -45,11 +45,24 @@ def _are_seen(*projections: nn.Module) -> bool:
     return bool(_global_forward_hooks) or any(is_observed(layer, "_forward_hooks") for layer in projections)
 
 
-def is_patched(layer: nn.Module) -> bool:
-    """Whether somebody has hung hooks on the layer's activation since, which are called where it is."""
-    act = layer._modules.get(layer.fused_act_name)
-    is_open = act is not None and not torch.compiler.is_compiling()
+def activation_of(layer: nn.Module, name: str) -> object:
+    """What the layer has under this name itself: a child, or a function."""
+    act = layer._modules.get(name)
+    return vars(layer).get(name) if act is None else act
+
+
+def is_other(act: object, known: str) -> bool:
+    """Whether an activation is no longer the one that is fused, or somebody has hung hooks on it since."""
+    if act_of(act) != known:
+        return True
+    is_open = isinstance(act, nn.Module) and not torch.compiler.is_compiling()
     return is_open and is_observed(act, "_forward_pre_hooks", "_forward_hooks", "_backward_hooks")
+
+
+def is_patched(layer: nn.Module) -> bool:
+    """Whether the layer's activation is to be called where it is."""
+    act = None if layer.fused_act_name is None else activation_of(layer, layer.fused_act_name)
+    return act is not None and is_other(act, layer.fused_gate.act)
 
 
 class GatedMLP:

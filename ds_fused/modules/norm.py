@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_fused.modules.scope import say_once
+from ds_fused.modules.swap import is_class_patched
 from ds_fused.ops import add_rms_norm, gated_rms_norm, group_norm, layer_norm, rms_norm
 from ds_fused.ops._triton import rms_norm_dtype
 
@@ -142,7 +143,7 @@ def takes_more(module: nn.Module) -> bool:
     Not one with hooks of others than DeepSpeed, which expect one tensor in and one out.
     """
     ours = isinstance(module, RMSNorm) and not isinstance(module, RMSNormT5) and "forward" not in vars(module)
-    if not ours or getattr(module, "bias", None) is not None:
+    if not ours or getattr(module, "bias", None) is not None or is_class_patched(module):
         return False
     for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks):
         for hook in hooks.values():

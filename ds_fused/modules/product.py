@@ -5,7 +5,7 @@
 
 The original's own code runs. Only what its activation returns is another thing: an ``Activated``, which does not
 compute until it is multiplied, and is then ``glu``. Any other use of it is the activation's real output, by the real
-activation.
+activation, and so is everything of one that somebody has put there since, or hung hooks on.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from ds_fused.modules.mlp import activation_of, is_other
 from ds_fused.modules.postponed import Postponed, computed
 from ds_fused.ops import glu
 
@@ -45,17 +46,24 @@ class Product:
     """The original forward, in which the product of the activation is fused."""
 
     fused_act: str
+    fused_activated: type[Activated] = Activated  # a proof has its own
 
     @staticmethod
     def _ds_fused_members(cls: type[nn.Module], act_name: str) -> dict[str, object]:
         """A property in front of the layer's activation."""
-        return {act_name: property(lambda self: _activation(self, act_name))}
+
+        def exchange(layer: nn.Module, act: Callable) -> None:
+            layer.__dict__[act_name] = act
+
+        return {act_name: property(lambda layer: _activation(layer, act_name), exchange)}
 
 
-def _activation(layer: nn.Module, act_name: str) -> Callable[[Tensor], Activated]:
-    act = layer._modules[act_name] if act_name in layer._modules else layer.__dict__[act_name]
+def _activation(layer: Product, act_name: str) -> Callable:
+    act = activation_of(layer, act_name)
+    if is_other(act, layer.fused_act):
+        return act
 
     def activated(gate: Tensor) -> Activated:
-        return Activated(act, layer.fused_act, gate)
+        return layer.fused_activated(act, layer.fused_act, gate)
 
     return activated

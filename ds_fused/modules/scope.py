@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -14,21 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from ds_fused.modules.deferred import DeferredLogits
+from ds_fused.modules.linear import is_linear_patched
 from ds_fused.modules.on_demand import WholeWeight, leaving
 from ds_fused.modules.out_of_graph import out_of_graph
-from ds_fused.modules.swap import home_of, is_observed
+from ds_fused.modules.say import say_once
+from ds_fused.modules.swap import home_of, is_class_patched, is_observed
 from ds_fused.ops._triton import is_transformed
 from ds_fused.ops.slabs import WeightSlabs
 from ds_fused.ops.vocab_shard import VocabShard
-
-log = logging.getLogger("ds_fused")
-
-
-@functools.cache
-def say_once(line: str) -> None:
-    """From the first rank."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        log.warning(line)
 
 
 def in_backward() -> bool:
@@ -38,7 +30,12 @@ def in_backward() -> bool:
 
 def is_head_observed(head: nn.Module) -> bool:
     """Whether somebody expects the head's logits: one that gives a loss is no head."""
-    return is_observed(head, "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    if is_class_patched(head) or is_linear_patched():
+        return True
+    # in a compiled graph hooks act between two
+    return not torch.compiler.is_compiling() and is_observed(
+        head, "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
+    )
 
 
 def _no_slabs(head: nn.Module, n_tokens: int, inside: bool) -> None:

@@ -9,6 +9,8 @@ says Fused.
 A mix-in is a class with a ``forward`` and no state of its own. One that needs the original's code to build its forward
 offers ``_ds_fused_members(original, *how) -> dict``, which becomes part of the built class; ``how`` is what else it has
 to know, hashable and picklable.
+
+A class holds for the forward that the original's had when it was built. Where somebody patches that one later, it runs.
 """
 
 from __future__ import annotations
@@ -16,21 +18,23 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 from ds_fused.modules.code import Code
+from ds_fused.modules.say import say_once
 
-# one class per (mix-in, original, how): all layers share it, and `type(a) is type(b)` holds between them as before.
-# Where it is made from the original's forward, one for each forward that the original was ever given
-_BUILT: dict[tuple[type, type, tuple, Code | None], type] = {}
+# one class per (mix-in, original, how), for each forward that the original was ever given: all layers share it, and
+# `type(a) is type(b)` holds between them as before. Where it is made from that forward, for what this led to
+_BUILT: dict[tuple[type, type, tuple, Callable | Code], type] = {}
 
 
 def fused_class(mixin: type, cls: type[nn.Module], how: tuple = ()) -> type[nn.Module]:
     """The class that is ``cls`` with the behaviour of ``mixin``; built once."""
-    code = Code(cls.forward) if hasattr(mixin, "_ds_fused_members") else None
-    built = _BUILT.get((mixin, cls, how, code))
+    stock = Code(cls.forward) if hasattr(mixin, "_ds_fused_members") else cls.forward
+    built = _BUILT.get((mixin, cls, how, stock))
     if built is None:
         members = {
             "__module__": cls.__module__,
@@ -41,12 +45,31 @@ def fused_class(mixin: type, cls: type[nn.Module], how: tuple = ()) -> type[nn.M
             "_ds_fused_mixin": mixin,
             "_ds_fused_original": cls,
             "_ds_fused_how": how,
+            "_ds_fused_stock": cls.forward,
         }
-        if code is not None:
+        if isinstance(stock, Code):
             members.update(mixin._ds_fused_members(cls, *how))
+        forward = members.get("forward", getattr(mixin, "forward", None))
+        if forward is not None:
+            members["forward"] = _unless_patched(forward, cls)
         built = type(cls)(cls.__name__, (mixin, cls), members)
-        _BUILT[mixin, cls, how, code] = built
+        _BUILT[mixin, cls, how, stock] = built
     return built
+
+
+def _unless_patched(fused: Callable, cls: type[nn.Module]) -> Callable:
+    """``fused``, for as long as the class has the forward that it has now."""
+    stock = cls.forward
+
+    @functools.wraps(fused)
+    def forward(self: nn.Module, *args: Any, **named: Any) -> Any:
+        if cls.forward is stock:
+            return fused(self, *args, **named)
+        if not torch.compiler.is_compiling():
+            say_once(f"ds_fused: the forward of {qualified_name(cls)} was patched since, and runs as it is now")
+        return cls.forward(self, *args, **named)
+
+    return forward
 
 
 def swap(module: nn.Module, mixin: type, how: tuple = (), **state: object) -> None:
@@ -93,6 +116,12 @@ def as_originals(model: nn.Module) -> Iterator[None]:
 def is_fused(module: nn.Module) -> bool:
     """Whether the layer's behaviour is ours, also where another class was built over it since."""
     return hasattr(type(module), "_ds_fused_original")
+
+
+def is_class_patched(module: nn.Module) -> bool:
+    """Whether the class that a layer had before a swap was given another forward since."""
+    cls = type(module)
+    return is_fused(module) and cls._ds_fused_original.forward is not cls._ds_fused_stock
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -165,9 +194,21 @@ def _reduce(self: nn.Module, protocol: int) -> tuple:
     if "_ds_fused_original" not in cls.__dict__:
         return object.__reduce_ex__(self, protocol)
     state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-    return _renew, (cls._ds_fused_mixin, cls._ds_fused_original, cls._ds_fused_how), state
+    return _Renewing(cls), (), state
 
 
-def _renew(mixin: type, cls: type[nn.Module], how: tuple) -> nn.Module:
-    built = fused_class(mixin, cls, how)
-    return built.__new__(built)
+class _Renewing:
+    """Makes bare layers of a built class: in a copy of that very class, from a pickle of one that is built there."""
+
+    def __init__(self, cls: type[nn.Module]) -> None:
+        self.cls = cls
+
+    def __call__(self) -> nn.Module:
+        return self.cls.__new__(self.cls)
+
+    def __reduce__(self) -> tuple:
+        return _renewing, (self.cls._ds_fused_mixin, self.cls._ds_fused_original, self.cls._ds_fused_how)
+
+
+def _renewing(mixin: type, cls: type[nn.Module], how: tuple) -> _Renewing:
+    return _Renewing(fused_class(mixin, cls, how))

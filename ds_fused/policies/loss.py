@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ds_fused.modules.head import CausalLMLoss, Head
 from ds_fused.modules.scope import HeadWeight, Scope
-from ds_fused.modules.swap import fused_class, is_fused, qualified_name, swap, unswap, why_not
+from ds_fused.modules.swap import is_fused, qualified_name, swap, unswap, why_not
 from ds_fused.policies.loss_proof import code_of, head_differs, linear_differs, real_differs
 from ds_fused.policies.report import Claim, Left
 
@@ -110,7 +110,7 @@ class LinearClaim:
         return isinstance(self.site.head, Head) and _is_live(self.site.head) and self.site.in_place()
 
     def watched(self) -> tuple[type, ...]:
-        return (fused_class(Head, self.cls),)
+        return (type(self.site.head),)
 
 
 @dataclass(eq=False)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ds_fused.modules.swap import fused_class, is_fused, qualified_name, swap, unswap
+from ds_fused.modules.swap import is_class_patched, is_fused, qualified_name, swap, unswap
 from ds_fused.modules.tiled_mlp import TILED, Tiles
 from ds_fused.policies.kinds import Kind, Way, qk_norms, unproven
 from ds_fused.policies.memory import remembered
@@ -56,8 +56,7 @@ class SwapClaim:
     def add(self, path: str, module: nn.Module) -> None:
         self.paths += (path,)
         self._modules.append(module)
-        self._cls = type(module)
-        self.original = qualified_name(self._cls)
+        self.original = qualified_name(type(module))
 
     def prove(self, device: torch.device, dtype: torch.dtype) -> str | None:
         # what runs tile by tile is what is proven; its copies have stub children, whose weights no tile would know
@@ -91,12 +90,15 @@ class SwapClaim:
 
     def in_place(self) -> bool:
         there = {id(module) for module in self._model.modules()}
-        return all(
-            is_fused(module) and "forward" not in vars(module) and id(module) in there for module in self._modules
-        )
+        return all(id(module) in there and _is_live(module) for module in self._modules)
 
     def watched(self) -> tuple[type, ...]:
-        return (fused_class(self._mixin, self._cls, self.way.how),)
+        # not built once more: somebody may have patched the original since
+        return tuple({type(module) for module in self._modules if is_fused(module)})
+
+
+def _is_live(module: nn.Module) -> bool:
+    return is_fused(module) and not is_class_patched(module) and "forward" not in vars(module)
 
 
 class AttentionClaim(SwapClaim):

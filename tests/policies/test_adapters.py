@@ -168,6 +168,19 @@ def test_where_its_own_code_runs(prepare: Callable[[nn.Module], None], nodes):
     assert not nodes
 
 
+@pytest.mark.parametrize("cls", [peft.tuners.lora.Linear, nn.Linear])
+def test_where_its_class_or_its_childrens_is_patched(cls: type[nn.Module], nodes, monkeypatch):
+    model, stock = pair()
+    nodes.clear()
+    forward = cls.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(cls, "forward", lambda *args, **named: 1.1 * forward(*args, **named))
+        assert_same_step(model, stock, tolerance=1e-5)
+        assert not nodes
+    assert_same_step(model, stock, tolerance=1e-5)
+    assert len(nodes) == LAYERS * 3
+
+
 def test_a_second_adapter_takes_the_place_of_the_first(nodes):
     model, stock = pair()
     nodes.clear()

@@ -59,22 +59,25 @@ def _ways(module: nn.Module) -> Sequence[Way] | str:
         return [Way(key, "glu", Product, (("fused_act", act),), (name,))]
     inside = [
         # with the product in the eager loop, or with _apply_gate there
-        Way(key, "glu", Experts, (("fused_gate", gate), ("fused_act", act)), (how,))
+        Way(key, "glu", Experts, (("fused_gate", gate), ("fused_act", act), ("fused_act_name", name)), (how,))
         for gate in gates(module, act)
         for how in dict.fromkeys((name, None))
     ]
-    return [*_whole(module, act), *inside]
+    return [*_whole(module, act, name), *inside]
 
 
-def _whole(module: nn.Module, act: str) -> list[Way]:
+def _whole(module: nn.Module, act: str, name: str | None) -> list[Way]:
     """In one op, without biases."""
     if {*module._parameters} != {"gate_up_proj", "down_proj"} or parameter_names(module) != ROUTED:
         return []
     transposed = getattr(module, "is_transposed", False)
     return [
-        Way(KEY, "experts", WholeExperts, (("fused_gate", gate), ("fused_transposed", transposed)), asked=True)
+        Way(
+            KEY, "experts", WholeExperts,
+            (("fused_gate", gate), ("fused_act_name", name), ("fused_transposed", transposed)), asked=True,
+        )
         for gate in gates(module, act)
-    ]
+    ]  # fmt: skip
 
 
 def _prove(module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype) -> str | None:

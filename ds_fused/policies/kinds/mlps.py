@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_fused.modules.mlp import Gate, GatedMLP, PackedMLP, act_of
-from ds_fused.modules.product import ACT_NAMES, Product
+from ds_fused.modules.product import ACT_NAMES, Activated, Product
 from ds_fused.policies.kinds.kind import Kind, Way, both, compared, one_argument, shape_of
 from ds_fused.policies.kinds.norms import rms_norms
 from ds_fused.policies.proof import randn
@@ -185,22 +185,23 @@ class ActsAloneError(Exception):
     """An activation was asked for its output."""
 
 
+class _Multiplies(Activated):
+    """An activation that has no output of its own."""
+
+    def real(self) -> Tensor:
+        raise ActsAloneError
+
+
 def product_of(call: Callable[[nn.Module, Mapping[str, Tensor]], Tensor]) -> Callable[..., Tensor]:
     """``call`` for ``Product``: without random numbers, as the code that draws them is one, and by a product only."""
 
     def run(layer: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
         layer.eval()
         if isinstance(layer, Product):
-            name = next(name for name in ACT_NAMES if name in layer._modules or name in vars(layer))
-            layer._modules.pop(name, None)
-            layer.__dict__[name] = _alone
+            layer.__dict__["fused_activated"] = _Multiplies
         return call(layer, tensors)
 
     return run
-
-
-def _alone(gate: Tensor) -> Tensor:
-    raise ActsAloneError
 
 
 MLP = Kind(_recognises, _ways, _prove)
