@@ -236,7 +236,7 @@ class LogitsOnDemand(torch.Tensor):
             args[0].values()
         if func in _OF_GRADIENTS and _is_a_users(*args[1:], **kwargs):
             _say_apart()
-        if func in FACTS:
+        if func in FACTS or func in _TRAINING:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func in _DETACH:
@@ -294,6 +294,8 @@ FACTS = {getattr(torch.Tensor, name).__get__ for name in _ATTRIBUTES.split() if 
 FACTS |= {getattr(torch.Tensor, name) for name in _METHODS.split() if hasattr(torch.Tensor, name)}
 FACTS |= {torch.numel, torch.is_floating_point, torch.is_complex, torch.is_inference}
 FACTS |= {torch.Tensor.grad.__set__, torch.Tensor._backward_hooks.__set__}
+# said of the tensor itself, as reentrant checkpoints say it of what they were given
+_TRAINING = {torch.Tensor.requires_grad.__set__, torch.Tensor.requires_grad_}
 _IS_NESTED = torch.Tensor.is_nested.__get__
 _OF_GRADIENTS = {torch.Tensor.register_hook, torch.Tensor.retain_grad}
 

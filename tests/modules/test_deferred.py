@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ds_fused.modules import head as head_module
 from ds_fused.modules.deferred import DeferredLogits
@@ -556,6 +557,36 @@ class Passed(torch.autograd.Function):
 def test_a_gradient_to_logits_after_the_forward(of, step: str) -> None:
     stock, fused = pair(RECORDED[step], bias=True)
     same_gradients(stock, fused, lambda out: of(out["logits"]))
+
+
+def told(z: Tensor) -> Tensor:
+    z.requires_grad = True
+    return z
+
+
+def told_as_a_statement(z: Tensor) -> Tensor:
+    z.requires_grad_(True)
+    return z
+
+
+@pytest.mark.parametrize("made", [Tensor.requires_grad_, told, told_as_a_statement])
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_leaf_made_of_logits_after_the_forward(made: Callable, trains: bool) -> None:
+    found = []
+    for model in pair():
+        with torch.set_grad_enabled(trains):
+            z = made(logits_of(model).detach())
+        z.log_softmax(-1)[..., 0].sum().backward()
+        assert z.is_leaf and z.requires_grad
+        found.append(z.grad)
+    torch.testing.assert_close(*found)
+
+
+def test_a_reentrant_checkpoint_of_logits_after_the_forward() -> None:
+    def of(z: Tensor) -> Tensor:
+        return z.log_softmax(-1)[..., 0].sum()
+
+    same_gradients(*pair(), lambda out: out["loss"] + checkpoint(of, out["logits"], use_reentrant=True))
 
 
 def test_writing_to_logits_after_the_forward() -> None:
