@@ -45,7 +45,7 @@ log = logging.getLogger("ds_fused")
 
 WholeWeight = Callable[[nn.Module], contextlib.AbstractContextManager]
 
-# what tells of a head whether its weight is still the same: it or this rank's part, if it is trained
+# what tells of a head whether its weight is still the same: it or this rank's part; None where there is no telling
 Seen = Callable[[nn.Module], Tensor | None]
 # spread over it, these do: a step of an optimizer changes nearly all
 SAMPLED_ELEMENTS = 256
@@ -103,24 +103,34 @@ class Source:
 class _Read:
     """How the logits of one forward are computed: head(hidden), under the forward's autocast."""
 
-    __slots__ = ("autocast", "head", "hidden", "sample", "seen", "whole_weight")
+    __slots__ = ("autocast", "head", "hidden", "kept", "sample", "seen", "whole_weight")
 
-    def __init__(self, call: HeadCall, whole_weight: WholeWeight, seen: Seen) -> None:
+    def __init__(
+        self,
+        call: HeadCall,
+        whole_weight: WholeWeight,
+        seen: Seen,
+        now: Tensor | None,  # what ``seen`` gives
+        kept: tuple[Tensor, Tensor | None] | None = None,
+    ) -> None:
         self.head = call.head
         self.hidden = call.hidden.detach()
         self.autocast = call.autocast
         self.seen = seen
-        now = seen(call.head)
         self.sample = None if now is None else sample(now)
         self.whole_weight = whole_weight
+        # weight and bias where they stay whole: the head may have others by then, of functional_call or parametrized
+        self.kept = kept
 
     def __call__(self) -> Tensor:
         _say_who_reads(_caller())
         # not the head's own call: outside the model's forward its hooks have no place in ZeRO-3's order of gathering
         with torch.inference_mode(self.hidden.is_inference()), torch.no_grad(), self.whole_weight(self.head):
-            if self.sample is not None:
-                say_if_changed(self.seen(self.head), self.sample)
-            return self.logits(self.hidden, self.head.weight, self.head.bias)
+            weight, bias = self.kept or (self.head.weight, self.head.bias)
+            now = weight if self.kept else self.seen(self.head)
+            if self.sample is not None and now is not None:
+                say_if_changed(now, self.sample)
+            return self.logits(self.hidden, weight, bias)
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         with torch.autocast(hidden.device.type, dtype=self.autocast, enabled=self.autocast is not None):
@@ -320,22 +330,24 @@ def _say_apart() -> None:
     )
 
 
-def _trained(head: nn.Module) -> Tensor | None:
-    return head.weight if head.weight.requires_grad else None
+def _whole(head: nn.Module) -> Tensor:
+    return head.weight
 
 
 def on_demand(call: HeadCall, whole_weight: WholeWeight) -> LogitsOnDemand:
     """The output of a postponed head call, on demand. To be called where the weight is whole: in the head's forward."""
-    read = _Read(call, whole_weight, _trained)
-    together = whole_weight is not contextlib.nullcontext
-    source = Source(read, call.shape, call.dtype, call.hidden.device, together)
-    return _Logits.apply(read, source, call.hidden, call.head.weight, call.head.bias)
+    head, is_sharded = call.head, whole_weight is not contextlib.nullcontext
+    weight, bias = head.weight, head.bias
+    kept = None if is_sharded else (weight.detach(), None if bias is None else bias.detach())
+    read = _Read(call, whole_weight, _whole, weight, kept)
+    source = Source(read, call.shape, call.dtype, call.hidden.device, together=is_sharded)
+    return _Logits.apply(read, source, call.hidden, weight, bias)
 
 
 def sealed(call: HeadCall, whole_weight: WholeWeight, shard: Seen) -> LogitsOnDemand:
     """The same where the weight is not whole: the logits can be read later, and a gradient to them is an error."""
     # not even looked at: within the model's forward ZeRO-3 would gather it, and hold it until the forward ends
-    read = _Read(call, whole_weight, shard)
+    read = _Read(call, whole_weight, shard, shard(call.head))
     return _Sealed.apply(Source(read, call.shape, call.dtype, call.hidden.device, together=True), call.hidden)
 
 

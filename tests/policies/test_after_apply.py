@@ -152,6 +152,70 @@ def test_a_loss_of_the_users_own_that_comes_later(caplog: pytest.LogCaptureFixtu
     assert_same_step(model, stock, tolerance=0.0)
 
 
+# logits that are read when the head has another weight, or none that is trained
+
+
+class Rounded(nn.Module):
+    """As quantisation-aware training rounds: its gradient passes."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + ((8 * weight).round() / 8 - weight).detach()
+
+
+def frozen_since(model: nn.Module) -> torch.Tensor:
+    out = model(**batch())
+    out.loss.backward()
+    model.requires_grad_(False)
+    return out.logits
+
+
+def parametrized(model: nn.Module) -> torch.Tensor:
+    for name in ("lm_head", "model.layers.0.mlp.gate_proj"):
+        nn.utils.parametrize.register_parametrization(model.get_submodule(name), "weight", Rounded())
+    out = model(**batch())
+    out.loss.backward()
+    return out.logits
+
+
+def with_other_weights(model: nn.Module) -> torch.Tensor:
+    weights = {name: 1.1 * p for name, p in model.named_parameters()}
+    out = torch.func.functional_call(model, weights, (), batch())
+    out.loss.backward()
+    return out.logits
+
+
+def with_another_parameter(model: nn.Module) -> torch.Tensor:
+    out = model.eval()(**batch())
+    model.lm_head.weight = nn.Parameter(2 * model.lm_head.weight.detach())
+    return out.logits
+
+
+@pytest.mark.parametrize("read", [frozen_since, parametrized, with_other_weights, with_another_parameter])
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_that_are_read_later(read: Callable, tied: bool, caplog: pytest.LogCaptureFixture) -> None:
+    found = []
+    for model in pair(tie_word_embeddings=tied):
+        logits = read(model)
+        found.append([logits.argmax(-1), logits.detach().clone(), *(p.grad for p in model.parameters())])
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6)
+    assert "after the head's weight changed" not in caplog.text
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_weight_that_is_written_before_logits_are_read(frozen: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model, stock = pair()
+    model.requires_grad_(not frozen)
+    # as an average of weights that takes their place for an evaluation
+    before = copy.deepcopy(stock.state_dict())
+    model.load_state_dict({name: 1.1 * x for name, x in before.items()})
+    with torch.no_grad():
+        out = model(**batch())
+    model.load_state_dict(before)
+    out.logits.argmax(-1)
+    assert "after the head's weight changed" in caplog.text
+
+
 # adapters that come later
 
 
