@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from types import FrameType
 from typing import Any
 
 import torch
@@ -77,6 +79,28 @@ class HeadWeight:
         return HeadWeight, ()
 
 
+def _call_of_hooks() -> FrameType | None:
+    """The call of a module whose hook this is in."""
+    if torch.compiler.is_compiling():
+        return None
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != "torch.nn.modules.module":
+        frame = frame.f_back
+    return frame
+
+
+def _is_executing(call: FrameType | None) -> bool:
+    """Whether it has neither returned nor raised; where there is no telling, it has not."""
+    if call is None:
+        return True
+    try:
+        # what executes can't be cleared, in whichever thread
+        call.clear()
+    except RuntimeError:
+        return True
+    return False
+
+
 class Scope:
     """Hooks on the model that owns the head: they arm it for a forward that was given labels, and see that forward out.
 
@@ -112,6 +136,8 @@ class Scope:
         self._modes: list[str] = []
         # of each, whether it began with gradients
         self._trained: list[bool] = []
+        # and the call that runs it; None in a compiled graph
+        self._calls: list[FrameType | None] = []
         # whether the head's last call in such a forward waited: a checkpoint repeats it when the forward is over
         self._waited = False
         # such a call ran without gradients, as a reentrant checkpoint runs what it will repeat
@@ -121,11 +147,15 @@ class Scope:
 
     def __deepcopy__(self, memo: dict) -> Scope:
         memo[id(self)] = twin = copy.copy(self)
-        twin._modes, twin._trained = list(self._modes), list(self._trained)
+        twin._modes, twin._trained, twin._calls = list(self._modes), list(self._trained), list(self._calls)
         # with the head alone, as PEFT copies it, none of what else hangs on the model's hooks
         with_model = any(id(handle.hooks_dict_ref()) in memo for handle in self._handles)
         twin._handles = copy.deepcopy(self._handles, memo) if with_model else []
         return twin
+
+    def __getstate__(self) -> dict:
+        # of what is loaded nothing runs
+        return vars(self) | {"_modes": [], "_trained": [], "_calls": []}
 
     def attach(self, owner: nn.Module) -> None:
         self._handles = [
@@ -143,10 +173,11 @@ class Scope:
 
     def armed(self) -> bool:
         """Whether a call of the head may wait."""
-        defers = bool(self._modes) and self._modes[-1] == "defer"
+        mode = self._mode()
+        defers = mode == "defer"
         if torch.compiler.is_compiling():
             return defers
-        if not self._modes:
+        if mode is None:
             return self._waited and in_backward()
         if self._trained[-1]:
             # the loss may be outside of that checkpoint, and to hidden states without gradients it would pass none
@@ -156,29 +187,44 @@ class Scope:
 
     def is_running(self) -> bool:
         """Whether a forward is."""
-        return bool(self._modes)
+        return self._mode() is not None
 
     def is_plain(self) -> bool:
         """Whether a forward is running that was given no labels, and could have been."""
-        return bool(self._modes) and self._modes[-1] == "plain" and self.linear is not None
+        return self._mode() == "plain" and self.linear is not None
 
     def stock(self) -> bool:
         """Whether the forward that is running is to be left alone."""
-        return bool(self._modes) and self._modes[-1] == "stock"
+        return self._mode() == "stock"
+
+    def _mode(self) -> str | None:
+        """Of the innermost forward that is running."""
+        if not torch.compiler.is_compiling():
+            self._forget_interrupted()
+        return self._modes[-1] if self._modes else None
+
+    def _forget_interrupted(self) -> None:
+        """From the keyboard: such a forward does not come to its hooks."""
+        while self._calls and not _is_executing(self._calls[-1]):
+            self._modes.pop(), self._trained.pop(), self._calls.pop()
 
     def enter(self, owner: nn.Module, args: tuple, kwargs: dict) -> None:
         labels = kwargs.get("labels")
         if labels is None and self.labels_at is not None and len(args) > self.labels_at:
             labels = args[self.labels_at]
+        if not torch.compiler.is_compiling():
+            self._forget_interrupted()
         self.fused = False
         if not owner.training and self.eval == "stock":
             self._modes.append("stock")
         else:
             self._modes.append("plain" if labels is None and not self.loss_outside else "defer")
         self._trained.append(torch.is_grad_enabled())
+        self._calls.append(_call_of_hooks())
 
     def leave(self, owner: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         self._trained.pop()
+        self._calls.pop()
         if self._modes.pop() != "defer":
             return None
         # output None: the forward raised

@@ -411,6 +411,53 @@ def _first(logits: object) -> torch.Tensor:
     return logits[0] if isinstance(logits, tuple) else logits
 
 
+# a forward that somebody interrupts, as in a notebook
+
+
+def interrupt(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
+    def interrupting(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].register_forward_hook(interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        model(**inputs)
+    hook.remove()
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("inputs", [batch, prompt])
+def test_behind_an_interrupted_forward(inputs: Callable, times: int) -> None:
+    model, stock = pair()
+    for _ in range(times):
+        interrupt(model, inputs())
+    scope = model.lm_head._ds_fused_scope
+    hidden = model.model(batch()["input_ids"]).last_hidden_state
+    assert type(model.lm_head(hidden)) is torch.Tensor and not scope.is_running()
+    interrupt(model, inputs())
+    assert_same_step(copy.deepcopy(model), stock, tolerance=1e-5)
+    assert_same_step(pickle.loads(pickle.dumps(model)), stock, tolerance=1e-5)
+    assert_same_step(model, stock, tolerance=1e-5)
+    assert isinstance(model(**batch()).logits, LogitsOnDemand) and not scope.is_running()
+    assert type(model(**prompt()).logits) is torch.Tensor
+
+
+def test_an_interrupted_forward_within_another() -> None:
+    """The outer one goes on."""
+    model, stock = pair()
+    for each in (model, stock):
+        within = []
+
+        def call_again(trunk: nn.Module, args: tuple, each: nn.Module = each, within: list = within) -> None:
+            if not within:
+                within.append(True)
+                interrupt(each, prompt())
+                within.clear()
+
+        each.model.register_forward_pre_hook(call_again)
+    assert_same_step(model, stock, tolerance=1e-5)
+    assert isinstance(model(**batch()).logits, LogitsOnDemand)
+
+
 # hooks and forwards that come later
 
 
