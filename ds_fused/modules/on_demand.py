@@ -28,6 +28,7 @@ import functools
 import logging
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -249,7 +250,7 @@ class LogitsOnDemand(torch.Tensor):
         if func in FACTS or func in _TRAINING:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in _DETACH:
+        if func in _DETACH or (func is torch.Tensor.clone and _is_of_ddp(sys._getframe(1))):
             return cls(args[0]._source)
         if func in _SAME and len(args) == 1 and not kwargs:
             return args[0]
@@ -308,6 +309,11 @@ FACTS |= {torch.Tensor.grad.__set__, torch.Tensor._backward_hooks.__set__}
 _TRAINING = {torch.Tensor.requires_grad.__set__, torch.Tensor.requires_grad_}
 _IS_NESTED = torch.Tensor.is_nested.__get__
 _OF_GRADIENTS = {torch.Tensor.register_hook, torch.Tensor.retain_grad}
+
+
+def _is_of_ddp(frame: FrameType) -> bool:
+    """It clones all outputs where parameters may be unused, and nobody else has what it clones."""
+    return frame.f_globals.get("__name__") == "torch.nn.parallel.distributed"
 
 
 def _is_a_users(hook: Callable | None = None) -> bool:

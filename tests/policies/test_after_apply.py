@@ -372,6 +372,29 @@ def test_a_wrapped_model_is_fused_within() -> None:
         assert_same_step(wrapped, wrap(stock), tolerance=0.0)
 
 
+@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"static_graph": True}], ids=str)
+def test_in_ddp_logits_wait_as_well(options: dict, tmp_path: Path) -> None:
+    """Where parameters may be unused it clones every output, which is no read."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, stock = (nn.parallel.DistributedDataParallel(each, **options) for each in pair())
+        assert_same_step(model, stock, tolerance=1e-5)
+        found = []
+        for each in (model, stock):
+            outputs = each(**batch())
+            if each is model:
+                assert isinstance(outputs.logits, LogitsOnDemand) and outputs.logits._source._values is None
+            kept = outputs.logits.detach().clone()
+            loss = outputs.loss + 1e-2 * outputs.logits.logsumexp(-1).square().mean()
+            loss.backward()
+            found.append([loss.detach(), kept, *(p.grad for p in each.parameters())])
+        for ours, wanted in zip(*found, strict=True):
+            assert type(ours) is torch.Tensor
+            torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_trls_head_is_said(caplog: pytest.LogCaptureFixture) -> None:
     """TRL 1.16 gives every model that it trains a forward of its own, which computes past the head."""
     utils = pytest.importorskip("trl.trainer.utils")
