@@ -6,7 +6,9 @@ backward hooks on outputs), and hands it to C++ (collectives, ``data_ptr`` for a
 those; so this is a tensor subclass without storage, and it is the tensor that the logits would have been:
 
 - what needs no values (shape, dtype, device, hooks) computes nothing, and a cast or a detached one stays on demand;
-- any other operation, from Python or from C++, computes the values once and runs on them;
+- any other operation, from Python or from C++, computes the values once and runs on them. C++ that takes the pointer
+  and asks neither Python nor the dispatcher, as ``torch.utils.dlpack.to_dlpack`` does, gets an error ("Cannot access
+  data pointer"); ``torch.from_dlpack(logits)`` works, and so does ``logits.clone()`` there;
 - it has a place in the autograd graph, next to the loss, as an output of the head's own call. A gradient that comes to
   it, also through a custom autograd function, goes on to the hidden states and the head's weight, and under ZeRO-3 it
   passes the same hooks as the loss, which gather the weight for it.
@@ -224,6 +226,8 @@ class LogitsOnDemand(torch.Tensor):
     @staticmethod
     def __new__(cls, source: Source) -> LogitsOnDemand:
         self = torch.Tensor._make_wrapper_subclass(cls, source.shape, dtype=source.dtype, device=source.device)
+        # a null pointer, for C++ that asks nobody; it gets an error instead
+        torch._C._set_throw_on_mutable_data_ptr(self)
         self._source = source
         self._real = None
         return self

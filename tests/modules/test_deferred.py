@@ -621,6 +621,16 @@ def test_a_collective_reads_the_values(tmp_path) -> None:
         torch.distributed.destroy_process_group()
 
 
+def test_cpp_that_asks_nobody_gets_an_error() -> None:
+    stock, fused = pair()
+    wanted, late = logits_of(stock).detach(), logits_of(fused).detach()
+    with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+        torch.utils.dlpack.to_dlpack(late)
+    assert not computed(late)
+    for taken in (late, torch.utils.dlpack.to_dlpack(late.clone())):
+        torch.testing.assert_close(torch.from_dlpack(taken), wanted, rtol=0, atol=0)
+
+
 def test_autocast_of_the_forward_holds_for_a_later_read() -> None:
     stock, fused = pair(bias=True)
     x, labels = batch()
