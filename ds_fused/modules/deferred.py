@@ -14,6 +14,10 @@ Every chain of such steps is ``outer * z`` or ``outer * tanh(z)`` with ``z = inn
 of the tokens, or the logarithm of their softmax, of which the cross entropy is the same. Any other operation computes
 the real logits, by the head's own call, and goes on with those, so the result is always right.
 
+Each knows whether a graph belongs to it: none to what was derived under no_grad, or detached. Logits that have one keep
+it, whoever reads them. A reader under no_grad (a metric) sees their values and leaves no trace: the loss after it is
+still fused, unless the reader has written to them.
+
 It is a plain object and no tensor, because torch.compile traces through it, which it does not through a tensor subclass
 without values. What leaves the forward after a fused loss has the opposite needs and is a tensor (``on_demand.py``, and
 ``out_of_graph.py`` where the forward is a part of a compiled graph).
@@ -40,7 +44,7 @@ def _same_memory(derived: Tensor, whole: Tensor, step: str) -> bool:
     """Whether a step that chooses or arranges tokens left them where they were."""
     # a graph keeps no account of memory, but knows strides
     if torch.compiler.is_compiling():
-        return step in ("index", "transpose") or whole.is_contiguous()
+        return step in ("index", "transpose", "detach") or whole.is_contiguous()
     return derived.untyped_storage()._cdata == whole.untyped_storage()._cdata
 
 
@@ -53,8 +57,8 @@ class DeferredLogits:
 
     # __dict__, in which nothing is: DeepSpeed's hooks look through vars() of what a layer returns for parameters
     __slots__ = (
-        *("__dict__", "_real", "_unwritten", "_viewed", "bias", "call", "capped", "dtype", "inner", "log_probs"),
-        *("outer", "shape", "steps"),
+        *("__dict__", "_is_used", "_real", "_unwritten", "_viewed", "bias", "call", "capped", "dtype", "inner"),
+        *("log_probs", "outer", "shape", "steps", "with_graph"),
     )
     # as a tensor's: `numpy_number * logits` is ours to compute
     __array_priority__ = 1000
@@ -71,7 +75,11 @@ class DeferredLogits:
         self.outer = 1.0
         # whether they are logarithms of probabilities by now
         self.log_probs = False
+        # whether gradients pass them
+        self.with_graph = call.with_graph
         self._real: Tensor | None = None
+        # whether something was made of them that their loss shares the graph with
+        self._is_used = False
         # the version of its memory before anybody wrote to it
         self._unwritten = 0.0
         # the logits that these choose from or arrange. In the same memory, what is written to one is seen in the other
@@ -97,21 +105,34 @@ class DeferredLogits:
         return self.inner * self.outer, self.outer
 
     def is_real(self) -> bool:
-        """Whether the logits exist by now. The model may have written to them: steps don't tell their values then."""
-        return self._real is not None or (self._viewed is not None and self._viewed.is_real())
+        """Whether the logits exist by now and are in use: steps don't tell what the model may have written to them."""
+        if self._real is not None and (self._is_used or version(self._real) != self._unwritten):
+            return True
+        return self._viewed is not None and self._viewed.is_real()
 
     def materialise(self) -> Tensor:
-        """The real logits, with their graph. To be called inside the forward that postponed them."""
+        """The real logits, with the graph that is theirs. To be called inside the forward that postponed them."""
+        return self._computed(torch.is_grad_enabled())
+
+    def _computed(self, for_gradients: bool) -> Tensor:
+        for_gradients = for_gradients and self.with_graph
+        # in a forward without gradients a read is a use: what has cost its memory need not be computed again
+        self._is_used = self._is_used or for_gradients or not self.call.with_graph
         if self._real is not None:
             return self._real
-        if self._viewed is not None:
-            whole = self._viewed.materialise()
+        whole = None if self._viewed is None else self._viewed._computed(for_gradients)
+        with self.call.as_called(self.with_graph):
+            return self._replayed(whole)
+
+    def _replayed(self, whole: Tensor | None) -> Tensor:
+        """``whole``: the logits that these choose from or arrange."""
+        if whole is not None:
             real, unwritten = replay(whole, self.steps[-1:]), self._viewed._unwritten
             if _same_memory(real, whole, self.steps[-1][0]):
                 self._real, self._unwritten = real, unwritten
                 return real
         # what lies elsewhere is a copy, made when nobody had written
-        if self._viewed is None or version(whole) != unwritten:
+        if whole is None or version(whole) != unwritten:
             real = replay(self.call.base(), self.steps)
         self._real, self._unwritten = real, version(real)
         return real
@@ -123,6 +144,7 @@ class DeferredLogits:
             return replay(self.materialise(), ((name, operand),))
         new = DeferredLogits(self.call)
         new.steps = (*self.steps, (name, operand))
+        new.with_graph = self.with_graph and torch.is_grad_enabled()
         new.dtype = operand if name == "to" else self.dtype
         new.shape, new.bias = self.shape, self.bias
         new.capped, new.inner, new.outer, new.log_probs = self.capped, self.inner, self.outer, self.log_probs
@@ -163,6 +185,10 @@ class DeferredLogits:
         # chosen by numbers they are a copy
         return self._step("index", rows) if isinstance(rows[0], Tensor) else self._view("index", rows)
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        # no function of operator's: torch.compile traces the statement only
+        self.materialise()[materialised(index)] = materialised(value)
+
     def reshape(self, *shape: Any) -> Any:
         sizes = list(shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape)
         if all(isinstance(size, int) for size in sizes) and sizes.count(-1) <= 1:
@@ -183,6 +209,10 @@ class DeferredLogits:
         if all(0 <= dim < self.ndim - 1 for dim in dims):
             return self._view("transpose", dims)
         return self.materialise().transpose(dim0, dim1)
+
+    def detach(self) -> DeferredLogits | Tensor:
+        with torch.no_grad():
+            return self._view("detach", None)
 
     def __iter__(self) -> Iterator:
         return map(self.__getitem__, range(len(self)))
@@ -259,7 +289,7 @@ class DeferredLogits:
 
     @property
     def requires_grad(self) -> bool:
-        if not torch.is_grad_enabled():
+        if not self.with_graph:
             return False
         return self.call.hidden.requires_grad or any(p.requires_grad for p in self.head.parameters())
 
@@ -328,6 +358,7 @@ _RECORDED: dict[Callable, Callable] = {
     torch.tanh: DeferredLogits.tanh,
     torch.reshape: DeferredLogits.reshape,
     torch.transpose: DeferredLogits.transpose,
+    torch.detach: DeferredLogits.detach,
     torch.add: DeferredLogits.__add__,
     torch.mul: DeferredLogits.__mul__,
     torch.multiply: DeferredLogits.__mul__,
@@ -358,7 +389,7 @@ for _name in ("sub", "pow", "matmul", "mod", "floordiv", "and", "or", "xor"):
     _function = getattr(operator, f"__{_name}__")
     setattr(DeferredLogits, f"__{_name}__", _on_real(_function))
     setattr(DeferredLogits, f"__r{_name}__", _reflected(_function))
-for _name in ("lt", "le", "gt", "ge", "eq", "ne", "setitem", "neg", "abs", "invert"):
+for _name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "abs", "invert"):
     setattr(DeferredLogits, f"__{_name}__", _on_real(getattr(operator, f"__{_name}__")))
 for _name, _builtin in (
     ("float", float),

@@ -195,21 +195,25 @@ def linear_loss(logits: DeferredLogits, labels: Tensor, **arguments: Any) -> Ten
         bias=logits.bias,
         **arguments,
     )
-    call = logits.call
+    call, with_graph = logits.call, logits.with_graph and torch.is_grad_enabled()
     compute = _computed_between if torch.compiler.is_compiling() and has_hooks(head) else _computed
-    value, call.on_demand = compute(call, loss)
-    call.fused = scope.fused = True
+    value, on_demand = compute(call, loss, with_graph)
+    # a metric's has no graph, which those that leave the forward have
+    if with_graph == call.with_graph:
+        call.on_demand = on_demand
+        call.fused = scope.fused = True
     return value
 
 
-def _computed(call: HeadCall, loss: LossArguments) -> tuple[Tensor, Tensor | None]:
+def _computed(call: HeadCall, loss: LossArguments, with_graph: bool) -> tuple[Tensor, Tensor | None]:
     head, scope = call.head, call.head._ds_fused_scope
-    slabs = scope.weight.slabs(head, loss.labels.numel(), scope.is_running())
-    if slabs is None:
-        # the head's own call, past the one that postpones
-        return nn.Module.__call__(head, call.hidden, loss=loss)
-    # past the hooks, too: ZeRO-3's would gather the weight
-    return head.forward(call.hidden, loss, slabs)
+    with call.as_called(with_graph):
+        slabs = scope.weight.slabs(head, loss.labels.numel(), scope.is_running())
+        if slabs is None:
+            # the head's own call, past the one that postpones
+            return nn.Module.__call__(head, call.hidden, loss=loss)
+        # past the hooks, too: ZeRO-3's would gather the weight
+        return head.forward(call.hidden, loss, slabs)
 
 
 _computed_between = torch.compiler.disable(

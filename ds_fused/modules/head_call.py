@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +21,31 @@ def version(x: Tensor) -> float:
     return 0 if x.is_inference() else x._version
 
 
-class HeadCall:
-    """One postponed call of the head, shared by every ``DeferredLogits`` that derives from it."""
+def _in_inference() -> bool:
+    # torch.compile traces no such question
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
 
-    __slots__ = ("_base", "_base_version", "autocast", "dtype", "fused", "head", "hidden", "on_demand")
+
+_nothing = contextlib.nullcontext()
+
+
+class HeadCall:
+    """One postponed call of the head, shared by every ``DeferredLogits`` that derives from it.
+
+    It remembers what was on when the head was called, since whatever is computed for it is computed elsewhere: a metric
+    that reads the logits does so under no_grad, and some losses leave autocast.
+    """
+
+    __slots__ = (
+        *("_base", "_base_version", "autocast", "dtype", "fused", "head", "hidden", "in_inference", "on_demand"),
+        "with_graph",
+    )
 
     def __init__(self, head: nn.Module, hidden: Tensor) -> None:
         self.head = head
         self.hidden = hidden  # [..., H]
+        self.with_graph = torch.is_grad_enabled()
+        self.in_inference = _in_inference()
         self.autocast = autocast_dtype(hidden)
         # autocast leaves fp64 alone
         self.dtype = hidden.dtype if self.autocast is None or hidden.dtype == torch.float64 else self.autocast
@@ -41,10 +60,24 @@ class HeadCall:
     def shape(self) -> torch.Size:
         return torch.Size((*self.hidden.shape[:-1], self.head.out_features))
 
+    @contextlib.contextmanager
+    def as_called(self, with_graph: bool) -> Iterator[None]:
+        """Everything as it was when the head was called, but a graph only where it is wanted."""
+        inference = _nothing if _in_inference() == self.in_inference else torch.inference_mode(self.in_inference)
+        # to leave it sets gradients, too
+        with inference, self._precision(), torch.set_grad_enabled(with_graph and self.with_graph):
+            yield
+
+    def _precision(self) -> contextlib.AbstractContextManager:
+        if autocast_dtype(self.hidden) == self.autocast:
+            return _nothing
+        return torch.autocast(self.hidden.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+
     def base(self) -> Tensor:
         """What the head returns, [..., V]: its real call, with every hook it has (ZeRO-3 gathers the weight there)."""
         # written to since (an in-place step on it): what derives from it needs the head's output once more
         if self._base is None or version(self._base) != self._base_version:
-            self._base = nn.Module.__call__(self.head, self.hidden)
+            with self.as_called(with_graph=True):
+                self._base = nn.Module.__call__(self.head, self.hidden)
             self._base_version = version(self._base)
         return self._base

@@ -366,9 +366,10 @@ def leaving(logits: DeferredLogits) -> LogitsOnDemand:
     call = logits.call
     if call.on_demand is None:
         # the head made none: the loss is outside of the forward, or in a compiled graph
-        with torch.autocast(logits.device.type, dtype=call.autocast, enabled=call.autocast is not None):
+        with call.as_called(with_graph=True):
             call.on_demand = logits.head.forward(call.hidden, later=True)
-    return with_steps(call.on_demand, logits.steps, logits.shape, logits.dtype)
+    with call.as_called(logits.with_graph):
+        return with_steps(call.on_demand, logits.steps, logits.shape, logits.dtype)
 
 
 def with_steps(

@@ -52,16 +52,13 @@ class Smoother:
         (logits,) = waiting
         if shift_labels:
             logits, labels = logits[..., :-1, :], labels[..., 1:]
-        # the forward's, which has ended
-        autocast = logits.call.autocast
-        with torch.autocast(logits.device.type, dtype=autocast, enabled=autocast is not None):
-            loss = linear_loss(
-                logits,
-                labels.reshape(-1).to(logits.device),
-                reduction="mean" if num_items_in_batch is None else "sum",
-                ignore_index=self.ignore_index,
-                label_smoothing=self.epsilon,
-            )
+        loss = linear_loss(
+            logits,
+            labels.reshape(-1).to(logits.device),
+            reduction="mean" if num_items_in_batch is None else "sum",
+            ignore_index=self.ignore_index,
+            label_smoothing=self.epsilon,
+        )
         if loss is None or num_items_in_batch is None:
             return loss
         if isinstance(num_items_in_batch, Tensor):

@@ -13,7 +13,17 @@ from transformers.trainer_pt_utils import nested_detach
 from ds_fused.modules.head import linear_loss
 from ds_fused.modules.on_demand import LogitsOnDemand
 from ds_fused.modules.out_of_graph import LogitsOutOfGraph
-from tests.modules.test_deferred import OWN_LOSSES, RECORDED, VOCAB, OwnLoss, batch, gradients, pair
+from tests.modules.test_deferred import (
+    MEASURED,
+    OWN_LOSSES,
+    RECORDED,
+    VOCAB,
+    WITHOUT_GRADIENTS,
+    OwnLoss,
+    batch,
+    gradients,
+    pair,
+)
 
 
 def compiled(model: nn.Module, **options: object) -> tuple[nn.Module, CompileCounterWithBackend]:
@@ -62,6 +72,14 @@ def test_a_loss_of_the_models_own(name: str) -> None:
     stock, fused = OwnLoss(OWN_LOSSES[name]), OwnLoss(OWN_LOSSES[name]).fuse()
     # of a masked model all tokens are looked at: how many have a label is nothing that a graph can depend on
     fused.head._ds_fused_scope.masked = True
+    same(stock, fused, compiled(fused)[0], *batch())
+
+
+# torch.compile has no inference mode
+@pytest.mark.parametrize("name", [*sorted(MEASURED.keys() - {"in inference mode"}), *WITHOUT_GRADIENTS])
+def test_what_is_done_without_gradients(name: str) -> None:
+    loss = (MEASURED | WITHOUT_GRADIENTS)[name]
+    stock, fused = OwnLoss(loss), OwnLoss(loss).fuse()
     same(stock, fused, compiled(fused)[0], *batch())
 
 

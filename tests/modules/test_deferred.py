@@ -276,6 +276,112 @@ def test_writing_is_seen_through_views() -> None:
         same_gradients(stock, fused, lambda out: out["loss"])
 
 
+def _measured(measure: Callable, without_gradients: Callable = torch.no_grad) -> Callable:
+    """A loss before which the forward measures something."""
+
+    def loss(z: Tensor, labels: Tensor) -> Tensor:
+        with without_gradients():
+            measure(z, labels)
+        return _shifted(z, labels)
+
+    return loss
+
+
+def _between(z: Tensor, labels: Tensor) -> Tensor:
+    before = _shifted(z, labels)
+    with torch.no_grad():
+        z.argmax(-1)
+        _shifted(z, labels)
+    return before
+
+
+MEASURED = {
+    "accuracy": _measured(lambda z, y: (z[:, :-1].argmax(-1) == y[:, 1:]).float().mean()),
+    "entropy": _measured(lambda z, y: -(z.softmax(-1) * F.log_softmax(z.float() / 2.0, -1)).sum()),
+    "another cross entropy": _measured(_shifted),
+    "both": _measured(lambda z, y: (z.argmax(-1), _shifted(z, y), z.view(-1, VOCAB).topk(3))),
+    "detached": _measured(lambda z, y: z.detach().argmax(-1), torch.enable_grad),
+    "in inference mode": _measured(lambda z, y: (z.argmax(-1), (z * 2.0).argmax(-1)), torch.inference_mode),
+    "after the loss": _between,
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_loss_beside_what_was_measured_without_gradients_is_fused(name: str) -> None:
+    stock, fused = _own(MEASURED[name])
+    x, labels = batch()
+    wanted, got = stock(x, labels), fused(x, labels)
+    assert type(got["logits"]) is LogitsOnDemand
+    torch.testing.assert_close(got["loss"], wanted["loss"], rtol=1e-6, atol=1e-6)
+    same_gradients(stock, fused, lambda out: out["loss"])
+    same_gradients(stock, fused, lambda out: out["loss"] + out["logits"].square().mean())
+
+
+def _pulled_to(target: Callable, without_gradients: Callable = torch.no_grad) -> Callable:
+    """A cross entropy, and what pulls the logits to a target without gradients that was made of them."""
+
+    def loss(z: Tensor, labels: Tensor) -> Tensor:
+        with without_gradients():
+            pulled_to = target(z)
+        return _shifted(z, labels) + F.kl_div(z.log_softmax(-1), pulled_to.softmax(-1), reduction="batchmean")
+
+    return loss
+
+
+def _written_without_gradients(z: Tensor, labels: Tensor) -> Tensor:
+    shifted, scaled = z[:, :-1], z * 2.0
+    with torch.no_grad():
+        z[..., 3] = -7.0
+        shifted[:, 0] = 1.0
+    return _shifted(z, labels) + F.cross_entropy(shifted.reshape(-1, VOCAB), labels[:, 1:].reshape(-1)) + scaled.mean()
+
+
+def _written_after_a_look(z: Tensor, labels: Tensor) -> Tensor:
+    with torch.no_grad():
+        z.argmax(-1)
+        z.view(-1, VOCAB).clamp_(max=0.1)
+    return _shifted(z, labels)
+
+
+def _looked_at_first(z: Tensor, labels: Tensor) -> Tensor:
+    scaled = z * 2.0
+    with torch.no_grad():
+        z.argmax(-1), z[:, 1:].argmax(-1), scaled.argmax(-1)
+    return _shifted(z, labels) + 1e-2 * z.logsumexp(-1).square().mean() + scaled[:, 1:].square().mean()
+
+
+WITHOUT_GRADIENTS = {
+    "scaled": _pulled_to(lambda z: z / 2.0),
+    "scaled, then in fp64": _pulled_to(lambda z: (z / 2.0).double().float()),
+    "a view": _pulled_to(lambda z: z.view(-1, VOCAB).view(2, 5, VOCAB)),
+    "some of them, stacked": _pulled_to(lambda z: torch.stack(list(z[:, :]))),
+    "detached": _pulled_to(lambda z: z.detach(), torch.enable_grad),
+    "detached behind a step": _pulled_to(lambda z: torch.detach(z * 3.0).float(), torch.enable_grad),
+    "a cross entropy of detached ones": lambda z, y: z.square().mean() + _shifted(z.detach(), y),
+    "written to": _written_without_gradients,
+    "written to after a look": _written_after_a_look,
+    "looked at first": _looked_at_first,
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_GRADIENTS)
+def test_what_is_made_of_logits_without_gradients_passes_none(name: str) -> None:
+    stock, fused = _own(WITHOUT_GRADIENTS[name])
+    x, labels = batch()
+    torch.testing.assert_close(fused(x, labels)["loss"], stock(x, labels)["loss"], rtol=1e-6, atol=1e-6)
+    same_gradients(stock, fused, lambda out: out["loss"])
+
+
+def test_detached_logits_leave_the_forward_without_a_graph() -> None:
+    stock, fused = pair()
+    for model in (stock, fused):
+        plain = model.forward
+        model.forward = lambda x, y, plain=plain: {name: value.detach() for name, value in plain(x, y).items()}
+    wanted, got = stock(*batch())["logits"], fused(*batch())["logits"]
+    assert isinstance(got, Tensor) and not got.requires_grad
+    assert torch.equal(got.clone(), wanted)
+
+
 @pytest.mark.parametrize("labelled", ["some", "none"])
 def test_only_labelled_tokens_reach_a_masked_head(labelled: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
@@ -326,7 +432,8 @@ def test_questions_about_deferred_logits_compute_nothing() -> None:
     assert logits.to("cpu") is logits and logits.float() is logits and logits.to(torch.bfloat16).dtype == torch.bfloat16
     assert not logits.is_real()
     with torch.no_grad():
-        assert not logits.requires_grad
+        assert logits.requires_grad and not (logits / 2.0).requires_grad and not logits[:, 1:].requires_grad
+    assert not logits.detach().requires_grad and not torch.detach(logits)[:, 1:].float().requires_grad
 
 
 def test_without_labels_the_forward_is_stock() -> None:
