@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_fused.modules.deferred import DeferredLogits, materialised
-from ds_fused.modules.head_call import HeadCall
+from ds_fused.modules.head_call import HeadCall, unwritten
 from ds_fused.modules.on_demand import on_demand, sealed
 from ds_fused.modules.scope import Scope, has_hooks, in_backward, is_head_observed, say_once
 from ds_fused.modules.steps import Step, replay
@@ -206,14 +206,14 @@ def linear_loss(logits: DeferredLogits, labels: Tensor, **arguments: Any) -> Ten
 
 
 def _computed(call: HeadCall, loss: LossArguments, with_graph: bool) -> tuple[Tensor, Tensor | None]:
-    head, scope = call.head, call.head._ds_fused_scope
+    head, scope, hidden = call.head, call.head._ds_fused_scope, unwritten(call.hidden, call.version)
     with call.as_called(with_graph):
         slabs = scope.weight.slabs(head, loss.labels.numel(), scope.is_running())
         if slabs is None:
             # the head's own call, past the one that postpones
-            return nn.Module.__call__(head, call.hidden, loss=loss)
+            return nn.Module.__call__(head, hidden, loss=loss)
         # past the hooks, too: ZeRO-3's would gather the weight
-        return head.forward(call.hidden, loss, slabs)
+        return head.forward(hidden, loss, slabs)
 
 
 _computed_between = torch.compiler.disable(

@@ -21,6 +21,17 @@ def version(x: Tensor) -> float:
     return 0 if x.is_inference() else x._version
 
 
+def unwritten(hidden: Tensor, seen: float) -> Tensor:
+    """The hidden states of which the head was called, if they are the same still. ``seen``: their version then."""
+    if version(hidden) > seen:
+        raise RuntimeError(
+            "ds_fused: hidden states that the head was called with were written to in place before its logits or its "
+            'loss was computed, which would be those of other values; with "fused_linear_cross_entropy": false in the '
+            "ds_fused block they are computed at once"
+        )
+    return hidden
+
+
 def _in_inference() -> bool:
     # torch.compile traces no such question
     return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
@@ -38,12 +49,13 @@ class HeadCall:
 
     __slots__ = (
         *("_base", "_base_version", "autocast", "dtype", "fused", "head", "hidden", "in_inference", "on_demand"),
-        "with_graph",
+        *("version", "with_graph"),
     )
 
     def __init__(self, head: nn.Module, hidden: Tensor) -> None:
         self.head = head
         self.hidden = hidden  # [..., H]
+        self.version = version(hidden)
         self.with_graph = torch.is_grad_enabled()
         self.in_inference = _in_inference()
         self.autocast = autocast_dtype(hidden)
@@ -78,6 +90,6 @@ class HeadCall:
         # written to since (an in-place step on it): what derives from it needs the head's output once more
         if self._base is None or version(self._base) != self._base_version:
             with self.as_called(with_graph=True):
-                self._base = nn.Module.__call__(self.head, self.hidden)
+                self._base = nn.Module.__call__(self.head, unwritten(self.hidden, self.version))
             self._base_version = version(self._base)
         return self._base

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ds_fused.modules.deferred import DeferredLogits
-from ds_fused.modules.head_call import HeadCall
+from ds_fused.modules.head_call import HeadCall, unwritten
 from ds_fused.modules.steps import Step, replay
 from ds_fused.modules.swap import GATHERING, home_of
 from ds_fused.ops._once import once_differentiable
@@ -106,7 +106,7 @@ class Source:
 class _Read:
     """How the logits of one forward are computed: head(hidden), under the forward's autocast."""
 
-    __slots__ = ("autocast", "head", "hidden", "kept", "sample", "seen", "whole_weight")
+    __slots__ = ("autocast", "head", "hidden", "kept", "sample", "seen", "version", "whole_weight")
 
     def __init__(
         self,
@@ -118,6 +118,7 @@ class _Read:
     ) -> None:
         self.head = call.head
         self.hidden = call.hidden.detach()
+        self.version = call.version
         self.autocast = call.autocast
         self.seen = seen
         self.sample = None if now is None else sample(now)
@@ -133,7 +134,7 @@ class _Read:
             now = weight if self.kept else self.seen(self.head)
             if self.sample is not None and now is not None:
                 say_if_changed(now, self.sample)
-            return self.logits(self.hidden, weight, bias)
+            return self.logits(unwritten(self.hidden, self.version), weight, bias)
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         with torch.autocast(hidden.device.type, dtype=self.autocast, enabled=self.autocast is not None):

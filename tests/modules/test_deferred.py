@@ -748,6 +748,70 @@ def test_autocast_of_the_forward_holds_for_a_later_read() -> None:
     assert torch.equal(got["logits"].clone(), wanted["logits"])
 
 
+@pytest.mark.parametrize("around_the_head", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_under_another_autocast_than_its_loss(around_the_head: bool, dtype: torch.dtype) -> None:
+    class Apart(OwnLoss):
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> dict:
+            hidden = self.body(x)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around_the_head):
+                logits = self.head(hidden.to(self.head.weight))
+            loss = self.own_loss(logits, labels) if self.own_loss else self.loss_function(logits, labels, VOCAB)
+            return {"loss": loss, "logits": logits}
+
+    def without_gradients(z: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            largest = z.amax()
+        return _shifted(z, labels) + largest
+
+    for loss in (_shifted, without_gradients, None, lambda z, y: z.float().square().mean()):
+        stock, fused = (model.to(dtype) for model in (Apart(loss), Apart(loss).fuse()))
+        x, labels = batch()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not around_the_head):
+            wanted, got = stock(x.to(dtype), labels), fused(x.to(dtype), labels)
+        assert got["loss"].dtype == wanted["loss"].dtype and got["logits"].dtype == wanted["logits"].dtype
+        torch.testing.assert_close(got["logits"].clone(), wanted["logits"], rtol=0, atol=0)
+        # of fp32 logits a sum in fp32; of others what autocast makes of them
+        bound = 1e-2 if wanted["logits"].dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(got["loss"], wanted["loss"], rtol=bound, atol=bound)
+        ours, theirs = gradients(fused, got["loss"]), gradients(stock, wanted["loss"])
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=4 * bound, atol=bound)
+
+
+def test_hidden_states_that_are_written_to(caplog: pytest.LogCaptureFixture) -> None:
+    class Written(OwnLoss):
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> dict:
+            hidden = self.body(x)
+            logits = self.head(hidden)
+            hidden.mul_(self.factor)
+            return {"loss": self.own_loss(logits, labels), "logits": logits, "hidden": hidden}
+
+    for loss in (_shifted, lambda z, y: z.square().mean()):
+        model = Written(loss).fuse()
+        model.factor = 0.5
+        with torch.no_grad(), pytest.raises(RuntimeError, match="hidden states .* written to.*fused_linear_cross_ent"):
+            model(*batch())
+    # nothing tells of it there
+    with torch.inference_mode():
+        model(*batch())
+
+    class Given(OwnLoss):
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> dict:
+            hidden = self.body(x)
+            logits = self.head(hidden)
+            return {"loss": self.own_loss(logits, labels), "logits": logits, "hidden": hidden}
+
+    with torch.no_grad():
+        first, second = (Given(_shifted).fuse()(*batch()) for _ in range(2))
+        wanted = first["logits"].clone()
+        for out in (first, second):
+            out["hidden"].zero_()
+        assert torch.equal(first["logits"].clone(), wanted)
+        with pytest.raises(RuntimeError, match="hidden states .* written to"):
+            second["logits"].clone()
+
+
 def test_half_precision_loss_is_fp32() -> None:
     stock, fused = Model(dtype=torch.bfloat16), Model(dtype=torch.bfloat16).fuse()
     x, labels = batch()
