@@ -46,6 +46,9 @@ class Code:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Code) and self._ids == other._ids
 
+    def __iter__(self) -> Iterator[object]:
+        return iter(self._found.values())
+
     def __hash__(self) -> int:
         return hash(self._ids)
 

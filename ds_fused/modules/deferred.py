@@ -14,9 +14,9 @@ Every chain of such steps is ``outer * z`` or ``outer * tanh(z)`` with ``z = inn
 of the tokens, or the logarithm of their softmax, of which the cross entropy is the same. Any other operation computes
 the real logits, by the head's own call, and goes on with those, so the result is always right.
 
-Each knows whether a graph belongs to it: none to what was derived under no_grad, or detached. Logits that have one keep
-it, whoever reads them. A reader under no_grad (a metric) sees their values and leaves no trace: the loss after it is
-still fused, unless the reader has written to them.
+Each knows whether a graph belongs to it: none to what was derived under no_grad. Logits that have one keep it, whoever
+reads them. A reader under no_grad, or of detached ones (a metric), sees their values and leaves no trace: the loss
+after it is still fused, unless the reader has written to them.
 
 It is a plain object and no tensor, because torch.compile traces through it, which it does not through a tensor subclass
 without values. What leaves the forward after a fused loss has the opposite needs and is a tensor (``on_demand.py``, and
@@ -36,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds_fused.modules.handed_over import check_reader
 from ds_fused.modules.head_call import HeadCall, version
 from ds_fused.modules.steps import ROW_STEPS, Step, indexed, replay, row_index
 
@@ -44,7 +45,7 @@ def _same_memory(derived: Tensor, whole: Tensor, step: str) -> bool:
     """Whether a step that chooses or arranges tokens left them where they were."""
     # a graph keeps no account of memory, but knows strides
     if torch.compiler.is_compiling():
-        return step in ("index", "transpose", "detach") or whole.is_contiguous()
+        return step in ("index", "transpose") or whole.is_contiguous()
     return derived.untyped_storage()._cdata == whole.untyped_storage()._cdata
 
 
@@ -112,6 +113,7 @@ class DeferredLogits:
 
     def materialise(self) -> Tensor:
         """The real logits, with the graph that is theirs. To be called inside the forward that postponed them."""
+        check_reader(self)
         return self._computed(torch.is_grad_enabled())
 
     def _computed(self, for_gradients: bool) -> Tensor:
@@ -210,9 +212,10 @@ class DeferredLogits:
             return self._view("transpose", dims)
         return self.materialise().transpose(dim0, dim1)
 
-    def detach(self) -> DeferredLogits | Tensor:
+    def detach(self) -> Tensor:
+        # a tensor, which also an autograd.Function can be given
         with torch.no_grad():
-            return self._view("detach", None)
+            return self.materialise().detach()
 
     def __iter__(self) -> Iterator:
         return map(self.__getitem__, range(len(self)))

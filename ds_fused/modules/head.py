@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_fused.modules.deferred import DeferredLogits, materialised
+from ds_fused.modules.handed_over import check_reader
 from ds_fused.modules.head_call import HeadCall, unwritten
 from ds_fused.modules.on_demand import on_demand, sealed
 from ds_fused.modules.scope import Scope, has_hooks, in_backward, is_head_observed, say_once
@@ -185,6 +186,7 @@ def linear_loss(logits: DeferredLogits, labels: Tensor, **arguments: Any) -> Ten
     # logits that the model computed meanwhile may have been written to, and cost their memory already
     if scope.linear is None or scope.stock() or shape is None or logits.is_real() or is_transformed():
         return None
+    check_reader(logits)
     scale, softcap = shape
     loss = LossArguments(
         labels,

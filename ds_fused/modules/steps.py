@@ -1,8 +1,7 @@
 """What a model does to logits between its head and its loss, as far as it can be recorded and done later.
 
-A step is a name and an operand: "index", "reshape", "transpose" and "contiguous" choose and arrange tokens; "detach"
-does nothing but to their graph; "add", "mul", "div", "tanh" and "to" act on every logit, "log_softmax" on all of a
-token.
+A step is a name and an operand: "index", "reshape", "transpose" and "contiguous" choose and arrange tokens; "add",
+"mul", "div", "tanh" and "to" act on every logit, "log_softmax" on all of a token.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 # one recorded step: the name of what happened to the logits, and its operand
 Step = tuple[str, Any]
 # those that choose and arrange tokens: what they do to the logits, they can do to the hidden states
-ROW_STEPS = ("index", "reshape", "transpose", "contiguous", "detach")
+ROW_STEPS = ("index", "reshape", "transpose", "contiguous")
 
 
 def replay(logits: Tensor, steps: tuple[Step, ...]) -> Tensor:
@@ -29,8 +28,6 @@ def replay(logits: Tensor, steps: tuple[Step, ...]) -> Tensor:
             logits = logits.transpose(*operand)
         elif name == "contiguous":
             logits = logits.contiguous()
-        elif name == "detach":
-            logits = logits.detach()
         elif name == "add":
             logits = logits + operand
         elif name == "mul":

@@ -14,13 +14,18 @@ these things change, and ``restore`` undoes each:
 
 from __future__ import annotations
 
+import dis
 import inspect
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType, ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds_fused.modules.code import Code
 from ds_fused.modules.head import CausalLMLoss, Head
 from ds_fused.modules.scope import HeadWeight, Scope
 from ds_fused.modules.swap import is_fused, qualified_name, swap, unswap, why_not
@@ -184,7 +189,7 @@ def claim_loss(
         }
         site = Site(owner, head, losses, scope)
         if LINEAR in wanted:
-            reason = _why_not_head(head)
+            reason = _why_not_head(head) or _why_not_wait(models)
             if reason is None:
                 claims.append(LinearClaim(site, (path,), wanted[LINEAR], type(head)))
             else:
@@ -238,11 +243,9 @@ def _why_not_loss(model: nn.Module) -> str | None:
         remedy = "; of an SFTTrainer, ds_fused.fuse_sft_loss(trainer) takes it off" if library == "TRL" else ""
         return f"{library} has patched its forward with a fused loss of its own{remedy}"
     if not _calls(model, "loss_function"):
-        # itself, or by a layer of its own that is no model
-        layers = [child for child in model.children() if not _has_loss_function(child)]
-        computes = any(isinstance(layer, (nn.CrossEntropyLoss, nn.NLLLoss)) for layer in layers) or any(
-            _calls(module, "CrossEntropyLoss", "cross_entropy", "nll_loss") for module in (model, *layers)
-        )
+        layers = _own_layers(model)
+        computes = any(isinstance(layer, (nn.CrossEntropyLoss, nn.NLLLoss)) for layer in layers)
+        computes = computes or any(map(_calls_torchs_loss, _functions(model, *layers)))
         return None if computes else "its forward computes the loss itself, and not by torch's cross_entropy"
     loss = model.loss_function
     if isinstance(loss, CausalLMLoss):
@@ -254,20 +257,65 @@ def _why_not_loss(model: nn.Module) -> str | None:
     return None
 
 
-def _calls(model: nn.Module, *names: str) -> bool:
-    """Whether the forward names one of these, or a method that the forward names.
+def _calls(model: nn.Module, name: str) -> bool:
+    """Whether the forward names it, or a method that the forward names."""
+    return any(name in _named_in(function) for function in _functions(model))
 
-    The forward of any base: a subclass of the user's may call super().forward.
-    """
-    forwards = [inspect.unwrap(vars(cls)["forward"]) for cls in type(model).__mro__ if "forward" in vars(cls)]
-    named = {name for forward in forwards for name in _named_in(forward)}
-    methods = (getattr(type(model), name, None) for name in named)
-    named.update(*(_named_in(inspect.unwrap(method)) for method in methods if inspect.isfunction(method)))
-    return not named.isdisjoint(names)
+
+def _own_layers(model: nn.Module) -> list[nn.Module]:
+    """What of it is no model, and may compute its loss."""
+    return [child for child in model.children() if not _has_loss_function(child)]
+
+
+def _functions(*modules: nn.Module) -> list[FunctionType]:
+    """Their forwards, and the methods that these name. The forward of any base: a subclass may call super().forward."""
+    found = []
+    for cls in map(type, modules):
+        forwards = [inspect.unwrap(vars(each)["forward"]) for each in cls.__mro__ if "forward" in vars(each)]
+        methods = [getattr(cls, name, None) for name in {name for each in forwards for name in _named_in(each)}]
+        found += forwards + [inspect.unwrap(method) for method in methods if inspect.isfunction(method)]
+    return [function for function in found if isinstance(function, FunctionType)]
 
 
 def _named_in(function: object) -> tuple[str, ...]:
     return getattr(getattr(function, "__code__", None), "co_names", ())
+
+
+def _calls_torchs_loss(function: FunctionType) -> bool:
+    """Whether a cross entropy that it names is torch's: libraries give theirs, which take real logits, these names."""
+    modules = _modules_named_in(function)
+    meant = []
+    for step in dis.get_instructions(function):
+        if step.argval in _LOSSES and step.opname == "LOAD_GLOBAL":
+            meant.append(function.__globals__.get(step.argval))
+        # F.cross_entropy; from torch.nn import CrossEntropyLoss, within the function
+        elif step.argval in _LOSSES and step.opname in ("LOAD_ATTR", "LOAD_METHOD", "IMPORT_FROM"):
+            meant.extend(getattr(module, step.argval, None) for module in modules)
+    return any(value is own for value in meant for own in (nn.CrossEntropyLoss, F.cross_entropy, F.nll_loss))
+
+
+_LOSSES = ("CrossEntropyLoss", "cross_entropy", "nll_loss")
+
+
+def _modules_named_in(function: FunctionType) -> list[ModuleType]:
+    """By its globals, by what it imports, and by these."""
+    named, spaces, found = _named_in(function), [function.__globals__, sys.modules], {}
+    for space in spaces:
+        for value in (space[name] for name in named if name in space):
+            if isinstance(value, ModuleType) and id(value) not in found:
+                found[id(value)] = value
+                spaces.append(vars(value))
+    return list(found.values())
+
+
+def _why_not_wait(models: Sequence[nn.Module]) -> str | None:
+    """Their forwards may hand the logits to a Function of autograd: no gradient comes back to what is no tensor yet."""
+    # a layer that is a loss; what has parameters works on hidden states
+    losses = (layer for model in models for layer in _own_layers(model) if next(layer.parameters(), None) is None)
+    for found in Code(*_functions(*models, *losses)):
+        if isinstance(found, type) and issubclass(found, torch.autograd.Function):
+            return f"the forward around it leads to {qualified_name(found)}, to which no logits can wait"
+    return None
 
 
 def _is_masked(model: nn.Module) -> bool:

@@ -433,7 +433,6 @@ def test_questions_about_deferred_logits_compute_nothing() -> None:
     assert not logits.is_real()
     with torch.no_grad():
         assert logits.requires_grad and not (logits / 2.0).requires_grad and not logits[:, 1:].requires_grad
-    assert not logits.detach().requires_grad and not torch.detach(logits)[:, 1:].float().requires_grad
 
 
 def test_without_labels_the_forward_is_stock() -> None:
@@ -635,6 +634,44 @@ class Doubled(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> Tensor:
         (z,) = ctx.saved_tensors
         return 2 * z * dy
+
+
+def _taken_by_a_checkpoint(use_reentrant: bool) -> Callable:
+    return lambda z, y: checkpoint(_shifted, z, y, use_reentrant=use_reentrant) + z.detach().square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs")
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z, y: _shifted(z, y) + Doubled.apply(z).mean(),
+        lambda z, y: Doubled.apply(z[:, :-1].float() / 2.0).mean() + _shifted(z, y),
+        _taken_by_a_checkpoint(True),
+    ],
+    ids=["after the loss", "before it, some", "checkpoint"],
+)
+def test_logits_that_a_function_is_given_are_an_error(loss: Callable) -> None:
+    _, fused = _own(loss)
+    with pytest.raises(RuntimeError, match="Function, was given logits that are not computed yet, .*use_reentrant"):
+        fused(*batch())
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z, y: Doubled.apply(z + 1.0 * z).mean() + _shifted(z, y),
+        lambda z, y: Doubled.apply(z.detach()).mean() + _shifted(z, y),
+        _taken_by_a_checkpoint(False),
+    ],
+    ids=["real ones", "detached ones", "checkpoint"],
+)
+def test_what_a_function_may_be_given(loss: Callable) -> None:
+    stock, fused = _own(loss)
+    x, labels = batch()
+    torch.testing.assert_close(fused(x, labels)["loss"], stock(x, labels)["loss"], rtol=1e-6, atol=1e-6)
+    same_gradients(stock, fused, lambda out: out["loss"])
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x, labels)["loss"], stock(x, labels)["loss"], rtol=1e-6, atol=1e-6)
 
 
 class Passed(torch.autograd.Function):

@@ -22,6 +22,7 @@ from ds_fused.modules.head import CausalLMLoss
 from ds_fused.modules.on_demand import LogitsOnDemand
 from ds_fused.modules.scope import say_once
 from ds_fused.policies.loss import LINEAR, REAL, claim_loss
+from tests.policies import losses_by_functions as library
 
 VOCAB = 61
 SIZES = {
@@ -513,6 +514,82 @@ def test_a_forward_that_computes_the_loss_itself() -> None:
             return -self.lm_head(x).log_softmax(-1).gather(-1, labels[:, None]).mean()
 
     left_alone(Own(build().config), "computes the loss itself")
+
+
+class ByTorchsClass(library.OnItsOwn):
+    def loss_of(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return torch.nn.CrossEntropyLoss()(logits, labels)
+
+
+class ByTorchsName(library.OnItsOwn):
+    def loss_of(self, logits: Tensor, labels: Tensor) -> Tensor:
+        from torch.nn.functional import cross_entropy as torchs
+
+        return torchs(logits, labels)
+
+
+def made(cls: type[nn.Module]) -> tuple[nn.Module, nn.Module]:
+    stock = build()
+    stock.__class__ = cls
+    if cls is library.ByLayer:
+        stock.loss_of = library.CrossEntropyLoss()
+    return stock, copy.deepcopy(stock)
+
+
+@pytest.mark.parametrize("cls", [ByTorchsClass, ByTorchsName], ids=lambda cls: cls.__name__)
+def test_torchs_cross_entropy_by_any_road(cls: type[nn.Module]) -> None:
+    stock, fused = made(cls)
+    claims, left = fuse(fused)
+    assert [claim.key for claim in claims] == [LINEAR] and left == []
+    ids = batch()["input_ids"]
+    compare(stock, fused, input_ids=ids, labels=ids)
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [library.ByFunction, library.ByClass, library.ByName, library.ByLayer, library.BesideTheModels],
+    ids=lambda cls: cls.__name__,
+)
+def test_a_loss_by_a_function_of_autograd(cls: type[nn.Module]) -> None:
+    stock, fused = made(cls)
+    left_alone(fused, "losses_by_functions.Scored, to which no logits can wait")
+    ids = batch()["input_ids"]
+    compare(stock, fused, logits=Tensor, input_ids=ids, labels=ids)
+
+
+@pytest.mark.parametrize("cls", [library.ByClassOnItsOwn, library.ByNameOnItsOwn], ids=lambda cls: cls.__name__)
+def test_a_loss_that_has_but_the_name_of_torchs(cls: type[nn.Module]) -> None:
+    left_alone(made(cls)[1], "its forward computes the loss itself, and not by torch's cross_entropy")
+
+
+def test_a_loss_by_a_function_beside_real_logits() -> None:
+    stock, fused = made(library.BesideTheModels)
+    claims, left = fuse(fused, (LINEAR, REAL))
+    assert [claim.key for claim in claims] == [REAL] and len(left) == 1
+    ids = batch()["input_ids"]
+    compare(stock, fused, logits=Tensor, input_ids=ids, labels=ids)
+
+
+class Measured(transformers.LlamaForCausalLM):
+    """Logs what it computes under no_grad before its loss, and has another loss beside it."""
+
+    def forward(self, input_ids, labels=None, **kwargs):
+        hidden = self.model(input_ids).last_hidden_state
+        logits = self.lm_head(hidden)
+        with torch.no_grad():
+            self.accuracy = (logits[:, :-1].argmax(-1) == labels[:, 1:]).float().mean()
+        loss = self.loss_function(logits, labels, VOCAB) + 1e-2 * hidden.square().mean()
+        return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+
+@pytest.mark.parametrize("options", [{}, {"logits": "keep"}, {"eval": "stock"}], ids=str)
+def test_a_metric_without_gradients_before_the_loss(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses, original = [], head_file.linear_cross_entropy
+    monkeypatch.setattr(head_file, "linear_cross_entropy", lambda *a, **k: losses.append(1) or original(*a, **k))
+    stock, fused = made(Measured)
+    assert fuse(fused, **options)[1] == []
+    compare(stock, fused, logits=Tensor if "logits" in options else LogitsOnDemand, **batch())
+    assert torch.equal(fused.accuracy, stock.accuracy) and len(losses) == 1
 
 
 def test_a_model_without_a_head_is_nobodys_matter() -> None:
