@@ -64,6 +64,9 @@ def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gra
         # a graph of gradients is asked for by create_graph alone
         if not torch.is_grad_enabled():
             return backward(ctx, *dys)
+        # before the backward, which may write over it; and has before, of which it speaks itself
+        is_spent = torch.compiler.is_compiling() or getattr(ctx, "overwritten", False)
+        saved = () if is_spent else ctx.saved_tensors
         with torch.no_grad():
             gradients = backward(ctx, *dys)
         if torch.compiler.is_compiling():
@@ -73,7 +76,7 @@ def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gra
             return gradients
         function = backward.__qualname__.removesuffix(".backward")
         several = [None if gradient is None else gradient.detach().requires_grad_() for gradient in several]
-        of = [x for x in (*ctx.saved_tensors, *dys) if x is not None and x.requires_grad]
+        of = [x for x in (*saved, *dys) if x is not None and x.requires_grad]
         if not _leads_to_the_first(ctx, of):
             raise _refusal(function)
         several = _Refused.apply(function, len(several), *several, *of)

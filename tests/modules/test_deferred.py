@@ -849,6 +849,17 @@ def test_hidden_states_that_are_written_to(caplog: pytest.LogCaptureFixture) -> 
             second["logits"].clone()
 
 
+@pytest.mark.parametrize("options", [{}, {"grad_in_forward": False}], ids=str)
+def test_a_second_derivative_is_refused(options: dict) -> None:
+    fused = Model().fuse()
+    fused.head._ds_fused_scope.linear = options
+    loss = fused(*batch())["loss"]
+    # without a hidden state to find back by, the first is refused at once
+    with pytest.raises(RuntimeError, match="once_differentiable"):  # noqa: PT012
+        gradients = torch.autograd.grad(loss, list(fused.parameters()), create_graph=True)
+        sum(gradient.square().sum() for gradient in gradients).backward()
+
+
 def test_half_precision_loss_is_fp32() -> None:
     stock, fused = Model(dtype=torch.bfloat16), Model(dtype=torch.bfloat16).fuse()
     x, labels = batch()

@@ -68,7 +68,7 @@ def example(
         "sparsemax": (op, [x]),
         "multi_token_attention": (op, [some(1, 2, 6, 6), some(2, 2, 3, 3), some(2)]),
         "neighborhood_attention": (op, [some(1, 2, 6, 8, seed=i) for i in range(3)]),
-        "cross_entropy": (lambda x: op(x, labels), [logits]),
+        "cross_entropy": (lambda x: op(x, labels, **options), [logits]),
         "linear_cross_entropy": (lambda x, w: op(x, w, labels, **options), [x, head]),
         "linear_log_probs": (lambda x, w: op(x, w, labels, entropy=True, **options), [x, head]),
         "linear_jsd": (lambda x, w: op(x, w, *teacher, labels, **options), [x, head]),
@@ -128,6 +128,13 @@ def test_a_second_derivative_is_refused(name, device):
         with pytest.raises(RuntimeError, match="once_differentiable"):  # noqa: PT012 (those without inputs at once)
             gradients = torch.autograd.grad(total(call(*tensors)), tensors, create_graph=True)
             ask(sum(gradient.float().square().sum() for gradient in gradients))
+
+
+def test_a_second_derivative_where_logits_were_written_over_is_refused(device):
+    call, (logits,) = example("cross_entropy", device, overwrite_logits=True)
+    (gradient,) = torch.autograd.grad(call(2 * logits), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
 
 
 @pytest.mark.parametrize("name", [op.name for op in OPS if op.name not in AUTOCAST])
