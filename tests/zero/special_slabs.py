@@ -18,6 +18,7 @@ from special import STREAM, both, case, engine_of, mine, model_of, read_by_one, 
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import BartConfig, BartForConditionalGeneration, Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_pt_utils import LabelSmoother
 
 import ds_fused
@@ -363,6 +364,25 @@ def stream_own_loss() -> dict:
         return model
 
     return streamed(build)
+
+
+class Measured(LlamaForCausalLM):
+    """Reads its logits without gradients before its loss and after it, which is not all that it trains on."""
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any) -> CausalLMOutput:
+        hidden = self.model(input_ids, **kwargs).last_hidden_state
+        logits = self.lm_head(hidden)
+        with torch.no_grad():
+            self.accuracy = (logits[:, :-1].argmax(-1) == labels[:, 1:]).float().mean()
+        loss = self.loss_function(logits, labels, self.vocab_size)
+        with torch.no_grad():
+            self.entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+        return CausalLMOutput(loss=loss + 1e-2 * hidden.square().mean(), logits=logits)
+
+
+@case
+def stream_measured() -> dict:
+    return streamed(partial(model_of, kind=Measured))
 
 
 BART_PART = {"layers": 1, "ffn_dim": 48, "attention_heads": 4}

@@ -47,6 +47,7 @@ STATIONARY = (
     "weighted_ranks",
     "both_ways",
     "memory",
+    "measured",
 )
 # other steps than forward, backward, step, with heads of several kinds
 STEPS = (
@@ -68,6 +69,7 @@ GATHERED = (
     "frozen_head",
     "checkpointing",
     "own_loss",
+    "measured",
     "smoothed",
     "thrown_away",
 )
@@ -112,6 +114,7 @@ CASES = (
     "stream_frozen_sharded_bias",
     "stream_gemma",
     "stream_own_loss",
+    "stream_measured",
     "stream_smoothed",
     "stream_thrown_away",
     *(f"stream_{name}" for name in STEPS),
@@ -344,6 +347,7 @@ def test_one_rank_misspells(ranks):
         pytest.param("thrown_away", marks=pytest.mark.all),
         pytest.param("gemma", marks=pytest.mark.all),
         "own_loss",
+        "measured",
         pytest.param("smoothed", marks=pytest.mark.all),
         pytest.param("expert_parallel", marks=pytest.mark.all),
     ],
@@ -362,7 +366,7 @@ def test_stream(ended, name):
 # where it is not the weight's own dtype
 GRADIENT_IN = {"communication_dtype": ["float32"], "autocast": ["bfloat16"]}
 QUICK_COPIED = ("communication_dtype", "thrown_away")
-QUICK = ("uneven_ranks", "gemma", "weighted_ranks", "both_ways")
+QUICK = ("uneven_ranks", "gemma", "weighted_ranks", "both_ways", "measured")
 
 
 @pytest.mark.parametrize(
@@ -547,7 +551,7 @@ def test_stream_of_each_kind(ended, name):
     equal_of_each_kind(ended(f"stream_{name}"), "its weight in 34 slabs")
 
 
-QUICK_GATHERED = ("evaluation_and_saving", "smoothed")
+QUICK_GATHERED = ("evaluation_and_saving", "measured", "smoothed")
 
 
 @pytest.mark.parametrize(
