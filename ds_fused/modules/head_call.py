@@ -90,6 +90,12 @@ class HeadCall:
         # written to since (an in-place step on it): what derives from it needs the head's output once more
         if self._base is None or version(self._base) != self._base_version:
             with self.as_called(with_graph=True):
-                self._base = nn.Module.__call__(self.head, unwritten(self.hidden, self.version))
+                self._base = self._computed()
             self._base_version = version(self._base)
         return self._base
+
+    def _computed(self) -> Tensor:
+        # somebody has kept them: a call of the head has no place in ZeRO-3's order any more, and its weight may be new
+        if self.on_demand is not None and self.head._ds_fused_scope.is_over():
+            return self.on_demand.values()
+        return nn.Module.__call__(self.head, unwritten(self.hidden, self.version))

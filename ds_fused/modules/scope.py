@@ -189,6 +189,10 @@ class Scope:
         """Whether a forward is."""
         return self._mode() is not None
 
+    def is_over(self) -> bool:
+        """Whether none is, nor is one repeated by a checkpoint."""
+        return not self._modes and not in_backward()
+
     def is_plain(self) -> bool:
         """Whether a forward is running that was given no labels, and could have been."""
         return self._mode() == "plain" and self.linear is not None
@@ -230,7 +234,16 @@ class Scope:
         # output None: the forward raised
         if not torch.compiler.is_compiling() and output is not None:
             self._say_unfused(owner)
+            self._settle_kept(owner)
         return self._settle(output)
+
+    def _settle_kept(self, owner: nn.Module) -> None:
+        """The same for those that the forward has made attributes of its model."""
+        kept = [name for name, value in vars(owner).items() if type(value) is DeferredLogits]
+        for name in kept:
+            vars(owner)[name] = self._settle(vars(owner)[name])
+        # a loss outside is one of the output's
+        self.left = None
 
     def _say_unfused(self, owner: nn.Module) -> None:
         if self.linear is not None and not self.fused and not self.loss_outside and not self._said_unfused:

@@ -546,6 +546,46 @@ def test_keep_and_stock() -> None:
     assert isinstance(fused.eval()(x, labels)["logits"], LogitsOnDemand)
 
 
+class Kept(OwnLoss):
+    """Leaves its logits to whoever looks at them later, as attributes and elsewhere."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict:
+        self.logits = self.head(self.body(x))
+        self.scaled, self.elsewhere = self.logits / 2.0, {"shifted": self.logits[:, :-1]}
+        return {"loss": self.own_loss(self.logits, labels)}
+
+
+def test_logits_that_the_forward_keeps(caplog: pytest.LogCaptureFixture) -> None:
+    stock, fused = Kept(_shifted), Kept(_shifted).fuse()
+    x, labels = batch()
+    stock(x, labels), fused(x, labels)
+    for name in ("logits", "scaled"):
+        late, wanted = getattr(fused, name), getattr(stock, name)
+        assert type(late) is LogitsOnDemand and not computed(late)
+        assert torch.equal(late.clone(), wanted)
+    assert torch.equal(fused.elsewhere["shifted"].clone(), stock.elsewhere["shifted"])
+    for of in (
+        lambda model, loss: loss + model.scaled.square().mean(),
+        lambda model, loss: loss + model.elsewhere["shifted"].square().mean(),
+    ):
+        wanted, got = (gradients(model, of(model, model(x, labels)["loss"])) for model in (stock, fused))
+        for name in wanted:
+            torch.testing.assert_close(got[name], wanted[name], rtol=1e-5, atol=1e-6)
+
+    fused(x, labels)
+    with torch.no_grad():
+        fused.head.weight += 1.0
+    assert "weight changed" not in caplog.text
+    fused.elsewhere["shifted"].argmax(-1)
+    assert "weight changed" in caplog.text
+
+    # and real ones where no loss was fused
+    stock, fused = (Kept(lambda z, y: z.square().mean()) for _ in range(2))
+    for model in (stock, fused.fuse()):
+        model(x, labels)
+    assert type(fused.scaled) is Tensor and torch.equal(fused.scaled, stock.scaled)
+
+
 def test_where_in_the_output_logits_stand() -> None:
     _, fused = pair()
     x, labels = batch()
