@@ -72,18 +72,22 @@ class HeadCall:
     def shape(self) -> torch.Size:
         return torch.Size((*self.hidden.shape[:-1], self.head.out_features))
 
-    @contextlib.contextmanager
-    def as_called(self, with_graph: bool) -> Iterator[None]:
+    def as_called(self, with_graph: bool) -> contextlib.AbstractContextManager:
         """Everything as it was when the head was called, but a graph only where it is wanted."""
-        inference = _nothing if _in_inference() == self.in_inference else torch.inference_mode(self.in_inference)
-        # to leave it sets gradients, too
-        with inference, self._precision(), torch.set_grad_enabled(with_graph and self.with_graph):
-            yield
-
-    def _precision(self) -> contextlib.AbstractContextManager:
-        if autocast_dtype(self.hidden) == self.autocast:
+        with_graph = with_graph and self.with_graph
+        is_inference, autocast = _in_inference(), autocast_dtype(self.hidden)
+        if (torch.is_grad_enabled(), is_inference, autocast) == (with_graph, self.in_inference, self.autocast):
             return _nothing
-        return torch.autocast(self.hidden.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+        return self._entered(with_graph, is_inference != self.in_inference, autocast != self.autocast)
+
+    @contextlib.contextmanager
+    def _entered(self, with_graph: bool, sets_inference: bool, sets_autocast: bool) -> Iterator[None]:
+        kind, dtype = self.hidden.device.type, self.autocast
+        inference = torch.inference_mode(self.in_inference) if sets_inference else _nothing
+        precision = torch.autocast(kind, dtype=dtype, enabled=dtype is not None) if sets_autocast else _nothing
+        # to leave inference mode sets gradients, too
+        with inference, precision, torch.set_grad_enabled(with_graph):
+            yield
 
     def base(self) -> Tensor:
         """What the head returns, [..., V]: its real call, with every hook it has (ZeRO-3 gathers the weight there)."""
