@@ -79,7 +79,7 @@ class DeferredLogits:
         # whether gradients pass them
         self.with_graph = call.with_graph
         self._real: Tensor | None = None
-        # whether something was made of them that their loss shares the graph with
+        # whether they were computed for more than a look
         self._is_used = False
         # the version of its memory before anybody wrote to it
         self._unwritten = 0.0
