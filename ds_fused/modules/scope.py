@@ -191,7 +191,7 @@ class Scope:
 
     def is_over(self) -> bool:
         """Whether none is, nor is one repeated by a checkpoint."""
-        return not self._modes and not in_backward()
+        return not self.is_running() and not in_backward()
 
     def is_plain(self) -> bool:
         """Whether a forward is running that was given no labels, and could have been."""

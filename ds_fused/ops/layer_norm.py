@@ -107,7 +107,10 @@ def _layer_norm_fwd_kernel(
             tl.store(sum_ptr + rows * n_cols + cols, x, mask=mask)
         blocks = blocks + (x,)
         # not from zeros, which would be added to every value
-        sums = x if block == 0 else sums + x
+        if block == 0:
+            sums = x
+        else:
+            sums += x
     mean = tl.sum(sums, axis=1, keep_dims=True) / n_cols
 
     centred = ()
@@ -115,8 +118,11 @@ def _layer_norm_fwd_kernel(
         cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
         x = tl.where((rows < n_rows) & (cols < n_cols), blocks[block] - mean, 0.0)
         centred = centred + (x,)
-        sums = x if block == 0 else sums + x
-        squares = x * x if block == 0 else squares + x * x
+        if block == 0:
+            sums, squares = x, x * x
+        else:
+            sums += x
+            squares += x * x
     # the rounding of a mean far from zero, found beside the variance, so that it costs no bits of either
     rest = tl.sum(sums, axis=1, keep_dims=True) / n_cols
     rstd = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / n_cols - rest * rest + eps)
