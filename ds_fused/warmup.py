@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     for line in dict.fromkeys(one.without for one in done if one.without):
         print(f"  their launchers are left to the first launch: {line}")
     if problem is not None:
-        raise SystemExit(f"ds_fused.warmup: {type(model).__name__} did not run to the end without data: {problem}")
+        raise SystemExit(f"ds_fused.warmup: {type(model).__name__} {problem}")
 
 
 def config_of(block: object) -> Config:
@@ -215,7 +215,10 @@ def launches_of(
                 model.train()(**given).loss.backward()
         except Exception as error:
             # a model whose forward looks at data; what was noted until then is compiled all the same
-            problem = f"{type(error).__name__}: {error}".partition("\n")[0]
+            said = f"{type(error).__name__}: {error}".partition("\n")[0]
+            problem = f"did not run to the end without data: {said}"
+        if not report.replaced and report.left:
+            problem = f"keeps all of its layers: {report.left[0].reason}"
         if adapters.KEY in config.wanted:
             for rank in lora_ranks:
                 _with_adapter(model.dtype, rank)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from launching import free_port
 from transformers import LlamaConfig
 
 from ds_fused import warmup
+from ds_fused.policies.report import Left
 from ds_fused.warmup import dtype_of, job_of
 
 # the GPU where there is one, which a step then really uses
@@ -238,6 +240,13 @@ def test_what_is_wrong_is_one_line(arguments, environment, message, folder, monk
         warmup.main([a.format(folder=folder) for a in arguments])
     said = str(ended.value) if ended.value.code != 2 else capsys.readouterr().err.splitlines()[-1]
     assert message.format(folder=folder) in said and "\n" not in said
+
+
+def test_a_model_of_which_nothing_is_replaced_is_said(folder, monkeypatch):
+    report = SimpleNamespace(replaced=(), left=[Left("LlamaRMSNorm", 3, "they differ")])
+    monkeypatch.setattr(warmup.plan, "apply", lambda *_, **named: report)
+    with pytest.raises(SystemExit, match="^ds_fused.warmup: LlamaForCausalLM keeps all of its layers: they differ$"):
+        warmup.main([str(folder), "--target", "sm90"])
 
 
 def test_a_run_names_its_model_and_config(tmp_path):

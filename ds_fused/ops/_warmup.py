@@ -98,7 +98,10 @@ def noted(target: GPUTarget) -> Iterator[list[Launch]]:
 
     found: list[Launch] = []
     stock = _launch.launch_elsewhere, _triton.KERNEL_DEVICES, _triton.LANES, _meet.DEVICES
+    where = _launch._current_device
     _launch.launch_elsewhere = note
+    # where there is no driver, as on a login node, to ask for the current device is an error
+    _launch._current_device = _launch._nowhere
     _triton.KERNEL_DEVICES, _triton.LANES = ("meta",), target.warp_size
     _meet.DEVICES = ("meta",) if target.backend == "cuda" else ()
     _triton._multiprocessors[META] = MULTIPROCESSORS
@@ -107,6 +110,7 @@ def noted(target: GPUTarget) -> Iterator[list[Launch]]:
         yield found
     finally:
         _launch.launch_elsewhere, _triton.KERNEL_DEVICES, _triton.LANES, _meet.DEVICES = stock
+        _launch._current_device = where
         del _triton._multiprocessors[META], _triton._copies_tiles[META]
         found += launches.values()
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ds_fused.engine.stand_ins import Shard, Slabs, ways_of
-from ds_fused.ops import _launch, linear_cross_entropy
+from ds_fused.ops import _launch, linear_cross_entropy, rms_norm
 from ds_fused.ops._warmup import noted, target_of
 
 
@@ -37,6 +37,21 @@ def test_modes():
 
 
 MODES = ("auto", "stream", "stationary", "gather")
+
+
+def test_no_driver_is_asked_for(monkeypatch):
+    """As where PyTorch is built for CUDA and has no GPU: on the node where jobs are submitted."""
+
+    def current_device() -> int:
+        raise RuntimeError("Found no NVIDIA driver on your system")
+
+    monkeypatch.setattr(_launch, "_current_device", current_device)
+    launches: list[object] = []
+    with noted(target_of("sm90")), monkeypatch.context() as within:
+        # as below
+        within.setattr(_launch, "launch_elsewhere", lambda kernel, *_: launches.append(kernel))
+        rms_norm(torch.empty(4, 64, device="meta"), torch.empty(64, device="meta"))
+    assert len(launches) == 1 and _launch._current_device is current_device
 
 
 @pytest.mark.parametrize("copied", [False, True])
