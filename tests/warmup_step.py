@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from triton.runtime.jit import JITFunction
 
 import ds_fused
-from ds_fused.ops import _triton
+from ds_fused.ops import _launch, _triton
 from ds_fused.ops._warmup import Absent, target_of
 
 
@@ -63,6 +63,8 @@ def main(config_file: str, target: str, ds_file: str | None = None) -> None:
     if device == "cpu":
         # after the kernels were made, and after forms were told apart: only so that ops take CPU tensors to them
         os.environ["TRITON_INTERPRET"] = "1"
+        # nor is a driver asked for, where PyTorch is built for one
+        _launch._current_device = _launch._nowhere
     ids = torch.zeros((2, 64), dtype=torch.int64, device=device)
     model.eval()
     with torch.no_grad():
