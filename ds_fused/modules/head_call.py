@@ -25,9 +25,9 @@ def unwritten(hidden: Tensor, seen: float) -> Tensor:
     """The hidden states of which the head was called, if they are the same still. ``seen``: their version then."""
     if version(hidden) > seen:
         raise RuntimeError(
-            "ds_fused: hidden states that the head was called with were written to in place before its logits or its "
-            'loss was computed, which would be those of other values; with "fused_linear_cross_entropy": false in the '
-            "ds_fused block they are computed at once"
+            "ds_fused: hidden states that the head was called with, or others in their memory, were written to in "
+            "place before its logits or its loss was computed, which would be those of other values; with "
+            '"fused_linear_cross_entropy": false in the ds_fused block they are computed at once'
         )
     return hidden
 

@@ -368,7 +368,7 @@ def leaving(logits: DeferredLogits) -> LogitsOnDemand:
     if call.on_demand is None:
         # the head made none: the loss is outside of the forward, or in a compiled graph
         with call.as_called(with_graph=True):
-            call.on_demand = logits.head.forward(call.hidden, later=True)
+            call.on_demand = logits.head.forward(unwritten(call.hidden, call.version), later=True)
     with call.as_called(logits.with_graph):
         return with_steps(call.on_demand, logits.steps, logits.shape, logits.dtype)
 

@@ -6,10 +6,11 @@ import copy
 import dataclasses
 import functools
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -79,26 +80,44 @@ class HeadWeight:
         return HeadWeight, ()
 
 
-def _call_of_hooks() -> FrameType | None:
-    """The call of a module whose hook this is in."""
-    if torch.compiler.is_compiling():
-        return None
+class _Forward(NamedTuple):
+    """One that is running."""
+
+    mode: str
+    trained: bool  # whether it began with gradients
+
+
+class _Place(NamedTuple):
+    """Where a forward runs. In a compiled graph both are 0."""
+
+    thread: int
+    call: int  # the id of its frame, its own for as long as it runs; the frame itself would keep those of all callers
+
+
+def _is_module_call(frame: FrameType | None) -> bool:
+    return frame is not None and frame.f_globals.get("__name__") == "torch.nn.modules.module"
+
+
+def _call_of_hooks() -> int:
+    """The outermost frame of the module's call whose hook this is: within it hooks of errors run as well."""
     frame = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__") != "torch.nn.modules.module":
+    while frame is not None and not _is_module_call(frame):
         frame = frame.f_back
-    return frame
+    while frame is not None and _is_module_call(frame.f_back):
+        frame = frame.f_back
+    return 0 if frame is None else id(frame)
 
 
-def _is_executing(call: FrameType | None) -> bool:
-    """Whether it has neither returned nor raised; where there is no telling, it has not."""
-    if call is None:
-        return True
-    try:
-        # what executes can't be cleared, in whichever thread
-        call.clear()
-    except RuntimeError:
-        return True
-    return False
+def _is_executing(call: int) -> bool:
+    """Whether it has neither returned nor raised, on this thread; where there is no telling, it has not."""
+    frame = sys._getframe(1)
+    while call and frame is not None and id(frame) != call:
+        frame = frame.f_back
+    return frame is not None
+
+
+# of all threads: what one of them looks at stays where it is meanwhile
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class Scope:
@@ -132,12 +151,11 @@ class Scope:
         self.left: DeferredLogits | None = None
         # whether the forward that runs, or ran last, has had its loss fused
         self.fused = False
-        # one for each forward that is running, innermost last: a forward may be called within another
+        # of each forward that is running, innermost last: one may be called within another, and beside it in a thread.
+        # Lists by themselves, since a graph guards all that it looks at
         self._modes: list[str] = []
-        # of each, whether it began with gradients
         self._trained: list[bool] = []
-        # and the call that runs it; None in a compiled graph
-        self._calls: list[FrameType | None] = []
+        self._places: list[_Place] = []
         # whether the head's last call in such a forward waited: a checkpoint repeats it when the forward is over
         self._waited = False
         # such a call ran without gradients, as a reentrant checkpoint runs what it will repeat
@@ -147,15 +165,15 @@ class Scope:
 
     def __deepcopy__(self, memo: dict) -> Scope:
         memo[id(self)] = twin = copy.copy(self)
-        twin._modes, twin._trained, twin._calls = list(self._modes), list(self._trained), list(self._calls)
+        twin._modes, twin._trained, twin._places = list(self._modes), list(self._trained), list(self._places)
         # with the head alone, as PEFT copies it, none of what else hangs on the model's hooks
         with_model = any(id(handle.hooks_dict_ref()) in memo for handle in self._handles)
         twin._handles = copy.deepcopy(self._handles, memo) if with_model else []
         return twin
 
-    def __getstate__(self) -> dict:
+    def __setstate__(self, state: dict) -> None:
         # of what is loaded nothing runs
-        return vars(self) | {"_modes": [], "_trained": [], "_calls": []}
+        vars(self).update(state, _modes=[], _trained=[], _places=[])
 
     def attach(self, owner: nn.Module) -> None:
         self._handles = [
@@ -173,13 +191,13 @@ class Scope:
 
     def armed(self) -> bool:
         """Whether a call of the head may wait."""
-        mode = self._mode()
-        defers = mode == "defer"
+        forward = self._innermost()
+        defers = forward is not None and forward.mode == "defer"
         if torch.compiler.is_compiling():
             return defers
-        if mode is None:
+        if forward is None:
             return self._waited and in_backward()
-        if self._trained[-1]:
+        if forward.trained:
             # the loss may be outside of that checkpoint, and to hidden states without gradients it would pass none
             self._without_gradients = defers and not torch.is_grad_enabled()
             self._waited = defers = defers and not self._without_gradients
@@ -187,7 +205,7 @@ class Scope:
 
     def is_running(self) -> bool:
         """Whether a forward is."""
-        return self._mode() is not None
+        return self._innermost() is not None
 
     def is_over(self) -> bool:
         """Whether none is, nor is one repeated by a checkpoint."""
@@ -195,41 +213,61 @@ class Scope:
 
     def is_plain(self) -> bool:
         """Whether a forward is running that was given no labels, and could have been."""
-        return self._mode() == "plain" and self.linear is not None
+        return self._runs("plain") and self.linear is not None
 
     def stock(self) -> bool:
         """Whether the forward that is running is to be left alone."""
-        return self._mode() == "stock"
+        return self._runs("stock")
 
-    def _mode(self) -> str | None:
-        """Of the innermost forward that is running."""
-        if not torch.compiler.is_compiling():
-            self._forget_interrupted()
-        return self._modes[-1] if self._modes else None
+    def _runs(self, mode: str) -> bool:
+        forward = self._innermost()
+        return forward is not None and forward.mode == mode
 
-    def _forget_interrupted(self) -> None:
-        """From the keyboard: such a forward does not come to its hooks."""
-        while self._calls and not _is_executing(self._calls[-1]):
-            self._modes.pop(), self._trained.pop(), self._calls.pop()
+    def _innermost(self, *, ends: bool = False) -> _Forward | None:
+        """Of those that run on this thread. It is forgotten where it ends."""
+        if torch.compiler.is_compiling():
+            found = _Forward(self._modes[-1], self._trained[-1]) if self._modes else None
+            if ends:
+                self._modes.pop(), self._trained.pop(), self._places.pop()
+            return found
+        here = 0, threading.get_ident()
+        with _ONE_AT_A_TIME:
+            for i in reversed(range(len(self._places))):
+                if self._places[i].thread not in here:
+                    continue
+                found = _Forward(self._modes[i], self._trained[i]) if _is_executing(self._places[i].call) else None
+                # what was interrupted from the keyboard did not come to its hooks
+                if ends or found is None:
+                    del self._modes[i], self._trained[i], self._places[i]
+                if found is not None:
+                    return found
+        return None
 
     def enter(self, owner: nn.Module, args: tuple, kwargs: dict) -> None:
         labels = kwargs.get("labels")
         if labels is None and self.labels_at is not None and len(args) > self.labels_at:
             labels = args[self.labels_at]
-        if not torch.compiler.is_compiling():
-            self._forget_interrupted()
         self.fused = False
+        mode = "plain" if labels is None and not self.loss_outside else "defer"
         if not owner.training and self.eval == "stock":
-            self._modes.append("stock")
-        else:
-            self._modes.append("plain" if labels is None and not self.loss_outside else "defer")
-        self._trained.append(torch.is_grad_enabled())
-        self._calls.append(_call_of_hooks())
+            mode = "stock"
+        if torch.compiler.is_compiling():
+            self._begin(_Forward(mode, torch.is_grad_enabled()), _Place(0, 0))
+            return
+        # what was interrupted is forgotten
+        self._innermost()
+        with _ONE_AT_A_TIME:
+            place = _Place(threading.get_ident(), _call_of_hooks())
+            self._begin(_Forward(mode, torch.is_grad_enabled()), place)
+
+    def _begin(self, forward: _Forward, place: _Place) -> None:
+        self._modes.append(forward.mode)
+        self._trained.append(forward.trained)
+        self._places.append(place)
 
     def leave(self, owner: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        self._trained.pop()
-        self._calls.pop()
-        if self._modes.pop() != "defer":
+        forward = self._innermost(ends=True)
+        if forward is None or forward.mode != "defer":
             return None
         # output None: the forward raised
         if not torch.compiler.is_compiling() and output is not None:

@@ -314,7 +314,10 @@ def _why_not_wait(models: Sequence[nn.Module]) -> str | None:
     losses = (layer for model in models for layer in _own_layers(model) if next(layer.parameters(), None) is None)
     for found in Code(*_functions(*models, *losses)):
         if isinstance(found, type) and issubclass(found, torch.autograd.Function):
-            return f"the forward around it leads to {qualified_name(found)}, to which no logits can wait"
+            return (
+                f"the forward around it leads to {qualified_name(found)}, an autograd.Function, which may be given the "
+                "logits and takes tensors only"
+            )
     return None
 
 

@@ -7,6 +7,7 @@ import pickle
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -462,6 +463,78 @@ def test_behind_an_interrupted_forward(inputs: Callable, times: int) -> None:
     assert_same_step(model, stock, tolerance=1e-5)
     assert isinstance(model(**batch()).logits, LogitsOnDemand) and not scope.is_running()
     assert type(model(**prompt()).logits) is torch.Tensor
+
+
+def test_an_interrupted_forward_keeps_nothing_of_its_caller() -> None:
+    model, _ = pair()
+
+    def train() -> weakref.ref:
+        local = torch.ones(3)
+        interrupt(model, batch())
+        return weakref.ref(local)
+
+    assert train()() is None
+
+
+def test_a_forward_that_fails_within_another_is_looked_at_before_it_ends() -> None:
+    """By a hook that is called in front of ours, when the inner forward has left its frame."""
+    model, stock = pair()
+    running: list[bool] = []
+    tries = iter([True])
+
+    def fail_once(*_: object) -> None:
+        if next(tries, False):
+            with pytest.raises(ZeroDivisionError):
+                model(**batch())
+        elif len(running) == 0:
+            raise ZeroDivisionError
+
+    model.register_forward_hook(
+        lambda *_: running.append(model.lm_head._ds_fused_scope.is_running()), always_call=True, prepend=True
+    )
+    hook = model.model.norm.register_forward_pre_hook(fail_once)
+    outputs = model(**batch())
+    hook.remove()
+    assert isinstance(outputs.logits, LogitsOnDemand) and running == [True, True]
+    assert_same_step(model, stock, tolerance=1e-5)
+
+
+def test_replicas_in_threads() -> None:
+    """As nn.DataParallel has them: one leaves its forward while another is in the middle of its own."""
+    model, stock = pair()
+    wanted = stock(**batch()).loss.item()
+    first, second = _replica(model), _replica(model)
+    entered, left = threading.Event(), threading.Event()
+
+    def wait_for_the_first(*_: object) -> None:
+        entered.set()
+        assert left.wait(60)
+
+    first.model.register_forward_pre_hook(lambda *_: entered.wait(60) and None)
+    second.model.register_forward_pre_hook(wait_for_the_first)
+    losses = {}
+
+    def run(name: str, replica: nn.Module) -> None:
+        losses[name] = replica(**batch()).loss.item()
+
+    threads = [threading.Thread(target=run, args=each) for each in (("second", second), ("first", first))]
+    for thread in threads:
+        thread.start()
+    threads[1].join(60)
+    left.set()
+    threads[0].join(60)
+    assert losses == pytest.approx({"first": wanted, "second": wanted}, rel=1e-5)
+
+
+def _replica(module: nn.Module) -> nn.Module:
+    """As torch.nn.parallel.replicate makes one, of a layer and all within."""
+    replica = module._replicate_for_data_parallel()
+    replica._forward_pre_hooks = copy.copy(replica._forward_pre_hooks)
+    for name, child in module._modules.items():
+        replica._modules[name] = _replica(child)
+    for name, parameter in module._parameters.items():
+        setattr(replica, name, None if parameter is None else 1 * parameter)
+    return replica
 
 
 def test_an_interrupted_forward_within_another() -> None:

@@ -552,7 +552,7 @@ def test_torchs_cross_entropy_by_any_road(cls: type[nn.Module]) -> None:
 )
 def test_a_loss_by_a_function_of_autograd(cls: type[nn.Module]) -> None:
     stock, fused = made(cls)
-    left_alone(fused, "losses_by_functions.Scored, to which no logits can wait")
+    left_alone(fused, "losses_by_functions.Scored, an autograd.Function, which may be given the logits")
     ids = batch()["input_ids"]
     compare(stock, fused, logits=Tensor, input_ids=ids, labels=ids)
 
