@@ -144,11 +144,11 @@ SEARCHES = (
     Search("softmax", "", "backward", ((131072, 4096),), {"PER_THREAD": (8, 16, 32)}, file="_along_rows"),
     Search(
         "softmax", "", "forward", ((8192, 128256),),
-        {"PART_FWD": (4096, 8192, 16384), "PART_PER_THREAD_FWD": (8, 16, 32)}, file="_along_rows",
+        {"PART_FWD": (4096, 8192, 16384), "PART_PER_THREAD_FWD": (16, 32, 64)}, file="_along_rows",
     ),
     Search(
         "softmax", "", "backward", ((8192, 128256),),
-        {"PART_BWD": (4096, 8192, 16384), "PART_PER_THREAD_BWD": (8, 16, 32)}, file="_along_rows",
+        {"PART_BWD": (4096, 8192, 16384), "PART_PER_THREAD_BWD": (16, 32, 64)}, file="_along_rows",
     ),
     Search("sparsemax", "", "forward", ((32768, 4096),), {"PER_THREAD_FWD": (8, 16, 32)}),
     Search("sparsemax", "", "forward", ((2048, 128256),), {"WALK_COLS": (4096, 8192, 16384)}),
@@ -223,7 +223,7 @@ SEARCHES = (
     ),
     Search(
         "group_norm", f"{N_GROUPS} groups", "backward", ((16, 512, 128, 128), (16, 320, 64, 64)),
-        {"PART_TILE_BWD": (4096, 8192), "PART_PER_THREAD_BWD": (8, 16, 32)},
+        {"PART_TILE_BWD": (4096, 8192), "PART_PER_THREAD_BWD": (16, 32, 64)},
     ),
     Search(
         "glu", "silu", "forward", ((8192, 14336),),

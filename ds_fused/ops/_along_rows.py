@@ -25,8 +25,8 @@ WHOLE_ROW_BWD = 16384
 # elements of a tile when a row is narrower (as many rows as fit), and of a thread. Not measured yet.
 TILE, PER_THREAD = 2048, 16
 # of a wider row, elements of a part and of a thread: what counts is how much of all rows a multiprocessor's registers
-# hold while parts wait for one another. On an H200, ms of softmax, 8192x128256: forward 1.29, of 32 elements a thread
-# 1.47, of 16384 2.55; backward 1.49, of 32 elements a thread 1.54
+# hold while parts wait for one another. On an H200, ms of softmax, 8192x128256: forward 1.25, with 32 elements a thread
+# 1.39, with parts of 4096 1.26, of 16384 1.32; backward 1.49, with 32 elements a thread 1.54
 PART_FWD, PART_PER_THREAD_FWD = 8192, 64
 PART_BWD, PART_PER_THREAD_BWD = 8192, 64
 # parts of a row whose numbers are read at a time, at most

@@ -48,7 +48,7 @@ def _moments(
     first, moments_ptr, squares_ptr, n_parts, group_channels, n_space,
     ROWS: tl.constexpr, SPACE: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
-    """Of the parts from `first` on: how many values each has, their mean, and the squares; of none that is not there"""
+    """Of the parts from `first` on: how many values each has, none behind the last part; their mean; the squares."""
     other = first + tl.arange(0, MERGE)
     there = other < n_parts
     blocks = tl.cdiv(n_space, SPACE)
