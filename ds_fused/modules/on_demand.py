@@ -90,6 +90,8 @@ class Source:
         self.device = device
         self.together = together
 
+    # whoever's graph reads them, they are computed in front of it
+    @torch.compiler.disable
     def values(self) -> Tensor:
         if self._values is None:
             with torch.no_grad():

@@ -815,3 +815,17 @@ def test_a_dropout_that_is_turned_on() -> None:
         torch.manual_seed(1)
         losses.append(each.train()(**batch()).loss.item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("detached", [True, False])
+def test_a_compiled_function_of_the_logits(detached: bool) -> None:
+    model, stock = pair()
+    metric = torch.compile(lambda logits: logits.float().softmax(-1).square().sum(), backend="eager")
+    found = []
+    for each in (model, stock):
+        outputs = each(**batch())
+        value = metric(outputs.logits.detach() if detached else outputs.logits)
+        each.zero_grad()
+        (outputs.loss + value).backward()
+        found.append((value.detach(), each.model.embed_tokens.weight.grad))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
