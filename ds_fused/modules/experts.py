@@ -24,7 +24,7 @@ class Experts(Product):
     """The original forward with a fused gate."""
 
     fused_gate: Gate
-    fused_act_name: str | None  # None: a function in its code
+    fused_act_name: str | None = None  # None: a function in its code
 
     @staticmethod
     def _ds_fused_members(cls: type[nn.Module], act_name: str | None) -> dict[str, object]:
@@ -45,7 +45,7 @@ class WholeExperts:
     """
 
     fused_gate: Gate
-    fused_act_name: str | None
+    fused_act_name: str | None = None
     fused_transposed: bool  # whether they are stored [E, H, 2I] and [E, I, H]
 
     gate_up_proj: Tensor
