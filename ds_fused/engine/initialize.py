@@ -16,6 +16,7 @@ Without a block, or with ``"enabled": false``, all else is the originals' and no
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import inspect
 import json
@@ -27,7 +28,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -66,7 +67,7 @@ def _wrapped_init(original):
     def __init__(self, *args, **kwargs):
         # some callers pass config_class by position
         config_class = signature.bind(self, *args, **kwargs).arguments.get("config_class")
-        block = (getattr(config_class, "_param_dict", None) or {}).get(BLOCK, _ABSENT)
+        block = _block_of(getattr(config_class, "_param_dict", None) or {})
         if block is _ABSENT or (isinstance(block, dict) and block.get("enabled") is False):
             return original(self, *args, **kwargs)
 
@@ -141,6 +142,19 @@ def _wrapped_autocast(original):
 
 
 _ABSENT = object()
+# of names that are taken for a slip: ds_fusd, ds-fused
+_ALIKE = 0.8
+
+
+def _block_of(config: Mapping[str, object]) -> object:
+    """What the JSON has under our name. DeepSpeed passes over what it doesn't know, so one that is misspelt is said."""
+    if BLOCK in config:
+        return config[BLOCK]
+    for name in config:
+        is_first = os.environ.get("RANK", "0") == "0"
+        if is_first and difflib.SequenceMatcher(None, str(name).lower(), BLOCK).ratio() >= _ALIKE:
+            log.warning('ds_fused: the configuration has "%s" and no "%s": no layer is replaced', name, BLOCK)
+    return _ABSENT
 
 
 def _give_back(model: torch.nn.Module) -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.runtime import constants
 
 from ds_fused.engine import initialize
 from tests.launching import launch
@@ -231,3 +232,15 @@ def test_without_triton_the_error_says_so(monkeypatch):
     config = SimpleNamespace(_param_dict={"ds_fused": {"enabled": True}})
     with pytest.raises(RuntimeError, match="ds_fused is enabled .* Triton can't be imported"):
         module.DeepSpeedEngine(None, None, config)
+
+
+@pytest.mark.parametrize("name", ["ds_fusd", "ds-fused", "DS_Fused", "dsfused", "_ds_fused"])
+def test_a_name_like_ours_is_said(name, caplog):
+    assert initialize._block_of({"train_batch_size": 1, name: {"enabled": True}}) is initialize._ABSENT
+    assert caplog.messages == [f'ds_fused: the configuration has "{name}" and no "ds_fused": no layer is replaced']
+    # nor is anything said beside the right one, or of DeepSpeed's
+    caplog.clear()
+    assert initialize._block_of({name: 1, "ds_fused": 2}) == 2
+    names = [value for value in vars(constants).values() if isinstance(value, str) and value.islower()]
+    assert len(names) > 50 and initialize._block_of(dict.fromkeys(names)) is initialize._ABSENT
+    assert not caplog.messages
