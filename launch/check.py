@@ -105,16 +105,19 @@ def check(run: Run, ranks: int) -> None:
         raise ValueError(f"fused: {error}") from None
 
 
+def _given(run: Run, key: str) -> object:
+    """None where it stays open, or is a key of another kind of cluster."""
+    group, name = key.split(".")
+    return getattr(getattr(run, group), name, None)
+
+
 def check_numbers(run: Run) -> None:
     for key, least in LEAST.items():
-        group, name = key.split(".")
-        # each kind of cluster has keys of its own, some of which may stay open
-        value = getattr(getattr(run, group), name, None)
+        value = _given(run, key)
         if value is not None and value < least:
             raise ValueError(f"{key} is {value}, but must be at least {least}")
     for key, most in MOST.items():
-        group, name = key.split(".")
-        value = getattr(getattr(run, group), name, None)
+        value = _given(run, key)
         # a port may also be "auto"
         if isinstance(value, int) and value > most:
             raise ValueError(f"{key} is {value}, but must be at most {most}")

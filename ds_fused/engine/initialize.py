@@ -150,9 +150,9 @@ def _block_of(config: Mapping[str, object]) -> object:
     """What the JSON has under our name. DeepSpeed passes over what it doesn't know, so one that is misspelt is said."""
     if BLOCK in config:
         return config[BLOCK]
-    for name in config:
-        is_first = os.environ.get("RANK", "0") == "0"
-        if is_first and difflib.SequenceMatcher(None, str(name).lower(), BLOCK).ratio() >= _ALIKE:
+    # from the first rank
+    for name in config if os.environ.get("RANK", "0") == "0" else ():
+        if difflib.SequenceMatcher(None, str(name).lower(), BLOCK).ratio() >= _ALIKE:
             log.warning('ds_fused: the configuration has "%s" and no "%s": no layer is replaced', name, BLOCK)
     return _ABSENT
 

@@ -28,7 +28,6 @@ Memory: it holds ``hidden``; once read, the logits as well. It refers to nothing
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,6 +37,7 @@ from torch import Tensor, nn
 
 from ds_fused.modules.handed_over import check_reader
 from ds_fused.modules.head_call import HeadCall, version
+from ds_fused.modules.postponed import operators, run_on_real
 from ds_fused.modules.steps import ROW_STEPS, Step, indexed, replay, row_index
 
 
@@ -373,35 +373,16 @@ _RECORDED: dict[Callable, Callable] = {
 }
 
 
-def _on_real(function: Callable) -> Callable:
-    def computed(self: DeferredLogits, *args: Any) -> Any:
-        return function(self.materialise(), *materialised(args))
-
-    return computed
-
-
-def _reflected(function: Callable) -> Callable:
-    def computed(self: DeferredLogits, other: Any) -> Any:
-        return function(other, self.materialise())
-
-    return computed
-
-
-# Python looks operators up on the type, past __getattr__
-for _name in ("sub", "pow", "matmul", "mod", "floordiv", "and", "or", "xor"):
-    _function = getattr(operator, f"__{_name}__")
-    setattr(DeferredLogits, f"__{_name}__", _on_real(_function))
-    setattr(DeferredLogits, f"__r{_name}__", _reflected(_function))
-for _name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "abs", "invert"):
-    setattr(DeferredLogits, f"__{_name}__", _on_real(getattr(operator, f"__{_name}__")))
-for _name, _builtin in (
-    ("float", float),
-    ("int", int),
-    ("bool", bool),
-    ("array", lambda x, *a: x.__array__(*a)),
-):
-    setattr(DeferredLogits, f"__{_name}__", _on_real(_builtin))
-# 1 / logits has no recorded form
-DeferredLogits.__rtruediv__ = _reflected(operator.truediv)
+_BOTH_WAYS = operators("sub", "pow", "matmul", "mod", "floordiv", "and", "or", "xor")
+_ONE_WAY = operators("lt", "le", "gt", "ge", "eq", "ne", "neg", "abs", "invert")
+_BUILTINS = {"float": float, "int": int, "bool": bool, "array": lambda x, *a: x.__array__(*a)}
+run_on_real(
+    DeferredLogits,
+    DeferredLogits.materialise,
+    _BOTH_WAYS | _ONE_WAY | _BUILTINS,
+    # 1 / logits has no recorded form
+    _BOTH_WAYS | operators("truediv"),
+    materialised,
+)
 # __eq__ compares values, as a tensor's does; identity stays the hash
 DeferredLogits.__hash__ = object.__hash__

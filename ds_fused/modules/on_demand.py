@@ -26,7 +26,6 @@ Memory: hidden states [..., H] instead of logits [..., V], and both after a read
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import sys
 from collections.abc import Callable
@@ -40,6 +39,7 @@ from torch.utils._pytree import tree_map_only
 
 from ds_fused.modules.deferred import DeferredLogits
 from ds_fused.modules.head_call import HeadCall, unwritten
+from ds_fused.modules.say import say_once
 from ds_fused.modules.steps import Step, replay
 from ds_fused.modules.swap import GATHERING, home_of
 from ds_fused.ops._once import once_differentiable
@@ -328,16 +328,8 @@ def _is_a_users(hook: Callable | None = None) -> bool:
     return hook is None or home_of(hook).partition(".")[0] not in GATHERING
 
 
-def _say(line: str, *names: str) -> None:
-    """From the first rank."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
-        return
-    log.warning(line, *names)
-
-
-@functools.cache
 def _say_apart() -> None:
-    _say(
+    say_once(
         "ds_fused: somebody waits for a gradient of outputs.logits, by retain_grad or a hook. That of the fused loss "
         'never comes to them, since it is computed beside them; with "fused_linear_cross_entropy": false it does'
     )
@@ -390,11 +382,9 @@ def _caller() -> str:
     return "C++" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
-@functools.cache
 def _say_who_reads(caller: str) -> None:
     """One line for each place that reads."""
-    _say(
-        "ds_fused: %s reads the logits of a forward whose loss was fused; they are computed now. "
-        'Where that is too late (sharded weights), set "logits": "keep" in the ds_fused block',
-        caller,
+    say_once(
+        f"ds_fused: {caller} reads the logits of a forward whose loss was fused; they are computed now. "
+        'Where that is too late (sharded weights), set "logits": "keep" in the ds_fused block'
     )

@@ -7,7 +7,7 @@ is that op, and any other use of the value is one of the tensor it stands for.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -72,24 +72,40 @@ def computed(value: Any) -> Any:
     return type(value)(map(computed, value)) if type(value) in (list, tuple) else value
 
 
-def _on_real(function: Callable) -> Callable:
-    def on_real(self: Postponed, *args: Any) -> Any:
-        return function(self.real(), *args)
+def operators(*names: str) -> dict[str, Callable]:
+    return {name: getattr(operator, f"__{name}__") for name in names}
+
+
+def run_on_real(
+    cls: type,
+    real: Callable[[Any], Tensor],
+    functions: Mapping[str, Callable],
+    reflected: Mapping[str, Callable],
+    arguments: Callable[[tuple], Iterable] = tuple,
+) -> None:
+    """Gives a class, whose objects stand for tensors, these operators: Python looks them up on the type, past
+    ``__getattr__``. ``arguments``: what becomes of an operator's other arguments.
+    """
+    for name, function in functions.items():
+        setattr(cls, f"__{name}__", _on_real(function, real, arguments))
+    for name, function in reflected.items():
+        setattr(cls, f"__r{name}__", _reflected(function, real))
+
+
+def _on_real(function: Callable, real: Callable[[Any], Tensor], arguments: Callable[[tuple], Iterable]) -> Callable:
+    def on_real(self: Any, *args: Any) -> Any:
+        return function(real(self), *arguments(args))
 
     return on_real
 
 
-def _reflected(function: Callable) -> Callable:
-    def reflected(self: Postponed, other: Any) -> Any:
-        return function(other, self.real())
+def _reflected(function: Callable, real: Callable[[Any], Tensor]) -> Callable:
+    def on_real(self: Any, other: Any) -> Any:
+        return function(other, real(self))
 
-    return reflected
+    return on_real
 
 
-# Python looks operators up on the type, past __getattr__
-for _name in ("sub", "truediv", "pow", "matmul"):
-    _function = getattr(operator, f"__{_name}__")
-    setattr(Postponed, f"__{_name}__", _on_real(_function))
-    setattr(Postponed, f"__r{_name}__", _reflected(_function))
-for _name in ("lt", "le", "gt", "ge", "getitem", "neg", "iadd", "isub", "imul", "itruediv"):
-    setattr(Postponed, f"__{_name}__", _on_real(getattr(operator, f"__{_name}__")))
+_BOTH_WAYS = operators("sub", "truediv", "pow", "matmul")
+_ONE_WAY = operators("lt", "le", "gt", "ge", "getitem", "neg", "iadd", "isub", "imul", "itruediv")
+run_on_real(Postponed, lambda postponed: postponed.real(), _BOTH_WAYS | _ONE_WAY, _BOTH_WAYS)

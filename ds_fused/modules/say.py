@@ -1,4 +1,4 @@
-"""What is said once: a line for each thing that runs otherwise than it was meant to."""
+"""What is said: a line for each thing that runs otherwise than it was meant to."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 log = logging.getLogger("ds_fused")
 
 
-@functools.cache
-def say_once(line: str) -> None:
+def say(line: str) -> None:
     """From the first rank."""
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         log.warning(line)
+
+
+say_once = functools.cache(say)

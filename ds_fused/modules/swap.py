@@ -124,6 +124,11 @@ def is_class_patched(module: nn.Module) -> bool:
     return is_fused(module) and cls._ds_fused_original.forward is not cls._ds_fused_stock
 
 
+def is_live(module: nn.Module) -> bool:
+    """Whether the swapped layer's own forward is the one that runs."""
+    return is_fused(module) and not is_class_patched(module) and "forward" not in vars(module)
+
+
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class the layer had before any swap."""
     return getattr(type(module), "_ds_fused_original", type(module))

@@ -97,11 +97,10 @@ def noted(target: GPUTarget) -> Iterator[list[Launch]]:
         launches.setdefault(sort, Launch(kernel, grid, args, constants))
 
     found: list[Launch] = []
-    stock = _launch.launch_elsewhere, _triton.KERNEL_DEVICES, _triton.LANES, _meet.DEVICES
-    where = _launch._current_device
-    _launch.launch_elsewhere = note
+    launches_by = _launch.launch_elsewhere, _launch._current_device
+    stock = _triton.KERNEL_DEVICES, _triton.LANES, _meet.DEVICES
     # where there is no driver, as on a login node, to ask for the current device is an error
-    _launch._current_device = _launch._nowhere
+    _launch.launch_elsewhere, _launch._current_device = note, _launch._nowhere
     _triton.KERNEL_DEVICES, _triton.LANES = ("meta",), target.warp_size
     _meet.DEVICES = ("meta",) if target.backend == "cuda" else ()
     _triton._multiprocessors[META] = MULTIPROCESSORS
@@ -109,8 +108,8 @@ def noted(target: GPUTarget) -> Iterator[list[Launch]]:
     try:
         yield found
     finally:
-        _launch.launch_elsewhere, _triton.KERNEL_DEVICES, _triton.LANES, _meet.DEVICES = stock
-        _launch._current_device = where
+        _launch.launch_elsewhere, _launch._current_device = launches_by
+        _triton.KERNEL_DEVICES, _triton.LANES, _meet.DEVICES = stock
         del _triton._multiprocessors[META], _triton._copies_tiles[META]
         found += launches.values()
 

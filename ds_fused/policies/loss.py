@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ds_fused.modules.code import Code
 from ds_fused.modules.head import CausalLMLoss, Head
 from ds_fused.modules.scope import HeadWeight, Scope
-from ds_fused.modules.swap import is_fused, qualified_name, swap, unswap, why_not
+from ds_fused.modules.swap import is_fused, is_live, qualified_name, swap, unswap, why_not
 from ds_fused.policies.loss_proof import code_of, head_differs, linear_differs, real_differs
 from ds_fused.policies.report import Claim, Left
 
@@ -112,7 +112,7 @@ class LinearClaim:
             unswap(self.site.head)
 
     def in_place(self) -> bool:
-        return isinstance(self.site.head, Head) and _is_live(self.site.head) and self.site.in_place()
+        return isinstance(self.site.head, Head) and is_live(self.site.head) and self.site.in_place()
 
     def watched(self) -> tuple[type, ...]:
         return (type(self.site.head),)
@@ -366,8 +366,3 @@ def _why_not_head(head: nn.Module) -> str | None:
         if differs is not None:
             return f"it is a {qualified_name(cls)}, no plain Linear: {differs}; the logits are computed"
     return None
-
-
-def _is_live(head: nn.Module) -> bool:
-    """Whether the swapped head's own forward is the one that runs."""
-    return "forward" not in vars(head)

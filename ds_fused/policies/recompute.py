@@ -16,6 +16,7 @@ from ds_fused.modules.allotment import Allotment, Auto, Fixed
 from ds_fused.modules.kept import Learnt
 from ds_fused.modules.offload import Offload
 from ds_fused.modules.recompute import FUNCTION, Recompute
+from ds_fused.modules.say import say
 from ds_fused.modules.swap import is_fused, qualified_name, swap, unswap, why_not
 from ds_fused.policies.report import Left
 
@@ -207,5 +208,4 @@ def _claims(layers: Sequence[tuple[str, nn.Module]], wanted: Recomputing) -> lis
 
 def _tell(line: str) -> None:
     # each rank decides for itself; the first one's is said
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        log.warning("ds_fused: recompute: %s", line)
+    say(f"ds_fused: recompute: {line}")

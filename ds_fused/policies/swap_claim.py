@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ds_fused.modules.swap import is_class_patched, is_fused, qualified_name, swap, unswap
+from ds_fused.modules.swap import is_fused, is_live, qualified_name, swap, unswap
 from ds_fused.modules.tiled_mlp import TILED, Tiles
 from ds_fused.policies.kinds import Kind, Way, qk_norms, unproven
 from ds_fused.policies.memory import remembered
@@ -90,15 +90,11 @@ class SwapClaim:
 
     def in_place(self) -> bool:
         there = {id(module) for module in self._model.modules()}
-        return all(id(module) in there and _is_live(module) for module in self._modules)
+        return all(id(module) in there and is_live(module) for module in self._modules)
 
     def watched(self) -> tuple[type, ...]:
         # not built once more: somebody may have patched the original since
         return tuple({type(module) for module in self._modules if is_fused(module)})
-
-
-def _is_live(module: nn.Module) -> bool:
-    return is_fused(module) and not is_class_patched(module) and "forward" not in vars(module)
 
 
 class AttentionClaim(SwapClaim):

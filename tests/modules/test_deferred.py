@@ -22,7 +22,8 @@ from ds_fused.modules.deferred import DeferredLogits
 from ds_fused.modules.head import CausalLMLoss, Head
 from ds_fused.modules.head_call import HeadCall
 from ds_fused.modules.on_demand import LogitsOnDemand
-from ds_fused.modules.scope import HeadWeight, Scope, say_once
+from ds_fused.modules.say import say_once
+from ds_fused.modules.scope import HeadWeight, Scope
 from ds_fused.modules.swap import swap, unswap
 
 VOCAB, WIDTH = 23, 8
@@ -125,7 +126,10 @@ NOT_RECORDED = {
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", RECORDED)
 def test_recorded_steps_are_fused(name: str, bias: bool) -> None:
-    stock, fused = pair(RECORDED[name], bias)
+    assert_fused(*pair(RECORDED[name], bias))
+
+
+def assert_fused(stock: Model, fused: Model) -> None:
     x, labels = batch()
     wanted, got = stock(x, labels), fused(x, labels)
     assert isinstance(got["logits"], LogitsOnDemand), "no loss was fused"
@@ -308,13 +312,7 @@ MEASURED = {
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_a_loss_beside_what_was_measured_without_gradients_is_fused(name: str) -> None:
-    stock, fused = _own(MEASURED[name])
-    x, labels = batch()
-    wanted, got = stock(x, labels), fused(x, labels)
-    assert type(got["logits"]) is LogitsOnDemand
-    torch.testing.assert_close(got["loss"], wanted["loss"], rtol=1e-6, atol=1e-6)
-    same_gradients(stock, fused, lambda out: out["loss"])
-    same_gradients(stock, fused, lambda out: out["loss"] + out["logits"].square().mean())
+    assert_fused(*_own(MEASURED[name]))
 
 
 def _pulled_to(target: Callable, without_gradients: Callable = torch.no_grad) -> Callable:

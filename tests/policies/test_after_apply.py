@@ -17,17 +17,16 @@ import transformers
 from torch import nn
 
 import ds_fused
-from ds_fused.modules import on_demand
-from ds_fused.modules import scope as scope_module
 from ds_fused.modules.on_demand import LogitsOnDemand
 from ds_fused.modules.product import ACT_NAMES
+from ds_fused.modules.say import say_once
 from ds_fused.modules.swap import is_fused
 from tests.policies.tiny import LLAMA, NAMED, VOCAB, assert_same_step, batch, classes, counts, step, twins
 
 
 @pytest.fixture(autouse=True)
 def say_again() -> None:
-    scope_module.say_once.cache_clear()
+    say_once.cache_clear()
 
 
 def pair(**config: object) -> tuple[nn.Module, nn.Module]:
@@ -753,7 +752,6 @@ def test_a_forward_in_front_of_the_heads_own() -> None:
 
 
 def test_who_waits_for_a_gradient_of_logits_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    on_demand._say_apart.cache_clear()
     model, _ = pair()
     outputs = model(**batch())
     # as DeepSpeed's on all outputs
