@@ -214,22 +214,19 @@ def _group_norm_part_bwd_kernel(
         meet(arrivals_ptr, group, n_parts)
     if WRITES:
         entries = blocks * group_channels
-        own_weight_ptr = weight_ptr
         if HAS_WEIGHT:
-            own_weight_ptr += first_channel
-        along, aside = _channels(
-            0, sums_ptr, dys_ptr, own_weight_ptr, n_rows, entries, group_channels, HAS_WEIGHT, MERGE
-        )
+            weight_ptr += first_channel
+        along, aside = _channels(0, sums_ptr, dys_ptr, weight_ptr, n_rows, entries, group_channels, HAS_WEIGHT, MERGE)
         if MANY:
             for first in range(MERGE, entries, MERGE):
                 more_along, more_aside = _channels(
-                    first, sums_ptr, dys_ptr, own_weight_ptr, n_rows, entries, group_channels, HAS_WEIGHT, MERGE
+                    first, sums_ptr, dys_ptr, weight_ptr, n_rows, entries, group_channels, HAS_WEIGHT, MERGE
                 )
                 along += more_along
                 aside += more_aside
         dx = wide_again(dy)
         if HAS_WEIGHT:
-            dx *= tl.load(weight_ptr + first_channel + channel, mask=exists, other=0.0).to(tl.float32)[:, None]
+            dx *= tl.load(weight_ptr + channel, mask=exists, other=0.0).to(tl.float32)[:, None]
         x_hat = (wide_again(x) - mean) * rstd
         dx = rstd * (dx - tl.sum(aside) / group_size - x_hat * (tl.sum(along) / group_size))
         tl.store(dx_ptr + group * group_size + start + offset, dx, mask=mask)
