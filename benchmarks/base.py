@@ -9,6 +9,7 @@ import sys
 import tarfile
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,13 +42,16 @@ def _begin(folder: str, device: str, rep_ms: float, ceilings: dict[str, float]) 
     _on, _ceilings = Instruments(device, rep_ms), ceilings
 
 
-def _measure(place: int, shape: tuple[int, ...], row: Row) -> Row:
+def _measure(place: int, shape: tuple[int, ...], row: Row) -> tuple[Row, bool]:
+    """The row, and whether another can be measured here."""
     from benchmarks.run import Bench
 
     Bench(place, shape, _ceilings, _on).fill(row, _ours(row))
+    if not _on.alive():
+        return row, False
     # the device is run.py's again
     _on.release()
-    return row
+    return row, True
 
 
 def _host_us(place: int, shape: tuple[int, ...], row: Row) -> tuple[float, float]:
@@ -81,11 +85,16 @@ class Base:
             _export(source, folder)
         spawn = multiprocessing.get_context("spawn")
         arguments = str(folder), device, rep_ms, ceilings
-        self._process = ProcessPoolExecutor(1, spawn, initializer=_begin, initargs=arguments)
+        self._begun = partial(ProcessPoolExecutor, 1, spawn, initializer=_begin, initargs=arguments)
+        self._process = self._begun()
 
     def measured(self, place: int, shape: tuple[int, ...], row: Row) -> Row:
-        """The row, filled, of the case at `place` in CASES."""
-        return self._process.submit(_measure, place, shape, row).result()
+        """The row, filled, of the case at `place` in CASES. Behind a row that costs it its device it begins anew."""
+        row, is_alive = self._process.submit(_measure, place, shape, row).result()
+        if not is_alive:
+            self._process.shutdown()
+            self._process = self._begun()
+        return row
 
     def host_us(self, place: int, shape: tuple[int, ...], row: Row) -> tuple[float, float]:
         """A batch of the row's calls on the host; inputs are kept for the next until ``release``."""

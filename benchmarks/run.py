@@ -410,6 +410,8 @@ def main(argv: list[str] | None = None) -> int:
     def written() -> None:
         write()
         if not on.alive():
+            if base:
+                base.close()
             restart(args, list(sys.argv[1:] if argv is None else argv), args.seconds - (time.monotonic() - start))
 
     for place, shape, case, planned in work:

@@ -116,9 +116,10 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     args.target = args.target or target_here()
     if args.target is None:
         parser.error("there is no GPU here: name one, such as --target sm90")
-    for rank in args.lora_rank:
-        if rank < 1:
-            parser.error(f"--lora-rank is {rank}; it must be at least 1")
+    numbers = [("--ranks", args.ranks), ("--processes", args.processes), *(("--lora-rank", r) for r in args.lora_rank)]
+    for name, number in numbers:
+        if number < 1:
+            parser.error(f"{name} is {number}; it must be at least 1")
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: nothing is compiled under it")
     return args

@@ -36,7 +36,8 @@ LEAST = {
     "cluster.wait_s": 1,
 }
 # and the most
-MOST = {"cluster.port": 65535, "cluster.ssh_port": 65535}
+# (a roll call of nodes takes the port behind the ranks')
+MOST = {"cluster.port": 65534, "cluster.ssh_port": 65535}
 
 
 def typed(composed: DictConfig) -> Run:

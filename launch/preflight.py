@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -46,8 +47,16 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
 
 def read_slots(hostfile: str) -> dict[str, int]:
     with open(hostfile, encoding="utf-8") as file:
-        lines = [line.split() for line in file if line.strip() and not line.startswith("#")]
-    return {name: int(slots.removeprefix("slots=")) for name, slots, *_ in lines}
+        lines = [line.strip() for line in file]
+    found = {}
+    for number, line in enumerate(lines, 1):
+        if not line or line.startswith("#"):
+            continue
+        match = re.match(r"(\S+)\s+slots=(\d+)(\s|$)", line)
+        if match is None:
+            raise ValueError(f"{hostfile}, line {number}: {line!r} must be `host slots=8`")
+        found[match[1]] = int(match[2])
+    return found
 
 
 def unreachable(hosts: Sequence[str], ssh_port: int | None) -> dict[str, str]:
@@ -184,7 +193,8 @@ def all_reduce_gb_per_s(store: dist.Store, rank: int, world: int, local_rank: in
     for repeat in range(REPEATS + 1):
         dist.all_reduce(x)
         # read back, so that the sum is known to be right, and on a GPU to be there
-        assert x[-1].item() == world, f"an all-reduce of ones gave {x[-1].item()}"
+        if x[-1].item() != world:
+            raise ArithmeticError(f"an all-reduce of ones over {world} ranks gave {x[-1].item()}")
         x.fill_(1.0)
         if repeat == 0:
             # the first one makes the connections
@@ -196,7 +206,11 @@ def all_reduce_gb_per_s(store: dist.Store, rank: int, world: int, local_rank: in
 
 def main() -> int:
     options = parse_options()
-    slots = read_slots(options.hostfile) if options.hostfile else {}
+    try:
+        slots = read_slots(options.hostfile) if options.hostfile else {}
+    except ValueError as error:
+        complain([str(error)])
+        return 1
     if options.reach:
         silent = unreachable([*slots], options.ssh_port)
         complain([f"{host} can't be reached: {reason}" for host, reason in silent.items()])
@@ -224,7 +238,11 @@ def main() -> int:
         time.sleep(1 if rank == 0 else 0)
         return 1
     deadline.waits_for = "an all-reduce of all ranks (a firewall, or NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME?)"
-    bandwidth = all_reduce_gb_per_s(store, rank, world, local_rank, deadline)
+    try:
+        bandwidth = all_reduce_gb_per_s(store, rank, world, local_rank, deadline)
+    except ArithmeticError as error:
+        complain([f"rank {rank}: {error}"])
+        return 1
     if rank == 0:
         print(f"preflight: all-reduce over {world} ranks, {bandwidth:.2f} GB/s a rank", flush=True)
     return 0

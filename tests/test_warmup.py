@@ -230,6 +230,8 @@ def test_ops_that_are_off_are_not_compiled(warm, folder, tmp_path):
         (["{folder}", "--target", "sm90"], {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET is set"),
         (["{folder}"], {}, "there is no GPU here: name one"),
         (["{folder}", "--target", "sm90", "--lora-rank", "0"], {}, "--lora-rank is 0; it must be at least 1"),
+        (["{folder}", "--target", "sm90", "--ranks", "0"], {}, "--ranks is 0; it must be at least 1"),
+        (["{folder}", "--target", "sm90", "--processes", "-1"], {}, "--processes is -1; it must be at least 1"),
     ],
 )
 def test_what_is_wrong_is_one_line(arguments, environment, message, folder, monkeypatch, capsys):

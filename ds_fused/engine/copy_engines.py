@@ -27,13 +27,17 @@ from torch import distributed as dist
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
 
-# of a running kernel, so the same in all containers of a host
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # with which NCCL registers no windows, and says nothing
 WITHOUT_WINDOWS = {"NCCL_P2P_DISABLE": "1", "NCCL_CUMEM_ENABLE": "0", "NCCL_WIN_ENABLE": "0"}
 # Communicators whose owners are gone. Ranks collect their garbage at times of their own, and a communicator ends on all
 # of them together: where the next one is made, if no rank uses it any longer
 _left: list[ProcessGroup] = []
+
+
+def boot_id() -> str | None:
+    """Of the running kernel, so the same in all containers of a host; None where there is no such file."""
+    return BOOT_ID.read_text().strip() if BOOT_ID.exists() else None
 
 
 class CopyEngines:
@@ -96,7 +100,7 @@ def why_not(group: ProcessGroup) -> str | None:
     mine = get_accelerator().current_device()
     told: list = [None] * ranks
     # first of all: a rank that has a reason of its own leaves no other one waiting
-    dist.all_gather_object(told, (BOOT_ID.read_text() if BOOT_ID.exists() else None, mine), group=group)
+    dist.all_gather_object(told, (boot_id(), mine), group=group)
     hosts, gpus = zip(*told, strict=True)
     if get_accelerator().device_name() != "cuda" or torch.version.hip is not None:
         return "they are NCCL's, for NVIDIA's GPUs"

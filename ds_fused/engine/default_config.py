@@ -6,6 +6,7 @@ A script may give one all the same: the same file, or what Accelerate and the Tr
 
 from __future__ import annotations
 
+import base64
 import functools
 import inspect
 import json
@@ -88,11 +89,12 @@ def two_configs(file: str, own: object) -> str | None:
     if isinstance(own, Mapping):
         name, content = "the dict given to deepspeed.initialize", own
     else:
-        if not os.path.isfile(own):
-            return f"--config {file} and {own} (no such file), given to deepspeed.initialize"
-        if os.path.samefile(file, own):
+        content = _read(own) if os.path.isfile(own) else _decoded(own)
+        if content is None:
+            return f"--config {file} and {own} (no such file, and not base64), given to deepspeed.initialize"
+        if os.path.exists(own) and os.path.samefile(file, own):
             return None
-        name, content = f"{own}, given to deepspeed.initialize", _read(own)
+        name = f"{own}, given to deepspeed.initialize"
     for where, here, there in _contradictions(_read(file), content):
         return f"--config {file} has {where} = {here}, {name} has {there}"
     return None
@@ -104,6 +106,17 @@ def _read(file: str) -> Mapping[str, object]:
 
     with open(file) as f:
         return hjson.load(f)
+
+
+def _decoded(text: str) -> Mapping[str, object] | None:
+    """A config in base64, the third form that DeepSpeed takes; None for any other text."""
+    from deepspeed.runtime.config import hjson
+
+    try:
+        content = hjson.loads(base64.urlsafe_b64decode(text).decode())
+    except ValueError:
+        return None
+    return content if isinstance(content, Mapping) else None
 
 
 def _contradictions(file: Mapping, own: Mapping, path: str = "") -> Iterator[tuple[str, str, str]]:

@@ -5,23 +5,23 @@ No GPU waits, and no further process group has to be made, whose network might b
 
 from __future__ import annotations
 
-import itertools
+from collections import Counter
 
 from torch import distributed as dist
 
-# engines are made in the same order on the ranks of a group
-_made = itertools.count()
+# how many there were of the same ranks, which make them in the same order
+_made: Counter[tuple[int, ...]] = Counter()
 
 
 class Hosts:
     """The ranks of a group; each calls the same methods in the same order."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._ranks = dist.get_process_group_ranks(group)
+        self._ranks = tuple(dist.get_process_group_ranks(group))
         self._me = dist.get_rank()
-        self._store = dist.PrefixStore(
-            f"ds_fused/hosts/{next(_made)}/{self._ranks}", dist.distributed_c10d._get_default_store()
-        )
+        prefix = f"ds_fused/hosts/{_made[self._ranks]}/{self._ranks}"
+        _made[self._ranks] += 1
+        self._store = dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
         self._round = 0
 
     def most(self, n: int) -> int:

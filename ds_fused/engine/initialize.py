@@ -75,14 +75,17 @@ def _wrapped_init(original):
         self.__dict__["_ds_fused_block"] = block
         try:
             original(self, *args, **kwargs)
+            _finish(self)
         except BaseException:
-            report = self.__dict__.get("ds_fused_report")
-            if report is not None:
-                # the model outlives the engine that was not to be; the error that matters is the one on its way
-                with contextlib.suppress(Exception):
-                    report.restore()
+            # the model outlives the engine that was not to be; the error that matters is the one on its way
+            report, slab_mode = (self.__dict__.get(name) for name in ("ds_fused_report", "_ds_fused_slab_mode"))
+            with contextlib.suppress(Exception):
+                if report is not None:
+                    _undo(report)
+            with contextlib.suppress(Exception):
+                if slab_mode is not None:
+                    slab_mode.close(together=False)
             raise
-        _finish(self)
         return None
 
     __init__._ds_fused_hook = True
@@ -166,8 +169,8 @@ def _give_back(model: torch.nn.Module) -> None:
 
 
 def _undo(report: Report) -> None:
-    _reports.discard(report)
     report.restore()
+    _reports.discard(report)
 
 
 def _replace(engine: DeepSpeedEngine, model: torch.nn.Module, block: object) -> None:
@@ -326,8 +329,9 @@ def _loadable(config: Config) -> tuple[dict[str, object], dict[str, str]]:
     from ds_fused.ops.registry import OPS
 
     wanted, left = dict(config.wanted), {}
+    table = builders()
     for op in OPS:
-        builder = builders()[op.name]()
+        builder = table[op.name]()
         keys = [key for key in op.keys if key in wanted]
         if keys and builder.is_compatible():
             builder.load()

@@ -27,7 +27,7 @@ from ds_fused.engine.unproven_claim import UnprovenClaim
 from ds_fused.engine.zero_slabs import ZeroSlabs
 from ds_fused.engine.zero_vector import ZeroVector
 from ds_fused.modules.embedding import slab_embedding_of
-from ds_fused.modules.swap import is_fused, swap, unswap, why_not
+from ds_fused.modules.swap import is_fused, swap, unswap_all, why_not
 from ds_fused.policies.loss import LinearClaim
 from ds_fused.policies.report import Left
 
@@ -56,8 +56,7 @@ class EmbeddingClaim(UnprovenClaim):
             swap(module, slab_embedding_of(type(module)), _ds_fused_lookup=self.lookup)
 
     def restore(self) -> None:
-        for module in self.modules:
-            unswap(module)
+        unswap_all(self.modules)
 
     def in_place(self) -> bool:
         return all(is_fused(module) and "forward" not in vars(module) for module in self.modules)

@@ -23,6 +23,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from ds_fused.engine.copy_engines import boot_id
 from ds_fused.ops._warmup import target_here
 from ds_fused.policies.kinds import ADAPTER
 
@@ -47,7 +48,8 @@ def warm_up(engine: DeepSpeedEngine, model: nn.Module, block: Mapping[str, objec
             what = "there is no GPU" if target is None else f"{type(model).__name__} has no config of HuggingFace's"
             log.warning("ds_fused: no kernels are warmed up: %s", what)
         return
-    here = f"{socket.gethostname()}/{next(_made)}"
+    # containers of one host may have one cache or several; machines that were never given a name have the same one
+    here = f"{socket.gethostname()}/{boot_id()}/{next(_made)}"
     try:
         store = dist.PrefixStore("ds_fused/warmup", dist.distributed_c10d._get_default_store())
         if store.add(f"{here}/ranks", 1) > 1:
@@ -100,7 +102,8 @@ def _compile(
         options = ["--config", str(ds_file), "--target", target, "--ranks", str(ranks)]
         options += [f"--lora-rank={rank}" for rank in lora_ranks]
         command = [sys.executable, "-m", "ds_fused.warmup", str(model_file), *options]
-        done = subprocess.run(command, capture_output=True, text=True)
+        # others wait no longer
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE.total_seconds())
     if done.returncode:
         raise RuntimeError(done.stderr.strip().rpartition("\n")[2] or f"it ended with {done.returncode}")
     return done.stdout

@@ -28,10 +28,10 @@ from ds_fused.modules.deferred import DeferredLogits, materialised
 from ds_fused.modules.handed_over import check_reader
 from ds_fused.modules.head_call import HeadCall, unwritten
 from ds_fused.modules.on_demand import on_demand, sealed
-from ds_fused.modules.say import say_once
 from ds_fused.modules.scope import Scope, has_hooks, in_backward, is_head_observed
 from ds_fused.modules.steps import Step, replay
 from ds_fused.ops import cross_entropy, linear_cross_entropy
+from ds_fused.ops._say import say_once
 from ds_fused.ops._triton import is_transformed
 from ds_fused.ops.slabs import WeightSlabs
 from ds_fused.ops.vocab_shard import VocabShard

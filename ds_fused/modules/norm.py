@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ds_fused.modules.say import say_once
 from ds_fused.modules.swap import is_class_patched
 from ds_fused.ops import add_rms_norm, gated_rms_norm, group_norm, layer_norm, rms_norm
+from ds_fused.ops._say import say_once
 from ds_fused.ops._triton import rms_norm_dtype
 
 EPS_NAMES = ("variance_epsilon", "eps", "norm_eps", "epsilon", "layer_norm_eps")

@@ -39,10 +39,10 @@ from torch.utils._pytree import tree_map_only
 
 from ds_fused.modules.deferred import DeferredLogits
 from ds_fused.modules.head_call import HeadCall, unwritten
-from ds_fused.modules.say import say_once
 from ds_fused.modules.steps import Step, replay
 from ds_fused.modules.swap import GATHERING, home_of
 from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._say import say_once
 
 log = logging.getLogger("ds_fused")
 

@@ -19,8 +19,8 @@ from ds_fused.modules.deferred import DeferredLogits
 from ds_fused.modules.linear import is_linear_patched
 from ds_fused.modules.on_demand import WholeWeight, leaving
 from ds_fused.modules.out_of_graph import out_of_graph
-from ds_fused.modules.say import say_once
 from ds_fused.modules.swap import home_of, is_class_patched, is_observed
+from ds_fused.ops._say import say_once
 from ds_fused.ops._triton import is_transformed
 from ds_fused.ops.slabs import WeightSlabs
 from ds_fused.ops.vocab_shard import VocabShard

@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from ds_fused.modules.code import Code
-from ds_fused.modules.say import say_once
+from ds_fused.ops._say import say_once
 
 # one class per (mix-in, original, how), for each forward that the original was ever given: all layers share it, and
 # `type(a) is type(b)` holds between them as before. Where it is made from that forward, for what this led to
@@ -98,6 +98,19 @@ def unswap(module: nn.Module) -> None:
     for name in module.__dict__.pop("_ds_fused_state", ()):
         module.__dict__.pop(name, None)
     module.__class__ = cls._ds_fused_original
+
+
+def unswap_all(modules: Iterable[nn.Module]) -> None:
+    """Undo ``swap`` where it was done; what can't be undone is raised when all else is."""
+    errors = []
+    for module in modules:
+        try:
+            if is_fused(module):
+                unswap(module)
+        except ValueError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 @contextlib.contextmanager

@@ -46,10 +46,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ds_fused.modules.kept import Empty, postponable
 from ds_fused.modules.mlp import GatedMLP, PackedMLP, is_patched
-from ds_fused.modules.say import say_once
 from ds_fused.modules.sliced_mlp import Projections, sliced_gradients
 from ds_fused.modules.summed import SummedLinears
 from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._say import say_once
 
 Layer = Callable[[Tensor], Tensor]
 

@@ -209,9 +209,13 @@ def cross_entropy_bwd_torch(
     token_weights: Tensor | None = None,
     entropy: Tensor | None = None,
     dentropy: Tensor | None = None,
+    count: Tensor | None = None,
 ) -> None:
     """cross_entropy_bwd without kernels."""
     smoothing = options.label_smoothing
+    if count is not None:
+        dloss = dloss / count
+    dloss = dloss.expand(logits.shape[0])
     for rows in row_blocks(logits):
         z, slope = capped_torch(logits[rows].to(lse.dtype), options)
         col, here = columns(labels[rows], first_id, z.shape[1])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +10,8 @@ from typing import TypeVar
 import torch
 import triton
 from torch import Tensor
+
+from ds_fused.ops._say import say_once
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KERNEL_DEVICES = ("cuda", "xpu")  # an AMD device calls itself cuda in PyTorch
@@ -27,8 +27,6 @@ PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 COPIES_TILES = (9, 10)
 
 T = TypeVar("T")
-
-log = logging.getLogger("ds_fused")
 
 _multiprocessors: dict[torch.device, int] = {}
 _copies_tiles: dict[torch.device, bool] = {}
@@ -68,7 +66,10 @@ def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
     if PLAIN.issuperset(map(type, tensors)):
         return True
     if any(is_spread(tensor) for tensor in tensors):
-        _say_spread()
+        say_once(
+            "ds_fused: an op was given a DTensor, of which a kernel would see this rank's part alone, so such calls "
+            "are computed by PyTorch"
+        )
         return False
     return not any(_is_fake(tensor) for tensor in tensors)
 
@@ -77,14 +78,6 @@ def _is_fake(tensor: object) -> bool:
     """Whether it has no memory and says that it lies on a GPU, as under FakeTensorMode."""
     module = sys.modules.get("torch._subclasses.fake_tensor")
     return module is not None and isinstance(tensor, module.FakeTensor)
-
-
-@functools.cache
-def _say_spread() -> None:
-    log.warning(
-        "ds_fused: an op was given a DTensor, of which a kernel would see this rank's part alone, so such calls are "
-        "computed by PyTorch"
-    )
 
 
 def is_transformed() -> bool:

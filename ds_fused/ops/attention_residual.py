@@ -18,8 +18,6 @@ Sizes: N blocks, T tokens (every leading dimension, flattened), D columns.
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -42,6 +40,7 @@ from ds_fused.ops._attention_residual_kernels import (
 from ds_fused.ops._launch import launch
 from ds_fused.ops._norms import contiguous
 from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._say import say_once
 from ds_fused.ops._sums import SUM_COLS, SUM_ROWS
 from ds_fused.ops._triton import (
     cdiv,
@@ -57,8 +56,6 @@ from ds_fused.ops._triton import (
     stages_for,
     warps_for,
 )
-
-log = logging.getLogger("ds_fused")
 
 # blocks that need not lie in one stack: as many pointers as the kernels take
 LISTED = 16
@@ -99,11 +96,6 @@ def attention_residual_reference(
         keys = keys * weight.to(wide.dtype)
     shares = (keys * query.to(wide.dtype)).sum(-1, keepdim=True).softmax(0)
     return (shares * wide).sum(0).to(stack.dtype)
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    log.warning(line)
 
 
 class Blocks(NamedTuple):
@@ -326,7 +318,7 @@ def attention_residual(
     has_kernels = runs_kernels(*tensors, query, weight)
     # a graph can't hold a line of a log
     if has_kernels and d > WIDEST and not torch.compiler.is_compiling():
-        _say_once(f"ds_fused: attention_residual: rows of {d} columns are wider than {WIDEST}: PyTorch computes them")
+        say_once(f"ds_fused: attention_residual: rows of {d} columns are wider than {WIDEST}: PyTorch computes them")
     if d > WIDEST or not has_kernels:
         return attention_residual_reference(blocks, query, weight, eps=eps)
     check_dtypes("attention_residual", blocks=tensors[0], query=query, weight=weight)

@@ -165,7 +165,9 @@ def _check(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tenso
     if x.ndim == 0 or x.shape[-1] != down.shape[1]:
         raise ValueError(f"{op}: x {tuple(x.shape)} must be [..., {down.shape[1]}], as wide as the experts")
     if ids.ndim == 0 or ids.shape[:-1] != x.shape[:-1] or ids.shape[-1] == 0:
-        raise ValueError(f"{op}: ids {tuple(ids.shape)} must be the choices of each token of x, {tuple(x.shape[:-1])}")
+        raise ValueError(
+            f"{op}: ids {tuple(ids.shape)} must be the choices of each token of x, {[*x.shape[:-1]]} + [k], k >= 1"
+        )
     if weights.shape != ids.shape:
         raise ValueError(f"{op}: weights {tuple(weights.shape)} must be one for each of ids {tuple(ids.shape)}")
     for name, tensor in (("gate_up", gate_up), ("down", down), ("ids", ids), ("weights", weights)):
@@ -236,8 +238,8 @@ def experts_by(
         return experts_reference(x, gate_up, down, ids, weights, act, interleaved=interleaved, **numbers)
     check_dtypes("experts", x=x, gate_up=gate_up, down=down, weights=weights)
     if flat.shape[0] == 0:
-        # nothing to compute, but gradients of zeros
-        return x + 0 * (gate_up.sum() + down.sum() + weights.sum()).to(x.dtype)
+        # nothing to compute, but gradients of zeros: of sums over nothing, for experts are gigabytes to read
+        return x + (gate_up[:0].sum() + down[:0].sum() + weights.sum()).to(x.dtype)
     dtype = autocast_dtype(x) or x.dtype
     rows, gate_up, down, weights = rows_of(x), gate_up.to(dtype), down.to(dtype), weights.reshape(-1).contiguous()
     (n_tokens, _), n = rows.shape, flat.shape[0]

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ds_fused.modules.code import Code
 from ds_fused.modules.head import CausalLMLoss, Head
 from ds_fused.modules.scope import HeadWeight, Scope
-from ds_fused.modules.swap import is_fused, is_live, qualified_name, swap, unswap, why_not
+from ds_fused.modules.swap import is_fused, is_live, qualified_name, swap, unswap_all, why_not
 from ds_fused.policies.loss_proof import code_of, head_differs, linear_differs, real_differs
 from ds_fused.policies.report import Claim, Left
 
@@ -103,13 +103,17 @@ class LinearClaim:
     def commit(self) -> None:
         swap(self.site.head, Head, _ds_fused_scope=self.site.scope)
         self.site.scope.linear = dict(self.options)
-        self.site.enter()
+        try:
+            self.site.enter()
+        except BaseException:
+            self.restore()
+            raise
 
     def restore(self) -> None:
+        # first, for a head that can't be given back goes on as it is
+        unswap_all([self.site.head])
         self.site.leave()
         self.site.scope.linear = None
-        if is_fused(self.site.head):
-            unswap(self.site.head)
 
     def in_place(self) -> bool:
         return isinstance(self.site.head, Head) and is_live(self.site.head) and self.site.in_place()

@@ -16,8 +16,8 @@ from ds_fused.modules.allotment import Allotment, Auto, Fixed
 from ds_fused.modules.kept import Learnt
 from ds_fused.modules.offload import Offload
 from ds_fused.modules.recompute import FUNCTION, Recompute
-from ds_fused.modules.say import say
-from ds_fused.modules.swap import is_fused, qualified_name, swap, unswap, why_not
+from ds_fused.modules.swap import qualified_name, swap, unswap_all, why_not
+from ds_fused.ops._say import say
 from ds_fused.policies.report import Left
 
 KEY = "recompute"
@@ -134,9 +134,7 @@ class RecomputeClaim:
             raise
 
     def restore(self) -> None:
-        for module in self.modules:
-            if is_fused(module):
-                unswap(module)
+        unswap_all(self.modules)
 
     def in_place(self) -> bool:
         return all(isinstance(module, Recompute) for module in self.modules)

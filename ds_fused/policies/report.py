@@ -86,9 +86,8 @@ def restore(model: nn.Module) -> None:
     models that were loaded from a pickle.
     """
     check_model(model, "restore")
-    for module in model.modules():
-        for report in reversed(vars(module).get(REPORTS, [])):
-            report.restore()
+    reports = [report for module in model.modules() for report in reversed(vars(module).get(REPORTS, []))]
+    _, errors = _undone(reports[::-1], lambda report: report.restore())
     for module in list(model.modules()):
         loss, scope = vars(module).get("_loss_function"), vars(module).get("_ds_fused_scope")
         if isinstance(loss, CausalLMLoss):
@@ -97,6 +96,8 @@ def restore(model: nn.Module) -> None:
             scope.detach()
         if "_ds_fused_original" in vars(type(module)):
             unswap(module)
+    if errors:
+        raise errors[0]
 
 
 @dataclass(eq=False)
@@ -136,14 +137,16 @@ class Report:
         return tuple(Replaced(*row, count) for row, count in rows.items())
 
     def restore(self) -> None:
-        """Undo everything, last first; the model is stock again, and a second call finds nothing to do."""
+        """Undo everything, last first; the model is stock again, and a second call finds nothing to do.
+
+        What can't be undone, as where another class was built over ours, is raised when all else is done, and a second
+        call tries it again.
+        """
         self.watch.stop()
-        claims, self.claims = self.claims, ()
-        for claim in reversed(claims):
-            claim.restore()
-        undoing, self.undoing = self.undoing, ()
-        for undo in reversed(undoing):
-            undo()
+        self.claims, errors = _undone(self.claims, lambda claim: claim.restore())
+        self.undoing, more = _undone(self.undoing, lambda undo: undo())
+        if errors or more:
+            raise [*errors, *more][0]
         reports = vars(self.model).get(REPORTS, [])
         if self in reports:
             reports.remove(self)
@@ -175,6 +178,18 @@ class Report:
         lines += [f"  {line}" for line in self.settings]
         lines += [f"  left {row.count} x {row.what}: {row.reason}" for row in self.left]
         return "\n".join(lines)
+
+
+def _undone(things: Sequence[object], undo: Callable[[object], None]) -> tuple[list[object], list[Exception]]:
+    """What of these could not be undone, last first, in their order; and why, the first that was met first."""
+    kept, errors = [], []
+    for thing in reversed(things):
+        try:
+            undo(thing)
+        except Exception as error:
+            kept.insert(0, thing)
+            errors.append(error)
+    return kept, errors
 
 
 class Watch:

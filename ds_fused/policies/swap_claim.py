@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ds_fused.modules.swap import is_fused, is_live, qualified_name, swap, unswap
+from ds_fused.modules.swap import is_fused, is_live, qualified_name, swap, unswap_all
 from ds_fused.modules.tiled_mlp import TILED, Tiles
 from ds_fused.policies.kinds import Kind, Way, qk_norms, unproven
 from ds_fused.policies.memory import remembered
@@ -84,9 +84,7 @@ class SwapClaim:
             raise
 
     def restore(self) -> None:
-        for module in self._modules:
-            if is_fused(module):
-                unswap(module)
+        unswap_all(self._modules)
 
     def in_place(self) -> bool:
         there = {id(module) for module in self._model.modules()}

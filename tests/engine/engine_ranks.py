@@ -166,6 +166,26 @@ def broken_engine(said):
         said["stock"] = is_stock(model)
 
 
+def failed_at_the_end(said):
+    """Behind all of stock's: the optimizer was made, claims on it are committed."""
+    from ds_fused.engine import initialize
+    from ds_fused.modules.swap import unswap
+
+    model, loads, before = llama(), DeepSpeedEngine._configure_optimizer, {*initialize._reports}
+
+    def undoing(engine, *args):
+        loads(engine, *args)
+        unswap(model.model.norm)
+
+    DeepSpeedEngine._configure_optimizer = undoing
+    try:
+        deepspeed.initialize(model=model, config=config(3, {**ON, "strict": True, "leaf_modules": True}))
+    finally:
+        DeepSpeedEngine._configure_optimizer = loads
+        said["stock"] = is_stock(model)
+        said["kept"] = len({*initialize._reports} - before), vars(model).get("_ds_fused_reports")
+
+
 def pipeline(said):
     layers = [LayerSpec(torch.nn.Linear, 32, 32), LayerSpec(LlamaRMSNorm, 32), LayerSpec(torch.nn.Linear, 32, 1)]
     model = PipelineModule(layers=layers, num_stages=1, loss_fn=torch.nn.functional.mse_loss)
@@ -201,5 +221,5 @@ case("compiled", lambda said: train(2, ON | {"report": False}, said, compiled=Tr
 case("keep 3", lambda said: train(3, ON | {"logits": "keep", "report": False}, said) and None)
 for act in (read_alone, in_flight, by_position, malformed_here, malformed_on_one, other_ops_on_one):
     case(act.__name__, act)
-for act in (strict, strict_without_norms, strict_by_name, broken_engine, autocast, pipeline):
+for act in (strict, strict_without_norms, strict_by_name, broken_engine, failed_at_the_end, autocast, pipeline):
     case(act.__name__, act)

@@ -109,6 +109,9 @@ def test_a_model_outlives_an_engine_that_failed(cases):
     for rank in cases:
         assert "NoSuchOptimizer" in rank["broken_engine"]["error"]
         assert rank["broken_engine"]["stock"]
+        assert "undone by something else before deepspeed.initialize ended" in rank["failed_at_the_end"]["error"]
+        assert rank["failed_at_the_end"]["stock"]
+        assert rank["failed_at_the_end"]["kept"] == [0, None]
 
 
 @pytest.mark.parametrize("layers", ["default", "listed"])

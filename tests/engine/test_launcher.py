@@ -1,6 +1,7 @@
 """`deepspeed --config FILE script`: the launcher's command line, what the ranks run, and whose config wins."""
 
 import argparse
+import base64
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from ds_fused.engine.default_config import two_configs
 from tests.launching import REPO, Ended, cpu_environment, free_port, launch, start
 
 SCRIPT = Path(__file__).with_name("user_script.py")
@@ -148,6 +150,16 @@ def test_the_launcher_lists_the_option(command, capsys):
     with pytest.raises(SystemExit):
         command("--help")
     assert "--config CONFIG" in capsys.readouterr().out
+
+
+def test_a_config_in_base64_is_read_as_deepspeed_does(config: Path):
+    def coded(content: dict) -> str:
+        return base64.urlsafe_b64encode(json.dumps(content).encode()).decode()
+
+    assert two_configs(str(config), coded(CONFIG)) is None
+    assert "gradient_clipping" in two_configs(str(config), coded(CONFIG | {"gradient_clipping": 0.5}))
+    for own in ("nowhere.json", coded([1])):
+        assert f"{own} (no such file, and not base64)" in two_configs(str(config), own)
 
 
 # -- what a rank runs ------------------------------------------------------------------------------------------------

@@ -50,6 +50,15 @@ def test_missing_ranks_have_the_hostfiles_names(preflight, tmp_path):
     assert preflight.missing_nodes([], slots) == []
 
 
+@pytest.mark.parametrize("line", ["b", "b 4", "b slots=", "b slots=four"])
+def test_a_line_of_a_hostfile_that_is_none_is_named(preflight, tmp_path, line, monkeypatch, capsys):
+    file = tmp_path / "hosts"
+    file.write_text(f"  # two\na slots=2 # fast\n{line}\n")
+    monkeypatch.setattr(sys, "argv", ["preflight.py", "--reach", "--hostfile", str(file)])
+    assert preflight.main() == 1
+    assert f"{file}, line 3: {line!r} must be `host slots=8`" in "".join(capsys.readouterr())
+
+
 def test_a_machine_that_does_not_answer_is_named_with_sshs_reason(preflight, tmp_path, monkeypatch):
     ssh = tmp_path / "ssh"
     ssh.write_text('#!/bin/bash\n[[ "$*" == *" a true" ]] || { echo "no route to host" >&2; exit 255; }\n')

@@ -9,6 +9,7 @@ import torch
 from accuracy import as_accurate, randn, same_bits
 
 import ds_fused.ops.registry as registry
+from ds_fused.ops._say import say_once
 from ds_fused.ops._triton import copies_tiles
 from ds_fused.ops.attention_residual import LISTED, attention_residual, attention_residual_reference
 
@@ -191,7 +192,7 @@ def test_the_backward_reads_the_query_again_where_rows_are_wide(device, monkeypa
 def test_rows_that_no_program_holds_run_the_reference_and_a_line_says_so(device, monkeypatch, caplog):
     monkeypatch.setattr(FILE, "WIDEST", 8)
     inputs = [t.float() for t in inputs_of(3, 5, 9, device=device)]
-    FILE._say_once.cache_clear()
+    say_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert same_bits(attention_residual(*inputs), attention_residual_reference(*inputs))
@@ -203,7 +204,7 @@ def test_rows_that_no_program_holds_run_the_reference_and_a_line_says_so(device,
 def test_no_line_where_pytorch_computes_all_rows(monkeypatch, caplog):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(FILE, "WIDEST", 8)
-    FILE._say_once.cache_clear()
+    say_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         attention_residual(*(t.float() for t in inputs_of(3, 5, 9, device=torch.device("cpu"))))
     assert not caplog.records

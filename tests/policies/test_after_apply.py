@@ -19,8 +19,8 @@ from torch import nn
 import ds_fused
 from ds_fused.modules.on_demand import LogitsOnDemand
 from ds_fused.modules.product import ACT_NAMES
-from ds_fused.modules.say import say_once
 from ds_fused.modules.swap import is_fused
+from ds_fused.ops._say import say_once
 from tests.policies.tiny import LLAMA, NAMED, VOCAB, assert_same_step, batch, classes, counts, step, twins
 
 

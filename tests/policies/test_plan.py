@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import ds_fused
+from ds_fused.modules.swap import is_fused
 from ds_fused.policies import plan as plan_file
 from ds_fused.policies import swap_claim
 from ds_fused.policies.kinds import Way
@@ -341,6 +343,21 @@ def test_restore_twice_and_recheck() -> None:
     report.restore()
     assert report.recheck() == [] and report.replaced == ()
     assert classes(model) == classes(LLAMA.make())
+
+
+def test_what_cannot_be_restored_is_named_and_keeps_nothing_else() -> None:
+    model = LLAMA.make()
+    report = ds_fused.apply(model)
+    norm = model.model.layers[0].input_layernorm
+    ours = type(norm)
+    norm.__class__ = type("FSDPLayer", (ours,), {})
+    for undo in (report.restore, partial(ds_fused.restore, model), report.restore):
+        with pytest.raises(ValueError, match="FSDPLayer was given another class after the swap"):
+            undo()
+        assert [module for module in model.modules() if is_fused(module)] == [norm]
+    norm.__class__ = ours
+    report.restore()
+    assert classes(model) == classes(LLAMA.make()) and not report.claims and "_ds_fused_reports" not in vars(model)
 
 
 def test_first_step_confirms_and_leaves_no_counters(caplog: pytest.LogCaptureFixture) -> None:

@@ -3,7 +3,7 @@
     soak_ranks.py OUT MODE...
 
 OUT/MODE.RANK.json holds {"losses", "labels", "early", "late", "head"}: of each step the sum of losses and the number of
-labels; a mode is that of the head's weight.
+labels; a mode is that of the head's weight, "copies" for "stream" by copy engines.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ SIZES = {
 
 
 def config_of(mode: str) -> dict:
+    head = {"mode": "stream", "copy_engines": True} if mode == "copies" else {"mode": mode}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 1.0,
@@ -48,7 +49,7 @@ def config_of(mode: str) -> dict:
         "steps_per_print": STEPS + 1,
         "ds_fused": {
             "enabled": True,
-            "fused_linear_cross_entropy": {"mode": mode, "slab_mb": 8, "chunk_mb": 16},
+            "fused_linear_cross_entropy": head | {"slab_mb": 8, "chunk_mb": 16},
         },
     }
 

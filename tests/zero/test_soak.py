@@ -1,6 +1,6 @@
 """A thousand steps with DeepSpeed's prefetch beside the collectives of the sharded modes: nothing hangs or grows.
 
-The two modes are held against one another; that each is right, test_zero.py shows.
+The modes are held against one another; that each is right, test_zero.py shows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 from launching import launch
 
 HERE = Path(__file__).parent
-SIGNS = {"stream": "its weight in", "stationary": "its rows stay on"}
+SIGNS = {"stream": "its weight in", "stationary": "its rows stay on", "copies": "slabs by copy engines"}
 
 pytestmark = [pytest.mark.gpus, pytest.mark.all]
 
@@ -49,9 +49,9 @@ def test_nothing_grows(ended, mode):
         assert loss_of_a_label(run, 900, 1000) < 0.8 * loss_of_a_label(run, 0, 1)
 
 
-def test_both_modes_learn_the_same(ended):
+def test_all_modes_learn_the_same(ended):
     for runs in zip(*map(ended, SIGNS), strict=True):
         # rounded elsewhere they part, but the batches are the same
         for part in (slice(0, 10), slice(900, 1000)):
-            first, second = (sum(run["losses"][part]) for run in runs)
-            assert first == pytest.approx(second, rel=5e-3), part
+            first, *others = (sum(run["losses"][part]) for run in runs)
+            assert others == pytest.approx([first] * len(others), rel=5e-3), part

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 
-import torch
+from torch import distributed as dist
 
 log = logging.getLogger("ds_fused")
 
 
 def say(line: str) -> None:
     """From the first rank."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0:
         log.warning(line)
 
 
