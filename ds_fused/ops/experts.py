@@ -166,7 +166,7 @@ def _check(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tenso
         raise ValueError(f"{op}: x {tuple(x.shape)} must be [..., {down.shape[1]}], as wide as the experts")
     if ids.ndim == 0 or ids.shape[:-1] != x.shape[:-1] or ids.shape[-1] == 0:
         raise ValueError(
-            f"{op}: ids {tuple(ids.shape)} must be the choices of each token of x, {[*x.shape[:-1]]} + [k], k >= 1"
+            f"{op}: ids {tuple(ids.shape)} must be the choices of each token of x, {tuple(x.shape[:-1])} + (k,), k >= 1"
         )
     if weights.shape != ids.shape:
         raise ValueError(f"{op}: weights {tuple(weights.shape)} must be one for each of ids {tuple(ids.shape)}")

@@ -1,4 +1,4 @@
-"""Which layer becomes what: the table of families, and one walker that plans, proves, commits, reports and restores."""
+"""Which layer becomes what: recognised by what it has, proved, committed, reported, restored."""
 
 from ds_fused.policies.plan import apply
 from ds_fused.policies.report import restore
