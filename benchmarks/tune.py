@@ -264,7 +264,12 @@ SEARCHES = (
             "HELD_BYTES": (16384, 32768, 65536), "WALK_BYTES": (8192, 16384), "STAGES": (2, 3, 4, 6),
             "PER_THREAD": (16, 32, 64),
         },
-        file="_lent_logits", provider="ds_fused grad_in_forward",
+        file="_lent_logits", provider="ds_fused grad_in_forward", options={"label_smoothing": (0.1,)},
+    ),
+    Search(
+        "cross_entropy", "", "both", LOSS_SHAPES,
+        {"PART": (2048, 4096, 8192), "PER_THREAD": (32, 64), "REGISTERS": (None, 56, 72, 80)},
+        file="_lent_logits_parts", provider="ds_fused grad_in_forward",
     ),
     Search(
         "linear_cross_entropy", "", "both", ((8192, 4096, 128256),),

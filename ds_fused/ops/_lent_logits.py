@@ -1,9 +1,10 @@
 """cross_entropy whose gradient is made in the forward, over the logits that the caller lent.
 
-One program has a row. It walks it once for the loss (see cross_entropy.py) and once more, backwards, for the gradient.
-The end of the row it holds in registers meanwhile, and what it saw last of the rest it sees first again: with one row a
-multiprocessor, all rows that are under way fit a GPU's L2 (132 of 128256 in bf16, less what is held: 30 MB), so that
-memory gives each logit once and takes it once. Longer rows, as the same in fp32, are partly read twice.
+Long rows without options are shared by programs that meet (_lent_logits_parts.py). Here one program has a row. It walks
+it once for the loss (see cross_entropy.py) and once more, backwards, for the gradient. The end of the row it holds in
+registers meanwhile, and what it saw last of the rest it sees first again: with one row a multiprocessor, all rows that
+are under way fit a GPU's L2 (132 of 128256 in bf16, less what is held: 30 MB), so that memory gives each logit once and
+takes it once. Longer rows, as the same in fp32, are partly read twice.
 
 A mean or a sum has one number as its upstream gradient. The forward takes one for granted, ``upstream``; where the
 backward is given another, it scales what is there (_scale.py), which is a read and a write more.
@@ -22,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fused.ops._launch import launch
+from ds_fused.ops._lent_logits_parts import can_share, lent_logits_in_parts
 from ds_fused.ops._loss import LossOptions, dloss_of_tokens, reduced, weighted
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._scale import scaled
@@ -167,6 +169,9 @@ def lent_logits(
         return
     smoothing = options.label_smoothing
     is_plain = options.softcap is None and not smoothing and weight is None and right is None
+    if is_plain and n_vocab * logits.element_size() > HELD_BYTES and can_share(logits):
+        lent_logits_in_parts(logits, labels, loss, lse, dloss, options)
+        return
     share = 1 if is_plain else 2
     size = share * logits.element_size()
     block = WALK_BYTES // size

@@ -36,6 +36,8 @@ import ds_fused.ops._triton as shared
 from ds_fused.ops import _meet
 from ds_fused.ops._along_rows import LEFT, ZERO
 from ds_fused.ops._gates import GLUForm
+from ds_fused.ops._lent_logits_parts import lent_logits_in_parts
+from ds_fused.ops._loss import LossOptions
 from ds_fused.ops._parts import sum_parts
 from ds_fused.ops._warmup import Absent, copies_tiles_on
 from ds_fused.ops.glu import glu_again
@@ -336,6 +338,10 @@ def cross_entropy() -> None:
     # a walked row, and one that is held whole
     for n_vocab, dtype in ((128256, torch.bfloat16), (128256, torch.float32), (8192, torch.bfloat16)):
         ops.cross_entropy(leaf(2, n_vocab, dtype=dtype), labels, grad_in_forward=True).backward()
+    # where programs can't meet, a program has a row
+    for n_vocab, dtype in ((128256, torch.bfloat16), (50257, torch.float16), (128256, torch.float32)):
+        loss, lse = torch.empty(2), torch.empty(2, 2)
+        lent_logits_in_parts(torch.empty(2, n_vocab, dtype=dtype), labels, loss, lse, loss, LossOptions())
 
 
 class OneOfTwo(VocabShard):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from accuracy import as_accurate, nan_filled, randn
 from torch import Tensor
 
-from ds_fused.ops import _lent_logits, _scale
+from ds_fused.ops import _lent_logits, _lent_logits_parts, _scale
 from ds_fused.ops.cross_entropy import cross_entropy, cross_entropy_reference
 
 EVERYTHING = {"label_smoothing": 0.3, "z_loss": 0.02, "softcap": 5.0, "ignore_index": 3}
@@ -20,6 +20,14 @@ def blocks(monkeypatch) -> None:
     """So little is held of a row of 71, and walked at a time, that there are several blocks."""
     monkeypatch.setattr(_lent_logits, "HELD_BYTES", 96)
     monkeypatch.setattr(_lent_logits, "WALK_BYTES", 32)
+
+
+@pytest.fixture
+def shared(monkeypatch) -> None:
+    """Rows of more than 24 columns in parts of 16; where programs can't meet, in two launches."""
+    monkeypatch.setattr(_lent_logits, "HELD_BYTES", 48)
+    monkeypatch.setattr(_lent_logits, "can_share", lambda logits: True)
+    monkeypatch.setattr(_lent_logits_parts, "PART", 16)
 
 
 def lent(logits: Tensor, labels: Tensor, weight: Tensor | None = None, **options):
@@ -56,6 +64,34 @@ def test_shapes(shape, dtype, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_options(options, reduction, dtype, device, blocks):
     judged((2, 2, 71), dtype, device, reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.01, "logit_scale": 0.5}, {"ignore_index": 3}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_that_programs_share(options, reduction, dtype, device, shared):
+    for n_vocab in (32, 71):
+        judged((2, 4, n_vocab), dtype, device, reduction=reduction, **options)
+
+
+def test_shared_rows_with_masks_and_without_a_number(device, shared):
+    """Parts of -inf alone, a label that is masked, and what is not finite: as PyTorch's."""
+    logits, labels = 3 * randn(6, 71, device=device).float(), torch.tensor([70, 0, 20, 5, 33, -100], device=device)
+    logits[0, 16:32] = logits[1, 64:] = logits[2, 20] = logits[3] = float("-inf")
+    logits[4, 7] = float("nan")
+    found, wanted = (logits.clone().requires_grad_() for _ in range(2))
+    for rows in (slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 6)):
+        (own,) = torch.autograd.grad(lent(found[rows], labels[rows], reduction="sum"), found)
+        (stock,) = torch.autograd.grad(F.cross_entropy(wanted[rows], labels[rows], reduction="sum"), wanted)
+        torch.testing.assert_close(own, stock, equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(700, 128256), (515, 32000), (3000, 17001), (3, 262144)])
+def test_rows_of_real_size_are_shared(shape, dtype, device):
+    assert _lent_logits.can_share(torch.empty(shape, dtype=dtype, device=device))
+    judged(shape, dtype, device, z_loss=1e-4)
 
 
 @pytest.mark.all
