@@ -29,10 +29,11 @@ from ds_fused.ops._triton import cdiv, check_dtypes, like, resident, row_stride,
 # elements of a tile and of a thread, and the most columns of it; wider rows are several blocks of columns. On an H100,
 # ms forward of 8192x4096 and 16384x8192: 0.053, 0.192; with tiles of 2048 0.057, 0.211
 TILE_FWD, PER_THREAD_FWD = 1024, 8
-TILE_BWD, PER_THREAD_BWD = 1024, 8
+TILE_BWD, PER_THREAD_BWD = 2048, 16
 MOST_COLS = 1024
-# the backward's persistent grid, and the tiles of a program that are in flight: 0.085, 0.291 ms; with tiles of 2048,
-# 32 warps and 2 of them 0.137, 0.464 (results/h100/tune.csv)
+# the backward's persistent grid, and the tiles of a program that are in flight: 0.085, 0.296 ms; with tiles of 1024 and
+# 8 elements a thread 0.085, 0.291, with those of 2048 by 8, 32 warps and 2 tiles 0.137, 0.464 (results/h100/tune.csv).
+# On an H200 of 16384x8192 0.208; with tiles of 1024 by 8 0.234
 WARPS_PER_MULTIPROCESSOR = 16
 STAGES_BWD = 3
 # where several rows share a tile: of 1048576x128 0.183 and 0.291 ms, with the above 0.203 and 0.354
