@@ -50,7 +50,7 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class Head:
+class HeadCosts:
     """A sharded weight [V, H], as far as its costs depend on it."""
 
     shards: Shards
@@ -62,7 +62,7 @@ class Head:
     reuse: int = REUSE  # elements of a whole weight that DeepSpeed keeps from the forward to the backward, at most
 
     @classmethod
-    def cut(cls, shards: Shards, slab_bytes: int, itemsize: int = 2, **facts: bool) -> Head:
+    def cut(cls, shards: Shards, slab_bytes: int, itemsize: int = 2, **facts: bool) -> HeadCosts:
         """As ZeroSlabs cuts it."""
         spans = shards.spans(shards.cuts(shards.hidden * itemsize, slab_bytes))
         return cls(shards, tuple(span.stop - span.start for span in spans), itemsize, **facts)
@@ -103,7 +103,7 @@ class Figures:
         return f"{self.mode} ({self.parts}, {held:,.0f} MiB held, {wire:,.0f} MiB on the wire, {ms:.3g} ms)"
 
 
-def of_stream(head: Head, most: int, chunk_bytes: int, keep_bytes: int) -> Figures:
+def of_stream(head: HeadCosts, most: int, chunk_bytes: int, keep_bytes: int) -> Figures:
     n_vocab, hidden, ranks = head.shards.n_vocab, head.shards.hidden, head.shards.ranks
     itemsize, trains = head.itemsize, head.trains
     # a frozen head is done with in the forward, see ops/frozen_head.py
@@ -160,7 +160,7 @@ def rows_at_once(slabs: tuple[int, ...], kept: int) -> int:
     return max(sum(slabs[max(0, len(slabs) - kept) :]) + slabs[-1], *later)
 
 
-def of_stationary(head: Head, most: int, chunk_bytes: int) -> Figures:
+def of_stationary(head: HeadCosts, most: int, chunk_bytes: int) -> Figures:
     n_vocab, hidden, ranks = head.shards.n_vocab, head.shards.hidden, head.shards.ranks
     itemsize, trains = head.itemsize, head.trains
     block = block_tokens(most, n_vocab, hidden, ranks, itemsize, chunk_bytes)
@@ -181,7 +181,7 @@ def of_stationary(head: Head, most: int, chunk_bytes: int) -> Figures:
     return Figures("stationary", f"{blocks} blocks", held, wire, calls, traffic, flops)
 
 
-def of_gather(head: Head, most: int, chunk_bytes: int, keep_bytes: int, in_forward: bool) -> Figures:
+def of_gather(head: HeadCosts, most: int, chunk_bytes: int, keep_bytes: int, in_forward: bool) -> Figures:
     """By ZeRO's hooks, in the head's own call. ``in_forward``: gradients are made there (ops/one_pass.py)."""
     n_vocab, hidden, ranks = head.shards.n_vocab, head.shards.hidden, head.shards.ranks
     itemsize, trains = head.itemsize, head.trains
@@ -220,12 +220,12 @@ def of_gather(head: Head, most: int, chunk_bytes: int, keep_bytes: int, in_forwa
     return Figures("gather", f"{chunks} chunks", held, wire, calls, traffic, flops, chunks=chunks)
 
 
-def sharded(head: Head, most: int, chunk_bytes: int, keep_bytes: int) -> list[Figures]:
+def sharded(head: HeadCosts, most: int, chunk_bytes: int, keep_bytes: int) -> list[Figures]:
     """Of the modes in which the weight is never whole: stream, stationary."""
     return [of_stream(head, most, chunk_bytes, keep_bytes), of_stationary(head, most, chunk_bytes)]
 
 
-def candidates(head: Head, most: int, chunk_bytes: int, keep_bytes: int, in_forward: bool) -> list[Figures]:
+def candidates(head: HeadCosts, most: int, chunk_bytes: int, keep_bytes: int, in_forward: bool) -> list[Figures]:
     """Of the modes that "auto" chooses from: those two and gather."""
     return [*sharded(head, most, chunk_bytes, keep_bytes), of_gather(head, most, chunk_bytes, keep_bytes, in_forward)]
 

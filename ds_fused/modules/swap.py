@@ -74,7 +74,7 @@ def _unless_patched(fused: Callable, cls: type[nn.Module]) -> Callable:
 
 def swap(module: nn.Module, mixin: type, how: tuple = (), **state: object) -> None:
     """Give ``module`` the behaviour of ``mixin``; ``state`` becomes attributes that ``unswap`` removes again."""
-    reason = why_not(module)
+    reason = why_not_swapped(module)
     if reason is not None:
         raise ValueError(f"swap: {type(module).__name__} can't be swapped: {reason}")
     taken = [name for name in state if hasattr(module, name)]
@@ -152,7 +152,7 @@ def qualified_name(cls: type | Callable) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def why_not(module: nn.Module) -> str | None:
+def why_not_swapped(module: nn.Module) -> str | None:
     """Why a swap of this layer would do nothing, or undo what somebody else did; None when it may be swapped."""
     if is_fused(module):
         return "ds_fused has swapped it already"

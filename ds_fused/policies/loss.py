@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ds_fused.modules.code import Code
 from ds_fused.modules.head import CausalLMLoss, Head
 from ds_fused.modules.scope import HeadWeight, Scope
-from ds_fused.modules.swap import is_fused, is_live, qualified_name, swap, unswap_all, why_not
+from ds_fused.modules.swap import is_fused, is_live, qualified_name, swap, unswap_all, why_not_swapped
 from ds_fused.policies.loss_proof import code_of, head_differs, linear_differs, real_differs
 from ds_fused.policies.report import Claim, Left
 
@@ -356,7 +356,7 @@ def _why_not_head(head: nn.Module) -> str | None:
     more = head._modules or head._buffers or not head._parameters.keys() <= {"weight", "bias"}
     if not isinstance(head, nn.Linear) or more:
         return f"it is a {qualified_name(cls)}, no plain Linear; the logits are computed"
-    reason = why_not(head)
+    reason = why_not_swapped(head)
     if reason is not None:
         return reason
     # DTensor, torchao's quantised tensors; what FSDP2 has made a DTensor has its hooks, too

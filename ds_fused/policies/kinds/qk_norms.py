@@ -21,7 +21,7 @@ from ds_fused.modules.postponed import computed
 from ds_fused.modules.qk_norm import HeadNorm, Normed, Waiting, with_waiting_norms
 from ds_fused.modules.residual import names_in
 from ds_fused.modules.rotary import Turn, roles_of, turns_with_norms
-from ds_fused.modules.swap import fused_class, why_not
+from ds_fused.modules.swap import fused_class, why_not_swapped
 from ds_fused.policies.kinds.kind import Way, mixed, shape_of
 from ds_fused.policies.kinds.norms import form_of, rms_norms
 from ds_fused.policies.proof import Run, accepts, compare, facts, randn, replica, undisturbed
@@ -63,10 +63,10 @@ def with_norms(module: nn.Module, way: Way, device: torch.device, dtype: torch.d
     """A way of its rotary functions that norms wait for, given the way without; or what speaks against it."""
     norms = rms_norms(module)
     for name, child in norms.items():
-        reason = why_not(child)
+        reason = why_not_swapped(child)
         if reason is not None:
             return f"its {name} stays as it is: {reason}"
-    body = Body(module, way.how)
+    body = AttentionBody(module, way.how)
     met = body.norms_that_meet()
     if isinstance(met, str):
         return met
@@ -149,8 +149,8 @@ def arrived(run: Callable[[Mapping[str, Tensor]], None]) -> Run:
     return given
 
 
-class Body:
-    """A layer's code over stand-ins."""
+class AttentionBody:
+    """An attention layer's code over stand-ins."""
 
     def __init__(self, module: nn.Module, turns: Sequence[tuple[str, Turn]]) -> None:
         self._module, self._cls, self._turns = module, type(module), tuple(turns)
