@@ -11,13 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ds_fused.modules import Option
+from ds_fused.modules import Option, say
 from ds_fused.modules.allotment import Allotment, Auto, Fixed
 from ds_fused.modules.kept import Learnt
 from ds_fused.modules.offload import Offload
 from ds_fused.modules.recompute import FUNCTION, Recompute
 from ds_fused.modules.swap import qualified_name, swap, unswap_all, why_not_swapped
-from ds_fused.ops._say import say
 from ds_fused.policies.report import Left
 
 KEY = "recompute"
