@@ -21,7 +21,7 @@ from ds_fused.modules import norm
 from ds_fused.modules.residual import Residual, names_in
 from ds_fused.modules.swap import fused_class, why_not_swapped
 from ds_fused.policies.kinds.kind import Kind, Way, mixed, shape_of
-from ds_fused.policies.kinds.norms import form_of, rms_norms
+from ds_fused.policies.kinds.norms import form_of, norms_over, rms_norms
 from ds_fused.policies.proof import Run, compare, facts, randn, replica, undisturbed
 
 # of the proof: so many that no code takes a tensor for a tuple
@@ -173,16 +173,9 @@ def _prove(module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype
         if isinstance(forms[name], str) or forms[name].mixin is not norm.RMSNorm:
             return f"its {name} is no norm that add_rms_norm computes"
 
-    def norm_of(name: str, tensors: Mapping[str, Tensor], ours: bool) -> nn.Module:
-        child, form = body.norms[name], forms[name]
-        given = {"x": tensors["x"], "weight": tensors[f"{name}.weight"]}
-        if not ours or isinstance(form, str):
-            return replica(child, type(child), given, {})
-        return replica(child, fused_class(form.mixin, type(child), form.how), given, dict(form.state))
-
     runs = (
-        body.run(type(module), lambda name, tensors: norm_of(name, tensors, False)),
-        body.run(built, lambda name, tensors: norm_of(name, tensors, True)),
+        body.run(type(module), norms_over(body.norms, {})),
+        body.run(built, norms_over(body.norms, forms)),
     )
     for x_dtype, weights in mixed(dtype):
         dtypes = {name: weights if name.endswith(".weight") else x_dtype for name in body.tensors}

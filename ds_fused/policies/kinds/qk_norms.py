@@ -21,9 +21,9 @@ from ds_fused.modules.postponed import computed
 from ds_fused.modules.qk_norm import HeadNorm, Normed, Waiting, with_waiting_norms
 from ds_fused.modules.residual import names_in
 from ds_fused.modules.rotary import Turn, roles_of, turns_with_norms
-from ds_fused.modules.swap import fused_class, why_not_swapped
+from ds_fused.modules.swap import why_not_swapped
 from ds_fused.policies.kinds.kind import Way, mixed, shape_of
-from ds_fused.policies.kinds.norms import form_of, rms_norms
+from ds_fused.policies.kinds.norms import form_of, norms_over, rms_norms
 from ds_fused.policies.proof import Run, accepts, compare, facts, randn, replica, undisturbed
 
 KEY = "qk_norm_rope"
@@ -206,17 +206,10 @@ class AttentionBody:
         fused = exchanged(self._cls.forward, fused_functions(self._cls, self._turns) | TABLE_OF_PROOF)
         fused = with_waiting_norms(fused, self._cls.forward, names)
 
-        def norm_of(name: str, tensors: Mapping[str, Tensor], ours: bool) -> nn.Module:
-            child, form = self._norms[name], forms[name]
-            given = {"x": tensors["x"], "weight": tensors[f"{name}.weight"]}
-            if not ours or isinstance(form, str):
-                return replica(child, type(child), given, {})
-            (form,) = waiting([form])
-            return replica(child, fused_class(form.mixin, type(child), form.how), given, dict(form.state))
-
+        waits = {name: form if isinstance(form, str) else waiting([form])[0] for name, form in forms.items()}
         runs = (
-            arrived(self._run(stock, lambda name, tensors: norm_of(name, tensors, False))),
-            arrived(self._run(fused, lambda name, tensors: norm_of(name, tensors, True))),
+            arrived(self._run(stock, norms_over(self._norms, {}))),
+            arrived(self._run(fused, norms_over(self._norms, waits))),
         )
         found = []
         # of a layer that turns a part of a head, or all of it
