@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ds_fused.engine import copy_engines, self_test
-from ds_fused.engine.agreement import first_of
+from ds_fused.engine.agreement import first_of, first_that_holds
 from ds_fused.engine.choice import AUTO, GATHER, Choice
 from ds_fused.engine.config import HEAD, OP_OPTIONS, Config
 from ds_fused.engine.copy_engines import CopyEngines
@@ -273,7 +273,7 @@ def why_gather(engine: DeepSpeedEngine, module: nn.Module) -> str | None:
         "it is part of a ZeRO-3 leaf module, which is gathered as one": hasattr(param, "ds_z3_leaf_module"),
         "somebody's hooks hang on its gradient": bool(gradient_hooks(param)),
     }
-    found = next((reason for reason, holds in reasons.items() if holds), None)
+    found = first_that_holds(reasons)
     if found is not None:
         return found
     shards = Shards(*param.ds_shape, dist.get_world_size(param.ds_process_group))
