@@ -166,9 +166,6 @@ def claim_loss(
     weight: HeadWeight = HeadWeight(),  # noqa: B008 (frozen)
 ) -> tuple[list[Claim], list[Left]]:
     """What can be done about the loss of ``model`` with the keys that are on, and what can't. Changes nothing."""
-    for name, value, known in (("logits", logits, ("defer", "keep")), ("eval", eval, ("defer", "stock"))):
-        if value not in known:
-            raise ValueError(f"apply: {name} must be one of {', '.join(map(repr, known))}, got {value!r}")
     if LINEAR not in wanted and REAL not in wanted:
         return [], []
 
