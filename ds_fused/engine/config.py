@@ -118,7 +118,7 @@ class Config:
     head: Mapping[str, object]  # HEAD_OPTIONS, each with its value
 
 
-def parse(block: object) -> Config:
+def parse_config(block: object) -> Config:
     """The block as a `Config`; ValueError where it is malformed."""
     if not isinstance(block, Mapping):
         raise ValueError(f'ds_fused must be an object such as {{"enabled": true}}, got {shown(block)}')

@@ -197,10 +197,10 @@ def _resolved(
     """The block with what its profile adds, and a line about that; the profile is the same on every rank."""
     from ds_fused.engine import estimate, profiles
     from ds_fused.engine.choice import free_bytes
-    from ds_fused.engine.config import parse
+    from ds_fused.engine.config import parse_config
     from ds_fused.policies.blocks import blocks
 
-    profile = parse(block).profile
+    profile = parse_config(block).profile
     # whatever the profile: ranks that were given different ones must meet here as well
     free = agree.least(free_bytes())
     line = f'profile "{profile}"'
@@ -211,9 +211,9 @@ def _resolved(
     block, added = profiles.filled(block, profile)
     engine.__dict__["_ds_fused_block"] = block
     if profile == "stock":
-        return parse(block), [line] if "profile" in block else []
+        return parse_config(block), [line] if "profile" in block else []
     values = ", ".join(f"{name} = {json.dumps(value)}" for name, value in added.items()) or "nothing that is not given"
-    return parse(block), [f"{line}; it sets {values}"]
+    return parse_config(block), [f"{line}; it sets {values}"]
 
 
 def _set_up(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config) -> list[str]:
