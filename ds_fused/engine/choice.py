@@ -14,7 +14,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from ds_fused.engine.figures import Figures, HeadCosts, Rates, candidates, chosen, measured, turning_point
+from ds_fused.engine.figures import Figures, HeadCosts, Rates, candidates, chosen, turning_point
+from ds_fused.engine.rates import measured
 
 if TYPE_CHECKING:
     from ds_fused.engine.stationary import ZeroShard
