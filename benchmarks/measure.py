@@ -129,23 +129,29 @@ class Instruments:
             gc.collect()
             torch.cuda.empty_cache()
 
-    def _matmul_tflops(self, m: int, k: int, n: int, generator: torch.Generator) -> float:
+    def _generator(self) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(0)
+
+    def _tflop_s(self, m: int, k: int, n: int) -> float:
+        generator = self._generator()
         a = torch.randn(m, k, generator=generator, device=self.device, dtype=torch.bfloat16)
         b = torch.randn(n, k, generator=generator, device=self.device, dtype=torch.bfloat16)
         return 2 * m * k * n / self.median_ms(lambda: a @ b.T) / 1e9
 
+    def matmul_tflop_s(self) -> float:
+        """Of a large square product in bf16."""
+        side = 8192 if self.on_gpu else 64
+        return self._tflop_s(side, side, side)
+
     def ceilings(self) -> dict[str, float]:
         """This very card's limits: TB/s read and written by a copy, bf16 TFLOP/s of two matrix products."""
-        generator = torch.Generator(self.device).manual_seed(0)
-        n_bytes, square, head = (
-            (2**30, (8192, 8192, 8192), (8192, 4096, 128256)) if self.on_gpu else (2**20, (64, 64, 64), (64, 32, 256))
-        )
-        source = torch.randint(0, 100, (n_bytes,), dtype=torch.int8, generator=generator, device=self.device)
+        n_bytes, head = (2**30, (8192, 4096, 128256)) if self.on_gpu else (2**20, (64, 32, 256))
+        source = torch.randint(0, 100, (n_bytes,), dtype=torch.int8, generator=self._generator(), device=self.device)
         target = torch.empty_like(source)
         return {
             "copy_tb_s": 2 * n_bytes / self.median_ms(lambda: target.copy_(source)) / 1e9,
-            "matmul_tflop_s": self._matmul_tflops(*square, generator),
-            "lm_head_tflop_s": self._matmul_tflops(*head, generator),
+            "matmul_tflop_s": self.matmul_tflop_s(),
+            "lm_head_tflop_s": self._tflop_s(*head),
         }
 
 

@@ -49,7 +49,7 @@ from benchmarks.scale_model import (
     step_seconds,
 )
 from benchmarks.scale_points import Point, Skipped, points
-from ds_fused.engine.figures import MOST_TOKENS, Figures, Head, of_stream, sharded, turning_point
+from ds_fused.engine.figures import MOST_TOKENS, Figures, HeadCosts, of_stream, sharded, turning_point
 from ds_fused.engine.shards import Shards
 
 ALLOWED = 0.10
@@ -116,11 +116,11 @@ def turns(machine: Machine) -> Iterator[Turn]:
                 yield Turn(vocab, hidden, ranks, network, turning_point(both, rates))
 
 
-def head_of(vocab: int, hidden: int, ranks: int) -> Head:
-    return Head.cut(Shards(vocab, hidden, ranks), SLAB_MB * MIB)
+def head_of(vocab: int, hidden: int, ranks: int) -> HeadCosts:
+    return HeadCosts.cut(Shards(vocab, hidden, ranks), SLAB_MB * MIB)
 
 
-def ways_of(head: Head, tokens: int) -> list[Figures]:
+def ways_of(head: HeadCosts, tokens: int) -> list[Figures]:
     return sharded(head, tokens, CHUNK_MB * MIB, KEEP_MB * MIB)
 
 
@@ -339,7 +339,7 @@ def slabs(machine: Machine) -> list[str]:
     for ranks in RANKS:
         cells = []
         for slab_mb in SLABS_MB:
-            head = Head.cut(Shards(*HEADS[0], ranks), slab_mb * MIB)
+            head = HeadCosts.cut(Shards(*HEADS[0], ranks), slab_mb * MIB)
             stream = of_stream(head, 8192, CHUNK_MB * MIB, KEEP_MB * MIB)
             cells.append(f"{1e3 * stream.seconds(machine.rates(ranks)):.1f} ({stream.calls}, {stream.held / MIB:,.0f})")
         rows.append((str(ranks), *cells))

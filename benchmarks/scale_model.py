@@ -29,7 +29,7 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ds_fused.engine.figures import Figures, Head, Rates, chosen, of_gather, sharded
+from ds_fused.engine.figures import Figures, HeadCosts, Rates, chosen, of_gather, sharded
 from ds_fused.engine.shards import Shards
 from ds_fused.engine.zero_sizes import BUCKET, LIVE, PREFETCH, REUSE, sizes_of
 
@@ -238,7 +238,7 @@ def whole_loss(
     """ds_fused over a weight that is whole: the weight and its gradient are counted in what is held."""
     chunk, keep = int(chunk_mb * MIB), int(min(keep_mb * MIB, 2**62))
     # of one rank, so nothing is gathered
-    figures = of_gather(Head(Shards(vocab, hidden, 1), (vocab,)), tokens, chunk, keep, grad_in_forward)
+    figures = of_gather(HeadCosts(Shards(vocab, hidden, 1), (vocab,)), tokens, chunk, keep, grad_in_forward)
     work = Work(gemm=figures.flops, memory=figures.traffic, launches=10 * figures.chunks)
     return Loss(work, figures.held)
 
@@ -475,7 +475,7 @@ def loss_of(job: Job, machine: Machine) -> Loss:
 def head_figures(job: Job, machine: Machine) -> Figures:
     """Those of the mode for our head that "auto" picks of the two, where memory is no matter."""
     shape, way = job.shape, job.way
-    head = Head.cut(Shards(shape.vocab, shape.hidden, job.ranks), SLAB_MB * MIB)
+    head = HeadCosts.cut(Shards(shape.vocab, shape.hidden, job.ranks), SLAB_MB * MIB)
     both = sharded(head, job.tokens, CHUNK_MB * MIB, way.keep_mb * MIB)
     return chosen(both, float("inf"), machine.rates(job.ranks))
 

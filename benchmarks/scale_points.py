@@ -40,7 +40,7 @@ from benchmarks.scale_model import (
     whole_head,
     whole_loss,
 )
-from ds_fused.engine.figures import Figures, Head, chosen, of_stationary, of_stream, sharded
+from ds_fused.engine.figures import Figures, HeadCosts, chosen, of_stationary, of_stream, sharded
 from ds_fused.engine.shards import Shards
 from ds_fused.ops._tiles import KEPT_SLABS
 from ds_fused.ops.stationary import block_bytes
@@ -194,7 +194,7 @@ def head_loss(
         # the weight is among what was there before
         return _fixed(Loss(loss.work, loss.held - 2 * vocab * hidden)), False
     slab_mb = int(options.get("slab_mb", SLAB_MB_WAS if one_slab else SLAB_MB))
-    head = Head.cut(Shards(vocab, hidden, ranks), slab_mb * MIB)
+    head = HeadCosts.cut(Shards(vocab, hidden, ranks), slab_mb * MIB)
     chunk, keep = int(options.get("chunk_mb", CHUNK_MB)) * MIB, int(keep_mb * MIB)
     if name == "stream":
         figures = of_stream(head, tokens, chunk, keep)
@@ -208,7 +208,7 @@ def head_loss(
     return None
 
 
-def _with_one_slab(figures: Figures, head: Head) -> Figures:
+def _with_one_slab(figures: Figures, head: HeadCosts) -> Figures:
     """Where the backward gathers all slabs but the last one again."""
     more, ranks = min(KEPT_SLABS, head.n_slabs) - 1, head.shards.ranks
     wire = more * head.slab_rows * head.shards.hidden * head.itemsize * (ranks - 1) // ranks
@@ -276,7 +276,7 @@ def probes(folder: Path = RESULTS / "h200x4") -> Iterator[Point]:
             way, loss = "bare GEMMs", Loss(Work(gemm=6 * tokens * hidden * vocab), 0.0)
         elif row["way"] == "stream":
             way = f"stream, {row['slabs']} slabs"
-            head = Head(shards, (vocab // row["slabs"],) * row["slabs"])
+            head = HeadCosts(shards, (vocab // row["slabs"],) * row["slabs"])
             loss = sharded_loss(_with_one_slab(of_stream(head, tokens, 2 * tokens * vocab, 0), head))
             # its peak has the outputs, dx in fp32 and the rank's part of the gradient; parts of it have no other room
             received = 2 * head.slab_rows * hidden // ranks
@@ -285,7 +285,7 @@ def probes(folder: Path = RESULTS / "h200x4") -> Iterator[Point]:
             way = f"stationary, {row['block']} tokens"
             # so large that a block has just these tokens
             chunk = row["block"] * block_bytes(vocab, hidden, ranks, 2)
-            loss = sharded_loss(of_stationary(Head(shards, (vocab,)), tokens, chunk))
+            loss = sharded_loss(of_stationary(HeadCosts(shards, (vocab,)), tokens, chunk))
             # its own buffers: the gradient of the rank's rows in fp32, a block's logits, x and dx of two blocks in bf16
             # each (the conditions call it double-buffered), and dx of all tokens
             blocks = 2 * row["block"] * (vocab + 4 * ranks * hidden)

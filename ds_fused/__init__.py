@@ -7,41 +7,17 @@ from __future__ import annotations
 
 from importlib import import_module
 
+# said once more than in ds_fused.ops, whose import is torch's and triton's
+_OPS = (
+    "rms_norm", "add_rms_norm", "gated_rms_norm", "modulated_rms_norm", "attention_residual", "mhc_coefficients",
+    "mhc_pre", "mhc_in", "mhc_post_res", "embedding", "softmax", "sparsemax", "multi_token_attention",
+    "neighborhood_attention", "layer_norm", "add_layer_norm", "group_norm", "dyt", "poly_norm", "glu", "experts",
+    "rope", "rms_norm_rope", "relu2", "lora_linear", "cross_entropy", "linear_cross_entropy", "linear_log_probs",
+    "linear_jsd", "linear_kl_div", "linear_cosine", "kl_div", "jsd", "tvd",
+)  # fmt: skip
+# name -> the module that it is in, or is
 _HOME = {
-    "rms_norm": "ds_fused.ops",
-    "add_rms_norm": "ds_fused.ops",
-    "gated_rms_norm": "ds_fused.ops",
-    "modulated_rms_norm": "ds_fused.ops",
-    "attention_residual": "ds_fused.ops",
-    "mhc_coefficients": "ds_fused.ops",
-    "mhc_pre": "ds_fused.ops",
-    "mhc_in": "ds_fused.ops",
-    "mhc_post_res": "ds_fused.ops",
-    "embedding": "ds_fused.ops",
-    "softmax": "ds_fused.ops",
-    "sparsemax": "ds_fused.ops",
-    "multi_token_attention": "ds_fused.ops",
-    "neighborhood_attention": "ds_fused.ops",
-    "layer_norm": "ds_fused.ops",
-    "add_layer_norm": "ds_fused.ops",
-    "group_norm": "ds_fused.ops",
-    "dyt": "ds_fused.ops",
-    "poly_norm": "ds_fused.ops",
-    "glu": "ds_fused.ops",
-    "experts": "ds_fused.ops",
-    "rope": "ds_fused.ops",
-    "rms_norm_rope": "ds_fused.ops",
-    "relu2": "ds_fused.ops",
-    "lora_linear": "ds_fused.ops",
-    "cross_entropy": "ds_fused.ops",
-    "linear_cross_entropy": "ds_fused.ops",
-    "linear_log_probs": "ds_fused.ops",
-    "linear_jsd": "ds_fused.ops",
-    "linear_kl_div": "ds_fused.ops",
-    "linear_cosine": "ds_fused.ops",
-    "kl_div": "ds_fused.ops",
-    "jsd": "ds_fused.ops",
-    "tvd": "ds_fused.ops",
+    **dict.fromkeys(_OPS, "ds_fused.ops"),
     "nn": "ds_fused.nn",
     "apply": "ds_fused.policies",
     "restore": "ds_fused.policies",
@@ -51,21 +27,23 @@ _HOME = {
     "AutoModelForSeq2SeqLM": "ds_fused.auto_models",
     "AutoModelForImageTextToText": "ds_fused.auto_models",
     "AutoModelForMaskedLM": "ds_fused.auto_models",
+    "compat": "ds_fused.compat",
     "install": "ds_fused.engine.install",
-    "parse": "ds_fused.engine.config",
+    "parse_config": "ds_fused.engine.config",
 }
 
 __all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> object:
-    if name == "compat":
-        return import_module("ds_fused.compat")
     if name not in _HOME:
         raise AttributeError(f"module 'ds_fused' has no attribute {name!r}; it has {', '.join(_HOME)}")
     module = import_module(_HOME[name])
-    return module if module.__name__ == f"ds_fused.{name}" else getattr(module, name)
+    found = module if module.__name__ == f"ds_fused.{name}" else getattr(module, name)
+    # not asked again
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOME]
+    return sorted({*globals(), *_HOME})

@@ -50,16 +50,16 @@ def _apply(model: nn.Module, fused: Fused) -> nn.Module:
 
 
 class AutoModelForCausalLM(_Fused, transformers.AutoModelForCausalLM):
-    """See the file's text."""
+    """Language models that go on with a text, fused."""
 
 
 class AutoModelForSeq2SeqLM(_Fused, transformers.AutoModelForSeq2SeqLM):
-    """See the file's text."""
+    """Language models with an encoder and a decoder, fused."""
 
 
 class AutoModelForImageTextToText(_Fused, transformers.AutoModelForImageTextToText):
-    """See the file's text."""
+    """Language models that are given pictures too, fused."""
 
 
 class AutoModelForMaskedLM(_Fused, transformers.AutoModelForMaskedLM):
-    """See the file's text."""
+    """Language models that fill in what is masked, fused."""

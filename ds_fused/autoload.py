@@ -19,7 +19,7 @@ from types import ModuleType
 # Submodules, never `deepspeed` itself: in the `deepspeed` command the import of deepspeed starts before torch's, so
 # the package is half-built when we are called.
 HOOKS = {
-    "deepspeed.runtime.engine": "ds_fused.engine.initialize",
+    "deepspeed.runtime.engine": "ds_fused.engine.hooks",
     "deepspeed.launcher.runner": "ds_fused.engine.launcher",
     "deepspeed.env_report": "ds_fused.engine.builders",
 }

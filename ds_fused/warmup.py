@@ -30,7 +30,7 @@ import yaml
 from torch import nn
 from triton.backends.compiler import GPUTarget
 
-from ds_fused.engine.config import Config, parse
+from ds_fused.engine.config import Config, parse_config
 from ds_fused.engine.profiles import ESTIMATED, filled
 from ds_fused.engine.stand_ins import ways_of
 from ds_fused.modules.scope import HeadWeight
@@ -89,8 +89,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def config_of(block: object) -> Config:
     """The block with what its profile adds; "auto" is taken for "fast", since what fits depends on the job's GPUs."""
-    profile = parse(block).profile
-    return parse(filled(block, "fast" if profile in ESTIMATED else profile)[0])
+    profile = parse_config(block).profile
+    return parse_config(filled(block, "fast" if profile in ESTIMATED else profile)[0])
 
 
 def options_of(argv: list[str] | None) -> argparse.Namespace:

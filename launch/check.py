@@ -101,7 +101,7 @@ def check(run: Run, ranks: int) -> None:
     check_batch(run.deepspeed, ranks)
     check_deepspeed(run, ranks)
     try:
-        ds_fused.parse(run.fused)
+        ds_fused.parse_config(run.fused)
     except ValueError as error:
         raise ValueError(f"fused: {error}") from None
 

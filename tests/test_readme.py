@@ -57,9 +57,9 @@ def test_what_stands_for_liger_is_there():
 
 
 def test_the_table_of_the_json_block_is_the_parser():
-    from ds_fused.engine.config import CHOICES, OP_OPTIONS, RECOMPUTE, SWITCHES, TILED, options_of, parse
+    from ds_fused.engine.config import CHOICES, OP_OPTIONS, RECOMPUTE, SWITCHES, TILED, options_of, parse_config
 
-    default = parse({"enabled": True})
+    default = parse_config({"enabled": True})
     words = {
         "enabled": "whether anything of ds_fused happens",
         "strict": "raise where a requested kind of layer is not in the model",
@@ -142,12 +142,12 @@ def test_a_python_block_runs(code):
 
 
 def test_a_json_block_is_a_config():
-    from ds_fused.engine.config import parse
+    from ds_fused.engine.config import parse_config
 
     given = [json.loads(text) for text in blocks("json")]
     assert given
     for config in given:
-        assert parse(config["ds_fused"]).enabled
+        assert parse_config(config["ds_fused"]).enabled
 
 
 def test_every_command_is_of_a_kind_that_is_tested_below():

@@ -145,7 +145,7 @@ sizes = dict(vocab_size=1000, hidden_size=128, intermediate_size=320, num_hidden
 for tiles in (False, {"tiles": 2, "least_tokens": 1}, {"tiles": 2, "least_tokens": 65}):
     with META:
         model = LlamaForCausalLM._from_config(LlamaConfig(**sizes, use_cache=False), dtype=torch.bfloat16)
-    block = config.parse({"enabled": True, "verify": False, "tiled_mlp": tiles})
+    block = config.parse_config({"enabled": True, "verify": False, "tiled_mlp": tiles})
     launches, problem = launches_of(model, block, (2, 64), target_of("sm90"))
     gates = [launch for launch in launches if launch.kernel.fn.__name__ == "_glu_bwd_kernel"]
     print(problem, {launch.constants["OVERWRITES_DY"] for launch in gates})
@@ -168,7 +168,7 @@ sizes = dict(vocab_size=1000, hidden_size=128, intermediate_size=320, num_hidden
 for lora, ranks in ((False, [4]), (True, []), (True, [4])):
     with META:
         model = LlamaForCausalLM._from_config(LlamaConfig(**sizes, use_cache=False), dtype=torch.bfloat16)
-    block = config.parse({"enabled": True, "verify": False, "lora": lora})
+    block = config.parse_config({"enabled": True, "verify": False, "lora": lora})
     launches, problem = launches_of(model, block, (2, 64), target_of("sm90"), lora_ranks=ranks)
     names = {launch.kernel.fn.__name__ for launch in launches}
     print(problem, sorted(name for name in names if "pieces" in name or "narrow" in name))
@@ -192,7 +192,7 @@ for block in ({}, {"experts": False}):
     with META:
         mixtral = MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=64, use_cache=False)
         model = MixtralForCausalLM._from_config(mixtral, dtype=torch.bfloat16)
-    block = config.parse({"enabled": True, "verify": False, **block})
+    block = config.parse_config({"enabled": True, "verify": False, **block})
     launches, problem = launches_of(model, block, (1, LENGTH), target_of("sm90"))
     rows = [launch.constants["ROWS"] for launch in launches if launch.kernel.fn.__name__ == "_product_of_rows_kernel"]
     print(problem, sorted(set(rows)))

@@ -1,1 +1,3 @@
-"""Everything that says "deepspeed": the JSON block, the hooks, op builders, rank agreement, launcher, policies."""
+"""Everything that says "deepspeed": the JSON block, the hooks, op builders, rank agreement, launcher, injection
+policies.
+"""

@@ -58,6 +58,10 @@ class Agreement:
         return everyone
 
 
+def first_that_holds(reasons: Mapping[str, bool]) -> str | None:
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
 def first_of(reason: str | None, group: object) -> str | None:
     """What the first rank of a group that has a reason says, the same on all of them; None where nobody has one."""
     everyone: list = [None] * dist.get_world_size(group)

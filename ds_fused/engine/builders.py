@@ -32,7 +32,7 @@ class FusedBuilder(OpBuilder):
         return []
 
     def is_compatible(self, verbose: bool = False) -> bool:
-        reason = why_not()
+        reason = why_not_built()
         if reason is None:
             return True
         self.error_log = f"{self.OP}: {reason}"
@@ -46,7 +46,7 @@ class FusedBuilder(OpBuilder):
         return import_module(self.absolute_name())
 
 
-def why_not() -> str | None:
+def why_not_built() -> str | None:
     """Why no op of ours can run in this process; None when they can."""
     reason = no_triton()
     if reason is not None:

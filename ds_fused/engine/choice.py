@@ -14,7 +14,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from ds_fused.engine.figures import Figures, Head, Rates, candidates, chosen, measured, turning_point
+from ds_fused.engine.figures import Figures, HeadCosts, Rates, candidates, chosen, turning_point
+from ds_fused.engine.rates import measured
 
 if TYPE_CHECKING:
     from ds_fused.engine.stationary import ZeroShard
@@ -42,7 +43,7 @@ class Choice:
         # gradients of a whole weight are made in the forward, see ops/linear_cross_entropy.py
         in_forward = bool(options["grad_in_forward"]) and slabs.dtype != torch.float16
         self._options = (options["chunk_mb"] * 2**20, options["keep_mb"] * 2**20, in_forward)
-        self._head = Head(
+        self._head = HeadCosts(
             shard.shards,
             tuple(slabs.span(k).stop - slabs.span(k).start for k in range(len(slabs))),
             slabs.dtype.itemsize,

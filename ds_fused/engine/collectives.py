@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import distributed as dist
 
-from ds_fused.engine.agreement import first_of
+from ds_fused.engine.agreement import first_of, first_that_holds
 from ds_fused.engine.collective_claim import CollectiveClaim
 from ds_fused.engine.gathers import GatherClaim, sharded
 from ds_fused.engine.leaf_modules import gathered_otherwise
@@ -59,7 +59,7 @@ def _trains(engine: DeepSpeedEngine) -> bool:
 
 def _why_stock(engine: DeepSpeedEngine, offload: DeepSpeedZeRoOffload) -> str | None:
     zero = engine._config.zero_config
-    return _first(
+    return first_that_holds(
         {
             "stage3_use_all_reduce_for_fetch_params has them added up": zero.use_all_reduce_for_fetch_params,
             "weights travel quantized (zero_quantized_weights)": engine.zero_quantized_weights(),
@@ -71,14 +71,10 @@ def _why_stock(engine: DeepSpeedEngine, offload: DeepSpeedZeRoOffload) -> str | 
 
 
 def _why_buckets(engine: DeepSpeedEngine) -> str | None:
-    return _first(
+    return first_that_holds(
         {
             "gradients travel quantized (zero_quantized_gradients)": engine.zero_quantized_gradients(),
             "reduce_scatter is off": not engine.zero_reduce_scatter(),
             "Muon wants whole gradients": engine.optimizer.use_muon,
         }
     )
-
-
-def _first(reasons: dict[str, bool]) -> str | None:
-    return next((reason for reason, holds in reasons.items() if holds), None)

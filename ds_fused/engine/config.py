@@ -15,6 +15,8 @@ from types import MappingProxyType
 
 from ds_fused.modules.tiled_mlp import Tiles
 from ds_fused.ops.registry import OPS, Option, switched
+from ds_fused.policies.arguments import shown
+from ds_fused.policies.plan import TILED
 from ds_fused.policies.recompute import KEY as RECOMPUTE
 from ds_fused.policies.recompute import OPTIONS as RECOMPUTE_OPTIONS
 from ds_fused.policies.recompute import Recomputing, recomputing
@@ -79,8 +81,7 @@ HEAD_OPTIONS: Mapping[str, Option] = MappingProxyType(
         ),
     }
 )
-# MLPs in tiles; off where it is not named
-TILED = "tiled_mlp"
+# MLPs in tiles; off where they are not named
 TILED_OPTIONS: Mapping[str, Option] = MappingProxyType(
     {
         "tiles": Option(int, 8, "in how many tiles the tokens of an MLP run", least=1),  # 8: not yet measured
@@ -117,10 +118,10 @@ class Config:
     head: Mapping[str, object]  # HEAD_OPTIONS, each with its value
 
 
-def parse(block: object) -> Config:
+def parse_config(block: object) -> Config:
     """The block as a `Config`; ValueError where it is malformed."""
     if not isinstance(block, Mapping):
-        raise ValueError(f'ds_fused must be an object such as {{"enabled": true}}, got {_shown(block)}')
+        raise ValueError(f'ds_fused must be an object such as {{"enabled": true}}, got {shown(block)}')
     for key in block:
         _check_known("ds_fused", key, KEYS)
     if "enabled" not in block:
@@ -164,7 +165,7 @@ def _options(key: str, value: object) -> dict[str, object] | None:
     known = options_of(key)
     if not isinstance(value, Mapping):
         options = f" or an object of {', '.join(known)}" if known else ""
-        raise ValueError(f"ds_fused.{key} must be true or false{options}, got {_shown(value)}")
+        raise ValueError(f"ds_fused.{key} must be true or false{options}, got {shown(value)}")
     for name in value:
         _check_known(f"ds_fused.{key}", name, known)
     return {name: _option(f"ds_fused.{key}.{name}", given, known[name]) for name, given in value.items()}
@@ -196,7 +197,7 @@ def _typed(where: str, value: object, kind: type, least: int = 0) -> object:
     # bool is an int in Python, but not in JSON; an integer is a number in both
     accepted = (int, float) if kind is float else (kind,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{where} must be {_WORDS[kind]}, got {_shown(value)}")
+        raise ValueError(f"{where} must be {_WORDS[kind]}, got {shown(value)}")
     if kind in (int, float) and not value >= least:
         raise ValueError(f"{where} must be at least {least}, got {value!r}")
     return value
@@ -204,9 +205,5 @@ def _typed(where: str, value: object, kind: type, least: int = 0) -> object:
 
 def _chosen(where: str, value: object, allowed: tuple[object, ...]) -> object:
     if value not in allowed:
-        raise ValueError(f"{where} must be {' or '.join(map(repr, allowed))}, got {_shown(value)}")
+        raise ValueError(f"{where} must be {' or '.join(map(repr, allowed))}, got {shown(value)}")
     return value
-
-
-def _shown(value: object) -> str:
-    return f"{value!r} ({type(value).__name__})"

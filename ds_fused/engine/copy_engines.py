@@ -94,7 +94,7 @@ class CopyEngines:
         return dist.all_to_all_single(received, parts, group=self._group, async_op=True)
 
 
-def why_not(group: ProcessGroup) -> str | None:
+def why_no_engines(group: ProcessGroup) -> str | None:
     """Why this rank can't let copy engines move the weights of that group; None when it can. All its ranks ask."""
     ranks = dist.get_world_size(group)
     mine = get_accelerator().current_device()

@@ -9,7 +9,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from ds_fused.modules.swap import home_of
+from ds_fused.modules.swap import library_of
 from ds_fused.ops._parts import sum_parts
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ NEEDED = (
 def gradient_hooks(param: nn.Parameter) -> list[str]:
     """Those which anybody but DeepSpeed has hung on a weight's gradient; autograd calls them."""
     every = (hooks.values() for hooks in (param._backward_hooks, param._post_accumulate_grad_hooks) if hooks)
-    others = (hook for hooks in every for hook in hooks if home_of(hook).partition(".")[0] != "deepspeed")
+    others = (hook for hooks in every for hook in hooks if library_of(hook) != "deepspeed")
     return [getattr(hook, "__qualname__", type(hook).__name__) for hook in others]
 
 

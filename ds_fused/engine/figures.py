@@ -1,9 +1,10 @@
 """What each way of computing a head's loss under ZeRO-3 costs, as a model: memory, bytes on the wire, time.
 
-Time is a sum of four, each at a rate that was measured where the job runs: FLOPs of the products; bytes that the
-softmax passes move, and of sums that a product reads before it adds to them (what products read and write else is in
-their rate); bytes on the wire; and so much for each collective, however small. The transfers run beside the products,
-but they take multiprocessors and memory bandwidth from them: measured, the sum was nearer than the larger of the two.
+Time is a sum of four, each at a rate that was measured where the job runs (``rates.py``): FLOPs of the products; bytes
+that the softmax passes move, and of sums that a product reads before it adds to them (what products read and write else
+is in their rate); bytes on the wire; and so much for each collective, however small. The transfers run beside the
+products, but they take multiprocessors and memory bandwidth from them: measured, the sum was nearer than the larger of
+the two.
 Over several nodes the wire's rate is the network's, and a collective takes longer the more ranks it has. What copy
 engines transfer takes nothing from the products; but parts of a gradient are read and added up.
 
@@ -12,13 +13,8 @@ Sizes: M tokens of a rank (the most of any), V vocabulary, H hidden, W ranks.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import torch
-from deepspeed.accelerator import get_accelerator
 
 from ds_fused.engine.shards import Shards
 from ds_fused.engine.windows import TURNS
@@ -26,14 +22,6 @@ from ds_fused.ops._tiles import tile_elements, tiling
 from ds_fused.ops.one_pass import cut
 from ds_fused.ops.stationary import block_bytes, block_tokens
 
-if TYPE_CHECKING:
-    from ds_fused.engine.stationary import ZeroShard
-    from ds_fused.engine.zero_slabs import ZeroSlabs
-
-# each is run so often, after one run that doesn't count
-ROUNDS = 3
-# tokens of the product that is timed; a CPU would take seconds for as many
-TOKENS, TOKENS_OF_CPU = 2048, 64
 MOST_TOKENS = 2**24
 # elements: DeepSpeed's default of stage3_max_reuse_distance
 REUSE = 10**9
@@ -50,7 +38,7 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class Head:
+class HeadCosts:
     """A sharded weight [V, H], as far as its costs depend on it."""
 
     shards: Shards
@@ -62,7 +50,7 @@ class Head:
     reuse: int = REUSE  # elements of a whole weight that DeepSpeed keeps from the forward to the backward, at most
 
     @classmethod
-    def cut(cls, shards: Shards, slab_bytes: int, itemsize: int = 2, **facts: bool) -> Head:
+    def cut(cls, shards: Shards, slab_bytes: int, itemsize: int = 2, **facts: bool) -> HeadCosts:
         """As ZeroSlabs cuts it."""
         spans = shards.spans(shards.cuts(shards.hidden * itemsize, slab_bytes))
         return cls(shards, tuple(span.stop - span.start for span in spans), itemsize, **facts)
@@ -103,7 +91,7 @@ class Figures:
         return f"{self.mode} ({self.parts}, {held:,.0f} MiB held, {wire:,.0f} MiB on the wire, {ms:.3g} ms)"
 
 
-def of_stream(head: Head, most: int, chunk_bytes: int, keep_bytes: int) -> Figures:
+def of_stream(head: HeadCosts, most: int, chunk_bytes: int, keep_bytes: int) -> Figures:
     n_vocab, hidden, ranks = head.shards.n_vocab, head.shards.hidden, head.shards.ranks
     itemsize, trains = head.itemsize, head.trains
     # a frozen head is done with in the forward, see ops/frozen_head.py
@@ -160,7 +148,7 @@ def rows_at_once(slabs: tuple[int, ...], kept: int) -> int:
     return max(sum(slabs[max(0, len(slabs) - kept) :]) + slabs[-1], *later)
 
 
-def of_stationary(head: Head, most: int, chunk_bytes: int) -> Figures:
+def of_stationary(head: HeadCosts, most: int, chunk_bytes: int) -> Figures:
     n_vocab, hidden, ranks = head.shards.n_vocab, head.shards.hidden, head.shards.ranks
     itemsize, trains = head.itemsize, head.trains
     block = block_tokens(most, n_vocab, hidden, ranks, itemsize, chunk_bytes)
@@ -181,7 +169,7 @@ def of_stationary(head: Head, most: int, chunk_bytes: int) -> Figures:
     return Figures("stationary", f"{blocks} blocks", held, wire, calls, traffic, flops)
 
 
-def of_gather(head: Head, most: int, chunk_bytes: int, keep_bytes: int, in_forward: bool) -> Figures:
+def of_gather(head: HeadCosts, most: int, chunk_bytes: int, keep_bytes: int, in_forward: bool) -> Figures:
     """By ZeRO's hooks, in the head's own call. ``in_forward``: gradients are made there (ops/one_pass.py)."""
     n_vocab, hidden, ranks = head.shards.n_vocab, head.shards.hidden, head.shards.ranks
     itemsize, trains = head.itemsize, head.trains
@@ -220,12 +208,12 @@ def of_gather(head: Head, most: int, chunk_bytes: int, keep_bytes: int, in_forwa
     return Figures("gather", f"{chunks} chunks", held, wire, calls, traffic, flops, chunks=chunks)
 
 
-def sharded(head: Head, most: int, chunk_bytes: int, keep_bytes: int) -> list[Figures]:
+def sharded(head: HeadCosts, most: int, chunk_bytes: int, keep_bytes: int) -> list[Figures]:
     """Of the modes in which the weight is never whole: stream, stationary."""
     return [of_stream(head, most, chunk_bytes, keep_bytes), of_stationary(head, most, chunk_bytes)]
 
 
-def candidates(head: Head, most: int, chunk_bytes: int, keep_bytes: int, in_forward: bool) -> list[Figures]:
+def candidates(head: HeadCosts, most: int, chunk_bytes: int, keep_bytes: int, in_forward: bool) -> list[Figures]:
     """Of the modes that "auto" chooses from: those two and gather."""
     return [*sharded(head, most, chunk_bytes, keep_bytes), of_gather(head, most, chunk_bytes, keep_bytes, in_forward)]
 
@@ -252,37 +240,3 @@ def turning_point(ways: Callable[[int], list[Figures]], rates: Rates) -> int:
         else:
             high = middle - 1
     return low
-
-
-def measured(slabs: ZeroSlabs, shard: ZeroShard) -> Rates:
-    """Rates of this rank. Every rank must call it at the same place; the slowest counts for all, see `Choice`."""
-    # the first may be the rows that ranks share, which are few
-    some = min(1, len(slabs) - 1)
-    slabs.prefetch(some)
-    rows = slabs.gather(some)
-    tokens = TOKENS_OF_CPU if slabs.device.type == "cpu" else TOKENS
-    x = torch.zeros(tokens, slabs.shape[1], dtype=slabs.dtype, device=slabs.device)
-    product = _seconds(lambda: x @ rows.t())
-    copy = _seconds(lambda: torch.empty_like(rows).copy_(rows))
-    taken = rows.numel() * rows.element_size() * (slabs.ranks - 1) / slabs.ranks
-    gather = _seconds(lambda: (slabs.prefetch(some), slabs.gather(some)))
-    call = _seconds(lambda: shard.gather(x[0, :1]).land())
-    # where the slab is so small that its bytes are lost in the noise of a call, they took a tenth
-    bytes_alone = max(gather - call, gather / 10)
-    return Rates(
-        flops=2 * x.numel() * rows.shape[0] / product,
-        memory=2 * rows.numel() * rows.element_size() / copy,
-        wire=taken / bytes_alone if taken else float("inf"),
-        call=call if taken else 0.0,
-    )
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    accelerator = get_accelerator()
-    run()
-    accelerator.synchronize()
-    began = time.perf_counter()
-    for _ in range(ROUNDS):
-        run()
-    accelerator.synchronize()
-    return (time.perf_counter() - began) / ROUNDS

@@ -55,7 +55,7 @@ class GatherClaim(CollectiveClaim):
         with GatheredParameters(probes):
             expected = [p.detach().clone() for p in probes]
         try:
-            Flight(probes).wait()
+            WeightHandle(probes).wait()
             alike = all(torch.equal(p.detach(), whole) for p, whole in zip(probes, expected, strict=True))
         except Exception:
             for p in probes:
@@ -95,7 +95,7 @@ class InPlace:
         params = sorted(params, key=lambda p: p.ds_id)
         if safe_mode or quantize or not _fit(params):
             return self.stock(params, safe_mode=safe_mode, quantize=quantize)
-        return Flight(params)
+        return WeightHandle(params)
 
 
 def _fit(params: Sequence[nn.Parameter]) -> bool:
@@ -118,7 +118,7 @@ def _fits(p: nn.Parameter) -> bool:
     )
 
 
-class Flight:
+class WeightHandle:
     """Weights on their way, started where it is made: DeepSpeed's handle, which is waited for once for each of them."""
 
     def __init__(self, params: Sequence[nn.Parameter]) -> None:

@@ -1,181 +1,32 @@
-"""Where DeepSpeed meets us: four methods of ``DeepSpeedEngine``, the base of every training engine, and a function.
+"""What becomes of a ``ds_fused`` block: an engine's layers are replaced, its gathers arranged, and a report says so.
 
-``__init__``: take note of the ``ds_fused`` block before anything happens; report when all is done.
-``_configure_distributed_model``: replace right before it. By then AutoTP and AutoEP have put their own layers in place
-(earlier, they would replace ours by stock ones); the cast, ZeRO's hooks and the optimizer are still to come.
-``destroy``: give the model back as it was, before all of stock's, and after it what copy engines hold. ``__del__``,
-which calls it: ranks do so when they like, in the middle of whatever it may be, so nothing may wait for another one or
-touch the model. A later engine over the same layers gives it back then: what they are bound to is the earlier one. It
-does so too with a copy of an engine's model, whose layers were replaced for that engine's stage of ZeRO.
-``init_autocast_params``, of a ``torch_autocast`` section: it marks the parameters that travel in lower precision, by
-the class of their layer, for which it is shown the originals'.
-
-Without a block, or with ``"enabled": false``, all else is the originals' and nothing of us is imported.
+Called by ``hooks.py``, where there is a block. What may need Triton is imported once that was found to be there.
 """
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import functools
-import inspect
 import json
 import logging
 import os
-import sys
-import weakref
-from types import ModuleType
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+import torch
 
-    import torch
+from ds_fused.engine.agreement import Agreement
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    from ds_fused.engine.agreement import Agreement
     from ds_fused.engine.config import Config
     from ds_fused.policies.report import Claim, Left, Report
 
-BLOCK = "ds_fused"
-
 log = logging.getLogger("ds_fused")
-# of engines whose models are not given back, and of copies of these models
-_reports: weakref.WeakSet[Report] = weakref.WeakSet()
 
 
-def hook(engine_module: ModuleType) -> None:
-    """``deepspeed.runtime.engine`` was imported: wrap the four methods and the function, once."""
-    cls = engine_module.DeepSpeedEngine
-    if hasattr(cls.__init__, "_ds_fused_hook"):
-        return
-    # all looked up before any is replaced: half a hook would be worse than none
-    init, configure, destroy, collect = cls.__init__, cls._configure_distributed_model, cls.destroy, cls.__del__
-    cls.__init__ = _wrapped_init(init)
-    cls._configure_distributed_model = _wrapped_configure(configure)
-    cls.destroy = _wrapped_destroy(destroy)
-    cls.__del__ = _wrapped_del(collect)
-    # not in every version
-    if hasattr(engine_module, "init_autocast_params"):
-        engine_module.init_autocast_params = _wrapped_autocast(engine_module.init_autocast_params)
-
-
-def _wrapped_init(original):
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def __init__(self, *args, **kwargs):
-        # some callers pass config_class by position
-        config_class = signature.bind(self, *args, **kwargs).arguments.get("config_class")
-        block = _block_of(getattr(config_class, "_param_dict", None) or {})
-        if block is _ABSENT or (isinstance(block, dict) and block.get("enabled") is False):
-            return original(self, *args, **kwargs)
-
-        # past nn.Module.__setattr__: its own __init__ has not run yet
-        self.__dict__["_ds_fused_block"] = block
-        try:
-            original(self, *args, **kwargs)
-            _finish(self)
-        except BaseException:
-            # the model outlives the engine that was not to be; the error that matters is the one on its way
-            report, slab_mode = (self.__dict__.get(name) for name in ("ds_fused_report", "_ds_fused_slab_mode"))
-            with contextlib.suppress(Exception):
-                if report is not None:
-                    _undo(report)
-            with contextlib.suppress(Exception):
-                if slab_mode is not None:
-                    slab_mode.close(together=False)
-            raise
-        return None
-
-    __init__._ds_fused_hook = True
-    return __init__
-
-
-def _wrapped_configure(original):
-    @functools.wraps(original)
-    def _configure_distributed_model(self, model):
-        if _reports:
-            _give_back(model)
-        if "_ds_fused_block" in self.__dict__:
-            _replace(self, model, self.__dict__["_ds_fused_block"])
-        return original(self, model)
-
-    return _configure_distributed_model
-
-
-def _wrapped_destroy(original):
-    @functools.wraps(original)
-    def destroy(self):
-        is_garbage = self.__dict__.get("_ds_fused_is_garbage", False)
-        report, slab_mode = (self.__dict__.get(name) for name in ("ds_fused_report", "_ds_fused_slab_mode"))
-        try:
-            if report is not None and not is_garbage:
-                _undo(report)
-        finally:
-            try:
-                original(self)
-            finally:
-                if slab_mode is not None:
-                    slab_mode.close(together=not is_garbage)
-
-    return destroy
-
-
-def _wrapped_del(original):
-    @functools.wraps(original)
-    def __del__(self):
-        self.__dict__["_ds_fused_is_garbage"] = True
-        original(self)
-
-    return __del__
-
-
-def _wrapped_autocast(original):
-    @functools.wraps(original)
-    def init_autocast_params(engine, *args, **kwargs):
-        swap = sys.modules.get("ds_fused.modules.swap")
-        if swap is None:
-            # nothing of us was imported, so nothing is swapped
-            return original(engine, *args, **kwargs)
-        with swap.as_originals(engine.module):
-            return original(engine, *args, **kwargs)
-
-    return init_autocast_params
-
-
-_ABSENT = object()
-# of names that are taken for a slip: ds_fusd, ds-fused
-_ALIKE = 0.8
-
-
-def _block_of(config: Mapping[str, object]) -> object:
-    """What the JSON has under our name. DeepSpeed passes over what it doesn't know, so one that is misspelt is said."""
-    if BLOCK in config:
-        return config[BLOCK]
-    # from the first rank
-    for name in config if os.environ.get("RANK", "0") == "0" else ():
-        if difflib.SequenceMatcher(None, str(name).lower(), BLOCK).ratio() >= _ALIKE:
-            log.warning('ds_fused: the configuration has "%s" and no "%s": no layer is replaced', name, BLOCK)
-    return _ABSENT
-
-
-def _give_back(model: torch.nn.Module) -> None:
-    """As they were: layers of this model that an earlier engine has, or had where they were copied."""
-    modules = set(model.modules())
-    for report in list(_reports):
-        if not modules.isdisjoint(report.model.modules()):
-            _undo(report)
-
-
-def _undo(report: Report) -> None:
-    report.restore()
-    _reports.discard(report)
-
-
-def _replace(engine: DeepSpeedEngine, model: torch.nn.Module, block: object) -> None:
-    from ds_fused.engine.agreement import Agreement
-
+def replace(engine: DeepSpeedEngine, model: torch.nn.Module, block: object) -> Report:
+    """Right before DeepSpeed casts and shards the model."""
     # Pipeline stages hold different layers; the ranks of one stage have to decide alike.
     agree = Agreement(part=getattr(model, "stage_id", 0) if engine.pipeline_parallelism else 0)
     try:
@@ -187,8 +38,30 @@ def _replace(engine: DeepSpeedEngine, model: torch.nn.Module, block: object) -> 
         agree.failed(e)
         raise
     engine.__dict__.update(_ds_fused_config=config, ds_fused_report=report)
-    report.found_in = _reports
-    _reports.add(report)
+    return report
+
+
+def finish(engine: DeepSpeedEngine) -> None:
+    """When all of DeepSpeed's engine is there."""
+    from ds_fused.engine import frequencies
+
+    config, report = (engine.__dict__.get(name) for name in ("_ds_fused_config", "ds_fused_report"))
+    if report is None:
+        raise RuntimeError(
+            f"ds_fused is enabled, but {type(engine).__name__} builds its model without "
+            "DeepSpeedEngine._configure_distributed_model, where the layers are replaced"
+        )
+    engine.__dict__["_ds_fused_slab_mode"].decide(engine, report)
+    _claim(report, *frequencies.claims_of(engine.module, config.rotary_frequencies == "fp32"))
+    _arrange_gathers(engine, config, report)
+    undone = [f"{len(claim.paths)} x {claim.original}" for claim in report.recheck()]
+    if undone:
+        line = f"replaced, but undone by something else before deepspeed.initialize ended: {', '.join(undone)}"
+        if config.strict:
+            raise RuntimeError(f"ds_fused: {line}")
+        _say(engine, line)
+    if config.report and engine.global_rank == 0:
+        print(report, flush=True)
 
 
 def _resolved(
@@ -197,10 +70,10 @@ def _resolved(
     """The block with what its profile adds, and a line about that; the profile is the same on every rank."""
     from ds_fused.engine import estimate, profiles
     from ds_fused.engine.choice import free_bytes
-    from ds_fused.engine.config import parse
+    from ds_fused.engine.config import parse_config
     from ds_fused.policies.blocks import blocks
 
-    profile = parse(block).profile
+    profile = parse_config(block).profile
     # whatever the profile: ranks that were given different ones must meet here as well
     free = agree.least(free_bytes())
     line = f'profile "{profile}"'
@@ -211,9 +84,9 @@ def _resolved(
     block, added = profiles.filled(block, profile)
     engine.__dict__["_ds_fused_block"] = block
     if profile == "stock":
-        return parse(block), [line] if "profile" in block else []
+        return parse_config(block), [line] if "profile" in block else []
     values = ", ".join(f"{name} = {json.dumps(value)}" for name, value in added.items()) or "nothing that is not given"
-    return parse(block), [f"{line}; it sets {values}"]
+    return parse_config(block), [f"{line}; it sets {values}"]
 
 
 def _set_up(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config) -> list[str]:
@@ -344,8 +217,6 @@ def _loadable(config: Config) -> tuple[dict[str, object], dict[str, str]]:
 
 def training_dtype(engine: DeepSpeedEngine) -> torch.dtype:
     """What layers will compute in once DeepSpeed has cast the parameters, which is after the replacement."""
-    import torch
-
     if engine.fp16_enabled():
         return torch.float16
     if engine.bfloat16_enabled():
@@ -353,28 +224,6 @@ def training_dtype(engine: DeepSpeedEngine) -> torch.dtype:
     if engine.torch_autocast_enabled():
         return engine.torch_autocast_dtype()
     return torch.float32
-
-
-def _finish(engine: DeepSpeedEngine) -> None:
-    from ds_fused.engine import frequencies
-
-    config, report = (engine.__dict__.get(name) for name in ("_ds_fused_config", "ds_fused_report"))
-    if report is None:
-        raise RuntimeError(
-            f"ds_fused is enabled, but {type(engine).__name__} builds its model without "
-            "DeepSpeedEngine._configure_distributed_model, where the layers are replaced"
-        )
-    engine.__dict__["_ds_fused_slab_mode"].decide(engine, report)
-    _claim(report, *frequencies.claims_of(engine.module, config.rotary_frequencies == "fp32"))
-    _arrange_gathers(engine, config, report)
-    undone = [f"{len(claim.paths)} x {claim.original}" for claim in report.recheck()]
-    if undone:
-        line = f"replaced, but undone by something else before deepspeed.initialize ended: {', '.join(undone)}"
-        if config.strict:
-            raise RuntimeError(f"ds_fused: {line}")
-        _say(engine, line)
-    if config.report and engine.global_rank == 0:
-        print(report, flush=True)
 
 
 def _say(engine: DeepSpeedEngine, line: str) -> None:

@@ -16,7 +16,7 @@ import torch
 from deepspeed.module_inject.policy import DSPolicy
 from torch import nn
 
-from ds_fused.modules.swap import is_fused, original_class, swap, why_not
+from ds_fused.modules.swap import is_fused, original_class, swap, why_not_swapped
 from ds_fused.policies.kinds import Kind, Way, choose, find
 
 log = logging.getLogger("ds_fused")
@@ -41,7 +41,7 @@ class FusedLayerPolicy(DSPolicy):
 
     def apply(self, module: nn.Module, enable_cuda_graph: bool = False) -> nn.Module:
         """The same module, behaving as the fused layer; unchanged, with a line in the log, where that can't be."""
-        ways = why_not(module) or self.kind.ways(module)
+        ways = why_not_swapped(module) or self.kind.ways(module)
         if not ways:
             return module  # its parts are what is replaced
         way = ways if isinstance(ways, str) else self._choice(module, ways)

@@ -34,6 +34,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ds_fused.engine.agreement import first_that_holds
 from ds_fused.engine.unproven_claim import UnprovenClaim
 from ds_fused.engine.zero_sizes import given
 from ds_fused.modules.scope import in_backward
@@ -139,12 +140,13 @@ def _why_none(
 
 def gathered_otherwise(engine: DeepSpeedEngine) -> str | None:
     """What else has a say in how this engine's weights are gathered."""
-    reasons = {
-        "DeepCompile arranges the gathering": engine.is_deepcompile_enabled(),
-        "ZenFlow turns weights module by module": bool(getattr(engine.optimizer, "zenflow", False)),
-        "stage3_allgather_sequential gathers weights one by one": engine.zero_allgather_sequential(),
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    return first_that_holds(
+        {
+            "DeepCompile arranges the gathering": engine.is_deepcompile_enabled(),
+            "ZenFlow turns weights module by module": bool(getattr(engine.optimizer, "zenflow", False)),
+            "stage3_allgather_sequential gathers weights one by one": engine.zero_allgather_sequential(),
+        }
+    )
 
 
 def _why_not(layer: nn.Module, owners: Counter[int], slabs: Collection[nn.Parameter]) -> str | None:

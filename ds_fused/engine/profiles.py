@@ -48,7 +48,7 @@ PROFILES: Mapping[str, Mapping[str, object]] = {
 def filled(block: Mapping[str, object], profile: str) -> tuple[dict[str, object], dict[str, object]]:
     """The block with what a profile adds to it; and that alone, by the dotted names of the README's table.
 
-    The block is one that ``config.parse`` has found well-formed.
+    The block is one that ``config.parse_config`` has found well-formed.
     """
     whole, added = dict(block), {}
     for key, value in PROFILES[profile].items():

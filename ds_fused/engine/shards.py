@@ -45,7 +45,7 @@ class Shards:
     hidden: int
     ranks: int
 
-    def why_not(self) -> str | None:
+    def why_uncut(self) -> str | None:
         """Why such a weight can't be cut into slabs: a row lies on more than two ranks, or a rank has no whole one."""
         if self.size < self.hidden or self.ranks > self.hidden or self.common == 0:
             return f"a weight of {self.n_vocab} x {self.hidden} is too small to be cut over {self.ranks} ranks"

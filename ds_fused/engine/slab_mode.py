@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ds_fused.engine import copy_engines, self_test
-from ds_fused.engine.agreement import first_of
+from ds_fused.engine.agreement import first_of, first_that_holds
 from ds_fused.engine.choice import AUTO, GATHER, Choice
 from ds_fused.engine.config import HEAD, OP_OPTIONS, Config
 from ds_fused.engine.copy_engines import CopyEngines
@@ -27,7 +27,7 @@ from ds_fused.engine.unproven_claim import UnprovenClaim
 from ds_fused.engine.zero_slabs import ZeroSlabs
 from ds_fused.engine.zero_vector import ZeroVector
 from ds_fused.modules.embedding import slab_embedding_of
-from ds_fused.modules.swap import is_fused, swap, unswap_all, why_not
+from ds_fused.modules.swap import is_fused, swap, unswap_all, why_not_swapped
 from ds_fused.policies.loss import LinearClaim
 from ds_fused.policies.report import Left
 
@@ -169,7 +169,7 @@ class SlabMode:
             return None, None
         group = param.ds_process_group
         # another weight may lie on other ranks
-        reason = first_of(copy_engines.why_not(group), group)
+        reason = first_of(copy_engines.why_no_engines(group), group)
         if reason is not None:
             return None, reason
         if self._engines is None:
@@ -241,7 +241,7 @@ def why_not_looked_up(module: nn.Embedding) -> str | None:
         return f"it is a {type(module).__name__}, which may do more than look up"
     if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
         return "it is one with max_norm, scale_grad_by_freq or sparse gradients"
-    return why_not(module)
+    return why_not_swapped(module)
 
 
 def why_gather(engine: DeepSpeedEngine, module: nn.Module) -> str | None:
@@ -273,13 +273,13 @@ def why_gather(engine: DeepSpeedEngine, module: nn.Module) -> str | None:
         "it is part of a ZeRO-3 leaf module, which is gathered as one": hasattr(param, "ds_z3_leaf_module"),
         "somebody's hooks hang on its gradient": bool(gradient_hooks(param)),
     }
-    found = next((reason for reason, holds in reasons.items() if holds), None)
+    found = first_that_holds(reasons)
     if found is not None:
         return found
     shards = Shards(*param.ds_shape, dist.get_world_size(param.ds_process_group))
     if param.ds_tensor.ds_numel != shards.size:
         return f"its shard has {param.ds_tensor.ds_numel} elements where {shards.size} were expected"
-    return shards.why_not()
+    return shards.why_uncut()
 
 
 # how AutoEP marks what is no expert's; without it nothing is marked

@@ -27,7 +27,7 @@ def ways_of(
     ``copied``: slabs are moved by copy engines, where there are any.
     """
     shards = Shards(*weight.shape, ranks)
-    if shards.why_not() is not None:
+    if shards.why_uncut() is not None:
         return []
     ways: list[WeightSlabs | VocabShard] = []
     if mode in ("auto", "stream"):

@@ -31,7 +31,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ds_fused.modules.exchange import ATTENTION, MATMUL
+from ds_fused.modules.intercept import ATTENTION, MATMUL
 from ds_fused.modules.kept import LEVELS, Learnt, Recording, needed_bytes
 from ds_fused.modules.rise import Rise
 

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from ds_fused.modules.handed_over import check_reader
 from ds_fused.modules.head_call import HeadCall, version
-from ds_fused.modules.postponed import operators, run_on_real
+from ds_fused.modules.postponed import is_number, operators, run_on_real
 from ds_fused.modules.steps import ROW_STEPS, Step, indexed, replay, row_index
 
 
@@ -47,10 +47,6 @@ def _same_memory(derived: Tensor, whole: Tensor, step: str) -> bool:
     if torch.compiler.is_compiling():
         return step in ("index", "transpose") or whole.is_contiguous()
     return derived.untyped_storage()._cdata == whole.untyped_storage()._cdata
-
-
-def _is_number(x: object) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
 class DeferredLogits:
@@ -237,12 +233,12 @@ class DeferredLogits:
     __radd__ = __add__
 
     def __mul__(self, other: Any) -> Any:
-        return self._step("mul", other) if _is_number(other) else self.materialise() * other
+        return self._step("mul", other) if is_number(other) else self.materialise() * other
 
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> Any:
-        return self._step("div", other) if _is_number(other) and other != 0 else self.materialise() / other
+        return self._step("div", other) if is_number(other) and other != 0 else self.materialise() / other
 
     def mul(self, other: Any) -> Any:
         return self * other

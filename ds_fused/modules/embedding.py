@@ -76,4 +76,5 @@ def past_hooks(module: nn.Module, library: str, *args: Any, **kwargs: Any) -> An
 
 
 def _of(hook: Callable, library: str) -> bool:
+    # what decorators keep: ZeRO-3's are wrapped by torch.compiler.disable, and for library_of they are torch's
     return (getattr(hook, "__module__", None) or "").partition(".")[0] == library

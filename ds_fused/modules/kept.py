@@ -5,7 +5,7 @@
         z = silu(y)                          # computed again
 
 While a layer runs under its checkpoint, products and attention are exchanged, for this thread, for functions that see
-what is computed within them (``exchange.py``). What they see is kept by the layer's forward, and handed out in the
+what is computed within them (``intercept.py``). What they see is kept by the layer's forward, and handed out in the
 order of the forward by its repetition. That happens below autograd: nodes, what they save and the order in which they
 do are those of a repetition that computes everything, and so are hooks of modules (ZeRO-3's gather the same weights at
 the same places) and random numbers. Gradients are bit for bit the same.
@@ -20,7 +20,7 @@ repetition of a layer came is remembered: what it did not reach is not kept any 
 not live to use is put off until somebody does, so that it is never computed. A call of many products may be such a one
 too, if it presents itself as one (``postponable``); put off, hooks within it do not run.
 
-The dispatcher is watched within the exchanged functions only. Selective checkpointing of PyTorch watches a whole layer,
+The dispatcher is watched within the intercepted calls only. Selective checkpointing of PyTorch watches a whole layer,
 which costs a call into Python for each of its operators.
 """
 
@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ds_fused.modules.exchange import ATTENTION, MATMUL, Run, current_run
+from ds_fused.modules.intercept import ATTENTION, MATMUL, Run, current_run
 from ds_fused.modules.offload import Group, taken, those_on_host
 from ds_fused.modules.operators import ADD, PRODUCTS, Watch, is_dear, writes
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_fused.modules.exchange import ATTENTION, MATMUL
+from ds_fused.modules.intercept import ATTENTION, MATMUL
 
 _aten = torch.ops.aten
 PRODUCTS = frozenset((_aten.mm.default, _aten.addmm.default, _aten.bmm.default))

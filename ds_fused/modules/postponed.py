@@ -72,6 +72,10 @@ def computed(value: Any) -> Any:
     return type(value)(map(computed, value)) if type(value) in (list, tuple) else value
 
 
+def is_number(x: object) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
 def operators(*names: str) -> dict[str, Callable]:
     return {name: getattr(operator, f"__{name}__") for name in names}
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from ds_fused.modules.swap import home_of
+from ds_fused.modules.swap import library_of
 
 
 def fuse_sft_loss(trainer: Any) -> Callable[[], None]:
@@ -76,7 +76,7 @@ def _why_not(trainer: Any) -> str | None:
 
 def _is_patched(module: nn.Module) -> bool:
     forward = vars(module).get("forward")
-    return forward is not None and home_of(forward).partition(".")[0] == "trl" and _under(forward) is not None
+    return forward is not None and library_of(forward) == "trl" and _under(forward) is not None
 
 
 def _under(forward: Callable) -> Callable | None:

@@ -99,7 +99,7 @@ def sliced_gradients(
         dx = torch.empty(rows.shape, dtype=x.dtype if width == inner else wide(x), device=x.device)
     for start in range(0, inner, width):
         cols = slice(start, min(start + width, inner))
-        _one_slice(linears.form, _heads(linears.form, gate, up, inner, cols), down, cols, rows, dy, dx)
+        _one_slice(linears.form, _layer_rows(linears.form, gate, up, inner, cols), down, cols, rows, dy, dx)
     if down.dbias is not None:
         torch.sum(dy, 0, out=down.dbias)
     gradients: dict[nn.Parameter, Tensor] = {}
@@ -131,10 +131,10 @@ class _Layer:
 
 
 # a layer, and of its rows those that make the columns of a slice
-Head = tuple[_Layer, slice]
+LayerRows = tuple[_Layer, slice]
 
 
-def _heads(form: Gate, gate: _Layer, up: _Layer | None, inner: int, cols: slice) -> list[Head]:
+def _layer_rows(form: Gate, gate: _Layer, up: _Layer | None, inner: int, cols: slice) -> list[LayerRows]:
     """Of gate and of up, in the order in which glu reads them."""
     if up is not None:
         return [(gate, cols), (up, cols)]
@@ -144,12 +144,12 @@ def _heads(form: Gate, gate: _Layer, up: _Layer | None, inner: int, cols: slice)
 
 
 def _one_slice(
-    form: Gate, heads: list[Head], down: _Layer, cols: slice, x: Tensor, dy: Tensor, dx: Tensor | None
+    form: Gate, layer_rows: list[LayerRows], down: _Layer, cols: slice, x: Tensor, dy: Tensor, dx: Tensor | None
 ) -> None:
     n = cols.stop - cols.start
     gate_up = x.new_empty(x.shape[0], 2 * n)
-    parts = gate_up.split([rows.stop - rows.start for _, rows in heads], 1)
-    for (layer, rows), part in zip(heads, parts, strict=True):
+    parts = gate_up.split([rows.stop - rows.start for _, rows in layer_rows], 1)
+    for (layer, rows), part in zip(layer_rows, parts, strict=True):
         if layer.bias is None:
             product(part, x, layer.weight[rows].t())
         else:
@@ -162,11 +162,11 @@ def _one_slice(
         product(down.dweight[:, cols], dy.t(), h)
     # room for the weights below
     del h, dh
-    for (layer, rows), part in zip(heads, parts, strict=True):
+    for (layer, rows), part in zip(layer_rows, parts, strict=True):
         if layer.dweight is not None:
             product(layer.dweight[rows], part.t(), x)
         if layer.dbias is not None:
             torch.sum(part, 0, out=layer.dbias[rows])
     if dx is not None:
-        weights = [layer.weight[rows] for layer, rows in heads]
+        weights = [layer.weight[rows] for layer, rows in layer_rows]
         product(dx, gate_up, weights[0] if len(weights) == 1 else torch.cat(weights), add=cols.start > 0)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_fused.modules.exchange import Run
+from ds_fused.modules.intercept import Run
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._tiles import product, wide
 

@@ -74,7 +74,7 @@ def _unless_patched(fused: Callable, cls: type[nn.Module]) -> Callable:
 
 def swap(module: nn.Module, mixin: type, how: tuple = (), **state: object) -> None:
     """Give ``module`` the behaviour of ``mixin``; ``state`` becomes attributes that ``unswap`` removes again."""
-    reason = why_not(module)
+    reason = why_not_swapped(module)
     if reason is not None:
         raise ValueError(f"swap: {type(module).__name__} can't be swapped: {reason}")
     taken = [name for name in state if hasattr(module, name)]
@@ -152,7 +152,7 @@ def qualified_name(cls: type | Callable) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def why_not(module: nn.Module) -> str | None:
+def why_not_swapped(module: nn.Module) -> str | None:
     """Why a swap of this layer would do nothing, or undo what somebody else did; None when it may be swapped."""
     if is_fused(module):
         return "ds_fused has swapped it already"
@@ -180,7 +180,7 @@ def patched_by(module: nn.Module) -> str | None:
 
 def owner_of(thing: object) -> str | None:
     """Liger or DeepSpeed where a function or class is theirs."""
-    return _OTHERS.get(home_of(thing).partition(".")[0])
+    return _OTHERS.get(library_of(thing))
 
 
 def home_of(thing: object) -> str:
@@ -188,6 +188,11 @@ def home_of(thing: object) -> str:
     thing = getattr(thing, "__func__", thing)  # a bound method
     thing = thing.func if isinstance(thing, functools.partial) else thing
     return getattr(thing, "__globals__", {}).get("__name__") or getattr(thing, "__module__", None) or ""
+
+
+def library_of(thing: object) -> str:
+    """The package that a function or class was written in."""
+    return home_of(thing).partition(".")[0]
 
 
 # whose hooks act on any layer's call alike, to gather weights
@@ -198,7 +203,7 @@ def is_observed(module: nn.Module, *kinds: str) -> bool:
     """Whether hooks of anybody else, of these kinds, hang on a layer, or somebody has put a forward before its own."""
     state = vars(module)
     hooks = (hook for kind in kinds for hook in state[kind].values())
-    return "forward" in state or any(home_of(hook).partition(".")[0] not in GATHERING for hook in hooks)
+    return "forward" in state or any(library_of(hook) not in GATHERING for hook in hooks)
 
 
 def _fused_name(self: nn.Module) -> str:

@@ -337,4 +337,4 @@ class TiledPackedMLP(TiledMLP, PackedMLP):
 
 
 # mix-in -> the same, tile by tile
-TILED: Mapping[type, type] = {GatedMLP: TiledGatedMLP, PackedMLP: TiledPackedMLP}
+TILED_MIXINS: Mapping[type, type] = {GatedMLP: TiledGatedMLP, PackedMLP: TiledPackedMLP}

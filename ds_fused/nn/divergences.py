@@ -13,7 +13,7 @@ from ds_fused.ops._teacher_divergence import DivergenceOptions
 
 
 class KLDivLoss(torch.nn.KLDivLoss):
-    """``torch.nn.KLDivLoss``"""
+    """``torch.nn.KLDivLoss``, of log-probabilities; computed and summed in fp32."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return kl_div(input, target, log_target=self.log_target, reduction=self.reduction)
@@ -39,13 +39,13 @@ class _DivergenceLoss(torch.nn.Module):
 
 
 class JSDLoss(_DivergenceLoss):
-    """``jsd``; ``beta`` is an option too."""
+    """The generalised Jensen-Shannon divergence from a teacher's logits, ``jsd``; ``beta`` is an option too."""
 
     op = staticmethod(jsd)
 
 
 class TVDLoss(_DivergenceLoss):
-    """``tvd``"""
+    """The total variation distance from a teacher's logits, ``tvd``."""
 
     op = staticmethod(tvd)
 
@@ -71,18 +71,18 @@ class _HeadsLoss(_DivergenceLoss):
 
 
 class LinearJSDLoss(_HeadsLoss):
-    """``linear_jsd``; ``beta`` is an option too."""
+    """The generalised Jensen-Shannon divergence of two heads, ``linear_jsd``; ``beta`` is an option too."""
 
     op = staticmethod(linear_jsd)
 
 
 class LinearKLDivLoss(_HeadsLoss):
-    """``linear_kl_div``; ``reverse`` is an option too."""
+    """The KL divergence of two heads, ``linear_kl_div``, forward; ``reverse`` is an option too."""
 
     op = staticmethod(linear_kl_div)
 
 
 class LinearCosineLoss(_HeadsLoss):
-    """``linear_cosine``"""
+    """One minus the cosine between the logits of two heads, ``linear_cosine``."""
 
     op = staticmethod(linear_cosine)

@@ -123,7 +123,10 @@ def _check_smoothing(op: str, label_smoothing: float) -> None:
 
 
 def cpo_loss(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
-    """Contrastive preference optimisation (arXiv 2401.08417) of [B] and [B], without its likelihood of the chosen."""
+    """Contrastive preference optimisation (arXiv 2401.08417) of [B] and [B], without its likelihood of the chosen.
+
+    ``-logsigmoid(beta * (chosen - rejected))``, the mean over the pairs; ``label_smoothing`` as in dpo_loss.
+    """
     _check_smoothing("cpo_loss", label_smoothing)
     _check_shapes("cpo_loss", "chosen", chosen, rejected=rejected)
     return _bits(beta * (chosen - rejected), label_smoothing).mean()
@@ -132,14 +135,20 @@ def cpo_loss(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1, label_smoot
 def simpo_loss(
     chosen: Tensor, rejected: Tensor, *, beta: float = 0.1, gamma: float = 0.5, label_smoothing: float = 0.0
 ) -> Tensor:
-    """SimPO (arXiv 2405.14734): of mean log-probabilities [B] and [B], which have to be ``gamma`` apart."""
+    """SimPO (arXiv 2405.14734): of mean log-probabilities [B] and [B], which have to be ``gamma`` apart.
+
+    ``-logsigmoid(beta * (chosen - rejected) - gamma)``, the mean over the pairs; ``label_smoothing`` as in dpo_loss.
+    """
     _check_smoothing("simpo_loss", label_smoothing)
     _check_shapes("simpo_loss", "chosen", chosen, rejected=rejected)
     return _bits(beta * (chosen - rejected) - gamma, label_smoothing).mean()
 
 
 def orpo_loss(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
-    """ORPO's odds ratio (arXiv 2403.07691), of mean log-probabilities [B] and [B]; without the likelihood."""
+    """ORPO's odds ratio (arXiv 2403.07691), of mean log-probabilities [B] and [B]; without the likelihood.
+
+    ``-beta * logsigmoid(log_odds(chosen) - log_odds(rejected))``, the mean, with ``log_odds(x) = x - log(1 - exp(x))``.
+    """
     _check_shapes("orpo_loss", "chosen", chosen, rejected=rejected)
     return -beta * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected)).mean()
 

@@ -19,20 +19,20 @@ Options = DivergenceOptions | CosineOptions
 
 
 @dataclass(frozen=True)
-class Head:
+class Logits:
     """x [M, H] and the weight and bias that make its logits, or n words of them."""
 
     x: Tensor
     weight: Tensor
     bias: Tensor | None
 
-    def slab(self, words: slice) -> Head:
+    def slab(self, words: slice) -> Logits:
         """Some words of the vocabulary, in x's dtype: under autocast the weight has its own."""
         dtype = self.x.dtype
         bias = None if self.bias is None else self.bias[words].to(dtype)
-        return Head(self.x, self.weight[words].to(dtype), bias)
+        return Logits(self.x, self.weight[words].to(dtype), bias)
 
-    def logits(self, room: Tensor, tokens: slice) -> Tensor:
+    def rows(self, room: Tensor, tokens: slice) -> Tensor:
         return logits_of(room, self.x[tokens], self.weight, self.bias)
 
     def room(self, n_tokens: int, n_words: int) -> Tensor:
@@ -43,7 +43,7 @@ class Head:
 class DivergenceRows:
     """The divergence from a teacher as a RowLoss (one_pass.py)."""
 
-    teacher: Head  # of all words
+    teacher: Logits  # of all words
     room: Tensor  # for its logits of a chunk
     labels: Tensor | None  # [M]
     options: Options
@@ -54,7 +54,7 @@ class DivergenceRows:
     def walk(self, z: Tensor, chunk: slice, loss: Tensor, stats: Tensor, upstream: Tensor | None) -> None:
         """And to stats [n_stats, T], fp32, written: what a backward must know of the rows."""
         divergence, gradient = self.options.passes(runs_kernels(z))
-        t, labels = self.teacher.logits(self.room, chunk), of_chunk(self.labels, chunk)
+        t, labels = self.teacher.rows(self.room, chunk), of_chunk(self.labels, chunk)
         divergence(z, t, labels, loss, stats, self.options)
         if upstream is not None:
             # in place: nobody else has these logits

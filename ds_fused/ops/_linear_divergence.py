@@ -35,7 +35,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_fused.ops._divergence_rows import DivergenceRows, Head, Options
+from ds_fused.ops._divergence_rows import DivergenceRows, Logits, Options
 from ds_fused.ops._labels import counting_tokens, flat_labels
 from ds_fused.ops._loss import LossOptions, check_loss, reduced
 from ds_fused.ops._once import once_differentiable
@@ -85,8 +85,8 @@ class LinearDivergenceFunction(torch.autograd.Function):
     ) -> Tensor:
         n_tokens, n_vocab = x.shape[0], weight.shape[0]
         whole = slice(0, n_vocab)
-        student = Head(x, weight, bias).slab(whole)
-        teacher = Head(teacher_x, teacher_weight, teacher_bias).slab(whole)
+        student = Logits(x, weight, bias).slab(whole)
+        teacher = Logits(teacher_x, teacher_weight, teacher_bias).slab(whole)
         loss, stats = (x.new_empty(size, dtype=wide(x)) for size in (n_tokens, (options.n_stats, n_tokens)))
         one = loss.new_full((1,), _headroom(x))
         kept = student.room(plan.kept, n_vocab)
@@ -94,7 +94,7 @@ class LinearDivergenceFunction(torch.autograd.Function):
         room = student.room(plan.chunk, n_vocab) if plan.kept < n_tokens else None
         for tokens in (*_chunks(0, plan.kept, plan.chunk), *_chunks(plan.kept, n_tokens, plan.chunk)):
             is_kept = tokens.start < plan.kept
-            z = student.logits(_rows_of_room(kept, tokens, n_vocab) if is_kept else room, tokens)
+            z = student.rows(_rows_of_room(kept, tokens, n_vocab) if is_kept else room, tokens)
             rows.walk(z, tokens, loss[tokens], stats[:, tokens], one.expand(z.shape[0]) if is_kept else None)
         again = (teacher_x, teacher_weight, teacher_bias, stats) if plan.kept < n_tokens else (None,) * 4
         ctx.save_for_backward(x, weight, bias, labels, kept, *again)
@@ -113,14 +113,14 @@ class LinearDivergenceFunction(torch.autograd.Function):
             sums.begin_with(dz, _upstream(dloss[: plan.kept], labels, ctx.options))
         if again:
             _, gradient = ctx.options.passes(runs_kernels(x))
-            student, teacher = Head(x, weight, bias), Head(teacher_x, teacher_weight, teacher_bias)
+            student, teacher = Logits(x, weight, bias), Logits(teacher_x, teacher_weight, teacher_bias)
             room, teacher_room = student.room(tiles.tokens, tiles.rows), teacher.room(tiles.tokens, tiles.rows)
         for words in _chunks(0, n_vocab, tiles.rows if again else n_vocab):
             sums.open(words, dz[:, words])
             if again:
                 slab, teacher_slab = student.slab(words), teacher.slab(words)
             for tokens in _chunks(plan.kept, n_tokens, tiles.tokens):
-                z, t = slab.logits(room, tokens), teacher_slab.logits(teacher_room, tokens)
+                z, t = slab.rows(room, tokens), teacher_slab.rows(teacher_room, tokens)
                 gradient(dloss[tokens], z, t, of_chunk(labels, tokens), stats[:, tokens], z, ctx.options)
                 sums.add(tokens, z, slab.weight)
             sums.close()
@@ -272,7 +272,7 @@ def linear_divergence(
     in_forward = grad_in_forward and reduction != "none" and x.dtype != torch.float16
     if in_forward and any(wants) and not torch.compiler.is_compiling():
         how = _cut(x, student_weight, chunk_mb, dweight=wants[1])
-        teacher = Head(t, teacher_weight, teacher_bias).slab(slice(0, n_vocab))
+        teacher = Logits(t, teacher_weight, teacher_bias).slab(slice(0, n_vocab))
         losses = DivergenceRows(teacher, teacher.room(min(how.tokens, x.shape[0]), n_vocab), flat, options)
         return OnePassFunction.apply(x, student_weight, student_bias, losses, count, op, reduction, *how)
     plan = _plan(x.shape[0], n_vocab, x, chunk_mb, keep_mb if any(wants) else 0, dx=wants[0], dweight=wants[1])

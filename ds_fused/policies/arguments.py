@@ -11,7 +11,7 @@ from torch import nn
 def check_model(model: object, where: str = "apply") -> None:
     if isinstance(model, nn.Module):
         return
-    came = f"the class {model.__name__}" if isinstance(model, type) else f"{_shown(model)}"
+    came = f"the class {model.__name__}" if isinstance(model, type) else f"{shown(model)}"
     raise ValueError(f"{where}: the model must be a torch.nn.Module that is built, got {came}")
 
 
@@ -28,7 +28,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 def check_wanted(wanted: object) -> None:
     if wanted is not None and not isinstance(wanted, Mapping):
-        raise ValueError(f"apply: wanted is {_shown(wanted)}; it can be None or an object, such as {{'rope': True}}")
+        raise ValueError(f"apply: wanted is {shown(wanted)}; it can be None or an object, such as {{'rope': True}}")
 
 
 def place(
@@ -52,6 +52,7 @@ def place(
     return device, dtype
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """What came, and of which type, for an error."""
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

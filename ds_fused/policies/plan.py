@@ -13,7 +13,7 @@ from torch import nn
 
 from ds_fused.modules import NEEDS, OPS, switched
 from ds_fused.modules.scope import HeadWeight
-from ds_fused.modules.swap import owner_of, why_not
+from ds_fused.modules.swap import owner_of, why_not_swapped
 from ds_fused.modules.tiled_mlp import Tiles
 from ds_fused.policies.arguments import check_choice, check_flags, check_model, check_wanted, place
 from ds_fused.policies.kinds import ACTIVATION, ADAPTER, NORM, ROPE, Kind, Way, find, qk_norms, unproven
@@ -145,13 +145,13 @@ def plan(
         kind = find(module)
         if isinstance(module, torch.jit.ScriptModule):
             if _EXPECTED.search(module.original_name):
-                left[module.original_name, why_not(module)] += 1
+                left[module.original_name, why_not_swapped(module)] += 1
             continue
         if not path or id(module) in inside:
             continue  # the root keeps its class: its name goes into saved configs and sharding plans
         ways = _ways(kind, module, wanted)
         if isinstance(ways, str):
-            left[_shown(module), ways] += 1
+            left[_class_name(module), ways] += 1
         elif ways:
             inside.update(
                 id(child) for child in module._modules.values() if child is not None and find(child) is ACTIVATION
@@ -201,7 +201,7 @@ def _ways(kind: Kind | None, module: nn.Module, wanted: Mapping[str, object]) ->
         return f"{owner} has replaced it"
     if kind is None:
         return "it is of no form that an op could replace"
-    ways = why_not(module) or kind.ways(module)
+    ways = why_not_swapped(module) or kind.ways(module)
     if not isinstance(ways, str):
         ways = [way for way in ways if way.key in wanted or not way.asked]
     # all of them, if any is wanted: which it is decides the comparison, not the switch
@@ -330,7 +330,7 @@ def _digest(planned: Plan, outcomes: Sequence[str | None]) -> dict[str, object]:
     return {"claims": claims, "left": [[row.what, row.count, row.reason] for row in planned.left]}
 
 
-def _shown(module: nn.Module) -> str:
+def _class_name(module: nn.Module) -> str:
     return type(module).__name__
 
 

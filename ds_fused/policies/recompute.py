@@ -11,13 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ds_fused.modules import Option
+from ds_fused.modules import Option, say
 from ds_fused.modules.allotment import Allotment, Auto, Fixed
 from ds_fused.modules.kept import Learnt
 from ds_fused.modules.offload import Offload
 from ds_fused.modules.recompute import FUNCTION, Recompute
-from ds_fused.modules.swap import qualified_name, swap, unswap_all, why_not
-from ds_fused.ops._say import say
+from ds_fused.modules.swap import qualified_name, swap, unswap_all, why_not_swapped
 from ds_fused.policies.report import Left
 
 KEY = "recompute"
@@ -153,7 +152,7 @@ def claim_recompute(
     stacks: dict[str, list[tuple[str, nn.Module]]] = {}
     left: Counter[tuple[str, str]] = Counter()
     for path, module in _checkpointed(model):
-        reason = why_not(module) or ("something else replaces it" if path in taken else None)
+        reason = why_not_swapped(module) or ("something else replaces it" if path in taken else None)
         if reason is not None:
             left[type(module).__name__, reason] += 1
         else:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ds_fused.modules.swap import is_fused, is_live, qualified_name, swap, unswap_all
-from ds_fused.modules.tiled_mlp import TILED, Tiles
+from ds_fused.modules.tiled_mlp import TILED_MIXINS, Tiles
 from ds_fused.policies.kinds import Kind, Way, qk_norms, unproven
 from ds_fused.policies.memory import remembered
 
@@ -43,7 +43,7 @@ class SwapClaim:
 
     @property
     def tiles(self) -> Tiles | None:
-        return self._tiles if self.way.mixin in TILED else None
+        return self._tiles if self.way.mixin in TILED_MIXINS else None
 
     @property
     def replacement(self) -> str:
@@ -51,7 +51,7 @@ class SwapClaim:
 
     @property
     def _mixin(self) -> type:
-        return self.way.mixin if self.tiles is None else TILED[self.way.mixin]
+        return self.way.mixin if self.tiles is None else TILED_MIXINS[self.way.mixin]
 
     def add(self, path: str, module: nn.Module) -> None:
         self.paths += (path,)

@@ -13,7 +13,7 @@ from benchmarks.head_rows import merged
 from benchmarks.head_ways import Shape
 from benchmarks.scale import ALLOWED
 from benchmarks.scale_points import GATHER_KEPT_BEFORE, OUTDATED, START, START_AGREED, START_SLABS, start_of
-from ds_fused.engine.figures import Figures, Head, Rates, of_gather, of_stationary, of_stream
+from ds_fused.engine.figures import Figures, HeadCosts, Rates, of_gather, of_stationary, of_stream
 from ds_fused.engine.shards import Shards
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -27,7 +27,7 @@ EQUAL = 1 + ALLOWED
 
 
 def figures_of(way: str, shape: Shape, ranks: int, gather_kept: bool) -> Figures | None:
-    whole = Head.cut(Shards(shape.vocab, shape.hidden, ranks), 128 * MB)
+    whole = HeadCosts.cut(Shards(shape.vocab, shape.hidden, ranks), 128 * MB)
     if way in ("stream", "stream keep all"):
         return of_stream(whole, shape.tokens, 512 * MB, 0 if way == "stream" else ALL)
     if way == "stationary":

@@ -168,10 +168,10 @@ def broken_engine(said):
 
 def failed_at_the_end(said):
     """Behind all of stock's: the optimizer was made, claims on it are committed."""
-    from ds_fused.engine import initialize
+    from ds_fused.engine import hooks
     from ds_fused.modules.swap import unswap
 
-    model, loads, before = llama(), DeepSpeedEngine._configure_optimizer, {*initialize._reports}
+    model, loads, before = llama(), DeepSpeedEngine._configure_optimizer, {*hooks._reports}
 
     def undoing(engine, *args):
         loads(engine, *args)
@@ -183,7 +183,7 @@ def failed_at_the_end(said):
     finally:
         DeepSpeedEngine._configure_optimizer = loads
         said["stock"] = is_stock(model)
-        said["kept"] = len({*initialize._reports} - before), vars(model).get("_ds_fused_reports")
+        said["kept"] = len({*hooks._reports} - before), vars(model).get("_ds_fused_reports")
 
 
 def pipeline(said):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ds_fused.engine import builders, initialize
-from ds_fused.engine.config import parse
+from ds_fused.engine.config import parse_config
 from ds_fused.ops.registry import OPS
 from tests.launching import start
 
@@ -54,7 +54,7 @@ def test_an_op_that_is_not_compatible_is_left_with_its_reason(monkeypatch):
         return False
 
     monkeypatch.setattr(cls, "is_compatible", is_compatible)
-    wanted, left = initialize._loadable(parse({"enabled": True}))
+    wanted, left = initialize._loadable(parse_config({"enabled": True}))
     assert "rope" not in wanted and "rms_norm" in wanted
     assert left == {"rope": "its op builder is not compatible: rope: not today"}
 

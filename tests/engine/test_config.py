@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from ds_fused.engine.config import KEYS, parse
+from ds_fused.engine.config import KEYS, parse_config
 from ds_fused.ops.registry import OPS
 from ds_fused.policies.recompute import Recomputing
 
@@ -13,7 +13,7 @@ OP_KEYS = [key for op in OPS for key in op.keys]
 
 
 def test_enabled_means_every_op_but_some():
-    config = parse({"enabled": True})
+    config = parse_config({"enabled": True})
     assert list(config.wanted) == [key for key in OP_KEYS if key != "add_rms_norm"]
     assert all(options == {} for options in config.wanted.values())
     assert (config.strict, config.verify, config.report) == (False, True, True)
@@ -26,27 +26,27 @@ def test_keys_come_from_the_registry():
 
 @pytest.mark.parametrize("key", OP_KEYS)
 def test_each_op_can_be_switched_off(key):
-    assert key not in parse({"enabled": True, key: False}).wanted
+    assert key not in parse_config({"enabled": True, key: False}).wanted
 
 
 @pytest.mark.parametrize("off", ["rms_norm", "rope"])
 def test_what_needs_an_op_that_is_off_is_on_where_it_is_named_alone(off):
     block = {"enabled": True, off: False}
-    assert "qk_norm_rope" not in parse(block).wanted
-    assert "qk_norm_rope" in parse({**block, "qk_norm_rope": True}).wanted
+    assert "qk_norm_rope" not in parse_config(block).wanted
+    assert "qk_norm_rope" in parse_config({**block, "qk_norm_rope": True}).wanted
 
 
 def test_an_op_that_is_off_can_be_switched_on():
-    assert "add_rms_norm" in parse({"enabled": True, "add_rms_norm": True}).wanted
+    assert "add_rms_norm" in parse_config({"enabled": True, "add_rms_norm": True}).wanted
 
 
 def test_options_reach_the_op():
-    wanted = parse({"enabled": True, "fused_linear_cross_entropy": {"chunk_mb": 256}}).wanted
+    wanted = parse_config({"enabled": True, "fused_linear_cross_entropy": {"chunk_mb": 256}}).wanted
     assert wanted["fused_linear_cross_entropy"] == {"chunk_mb": 256}
 
 
 def test_options_of_the_engine_do_not_reach_the_op():
-    config = parse({"enabled": True, "fused_linear_cross_entropy": {"mode": "stream", "keep_mb": 1}})
+    config = parse_config({"enabled": True, "fused_linear_cross_entropy": {"mode": "stream", "keep_mb": 1}})
     assert config.wanted["fused_linear_cross_entropy"] == {"keep_mb": 1}
     assert config.head == {"mode": "stream", "slab_mb": 132, "copy_engines": False}
 
@@ -55,33 +55,33 @@ def test_everything_can_be_said():
     block = {"enabled": False, "strict": True, "verify": False, "report": False, "logits": "keep", "eval": "stock"}
     block |= {"embedding": True, "warmup": True, "leaf_modules": True, "profile": "small", "zero_sizes": "large"}
     block |= {"collectives": "stock", "rotary_frequencies": "fp32"}
-    config = parse(block | dict.fromkeys(OP_KEYS, False))
+    config = parse_config(block | dict.fromkeys(OP_KEYS, False))
     assert {name: getattr(config, name) for name in block} == block
     assert config.wanted == {}
 
 
 def test_the_least_values_are_allowed():
     head = {"chunk_mb": 1, "keep_mb": 0, "slab_mb": 0}
-    config = parse({"enabled": True, "fused_linear_cross_entropy": head, "tiled_mlp": {"tiles": 1}})
+    config = parse_config({"enabled": True, "fused_linear_cross_entropy": head, "tiled_mlp": {"tiles": 1}})
     assert {**config.wanted["fused_linear_cross_entropy"], "slab_mb": config.head["slab_mb"]} == head
 
 
 def test_tiles():
-    said = {value: parse({"enabled": True, "tiled_mlp": value}).tiles for value in (True, False)}
+    said = {value: parse_config({"enabled": True, "tiled_mlp": value}).tiles for value in (True, False)}
     assert said == {True: (8, 1), False: None}
-    assert parse({"enabled": True}).tiles is None
-    assert parse({"enabled": True, "tiled_mlp": {}}).tiles == (8, 1)
-    assert parse({"enabled": True, "tiled_mlp": {"tiles": 3, "least_tokens": 9}}).tiles == (3, 9)
+    assert parse_config({"enabled": True}).tiles is None
+    assert parse_config({"enabled": True, "tiled_mlp": {}}).tiles == (8, 1)
+    assert parse_config({"enabled": True, "tiled_mlp": {"tiles": 3, "least_tokens": 9}}).tiles == (3, 9)
 
 
 def test_recompute():
-    assert parse({"enabled": True}).recompute == Recomputing("full", None)
-    assert parse({"enabled": True, "recompute": "matmuls"}).recompute == Recomputing("matmuls", None)
-    assert parse({"enabled": True, "recompute": {"keep_mb": 4096}}).recompute == Recomputing("auto", 4096)
+    assert parse_config({"enabled": True}).recompute == Recomputing("full", None)
+    assert parse_config({"enabled": True, "recompute": "matmuls"}).recompute == Recomputing("matmuls", None)
+    assert parse_config({"enabled": True, "recompute": {"keep_mb": 4096}}).recompute == Recomputing("auto", 4096)
 
 
 def test_a_config_does_not_change():
-    config = parse({"enabled": True})
+    config = parse_config({"enabled": True})
     with pytest.raises(FrozenInstanceError):
         config.strict = True
     with pytest.raises(TypeError):
@@ -186,7 +186,7 @@ MALFORMED = [
 @pytest.mark.parametrize(("block", "named"), [(block, named) for block, *named in MALFORMED], ids=repr)
 def test_malformed(block, named):
     with pytest.raises(ValueError, match="^ds_fused") as error:
-        parse(block)
+        parse_config(block)
     for text in named:
         assert text in str(error.value)
     assert not re.search(r"\n", str(error.value))
@@ -194,5 +194,5 @@ def test_malformed(block, named):
 
 def test_unknown_key_names_all_known_ones():
     with pytest.raises(ValueError, match="known keys") as error:
-        parse({"enabled": True, "nothing": 1})
+        parse_config({"enabled": True, "nothing": 1})
     assert all(key in str(error.value) for key in KEYS)

@@ -50,20 +50,20 @@ def able(monkeypatch, tmp_path):
 
 
 def test_nothing_is_in_the_way(able):
-    assert copy_engines.why_not(None) is None
+    assert copy_engines.why_no_engines(None) is None
 
 
 def test_another_accelerator(able, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert copy_engines.why_not(None) == "they are NCCL's, for NVIDIA's GPUs"
+    assert copy_engines.why_no_engines(None) == "they are NCCL's, for NVIDIA's GPUs"
     monkeypatch.setattr(copy_engines, "get_accelerator", accelerator("cpu"))
-    assert copy_engines.why_not(None) == "they are NCCL's, for NVIDIA's GPUs"
+    assert copy_engines.why_no_engines(None) == "they are NCCL's, for NVIDIA's GPUs"
 
 
 def test_an_older_nccl(able, monkeypatch):
     monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(), raising=False)
     reason = f"PyTorch {torch.__version__} has no zero-CTA policy of NCCL (2.28 and later)"
-    assert copy_engines.why_not(None) == reason
+    assert copy_engines.why_no_engines(None) == reason
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_an_older_nccl(able, monkeypatch):
 )
 def test_other_ranks(able, monkeypatch, group, world, reason):
     monkeypatch.setattr(dist, "get_world_size", lambda of=None: world if of is None else group)
-    assert copy_engines.why_not("the group") == reason
+    assert copy_engines.why_no_engines("the group") == reason
 
 
 @pytest.mark.parametrize("reason", ["an older NCCL", "another accelerator"])
@@ -81,27 +81,27 @@ def test_a_reason_of_its_own_leaves_no_other_rank_waiting(able, monkeypatch, rea
         monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(), raising=False)
     else:
         monkeypatch.setattr(copy_engines, "get_accelerator", accelerator("cpu"))
-    assert copy_engines.why_not(None) is not None and asked == ["one"]
+    assert copy_engines.why_no_engines(None) is not None and asked == ["one"]
 
 
 @pytest.mark.parametrize("boots", [["one", "two"], ["one", None]])
 def test_several_hosts(able, monkeypatch, boots):
     tell(monkeypatch, lambda mine: boots * 2)
-    assert copy_engines.why_not(None) == "the ranks are on several hosts"
+    assert copy_engines.why_no_engines(None) == "the ranks are on several hosts"
 
 
 def test_memory_out_of_reach(able, monkeypatch):
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda gpu, other: other != 2)
-    assert copy_engines.why_not(None) == "GPU 0 has no access to the memory of GPU 2"
+    assert copy_engines.why_no_engines(None) == "GPU 0 has no access to the memory of GPU 2"
     # where a rank sees its own alone, nothing is known of others
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert copy_engines.why_not(None) is None
+    assert copy_engines.why_no_engines(None) is None
 
 
 @pytest.mark.parametrize(("name", "value"), copy_engines.WITHOUT_WINDOWS.items())
 def test_an_environment_without_windows(able, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
-    assert copy_engines.why_not(None) == f"{name}={value} leaves NCCL no windows"
+    assert copy_engines.why_no_engines(None) == f"{name}={value} leaves NCCL no windows"
 
 
 def test_memory_of_another_kind(able, monkeypatch):
@@ -109,7 +109,7 @@ def test_memory_of_another_kind(able, monkeypatch):
         raise RuntimeError("Allocator already in use for CUDA\nbelow: C++")
 
     monkeypatch.setattr(symmetric_memory, "set_backend", taken)
-    assert copy_engines.why_not(None) == "symmetric memory is not NCCL's: Allocator already in use for CUDA"
+    assert copy_engines.why_no_engines(None) == "symmetric memory is not NCCL's: Allocator already in use for CUDA"
 
 
 @pytest.fixture

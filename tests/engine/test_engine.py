@@ -9,7 +9,7 @@ import pytest
 import torch
 from deepspeed.runtime import constants
 
-from ds_fused.engine import initialize
+from ds_fused.engine import hooks, initialize
 from tests.launching import launch
 
 
@@ -27,7 +27,7 @@ def cases(outputs) -> list[dict[str, dict]]:
 
 def test_without_a_block_nothing_of_us_is_imported(cases):
     for rank in cases:
-        assert rank["disabled"] == {"ours": ["ds_fused.autoload", "ds_fused.engine", "ds_fused.engine.initialize"]}
+        assert rank["disabled"] == {"ours": ["ds_fused.autoload", "ds_fused.engine", "ds_fused.engine.hooks"]}
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -182,15 +182,15 @@ def fake_engine_module():
 
 def test_hooking_twice_is_hooking_once():
     module = fake_engine_module()
-    initialize.hook(module)
+    hooks.hook(module)
     once = dict(vars(module.DeepSpeedEngine))
-    initialize.hook(module)
+    hooks.hook(module)
     assert vars(module.DeepSpeedEngine) == once
 
 
 def test_an_engine_that_never_comes_by_says_so():
     module = fake_engine_module()
-    initialize.hook(module)
+    hooks.hook(module)
 
     class Other(module.DeepSpeedEngine):
         def _configure_distributed_model(self, model):
@@ -207,14 +207,14 @@ def test_half_a_hook_is_none(name):
     delattr(module.DeepSpeedEngine, name)
     init = module.DeepSpeedEngine.__init__
     with pytest.raises(AttributeError):
-        initialize.hook(module)
+        hooks.hook(module)
     assert module.DeepSpeedEngine.__init__ is init
 
 
 def test_an_engine_that_goes_hands_back_what_it_holds():
     """After stock's own, also where that fails; collected as garbage, without the other ranks."""
     module, closed = fake_engine_module(), []
-    initialize.hook(module)
+    hooks.hook(module)
     stock, fused = (module.DeepSpeedEngine(None, "a model") for _ in range(2))
     fused._ds_fused_slab_mode = SimpleNamespace(close=lambda together: closed.append(together))
     stock.destroy()
@@ -230,7 +230,7 @@ def test_an_engine_that_goes_hands_back_what_it_holds():
 
 def test_without_triton_the_error_says_so(monkeypatch):
     module = fake_engine_module()
-    initialize.hook(module)
+    hooks.hook(module)
     monkeypatch.setitem(sys.modules, "triton", None)
     config = SimpleNamespace(_param_dict={"ds_fused": {"enabled": True}})
     with pytest.raises(RuntimeError, match="ds_fused is enabled .* Triton can't be imported"):
@@ -239,11 +239,11 @@ def test_without_triton_the_error_says_so(monkeypatch):
 
 @pytest.mark.parametrize("name", ["ds_fusd", "ds-fused", "DS_Fused", "dsfused", "_ds_fused"])
 def test_a_name_like_ours_is_said(name, caplog):
-    assert initialize._block_of({"train_batch_size": 1, name: {"enabled": True}}) is initialize._ABSENT
+    assert hooks._block_of({"train_batch_size": 1, name: {"enabled": True}}) is hooks._ABSENT
     assert caplog.messages == [f'ds_fused: the configuration has "{name}" and no "ds_fused": no layer is replaced']
     # nor is anything said beside the right one, or of DeepSpeed's
     caplog.clear()
-    assert initialize._block_of({name: 1, "ds_fused": 2}) == 2
+    assert hooks._block_of({name: 1, "ds_fused": 2}) == 2
     names = [value for value in vars(constants).values() if isinstance(value, str) and value.islower()]
-    assert len(names) > 50 and initialize._block_of(dict.fromkeys(names)) is initialize._ABSENT
+    assert len(names) > 50 and hooks._block_of(dict.fromkeys(names)) is hooks._ABSENT
     assert not caplog.messages

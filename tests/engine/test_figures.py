@@ -9,7 +9,7 @@ import pytest
 from ds_fused.engine.figures import (
     REUSE,
     Figures,
-    Head,
+    HeadCosts,
     Rates,
     candidates,
     chosen,
@@ -29,8 +29,8 @@ MB = 2**20
 RATES = Rates(flops=720e12, memory=3e12, wire=200e9, call=60e-6)
 
 
-def head(ranks: int = W, **facts: bool) -> Head:
-    return Head(Shards(V, H, ranks), (SLAB,) * 8, **facts)
+def head(ranks: int = W, **facts: bool) -> HeadCosts:
+    return HeadCosts(Shards(V, H, ranks), (SLAB,) * 8, **facts)
 
 
 def stream(most: int, keep_mb: int = 0, ranks: int = W, trained: bool = True) -> Figures:
@@ -46,11 +46,11 @@ def gather(most: int, keep_mb: int = 0, ranks: int = W, in_forward: bool = True,
 
 
 def test_a_head_is_cut_as_its_slabs_are():
-    few = Head.cut(Shards(V, H, W), 128 * MB)
+    few = HeadCosts.cut(Shards(V, H, W), 128 * MB)
     # the first is smaller
     assert few.n_slabs == 9 and 8 * few.slab_rows < V < 9 * few.slab_rows and few.slab_rows * H * 2 <= 128 * MB
     # 1024 ranks split rows, which make a slab of their own
-    many = Head.cut(Shards(V, H, 1024), 128 * MB)
+    many = HeadCosts.cut(Shards(V, H, 1024), 128 * MB)
     assert many.shards.seam_rows > 0 and many.n_slabs == len(many.shards.cuts(H * 2, 128 * MB)) + 1
 
 
@@ -154,7 +154,7 @@ def test_bytes_held():
     # the weight, its gradient and a chunk of logits; over many chunks the sum of the gradient in fp32
     assert gather(8192).held == 2 * V * H * 2 + 2048 * V * 2
     assert gather(8192, trains=False).held == V * H * 2 + 2048 * V * 2
-    many = of_gather(Head(Shards(V, 1024, W), (SLAB,) * 8), 2**17, 512 * MB, 0, in_forward=True)
+    many = of_gather(HeadCosts(Shards(V, 1024, W), (SLAB,) * 8), 2**17, 512 * MB, 0, in_forward=True)
     assert many.held == 2 * V * 1024 * 2 + V * 1024 * 4 + 2048 * V * 2
 
 
@@ -173,7 +173,7 @@ def test_bytes_held():
     ],
 )
 def test_bytes_held_as_measured(most, hidden, n_vocab, keep_mb, in_stream):
-    whole = Head.cut(Shards(n_vocab, hidden, 4), 128 * MB)
+    whole = HeadCosts.cut(Shards(n_vocab, hidden, 4), 128 * MB)
     assert of_stream(whole, most, 512 * MB, keep_mb * MB).held / MB == pytest.approx(in_stream, rel=0.03)
 
 
@@ -195,7 +195,7 @@ def test_the_choice():
 
 
 def ways(most: int, ranks: int) -> list[Figures]:
-    return candidates(Head.cut(Shards(V, H, ranks), 128 * MB), most, 512 * MB, 2048 * MB, in_forward=True)
+    return candidates(HeadCosts.cut(Shards(V, H, ranks), 128 * MB), most, 512 * MB, 2048 * MB, in_forward=True)
 
 
 def mode(most: int, ranks: int, rates: Rates, free: float = float("inf")) -> str:

@@ -11,7 +11,7 @@ from deepspeed.runtime.zero.config import get_zero_config
 from torch import nn
 
 from ds_fused.engine import leaf_modules
-from ds_fused.engine.config import CHOICES, HEAD, RECOMPUTE, TILED, parse
+from ds_fused.engine.config import CHOICES, HEAD, RECOMPUTE, TILED, parse_config
 from ds_fused.engine.estimate import Job, fitting, job_of
 from ds_fused.engine.profiles import ESTIMATED, PROFILES, filled
 from ds_fused.engine.zero_sizes import set_sizes, sizes_of
@@ -67,12 +67,12 @@ TABLE = [
 def test_a_profile_adds_what_is_not_given(block, profile, added):
     whole, fresh = filled(block, profile)
     assert fresh == added
-    config = parse(whole)
+    config = parse_config(whole)
     for name, value in added.items():
         key, _, option = name.partition(".")
         assert (whole[key][option] if option else whole[key]) == value
     # what was given is what it was
-    given = parse(block)
+    given = parse_config(block)
     for key in block:
         if isinstance(block[key], dict):
             assert block[key].items() <= whole[key].items()
@@ -88,11 +88,11 @@ def test_a_profile_adds_what_is_not_given(block, profile, added):
 def test_every_profile_is_a_choice_and_well_formed():
     assert {*PROFILES, *ESTIMATED} == set(CHOICES["profile"])
     for name in PROFILES:
-        parse(filled(ON, name)[0])
+        parse_config(filled(ON, name)[0])
 
 
 def test_the_flag_alone_sets_nothing():
-    config = parse(ON)
+    config = parse_config(ON)
     assert (config.profile, config.zero_sizes, config.leaf_modules, config.tiles) == ("stock", "stock", False, None)
 
 

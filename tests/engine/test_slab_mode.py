@@ -141,7 +141,7 @@ def test_each_weight_is_asked_whether_copy_engines_move_it(monkeypatch):
     monkeypatch.setattr(slab_mode, "first_of", lambda reason, group: reason)
     monkeypatch.setattr(slab_mode, "CopyEngines", object)
     why = {"all": None, "some": "the weights lie on 2 of 4 ranks"}
-    monkeypatch.setattr(slab_mode.copy_engines, "why_not", why.get)
+    monkeypatch.setattr(slab_mode.copy_engines, "why_no_engines", why.get)
     mode = object.__new__(slab_mode.SlabMode)
     mode._wants_engines, mode._mode, mode._engines = True, "stream", None
     everywhere, elsewhere = (head_of(ds_process_group=group).weight for group in why)

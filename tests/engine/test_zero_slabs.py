@@ -89,7 +89,7 @@ def test_a_shape_is_cut_into_rows_that_are_there_once():
     cut = 0
     for n_vocab, hidden, n_ranks in product((2, 3, 10, 67, 100, 257, 50257), (1, 3, 8, 32), (1, 2, 3, 5, 8)):
         shards = Shards(n_vocab, hidden, n_ranks)
-        if shards.why_not():
+        if shards.why_uncut():
             continue
         cut += 1
         for slab_bytes in (0, 700, 10**9):
@@ -120,7 +120,7 @@ REAL = [
 @pytest.mark.parametrize(("n_vocab", "hidden", "n_ranks", "seam"), REAL)
 def test_the_shapes_of_real_models(n_vocab, hidden, n_ranks, seam):
     shards = Shards(n_vocab, hidden, n_ranks)
-    assert shards.why_not() is None
+    assert shards.why_uncut() is None
     assert shards.seam_rows == seam < 2 * n_ranks
     cuts = shards.cuts(2 * hidden, 128 * 2**20)
     assert torch.equal(shards.ids(cuts).sort().values, torch.arange(n_vocab))
@@ -159,11 +159,11 @@ def test_slabs_in_whole_waves(n_vocab, hidden, n_ranks, rows):
 
 
 def test_a_shape_that_is_too_small_says_so():
-    assert Shards(67, 32, 2).why_not() is None
-    assert "too small" in Shards(3, 32, 4).why_not()
-    assert "too small" in Shards(1000, 2, 4).why_not()
+    assert Shards(67, 32, 2).why_uncut() is None
+    assert "too small" in Shards(3, 32, 4).why_uncut()
+    assert "too small" in Shards(1000, 2, 4).why_uncut()
     # P = 10: the second rank has the end of one row and the beginning of another
-    assert "too small" in Shards(5, 8, 4).why_not()
+    assert "too small" in Shards(5, 8, 4).why_uncut()
 
 
 def test_windows_are_five_slabs(ranks):

@@ -55,18 +55,18 @@ def test_every_configuration_composes_and_renders():
 
 
 def test_the_ds_config_is_deepspeeds_schema_and_the_fused_block():
-    from ds_fused.engine.config import parse
+    from ds_fused.engine.config import parse_config
 
     for stage in range(4):
         config = ds_config(run_of(f"deepspeed=zero{stage}", "fused=loss", "deepspeed.gradient_clipping=0.5"))
         assert config["zero_optimization"] == {"stage": stage}
         assert config["gradient_clipping"] == 0.5
         assert config["tensorboard"]["output_path"] == "/runs/a"
-    assert set(parse(config["ds_fused"]).wanted) == {"cross_entropy", "fused_linear_cross_entropy"}
-    assert parse(ds_config(run_of())["ds_fused"]).enabled
-    assert not parse(ds_config(run_of("fused=off"))["ds_fused"]).enabled
+    assert set(parse_config(config["ds_fused"]).wanted) == {"cross_entropy", "fused_linear_cross_entropy"}
+    assert parse_config(ds_config(run_of())["ds_fused"]).enabled
+    assert not parse_config(ds_config(run_of("fused=off"))["ds_fused"]).enabled
     for profile in ("fast", "small"):
-        assert parse(ds_config(run_of(f"fused={profile}"))["ds_fused"]).profile == profile
+        assert parse_config(ds_config(run_of(f"fused={profile}"))["ds_fused"]).profile == profile
 
 
 def test_a_typo_is_refused_by_name():

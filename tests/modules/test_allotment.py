@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ds_fused.modules import allotment
 from ds_fused.modules.allotment import MEASURED, SHARE, STEP, Auto, Fixed, allot
-from ds_fused.modules.exchange import ATTENTION, MATMUL
+from ds_fused.modules.intercept import ATTENTION, MATMUL
 from ds_fused.modules.kept import Learnt, Recording
 from ds_fused.modules.rise import Rise
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ds_fused.modules.exchange import ATTENTION, MATMUL
+from ds_fused.modules.intercept import ATTENTION, MATMUL
 from ds_fused.modules.kept import LEVELS, Empty, Learnt, Recording, needed_bytes, postponable, tensors_of
 
 N, D = 5, 6

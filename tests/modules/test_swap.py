@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ds_fused.modules.swap import as_originals, fused_class, is_fused, original_class, swap, unswap, why_not
+from ds_fused.modules.swap import as_originals, fused_class, is_fused, original_class, swap, unswap, why_not_swapped
 
 
 class Layer(nn.Module):
@@ -147,10 +147,10 @@ def test_left_alone_with_a_reason() -> None:
         "already": fused,
     }
     for word, layer in cases.items():
-        assert word in why_not(layer), word
+        assert word in why_not_swapped(layer), word
         with pytest.raises(ValueError, match=word):
             swap(layer, Doubled, factor=2.0)
-    assert why_not(Layer()) is None
+    assert why_not_swapped(Layer()) is None
 
 
 def test_refuses_to_hide_an_attribute_or_to_undo_what_is_not_there() -> None:

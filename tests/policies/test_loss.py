@@ -598,12 +598,6 @@ def test_a_model_without_a_head_is_nobodys_matter() -> None:
     assert claim_loss(build(), {}) == ([], [])
 
 
-@pytest.mark.parametrize("option", ["logits", "eval"])
-def test_unknown_option(option: str) -> None:
-    with pytest.raises(ValueError, match=f"{option} must be one of 'defer', .*'later'"):
-        claim_loss(build(), {LINEAR: {}}, **{option: "later"})
-
-
 def test_a_subclass_that_reads_logits_in_its_forward() -> None:
     class Penalised(transformers.LlamaForCausalLM):
         def forward(self, *args, **kwargs):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ds_fused
-from ds_fused.modules import exchange
+from ds_fused.modules import intercept
 from ds_fused.modules.allotment import MEASURED
 from ds_fused.modules.kept import Recording
 from ds_fused.modules.recompute import FUNCTION, Recompute
@@ -407,7 +407,8 @@ def test_without_gradients_and_in_eval_nothing_is_kept():
 
 
 def test_functions_of_torch_are_exchanged_while_a_layer_runs_only():
-    before = {(home, name): getattr(__import__(home, fromlist=[name]), name, None) for home, name, _ in exchange.PLACES}
+    places = [(home, name) for home, name, _ in intercept.PLACES]
+    before = {(home, name): getattr(__import__(home, fromlist=[name]), name, None) for home, name in places}
     model = checkpointed(LLAMA.make())
     ds_fused.apply(model, {}, recompute="matmuls")
     seen = []

@@ -113,7 +113,7 @@ def digest(model: nn.Module) -> str:
 
 
 # all gathers of ZeRO-3, whoever starts them
-GATHERS = ((partition_parameters, "_dist_allgather_fn"), (gathers, "Flight"))
+GATHERS = ((partition_parameters, "_dist_allgather_fn"), (gathers, "WeightHandle"))
 
 
 @contextmanager
@@ -372,7 +372,7 @@ def a_gather_for_each() -> dict:
 # by way of buffers, and in place: gathers, reductions
 WAYS = (
     (partition_parameters, "AllGatherCoalescedHandle"),
-    (gathers, "Flight"),
+    (gathers, "WeightHandle"),
     (stage3, "reduce_scatter_coalesced"),
     (reductions.ReductionClaim, "_reduce"),
 )
@@ -437,11 +437,11 @@ def odd() -> dict:
     engine = engine_of(model, OFF)
     params = list(model.parameters())
     with calls_of(CALLS) as calls:
-        flight = params[dist.get_rank()].all_gather_coalesced(set(params))
-    flight.wait()
-    flight.wait()
+        handle = params[dist.get_rank()].all_gather_coalesced(set(params))
+    handle.wait()
+    handle.wait()
     found = {"expected": expected, "got": [p.detach().float().tolist() for p in params], "calls": calls}
-    found["class"], found["dtypes"] = type(flight).__name__, [str(p.dtype) for p in params]
+    found["class"], found["dtypes"] = type(handle).__name__, [str(p.dtype) for p in params]
     for p in params:
         p.partition()
     stock, gathers.get_accelerator = gathers.get_accelerator, AsOnGpus
@@ -462,11 +462,11 @@ def odd() -> dict:
 @case
 def proofs() -> dict:
     """Where two ways differ, or the backend can't, all ranks go DeepSpeed's."""
-    wait, room, reduce = gathers.Flight.wait, gathers._room, reductions.ReductionClaim._reduce
+    wait, room, reduce = gathers.WeightHandle.wait, gathers._room, reductions.ReductionClaim._reduce
 
-    def wrong_weight(flight: gathers.Flight, handle_dependency: bool = True) -> None:
-        weights = [p for p, _ in flight._wholes]
-        wait(flight)
+    def wrong_weight(handle: gathers.WeightHandle, handle_dependency: bool = True) -> None:
+        weights = [p for p, _ in handle._wholes]
+        wait(handle)
         weights[0].data.add_(dist.get_rank())
 
     def wrong_gradient(claim: reductions.ReductionClaim, *args: object) -> list[torch.Tensor]:
@@ -481,11 +481,11 @@ def proofs() -> dict:
         "gradients": (wait, room, wrong_gradient),
         "unable": (wait, unable, unable),
     }.items():
-        gathers.Flight.wait, gathers._room, reductions.ReductionClaim._reduce = broken
+        gathers.WeightHandle.wait, gathers._room, reductions.ReductionClaim._reduce = broken
         try:
             engine = engine_of(llama(), LEAF)
         finally:
-            gathers.Flight.wait, gathers._room, reductions.ReductionClaim._reduce = wait, room, reduce
+            gathers.WeightHandle.wait, gathers._room, reductions.ReductionClaim._reduce = wait, room, reduce
         left = [f"{row.what}: {row.reason}" for row in engine.ds_fused_report.left]
         found[name] = {"left": left, "handles": handles(engine, jobs.batches(GAS, 1)[0])}
     return found

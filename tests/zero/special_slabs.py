@@ -38,13 +38,13 @@ def copied(twin: Callable[[], dict]) -> Callable[[], dict]:
     """A case of mode "stream" with what stands for copy engines on CPUs."""
 
     def run() -> dict:
-        whys, engines = copy_engines.why_not, slab_mode.CopyEngines
-        copy_engines.why_not, slab_mode.CopyEngines = lambda group: None, GlooEngines
+        whys, engines = copy_engines.why_no_engines, slab_mode.CopyEngines
+        copy_engines.why_no_engines, slab_mode.CopyEngines = lambda group: None, GlooEngines
         try:
             with streaming(copy_engines=True):
                 return twin()
         finally:
-            copy_engines.why_not, slab_mode.CopyEngines = whys, engines
+            copy_engines.why_no_engines, slab_mode.CopyEngines = whys, engines
 
     return run
 

@@ -84,7 +84,7 @@ def test_leaf_modules_by_a_buffer_or_in_place(cases, model):
             assert found["by a buffer"][what] == found["leaf"][what]
 
 
-BY_BUFFERS, IN_PLACE = {"AllGatherCoalescedHandle", "reduce_scatter_coalesced"}, {"Flight", "_reduce"}
+BY_BUFFERS, IN_PLACE = {"AllGatherCoalescedHandle", "reduce_scatter_coalesced"}, {"WeightHandle", "_reduce"}
 
 
 def test_weights_and_gradients_go_from_place_to_place(cases):
@@ -100,7 +100,7 @@ def test_weights_and_gradients_go_from_place_to_place(cases):
 
 def test_weights_that_split_unevenly_in_two_dtypes(cases):
     for found in cases["odd"]:
-        assert found["class"] == "Flight" and found["got"] == found["expected"]
+        assert found["class"] == "WeightHandle" and found["got"] == found["expected"]
         assert found["dtypes"] == ["torch.float32", "torch.float32", "torch.bfloat16"]
         assert found["calls"] == {"_allgather_base": 3}
         assert found["got on GPUs"] == found["expected"][:2]
@@ -115,7 +115,7 @@ def test_where_a_proof_fails_all_ranks_go_by_buffers(cases):
         assert found["weights"]["left"] == [f"{weights} (on rank 1 of 2)"]
         assert set(found["weights"]["handles"]) == {"AllGatherCoalescedHandle", "_reduce"}
         assert found["gradients"]["left"] == [f"{gradients} (on rank 1 of 2)"]
-        assert set(found["gradients"]["handles"]) == {"Flight", "reduce_scatter_coalesced"}
+        assert set(found["gradients"]["handles"]) == {"WeightHandle", "reduce_scatter_coalesced"}
         assert found["unable"]["left"] == [unable, unable]
         assert set(found["unable"]["handles"]) == BY_BUFFERS
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from ds_fused.modules import norm
 from ds_fused.modules.residual import Residual, names_in
-from ds_fused.modules.swap import fused_class, why_not
+from ds_fused.modules.swap import fused_class, why_not_swapped
 from ds_fused.policies.kinds.kind import Kind, Way, mixed, shape_of
-from ds_fused.policies.kinds.norms import form_of, rms_norms
+from ds_fused.policies.kinds.norms import form_of, norms_over, rms_norms
 from ds_fused.policies.proof import Run, compare, facts, randn, replica, undisturbed
 
 # of the proof: so many that no code takes a tensor for a tuple
@@ -51,7 +51,7 @@ def _ways(module: nn.Module) -> Sequence[Way] | str:
     if any(step.opname == "STORE_ATTR" for step in dis.get_instructions(code)):
         return "its forward keeps something"
     for name, child in rms_norms(module).items():
-        reason = why_not(child)
+        reason = why_not_swapped(child)
         if reason is not None:
             return f"its {name} stays as it is: {reason}"
     lists = [name for name, child in _others(module).items() if isinstance(child, LISTS)]
@@ -92,7 +92,7 @@ class StandIn(nn.Module):
         return y if self.returns == 1 else (y, *[None] * (self.returns - 1))
 
 
-class Counter(norm.RMSNorm, nn.Module):
+class CountingNorm(norm.RMSNorm, nn.Module):
     """In the place of a norm that could be ours: counts the sums."""
 
     def __init__(self) -> None:
@@ -163,7 +163,7 @@ def _prove(module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype
     built = fused_class(way.mixin, type(module), way.how)
     with undisturbed(CPU), torch.no_grad():
         body = Body(module)
-        counters = {name: Counter() for name in body.norms}
+        counters = {name: CountingNorm() for name in body.norms}
         body.run(built, lambda name, _: counters[name])(body.tensors)
     summed = [name for name, counter in counters.items() if counter.sums]
     if not summed:
@@ -173,16 +173,9 @@ def _prove(module: nn.Module, way: Way, device: torch.device, dtype: torch.dtype
         if isinstance(forms[name], str) or forms[name].mixin is not norm.RMSNorm:
             return f"its {name} is no norm that add_rms_norm computes"
 
-    def norm_of(name: str, tensors: Mapping[str, Tensor], ours: bool) -> nn.Module:
-        child, form = body.norms[name], forms[name]
-        given = {"x": tensors["x"], "weight": tensors[f"{name}.weight"]}
-        if not ours or isinstance(form, str):
-            return replica(child, type(child), given, {})
-        return replica(child, fused_class(form.mixin, type(child), form.how), given, dict(form.state))
-
     runs = (
-        body.run(type(module), lambda name, tensors: norm_of(name, tensors, False)),
-        body.run(built, lambda name, tensors: norm_of(name, tensors, True)),
+        body.run(type(module), norms_over(body.norms, {})),
+        body.run(built, norms_over(body.norms, forms)),
     )
     for x_dtype, weights in mixed(dtype):
         dtypes = {name: weights if name.endswith(".weight") else x_dtype for name in body.tensors}

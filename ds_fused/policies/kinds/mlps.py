@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_fused.modules.mlp import Gate, GatedMLP, PackedMLP, act_of
+from ds_fused.modules.postponed import is_number
 from ds_fused.modules.product import ACT_NAMES, Activated, Product
 from ds_fused.policies.kinds.kind import Kind, Way, both, compared, one_argument, shape_of
 from ds_fused.policies.kinds.norms import rms_norms
@@ -111,18 +112,14 @@ def fused_act(module: nn.Module, name: str) -> str:
 def gates(module: nn.Module, act: str) -> Iterable[Gate]:
     """The forms that a gate of this layer may have, by the numbers that it keeps."""
     yield Gate(act)
-    limit = next((float(getattr(module, name)) for name in LIMITS if _is_number(getattr(module, name, None))), None)
+    limit = next((float(getattr(module, name)) for name in LIMITS if is_number(getattr(module, name, None))), None)
     if limit is None:
         return
     yield Gate(act, limit=limit)
     alpha = next((getattr(module, name) for name in ("swiglu_alpha", "alpha") if hasattr(module, name)), None)
-    if act == "silu" and _is_number(alpha):
+    if act == "silu" and is_number(alpha):
         for interleaved in (True, False):
             yield Gate(act, interleaved, float(alpha), limit, 1.0)
-
-
-def _is_number(x: object) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
 def _projections(module: nn.Module) -> dict[str, nn.Module]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ds_fused.modules import norm
+from ds_fused.modules.swap import fused_class
 from ds_fused.policies.kinds.kind import Kind, Way, both, choose, mixed, one_argument, parameter_names, shape_of
-from ds_fused.policies.proof import compare, randn
+from ds_fused.policies.proof import compare, randn, replica
 
 # (where the normalised row is rounded, offset of the weight), in the order of how many classes have it
 RMS_FORMS = (("before_weight", 0.0), ("after_weight", 1.0), ("after_weight", 0.0), ("before_weight", 1.0))
@@ -127,3 +128,21 @@ def form_of(child: nn.Module, dtype: torch.dtype) -> Way | str:
     """What a norm will become, or why it stays."""
     ways = NORM.ways(child)
     return ways if isinstance(ways, str) else choose(NORM, child, ways, torch.device("cpu"), dtype)
+
+
+def norms_over(
+    norms: Mapping[str, nn.Module], forms: Mapping[str, Way | str]
+) -> Callable[[str, Mapping[str, Tensor]], nn.Module]:
+    """What stands for a norm of a layer whose own code is run: given its name and the tensors of the run, its copy.
+
+    ``forms``: what norms become; the others, and those that stay, compute as they do.
+    """
+
+    def norm_of(name: str, tensors: Mapping[str, Tensor]) -> nn.Module:
+        child, form = norms[name], forms.get(name)
+        given = {"x": tensors["x"], "weight": tensors[f"{name}.weight"]}
+        if not isinstance(form, Way):
+            return replica(child, type(child), given, {})
+        return replica(child, fused_class(form.mixin, type(child), form.how), given, dict(form.state))
+
+    return norm_of

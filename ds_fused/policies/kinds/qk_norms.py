@@ -21,9 +21,9 @@ from ds_fused.modules.postponed import computed
 from ds_fused.modules.qk_norm import HeadNorm, Normed, Waiting, with_waiting_norms
 from ds_fused.modules.residual import names_in
 from ds_fused.modules.rotary import Turn, roles_of, turns_with_norms
-from ds_fused.modules.swap import fused_class, why_not
+from ds_fused.modules.swap import why_not_swapped
 from ds_fused.policies.kinds.kind import Way, mixed, shape_of
-from ds_fused.policies.kinds.norms import form_of, rms_norms
+from ds_fused.policies.kinds.norms import form_of, norms_over, rms_norms
 from ds_fused.policies.proof import Run, accepts, compare, facts, randn, replica, undisturbed
 
 KEY = "qk_norm_rope"
@@ -63,10 +63,10 @@ def with_norms(module: nn.Module, way: Way, device: torch.device, dtype: torch.d
     """A way of its rotary functions that norms wait for, given the way without; or what speaks against it."""
     norms = rms_norms(module)
     for name, child in norms.items():
-        reason = why_not(child)
+        reason = why_not_swapped(child)
         if reason is not None:
             return f"its {name} stays as it is: {reason}"
-    body = Body(module, way.how)
+    body = AttentionBody(module, way.how)
     met = body.norms_that_meet()
     if isinstance(met, str):
         return met
@@ -149,8 +149,8 @@ def arrived(run: Callable[[Mapping[str, Tensor]], None]) -> Run:
     return given
 
 
-class Body:
-    """A layer's code over stand-ins."""
+class AttentionBody:
+    """An attention layer's code over stand-ins."""
 
     def __init__(self, module: nn.Module, turns: Sequence[tuple[str, Turn]]) -> None:
         self._module, self._cls, self._turns = module, type(module), tuple(turns)
@@ -206,17 +206,10 @@ class Body:
         fused = exchanged(self._cls.forward, fused_functions(self._cls, self._turns) | TABLE_OF_PROOF)
         fused = with_waiting_norms(fused, self._cls.forward, names)
 
-        def norm_of(name: str, tensors: Mapping[str, Tensor], ours: bool) -> nn.Module:
-            child, form = self._norms[name], forms[name]
-            given = {"x": tensors["x"], "weight": tensors[f"{name}.weight"]}
-            if not ours or isinstance(form, str):
-                return replica(child, type(child), given, {})
-            (form,) = waiting([form])
-            return replica(child, fused_class(form.mixin, type(child), form.how), given, dict(form.state))
-
+        waits = {name: form if isinstance(form, str) else waiting([form])[0] for name, form in forms.items()}
         runs = (
-            arrived(self._run(stock, lambda name, tensors: norm_of(name, tensors, False))),
-            arrived(self._run(fused, lambda name, tensors: norm_of(name, tensors, True))),
+            arrived(self._run(stock, norms_over(self._norms, {}))),
+            arrived(self._run(fused, norms_over(self._norms, waits))),
         )
         found = []
         # of a layer that turns a part of a head, or all of it

@@ -1,10 +1,10 @@
-"""Products and attention of a stretch of code, each call handed to whoever runs the stretch.
+"""Products and attention of a stretch of code, each call intercepted: handed to whoever runs the stretch.
 
     with Some(Run):                          # called(kind, function, args, named) stands in for the functions in PLACES
         y = layer(x)
 
-The functions are exchanged in their modules for as long as any thread is in such a stretch, and what is there instead
-sees to it that other threads' calls go to the function itself.
+Functions of ours stand in the modules for as long as any thread is in such a stretch. They see to it that other
+threads' calls go to the function itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 ATTENTION, MATMUL = "attention", "matmul"
-# module, function in it, what it computes; in modules that nobody has imported there is nothing to exchange
+# module, function in it, what it computes; in modules that nobody has imported there is nothing to intercept
 PLACES = (
     ("torch.nn.functional", "linear", MATMUL),
     ("torch.nn.functional", "grouped_mm", MATMUL),
@@ -31,14 +31,14 @@ PLACES = (
 
 
 class Run:
-    """A stretch in which calls to the exchanged functions come here."""
+    """A stretch in which calls to the functions in PLACES come here."""
 
     def __enter__(self) -> None:
         self._outer, _local.run = _local.run, self
-        _exchange.enter()
+        _interception.enter()
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        _exchange.leave()
+        _interception.leave()
         _local.run = self._outer
 
     def called(self, kind: str, function: Callable, args: tuple, named: dict) -> Any:
@@ -65,8 +65,8 @@ class _Local(threading.local):
 _local = _Local()
 
 
-class _Exchange:
-    """The exchange of the functions, for as long as any thread has a stretch running."""
+class _Interception:
+    """Functions of ours in the place of those in PLACES, for as long as any thread has a stretch running."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -97,7 +97,7 @@ class _Exchange:
             self._done = []
 
 
-_exchange = _Exchange()
+_interception = _Interception()
 
 
 @functools.lru_cache(maxsize=64)
