@@ -80,10 +80,12 @@ class Head:
             y.register_hook(_say_computed)
         return y
 
-    def _logits(self, input: Tensor, is_sharded: bool) -> Tensor:
-        """On demand."""
-        call, weight = HeadCall(self, input), self._ds_fused_scope.weight
-        return sealed(call, weight.whole, weight.shard) if is_sharded else on_demand(call, weight.whole)
+    def _logits(self, input: Tensor, weight: Tensor | None) -> Tensor:
+        """On demand; None: the weight is not here whole."""
+        call, scope = HeadCall(self, input), self._ds_fused_scope
+        if weight is None:
+            return sealed(call, scope.weight.whole, scope.weight.shard)
+        return on_demand(call, scope.weight.whole, weight, self.bias)
 
     def forward(
         self,
@@ -97,14 +99,17 @@ class Head:
         ``slabs``: the weight, where it is not here whole.
         """
         scope = self._ds_fused_scope
-        if later:
-            return self._logits(input, scope.weight.is_sharded(self))
-        if loss is None:
+        if loss is None and not later:
             return super().forward(input)
+        is_sharded = scope.weight.is_sharded(self) if later else slabs is not None
+        # once, since a parametrization computes it anew each time
+        weight = None if is_sharded else self.weight
+        if later:
+            return self._logits(input, weight)
         logits = None
         if not torch.compiler.is_compiling():
             # beside the loss, so that hooks which act on a layer's outputs (ZeRO-3's) see a gradient to the logits too
-            logits = self._logits(input, is_sharded=slabs is not None)
+            logits = self._logits(input, weight)
         hidden, labels = replay(input, loss.rows).reshape(-1, input.shape[-1]), loss.labels
         # sharded, how many tokens a rank has is agreed on already; a compiled graph has room for a fixed number of them
         if scope.masked and slabs is None and loss.reduction != "none" and not torch.compiler.is_compiling():
@@ -116,7 +121,7 @@ class Head:
         options = {**loss.options, "grad_in_forward": True} if torch.compiler.is_compiling() else loss.options
         value = linear_cross_entropy(
             hidden,
-            self.weight if slabs is None else slabs,
+            weight if slabs is None else slabs,
             labels,
             bias=bias,
             class_weight=loss.class_weight,
@@ -286,7 +291,8 @@ class CausalLMLoss:
         if isinstance(logits, DeferredLogits):
             loss = linear_loss(logits, shift_labels, reduction=reduction, ignore_index=ignore_index)
         if loss is None:
-            if not self.real:
+            # torch.func's transforms pass PyTorch's own operations only
+            if not self.real or is_transformed():
                 return None
             logits = materialised(logits)
             loss = cross_entropy(

@@ -70,7 +70,13 @@ class HeadCall:
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((*self.hidden.shape[:-1], self.head.out_features))
+        return torch.Size((*self.hidden.shape[:-1], self._n_vocab()))
+
+    def _n_vocab(self) -> int:
+        """The weight's rows, of which out_features may be an earlier number; not of one that is computed when read."""
+        weight = self.head._parameters.get("weight")
+        shape = () if weight is None else getattr(weight, "ds_shape", weight.shape)
+        return shape[0] if len(shape) == 2 else self.head.out_features
 
     def as_called(self, with_graph: bool) -> contextlib.AbstractContextManager:
         """Everything as it was when the head was called, but a graph only where it is wanted."""

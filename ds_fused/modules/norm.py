@@ -36,11 +36,19 @@ class RMSNorm:
         return rms_norm(x, weight, bias=bias, eps=eps, offset=self.fused_offset, cast=self.fused_cast)
 
 
+def _is_real(x: Tensor) -> bool:
+    """Whether a norm of PyTorch's is what its op computes. Of others (integers, complex numbers, nested tensors) it has
+    its own to say."""
+    return x.is_floating_point() and not x.is_nested
+
+
 class PyTorchRMSNorm(RMSNorm):
     """``torch.nn.RMSNorm``, which under a GPU's autocast computes and returns fp32 where this PyTorch does."""
 
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         x, *residual = (*args, *named.values())
+        if not _is_real(x):
+            return nn.RMSNorm.forward(self, x, *residual)
         if residual:
             y, total = super().forward(x, *residual)
             return y.to(rms_norm_dtype(x, y.dtype)), total
@@ -67,6 +75,8 @@ class LayerNorm:
 
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
         (x,) = (*args, *named.values())
+        if not _is_real(x):
+            return super().forward(x)
         return layer_norm(x, self.weight, self.bias, eps=self.eps)
 
 
@@ -93,7 +103,8 @@ class LayerNorm1P:
         (x,) = (*args, *named.values())
         weight, bias = self.weight + 1.0, self.bias
         kind = x.device.type
-        if torch.is_autocast_enabled(kind):
+        # as the original asks, which no autocast of a CPU answers
+        if torch.is_autocast_enabled():
             dtype = torch.get_autocast_dtype(kind)
             x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
         with torch.autocast(kind, enabled=False):
@@ -134,6 +145,8 @@ class GroupNorm:
 
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
         (x,) = (*args, *named.values())
+        if not _is_real(x):
+            return super().forward(x)
         return group_norm(x, self.num_groups, self.weight, self.bias, eps=self.eps)
 
 

@@ -339,10 +339,9 @@ def _whole(head: nn.Module) -> Tensor:
     return head.weight
 
 
-def on_demand(call: HeadCall, whole_weight: WholeWeight) -> LogitsOnDemand:
+def on_demand(call: HeadCall, whole_weight: WholeWeight, weight: Tensor, bias: Tensor | None) -> LogitsOnDemand:
     """The output of a postponed head call, on demand. To be called where the weight is whole: in the head's forward."""
-    head, is_sharded = call.head, whole_weight is not contextlib.nullcontext
-    weight, bias = head.weight, head.bias
+    is_sharded = whole_weight is not contextlib.nullcontext
     kept = None if is_sharded else (weight.detach(), None if bias is None else bias.detach())
     read = _Read(call, whole_weight, _whole, weight, kept)
     source = Source(read, call.shape, call.dtype, call.hidden.device, together=is_sharded)

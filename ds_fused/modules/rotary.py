@@ -88,8 +88,10 @@ def fused_rotary(stock: Callable, turn: Turn) -> Callable:
         cos, sin = (given["angles"], None) if "angles" in given else (given["cos"], given["sin"])
         if where == 0 and cos.ndim == 2:
             where = 1  # Pixtral's: angles of tokens alone, which all heads of all samples share
-        # with positions, cos and sin are tables; and a call that was not proven is the original's
-        if given.get("position_ids") is not None or not takes(q, k, cos, where):
+        # with positions, cos and sin are tables; angles that are trained get their gradient from the original; and a
+        # call that was not proven is the original's
+        trains = torch.is_grad_enabled() and (cos.requires_grad or (sin is not None and sin.requires_grad))
+        if given.get("position_ids") is not None or trains or not takes(q, k, cos, where):
             return stock(*map(computed, args), **{name: computed(value) for name, value in named.items()})
         return _turned(q, k, cos, sin, where, turn)
 

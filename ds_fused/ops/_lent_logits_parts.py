@@ -21,8 +21,8 @@ from ds_fused.ops._meet import arrivals, can_meet, limited, meet, passes, team_a
 from ds_fused.ops._triton import cdiv, power_of_2, row_stride, warps_for
 
 # Elements of a part, and of a thread; in 16 bits a thread's registers, at most: 12 programs share a multiprocessor. On
-# an H200, us of 8192x128256 in bf16 and 4096x128256 in fp32, which take 988 to copy: 1282 and 1090 (the latter without a
-# limit; 1099 with it); with parts of 8192 1377 and 1105, of 2048 1378 and 1113; 16 bits without a limit 1374, with 72
+# an H200, us of 8192x128256 in bf16 and 4096x128256 in fp32, which take 988 to copy: 1282, and 1090 without a limit
+# (1099 with it); with parts of 8192 1377 and 1105, of 2048 1378 and 1113; 16 bits without a limit 1374, with 72
 # registers 1373; by one program a row 1433 and 1499
 PART, PER_THREAD = 4096, 64
 REGISTERS = 80

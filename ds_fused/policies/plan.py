@@ -259,7 +259,9 @@ def _outcome(claim: Claim, device: torch.device, dtype: torch.dtype, verify: boo
             return None
         device = torch.device("cpu")  # which of the forms it is has to be found out anyway
     try:
-        return claim.prove(device, dtype)
+        # whatever the caller's default device: what is made for a proof is drawn on the CPU
+        with torch.device("cpu"):
+            return claim.prove(device, dtype)
     except Exception as error:
         return unproven(error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
@@ -12,7 +13,7 @@ from transformers.activations import ACT2FN
 
 from ds_fused.modules.attention import exchanged, rotary_functions
 from ds_fused.modules.mlp import act_of
-from ds_fused.modules.norm import eps_name
+from ds_fused.modules.norm import GroupNorm, LayerNorm, PyTorchRMSNorm, eps_name
 from ds_fused.modules.product import Product
 from ds_fused.modules.rotary import roles_of
 from ds_fused.modules.swap import swap
@@ -187,3 +188,38 @@ def test_postponed_product(forward, products, monkeypatch) -> None:
     torch.compiler.reset()  # one forward with too many layers would end compilation
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+@pytest.mark.parametrize(
+    ("mixin", "layer", "state"),
+    [
+        (LayerNorm, nn.LayerNorm(4), {}),
+        (GroupNorm, nn.GroupNorm(2, 4), {}),
+        (PyTorchRMSNorm, nn.RMSNorm(4), {"fused_eps": "eps", "fused_offset": 0.0, "fused_cast": "after_weight"}),
+    ],
+)
+def test_what_is_no_real_number_is_the_originals(
+    mixin: type, layer: nn.Module, state: dict, dtype: torch.dtype
+) -> None:
+    x, said = torch.arange(8).view(2, 4).to(dtype), []
+    fused = copy.deepcopy(layer)
+    swap(fused, mixin, **state)
+    for each in (layer, fused):
+        try:
+            said.append(each(x))
+        except (RuntimeError, NotImplementedError) as error:
+            said.append(str(error))
+    if isinstance(said[0], Tensor):
+        torch.testing.assert_close(*said)
+    else:
+        assert said[0] == said[1]
+
+
+def test_a_norm_of_a_nested_tensor() -> None:
+    layer = nn.LayerNorm(4)
+    x = torch.nested.nested_tensor([torch.randn(n, 4) for n in (2, 3)])
+    wanted = layer(x)
+    swap(layer, LayerNorm)
+    for one, other in zip(layer(x).unbind(), wanted.unbind(), strict=True):
+        assert torch.equal(one, other)

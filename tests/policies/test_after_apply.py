@@ -827,3 +827,67 @@ def test_a_compiled_function_of_the_logits(detached: bool) -> None:
         (outputs.loss + value).backward()
         found.append((value.detach(), each.model.embed_tokens.weight.grad))
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_each_sample(caplog: pytest.LogCaptureFixture) -> None:
+    """vmap of grad: neither the head's loss nor that of real logits stands in its way."""
+    gradients = []
+    for each in pair():
+        each.set_attn_implementation("eager")
+        parameters = {name: p.detach() for name, p in each.named_parameters()}
+
+        def loss(parameters: dict, ids: torch.Tensor, each: nn.Module = each) -> torch.Tensor:
+            return torch.func.functional_call(each, parameters, (), {"input_ids": ids, "labels": ids}).loss
+
+        ids = batch()["input_ids"][:, None]
+        gradients.append(torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, ids))
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_head_that_has_other_rows_since(caplog: pytest.LogCaptureFixture) -> None:
+    model, stock = pair(tie_word_embeddings=True)
+    for each in (model, stock):
+        torch.manual_seed(3)
+        each.set_input_embeddings(nn.Embedding(VOCAB + 11, each.config.hidden_size))
+        each.tie_weights()
+        each.config.vocab_size = VOCAB + 11
+    assert_same_step(model, stock, tolerance=1e-5)
+    logits = model(**batch()).logits
+    assert type(logits) is LogitsOnDemand and logits.shape[-1] == VOCAB + 11
+    # what stock finds wrong stays so
+    for each in pair():
+        each.lm_head.weight = nn.Parameter(torch.randn(VOCAB + 11, each.config.hidden_size))
+        with pytest.raises((ValueError, RuntimeError)):
+            each(**batch())
+
+
+def test_a_parametrized_head_computes_its_weight_as_often_as_stock() -> None:
+    class Counting(nn.Module):
+        calls = 0
+
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return weight
+
+    found = []
+    for each in pair():
+        counting = Counting()
+        nn.utils.parametrize.register_parametrization(each.lm_head, "weight", counting, unsafe=True)
+        counting.calls = 0
+        found.append((counting.calls, step(each)[0], counting.calls))
+    assert [calls for *_, calls in found] == [1, 1]
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
+def test_angles_that_are_trained() -> None:
+    """Their gradient comes from the original function."""
+
+    def train(model: nn.Module) -> None:
+        model.model.rotary_emb.shift = shift = nn.Parameter(torch.full((model.config.head_dim,), 0.1))
+        model.model.rotary_emb.register_forward_hook(lambda _, args, angles: tuple(a + shift for a in angles))
+
+    model, stock = pair()
+    for each in (model, stock):
+        train(each)
+    assert_same_step(model, stock, tolerance=1e-5)
+    assert step(model)[1]["model.rotary_emb.shift"].norm() > 0

@@ -232,3 +232,18 @@ def test_adapters_on_the_weights_of_experts(first: str) -> None:
     model = adapted(model) if first == "adapters" else model
     assert counts(ds_fused.apply(model))["experts"] == 2
     assert_same_step(model if first == "adapters" else adapted(model), adapted(stock), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("wide", ["model", "experts"])
+def test_of_another_dtype_than_their_tokens(wide: str) -> None:
+    """What transformers' grouped products cast, they cast still."""
+    model, stock = (each.bfloat16() for each in twins(NAMED["Qwen3Moe"]))
+    for each in (model, stock):
+        layers = experts_of(each)
+        assert layers
+        if wide == "model":
+            each.float()
+        for layer in layers:
+            layer.to(torch.bfloat16 if wide == "model" else torch.float32)
+    ds_fused.apply(model, {"experts": True})
+    assert_same_step(model, stock, tolerance=2e-2)

@@ -14,8 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import ds_fused
 from ds_fused.modules.swap import is_fused
+from ds_fused.policies import memory, swap_claim
 from ds_fused.policies import plan as plan_file
-from ds_fused.policies import swap_claim
 from ds_fused.policies.kinds import Way
 from ds_fused.policies.plan import plan
 from ds_fused.policies.swap_claim import SwapClaim
@@ -394,3 +394,11 @@ def test_a_first_step_that_fails_does_not_count(caplog: pytest.LogCaptureFixture
     model(**batch())
     assert report.verify_live() == [] and not caplog.messages
     assert not model._forward_pre_hooks
+
+
+def test_a_default_device_changes_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LLAMA.make()
+    wanted = counts(ds_fused.apply(LLAMA.make()))
+    monkeypatch.setattr(memory, "_PROVEN", {})
+    with torch.device("meta"):
+        assert counts(ds_fused.apply(model)) == wanted
