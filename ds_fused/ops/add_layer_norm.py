@@ -40,8 +40,8 @@ class AddLayerNormFunction(torch.autograd.Function):
         ctx.dtypes = x.dtype, residual.dtype
         if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
             ctx.mark_non_differentiable(total)
-        if not torch.compiler.is_compiling():  # dynamo doesn't know it, and hands on zeros instead
-            ctx.set_materialize_grads(False)
+        # as in add_rms_norm
+        ctx.set_materialize_grads(False)
         return y, total
 
     @staticmethod

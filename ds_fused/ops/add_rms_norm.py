@@ -82,7 +82,8 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """``(rms_norm(x + residual, weight), x + residual)``: x and residual [..., D] of one shape, weight [D] or None.
 
-    As with ``x + residual`` itself, the gradients of x and of residual may be one tensor: a hook must not write in it.
+    ``eps``, ``offset`` and ``cast`` are rms_norm's. As with ``x + residual`` itself, the gradients of x and of residual
+    may be one tensor: a hook must not write in it.
     """
     if residual.shape != x.shape:
         raise ValueError(f"add_rms_norm: x {tuple(x.shape)} and residual {tuple(residual.shape)} must have one shape")

@@ -310,8 +310,9 @@ def attention_residual(
     """The mean of N blocks' outputs by the softmax over them of ``query . rms_norm(block, weight)``: [..., D].
 
     blocks: a stack [N, ..., D], or a sequence of N tensors [..., D] of one dtype (more than 16 are stacked, which
-    copies them); query [D]; weight [D] or None, that of the keys' norm. Rows of more than 16384 columns run the
-    reference, and a line says so outside of graphs.
+    copies them); query [D]; weight [D] or None, that of the keys' norm; eps is that norm's. Rows of more than 16384
+    columns run the reference, and a line says so outside of graphs. No block, blocks of unlike shapes or dtypes, and
+    other widths of query or weight are a ValueError. From "Attention Residuals" (Kimi Team, arXiv 2603.15031).
     """
     tensors = _as_tensors(blocks, query, weight)
     d = tensors[0].shape[-1]

@@ -24,6 +24,7 @@ from ds_fused.ops._norms import check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._row_tiles import tile
 from ds_fused.ops._sums import partials, sum_partials
+from ds_fused.ops._tanh import tanh_and_slope
 from ds_fused.ops._triton import cdiv, check_dtypes, like, resident, row_stride, rows_of, runs_kernels
 
 # elements of a tile and of a thread, and the most columns of it; wider rows are several blocks of columns. On an H100,
@@ -50,16 +51,9 @@ def dyt_reference(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None 
 
 @triton.jit
 def _tanh_and_slope(x, DTYPE: tl.constexpr):
-    """tanh(x) and 1 - tanh(x)^2, the latter without cancellation where tanh is near 1."""
+    """tanh(x) and 1 - tanh(x)^2, as exact as x's dtype can tell."""
     if tl.float32 == DTYPE:
-        q = tl.exp(-2.0 * tl.abs(x))
-        r = 1.0 / (1.0 + q)
-        far = (1.0 - q) * r
-        # near 0 the difference 1 - q has few bits: there the series x - x^3/3 + 2x^5/15 - ..., off by 1e-8 at 1/4
-        xx = x * x
-        near = 0.021869488536155203 * xx - 0.05396825396825397
-        near = x + x * xx * ((near * xx + 0.13333333333333333) * xx - 0.3333333333333333)
-        tanh = tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0.0, -far, far))
+        tanh, slope = tanh_and_slope(x)
     else:
         # 12 instructions for 22, of which there is no time for more: off by 1e-4 of tanh at most, at 1/64, where one
         # of 16 bits is 4.9e-4. q is finite, so that the slope is: below e^-22 it is what it is there
@@ -67,8 +61,8 @@ def _tanh_and_slope(x, DTYPE: tl.constexpr):
         # a division is three more than its square root
         r = tl.rsqrt(1.0 + q)
         r *= r
-        tanh = tl.where(tl.abs(x) < 0.015625, x, 2.0 * r - 1.0)
-    return tanh, 4.0 * q * r * r
+        tanh, slope = tl.where(tl.abs(x) < 0.015625, x, 2.0 * r - 1.0), 4.0 * q * r * r
+    return tanh, slope
 
 
 @triton.jit(do_not_specialize=["n_rows"])

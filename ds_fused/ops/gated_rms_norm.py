@@ -306,8 +306,10 @@ def gated_rms_norm(
     """``weight * x / rms(x) * act(gate)``, or with ``order="gate_first"`` the norm of ``x * act(gate)``.
 
     x and gate [..., D] of one shape, weight [D] or None; each ``group_size`` columns have a norm of their own, all D
-    share one where it is None. The result has x's dtype; with ``order="gate_first"`` and ``cast="before_weight"`` the
-    promoted one of x and weight.
+    share one where it is None. ``act``: "silu" or "sigmoid"; ``order``: "norm_first" or "gate_first"; ``cast``: whether
+    the norm is rounded to x's dtype "before_weight" or "after_weight". The result has x's dtype; with
+    ``order="gate_first"`` and ``cast="before_weight"`` the promoted one of x and weight. Anything else is a ValueError.
+    As in Mamba-2 (arXiv 2405.21060) and Qwen3-Next.
     """
     if gate.shape != x.shape:
         raise ValueError(f"gated_rms_norm: x {tuple(x.shape)} and gate {tuple(gate.shape)} must have one shape")

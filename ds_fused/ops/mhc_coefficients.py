@@ -343,8 +343,14 @@ def mhc_coefficients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """pre [..., N], post [..., N] and res [..., N, N] in fp32, of streams x [..., N, C].
 
+    With ``mix = weight x / sqrt(mean(x^2) + eps)``, a token's streams being one vector,
+    ``pre = sigmoid(scale[0] mix + bias) + pre_eps``, ``post = post_factor sigmoid(scale[1] mix + bias)`` and
+    ``res = Sinkhorn-Knopp(scale[2] mix + bias)``, each of its own rows: a softmax over columns plus sinkhorn_eps, then
+    ``iterations`` times (the first of columns alone) rows and columns divided by their sums plus sinkhorn_eps.
+
     weight [N^2 + 2 N, N C], as that of nn.Linear, bias [N^2 + 2 N], scale [3]: for pre, post and res. Liger's phi is
-    the transposed weight: ``phi.T``, which is copied. N is at most 16; up to 4 it is fast.
+    the transposed weight: ``phi.T``, which is copied. N is at most 16; up to 4 it is fast. Other shapes, and fewer than
+    one iteration, are a ValueError. From Xie et al. (DeepSeek), arXiv 2512.24880.
     """
     op = "mhc_coefficients"
     check_coefficients(op, x, weight, bias, scale, iterations)

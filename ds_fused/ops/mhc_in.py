@@ -96,7 +96,7 @@ def mhc_in(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a layer reads of streams x [..., N, C], [..., C]; post [..., N] and res [..., N, N] in fp32; and x.
 
-    Arguments are those of mhc_coefficients. A layer begins with
+    ``y = sum_i pre_i x_i``; pre, post, res, the arguments and errors are those of mhc_coefficients. A layer begins with
     ``y, post, res, x = mhc_in(x, ...)``, ends with ``mhc_post_res(x, layer(y), post, res)``.
     """
     check_coefficients("mhc_in", x, weight, bias, scale, iterations)

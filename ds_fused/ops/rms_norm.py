@@ -363,7 +363,8 @@ def rms_norm(
 ) -> Tensor:
     """``(offset + weight) * x / rms(x) + bias`` over the last dimension: x [..., D], weight and bias [D] or None.
 
-    The result has the promoted dtype of x, weight and bias with ``cast="before_weight"``, x's with ``"after_weight"``.
+    ``rms(x) = sqrt(mean(x^2) + eps)``; ``offset``: what is added to each weight (Gemma's 1). The result has the
+    promoted dtype of x, weight and bias with ``cast="before_weight"``, x's with ``"after_weight"``.
     ``overwrite_grad``: the backward may write x's gradient over the result's, whose values are lost. Only where that
     gradient is this call's alone, as one that a matrix product has made; an addition hands one tensor to both its
     summands. A gradient that has gaps or another dtype than x is left as it is. A second backward is right if the
