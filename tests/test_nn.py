@@ -480,3 +480,27 @@ def test_all_that_is_named_is_there():
     assert ds_fused.nn is nn
     for name in nn.__all__:
         assert issubclass(getattr(nn, name), torch.nn.Module)
+
+
+OWN = {
+    "DyT": (8,),
+    "PolyNorm": (),
+    "GatedRMSNorm": (8,),
+    "Experts": (3, 8, 16),
+    "HyperConnection": (torch.nn.Linear(8, 8), 4, 8),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_parameters_begin_where_they_come_to_be(name: str) -> None:
+    """As FSDP begins a model that was built on the meta device."""
+    cls, sizes = getattr(nn, name), copy.deepcopy(OWN[name])
+    torch.manual_seed(3)
+    made = cls(*sizes)
+    late = cls(*sizes, device="meta").to_empty(device="cpu")
+    torch.manual_seed(3)
+    late.reset_parameters()
+    own = [parameter for parameter, _ in made.named_parameters() if not parameter.startswith("layer.")]
+    assert own
+    for parameter in own:
+        assert torch.equal(made.get_parameter(parameter), late.get_parameter(parameter))

@@ -27,13 +27,16 @@ class Experts(torch.nn.Module):
         **options: object,
     ) -> None:
         super().__init__()
-        for name, n_out, n_in in (
-            ("gate_up_proj", 2 * intermediate_size, hidden_size),
-            ("down_proj", hidden_size, intermediate_size),
-        ):
-            weight = torch.empty(num_experts, n_out, n_in, device=device, dtype=dtype).uniform_(-1, 1)
-            setattr(self, name, torch.nn.Parameter(weight * n_in**-0.5))
+        place = {"device": device, "dtype": dtype}
+        self.gate_up_proj = torch.nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size, **place))
+        self.down_proj = torch.nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size, **place))
+        self.reset_parameters()
         self.options = known(self, experts, options)
+
+    def reset_parameters(self) -> None:
+        for weight in (self.gate_up_proj, self.down_proj):
+            most = weight.shape[-1] ** -0.5
+            torch.nn.init.uniform_(weight, -most, most)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return experts(hidden_states, self.gate_up_proj, self.down_proj, top_k_index, top_k_weights, **self.options)

@@ -124,8 +124,12 @@ class GatedRMSNorm(torch.nn.Module):
     ) -> None:
         check_form("GatedRMSNorm", hidden_size, order, cast, act, group_size)
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
+        self.weight = torch.nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        self.reset_parameters()
         self.options = {"eps": eps, "order": order, "cast": cast, "act": act, "group_size": group_size}
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         return gated_rms_norm(x, gate, self.weight, **self.options)
@@ -167,9 +171,17 @@ class DyT(torch.nn.Module):
     ) -> None:
         super().__init__()
         place = {"device": device, "dtype": dtype}
-        self.alpha = torch.nn.Parameter(torch.full((1,), alpha_init_value, **place))
-        self.weight = torch.nn.Parameter(torch.ones(num_features, **place))
-        self.register_parameter("bias", torch.nn.Parameter(torch.zeros(num_features, **place)) if bias else None)
+        self.alpha_init_value = alpha_init_value
+        self.alpha = torch.nn.Parameter(torch.empty(1, **place))
+        self.weight = torch.nn.Parameter(torch.empty(num_features, **place))
+        self.register_parameter("bias", torch.nn.Parameter(torch.empty(num_features, **place)) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.constant_(self.alpha, self.alpha_init_value)
+        torch.nn.init.ones_(self.weight)
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return dyt(x, self.alpha, self.weight, self.bias)
@@ -189,9 +201,14 @@ class PolyNorm(torch.nn.Module):
     ) -> None:
         super().__init__()
         place = {"device": device, "dtype": dtype}
-        self.weight = torch.nn.Parameter(torch.full((3,), 1 / 3, **place))
-        self.bias = torch.nn.Parameter(torch.zeros(1, **place))
+        self.weight = torch.nn.Parameter(torch.empty(3, **place))
+        self.bias = torch.nn.Parameter(torch.empty(1, **place))
+        self.reset_parameters()
         self.eps = eps
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.constant_(self.weight, 1 / 3)
+        torch.nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return poly_norm(x, self.weight, self.bias, eps=self.eps)

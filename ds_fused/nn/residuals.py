@@ -30,11 +30,18 @@ class HyperConnection(torch.nn.Module):
         place = {"device": device, "dtype": dtype}
         coefficients = num_streams * (num_streams + 2)
         self.layer = layer
-        self.fn = torch.nn.Parameter(torch.empty(coefficients, num_streams * hidden_size, **place).normal_(std=0.02))
-        self.base = torch.nn.Parameter(torch.zeros(coefficients, **place))
-        self.scale = torch.nn.Parameter(torch.ones(3, **place))
+        self.fn = torch.nn.Parameter(torch.empty(coefficients, num_streams * hidden_size, **place))
+        self.base = torch.nn.Parameter(torch.empty(coefficients, **place))
+        self.scale = torch.nn.Parameter(torch.empty(3, **place))
+        self.reset_parameters()
         self.num_streams, self.hidden_size = num_streams, hidden_size
         self.options = known(self, mhc_in, options)
+
+    def reset_parameters(self) -> None:
+        """Of this module; the layer has its own."""
+        torch.nn.init.normal_(self.fn, std=0.02)
+        torch.nn.init.zeros_(self.base)
+        torch.nn.init.ones_(self.scale)
 
     def forward(self, x: Tensor, *more: object, **named: object) -> Tensor:
         y, post, res, x = mhc_in(x, self.fn, self.base, self.scale, **self.options)

@@ -7,6 +7,8 @@ Sizes: N tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -63,8 +65,8 @@ def check_pair(
             f"{op}: student_logits {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)} must have one "
             "shape, [..., vocabulary]"
         )
-    if not temperature > 0.0:
-        raise ValueError(f"{op}: temperature is {temperature}; it must be positive")
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(f"{op}: temperature is {temperature}; it must be positive and finite")
     if teacher.device != student.device:
         raise ValueError(f"{op}: teacher_logits are on {teacher.device}, student_logits on {student.device}")
     check_loss(op, LossOptions(), labels, reduction, student.shape[:-1], student.shape[-1], student.device)

@@ -169,7 +169,9 @@ def lent_logits(
         return
     smoothing = options.label_smoothing
     is_plain = options.softcap is None and not smoothing and weight is None and right is None
-    if is_plain and n_vocab * logits.element_size() > HELD_BYTES and can_share(logits):
+    # by another sign -inf, which stands for what no row has, would be inf
+    shares = is_plain and options.logit_scale > 0.0 and n_vocab * logits.element_size() > HELD_BYTES
+    if shares and can_share(logits):
         lent_logits_in_parts(logits, labels, loss, lse, dloss, options)
         return
     share = 1 if is_plain else 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -125,8 +126,8 @@ def check_loss(
         raise ValueError(f"{op}: {name} is a tensor; it must be a number (a factor that trains goes on the logits)")
     if not 0.0 <= options.label_smoothing <= 1.0:
         raise ValueError(f"{op}: label_smoothing is {options.label_smoothing}; it must lie in [0, 1]")
-    if options.softcap is not None and not options.softcap > 0.0:
-        raise ValueError(f"{op}: softcap is {options.softcap}; it must be positive, or None for no cap")
+    if options.softcap is not None and not 0.0 < options.softcap < math.inf:
+        raise ValueError(f"{op}: softcap is {options.softcap}; it must be positive and finite, or None for no cap")
     if not 0 < n_vocab < 2**31:
         raise ValueError(f"{op}: a vocabulary of {n_vocab}; columns are counted in int32, so 1 to {2**31 - 1} fit")
     if labels is None:

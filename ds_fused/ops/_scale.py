@@ -40,12 +40,13 @@ def _scale_kernel(
             cols = (tile % n_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
             mask = cols < n_cols
             x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
-            tl.store(x_ptr + row * x_stride + cols, x * factor, mask=mask)
+            # zeros of ignored tokens stay, whatever the upstream gradient is
+            tl.store(x_ptr + row * x_stride + cols, tl.where(x == 0.0, 0.0, x * factor), mask=mask)
 
 
 def scaled_torch(x: Tensor, upstream: Tensor, assumed: float = 1.0) -> Tensor:
     """`scaled` without a kernel, to a new tensor."""
-    return (x.to(wide(x)) * (upstream / assumed)).to(x.dtype)
+    return (x.to(wide(x)) * (upstream / assumed)).to(x.dtype).masked_fill(x == 0, 0)
 
 
 def scaled(x: Tensor, upstream: Tensor, assumed: float = 1.0) -> Tensor:

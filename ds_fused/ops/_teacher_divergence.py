@@ -14,6 +14,7 @@ Sizes: N tokens, V vocabulary. The backward may see some columns of the rows alo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -44,8 +45,8 @@ class DivergenceOptions:
     def check(self, op: str) -> None:
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"{op}: beta is {self.beta}; it must lie in [0, 1]")
-        if not self.temperature > 0.0:
-            raise ValueError(f"{op}: temperature is {self.temperature}; it must be positive")
+        if not 0.0 < self.temperature < math.inf:
+            raise ValueError(f"{op}: temperature is {self.temperature}; it must be positive and finite")
 
     def passes(self, kernels: bool) -> tuple[Callable[..., None], Callable[..., None]]:
         return (divergence_fwd, divergence_bwd) if kernels else (divergence_fwd_torch, divergence_bwd_torch)

@@ -314,6 +314,8 @@ def attention_residual(
     columns run the reference, and a line says so outside of graphs. No block, blocks of unlike shapes or dtypes, and
     other widths of query or weight are a ValueError. From "Attention Residuals" (Kimi Team, arXiv 2603.15031).
     """
+    # a generator gives its blocks once
+    blocks = blocks if isinstance(blocks, Tensor) else [*blocks]
     tensors = _as_tensors(blocks, query, weight)
     d = tensors[0].shape[-1]
     has_kernels = runs_kernels(*tensors, query, weight)

@@ -26,8 +26,6 @@ Sizes: N tokens (every leading dimension, flattened), V vocabulary.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -194,9 +192,9 @@ def cross_entropy(
     ``upstream``: the gradient of the loss that the forward takes for granted, for instance 1 / steps of gradient
     accumulation. A backward that is given another one scales what is there, in one more pass over it.
     """
-    # not math.isfinite: dynamo can't trace it, where upstream is one of several numbers
-    if not (abs(upstream) < math.inf and upstream):
-        raise ValueError(f"cross_entropy: upstream is {upstream}; it must be finite and not 0")
+    # in fp32 it is divided by. A tensor's value would make the host wait
+    if isinstance(upstream, Tensor) or not 2.0**-100 <= abs(upstream) <= 2.0**100:
+        raise ValueError(f"cross_entropy: upstream is {upstream}; it must be a number, from 2^-100 to 2^100 in size")
     if logits.ndim == 0:
         raise ValueError("cross_entropy: logits must be [..., vocabulary], got a scalar")
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)

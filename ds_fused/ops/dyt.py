@@ -119,7 +119,7 @@ def _dyt_bwd_kernel(
         mask = (rows < n_rows) & (cols < n_cols)
         dy = tl.load(dy_ptr + rows * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
-        tanh, slope = _tanh_and_slope(alpha * x, x_ptr.dtype.element_ty)
+        tanh, slope = _tanh_and_slope(alpha * x, dy_ptr.dtype.element_ty)
         if WANTS_DWEIGHT:
             dweight += dy * tanh
         if WANTS_DBIAS:

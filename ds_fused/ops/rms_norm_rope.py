@@ -257,7 +257,7 @@ def rms_norm_rope(
     may be left out, and then that of q and k, too. Angles get no gradient. For interleaved pairs, sections and complex
     angles there are rms_norm and rope.
     Any strides of q and k are read in place if the columns of a head lie side by side. The results have the dtype of
-    the norm's result, promoted with that of cos where not ``keep_dtype``.
+    the norm's result, promoted with that of the angles where not ``keep_dtype``.
     ``overwrite_grad``: the backward may write the gradients over those of the results, as rope's. Where q (k) has few
     heads, or few of their columns turn, those are left as they are, too.
     """
@@ -274,6 +274,9 @@ def rms_norm_rope(
         )  # fmt: skip
     check_dtypes("rms_norm_rope", q=q, k=k, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
     n_dims = q.ndim
+    if cos.dtype != sin.dtype:
+        wide = torch.promote_types(cos.dtype, sin.dtype)
+        cos, sin = cos.to(wide), sin.to(wide)
     q, k, cos, sin = as_kernels_read(q, k, cos, sin, unsqueeze_dim)
     norm = RMSForm(eps, offset, cast == "before_weight")
     how = norm, keep_dtype, overwrite_grad and not torch.compiler.is_compiling()

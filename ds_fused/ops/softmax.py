@@ -29,12 +29,17 @@ from ds_fused.ops._along_rows import (
 )
 from ds_fused.ops._meet import meet, team_and_member
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._triton import check_dtypes, fp32_in_autocast, like, runs_kernels
+from ds_fused.ops._triton import check_dtypes, like, norm_dtype, runs_kernels
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """Of the result: PyTorch's, which a CPU's autocast leaves alone."""
+    return norm_dtype(x, x.dtype)
 
 
 def softmax_reference(x: Tensor, dim: int = -1) -> Tensor:
     """What this file computes, in PyTorch: the specification, the CPU path and the yardstick of the tests."""
-    return torch.softmax(x, dim, dtype=fp32_in_autocast(x, x.dtype))
+    return torch.softmax(x, dim, dtype=_dtype(x))
 
 
 # n_rows is not specialized: a batch whose row count is no multiple of 16 would compile everything again
@@ -198,10 +203,10 @@ class SoftmaxFunction(torch.autograd.Function):
 def softmax(x: Tensor, dim: int = -1) -> Tensor:
     """``torch.softmax(x, dim)``: along the last dimension in place of x's rows, along another one over a copy.
 
-    The result has x's dtype, under autocast fp32. A row of -inf alone is NaN, as PyTorch's is.
+    The result has x's dtype, under the autocast of a GPU fp32. A row of -inf alone is NaN, as PyTorch's is.
     """
     check_dim("softmax", x, dim)
     if not runs_kernels(x):
         return softmax_reference(x, dim)
     check_dtypes("softmax", x=x)
-    return along_dim(SoftmaxFunction.apply, x, dim, fp32_in_autocast(x, x.dtype))
+    return along_dim(SoftmaxFunction.apply, x, dim, _dtype(x))

@@ -81,6 +81,7 @@ ERRORS = [
     ({"labels": torch.tensor([0.0, 1.0])}, "labels are torch.float32; they must be int64 or int32"),
     ({"labels": torch.tensor([0, 1], device="meta")}, "labels are on meta"),
     ({"temperature": 0.0}, "temperature is 0.0; it must be positive"),
+    ({"temperature": float("inf")}, "temperature is inf; it must be positive and finite"),
     ({"reduction": "avg"}, "reduction is 'avg'; it must be 'mean', 'sum' or 'none'"),
 ]
 

@@ -296,6 +296,7 @@ def test_plain_path_is_the_reference(monkeypatch):
         ({"reduction": "avg"}, "reduction is 'avg'; it must be 'mean', 'sum' or 'none'"),
         ({"label_smoothing": 1.5}, "label_smoothing is 1.5"),
         ({"softcap": 0.0}, "softcap is 0.0"),
+        ({"softcap": float("inf")}, "softcap is inf; it must be positive and finite"),
         ({"logit_scale": torch.ones(())}, "logit_scale is a tensor; it must be a number"),
         (
             {"weight": torch.ones(6)},

@@ -159,3 +159,11 @@ def test_without_the_interpreter_a_cpu_runs_the_reference(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     inputs = [t.bfloat16() for t in inputs_of(5, 33, device="cpu")]
     assert same_bits(dyt(*inputs), dyt_reference(*inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_in_fp32_have_gradients_in_fp32(dtype, device):
+    """Small values, whose tanh in 16 bits is off by more than fp32 tells."""
+    x = torch.linspace(-0.2, 0.2, 64, dtype=torch.float64, device=device).expand(4, 64).to(dtype)
+    parameters = [torch.full((1,), 0.5, device=device), torch.ones(64, device=device), torch.zeros(64, device=device)]
+    as_accurate(dyt, dyt_reference, [x, *parameters], dtype)

@@ -26,6 +26,7 @@ def blocks(monkeypatch) -> None:
 def shared(monkeypatch) -> None:
     """Rows of more than 24 columns in parts of 16; where programs can't meet, in two launches."""
     monkeypatch.setattr(_lent_logits, "HELD_BYTES", 48)
+    monkeypatch.setattr(_lent_logits, "WALK_BYTES", 16)
     monkeypatch.setattr(_lent_logits, "can_share", lambda logits: True)
     monkeypatch.setattr(_lent_logits_parts, "PART", 16)
 
@@ -68,8 +69,12 @@ def test_options(options, reduction, dtype, device, blocks):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("options", [{}, {"z_loss": 0.01, "logit_scale": 0.5}, {"ignore_index": 3}])
+# the last two are a program's each
+@pytest.mark.parametrize("logit_scale", [None, 0.0, -1.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rows_that_programs_share(options, reduction, dtype, device, shared):
+def test_rows_that_programs_share(options, reduction, dtype, logit_scale, device, shared):
+    if logit_scale is not None:
+        options = options | {"logit_scale": logit_scale}
     for n_vocab in (32, 71):
         judged((2, 4, n_vocab), dtype, device, reduction=reduction, **options)
 
@@ -262,9 +267,10 @@ def test_rows_masked_by_the_least_number(device, blocks):
     as_accurate(lent, exact, [logits, torch.tensor([0, 31, 4], device=device)], torch.float32)
 
 
-@pytest.mark.parametrize("upstream", [0.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("upstream", [0.0, 1e-42, 1e-50, 1e39, float("inf"), float("nan"), torch.tensor(0.5)])
 def test_errors(upstream):
-    with pytest.raises(ValueError, match="cross_entropy: upstream is .*; it must be finite and not 0"):
+    said = r"cross_entropy: upstream is .*; it must be a number, from 2\^-100 to 2\^100 in size"
+    with pytest.raises(ValueError, match=said):
         cross_entropy(torch.zeros(2, 7), torch.tensor([0, 1]), grad_in_forward=True, upstream=upstream)
 
 
@@ -288,3 +294,10 @@ def test_over_two_to_the_31_elements(device):
     for rows, part in zip(ends, parts, strict=True):
         (dexact,) = torch.autograd.grad(cross_entropy_reference(part, labels[rows], reduction="sum"), part)
         assert (dlogits[rows] - 2.0 * dexact).abs().max() < 2**-7  # one rounding of 2 * (p - 1)
+
+
+@pytest.mark.parametrize("upstream", [float("inf"), float("nan")])
+def test_ignored_tokens_stay_zero_whatever_comes_from_upstream(upstream, device):
+    logits, labels = randn(3, 7, device=device).float().requires_grad_(), torch.tensor([3, -100, 2], device=device)
+    lent(logits, labels).backward(torch.tensor(upstream, device=device))
+    assert not logits.grad[1].any() and not logits.grad[0].isfinite().any()

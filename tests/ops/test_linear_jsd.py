@@ -346,6 +346,7 @@ def test_the_teacher_of_kept_tokens_is_let_go(where):
         ({"teacher_weight": torch.zeros(7, 5, device="meta")}, "teacher_weight is on meta, student_x on cpu"),
         ({"beta": 1.5}, r"beta is 1.5; it must lie in \[0, 1\]"),
         ({"temperature": 0.0}, "temperature is 0.0; it must be positive"),
+        ({"temperature": float("inf")}, "temperature is inf; it must be positive and finite"),
         ({"reduction": "batchmean"}, "reduction is 'batchmean'"),
         ({"keep_mb": -1}, "keep_mb=-1 not negative"),
     ],
