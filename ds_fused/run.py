@@ -31,7 +31,10 @@ def main(argv: list[str]) -> None:
     if len(rest) < 2:
         raise SystemExit(USAGE)
     config, target, *arguments = rest
-    announce(config)
+    if not os.path.isfile(config):
+        raise SystemExit(f"ds_fused.run: no such file: {config}")
+    # the script may go elsewhere before it reads it
+    announce(os.path.abspath(config))
     sys.argv = [target, *passed_on, *arguments]
     if how == "no_python":
         # a Python below it finds the config by its environment, through the plug-in entry point
@@ -45,7 +48,7 @@ def main(argv: list[str]) -> None:
         runpy.run_module(target, run_name="__main__", alter_sys=True)
     else:
         # as `python train.py` does
-        sys.path[0] = os.path.dirname(os.path.abspath(target))
+        sys.path[0] = os.path.dirname(os.path.realpath(target))
         runpy.run_path(target, run_name="__main__")
 
 

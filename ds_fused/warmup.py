@@ -132,7 +132,7 @@ def job_of(model: str, config: str | None) -> Job:
     if Path(model).suffix in (".yaml", ".yml"):
         run = yaml.safe_load(_text(model))
         try:
-            model, length = run["model"]["path"], run["train"]["block"]
+            model, length = run["model"]["path"], run["data"]["block"]
             ds_config = {**run["deepspeed"], "ds_fused": run["fused"]}
         except (KeyError, TypeError) as error:
             raise ValueError(f"{model} is no run.yaml of python -m launch: it has no {error}") from error

@@ -181,8 +181,9 @@ def need_build_tools(why: str) -> None:
 def train_command(gpus: int) -> list[str]:
     experiment = "quickstart_gpu" if gpus else "quickstart_cpu"
     ranks = [f"cluster.ranks={min(gpus, 2)}"] if gpus else []
-    folder = f"folder={ROOT / 'runs' / 'quickstart'}"
-    return [str(venv_bin() / "python"), "-m", "launch", f"experiment={experiment}", folder, *ranks]
+    # in ROOT, whose own name may mean something to Hydra
+    command = [str(venv_bin() / "python"), "-m", "launch", f"experiment={experiment}", "folder=runs/quickstart"]
+    return [*command, *ranks]
 
 
 def train(gpus: int) -> int:

@@ -181,6 +181,14 @@ class StopSignal:
             self.file.touch()
 
 
+def set_aside(checkpoints: Path) -> None:
+    """Of an earlier run in this folder: a later --resume would take its newest checkpoint for one of this run."""
+    latest = checkpoints / "latest"
+    if latest.is_file():
+        latest.replace(latest.with_name("latest.earlier"))
+        say(f"a new run: {latest} of an earlier one is latest.earlier now")
+
+
 def peak_memory_gb() -> list[float]:
     """The most memory that each rank has used: the accelerator's, or the process's where the CPU trains."""
     accelerator = get_accelerator()
@@ -209,6 +217,8 @@ def train(args: argparse.Namespace) -> None:
     if args.resume and (checkpoints / "latest").is_file():
         engine.load_checkpoint(str(checkpoints))
         say(f"resumed from {checkpoints / (checkpoints / 'latest').read_text()}")
+    elif not args.resume and dist.get_rank() == 0:
+        set_aside(checkpoints)
     journal = Journal(engine, args)
     tokens_per_step = engine.train_batch_size() * args.block
     say(

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import typing
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from transformers import LlamaConfig
 from ds_fused import warmup
 from ds_fused.policies.report import Left
 from ds_fused.warmup import dtype_of, job_of
+from launch.schema import Run
 
 # the GPU where there is one, which a step then really uses
 if torch.cuda.is_available():
@@ -254,7 +256,11 @@ def test_a_model_of_which_nothing_is_replaced_is_said(folder, monkeypatch):
 def test_a_run_names_its_model_and_config(tmp_path):
     file = tmp_path / "run.yaml"
     deepspeed = {"fp16": {"enabled": True}}
-    given = {"model": {"path": "a/b"}, "train": {"block": 512}, "deepspeed": deepspeed, "fused": {"enabled": True}}
+    given = {"model": {"path": "a/b"}, "data": {"block": 512}, "deepspeed": deepspeed, "fused": {"enabled": True}}
+    # as launch writes them
+    kinds = typing.get_type_hints(Run)
+    assert given.keys() <= kinds.keys()
+    assert "path" in typing.get_type_hints(kinds["model"]) and "block" in typing.get_type_hints(kinds["data"])
     file.write_text(yaml.safe_dump(given))
     job = job_of(str(file), None)
     assert (job.model, job.length, dtype_of(job.ds_config)) == ("a/b", 512, torch.float16)

@@ -211,3 +211,22 @@ def test_the_runner_says_how_it_is_used(words):
     )
     assert ended.returncode == 1 and "usage:" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_the_module_in_front_of_a_script(config: Path, tmp_path: Path):
+    """A file by its name from here, a script behind a link whose neighbours are where it is."""
+    real = tmp_path / "real"
+    real.mkdir()
+    (real / "helper.py").write_text("WORD = 'found'\n")
+    (real / "s.py").write_text(
+        "import os\nfrom helper import WORD\nos.chdir('/')\n"
+        "print(WORD, os.path.isfile(os.environ['ACCELERATE_DEEPSPEED_CONFIG_FILE']))\n"
+    )
+    (tmp_path / "link.py").symlink_to(real / "s.py")
+    (tmp_path / "mine.json").write_text(config.read_text())
+    run = [sys.executable, "-m", "ds_fused.run"]
+    environment = {"PYTHONPATH": str(REPO), "ACCELERATE_DEEPSPEED_CONFIG_FILE": "mine.json"}
+    ended = start([*run, "mine.json", "link.py"], cwd=tmp_path, **environment)
+    assert (ended.status, ended.output) == (0, "found True\n")
+    ended = start([*run, "none.json", "link.py"], cwd=tmp_path, PYTHONPATH=str(REPO))
+    assert ended.status == 1 and "ds_fused.run: no such file: none.json" in ended.output

@@ -179,3 +179,14 @@ def test_every_block_comes_once_in_an_epoch_whatever_the_ranks(text_blocks, monk
 def test_the_script_has_never_heard_of_us():
     for name in ("train.py", "text_blocks.py", "journal.py"):
         assert "fused" not in TRAIN.with_name(name).read_text()
+
+
+def test_a_new_run_is_not_resumed_from_an_earlier_ones_checkpoint(functions, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(functions, "say", said.append)
+    functions.set_aside(tmp_path)
+    assert not said
+    (tmp_path / "latest").write_text("global_step4")
+    functions.set_aside(tmp_path)
+    assert not (tmp_path / "latest").exists() and (tmp_path / "latest.earlier").read_text() == "global_step4"
+    assert len(said) == 1
