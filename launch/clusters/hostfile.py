@@ -119,6 +119,7 @@ def render(run: Run, host: Host) -> Rendered:
     env = {"PATH": os.pathsep.join([host.bin, host.path])}
     ranks_find = {**host.settings, **rank_env(cluster, on_cpu, host.cores // max(map(len, slots.values())))}
     if cluster.launcher == "pdsh":
+        check_pdsh(run)
         # sourced on every machine, ahead of what DeepSpeed itself exports; ~/.deepspeed_env stays the user's
         files["node_env.sh"] = exports(host, ranks_find)
         deepspeed += ["--venv_script", at(run, "node_env.sh")]
@@ -150,6 +151,18 @@ def render(run: Run, host: Host) -> Rendered:
         needs=("ssh", "pdsh") if cluster.launcher == "pdsh" else ("mpirun",),
         preflight=preflight(run, deepspeed, host) if cluster.preflight else [],
     )
+
+
+def check_pdsh(run: Run) -> None:
+    """DeepSpeed quotes the words with a space, and no others, for the shells of other machines."""
+    name = "folder"
+    for word in (run.folder, *train_script(run)):
+        name = word.removeprefix("--") if word.startswith("--") else name
+        if not re.fullmatch(r"[\w@%+=:,./ -]*", word):
+            raise ValueError(
+                f"{name} is {word!r}, which other machines' shells would read otherwise, since "
+                "cluster.launcher=pdsh hands it on as it is: only letters, digits, spaces and @%+=:,./-_ get through"
+            )
 
 
 def check_mpi(cluster: Options, env: Mapping[str, str]) -> None:

@@ -170,6 +170,8 @@ WRONG = [
     ([*HOSTS, "cluster.ranks=3"], "cluster.ranks is 3, but b has 2 slots"),
     ([*HOSTS, "cluster.include=c"], "cluster.include .*'c' not found"),
     ([*HOSTS, "folder=a run"], "folder is 'a run'"),
+    ([*HOSTS, 'model.path="a;b"'], "model is 'a;b', which other machines' shells would read otherwise"),
+    ([*HOSTS, 'data.text=["a(b)"]'], r"text is 'a\(b\)', which other machines' shells would read otherwise"),
     ([*HOSTS, "cluster.launcher=rsh"], "cluster.launcher is 'rsh'"),
     (["cluster=hostfile", "cluster.hosts={a: 4, b: 0}"], "cluster.hosts gives b 0 slots, but must give at least 1"),
     (["cluster=hostfile", "cluster.hosts=[a, b]"], "cluster.hosts: Cannot merge"),
