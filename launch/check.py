@@ -35,8 +35,7 @@ LEAST = {
     "cluster.restarts": 0,
     "cluster.wait_s": 1,
 }
-# and the most
-# (a roll call of nodes takes the port behind the ranks')
+# and the most; a roll call of nodes takes the port behind the ranks'
 MOST = {"cluster.port": 65534, "cluster.ssh_port": 65535}
 
 

@@ -90,6 +90,33 @@ def sum_of(numbers_ptr, n_parts, MERGE: tl.constexpr, MANY: tl.constexpr):
     return tl.sum(numbers)
 
 
+@triton.jit
+def peak_and_total(highs_ptr, sums_ptr, n_parts, MERGE: tl.constexpr, MANY: tl.constexpr):
+    """Of a row whose parts have left their maxima and sums of exponentials below those; MANY: see sum_of."""
+    other = tl.arange(0, MERGE)
+    highs = tl.load(highs_ptr + other, mask=other < n_parts, other=-float("inf"))
+    sums = tl.load(sums_ptr + other, mask=other < n_parts, other=0.0)
+    if MANY:
+        for first in range(MERGE, n_parts, MERGE):
+            other = first + tl.arange(0, MERGE)
+            own = tl.load(highs_ptr + other, mask=other < n_parts, other=-float("inf"))
+            higher = tl.maximum(highs, own)
+            finite = tl.where(higher == -float("inf"), 0.0, higher)
+            sums *= tl.exp(highs - finite)
+            sums += tl.load(sums_ptr + other, mask=other < n_parts, other=0.0) * tl.exp(own - finite)
+            highs = higher
+    peak = tl.max(highs)
+    # parts of -inf alone have the sum 0
+    return peak, tl.sum(sums * tl.exp(highs - peak))
+
+
+@triton.jit
+def reciprocal(x):
+    """Triton's own division is off by two units in the last place, and div_rn takes registers that hold a row."""
+    y = 1.0 / x
+    return y * (2.0 - x * y)
+
+
 def along_rows(
     kernel: JITFunction, out: Tensor, *inputs: Tensor, above: str = SEEN, per_thread: int | None = None
 ) -> Tensor:

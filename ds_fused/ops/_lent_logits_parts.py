@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ds_fused.ops._along_rows import peak_and_total, reciprocal
 from ds_fused.ops._launch import launch
 from ds_fused.ops._loss import LossOptions
 from ds_fused.ops._meet import arrivals, can_meet, limited, meet, passes, team_and_member
@@ -75,15 +76,8 @@ def _lent_logits_part_kernel(
         if MEASURES and WRITES:
             meet(arrivals_ptr, row, n_parts)
         if WRITES:
-            other = tl.arange(0, MERGE)
-            highs = tl.load(highs_ptr + other, mask=other < n_parts, other=float("-inf"))
-            sums = tl.load(sums_ptr + other, mask=other < n_parts, other=0.0)
-            peak = tl.max(highs)
-            # parts of -inf alone have the sum 0
-            total = tl.sum(sums * tl.exp(highs - peak))
-            # Triton's own division is off by two units in the last place, and div_rn takes registers that hold a row
-            inverse = 1.0 / total
-            inverse *= 2.0 - total * inverse
+            peak, total = peak_and_total(highs_ptr, sums_ptr, n_parts, MERGE, False)
+            inverse = reciprocal(total)
             rest = tl.log(total)
             lse = peak + rest
             on_lse = 2.0 * z_loss * lse

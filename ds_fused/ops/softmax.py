@@ -24,6 +24,8 @@ from ds_fused.ops._along_rows import (
     ends_of,
     in_parts,
     load_seen,
+    peak_and_total,
+    reciprocal,
     store_seen,
     sum_of,
 )
@@ -92,24 +94,8 @@ def _softmax_part_fwd_kernel(
     if MEASURES and WRITES:
         meet(arrivals_ptr, row, n_parts)
     if WRITES:
-        other = tl.arange(0, MERGE)
-        highs = tl.load(measures_ptr + other, mask=other < n_parts, other=-float("inf"))
-        sums = tl.load(sums_ptr + other, mask=other < n_parts, other=0.0)
-        if MANY:
-            for first in range(MERGE, n_parts, MERGE):
-                other = first + tl.arange(0, MERGE)
-                own = tl.load(measures_ptr + other, mask=other < n_parts, other=-float("inf"))
-                higher = tl.maximum(highs, own)
-                finite = tl.where(higher == -float("inf"), 0.0, higher)
-                sums *= tl.exp(highs - finite)
-                sums += tl.load(sums_ptr + other, mask=other < n_parts, other=0.0) * tl.exp(own - finite)
-                highs = higher
-        highest = tl.max(highs)
-        # parts of -inf alone have the sum 0
-        total = tl.sum(sums * tl.exp(highs - highest))
-        # Triton's own division is off by two units in the last place, and div_rn takes registers that hold a row
-        scale = 1.0 / total
-        scale *= 2.0 - total * scale
+        highest, total = peak_and_total(measures_ptr, sums_ptr, n_parts, MERGE, MANY)
+        scale = reciprocal(total)
         if MEASURES:
             y *= tl.exp(high - highest) * scale
         else:
