@@ -321,6 +321,12 @@ WAYS: Mapping[str, Way] = {
     "stream frozen": Sharded("4 MHV: the weight is not trained", fused=_fused("stream"), frozen=True),
     "stock frozen": Sharded("all logits, in fp32; the weight is not trained", frozen=True),
     "stationary": Sharded("6 MHV, chunk_mb=512", fused=_fused("stationary")),
+    "stationary copy_engines": Sharded(
+        "6 MHV, tokens moved by copy engines", fused=_fused("stationary", copy_engines=True), needs_gpu=True
+    ),
+    "stationary copy_engines chunk_mb=384": Sharded(
+        "6 MHV, the same", fused=_fused("stationary", chunk_mb=384, copy_engines=True), needs_gpu=True
+    ),
     "stationary chunk_mb=320": Sharded("6 MHV", fused=_fused("stationary", chunk_mb=320)),
     "stationary chunk_mb=256": Sharded("6 MHV", fused=_fused("stationary", chunk_mb=256)),
     "auto": Sharded("the choice that ds_fused makes", fused=_fused("auto")),

@@ -50,9 +50,10 @@ class Choice:
             trains=slabs.requires_grad,
             offloaded=shard.is_offloaded,
             copied=slabs.is_copied,
+            tokens_copied=shard.is_beside,
             reuse=reuse,
         )
-        # by collectives even where copy engines move the slabs: stationary's are, and windows stay
+        # by collectives even where copy engines move the slabs: windows stay
         mine, least = measured(slabs.by_collectives(), shard), shard.hosts.least
         # the slowest of each: of a call the longest
         self._rates = Rates(least(mine.flops), least(mine.memory), least(mine.wire), -least(-mine.call))
@@ -81,10 +82,11 @@ class Choice:
 
     @property
     def window_bytes(self) -> int:
-        return self._slabs.window_bytes
+        return self._slabs.window_bytes + self._shard.window_bytes
 
     def close(self) -> None:
         self._slabs.close()
+        self._shard.close()
 
     def of(self, n_tokens: int, inside: bool) -> ZeroSlabs | ZeroShard | None:
         """The form for a loss over so many tokens of this rank; None: the head's own call has it whole.

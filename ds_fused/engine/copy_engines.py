@@ -15,9 +15,11 @@ Source: NCCL's user guide, "CTA policy flags" and "Window registration".
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -40,15 +42,26 @@ def boot_id() -> str | None:
     return BOOT_ID.read_text().strip() if BOOT_ID.exists() else None
 
 
+class Passed(NamedTuple):
+    """A point of the stream beside the current one."""
+
+    event: torch.cuda.Event | None  # a CPU has none
+
+    def wait(self) -> None:
+        if self.event is not None:
+            torch.cuda.current_stream().wait_event(self.event)
+
+
 class CopyEngines:
     """All ranks of the job, on one host. Every rank makes it and calls its methods in the same order, but for `leave`.
 
-    It owns a communicator, which either of `end` and `leave` lets go of.
+    It owns a communicator, which either of `end` and `leave` lets go of, and a stream for what goes before and behind.
     """
 
     def __init__(self) -> None:
         _end_left()
         self._device = torch.device(get_accelerator().current_device_name())
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._group: ProcessGroup | None = self._made_group()
         # the first collective makes the communicator, which windows are registered with
         dist.all_reduce(torch.zeros(1, device=self._device), group=self._group)
@@ -83,6 +96,28 @@ class CopyEngines:
         window = symmetric_memory.empty(n_elements, dtype=dtype, device=self._device)
         symmetric_memory.rendezvous(window, self._group.group_name)
         return window
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """What is called within comes after all that the current stream has, and beside all that it is given later.
+
+        So is what was called so before. A CPU does one after the other.
+        """
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """The current stream waits for all that has been called beside it."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def passed(self) -> Passed:
+        """What has been called beside the current stream so far, to be waited for later."""
+        return Passed(None if self._stream is None else self._stream.record_event())
 
     def gather(self, everyones: Tensor) -> Work:
         """Start to fill a window [W, ...], or its first part, where this rank's part lies in its place already."""

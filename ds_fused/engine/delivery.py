@@ -45,15 +45,11 @@ class Place(NamedTuple):
     adds: bool  # to what is there, or writes over it
 
     def put(self, where: slice, part: Tensor, factor: float = 1.0) -> None:
-        kept = self.kept[where]
-        if not self.adds:
-            torch.mul(part, factor, out=kept)
-        else:
-            kept.add_(part.to(kept.dtype) if factor == 1.0 else part, alpha=factor)
+        sum_parts(part[None], self.kept[where], adds=self.adds, factor=factor)
 
     def put_sum(self, where: slice, parts: Tensor) -> None:
-        """``put`` of the sum of parts [W, n]."""
-        sum_parts(parts, self.kept[where], adds=self.adds)
+        """``put`` of the sum of parts [W, n], beside whatever else the device computes."""
+        sum_parts(parts, self.kept[where], adds=self.adds, beside=True)
 
 
 class Bystander(NamedTuple):

@@ -6,7 +6,7 @@ is in their rate); bytes on the wire; and so much for each collective, however s
 products, but they take multiprocessors and memory bandwidth from them: measured, the sum was nearer than the larger of
 the two.
 Over several nodes the wire's rate is the network's, and a collective takes longer the more ranks it has. What copy
-engines transfer takes nothing from the products; but parts of a gradient are read and added up.
+engines transfer takes nothing from the products, nor does what prepares it and adds it up (ops/_beside.py).
 
 Sizes: M tokens of a rank (the most of any), V vocabulary, H hidden, W ranks.
 """
@@ -47,6 +47,7 @@ class HeadCosts:
     trains: bool = True
     offloaded: bool = False
     copied: bool = False  # slabs are moved by copy engines, both ways
+    tokens_copied: bool = False  # so are, in mode "stationary", tokens and their gradients
     reuse: int = REUSE  # elements of a whole weight that DeepSpeed keeps from the forward to the backward, at most
 
     @classmethod
@@ -128,8 +129,6 @@ def of_stream(head: HeadCosts, most: int, chunk_bytes: int, keep_bytes: int) -> 
     whole, kept_slabs = head.elements * itemsize, min(cut.kept_slabs, head.n_slabs)
     if head.copied:
         kept_slabs = min(kept_slabs, TURNS)
-        # the sum of parts, and both ways a rank's own part put in its place
-        traffic += trains * whole * (ranks + 1) // ranks + 2 * (1 + trains) * whole // ranks
     kept_bytes = sum(head.slabs[head.n_slabs - kept_slabs :]) * hidden * itemsize
     wire = (3 * whole - kept_bytes if trains else whole) * (ranks - 1) // ranks
     calls = 3 * head.n_slabs - kept_slabs if trains else head.n_slabs
@@ -151,13 +150,14 @@ def rows_at_once(slabs: tuple[int, ...], kept: int) -> int:
 def of_stationary(head: HeadCosts, most: int, chunk_bytes: int) -> Figures:
     n_vocab, hidden, ranks = head.shards.n_vocab, head.shards.hidden, head.shards.ranks
     itemsize, trains = head.itemsize, head.trains
-    block = block_tokens(most, n_vocab, hidden, ranks, itemsize, chunk_bytes)
+    beside = head.tokens_copied
+    block = block_tokens(most, n_vocab, hidden, ranks, itemsize, chunk_bytes, beside)
     blocks = -(-most // block)
     flops = (4 + 2 * trains) * most * head.elements
-    # dx of this rank's tokens comes back in fp32; a single block has none before or after it
-    held = block * (block_bytes(n_vocab, hidden, ranks, itemsize) + 4 * hidden)
-    if blocks == 1:
-        held -= ranks * block * hidden * itemsize
+    held = block * block_bytes(n_vocab, hidden, ranks, itemsize, beside)
+    if not beside:
+        # dx of this rank's tokens comes back in fp32; a single block has none before or after it
+        held += block * 4 * hidden - (blocks == 1) * ranks * block * hidden * itemsize
     held += head.shards.size * (4 * trains + itemsize * head.offloaded)
     # of the logits two reads and a write; x of all ranks comes, dx of all goes; dw in fp32 read for each further block
     traffic = 3 * itemsize * most * n_vocab + ranks * most * hidden * (itemsize + 4)
@@ -166,7 +166,8 @@ def of_stationary(head: HeadCosts, most: int, chunk_bytes: int) -> Figures:
     wire = (ranks - 1) * most * (hidden * (itemsize + 4) + 20)
     # of each block x, dx and the numbers of two halves; the labels, and whether the guess was right
     calls = 4 * blocks + 2
-    return Figures("stationary", f"{blocks} blocks", held, wire, calls, traffic, flops)
+    parts = f"{blocks} blocks{' by copy engines' if beside else ''}"
+    return Figures("stationary", parts, held, wire, calls, traffic, flops, beside)
 
 
 def of_gather(head: HeadCosts, most: int, chunk_bytes: int, keep_bytes: int, in_forward: bool) -> Figures:

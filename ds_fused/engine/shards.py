@@ -24,15 +24,14 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ds_fused.ops._tiles import in_products, side
+from ds_fused.ops._tiles import WAVE, in_products, side
 
 # the first plain slab is so many times smaller than the others: its gather and its reduce-scatter, which nothing hides,
 # take 0.2 for 0.96 ms of a timeline of four H100, at 128 MiB a slab
 FIRST = 4
-# Rows whose products are whole waves of 128 x 256 tiles on the 132 multiprocessors of an H100, at tokens and columns in
-# multiples of 512. Twice as many take 36.4 to 37.1 ms of products over 8192 x 4096 x 128256 where slabs of 15616 rows
-# take 37.7 to 38.3 (benchmarks/notes.md). The same everywhere: the ranks of a job must cut alike
-WAVE_ROWS = 132 * 64
+# Rows whose products are whole waves at tokens and columns in multiples of 512. Twice as many take 36.4 to 37.1 ms of
+# products over 8192 x 4096 x 128256 where slabs of 15616 rows take 37.7 to 38.3 (benchmarks/notes.md)
+WAVE_ROWS = WAVE // 512
 # of what fits, so much is enough: more slabs ask for more collectives
 WAVES_AT_LEAST = 7 / 8
 

@@ -165,7 +165,7 @@ class SlabMode:
 
     def _engines_for(self, param: nn.Parameter) -> tuple[CopyEngines | None, str | None]:
         """What is to move a weight's slabs, if asked for; or why it can't, on any rank."""
-        if not self._wants_engines or self._mode == "stationary":
+        if not self._wants_engines:
             return None, None
         group = param.ds_process_group
         # another weight may lie on other ranks
@@ -189,7 +189,7 @@ class SlabMode:
                 log.warning("ds_fused: head %s: %s", claim.paths[0], line)
 
         options = {name: option.default for name, option in OP_OPTIONS[HEAD].items()} | dict(claim.options)
-        slabs, shard = ZeroSlabs(source, self._slab_bytes, engines), ZeroShard(source)
+        slabs, shard = ZeroSlabs(source, self._slab_bytes, engines), ZeroShard(source, engines)
         choice = Choice(self._mode, slabs, shard, options, engine.zero_max_reuse_distance(), tell)
         self._heads[claim.site.head] = choice
         claim.replacement = f"{replacement}; {choice}"

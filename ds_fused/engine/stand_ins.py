@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ds_fused.engine.shards import Shards
+from ds_fused.ops._beside import copy_beside
 from ds_fused.ops._parts import sum_parts
 from ds_fused.ops.slabs import WeightSlabs
 from ds_fused.ops.vocab_shard import VocabShard
@@ -65,7 +66,10 @@ class Slabs:
         return self._spans[k]
 
     def prefetch(self, k: int) -> None:
-        """Nothing comes."""
+        """Nothing comes; a rank's own part goes where copy engines bring the others'."""
+        if self._copied:
+            mine = self.weight[self.span(k)].flatten()[:: self._ranks].contiguous()
+            copy_beside(mine, torch.empty_like(mine))
 
     def gather(self, k: int) -> Tensor:
         return torch.empty_like(self.weight[self.span(k)])
@@ -77,11 +81,8 @@ class Slabs:
         return self.gather(k)
 
     def scatter(self, k: int, dw: Tensor) -> None:
-        """Nothing leaves; parts that copy engines bring are added up, in either dtype that gradients may be kept in."""
-        if self._copied:
-            parts = dw.new_empty(self._ranks, dw.numel() // self._ranks)
-            for dtype, adds in product((dw.dtype, torch.float32), (False, True)):
-                sum_parts(parts, parts.new_empty(parts.shape[1], dtype=dtype), adds=adds)
+        """Nothing leaves; what comes is added up."""
+        arrived(dw.new_empty(self._ranks if self._copied else 1, dw.numel() // self._ranks), beside=self._copied)
 
     def finish(self) -> None:
         """Nothing was written."""
@@ -114,11 +115,19 @@ class Shard(VocabShard):
         return Landed(parts.new_empty(parts.shape[1:]))
 
     def gradient(self, dtype: torch.dtype = torch.float32) -> Gradient:
-        return Gradient(self.weight.new_empty(self.n_rows, self.shape[1], dtype=dtype))
+        return Gradient(self.weight.new_empty(self.n_rows, self.shape[1], dtype=dtype), self.dtype)
 
 
 class Gradient(NamedTuple):
     rows: Tensor
+    dtype: torch.dtype  # the weight's
 
     def give(self, factor: float) -> None:
-        """Nobody wants it."""
+        """Nobody wants it, but it goes where gradients are kept."""
+        arrived(self.rows.view(1, -1), self.dtype)
+
+
+def arrived(parts: Tensor, dtype: torch.dtype | None = None, beside: bool = False) -> None:
+    """Parts [W, N] of a gradient, in either dtype that it may be kept in, the weight's or fp32."""
+    for kept, adds in product(dict.fromkeys((dtype or parts.dtype, torch.float32)), (False, True)):
+        sum_parts(parts, parts.new_empty(parts.shape[1], dtype=kept), adds=adds, beside=beside)

@@ -4,9 +4,14 @@ A rank's rows are those that begin in its shard: neighbours, read where they lie
 which sends its piece before a forward and gets the gradient of it after a backward: one small all-gather each.
 
 The gradient needs no reduction: a rank sees all tokens, and it is written where its shard has the rows.
+
+With copy engines (copy_engines.py) tokens and parts of their gradients lie in windows, which stay: the tokens of a
+block, the parts that leave and those that come, which are added up there.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from deepspeed import comm as dist
@@ -16,14 +21,21 @@ from torch import Tensor
 from ds_fused.engine.delivery import Delivery
 from ds_fused.engine.hosts import Hosts
 from ds_fused.engine.shards import Shards
+from ds_fused.engine.windows import TokenWindows
 from ds_fused.engine.zero_slabs import Flight
+from ds_fused.ops._beside import copy_beside
+from ds_fused.ops._parts import sum_parts
+from ds_fused.ops._tiles import wide
 from ds_fused.ops.vocab_shard import VocabShard
+
+if TYPE_CHECKING:
+    from ds_fused.engine.copy_engines import CopyEngines
 
 
 class ZeroShard(VocabShard):
     """One sharded weight."""
 
-    def __init__(self, delivery: Delivery) -> None:
+    def __init__(self, delivery: Delivery, engines: CopyEngines | None = None) -> None:
         self.param = param = delivery.param
         self.group = param.ds_process_group
         self.shape = (param.ds_shape[0], param.ds_shape[1])
@@ -35,13 +47,29 @@ class ZeroShard(VocabShard):
         self.first_id, after = shards.first_rows[self.rank : self.rank + 2]
         self.n_rows = after - self.first_id
         self.hosts = Hosts(self.group)
+        self._windows = None if engines is None else TokenWindows(engines)
 
     @property
     def requires_grad(self) -> bool:
         return self.delivery.requires_grad
 
     def __str__(self) -> str:
-        return f"its rows stay on {self.ranks} ranks, to which the tokens travel"
+        how = " by copy engines" if self.is_beside else ""
+        return f"its rows stay on {self.ranks} ranks, to which the tokens travel{how}"
+
+    @property
+    def is_beside(self) -> bool:
+        return self._windows is not None
+
+    @property
+    def window_bytes(self) -> int:
+        """Of memory that stays and that PyTorch's allocator does not count."""
+        return 0 if self._windows is None else self._windows.n_bytes
+
+    def close(self) -> None:
+        """Let go of that memory; no pass follows."""
+        if self._windows is not None:
+            self._windows.close()
 
     def rows(self) -> tuple[Tensor, ...]:
         # offloaded shards lie on the CPU
@@ -82,6 +110,29 @@ class ZeroShard(VocabShard):
         mine = parts.new_empty(parts.shape[1:])
         work = dist.reduce_scatter_tensor(mine.view(-1), parts.view(-1), group=self.group, async_op=True)
         return Flight(work, mine)
+
+    def bring(self, mine: Tensor) -> Flight:
+        if self._windows is None:
+            return super().bring(mine)
+        engines, everyones = self._windows.engines, self._windows.room("x", self.ranks * mine.numel(), mine.dtype)
+        everyones = everyones.view(self.ranks, *mine.shape)
+        with engines.beside():
+            copy_beside(mine, everyones[self.rank])
+            return Flight(engines.gather(everyones), everyones, mine)
+
+    def room_of_parts(self, x: Tensor) -> Tensor:
+        if self._windows is None:
+            return super().room_of_parts(x)
+        return self._windows.room("leaving", x.numel(), wide(x)).view(x.shape)
+
+    def send_home(self, parts: Tensor, out: Tensor) -> Flight:
+        if self._windows is None:
+            return super().send_home(parts, out)
+        engines, come = self._windows.engines, self._windows.room("come", parts.numel(), parts.dtype)
+        with engines.beside():
+            engines.exchange(come, parts.view(-1)).wait()
+            sum_parts(come.view(self.ranks, -1)[:, : out.numel()], out.view(-1), adds=False, beside=True)
+        return Flight(engines.passed(), out)
 
     def gradient(self, dtype: torch.dtype = torch.float32) -> OwnGradient:
         return OwnGradient(self, dtype)

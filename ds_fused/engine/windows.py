@@ -1,4 +1,4 @@
-"""Memory in which copy engines (copy_engines.py) move the slabs of one weight and of its gradient."""
+"""Memory in which copy engines (copy_engines.py) move what they move."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch.distributed import Work
+
     from ds_fused.engine.copy_engines import CopyEngines
 
 # windows of weight, and of its gradient
 TURNS = 2
 
 
-class Windows:
-    """Where slabs lie that copy engines move: made when they are first asked for, by all ranks alike.
+class SlabWindows:
+    """Where the slabs of one weight and of its gradient lie: made when they are first asked for, by all ranks alike.
 
     Slabs take turns: on either way the next one never comes to where the one before still is, and a backward finds the
-    last two of its forward. A rank's own part of a gradient goes by a kernel, which waits for the end of a product that
-    has begun; so the gradient of a slab has until the end of the next one to leave.
+    last two of its forward. A rank's own part of a gradient goes by a kernel of NCCL's, which waits for the end of a
+    product that has begun; so the gradient of a slab has until the end of the next one to leave.
     """
 
     def __init__(self, engines: CopyEngines, n_elements: int, dtype: torch.dtype) -> None:
@@ -28,10 +30,11 @@ class Windows:
         self._gradients: list[Tensor] = []
         self._received: list[Tensor] = []
         self._given: dict[int, Tensor] = {}
+        self._leaving: dict[int, Work] = {}
 
     def close(self) -> None:
         """Let go of the memory."""
-        for there in (self._weights, self._gradients, self._received, self._given):
+        for there in (self._weights, self._gradients, self._received, self._given, self._leaving):
             there.clear()
 
     @property
@@ -56,8 +59,45 @@ class Windows:
         return any(rows is given for given in self._given.values())
 
     def parts(self, k: int, n_elements: int) -> Tensor:
-        """Room for slab k's gradient, which is to be sent from there."""
+        """Room for slab k's gradient, which is to be sent from there; that of two slabs before has left."""
+        leaving = self._leaving.pop(k % TURNS, None)
+        if leaving is not None:
+            leaving.wait()
         return self._made(self._gradients, TURNS)[k % TURNS][:n_elements]
+
+    def sent(self, k: int, work: Work) -> None:
+        """Slab k's gradient is on its way."""
+        self._leaving[k % TURNS] = work
 
     def received(self, n_elements: int) -> Tensor:
         return self._made(self._received, 1)[0][:n_elements]
+
+
+class TokenWindows:
+    """Where the tokens of all ranks lie, and the parts of their gradients: one block's at a time.
+
+    Made when they are first asked for, by all ranks alike, and anew where that is not enough.
+    """
+
+    def __init__(self, engines: CopyEngines) -> None:
+        self.engines = engines
+        self._made: dict[tuple[str, torch.dtype], Tensor] = {}
+        # too small, and not let go of while the communicator lives
+        self._small: list[Tensor] = []
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self._made.clear()
+        self._small.clear()
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(window.nbytes for window in (*self._made.values(), *self._small))
+
+    def room(self, what: str, n_elements: int, dtype: torch.dtype) -> Tensor:
+        """What lies there is lost."""
+        window = self._made.get((what, dtype))
+        if window is None or window.numel() < n_elements:
+            self._small += [] if window is None else [window]
+            window = self._made[what, dtype] = self.engines.window(n_elements, dtype)
+        return window[:n_elements]

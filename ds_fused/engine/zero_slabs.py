@@ -32,19 +32,23 @@ from torch import Tensor
 
 from ds_fused.engine.delivery import Delivery, Place
 from ds_fused.engine.shards import Shards
-from ds_fused.engine.windows import Windows
+from ds_fused.engine.windows import SlabWindows
+from ds_fused.ops._beside import copy_beside
 
 if TYPE_CHECKING:
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from torch.distributed import Work
 
-    from ds_fused.engine.copy_engines import CopyEngines
+    from ds_fused.engine.copy_engines import CopyEngines, Passed
 
 
 class Flight(NamedTuple):
     """A collective under way and what it writes."""
 
-    work: object
+    work: Work | Passed
     result: Tensor
+    # what it reads, where nothing else keeps it
+    read: Tensor | None = None
 
     def land(self) -> Tensor:
         self.work.wait()
@@ -70,7 +74,7 @@ class ZeroSlabs:
         self._seams = int(self._shards.seam_rows > 0)
         self.slab_rows = max(span.stop - span.start for span in self._spans)
         self.share = 1 / self.ranks
-        self._windows = None if engines is None else Windows(engines, self.slab_rows * self.shape[1], self.dtype)
+        self._windows = None if engines is None else SlabWindows(engines, self.slab_rows * self.shape[1], self.dtype)
         self._coming: Flight | None = None
         self._leaving: tuple[int, Flight] | None = None
         # in a backward
@@ -168,10 +172,11 @@ class ZeroSlabs:
             for room, place in self._seam_places(self._rank):
                 mine[room] = shard[place]
         elif self._windows is not None:
-            everyones = self._windows.room(k, self.ranks * shard[self._place(k)].numel())
-            # offloaded shards lie on the CPU
-            everyones.view(self.ranks, -1)[self._rank].copy_(shard[self._place(k)], non_blocking=True)
-            return Flight(self._windows.engines.gather(everyones), everyones)
+            mine = shard[self._place(k)]
+            everyones = self._windows.room(k, self.ranks * mine.numel())
+            with self._windows.engines.beside():
+                copy_beside(mine, everyones.view(self.ranks, -1)[self._rank])
+                return Flight(self._windows.engines.gather(everyones), everyones)
         else:
             mine = shard[self._place(k)].to(self.device, non_blocking=True)
         everyones = torch.empty(self._shards.ranks * mine.numel(), dtype=self.dtype, device=self.device)
@@ -193,16 +198,10 @@ class ZeroSlabs:
     def scatter(self, k: int, dw: Tensor) -> None:
         """Start the reduce-scatter of slab k, and take in what the one before has brought."""
         if k == len(self) - 1:
-            # what a backward that was broken off has left on its way is let go
-            if self._leaving is not None:
-                self._leaving[1].land()
-            self._leaving = self._partition = None
-            self._kept = self._delivery.open()
+            self._open()
         self._take_in()
         if self._exchanges(k):
-            received = self._windows.received(dw.numel())
-            work = self._windows.engines.exchange(received, dw.view(-1))
-            self._leaving = (k, Flight(work, received))
+            self._exchange(k, dw.view(-1))
             return
         parts = self._seam_parts(dw) if self._is_seam(k) else dw.view(-1)
         parts = parts.to(self._comm_dtype)
@@ -210,32 +209,50 @@ class ZeroSlabs:
         work = dist.reduce_scatter_tensor(mine, parts, group=self.group, async_op=True)
         self._leaving = (k, Flight(work, mine))
 
+    def _open(self) -> None:
+        """A backward begins. What one that was broken off has left on its way is let go."""
+        if self._leaving is not None:
+            self._leaving[1].land()
+        if self._windows is not None:
+            self._windows.engines.join()
+        self._leaving = self._partition = None
+        self._kept = self._delivery.open()
+        if self._kept is None:
+            # zeros: padding at the end of the last shard takes part in norms
+            dtype = self._optimizer.gradient_accumulation_dtype
+            self._partition = torch.zeros(self._shards.size, dtype=dtype, device=self.device)
+            self._kept = Place(self._partition, adds=False)
+
+    def _exchange(self, k: int, dw: Tensor) -> None:
+        """All ranks' parts of the slab that are this rank's come, and go where their sum belongs."""
+        windows, engines = self._windows, self._windows.engines
+        received = windows.received(dw.numel())
+        with engines.beside():
+            work = engines.exchange(received, dw)
+            windows.sent(k, work)
+            work.wait()
+            self._kept.put_sum(self._place(k), received.view(self.ranks, -1))
+
     def _take_in(self) -> None:
         """Put this rank's part of the slab that left last where it belongs in the partition."""
         if self._leaving is None:
             return
         (k, flight), self._leaving = self._leaving, None
         mine = flight.land()
-        if self._kept is None and self._partition is None:
-            # zeros: padding at the end of the last shard takes part in norms
-            dtype = self._optimizer.gradient_accumulation_dtype
-            self._partition = torch.zeros(self._shards.size, dtype=dtype, device=self.device)
-        kept = self._kept or Place(self._partition, adds=False)
         if self._is_seam(k):
             for room, place in self._seam_places(self._rank):
-                kept.put(place, mine[room])
-        elif self._exchanges(k):
-            kept.put_sum(self._place(k), mine.view(self.ranks, -1))
+                self._kept.put(place, mine[room])
         else:
-            kept.put(self._place(k), mine)
+            self._kept.put(self._place(k), mine)
 
     def finish(self) -> None:
         self._take_in()
-        if self._kept is not None:
-            self._kept = None
+        if self._windows is not None:
+            self._windows.engines.join()
+        partition, self._kept, self._partition = self._partition, None, None
+        if partition is None:
             self._delivery.close()
         else:
-            partition, self._partition = self._partition, None
             self._delivery.give(partition)
 
     @property

@@ -30,11 +30,12 @@ from ds_fused.ops._loss import LossOptions, cross_entropy_bwd_torch, cross_entro
 from ds_fused.ops._softmax_parts import capped, dz_of_entropy, dz_of_loss, online, online_entropy
 from ds_fused.ops._triton import cdiv, power_of_2, row_stride, runs_kernels, warps_for
 
-# forward: one program walks one row, STAGES blocks of it are in flight; backward: one program a block. On H100 at
-# vocabularies of 128256 and 32000: forward 0.4 % and 1.9 % from best (16 elements a thread: best and 3.7 %), backward
-# 0.4 % and best (benchmarks/results/h100/tune.csv)
-FWD_BLOCK, FWD_STAGES, FWD_PER_THREAD = 4096, 4, 32
-BWD_BLOCK, BWD_PER_THREAD = 4096, 16
+# forward: one program walks one row, STAGES blocks of it are in flight; backward: one program a block. Small blocks for
+# the sake of slabs, whose rows end soon: of 16896 columns on an H200 87 and 144 us, by blocks of 4096 111 and 151. At
+# vocabularies of 128256 and 32000 on an H100: forward 1.3 % from best and best, backward 0.1 % from best both times
+# (benchmarks/results/h100/tune.csv)
+FWD_BLOCK, FWD_STAGES, FWD_PER_THREAD = 2048, 4, 32
+BWD_BLOCK, BWD_PER_THREAD = 2048, 16
 
 _forwards: Kept[Ready] = Kept()
 _backwards: Kept[Ready] = Kept()
@@ -75,6 +76,19 @@ def _cross_entropy_fwd_kernel(
             tl.store(entropy_ptr + row, 0.0)
     else:
         row_ptr = logits_ptr + row * logits_stride
+        # asked for before the walk, which hides how long they take
+        col = label.to(tl.int64) - first_id
+        here = (col >= 0) & (col < n_cols)
+        x_of_label = tl.load(row_ptr + col, mask=here, other=0.0).to(tl.float32)
+        if HAS_WEIGHT:
+            of_label, of_all = tl.load(token_weights_ptr + row), tl.load(token_weights_ptr + token_weights_stride + row)
+        if not IS_FIRST:
+            picked_before = tl.load(loss_ptr + row)
+            before, rest_before = tl.load(lse_ptr + row), tl.load(lse_ptr + lse_stride + row)
+            if HAS_ACCURACY:
+                right_before = tl.load(right_ptr + row)
+            if HAS_ENTROPY:
+                entropy_before = tl.load(entropy_ptr + row)
         cols = tl.arange(0, BLOCK)
         # finite, since -inf - -inf is not a number; no logit lies below it
         top = tl.full([BLOCK], -3.4028234663852886e38, tl.float32)
@@ -118,18 +132,14 @@ def _cross_entropy_fwd_kernel(
         total_sum = tl.sum(total * shrunk, 0)
         if HAS_ENTROPY:
             below_sum = tl.sum((below + total * (peak - top)) * shrunk, 0)
-        col = label.to(tl.int64) - first_id
-        here = (col >= 0) & (col < n_cols)
-        x = tl.load(row_ptr + col, mask=here, other=0.0).to(tl.float32)
-        z, _ = capped(x, logit_scale, softcap, HAS_SOFTCAP)
+        z, _ = capped(x_of_label, logit_scale, softcap, HAS_SOFTCAP)
         if HAS_WEIGHT:
-            of_label, of_all = tl.load(token_weights_ptr + row), tl.load(token_weights_ptr + token_weights_stride + row)
             on_label *= of_label
         picked = tl.where(here, on_label * z, 0.0)
         if HAS_ACCURACY:
             right = (here & (tl.min(tl.where(top == peak, first + cols, n_cols), 0) == col)).to(tl.float32)
             if not IS_FIRST:
-                right = tl.where(peak > tl.load(lse_ptr + row), right, tl.load(right_ptr + row))
+                right = tl.where(peak > before, right, right_before)
             tl.store(right_ptr + row, right)
         if HAS_SMOOTHING:
             picked += on_each * tl.sum(each, 0)
@@ -137,12 +147,11 @@ def _cross_entropy_fwd_kernel(
         # between slabs `loss` holds what is picked so far, peak and rest are those of the columns so far; so is the sum
         # in `entropy`
         if not IS_FIRST:
-            picked += tl.load(loss_ptr + row)
-            before, rest_before = tl.load(lse_ptr + row), tl.load(lse_ptr + lse_stride + row)
+            picked += picked_before
             most = tl.maximum(before, peak)
             total_before = tl.exp(rest_before)
             if HAS_ENTROPY:
-                below_before = tl.load(entropy_ptr + row) + total_before * (most - before)
+                below_before = entropy_before + total_before * (most - before)
                 below_sum = (below_sum + total_sum * (most - peak)) * tl.exp(peak - most)
                 below_sum += below_before * tl.exp(before - most)
             total_sum = total_sum * tl.exp(peak - most) + total_before * tl.exp(before - most)

@@ -25,7 +25,9 @@ class Tokens:
 
     def __init__(self, shard: VocabShard, x: Tensor, most: int, block: int) -> None:
         self.shard, self.x, self.most, self.block = shard, x, most, block
-        self.places = [slice(start, min(start + block, most)) for start in range(0, most, block)]
+        # the smallest first: nothing is computed yet while it comes
+        starts = sorted({0, *range(most % block, most, block)})
+        self.places = [slice(a, b) for a, b in zip(starts, [*starts[1:], most], strict=True) if a < b]
         self._coming: Flight | None = None
         self.start(0)
 
@@ -34,7 +36,7 @@ class Tokens:
         if i < len(self.places):
             place = self.places[i]
             # zeros, since what nobody wrote may be NaN, and 0 * NaN would go into dw
-            self._coming = self.shard.gather(padded(self.x[place], place.stop - place.start, 0.0))
+            self._coming = self.shard.bring(padded(self.x[place], place.stop - place.start, 0.0))
 
     def land(self) -> Tensor:
         """x [W * T, H] of the block that was started last."""

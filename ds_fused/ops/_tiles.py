@@ -15,6 +15,9 @@ from torch import Tensor
 LEAST_SIDE = 2048
 # sides are whole tiles of the matrix products
 SIDE_STEP = 256
+# elements that a product makes in one wave: tiles of 128 x 256 on the 132 multiprocessors of an H100. The same
+# everywhere: the ranks of a job must cut alike
+WAVE = 132 * 128 * 256
 # a product has only slow kernels along a side that is no multiple of it (338 for 149 ms, benchmarks/notes.md)
 PRODUCT_STEP = 8
 # elements: rows of logits start on a cache line, so the softmax pass reads 16 bytes at a time for odd vocabularies too
@@ -93,6 +96,15 @@ def side(size: int, fits: int, ranks: int = 1, least: int | None = None) -> int:
         return size
     parts = -(-size // most)
     return -(-size // (parts * step)) * step
+
+
+def rows_of_waves(fits: int, columns: int, ranks: int) -> int:
+    """Rows of each rank, at most what fits, so that a product with so many columns over all ranks' is whole waves.
+
+    0 where not even one fits.
+    """
+    wave = in_products(WAVE // columns // SIDE_STEP * SIDE_STEP, ranks) if columns * SIDE_STEP <= WAVE else 0
+    return fits // wave * wave if wave else 0
 
 
 def in_products(size: int, ranks: int) -> int:

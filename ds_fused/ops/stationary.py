@@ -13,7 +13,8 @@ Each rank multiplies the tokens of all ranks with its own vocabulary rows, block
 A product takes all multiprocessors of a GPU; a collective that is under way when it starts delays it by all its time,
 and one that is ready meanwhile waits for its end. The softmax passes leave room. So that is where collectives run: dx
 of the block before beside the first pass, x of the next block beside the second. Both passes take a block in halves:
-while the numbers of one half travel, the other's pass runs.
+while the numbers of one half travel, the other's pass runs. Where copy engines move x and dx (`VocabShard.is_beside`),
+they go beside products: x of the next block when dw no longer needs this one's, dx when it is made.
 
 Logits exist for one block, and each is computed once (6 MHV FLOPs), if gradients are made in the forward. They are
 linear in the upstream gradient, but dw only in one that all tokens share, up to what the forward knows (1 / count for
@@ -44,7 +45,7 @@ from ds_fused.ops._exchange import ClassWeights, Found, Labels, Tokens, of_block
 from ds_fused.ops._loss import LossOptions
 from ds_fused.ops._merge import merge, merge_torch
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._tiles import of_chunk, product, side, tile, tile_elements, wide
+from ds_fused.ops._tiles import of_chunk, product, rows_of_waves, side, tile, tile_elements, wide
 from ds_fused.ops._triton import runs_kernels
 from ds_fused.ops.vocab_shard import Flight, VocabShard, padded
 
@@ -52,14 +53,22 @@ from ds_fused.ops.vocab_shard import Flight, VocabShard, padded
 SAME = 1e-6
 
 
-def block_bytes(n_vocab: int, hidden: int, ranks: int, itemsize: int) -> int:
-    """What a token of each rank takes of a block: its logits, two of its x, its dx in fp32."""
-    return n_vocab * itemsize + ranks * hidden * (2 * itemsize + 4)
+def block_bytes(n_vocab: int, hidden: int, ranks: int, itemsize: int, is_beside: bool = False) -> int:
+    """What a token of each rank takes of a block: its logits, two of its x, its dx in fp32.
+
+    Where these travel beside products: one of its x, and its dx where it is sent from and where it arrives.
+    """
+    return n_vocab * itemsize + ranks * hidden * (itemsize + 8 if is_beside else 2 * itemsize + 4)
 
 
-def block_tokens(most: int, n_vocab: int, hidden: int, ranks: int, itemsize: int, chunk_bytes: int) -> int:
-    """T: so many that a block takes about `chunk_bytes`."""
-    return side(max(most, 1), chunk_bytes // block_bytes(n_vocab, hidden, ranks, itemsize), ranks)
+def block_tokens(
+    most: int, n_vocab: int, hidden: int, ranks: int, itemsize: int, chunk_bytes: int, is_beside: bool = False
+) -> int:
+    """T: so many that a block takes about `chunk_bytes`, and the product for dx whole waves, if it can be."""
+    fits = chunk_bytes // block_bytes(n_vocab, hidden, ranks, itemsize, is_beside)
+    most = max(most, 1)
+    in_waves = rows_of_waves(fits, hidden, ranks)
+    return min(most, in_waves) if in_waves else side(most, fits, ranks)
 
 
 class _Rows:
@@ -104,32 +113,34 @@ class _Gradients:
         # zeros for the rows of other ranks: the mean over ranks, as of any parameter, puts the parts together
         self.dbias = torch.zeros_like(bias, dtype=wide(x)) if wants[2] else None
         self._ready: tuple[slice, Tensor] | None = None
-        self._leaving: tuple[slice, Flight] | None = None
+        self._leaving: Flight | None = None
         self._begun = False
 
-    def add(self, place: slice, dz: Tensor, x: Tensor) -> None:
-        if self.dx is not None:
-            part = torch.empty_like(x, dtype=wide(x))
-            self.rows.back(part, dz)
-            self._ready = place, part.view(self.shard.ranks, -1, x.shape[1])
+    def add_dw(self, dz: Tensor, x: Tensor) -> None:
         if self.dw is not None:
             product(self.dw.rows, dz.t(), x, add=self._begun)
         if self.dbias is not None:
             self.dbias[self.rows.ids] += dz.sum(0, dtype=self.dbias.dtype)
         self._begun = True
 
+    def add_dx(self, place: slice, dz: Tensor, x: Tensor) -> None:
+        self.land()
+        if self.dx is not None:
+            parts = self.shard.room_of_parts(x)
+            self.rows.back(parts, dz)
+            self._ready = place, parts.view(self.shard.ranks, -1, x.shape[1])
+
     def send(self) -> None:
-        """Start the reduce-scatter of the block that was added last."""
+        """Send home the dx of the block that was added last."""
         if self._ready is not None:
             (place, parts), self._ready = self._ready, None
-            self._leaving = (place, self.shard.reduce_scatter(parts))
+            self._leaving = self.shard.send_home(parts, self.dx[place])
 
     def land(self) -> None:
-        """Take in what the block that was sent has brought."""
+        """What was sent is there."""
         if self._leaving is not None:
-            (place, flight), self._leaving = self._leaving, None
-            mine, dx = flight.land(), self.dx[place]
-            dx.copy_(mine[: dx.shape[0]])
+            leaving, self._leaving = self._leaving, None
+            leaving.land()
 
     def finish(self) -> None:
         self.send()
@@ -164,7 +175,7 @@ class StationaryFunction(torch.autograd.Function):
         entropy: bool,
     ) -> Tensor | tuple[Tensor, ...]:
         most = shard.most(x.shape[0])
-        block = block_tokens(most, *shard.shape, shard.ranks, x.element_size(), chunk_bytes)
+        block = block_tokens(most, *shard.shape, shard.ranks, x.element_size(), chunk_bytes, shard.is_beside)
         tokens = Tokens(shard, x, most, block)
         everyones = Labels(shard, labels, most, options, guess, x.dtype)
         classes = ClassWeights()
@@ -254,18 +265,20 @@ class _Walk:
         tokens, gradients, forwards = self.tokens, self.gradients, self.found.loss is not None
         most = self.shard.ranks * min(tokens.block, tokens.most)
         room = tokens.x.new_empty(tile_elements(most, self.shard.n_rows))
+        goes_beside = self.shard.is_beside and gradients is not None
         for i, place in enumerate(tokens.places):
             x = tokens.land()
             z = tile(room, x.shape[0], self.shard.n_rows)
             self.rows.logits(z, x)
             if gradients is not None:
+                # where it has not been sent yet
                 gradients.send()
             halves = [self._half(ranks, place, z) for ranks in self._ranks_of_halves()]
             coming = [self.shard.gather(self._numbers(half)) for half in halves] if forwards else []
             for k, half in enumerate(halves):
                 if forwards:
                     self._merge(coming[k].land(), half)
-                if k == 0:
+                if k == 0 and not goes_beside:
                     if gradients is not None:
                         # it has come: what was waited for was sent later
                         gradients.land()
@@ -274,9 +287,24 @@ class _Walk:
                     # dz in place: nobody else has the logits
                     self._softmax_bwd(half)
             if gradients is not None:
-                gradients.add(place, z, x)
+                self._add(i, z, x)
         if gradients is not None:
             gradients.finish()
+
+    def _add(self, i: int, dz: Tensor, x: Tensor) -> None:
+        """Both products of block i: first the one behind which something sets out, where products can hide it."""
+        gradients, place, is_beside = self.gradients, self.tokens.places[i], self.shard.is_beside
+        if i + 1 == len(self.tokens.places):
+            gradients.add_dx(place, dz, x)
+            gradients.send()
+            gradients.add_dw(dz, x)
+            return
+        gradients.add_dw(dz, x)
+        if is_beside:
+            self.tokens.start(i + 1)
+        gradients.add_dx(place, dz, x)
+        if is_beside:
+            gradients.send()
 
     def _ranks_of_halves(self) -> list[slice]:
         middle = self.shard.ranks // 2

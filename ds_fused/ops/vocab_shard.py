@@ -6,10 +6,12 @@ The engine implements it for ZeRO-3. Sizes: W ranks, M tokens of this rank, H hi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from ds_fused.ops._tiles import wide
 
 
 class Flight(Protocol):
@@ -18,6 +20,16 @@ class Flight(Protocol):
     def land(self) -> Tensor:
         """Its result; what is computed from now on waits for it."""
         ...
+
+
+class Homeward(NamedTuple):
+    """A reduce-scatter under way, whose result belongs into `out`; padding behind that is left out."""
+
+    flight: Flight
+    out: Tensor
+
+    def land(self) -> Tensor:
+        return self.out.copy_(self.flight.land()[: len(self.out)])
 
 
 class ShardGradient(Protocol):
@@ -46,6 +58,8 @@ class VocabShard(ABC):
     n_rows: int  # n
     # whether gradients are made in the forward: until a backward has found that it was for nothing
     guesses: bool = True
+    # whether tokens and their gradients travel beside products, and so may set out as soon as they are there
+    is_beside: bool = False
 
     @abstractmethod
     def rows(self) -> tuple[Tensor, ...]:
@@ -62,6 +76,18 @@ class VocabShard(ABC):
     @abstractmethod
     def reduce_scatter(self, parts: Tensor) -> Flight:
         """[W, ...] -> [...]: the sum over ranks of the part that is this one's"""
+
+    def bring(self, mine: Tensor) -> Flight:
+        """`gather` of tokens: those of a block are no longer needed when the next ones are brought."""
+        return self.gather(mine)
+
+    def room_of_parts(self, x: Tensor) -> Tensor:
+        """For the parts of a block's dx, of x [W * T, H]; those of the block before are at home."""
+        return torch.empty_like(x, dtype=wide(x))
+
+    def send_home(self, parts: Tensor, out: Tensor) -> Flight:
+        """`reduce_scatter` of such parts [W, T, H], to out [T' <= T, H]."""
+        return Homeward(self.reduce_scatter(parts), out)
 
     @abstractmethod
     def gradient(self, dtype: torch.dtype = torch.float32) -> ShardGradient:

@@ -175,7 +175,7 @@ def main(out: str, which: str = "quick") -> None:
     gc.freeze()
     results = []
     for n_vocab, hidden, slab_bytes in WEIGHTS if which == "all" else QUICK:
-        stock, fused, still, copied = models = [Model(n_vocab, hidden) for _ in range(4)]
+        stock, fused, still, copied, carried = models = [Model(n_vocab, hidden) for _ in range(5)]
         weight = stock.head.weight.detach().clone()
         engines = [engine_of(model) for model in models]
         copied.slabs, copied.loss_of = (
@@ -184,6 +184,7 @@ def main(out: str, which: str = "quick") -> None:
         )
         fused.slabs = ZeroSlabs(Delivery(fused.head.weight, engines[1]), slab_bytes)
         still.slabs = shard = ZeroShard(Delivery(still.head.weight, engines[2]))
+        carried.slabs = ZeroShard(Delivery(carried.head.weight, engines[4]), Engines())
         ids, rows = rows_of(fused.slabs)
         own = slice(shard.first_id, shard.first_id + shard.n_rows)
         broken = [break_off(made, *batch(0, n_vocab, hidden)) for made in (fused.slabs, copied.slabs)]
@@ -199,7 +200,9 @@ def main(out: str, which: str = "quick") -> None:
             "fused": train(fused, engines[1], n_vocab, hidden),
             "stationary": train(still, engines[2], n_vocab, hidden),
             "copied": train(copied, engines[3], n_vocab, hidden),
-            "windows": [copied.slabs.window_bytes, fused.slabs.window_bytes],
+            "carried": train(carried, engines[4], n_vocab, hidden),
+            "windows": [copied.slabs.window_bytes, fused.slabs.window_bytes, still.slabs.window_bytes],
+            "blocks carried": carried.slabs.window_bytes // (12 * dist.get_world_size() * hidden),
         }
         for name, still.loss_of in (("entropies", policy_loss), ("class weights", weighted_loss)):
             result[name] = train(still, engines[2], n_vocab, hidden)

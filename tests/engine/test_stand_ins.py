@@ -54,21 +54,25 @@ def test_no_driver_is_asked_for(monkeypatch):
     assert len(launches) == 1 and _launch._current_device is current_device
 
 
-@pytest.mark.parametrize("copied", [False, True])
-def test_parts_that_copy_engines_bring_are_added_up(copied, monkeypatch):
-    launches: list[tuple[str, bool]] = []
+@pytest.mark.parametrize("mode", ["stream", "copied", "stationary"])
+def test_what_arrives_is_added_to_what_is_kept(mode, monkeypatch):
+    launches: list[tuple[torch.dtype, bool, bool]] = []
 
     def note(kernel: object, grid: object, args: tuple, constants: dict[str, object]) -> None:
         if "ADDS" in constants:
-            launches.append((args[1].dtype, constants["ADDS"]))
+            launches.append((args[1].dtype, constants["ADDS"], constants.get("num_warps") == 1))
 
+    is_copied = mode == "copied"
     with noted(target_of("sm90")):
         monkeypatch.setattr(_launch, "launch_elsewhere", note)
-        (way,) = ways_of(weight(1024, 64), 2, "stream", 2**15, copied)
-        way.scatter(1, way.gradient(1))
+        way = ways_of(weight(1024, 64), 2, "stream" if is_copied else mode, 2**15, is_copied)[0]
+        if mode == "stationary":
+            way.gradient().give(0.5)
+        else:
+            way.prefetch(1)
+            way.scatter(1, way.gradient(1))
         monkeypatch.undo()
-    half, full = torch.bfloat16, torch.float32
-    assert launches == [(half, False), (half, True), (full, False), (full, True)] * copied
+    assert launches == [(dtype, adds, is_copied) for dtype in (torch.bfloat16, torch.float32) for adds in (False, True)]
 
 
 @pytest.mark.parametrize(

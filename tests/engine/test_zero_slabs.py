@@ -37,7 +37,7 @@ def test_training_is_stocks(ranks):
     for row in (row for rank in ranks for row in rank):
         # what went before in slabs, and left nothing behind
         assert row["broken off"] == [2, 2]
-        for mode in ("fused", "stationary", "copied"):
+        for mode in ("fused", "stationary", "copied", "carried"):
             # sums in another order
             assert row[mode]["losses"] == pytest.approx(row["stock"]["losses"], rel=1e-5), row["weight"]
             for mine, theirs in zip(row[mode]["weights"], row["stock"]["weights"], strict=True):
@@ -168,7 +168,13 @@ def test_a_shape_that_is_too_small_says_so():
 
 def test_windows_are_five_slabs(ranks):
     for row in (row for rank in ranks for row in rank):
-        assert row["windows"] == [5 * row["largest"], 0]
+        assert row["windows"] == [5 * row["largest"], 0, 0]
+
+
+def test_windows_of_tokens_are_those_of_the_largest_block(ranks):
+    # of one rank the first step has 3 tokens, and memory for 4 comes beside that
+    tokens = {1: 3 + 4}.get(len(ranks), 1)
+    assert {row["blocks carried"] for rank in ranks for row in rank} == {tokens}
 
 
 def test_what_two_losses_leave_in_windows_is_the_same_on_every_rank(ranks):

@@ -355,8 +355,12 @@ def test_three_ranks_in_kernels(job, where, kernels_in_turn):
 def test_blocks(monkeypatch):
     monkeypatch.undo()  # the sides of real life
     llama = dict(n_vocab=128256, hidden=4096, itemsize=2)
-    # 378.5 KiB a token of each of four ranks: 1344 fit, 1216 in even parts
-    assert block_tokens(8192, **llama, ranks=4, chunk_bytes=512 * 2**20) == 1216
+    # 378.5 KiB a token of each of four ranks: 1385 fit; a product with 4096 columns makes 1024 rows in a wave
+    assert block_tokens(8192, **llama, ranks=4, chunk_bytes=512 * 2**20) == 1280
+    # by copy engines 410.5 KiB
+    assert block_tokens(8192, **llama, ranks=4, chunk_bytes=512 * 2**20, is_beside=True) == 1024
+    # 1820 fit, and a wave with 512 columns is 8448 rows: even parts
+    assert block_tokens(8192, 2**15, 512, 2, 2, chunk_bytes=2**27) == 1664
     assert block_tokens(8192, **llama, ranks=4, chunk_bytes=2**40) == 8192
     # no fewer than make 2048 tokens of all ranks
     assert block_tokens(8192, **llama, ranks=4, chunk_bytes=1) == 512

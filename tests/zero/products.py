@@ -67,7 +67,7 @@ STAGES = [(0, False), (1, False), (2, False), (3, False), (3, True)]
 JOBS = tuple(product((1, 4), ("momentum", "adamw"), (False, True), ("fp32", "bf16")))
 ON_CPU = [Case(*stage, *job) for stage, job in product(STAGES, JOBS)]
 SHARDED = ("stream", "stationary")  # modes that are for ZeRO-3 alone
-COPIED = "copied"  # mode "stream" by copy engines
+BY_COPY_ENGINES = {"copied": "stream", "carried": "stationary"}  # what they move -> in which mode
 ON_CPU += [Case(*stage, *job, mode=mode) for mode, stage, job in product(SHARDED, STAGES, JOBS) if stage[0] == 3]
 ON_CPU += [
     # stage 2: further draws of stock's distance, see test_zero.py
@@ -86,7 +86,7 @@ ON_GPU = [
 ON_GPUS = [
     Case(3, tied, 4, "momentum", tied, dtype, "gpus", mode, special)
     for mode, tied, (dtype, special) in product(
-        ("gather", *SHARDED, COPIED),
+        ("gather", *SHARDED, *BY_COPY_ENGINES),
         (False, True),
         (("fp32", ""), ("bf16", ""), ("bf16", "offload"), ("fp16", ""), ("fp16", "overflow")),
     )

@@ -40,8 +40,8 @@ def json_of(case: products.Case, fused: bool) -> dict:
     }
     if fused:
         # slabs of one row a rank: as many as can be
-        is_copied = case.mode == products.COPIED
-        head = {"mode": "stream" if is_copied else case.mode, "slab_mb": 0, "copy_engines": is_copied}
+        mode = products.BY_COPY_ENGINES.get(case.mode, case.mode)
+        head = {"mode": mode, "slab_mb": 0, "copy_engines": mode != case.mode}
         config["ds_fused"] = {"enabled": True, "fused_linear_cross_entropy": head}
     return config
 

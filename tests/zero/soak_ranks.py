@@ -3,7 +3,7 @@
     soak_ranks.py OUT MODE...
 
 OUT/MODE.RANK.json holds {"losses", "labels", "early", "late", "head"}: of each step the sum of losses and the number of
-labels; a mode is that of the head's weight, "copies" for "stream" by copy engines.
+labels; a mode is that of the head's weight, or what copy engines move in it (products.BY_COPY_ENGINES).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from joining import joined
+from products import BY_COPY_ENGINES
 from ranks import head
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -38,7 +39,8 @@ SIZES = {
 
 
 def config_of(mode: str) -> dict:
-    head = {"mode": "stream", "copy_engines": True} if mode == "copies" else {"mode": mode}
+    in_mode = BY_COPY_ENGINES.get(mode, mode)
+    head = {"mode": in_mode, "copy_engines": in_mode != mode}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 1.0,

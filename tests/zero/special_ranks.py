@@ -8,6 +8,7 @@ OUT/CASE.RANK.json holds what the case's function returned on that rank, or {"er
 from __future__ import annotations
 
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -21,6 +22,7 @@ for module in ("special_models", "special_steps", "special_gathered", "special_e
 add_twins("stationary", special_stationary.stationary)
 add_twins("gathered", special_stationary.gathered)
 add_twins("copied", special_slabs.copied)
+add_twins("carried", partial(special_slabs.copied, mode="stationary"))
 
 
 if __name__ == "__main__":

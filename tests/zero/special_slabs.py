@@ -34,14 +34,14 @@ def frozen(*trained: str, tied: bool = False) -> torch.nn.Module:
     return model
 
 
-def copied(twin: Callable[[], dict]) -> Callable[[], dict]:
-    """A case of mode "stream" with what stands for copy engines on CPUs."""
+def copied(twin: Callable[[], dict], mode: str = "stream") -> Callable[[], dict]:
+    """A case of mode "stream" in that mode, with what stands for copy engines on CPUs."""
 
     def run() -> dict:
         whys, engines = copy_engines.why_no_engines, slab_mode.CopyEngines
         copy_engines.why_no_engines, slab_mode.CopyEngines = lambda group: None, GlooEngines
         try:
-            with streaming(copy_engines=True):
+            with streaming(mode=mode, copy_engines=True):
                 return twin()
         finally:
             copy_engines.why_no_engines, slab_mode.CopyEngines = whys, engines

@@ -15,7 +15,12 @@ import pytest
 from launching import launch
 
 HERE = Path(__file__).parent
-SIGNS = {"stream": "its weight in", "stationary": "its rows stay on", "copies": "slabs by copy engines"}
+SIGNS = {
+    "stream": "its weight in",
+    "stationary": "its rows stay on",
+    "copied": "slabs by copy engines",
+    "carried": "blocks by copy engines",
+}
 
 pytestmark = [pytest.mark.gpus, pytest.mark.all]
 

@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 RANKS = products.RANKS["cpu"]
 LAYERS = products.SIZES["num_hidden_layers"]
 
-# cases of mode "stream" that are run with copy engines, too
+# cases of mode "stream" that are run with copy engines, too, in either mode
 COPIED = (
     "communication_dtype",
     "accumulation_dtype",
@@ -138,7 +138,7 @@ CASES = (
     "padded_logits",
     "logits_after_a_step",
     "masked",
-    *(f"copied_{name}" for name in (*COPIED, *STEPS)),
+    *(f"{how}_{name}" for how in ("copied", "carried") for name in (*COPIED, *STEPS)),
     *(f"stationary_{name}" for name in (*STATIONARY, *STEPS)),
     "stationary_class_weights",
     "stationary_entropies",
@@ -398,6 +398,14 @@ def test_copied(ended, name):
         assert result["fused"][0] != result["fused"][3]
 
 
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK_COPIED else pytest.mark.all) for n in COPIED])
+def test_carried(ended, name):
+    for result in ended(f"carried_{name}"):
+        assert "its rows stay on 2 ranks, to which the tokens travel by copy engines" in result["report"]
+        assert result["fused"] == pytest.approx(result["stock"], rel=4e-3 if name in IN_BF16 else 1e-5)
+        assert result["fused"][0] != result["fused"][3]
+
+
 def test_copied_auto(ranks):
     found = set()
     for result in ranks:
@@ -597,6 +605,12 @@ def test_stationary_of_each_kind(ended, name):
 @pytest.mark.parametrize("name", STEPS)
 def test_copied_of_each_kind(ended, name):
     equal_of_each_kind(ended(f"copied_{name}"), "over 2 ranks, by copy engines")
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("name", STEPS)
+def test_carried_of_each_kind(ended, name):
+    equal_of_each_kind(ended(f"carried_{name}"), "to which the tokens travel by copy engines")
 
 
 def equal_of_each_kind(ranks: list[dict], way: str) -> None:
