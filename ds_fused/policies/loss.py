@@ -48,8 +48,13 @@ class Site:
         if self.users > 1:
             return
         self.scope.attach(self.owner)
+        paths = {model: path for path, model in self.owner.named_modules() if model in self.losses}
         for model, loss in self.losses.items():
-            self.before.append((model, "_loss_function" in vars(model), vars(model).get("_loss_function")))
+            had_own = "_loss_function" in vars(model)
+            self.before.append((model, had_own, vars(model).get("_loss_function")))
+            # one of its own is asked for no type
+            if model in paths and not had_own:
+                self.scope.loss_types[paths[model]] = model.loss_type
             model.loss_function = loss
 
     def leave(self) -> None:
@@ -65,6 +70,7 @@ class Site:
             else:
                 del model._loss_function
         self.before.clear()
+        self.scope.loss_types.clear()
 
     def in_place(self) -> bool:
         return all(model.loss_function is loss for model, loss in self.losses.items())
