@@ -11,6 +11,8 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from ds_fused.ops._options import check_numbers
+
 # not yet measured. a side of a tile shorter than this starves the matrix products, whatever chunk_mb says
 LEAST_SIDE = 2048
 # sides are whole tiles of the matrix products
@@ -38,6 +40,7 @@ class Tiling:
 
 
 def check_memory(op: str, chunk_mb: float, keep_mb: float) -> None:
+    check_numbers(op, chunk_mb=chunk_mb, keep_mb=keep_mb)
     if chunk_mb <= 0 or keep_mb < 0:
         raise ValueError(f"{op}: chunk_mb={chunk_mb} must be positive and keep_mb={keep_mb} not negative")
 

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._options import check_numbers
 from ds_fused.ops._pieces import LEFT, RIGHT, added, narrow_times, pieces, pieces_of_rows, times_narrow
 from ds_fused.ops._tiles import product
 from ds_fused.ops._triton import autocast_dtype, check_dtypes, rows_of, runs_kernels
@@ -151,6 +152,7 @@ def lora_linear(
     mixtures of dtypes, it is the layers one by one, in PyTorch. A ValueError names a shape that does not fit.
     """
     _check_shapes(x, weight, lora_a, lora_b, bias, lora_x)
+    check_numbers("lora_linear", scaling=scaling)
     adapter = (lora_a, lora_b) if lora_x is None else (lora_a, lora_b, lora_x)
     if not runs_kernels(x, weight, bias, *adapter) or not fits(x, weight, bias, *adapter):
         return lora_linear_reference(x, weight, lora_a, lora_b, bias, lora_x, scaling=scaling)
