@@ -148,8 +148,9 @@ def lora_linear(
 
     ``weight`` [N, K] and ``bias`` [N] may be frozen; ``lora_a`` [r, K], ``lora_b`` [N, r]. ``lora_x`` [..., K] is what
     the adapter is given, such as a dropout of x; x where it is missing. The result is of x's dtype; ``lora_a``,
-    ``lora_b`` and ``lora_x`` may be in fp32 where all else is in bf16, and lose no bit. Under autocast, and for other
-    mixtures of dtypes, it is the layers one by one, in PyTorch. A ValueError names a shape that does not fit.
+    ``lora_b`` and ``lora_x`` may be in fp32 where all else is in bf16, and lose no bit; of an infinity NaN may come
+    there where fp32 has infinity. Under autocast, and for other mixtures of dtypes, it is the layers one by one, in
+    PyTorch. A ValueError names a shape that does not fit.
     """
     _check_shapes(x, weight, lora_a, lora_b, bias, lora_x)
     check_numbers("lora_linear", scaling=scaling)
