@@ -145,8 +145,8 @@ class Scope:
         self.logits = logits
         self.eval = eval
         self.weight = weight
-        # of each model in the owner whose loss is ours, by its path: the loss_type by which stock would have chosen one
-        self.loss_types: dict[str, str | None] = {}
+        # the owner's loss_type, by which stock chose the loss that ours stands for; () where it has not asked for it
+        self.chosen_by: tuple[str | None, ...] = ()
         # somebody computes a loss of the logits that leave the forward, which is given no labels (smoother.py)
         self.loss_outside = False
         # those logits
@@ -250,7 +250,7 @@ class Scope:
         if labels is None and self.labels_at is not None and len(args) > self.labels_at:
             labels = args[self.labels_at]
         self.fused = False
-        self._drop_losses_of_another_type(owner)
+        self._drop_loss_of_another_type(owner)
         mode = "plain" if labels is None and not self.loss_outside else "defer"
         if not owner.training and self.eval == "stock":
             mode = "stock"
@@ -263,12 +263,13 @@ class Scope:
             place = _Place(threading.get_ident(), _call_of_hooks())
             self._begin(_Forward(mode, torch.is_grad_enabled()), place)
 
-    def _drop_losses_of_another_type(self, owner: nn.Module) -> None:
+    def _has_another_type(self, owner: nn.Module) -> bool:
+        return bool(self.chosen_by) and getattr(owner, "loss_type", None) != self.chosen_by[0]
+
+    def _drop_loss_of_another_type(self, owner: nn.Module) -> None:
         """A loss_type that was set since chooses the loss again, as it does where no loss_function is set."""
-        for path, was in self.loss_types.items():
-            model = owner.get_submodule(path)
-            if model.loss_type != was and getattr(vars(model).get("_loss_function"), "scope", None) is self:
-                del model._loss_function
+        if self._has_another_type(owner) and getattr(vars(owner).get("_loss_function"), "scope", None) is self:
+            del owner._loss_function
 
     def _begin(self, forward: _Forward, place: _Place) -> None:
         self._modes.append(forward.mode)
@@ -322,10 +323,8 @@ class Scope:
         loss = vars(owner).get("_loss_function")
         if loss is not None and getattr(loss, "scope", None) is not self:
             return f"Its loss_function was exchanged since, and is now {getattr(loss, '__qualname__', loss)}"
-        for path, was in self.loss_types.items():
-            now = owner.get_submodule(path).loss_type
-            if now != was:
-                return f"Its loss_type was exchanged since, {was} for {now}"
+        if self._has_another_type(owner):
+            return f"Its loss_type was exchanged since, {self.chosen_by[0]} for {owner.loss_type}"
         if "forward" in vars(owner):
             return f"Its instance has a forward of its own, from {home_of(vars(owner)['forward'])}"
         return "python -m ds_fused.doctor says what computes them"

@@ -48,13 +48,11 @@ class Site:
         if self.users > 1:
             return
         self.scope.attach(self.owner)
-        paths = {model: path for path, model in self.owner.named_modules() if model in self.losses}
         for model, loss in self.losses.items():
             had_own = "_loss_function" in vars(model)
             self.before.append((model, had_own, vars(model).get("_loss_function")))
-            # one of its own is asked for no type
-            if model in paths and not had_own:
-                self.scope.loss_types[paths[model]] = model.loss_type
+            if model is self.owner and not had_own:
+                self.scope.chosen_by = (getattr(model, "loss_type", None),)
             model.loss_function = loss
 
     def leave(self) -> None:
@@ -70,7 +68,7 @@ class Site:
             else:
                 del model._loss_function
         self.before.clear()
-        self.scope.loss_types.clear()
+        self.scope.chosen_by = ()
 
     def in_place(self) -> bool:
         return all(model.loss_function is loss for model, loss in self.losses.items())

@@ -54,6 +54,7 @@ def test_a_pickle_of_the_model(steps: int, caplog: pytest.LogCaptureFixture) -> 
     assert isinstance(loaded(**batch()).logits, LogitsOnDemand)
     ds_fused.restore(loaded)
     assert classes(loaded) == classes(stock) and loaded.loss_function is stock.loss_function
+    assert "_loss_function" not in vars(loaded)
     assert_same_step(loaded, stock, tolerance=0.0)
     assert type(loaded(**batch()).logits) is torch.Tensor
     # nothing of it was the original's
