@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -77,9 +78,30 @@ class Delivery:
         self._given_at: tuple[int, int, int] | None = None
         self._held: Tensor | None = None
         self._original = engine.optimizer.partition_grads
-        engine.optimizer.partition_grads = self._partition_grads
         self._zero_grad = engine.optimizer.zero_grad
-        engine.optimizer.zero_grad = self._forget
+        # what stood on the optimizer itself, of an earlier delivery or of somebody else, before ours do
+        self._ours = {"partition_grads": self._partition_grads, "zero_grad": self._forget}
+        self._before = {name: vars(engine.optimizer).get(name) for name in self._ours}
+        vars(engine.optimizer).update(self._ours)
+
+    def __deepcopy__(self, memo: dict) -> Delivery:
+        """Of a copied model, whose gradients go to no optimizer."""
+        memo[id(self)] = twin = copy.copy(self)
+        twin.engine = None
+        return twin
+
+    def restore(self) -> None:
+        """The optimizer's methods are its own again, but where somebody has wrapped ours since."""
+        optimizer = getattr(self.engine, "optimizer", None)
+        # none: of an engine that is gone
+        standing = {} if optimizer is None else vars(optimizer)
+        for name, ours in self._ours.items():
+            if standing.get(name) != ours:
+                continue
+            if self._before[name] is None:
+                del standing[name]
+            else:
+                standing[name] = self._before[name]
 
     @property
     def requires_grad(self) -> bool:

@@ -141,7 +141,7 @@ class SlabMode:
                     report.left = (*report.left, Left(what, 1, f"collectives move its slabs, since {reason}"))
                 self._choose(engine, claim, delivery, engines)
                 if head.bias is not None and not head.bias.ds_persist:
-                    self._biases[head] = ZeroVector(Delivery(head.bias, engine))
+                    self._biases[head] = ZeroVector(self._delivered(engine, head.bias))
             else:
                 report.left = (*report.left, self._gathered(f"head {claim.paths[0]}", reason))
         for path, module in self._tables(engine.module, [claim.site.head for claim in heads]):
@@ -208,8 +208,15 @@ class SlabMode:
     def _delivery(self, engine: DeepSpeedEngine, param: nn.Parameter) -> Delivery:
         # a head and an embedding that share a weight share it
         if param not in self._deliveries:
-            self._deliveries[param] = Delivery(param, engine)
+            self._deliveries[param] = self._delivered(engine, param)
         return self._deliveries[param]
+
+    def _delivered(self, engine: DeepSpeedEngine, param: nn.Parameter) -> Delivery:
+        delivery = Delivery(param, engine)
+        # before anything else can fail; with the engine's report it is undone
+        report = engine.__dict__["ds_fused_report"]
+        report.undoing = (*report.undoing, delivery.restore)
+        return delivery
 
     def _gathered(self, what: str, reason: str) -> Left:
         return Left(what, 1, f'mode "{self._mode}": its weight is gathered whole, since {reason}')

@@ -145,6 +145,8 @@ class Scope:
         self.logits = logits
         self.eval = eval
         self.weight = weight
+        # the owner's loss_type, by which stock chose the loss that ours stands for; () where it has not asked for it
+        self.chosen_by: tuple[str | None, ...] = ()
         # somebody computes a loss of the logits that leave the forward, which is given no labels (smoother.py)
         self.loss_outside = False
         # those logits
@@ -248,6 +250,7 @@ class Scope:
         if labels is None and self.labels_at is not None and len(args) > self.labels_at:
             labels = args[self.labels_at]
         self.fused = False
+        self._drop_loss_of_another_type(owner)
         mode = "plain" if labels is None and not self.loss_outside else "defer"
         if not owner.training and self.eval == "stock":
             mode = "stock"
@@ -259,6 +262,14 @@ class Scope:
         with _ONE_AT_A_TIME:
             place = _Place(threading.get_ident(), _call_of_hooks())
             self._begin(_Forward(mode, torch.is_grad_enabled()), place)
+
+    def _has_another_type(self, owner: nn.Module) -> bool:
+        return bool(self.chosen_by) and getattr(owner, "loss_type", None) != self.chosen_by[0]
+
+    def _drop_loss_of_another_type(self, owner: nn.Module) -> None:
+        """A loss_type that was set since chooses the loss again, as it does where no loss_function is set."""
+        if self._has_another_type(owner) and getattr(vars(owner).get("_loss_function"), "scope", None) is self:
+            del owner._loss_function
 
     def _begin(self, forward: _Forward, place: _Place) -> None:
         self._modes.append(forward.mode)
@@ -312,6 +323,8 @@ class Scope:
         loss = vars(owner).get("_loss_function")
         if loss is not None and getattr(loss, "scope", None) is not self:
             return f"Its loss_function was exchanged since, and is now {getattr(loss, '__qualname__', loss)}"
+        if self._has_another_type(owner):
+            return f"Its loss_type was exchanged since, {self.chosen_by[0]} for {owner.loss_type}"
         if "forward" in vars(owner):
             return f"Its instance has a forward of its own, from {home_of(vars(owner)['forward'])}"
         return "python -m ds_fused.doctor says what computes them"

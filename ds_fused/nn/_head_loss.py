@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ds_fused.nn._options import known, listed
+from ds_fused.nn._options import known, listed, nothing
 from ds_fused.ops import linear_log_probs
 
 
@@ -26,6 +26,7 @@ class HeadLoss(torch.nn.Module):
         self.options = own | {name: options[name] for name in options if name in own}
         self.head = known(self, linear_log_probs, others, ("bias", "entropy", "ignore_index"))
         self.ignore_index = ignore_index
+        self.log_probs(nothing(0, 1), nothing(1, 1), nothing(0, dtype=torch.int64), None)
 
     def log_probs(self, x: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> Tensor:
         """Of each token; 0 where it is ignored."""

@@ -25,5 +25,10 @@ def known(
     return options
 
 
+def nothing(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Of no row: what an op is called with by a module that begins, for the error of an option to come now."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
 def listed(options: dict[str, object]) -> str:
     return ", ".join(f"{name}={value}" for name, value in options.items())

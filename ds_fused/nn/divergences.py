@@ -7,9 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ds_fused.nn._options import known, listed
+from ds_fused.nn._options import known, listed, nothing
 from ds_fused.ops import jsd, kl_div, linear_cosine, linear_jsd, linear_kl_div, tvd
-from ds_fused.ops._teacher_divergence import DivergenceOptions
 
 
 class KLDivLoss(torch.nn.KLDivLoss):
@@ -24,12 +23,12 @@ class _DivergenceLoss(torch.nn.Module):
 
     op: Callable[..., Tensor]
     passed: tuple[str, ...] = ("labels",)  # by forward
+    shapes: tuple[tuple[int, int], ...] = ((0, 1), (0, 1))  # of tensors without a row
 
     def __init__(self, **options: object) -> None:
         super().__init__()
         self.options = known(self, self.op, options, self.passed)
-        numbers = {name: options[name] for name in ("beta", "temperature") if name in options}
-        DivergenceOptions(**numbers).check(self.op.__name__)
+        self.op(*(nothing(*shape) for shape in self.shapes), **options)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.op(student_logits, teacher_logits, labels, **self.options)
@@ -54,6 +53,7 @@ class _HeadsLoss(_DivergenceLoss):
     """``op(student_x, student_weight, teacher_x, teacher_weight, labels)``; the teacher is frozen."""
 
     passed = ("labels", "student_bias", "teacher_bias")
+    shapes = ((0, 1), (1, 1), (0, 1), (1, 1))
 
     def forward(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_fused.nn._options import known, listed
+from ds_fused.nn._options import known, listed, nothing
 from ds_fused.ops import experts
 
 
@@ -32,6 +32,8 @@ class Experts(torch.nn.Module):
         self.down_proj = torch.nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size, **place))
         self.reset_parameters()
         self.options = known(self, experts, options)
+        weights = nothing(1, 2, 1), nothing(1, 1, 1)
+        experts(nothing(0, 1), *weights, nothing(0, 1, dtype=torch.int64), nothing(0, 1), **options)
 
     def reset_parameters(self) -> None:
         for weight in (self.gate_up_proj, self.down_proj):

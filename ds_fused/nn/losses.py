@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_fused.nn._options import known, listed
+from ds_fused.nn._options import known, listed, nothing
 from ds_fused.ops import cross_entropy, linear_cross_entropy
 
 
@@ -27,13 +27,17 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.options = known(self, cross_entropy, options, ("weight",))
+        self._loss(nothing(0, 1), nothing(0, dtype=torch.int64))
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, ...]:
+        # PyTorch has the classes in the second dimension
+        return self._loss(input.movedim(1, -1) if input.ndim > 2 else input, target, self.weight)
+
+    def _loss(self, logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
         return cross_entropy(
-            # PyTorch has the classes in the second dimension
-            input.movedim(1, -1) if input.ndim > 2 else input,
-            target,
-            weight=self.weight,
+            logits,
+            labels,
+            weight=weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
@@ -70,6 +74,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         self.register_buffer("weight", weight)
         self.options = {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
         self.options |= known(self, linear_cross_entropy, options, ("bias", "class_weight"))
+        linear_cross_entropy(nothing(0, 1), nothing(1, 1), nothing(0, dtype=torch.int64), **self.options)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, ...]:
         head = self.linear

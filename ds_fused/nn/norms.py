@@ -20,6 +20,7 @@ from ds_fused.ops import (
     rms_norm,
 )
 from ds_fused.ops._norms import check_cast
+from ds_fused.ops._options import check_numbers
 from ds_fused.ops._triton import rms_norm_dtype
 from ds_fused.ops.gated_rms_norm import check_form
 
@@ -45,6 +46,7 @@ class RMSNorm(torch.nn.RMSNorm):
         cast: str = "after_weight",
     ) -> None:
         check_cast(type(self).__name__, cast)
+        check_numbers(type(self).__name__, eps=_eps(eps), offset=offset)
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         self.offset, self.cast = offset, cast
         self.reset_parameters()
@@ -122,7 +124,7 @@ class GatedRMSNorm(torch.nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_form("GatedRMSNorm", hidden_size, order, cast, act, group_size)
+        check_form("GatedRMSNorm", hidden_size, order, cast, act, group_size, eps)
         super().__init__()
         self.weight = torch.nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
         self.reset_parameters()
@@ -199,6 +201,7 @@ class PolyNorm(torch.nn.Module):
     def __init__(
         self, eps: float = 1e-6, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
+        check_numbers("PolyNorm", eps=eps)
         super().__init__()
         place = {"device": device, "dtype": dtype}
         self.weight = torch.nn.Parameter(torch.empty(3, **place))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_fused.nn._options import known, listed
+from ds_fused.nn._options import known, listed, nothing
 from ds_fused.ops import mhc_in, mhc_post_res
 
 
@@ -29,13 +29,15 @@ class HyperConnection(torch.nn.Module):
         super().__init__()
         place = {"device": device, "dtype": dtype}
         coefficients = num_streams * (num_streams + 2)
+        self.options = known(self, mhc_in, options)
+        parameters = nothing(coefficients, num_streams), nothing(coefficients), nothing(3)
+        mhc_in(nothing(0, num_streams, 1), *parameters, **options)
         self.layer = layer
         self.fn = torch.nn.Parameter(torch.empty(coefficients, num_streams * hidden_size, **place))
         self.base = torch.nn.Parameter(torch.empty(coefficients, **place))
         self.scale = torch.nn.Parameter(torch.empty(3, **place))
         self.reset_parameters()
         self.num_streams, self.hidden_size = num_streams, hidden_size
-        self.options = known(self, mhc_in, options)
 
     def reset_parameters(self) -> None:
         """Of this module; the layer has its own."""

@@ -16,6 +16,7 @@ from triton.runtime.jit import JITFunction
 from ds_fused.ops import _triton
 from ds_fused.ops._launch import Kept, Ready, launch, launch_ready, lie_alike, ready
 from ds_fused.ops._meet import arrivals, limited, passes
+from ds_fused.ops._options import check_whole
 from ds_fused.ops._row_tiles import tile
 from ds_fused.ops._triton import cdiv, power_of_2, row_stride, rows_of, warps_for
 
@@ -199,5 +200,6 @@ def check_dim(op: str, x: Tensor, dim: int) -> None:
     """A dimension that x has."""
     if x.ndim == 0:
         raise ValueError(f"{op}: x is a number; there must be a dimension to go along")
+    check_whole(op, dim=dim)
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(f"{op}: dim is {dim}; x {tuple(x.shape)} has dimensions {-x.ndim} to {x.ndim - 1}")

@@ -16,6 +16,7 @@ from ds_fused.ops._divergence_kernels import N_STATS, Divergence, divergence_bwd
 from ds_fused.ops._labels import flat_labels, label_facts
 from ds_fused.ops._loss import LossOptions, check_loss, reduced
 from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._options import check_numbers
 from ds_fused.ops._triton import check_dtypes, like, rows_of
 
 
@@ -57,7 +58,13 @@ def divergence(
 
 
 def check_pair(
-    op: str, student: Tensor, teacher: Tensor, labels: Tensor | None, temperature: float, reduction: str
+    op: str,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    reduction: str,
 ) -> None:
     """One clear error for each bad argument."""
     if student.ndim == 0 or student.shape != teacher.shape:
@@ -65,11 +72,12 @@ def check_pair(
             f"{op}: student_logits {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)} must have one "
             "shape, [..., vocabulary]"
         )
+    check_numbers(op, temperature=temperature)
     if not 0.0 < temperature < math.inf:
         raise ValueError(f"{op}: temperature is {temperature}; it must be positive and finite")
     if teacher.device != student.device:
         raise ValueError(f"{op}: teacher_logits are on {teacher.device}, student_logits on {student.device}")
-    check_loss(op, LossOptions(), labels, reduction, student.shape[:-1], student.shape[-1], student.device)
+    check_loss(op, LossOptions(ignore_index), labels, reduction, student.shape[:-1], student.shape[-1], student.device)
 
 
 def counting_pair(

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ds_fused.ops._options import check_numbers, check_whole
+
 
 class LossOptions(NamedTuple):
     """The loss as a number of each token's logits; the reduction over tokens is not its business."""
@@ -108,6 +110,13 @@ def check_weight(op: str, name: str, weight: Tensor | None, n_vocab: int, device
         raise ValueError(f"{op}: {name} requires a gradient, and none is made for it; pass {name}.detach()")
 
 
+def _check_options(op: str, ignore_index: int, softcap: float | None, **others: float) -> None:
+    check_whole(op, ignore_index=ignore_index)
+    check_numbers(op, **others)
+    if softcap is not None:
+        check_numbers(op, softcap=softcap)
+
+
 def check_loss(
     op: str,
     options: LossOptions,
@@ -120,10 +129,7 @@ def check_loss(
     """One clear error for each bad argument; what stands in the labels is judged in _labels.py."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{op}: reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'")
-    if any([isinstance(option, Tensor) for option in options]):
-        # it would get no gradient, and what is kept by options would not see its value change
-        name = next(name for name, option in options._asdict().items() if isinstance(option, Tensor))
-        raise ValueError(f"{op}: {name} is a tensor; it must be a number (a factor that trains goes on the logits)")
+    _check_options(op, **options._asdict())
     if not 0.0 <= options.label_smoothing <= 1.0:
         raise ValueError(f"{op}: label_smoothing is {options.label_smoothing}; it must lie in [0, 1]")
     if options.softcap is not None and not 0.0 < options.softcap < math.inf:

@@ -25,6 +25,7 @@ from torch import Tensor
 from ds_fused.ops import _divergence_kernels
 from ds_fused.ops._divergence_kernels import N_STATS, Divergence
 from ds_fused.ops._loss import row_blocks
+from ds_fused.ops._options import check_numbers
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class DivergenceOptions:
         return {0.0: "forward", 1.0: "reverse"}.get(self.beta, "mixture")
 
     def check(self, op: str) -> None:
+        check_numbers(op, beta=self.beta, temperature=self.temperature)
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"{op}: beta is {self.beta}; it must lie in [0, 1]")
         if not 0.0 < self.temperature < math.inf:

@@ -6,10 +6,12 @@ Sizes: M tokens, V vocabulary, n rows of a slab.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, inf
 
 import torch
 from torch import Tensor
+
+from ds_fused.ops._options import check_numbers
 
 # not yet measured. a side of a tile shorter than this starves the matrix products, whatever chunk_mb says
 LEAST_SIDE = 2048
@@ -41,8 +43,10 @@ class Tiling:
 
 
 def check_memory(op: str, chunk_mb: float, keep_mb: float) -> None:
-    if chunk_mb <= 0 or keep_mb < 0:
-        raise ValueError(f"{op}: chunk_mb={chunk_mb} must be positive and keep_mb={keep_mb} not negative")
+    check_numbers(op, chunk_mb=chunk_mb, keep_mb=keep_mb)
+    # NaN is neither
+    if not (0 < chunk_mb < inf and 0 <= keep_mb < inf):
+        raise ValueError(f"{op}: chunk_mb={chunk_mb} must be positive and keep_mb={keep_mb} not negative, both finite")
 
 
 def check_accumulate(op: str, accumulate: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ds_fused.ops._norms import Wanted, check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._options import check_numbers
 from ds_fused.ops._triton import check_dtypes, norm_dtype, rows_of, runs_kernels
 from ds_fused.ops.layer_norm import layer_norm_bwd, layer_norm_fwd, layer_norm_reference
 
@@ -73,6 +74,7 @@ def add_layer_norm(
     if x.shape != residual.shape:
         raise ValueError(f"add_layer_norm: x {tuple(x.shape)} and residual {tuple(residual.shape)} must have one shape")
     check_per_column("add_layer_norm", x, weight=weight, bias=bias)
+    check_numbers("add_layer_norm", eps=eps)
     if not runs_kernels(x, residual, weight, bias):
         return add_layer_norm_reference(x, residual, weight, bias, eps=eps)
     check_dtypes("add_layer_norm", x=x, residual=residual, weight=weight, bias=bias)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ds_fused.ops._norms import RMSForm, Wanted, check_cast, check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._options import check_numbers
 from ds_fused.ops._triton import check_dtypes, rows_of, runs_kernels
 from ds_fused.ops.rms_norm import rms_norm_bwd, rms_norm_fwd, rms_norm_reference
 
@@ -89,6 +90,7 @@ def add_rms_norm(
         raise ValueError(f"add_rms_norm: x {tuple(x.shape)} and residual {tuple(residual.shape)} must have one shape")
     check_per_column("add_rms_norm", x, weight=weight)
     check_cast("add_rms_norm", cast)
+    check_numbers("add_rms_norm", eps=eps, offset=offset)
     if not runs_kernels(x, residual, weight):
         return add_rms_norm_reference(x, residual, weight, eps=eps, offset=offset, cast=cast)
     check_dtypes("add_rms_norm", x=x, residual=residual, weight=weight)

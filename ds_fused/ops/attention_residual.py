@@ -40,6 +40,7 @@ from ds_fused.ops._attention_residual_kernels import (
 from ds_fused.ops._launch import launch
 from ds_fused.ops._norms import contiguous
 from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._options import check_numbers
 from ds_fused.ops._say import say_once
 from ds_fused.ops._sums import SUM_COLS, SUM_ROWS
 from ds_fused.ops._triton import (
@@ -314,6 +315,7 @@ def attention_residual(
     columns run the reference, and a line says so outside of graphs. No block, blocks of unlike shapes or dtypes, and
     other widths of query or weight are a ValueError. From "Attention Residuals" (Kimi Team, arXiv 2603.15031).
     """
+    check_numbers("attention_residual", eps=eps)
     # a generator gives its blocks once
     blocks = blocks if isinstance(blocks, Tensor) else [*blocks]
     tensors = _as_tensors(blocks, query, weight)

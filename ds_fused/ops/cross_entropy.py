@@ -45,6 +45,7 @@ from ds_fused.ops._loss import (
     weights_of_tokens,
 )
 from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._options import check_numbers
 from ds_fused.ops._triton import check_dtypes, lie_apart, like, rows_of, runs_kernels
 
 
@@ -192,8 +193,9 @@ def cross_entropy(
     ``upstream``: the gradient of the loss that the forward takes for granted, for instance 1 / steps of gradient
     accumulation. A backward that is given another one scales what is there, in one more pass over it.
     """
-    # in fp32 it is divided by. A tensor's value would make the host wait
-    if isinstance(upstream, Tensor) or not 2.0**-100 <= abs(upstream) <= 2.0**100:
+    check_numbers("cross_entropy", upstream=upstream)
+    # in fp32 it is divided by
+    if not 2.0**-100 <= abs(upstream) <= 2.0**100:
         raise ValueError(f"cross_entropy: upstream is {upstream}; it must be a number, from 2^-100 to 2^100 in size")
     if logits.ndim == 0:
         raise ValueError("cross_entropy: logits must be [..., vocabulary], got a scalar")

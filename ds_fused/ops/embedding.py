@@ -23,6 +23,7 @@ from torch import Tensor
 from ds_fused.ops._ids import ASSERTING, flat_ids, looks_itself
 from ds_fused.ops._launch import launch
 from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._options import check_whole
 from ds_fused.ops._triton import cdiv, check_dtypes, power_of_2, row_stride, rows_of, runs_kernels, warps_for
 
 # columns of a program forward, and backward; of a thread
@@ -222,6 +223,7 @@ def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Te
         raise ValueError(f"embedding: weight {tuple(weight.shape)} must be [vocabulary, columns]")
     n_vocab, hidden = weight.shape
     if padding_idx is not None:
+        check_whole("embedding", padding_idx=padding_idx)
         if not -n_vocab <= padding_idx < n_vocab:
             raise ValueError(f"embedding: padding_idx is {padding_idx}; weight has {n_vocab} rows")
         padding_idx %= n_vocab

@@ -27,6 +27,7 @@ from torch import Tensor
 from ds_fused.ops._launch import launch
 from ds_fused.ops._norms import check_cast, check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._options import check_numbers, check_whole
 from ds_fused.ops._row_tiles import in_turn, tile
 from ds_fused.ops._sums import sum_partials
 from ds_fused.ops._triton import cdiv, check_dtypes, like, resident, row_stride, rows_of, runs_kernels
@@ -282,13 +283,17 @@ class GatedRMSNormFunction(torch.autograd.Function):
         return *gated_rms_norm_bwd(rows_of(dy), x, gate, weight, rstd, ctx.form, ctx.needs_input_grad[:3]), None, None
 
 
-def check_form(op: str, d: int, order: str, cast: str, act: str, group_size: int | None) -> None:
+def check_form(op: str, d: int, order: str, cast: str, act: str, group_size: int | None, eps: float) -> None:
     """All that is no tensor, of d columns."""
     check_cast(op, cast)
     for name, value, known in (("order", order, ORDERS), ("act", act, ACTS)):
         if value not in known:
             raise ValueError(f"{op}: {name} is {value!r}; known are {', '.join(known)}")
-    if group_size is not None and (group_size < 1 or d % group_size):
+    check_numbers(op, eps=eps)
+    if group_size is None:
+        return
+    check_whole(op, group_size=group_size)
+    if group_size < 1 or d % group_size:
         raise ValueError(f"{op}: group_size is {group_size}; it must divide the {d} columns of x")
 
 
@@ -315,7 +320,7 @@ def gated_rms_norm(
         raise ValueError(f"gated_rms_norm: x {tuple(x.shape)} and gate {tuple(gate.shape)} must have one shape")
     check_per_column("gated_rms_norm", x, weight=weight)
     d = x.shape[-1]
-    check_form("gated_rms_norm", d, order, cast, act, group_size)
+    check_form("gated_rms_norm", d, order, cast, act, group_size, eps)
     if not runs_kernels(x, gate, weight):
         return gated_rms_norm_reference(
             x, gate, weight, eps=eps, order=order, cast=cast, act=act, group_size=group_size

@@ -25,6 +25,7 @@ from ds_fused.ops._group_parts import Parts, Sizes, bwd_in_parts, fwd_in_parts, 
 from ds_fused.ops._launch import Kept, Ready, launch_ready, ready
 from ds_fused.ops._norms import Wanted, contiguous
 from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._options import check_numbers, check_whole
 from ds_fused.ops._sums import partials, sum_partials
 from ds_fused.ops._triton import (
     cdiv,
@@ -358,6 +359,8 @@ def group_norm(
     """
     if x.ndim < 2:
         raise ValueError(f"group_norm: x {tuple(x.shape)} must be [samples, channels, ...]")
+    check_whole("group_norm", n_groups=n_groups)
+    check_numbers("group_norm", eps=eps)
     if n_groups < 1 or x.shape[1] % n_groups:
         raise ValueError(f"group_norm: n_groups is {n_groups}; it must divide the {x.shape[1]} channels of x")
     for name, vector in (("weight", weight), ("bias", bias)):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ds_fused.ops._divergence import check_pair, counting_pair, divergence, reduced_pair
 from ds_fused.ops._divergence_kernels import Divergence
+from ds_fused.ops._options import check_numbers
 from ds_fused.ops._triton import runs_kernels
 
 
@@ -73,7 +74,8 @@ def jsd(
     Log-probabilities are logits too: softmax gives back their distribution. The teacher gets a gradient if it
     requires one.
     """
-    check_pair("jsd", student_logits, teacher_logits, labels, temperature, reduction)
+    check_pair("jsd", student_logits, teacher_logits, labels, temperature, ignore_index, reduction)
+    check_numbers("jsd", beta=beta)
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"jsd: beta is {beta}; it must lie in [0, 1]")
     if not runs_kernels(student_logits, teacher_logits):

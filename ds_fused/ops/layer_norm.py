@@ -22,6 +22,7 @@ from torch import Tensor
 from ds_fused.ops._launch import launch
 from ds_fused.ops._norms import Wanted, check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._options import check_numbers
 from ds_fused.ops._row_tiles import tile, tile_of_blocks
 from ds_fused.ops._sums import leave, partials, sharers, sum_partials
 from ds_fused.ops._triton import (
@@ -331,6 +332,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, *, 
     The result has x's dtype, but fp32 where PyTorch's is: under the autocast of a GPU.
     """
     check_per_column("layer_norm", x, weight=weight, bias=bias)
+    check_numbers("layer_norm", eps=eps)
     if not runs_kernels(x, weight, bias):
         return layer_norm_reference(x, weight, bias, eps=eps)
     check_dtypes("layer_norm", x=x, weight=weight, bias=bias)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_fused.ops._loss import LossOptions
+from ds_fused.ops._options import check_numbers
 from ds_fused.ops.linear_cross_entropy import token_losses
 from ds_fused.ops.slabs import WeightSlabs
 from ds_fused.ops.vocab_shard import VocabShard
@@ -79,6 +80,9 @@ def linear_log_probs(
     computed again. Kept logits make way for their gradient, so a second backward raises unless ``keep_mb=0``.
     """
     op = "linear_log_probs"
+    check_numbers(op, temperature=temperature, logit_scale=logit_scale)
+    if softcap is not None:
+        check_numbers(op, softcap=softcap)
     if not temperature > 0.0:
         raise ValueError(f"{op}: temperature is {temperature}; it must be positive")
     # cap * tanh(scale * x / cap) / t, with scale and cap each divided by t

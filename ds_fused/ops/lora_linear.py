@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._options import check_numbers
 from ds_fused.ops._pieces import LEFT, RIGHT, added, narrow_times, pieces, pieces_of_rows, times_narrow
 from ds_fused.ops._tiles import product
 from ds_fused.ops._triton import autocast_dtype, check_dtypes, rows_of, runs_kernels
@@ -147,10 +148,12 @@ def lora_linear(
 
     ``weight`` [N, K] and ``bias`` [N] may be frozen; ``lora_a`` [r, K], ``lora_b`` [N, r]. ``lora_x`` [..., K] is what
     the adapter is given, such as a dropout of x; x where it is missing. The result is of x's dtype; ``lora_a``,
-    ``lora_b`` and ``lora_x`` may be in fp32 where all else is in bf16, and lose no bit. Under autocast, and for other
-    mixtures of dtypes, it is the layers one by one, in PyTorch. A ValueError names a shape that does not fit.
+    ``lora_b`` and ``lora_x`` may be in fp32 where all else is in bf16, and lose no bit; of an infinity NaN may come
+    there where fp32 has infinity. Under autocast, and for other mixtures of dtypes, it is the layers one by one, in
+    PyTorch. A ValueError names a shape that does not fit.
     """
     _check_shapes(x, weight, lora_a, lora_b, bias, lora_x)
+    check_numbers("lora_linear", scaling=scaling)
     adapter = (lora_a, lora_b) if lora_x is None else (lora_a, lora_b, lora_x)
     if not runs_kernels(x, weight, bias, *adapter) or not fits(x, weight, bias, *adapter):
         return lora_linear_reference(x, weight, lora_a, lora_b, bias, lora_x, scaling=scaling)

@@ -41,6 +41,7 @@ from ds_fused.ops._mhc_projection import (
     _mhc_sums_kernel,
 )
 from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._options import check_numbers, check_whole
 from ds_fused.ops._streams import check_streams, streams_of, tokens_of
 from ds_fused.ops._triton import (
     cdiv,
@@ -317,7 +318,7 @@ class MHCCoefficientsFunction(torch.autograd.Function):
         return *gradients, *[None] * len(ctx.options)
 
 
-def check_coefficients(op: str, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, iterations: int) -> None:
+def check_coefficients(op: str, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, options: Options) -> None:
     """x [..., N, C], weight [N^2 + 2 N, N C], bias [N^2 + 2 N], scale [3]."""
     check_streams(op, x, least=1)
     n, c = x.shape[-2:]
@@ -325,8 +326,10 @@ def check_coefficients(op: str, x: Tensor, weight: Tensor, bias: Tensor, scale: 
     for name, tensor, shape in (("weight", weight, (m, n * c)), ("bias", bias, (m,)), ("scale", scale, (3,))):
         if tensor.shape != shape:
             raise ValueError(f"{op}: {name} {tuple(tensor.shape)} must be {shape} for x {tuple(x.shape)}")
-    if iterations < 1:
-        raise ValueError(f"{op}: iterations is {iterations}; there must be at least 1")
+    check_whole(op, iterations=options.iterations)
+    check_numbers(op, **options._asdict())
+    if options.iterations < 1:
+        raise ValueError(f"{op}: iterations is {options.iterations}; there must be at least 1")
 
 
 def mhc_coefficients(
@@ -353,8 +356,8 @@ def mhc_coefficients(
     one iteration, are a ValueError. From Xie et al. (DeepSeek), arXiv 2512.24880.
     """
     op = "mhc_coefficients"
-    check_coefficients(op, x, weight, bias, scale, iterations)
     options = Options(iterations, eps, pre_eps, sinkhorn_eps, post_factor)
+    check_coefficients(op, x, weight, bias, scale, options)
     if not runs_kernels(x, weight, bias, scale):
         return mhc_coefficients_reference(x, weight, bias, scale, **options._asdict())
     check_dtypes(op, x=x, weight=weight, bias=bias, scale=scale)

@@ -99,8 +99,8 @@ def mhc_in(
     ``y = sum_i pre_i x_i``; pre, post, res, the arguments and errors are those of mhc_coefficients. A layer begins with
     ``y, post, res, x = mhc_in(x, ...)``, ends with ``mhc_post_res(x, layer(y), post, res)``.
     """
-    check_coefficients("mhc_in", x, weight, bias, scale, iterations)
     options = Options(iterations, eps, pre_eps, sinkhorn_eps, post_factor)
+    check_coefficients("mhc_in", x, weight, bias, scale, options)
     if not runs_kernels(x, weight, bias, scale):
         return mhc_in_reference(x, weight, bias, scale, **options._asdict())
     check_dtypes("mhc_in", x=x, weight=weight, bias=bias, scale=scale)

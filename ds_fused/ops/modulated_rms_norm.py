@@ -25,6 +25,7 @@ from ds_fused.ops._modulated_rms_norm_kernels import (
 )
 from ds_fused.ops._norms import RMSForm, check_cast, check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._options import check_numbers
 from ds_fused.ops._row_tiles import in_turn, tile_of_blocks
 from ds_fused.ops._sums import SUM_COLS, partials, sharers, sum_partials
 from ds_fused.ops._triton import (
@@ -264,6 +265,7 @@ def modulated_rms_norm(
     check_per_column("modulated_rms_norm", x, weight=weight)
     rows = _of_as_many_rows(x, scale, shift)
     check_cast("modulated_rms_norm", cast)
+    check_numbers("modulated_rms_norm", eps=eps, offset=offset)
     if not runs_kernels(x, weight, scale, shift):
         return modulated_rms_norm_reference(x, weight, scale, shift, eps=eps, offset=offset, cast=cast)
     check_dtypes("modulated_rms_norm", x=x, weight=weight, scale=scale, shift=shift)

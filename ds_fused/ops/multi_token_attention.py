@@ -28,6 +28,7 @@ from torch import Tensor
 from ds_fused.ops._along_rows import LEFT, ZERO
 from ds_fused.ops._causal_conv import Window, causal_conv, causal_conv_taps, fits
 from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._options import WHOLE, check_whole
 from ds_fused.ops._triton import autocast_dtype, check_dtypes, like, rows_of, runs_kernels
 from ds_fused.ops.softmax import softmax_bwd, softmax_fwd, softmax_reference
 from ds_fused.ops.sparsemax import sparsemax_bwd, sparsemax_fwd, sparsemax_reference
@@ -124,8 +125,8 @@ def _conv_bwd(
 
 def _pair(name: str, n: Pair) -> tuple[int, int]:
     """Of rows and of columns."""
-    pair = (n, n) if isinstance(n, int) else tuple(n)
-    if len(pair) != 2 or not all(isinstance(side, int) for side in pair):
+    pair = tuple(n) if isinstance(n, (tuple, list)) else (n, n)
+    if len(pair) != 2 or not all(isinstance(side, WHOLE) for side in pair):
         raise ValueError(f"multi_token_attention: {name} is {n!r}; it must be a whole number, or two")
     return pair
 
@@ -142,6 +143,7 @@ def _check(
     op = "multi_token_attention"
     if scores.ndim != 4 or scores.shape[2] != scores.shape[3]:
         raise ValueError(f"{op}: scores {tuple(scores.shape)} must be [batch, heads, tokens, tokens]")
+    check_whole(op, groups=groups)
     if min(*stride, *dilation, groups) < 1 or min(padding) < 0:
         raise ValueError(
             f"{op}: stride is {stride}, dilation {dilation}, groups {groups} and padding {padding}; they must be 1 or "

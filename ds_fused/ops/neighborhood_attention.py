@@ -36,6 +36,7 @@ from ds_fused.ops._neighborhood_attention_kernels import (
     _neighborhood_attention_fwd_kernel,
 )
 from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._options import check_numbers, check_whole
 from ds_fused.ops._triton import autocast_dtype, cdiv, check_dtypes, power_of_2, runs_kernels
 
 BORDERS = ("cut", "shift")
@@ -231,6 +232,7 @@ class NeighborhoodAttentionFunction(torch.autograd.Function):
 
 def check_window(op: str, kernel_size: int, dilation: int, border: str) -> None:
     """A window that is as wide to both sides, a distance between neighbours, and what becomes of it at the ends."""
+    check_whole(op, kernel_size=kernel_size, dilation=dilation)
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"{op}: kernel_size is {kernel_size}; it must be odd and positive: as many on both sides")
     if dilation < 1:
@@ -264,6 +266,8 @@ def neighborhood_attention(
             f"shape, [batch, heads, tokens, columns]"
         )
     check_window("neighborhood_attention", kernel_size, dilation, border)
+    if scale is not None:
+        check_numbers("neighborhood_attention", scale=scale)
     dtype = autocast_dtype(q)
     if dtype is None and not q.dtype == k.dtype == v.dtype:
         raise ValueError(

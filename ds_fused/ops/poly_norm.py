@@ -22,6 +22,7 @@ from torch import Tensor
 from ds_fused.ops._launch import launch
 from ds_fused.ops._norms import Wanted
 from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._options import check_numbers
 from ds_fused.ops._row_tiles import in_turn, tile
 from ds_fused.ops._sums import partials, sum_partials
 from ds_fused.ops._triton import cdiv, check_dtypes, resident, row_stride, rows_of, runs_kernels
@@ -222,6 +223,7 @@ def poly_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: flo
         raise ValueError(f"poly_norm: weight {tuple(weight.shape)} must be three numbers, of shape (3,)")
     if bias is not None and (bias.numel() != 1 or bias.ndim > 1):
         raise ValueError(f"poly_norm: bias {tuple(bias.shape)} must be one number, of shape (1,) or ()")
+    check_numbers("poly_norm", eps=eps)
     if not runs_kernels(x, weight, bias):
         return poly_norm_reference(x, weight, bias, eps=eps)
     check_dtypes("poly_norm", x=x, weight=weight, bias=bias)

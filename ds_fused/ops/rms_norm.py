@@ -27,6 +27,7 @@ from ds_fused.ops import _row_tiles, _sums, _triton
 from ds_fused.ops._launch import Kept, Ready, launch_ready, lie_alike, ready
 from ds_fused.ops._norms import RMSForm, Wanted, check_cast, check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._options import check_numbers
 from ds_fused.ops._row_tiles import in_turn, tile, tile_of_blocks
 from ds_fused.ops._sums import leave, partials, sharers, sum_partials
 from ds_fused.ops._triton import (
@@ -373,6 +374,7 @@ def rms_norm(
     """
     check_per_column("rms_norm", x, weight=weight, bias=bias)
     check_cast("rms_norm", cast)
+    check_numbers("rms_norm", eps=eps, offset=offset)
     if not runs_kernels(x, weight, bias):
         return rms_norm_reference(x, weight, bias=bias, eps=eps, offset=offset, cast=cast)
     check_dtypes("rms_norm", x=x, weight=weight, bias=bias)

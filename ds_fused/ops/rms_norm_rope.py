@@ -38,6 +38,7 @@ from ds_fused.ops._launch import launch
 from ds_fused.ops._norm_and_turn import _rms_norm_rope_bwd_kernel, _rms_norm_rope_fwd_kernel
 from ds_fused.ops._norms import RMSForm, check_cast, check_per_column
 from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._options import check_numbers, check_whole
 from ds_fused.ops._rope import RopeForm, check_rope
 from ds_fused.ops._sums import partials, sum_partials
 from ds_fused.ops._triton import check_dtypes, note_taken, power_of_2, resident, runs_kernels, stages_for
@@ -261,12 +262,14 @@ def rms_norm_rope(
     ``overwrite_grad``: the backward may write the gradients over those of the results, as rope's. Where q (k) has few
     heads, or few of their columns turn, those are left as they are, too.
     """
+    check_whole("rms_norm_rope", unsqueeze_dim=unsqueeze_dim)
     form = RopeForm()
     if cos.is_complex():
         raise ValueError(f"rms_norm_rope: cos is {cos.dtype}; complex angles are for rope, behind rms_norm")
     check_rope("rms_norm_rope", q, k, cos, sin, unsqueeze_dim, form)
     check_per_column("rms_norm_rope", q, q_weight=q_weight, k_weight=k_weight)
     check_cast("rms_norm_rope", cast)
+    check_numbers("rms_norm_rope", eps=eps, offset=offset)
     if not runs_kernels(q, k, q_weight, k_weight, cos, sin):
         return rms_norm_rope_reference(
             q, k, q_weight, k_weight, cos, sin, eps=eps, offset=offset, cast=cast, unsqueeze_dim=unsqueeze_dim,

@@ -38,6 +38,7 @@ from ds_fused.ops._heads import (
 )
 from ds_fused.ops._launch import Kept, Ready, launch_ready, ready
 from ds_fused.ops._once import once_differentiable
+from ds_fused.ops._options import check_whole
 from ds_fused.ops._rope import RopeForm, check_inplace, check_inplace_strides, check_rope
 from ds_fused.ops._rope_kernels import _rope_kernel
 from ds_fused.ops._triton import check_dtypes, note_taken, power_of_2, runs_kernels
@@ -278,6 +279,7 @@ def rope(
     as q (k) does, without gaps, or has another dtype is left as it is. A second backward is right if they are made
     anew, and autograd's error if they were saved.
     """
+    check_whole("rope", unsqueeze_dim=unsqueeze_dim)
     compiling = torch.compiler.is_compiling()
     sections = None if sections is None else tuple(sections)
     if not runs_kernels(q, k, cos, sin):

@@ -120,6 +120,9 @@ def _softmax_bwd_kernel(
     dy = load_seen(dy_ptr, rows, cols, dy_stride, n_cols, mask, 0.0, ABOVE)
     y = load_seen(y_ptr, rows, cols, n_cols, n_cols, mask, 0.0, ABOVE)
     dx = y * (dy - tl.sum(dy * y, axis=1, keep_dims=True))
+    if ABOVE == "zero":
+        # of a row of NaN as well
+        dx = tl.where(cols <= rows % n_cols, dx, 0.0)
     store_seen(dx_ptr, rows, cols, n_cols, mask, dx, ABOVE)
 
 
@@ -149,6 +152,8 @@ def _softmax_part_bwd_kernel(
         meet(arrivals_ptr, row, n_parts)
     if WRITES:
         dx = wide_again(y) * (wide_again(dy) - sum_of(measures_ptr, n_parts, MERGE, MANY))
+        if ABOVE == "zero":
+            dx = tl.where(cols < n_seen, dx, 0.0)
         tl.store(dx_ptr + row * n_cols + cols, dx, mask=cols < n_written)
 
 

@@ -7,7 +7,7 @@ leaves that set as it was. Nothing is sorted. The bound tau >= max(x) - 1 is whe
 size of the set less than a quarter of what it was, so there are few (about 30 for any row of 128k values, 4 to 8 for
 normally distributed ones), in registers for rows that fit.
 
-The gradient uses the support alone, y > 0: there ``dx = dy - mean of dy over the support``, elsewhere 0.
+The gradient uses the support alone, y > 0 (or NaN): there ``dx = dy - mean of dy over the support``, elsewhere 0.
 
 Saved for backward: y, which whoever multiplies by it holds too.
 Traffic per element: forward 1 read + 1 write, backward 1 read (y) + 1 write, and dy where y > 0. Rows too wide for the
@@ -69,7 +69,9 @@ def sparsemax_reference(x: Tensor, dim: int = -1) -> Tensor:
     # a row with NaN has no support: the largest alone then hands on the NaN
     size = (1 + ranks * ordered > sums).sum(-1, keepdim=True).clamp_min(1)
     tau = (sums.gather(-1, size - 1) - 1) / size
-    return F.relu(z - tau).transpose(dim, -1).to(x.dtype)
+    # NaN is the gradient of such a row, too
+    y = F.relu(z - tau) * torch.where(tau.isnan(), tau.detach(), 1.0)
+    return y.transpose(dim, -1).to(x.dtype)
 
 
 @triton.jit
@@ -216,6 +218,12 @@ def _sparsemax_fwd_walk_kernel(
         _write(x_ptr, y_ptr, highest, tau, excess, size, n_seen, n_written, BLOCK_COLS, STAGES)
 
 
+@triton.jit
+def _support_of_result(y):
+    """What lies in the support, and what each value counts in its size, which is NaN in a row of NaN."""
+    return ~(y <= 0.0), tl.where(y > 0.0, 1.0, y)
+
+
 @triton.jit(do_not_specialize=["n_rows"])
 def _sparsemax_bwd_kernel(
     dy_ptr,  # [N, D]
@@ -230,11 +238,12 @@ def _sparsemax_bwd_kernel(
     cols = tl.arange(0, BLOCK_COLS)[None, :]
     mask = (rows < n_rows) & (cols < n_cols)
 
-    support = load_seen(y_ptr, rows, cols, n_cols, n_cols, mask, 0.0, ABOVE) > 0.0
+    support, counts = _support_of_result(load_seen(y_ptr, rows, cols, n_cols, n_cols, mask, 0.0, ABOVE))
     # what lies outside the support isn't even read
     dy = tl.load(dy_ptr + rows * dy_stride + cols, mask=support, other=0.0).to(tl.float32)
-    size = tl.sum(support.to(tl.float32), axis=1, keep_dims=True)
-    mean = tl.sum(dy, axis=1, keep_dims=True) / tl.maximum(size, 1.0)
+    size = tl.sum(counts, axis=1, keep_dims=True)
+    # rows past the last have none
+    mean = tl.sum(dy, axis=1, keep_dims=True) / tl.where(size == 0.0, 1.0, size)
     store_seen(dx_ptr, rows, cols, n_cols, mask, tl.where(support, dy - mean, 0.0), ABOVE)
 
 
@@ -255,18 +264,19 @@ def _sparsemax_part_bwd_kernel(
     row, part = team_and_member(arrivals_ptr, n_parts, MEASURES, WRITES)
     n_seen, n_written = ends_of(row, n_cols, ABOVE)
     cols = part * BLOCK + tl.arange(0, BLOCK)
-    support = tl.load(y_ptr + row * n_cols + cols, mask=cols < n_seen, other=0.0) > 0.0
+    y = tl.load(y_ptr + row * n_cols + cols, mask=cols < n_seen, other=0.0).to(tl.float32)
+    support, counts = _support_of_result(y)
     dy = tl.load(dy_ptr + row * dy_stride + cols, mask=support, other=0.0).to(tl.float32)
     measures_ptr += row * n_parts
     sums_ptr = measures_ptr + tl.num_programs(0).to(tl.int64)
     if MEASURES:
-        tl.store(measures_ptr + part, tl.sum(support.to(tl.float32)))
+        tl.store(measures_ptr + part, tl.sum(counts))
         tl.store(sums_ptr + part, tl.sum(dy))
     if MEASURES and WRITES:
         meet(arrivals_ptr, row, n_parts)
     if WRITES:
         size = sum_of(measures_ptr, n_parts, MERGE, MANY)
-        mean = sum_of(sums_ptr, n_parts, MERGE, MANY) / tl.maximum(size, 1.0)
+        mean = sum_of(sums_ptr, n_parts, MERGE, MANY) / size
         tl.store(dx_ptr + row * n_cols + cols, tl.where(support, dy - mean, 0.0), mask=cols < n_written)
 
 
@@ -318,7 +328,7 @@ class SparsemaxFunction(torch.autograd.Function):
 def sparsemax(x: Tensor, dim: int = -1) -> Tensor:
     """The row of the probability simplex nearest to x's: along the last dimension, along another one over a copy.
 
-    The result has x's dtype. -inf gets 0; a row of -inf alone, or one with NaN, is NaN.
+    The result has x's dtype. -inf gets 0; a row of -inf alone, or one with NaN, is NaN, and so is its gradient.
     """
     check_dim("sparsemax", x, dim)
     if not runs_kernels(x):

@@ -47,7 +47,7 @@ def tvd(
     ``labels`` only say which tokens are ignored. Whoever has probabilities passes their logarithms: softmax gives them
     back. The teacher gets a gradient if it requires one.
     """
-    check_pair("tvd", student_logits, teacher_logits, labels, temperature, reduction)
+    check_pair("tvd", student_logits, teacher_logits, labels, temperature, ignore_index, reduction)
     if not runs_kernels(student_logits, teacher_logits):
         return tvd_reference(
             student_logits, teacher_logits, labels,

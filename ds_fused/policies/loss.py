@@ -49,7 +49,10 @@ class Site:
             return
         self.scope.attach(self.owner)
         for model, loss in self.losses.items():
-            self.before.append((model, "_loss_function" in vars(model), vars(model).get("_loss_function")))
+            had_own = "_loss_function" in vars(model)
+            self.before.append((model, had_own, vars(model).get("_loss_function")))
+            if model is self.owner and not had_own:
+                self.scope.chosen_by = (getattr(model, "loss_type", None),)
             model.loss_function = loss
 
     def leave(self) -> None:
@@ -65,6 +68,7 @@ class Site:
             else:
                 del model._loss_function
         self.before.clear()
+        self.scope.chosen_by = ()
 
     def in_place(self) -> bool:
         return all(model.loss_function is loss for model, loss in self.losses.items())

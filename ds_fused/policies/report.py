@@ -91,7 +91,9 @@ def restore(model: nn.Module) -> None:
     for module in list(model.modules()):
         loss, scope = vars(module).get("_loss_function"), vars(module).get("_ds_fused_scope")
         if isinstance(loss, CausalLMLoss):
-            module.loss_function = loss.original
+            del module._loss_function
+            if not loss.scope.chosen_by:
+                module.loss_function = loss.original
         if isinstance(scope, Scope):
             scope.detach()
         if "_ds_fused_original" in vars(type(module)):

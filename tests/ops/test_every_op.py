@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from accuracy import randn, same_bits
@@ -89,6 +92,22 @@ def total(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 every_op = pytest.mark.parametrize("name", [op.name for op in OPS])
+
+
+@every_op
+def test_an_option_that_is_no_number_is_an_error_that_says_so(name, device, monkeypatch):
+    op = getattr(ops, name)
+    for option, parameter in inspect.signature(op).parameters.items():
+        kinds = parameter.annotation.split(" | ")
+        if parameter.default is parameter.empty or not {"int", "float", "Pair"}.intersection(kinds):
+            continue
+        wrong = [torch.tensor(1), "1", [1], np.float32(1), *([] if "None" in kinds else [None])]
+        # MiB may be parts of one
+        for value in [*wrong, *([] if "float" in kinds or option.endswith("_mb") else [1.0])]:
+            monkeypatch.setattr(ops, name, functools.partial(op, **{option: value}))
+            call, tensors = example(name, device)
+            with pytest.raises(ValueError, match=rf"^{name}: {option} is .*; it must be a (whole )?number"):
+                call(*tensors)
 
 
 # of what they lend their gradients the memory, where an option does not forbid it

@@ -457,6 +457,8 @@ def test_nothing_is_kept_where_no_gradient_is_wanted(where):
         ({"chunk_mb": 0}, "chunk_mb=0 must be positive"),
         ({"class_weight": torch.ones(3)}, r"class_weight is torch.float32 \(3,\); .*each of the 7 classes"),
         ({"keep_mb": -1}, "keep_mb=-1 not negative"),
+        ({"chunk_mb": float("nan")}, "chunk_mb=nan must be positive .*, both finite"),
+        ({"keep_mb": float("inf")}, "keep_mb=inf not negative, both finite"),
         ({"accumulate": "fp64"}, "accumulate is 'fp64'; it must be 'auto', 'native' or 'fp32'"),
     ],
 )

@@ -186,6 +186,19 @@ def test_what_lies_above_the_diagonal_does_not_matter(device):
     assert all(same_bits(a, b) and a.isfinite().all() for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("way", ["whole", "walked"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_row_of_nan_has_no_gradient_above_the_diagonal(sparse, way, device, request):
+    if way == "walked":
+        request.getfixturevalue("walked")
+    scores, weight, bias = (x.float() for x in some((1, 2, 41), (3, 3), device=device))
+    scores[0, 1, 7, 3] = math.nan
+    for function in (multi_token_attention, multi_token_attention_reference):
+        leaf = scores.clone().requires_grad_()
+        (ds,) = torch.autograd.grad(function(leaf, weight, bias, padding=1, groups=2, sparse=sparse).sum(), leaf)
+        assert ds[0, 1, 7, :8].isnan().all() and not ds.triu(1).any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_decides_the_dtype(dtype, device):
     inputs = [x.to(dtype).requires_grad_() for x in some((1, 2, 21), (3, 3), device=device)]

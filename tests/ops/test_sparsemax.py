@@ -77,7 +77,12 @@ def test_nan_fills_its_row(way, device, request):
     x[2, 39] = INF
     x[3, 40] = float("nan")
     for function in (sparsemax, sparsemax_reference):
-        assert function(x)[:4].isnan().all() and function(x)[4].isfinite().all()
+        leaf = x.clone().requires_grad_()
+        y = function(leaf)
+        # and so is its gradient, as softmax's is
+        (dx,) = torch.autograd.grad(y, leaf, x[4].expand_as(y))
+        for result in (y, dx):
+            assert result[:4].isnan().all() and result[4].isfinite().all()
 
 
 def test_a_row_does_not_depend_on_its_tile(device):

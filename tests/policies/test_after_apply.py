@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.loss.loss_utils import LOSS_MAPPING
 
 import ds_fused
 from ds_fused.modules.on_demand import LogitsOnDemand
@@ -53,6 +54,7 @@ def test_a_pickle_of_the_model(steps: int, caplog: pytest.LogCaptureFixture) -> 
     assert isinstance(loaded(**batch()).logits, LogitsOnDemand)
     ds_fused.restore(loaded)
     assert classes(loaded) == classes(stock) and loaded.loss_function is stock.loss_function
+    assert "_loss_function" not in vars(loaded)
     assert_same_step(loaded, stock, tolerance=0.0)
     assert type(loaded(**batch()).logits) is torch.Tensor
     # nothing of it was the original's
@@ -149,6 +151,26 @@ def test_a_loss_of_the_users_own_that_comes_later(caplog: pytest.LogCaptureFixtu
     assert "Its loss_function was exchanged since, and is now own_loss" in caplog.text
     ds_fused.restore(model)
     assert model.loss_function is own_loss
+    assert_same_step(model, stock, tolerance=0.0)
+
+
+@pytest.mark.parametrize(("loss_type", "is_fused"), [("ForMaskedLM", True), ("own", False)])
+def test_a_loss_type_that_is_set_later(
+    loss_type: str, is_fused: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(LOSS_MAPPING, "own", own_loss)
+    model, stock = pair()
+    step(model)
+    twin = copy.deepcopy(model)
+    for each in (twin, model, stock):
+        each.loss_type = loss_type
+    assert_same_step(model, stock, tolerance=1e-5)
+    assert_same_step(twin, stock, tolerance=1e-5)
+    # a loss that is PyTorch's cross entropy takes logits that wait
+    assert (type(model(**batch()).logits) is LogitsOnDemand) == is_fused
+    assert ("Its loss_type was exchanged since, ForCausalLM for own" in caplog.text) == (not is_fused)
+    ds_fused.restore(model)
+    assert classes(model) == classes(stock) and model.loss_function is stock.loss_function
     assert_same_step(model, stock, tolerance=0.0)
 
 

@@ -75,7 +75,7 @@ def copied_auto() -> dict:
 def destroyed() -> dict:
     """Engine after engine with copy engines: the first is destroyed, the second collected by one rank before the other.
 
-    "there": whose communicators are, engines being numbered.
+    "there": whose communicators are, engines being numbered. "wrapped": methods of the first one's optimizer.
     """
     groups: list[dist.ProcessGroup] = []
     found: dict = {"losses": [], "there": []}
@@ -96,8 +96,11 @@ def destroyed() -> dict:
         kept = choice._slabs._windows
         windows = [weakref.ref(window) for window in (*kept._weights, *kept._gradients, *kept._received)]
         look()
+        optimizer = first.optimizer
+        found["wrapped"] = [["partition_grads" in vars(optimizer), "zero_grad" in vars(optimizer)]]
         first.destroy()
         first.destroy()
+        found["wrapped"].append(["partition_grads" in vars(optimizer), "zero_grad" in vars(optimizer)])
         found["windows"] = [window() is None for window in windows]
         look()
         # as garbage is collected, which DeepSpeed's own references to an engine put off

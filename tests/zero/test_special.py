@@ -425,6 +425,7 @@ def test_destroyed(ranks):
         assert all(losses == result["losses"][0] for losses in result["losses"])
         assert len(result["windows"]) == 2 * TURNS + 1 and all(result["windows"])
         assert result["there"] == [[0], [], [1, 2], [3], []]
+        assert result["wrapped"] == [[True, True], [False, False]]
 
 
 def test_second_engine(ranks):
