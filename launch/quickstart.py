@@ -186,6 +186,16 @@ def train_command(gpus: int) -> list[str]:
     return [*command, *ranks]
 
 
+def to_its_end(command: Sequence[str]) -> int:
+    """Its exit status. An interrupt, of which the terminal tells it too, leaves it the time to end its ranks."""
+    with subprocess.Popen(command, cwd=ROOT, env=environment()) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+
+
 def train(gpus: int) -> int:
     if gpus and not torch_sees_gpus():
         print(
@@ -195,7 +205,7 @@ def train(gpus: int) -> int:
     if gpus:
         need_build_tools("Triton compiles a launcher for each kernel")
     began = time.monotonic()
-    status = subprocess.run(train_command(gpus), cwd=ROOT, env=environment()).returncode
+    status = to_its_end(train_command(gpus))
     print(f"{'failed' if status else 'done'} after {time.monotonic() - began:.0f} s; the run is in runs/quickstart")
     return status
 

@@ -81,10 +81,15 @@ def write(folder: Path, state: str) -> None:
     aside.replace(folder / "report.html")
 
 
+def goes_on(folder: Path) -> bool:
+    """Whether the page doesn't say how the run ended."""
+    shown = folder / "report.html"
+    return not shown.exists() or REFRESH in shown.read_text(encoding="utf-8")
+
+
 def finish(folder: Path, state: str) -> None:
     """The last word on a run, where its ranks have not said theirs: a rank that was killed can't."""
-    shown = folder / "report.html"
-    if not shown.exists() or REFRESH in shown.read_text(encoding="utf-8"):
+    if goes_on(folder):
         write(folder, state)
 
 

@@ -79,6 +79,7 @@ def render(run: Run, host: Host) -> Rendered:
         nodes={pod: command.replace(node_rank(cluster), str(i)) for i, pod in enumerate(pods)},
         ranks=nodes * ranks,
         files={"job.yaml": text},
+        waits=False,
     )
 
 

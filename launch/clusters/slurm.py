@@ -65,6 +65,7 @@ def render(run: Run, host: Host) -> Rendered:
         nodes={f"node {i}": f"SLURM_NODEID={i} {line}" for i in range(nodes)},
         ranks=nodes * ranks,
         files={"job.sh": job_script(run, nodes, ranks, on_cpu, host), "node.sh": node_script(run, ranks, on_cpu, host)},
+        waits=False,
     )
 
 
