@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import ds_fused
-from launch.check_deepspeed import check_batch, check_deepspeed
+from launch.check_deepspeed import check_batch, check_deepspeed, check_parallel
 from launch.clusters import KINDS, hostfile
 from launch.environment import is_secret
 from launch.schema import Run
@@ -98,6 +98,7 @@ def check(run: Run, ranks: int) -> None:
     """What train.py, DeepSpeed and ds_fused would refuse on the ranks."""
     check_numbers(run)
     check_batch(run.deepspeed, ranks)
+    check_parallel(run)
     check_deepspeed(run, ranks)
     try:
         ds_fused.parse_config(run.fused)

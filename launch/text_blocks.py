@@ -50,10 +50,15 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch))
 
 
+def data_share(engine: deepspeed.DeepSpeedEngine) -> tuple[int, int]:
+    """This rank's number among those that see different data, and how many they are: tensor parallel ranks see one."""
+    return dist.get_rank(engine.data_parallel_group), dist.get_world_size(engine.data_parallel_group)
+
+
 def micro_batch(engine: deepspeed.DeepSpeedEngine, blocks: Tensor, seed: int, step: int, micro: int) -> Tensor:
     """This rank's blocks of one micro step; a pure function of its arguments, so a resumed run sees the same data."""
-    size = engine.train_micro_batch_size_per_gpu()
-    first = step * engine.train_batch_size() + (micro * dist.get_world_size() + dist.get_rank()) * size
+    size, (rank, world) = engine.train_micro_batch_size_per_gpu(), data_share(engine)
+    first = ((step * engine.gradient_accumulation_steps() + micro) * world + rank) * size
     places = range(first, first + size)
     rows = [epoch_order(len(blocks), seed, place // len(blocks))[place % len(blocks)] for place in places]
     return blocks[torch.stack(rows)].to(engine.device)

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT, default_pg_timeout
 from journal import Journal, say
-from text_blocks import micro_batch, token_blocks
+from text_blocks import data_share, micro_batch, token_blocks
 from toolchain import missing_build_tools
 from torch import Tensor
 from torch.distributed import distributed_c10d
@@ -123,7 +123,7 @@ def load_model(args: argparse.Namespace) -> torch.nn.Module:
 @torch.no_grad()
 def held_out_loss(engine: deepspeed.DeepSpeedEngine, blocks: Tensor) -> float:
     """Mean loss per token over all ranks. Every rank runs the same number of forwards, as ZeRO-3 needs."""
-    world, rank, size = dist.get_world_size(), dist.get_rank(), engine.train_micro_batch_size_per_gpu()
+    size, (rank, world) = engine.train_micro_batch_size_per_gpu(), data_share(engine)
     total = torch.zeros(2, dtype=torch.float64)  # loss summed over tokens, tokens
     engine.eval()
     for first in range(0, len(blocks), size * world):
@@ -220,7 +220,9 @@ def train(args: argparse.Namespace) -> None:
     elif not args.resume and dist.get_rank() == 0:
         set_aside(checkpoints)
     journal = Journal(engine, args)
-    tokens_per_step = engine.train_batch_size() * args.block
+    # engine.train_batch_size() counts tensor parallel ranks as if each saw its own
+    blocks_per_step = engine.train_micro_batch_size_per_gpu() * engine.gradient_accumulation_steps()
+    tokens_per_step = blocks_per_step * data_share(engine)[1] * args.block
     say(
         f"{sum(getattr(p, 'ds_numel', p.numel()) for p in model.parameters()) / 1e6:.1f} M parameters, "
         f"{dist.get_world_size()} ranks, {tokens_per_step} tokens a step, "

@@ -124,6 +124,12 @@ WRONG = [
     (["deepspeed.train_micro_batch_size_per_gpu=null"], "deepspeed.train_micro_batch_size_per_gpu must be given"),
     (["deepspeed.train_micro_batch_size_per_gpu=0"], "deepspeed.train_micro_batch_size_per_gpu is 0"),
     (["+deepspeed.tensor_parallel.autotp_size=3"], "autotp_size is 3, which doesn't divide the 4 ranks"),
+    (["+deepspeed.sequence_parallel_size=2"], "deepspeed.sequence_parallel_size is 2, but must be 1"),
+    (
+        ["+deepspeed.tensor_parallel.autotp_size=2", "+deepspeed.train_batch_size=8"],
+        "deepspeed.train_batch_size can't be combined with tensor_parallel.autotp_size",
+    ),
+    (["+deepspeed.tensor_parallel.autotp_size=2"], "model.zero_init is true, but must be false under ZeRO-3"),
     (["+deepspeed.train_batch_sizes=8"], "train_batch_sizes is no key that DeepSpeed reads; did you mean train_batch"),
     (["+deepspeed.zero_optimization.stagee=1"], "deepspeed.zero_optimization.stagee is 1: Extra inputs"),
     (["+deepspeed.aio.block_sizee=1"], "deepspeed.aio.block_sizee is no key .* did you mean block_size"),
@@ -213,6 +219,8 @@ RIGHT = [
         "+deepspeed.wall_clock_breakdown=true",
         "+deepspeed.communication_data_type=bf16",
     ],
+    ["+deepspeed.tensor_parallel.autotp_size=2", "model.zero_init=false"],
+    ["+deepspeed.tensor_parallel.autotp_size=2", "model.random_weights=true"],
     ["+deepspeed.scheduler={type: WarmupLR, params: {warmup_num_steps: 3}}"],
     ["+deepspeed.scheduler={type: CosineAnnealingLR, params: {T_max: 3}}"],
     ["+deepspeed.torch_autocast={enabled: false, dtype: bfloat16}"],
@@ -235,7 +243,6 @@ def test_a_batch_that_multiplies_is_accepted():
     assert ds_config(run)["train_batch_size"] == 48
     # DeepSpeed works out what is left open
     check(run_of(batch[0], "deepspeed.gradient_accumulation_steps=null"), 4)
-    check(run_of(batch[0], batch[1], "+deepspeed.tensor_parallel.autotp_size=2"), 8)
 
 
 def test_paths_that_are_not_there_are_named(tmp_path):

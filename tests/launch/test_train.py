@@ -38,11 +38,12 @@ def train(tmp_path: Path, tiny_model: Path, text: Path):
 
     def run(
         name: str, *more: str, ranks: int, stage: int, micro_batch: int, accumulate: int = 1, script: Path = TRAIN,
-        survives: bool = True, **env: str,
+        survives: bool = True, parallel: int = 1, **env: str,
     ):  # fmt: skip
         out = tmp_path / name
         out.mkdir(exist_ok=True)
-        config = ds_config(out, stage, micro_batch, accumulate)
+        more_config = {"tensor_parallel": {"autotp_size": parallel}} if parallel > 1 else {}
+        config = ds_config(out, stage, micro_batch, accumulate, **more_config)
         options = ["--model", tiny_model, "--text", text, "--block", 32, "--eval_blocks", 5, "--steps", 4, "--out", out]
         words = [*map(str, options), "--deepspeed_config", str(config), *more]
         ended = launch(script, *words, ranks=ranks, env=env, expect_success=survives)
@@ -86,6 +87,16 @@ def test_two_ranks_under_zero3_resume_and_one_rank_agree(train, tmp_path):
     alone, _ = train("alone", "--no-zero_init", ranks=1, stage=0, micro_batch=1, accumulate=2)
     assert losses(alone) == pytest.approx(curve, rel=1e-5)
     assert [row["held_out_loss"] for row in alone if "held_out_loss" in row] == pytest.approx(held_out, rel=1e-5)
+
+
+# they see one batch: two are an error of DeepSpeed's
+def test_two_tensor_parallel_ranks_train_as_one(train):
+    rows, output = train("two", ranks=2, parallel=2, stage=1, micro_batch=1, accumulate=2)
+    alone, _ = train("one", ranks=1, stage=1, micro_batch=1, accumulate=2)
+    assert losses(rows) == pytest.approx(losses(alone), rel=1e-5)
+    held_out = [[row["held_out_loss"] for row in run if "held_out_loss" in row] for run in (rows, alone)]
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-5)
+    assert "2 ranks, 64 tokens a step" in output
 
 
 def test_random_weights_on_a_machine_without_a_compiler(train):
@@ -152,10 +163,11 @@ def test_every_block_comes_once_in_an_epoch_whatever_the_ranks(text_blocks, monk
     blocks = torch.arange(12).view(12, 1)
 
     def seen(world: int, size: int, micro_steps: int, steps: range) -> list[list[int]]:
-        monkeypatch.setattr(text_blocks.dist, "get_world_size", lambda: world)
+        monkeypatch.setattr(text_blocks.dist, "get_world_size", lambda group: world)
         engine = SimpleNamespace(
             train_micro_batch_size_per_gpu=lambda: size,
-            train_batch_size=lambda: world * size * micro_steps,
+            gradient_accumulation_steps=lambda: micro_steps,
+            data_parallel_group=None,
             device="cpu",
         )
         batches = []
@@ -163,7 +175,7 @@ def test_every_block_comes_once_in_an_epoch_whatever_the_ranks(text_blocks, monk
             batch = []
             for micro in range(micro_steps):
                 for rank in range(world):
-                    monkeypatch.setattr(text_blocks.dist, "get_rank", lambda rank=rank: rank)
+                    monkeypatch.setattr(text_blocks.dist, "get_rank", lambda group, rank=rank: rank)
                     batch += text_blocks.micro_batch(engine, blocks, 0, step, micro).flatten().tolist()
             batches.append(batch)
         return batches
