@@ -189,6 +189,8 @@ WRONG = [
     ([*MPI, 'cluster.env={NOTE: "a\nb"}'], "NOTE is 'a.*nb', of which cluster.launcher=openmpi would make another"),
     ([*MPI, "cluster.env={GLOO_SOCKET_IFNAME: '^lo'}"], "GLOO_SOCKET_IFNAME is '.lo', of which"),
     ([*PODS, "cluster.claim=My_Claim"], "cluster.claim names 'My_Claim'"),
+    ([*PODS, "cluster.namespace=my.team"], "cluster.namespace is 'my.team', but must be at most 63 small letters"),
+    ([*PODS, f"cluster.namespace={'a' * 64}"], "cluster.namespace is 'aaa.*, but must be at most 63 small letters"),
     ([*PODS, "cluster.mounts={a_b: /data}"], "cluster.mounts names 'a_b'"),
     ([*PODS, "cluster.mounts={a: data}"], "cluster.mounts.a is 'data', but must be a whole path"),
     ([*PODS, "cluster.memory=lots"], "cluster.memory is 'lots', but must be a size"),
