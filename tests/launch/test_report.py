@@ -76,6 +76,16 @@ def test_a_page_without_numbers_and_one_with_odd_ones():
     assert "nan" not in page(rows=rows) and "inf," not in page(rows=rows)
 
 
+def test_a_loss_that_is_no_number_any_more_says_so_and_since_when():
+    values = [5.0, float("nan"), 4.0, float("nan"), float("inf"), float("nan")]
+    rows = [{"step": 2 * i, "loss": value, "held_out_loss": value} for i, value in enumerate(values)]
+    assert dict(report.facts(rows))["loss"] == "NaN from step 6 on"
+    assert dict(report.facts(rows))["held-out loss"] == "5.0000 → NaN from step 6 on"
+    assert dict(report.facts(rows[:5]))["loss"] == "inf from step 6 on"
+    assert dict(report.facts(rows[:3]))["loss"] == "4.0000"
+    assert "NaN from step 6 on" in page(rows=rows)
+
+
 def test_it_reloads_itself_only_while_the_run_goes():
     assert 'http-equiv="refresh"' in page(state="running")
     assert 'http-equiv="refresh"' not in page(state="ended")
