@@ -148,8 +148,17 @@ def missing_paths(run: Run) -> Iterator[str]:
                 yield f"data.text names {place}: no *.txt in it"
     if run.cluster.kind == "hostfile" and run.cluster.launcher != "pdsh" and not find_spec("mpi4py"):
         yield f"cluster.launcher is {run.cluster.launcher}, whose ranks need the package mpi4py: it is not installed"
-    if run.resume is True and not os.path.isfile(os.path.join(run.folder, "checkpoints", "latest")):
-        yield f"resume is true, but {run.folder}/checkpoints holds no checkpoint; resume=auto starts anew then"
+    yield from missing_checkpoint(run)
+
+
+def missing_checkpoint(run: Run) -> Iterator[str]:
+    folder = Path(run.folder, "checkpoints")
+    latest = folder / "latest"
+    if run.resume is True and not latest.is_file():
+        yield f"resume is true, but {folder} holds no checkpoint; resume=auto starts anew then"
+    elif run.resume and latest.is_file() and not (folder / latest.read_text().strip()).is_dir():
+        there = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "no checkpoint"
+        yield f"resume is {run.resume}, but {latest} names {latest.read_text().strip()!r}, and there is {there}"
 
 
 def looks_like_a_folder(name: str) -> bool:

@@ -259,6 +259,17 @@ def test_paths_that_are_not_there_are_named(tmp_path):
     assert not [*missing_paths(run_of("model=hub", "model.path=owner/name", "resume=auto"))]
 
 
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "checkpoints" / "global_step4").mkdir(parents=True)
+    latest = tmp_path / "checkpoints" / "latest"
+    here = ["model=hub", "model.path=owner/name", "data=text", f"data.text=[{__file__}]", f"folder={tmp_path}"]
+    latest.write_text("global_step8")
+    [named] = missing_paths(run_of(*here, "resume=auto"))
+    assert named == f"resume is auto, but {latest} names 'global_step8', and there is global_step4"
+    latest.write_text("global_step4\n")
+    assert not [*missing_paths(run_of(*here, "resume=auto"))]
+
+
 def test_a_dry_run_writes_the_folder_and_starts_nothing(tmp_path):
     folder = tmp_path / "a run"
     options = ["dry_run=true", f"folder={folder}", "cluster.accelerator=cpu"]

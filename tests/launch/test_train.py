@@ -80,9 +80,14 @@ def test_two_ranks_under_zero3_resume_and_one_rank_agree(train, tmp_path):
     assert (tmp_path / "resumed/checkpoints/global_step4").is_dir()
     with (tmp_path / "resumed/metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
-    resumed, output = train("resumed", "--resume", ranks=2, stage=3, micro_batch=1)
+    resumed, output = train("resumed", "--resume", "--save_every", "4", ranks=2, stage=3, micro_batch=1)
     assert "resumed from" in output and "global_step2" in output
     assert losses(resumed) == curve
+
+    # what it has come to already
+    over, output = train("resumed", "--resume", "--steps", "3", "--save_every", "2", ranks=2, stage=3, micro_batch=1)
+    assert "nothing to train: --steps is 3, and the checkpoint is of step 4" in output and "held-out" not in output
+    assert losses(over) == curve
 
     alone, _ = train("alone", "--no-zero_init", ranks=1, stage=0, micro_batch=1, accumulate=2)
     assert losses(alone) == pytest.approx(curve, rel=1e-5)
@@ -97,6 +102,35 @@ def test_two_tensor_parallel_ranks_train_as_one(train):
     held_out = [[row["held_out_loss"] for row in run if "held_out_loss" in row] for run in (rows, alone)]
     assert held_out[0] == pytest.approx(held_out[1], rel=1e-5)
     assert "2 ranks, 64 tokens a step" in output
+
+
+# DeepSpeed's build of its op, cut off: PyTorch waits for its lock to go
+def test_a_start_that_hangs_says_where(tmp_path, tiny_model, text):
+    (tmp_path / "deepspeed_shm_comm").mkdir()
+    (tmp_path / "deepspeed_shm_comm" / "lock").touch()
+    options = ["--model", tiny_model, "--text", text, "--steps", 1, "--out", tmp_path / "run", "--timeout_s", 3]
+    words = [*map(str, options), "--deepspeed_config", str(ds_config(tmp_path, 0, 1))]
+    [ended] = launch(TRAIN, *words, ranks=1, env={"TORCH_EXTENSIONS_DIR": str(tmp_path)}, expect_success=False)
+    assert ended.status and "Timeout (0:00:06)" in ended.output and "file_baton.py" in ended.output, ended.output
+
+
+SLOW_EVALUATION = f"""
+import sys, time
+sys.path.insert(0, {str(TRAIN.parent)!r})
+import train
+held_out_loss = train.held_out_loss
+train.held_out_loss = lambda *a: (time.sleep(5), held_out_loss(*a))[1]
+train.main()
+"""
+
+
+def test_evaluating_between_two_logged_steps_is_no_training(train, tmp_path):
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW_EVALUATION)
+    options = ["--steps", "2", "--log_every", "2", "--eval_every", "1"]
+    rows, _ = train("slow", *options, ranks=1, stage=0, micro_batch=1, script=script)
+    # two steps of 32 tokens
+    assert next(row["tokens_per_s"] for row in rows if "loss" in row) > 64 / 5
 
 
 def test_random_weights_on_a_machine_without_a_compiler(train):
@@ -191,6 +225,20 @@ def test_every_block_comes_once_in_an_epoch_whatever_the_ranks(text_blocks, monk
 def test_the_script_has_never_heard_of_us():
     for name in ("train.py", "text_blocks.py", "journal.py"):
         assert "fused" not in TRAIN.with_name(name).read_text()
+
+
+def test_a_checkpoint_that_is_not_there_or_not_whole_is_named(functions, tmp_path):
+    def fails(*_, **__):
+        raise AssertionError
+
+    (tmp_path / "global_step4").mkdir()
+    (tmp_path / "latest").write_text("global_step8")
+    engine = SimpleNamespace(load_checkpoint=fails)
+    with pytest.raises(ValueError, match=f"{tmp_path}/latest names 'global_step8', but there is global_step4"):
+        functions.load_checkpoint(engine, tmp_path)
+    (tmp_path / "latest").write_text("global_step4")
+    with pytest.raises(ValueError, match=f"{tmp_path}/latest names 'global_step4', which is not whole: no file"):
+        functions.load_checkpoint(engine, tmp_path)
 
 
 def test_a_new_run_is_not_resumed_from_an_earlier_ones_checkpoint(functions, tmp_path, monkeypatch):
