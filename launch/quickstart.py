@@ -84,12 +84,15 @@ def call(command: Sequence[str], why: str) -> None:
 
 
 def make_venv() -> None:
-    if (venv_bin() / "python").exists() and subprocess.run(
-        [venv_bin() / "python", "-m", "pip", "--version"], capture_output=True
-    ).returncode == 0:
+    python = venv_bin() / "python"
+    if python.exists() and subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0:
         return
     if VENV.exists():
-        shutil.rmtree(VENV)
+        # it may be the user's own: uv makes them without pip
+        raise Stop(
+            f"{VENV} is there, but has no pip that works: give it one ({python} -m ensurepip), or move it away, or "
+            "remove it where nothing in it is needed; then repeat the command"
+        )
     # Debian's python3 comes without ensurepip; virtualenv, where it is installed, needs none
     for maker in ("venv", "virtualenv"):
         if subprocess.run([sys.executable, "-m", maker, str(VENV)], capture_output=True).returncode == 0:

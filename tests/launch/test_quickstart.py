@@ -158,6 +158,15 @@ def test_what_is_lacking_is_said_in_one_line(quickstart, monkeypatch, capsys):
     assert "Python 3.10 or newer is needed" in one_line(capsys)
 
 
+def test_an_environment_without_pip_is_left_as_it_is(quickstart, monkeypatch, capsys):
+    monkeypatch.setattr(quickstart, "count_gpus", lambda: 0)
+    monkeypatch.setattr(quickstart.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e12))
+    (quickstart.VENV / "bin").mkdir(parents=True)
+    (quickstart.VENV / "mine").touch()
+    assert quickstart.main([]) == 1 and (quickstart.VENV / "mine").exists()
+    assert f"{quickstart.VENV} is there, but has no pip that works" in one_line(capsys)
+
+
 def test_missing_build_tools_are_named(quickstart, monkeypatch):
     import toolchain
 
