@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -24,7 +25,9 @@ from typing import IO
 import hydra
 import psutil
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from launch import environment, report
 from launch.check import check, missing_paths, refuse_secrets, refuse_secrets_typed, typed
@@ -202,6 +205,17 @@ def show(run: Run, rendered: Rendered) -> None:
     print(f"\nnothing was started; all of it is in {run.folder}", flush=True)
 
 
+def in_one_line(error: Exception) -> str:
+    """What Hydra or omegaconf could not read or compose, without their pointers to manuals and to their own objects."""
+    lines = []
+    for part in filter(None, (error, error.__cause__)):
+        words = re.split(r"\n(?=See https|Config search path|\s+full_key|\s+object_type)", str(part))[0]
+        where = getattr(part, "override", None) or getattr(part, "full_key", None)
+        lines.append(" ".join((words if where is None or str(where) in words else f"{where}: {words}").split()))
+    line = "; ".join(lines)
+    return f"{line} (in an override \\${{ is the text ${{)" if "${" in line else line
+
+
 # folders of the points of this sweep that could not be started, or failed
 failed: list[str] = []
 
@@ -233,8 +247,12 @@ if __name__ == "__main__":
         # under nohup it stays ignored
         if signal.getsignal(sign) is not signal.SIG_IGN:
             signal.signal(sign, signal.default_int_handler)
+    # Hydra then hands its errors on, instead of showing them in its own way
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         main()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        sys.exit(f"launch: {in_one_line(error)}")
     except KeyboardInterrupt:
         print("launch: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -17,8 +17,8 @@ from launch.clusters import KINDS, hostfile
 from launch.environment import is_secret
 from launch.schema import Run
 
-# what is given a value
-NAMES = re.compile(r"([\w-]+)\s*[=:]")
+# what is given a value, with the value
+NAMES = re.compile(r"([\w-]+)\s*[=:](?=\s*['\"]?([^\s,{}\[\]'\"]*))")
 # key -> the least that makes sense
 LEAST = {
     "data.block": 2,  # the first token of a block has no loss
@@ -36,7 +36,12 @@ LEAST = {
     "cluster.wait_s": 1,
 }
 # and the most; a roll call of nodes takes the port behind the ranks'
-MOST = {"cluster.port": 65534, "cluster.ssh_port": 65535}
+MOST = {
+    "cluster.port": 65534,
+    "cluster.ssh_port": 65535,
+    "train.seed": 2**32 - 1,  # NumPy's
+    "train.timeout_s": 10**6,  # twice as many milliseconds still are an int of 32 bits
+}
 
 
 def typed(composed: DictConfig) -> Run:
@@ -44,6 +49,7 @@ def typed(composed: DictConfig) -> Run:
     kind = OmegaConf.select(composed, "cluster.kind")
     if kind not in KINDS:
         raise ValueError(f"cluster.kind is {kind!r}, but must be one of {', '.join(KINDS)}")
+    check_env(composed)
     try:
         schema = OmegaConf.structured(Run)
         schema.cluster = OmegaConf.structured(KINDS[kind].Options)
@@ -57,6 +63,16 @@ def typed(composed: DictConfig) -> Run:
     if kind == "hostfile":
         run.cluster.hosts = hostfile.read_hosts(run.cluster)
     return run
+
+
+def check_env(composed: DictConfig) -> None:
+    """A variable's value is text, of which YAML may have made something else: True, 1000.0."""
+    env = OmegaConf.to_container(composed.cluster).get("env")
+    for name, value in env.items() if isinstance(env, dict) else ():
+        if isinstance(value, bool) or not isinstance(value, (str, int)):
+            raise ValueError(
+                f"cluster.env.{name} is {value!r}, but must be text: put it in quotes, as {{{name}: 'true'}}"
+            )
 
 
 def unmergeable(schema: DictConfig, composed: DictConfig) -> str | None:
@@ -84,14 +100,17 @@ def refuse_secrets(composed: Mapping, where: str = "") -> None:
 
 def sets_a_secret(key: object, value: object) -> bool:
     """Whether it is text for a shell that sets a variable which looks like one: `export HF_TOKEN=...`."""
-    return key in ("setup", "options", "launcher_args") and any(map(is_secret, NAMES.findall(str(value))))
+    return key in ("setup", "options", "launcher_args") and any(
+        is_secret(*given) for given in NAMES.findall(str(value))
+    )
 
 
 def refuse_secrets_typed(words: Sequence[str]) -> None:
     """The same of a command line: Hydra writes that of a sweep down before any point of it is composed."""
     for word in words:
-        for name in NAMES.findall(word):
-            refuse_secrets({name: word})
+        for name, value in NAMES.findall(word):
+            # a value of several parts is cut
+            refuse_secrets({name: word if is_secret("", word) else value})
 
 
 def check(run: Run, ranks: int) -> None:

@@ -23,6 +23,13 @@ def text_files(places: list[str]) -> list[Path]:
     return files
 
 
+def read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text {file}: not UTF-8 at byte {error.start}") from None
+
+
 def token_blocks(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """The training blocks [N, block] and the held-out blocks [M, block], the same on every rank."""
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
@@ -30,7 +37,7 @@ def token_blocks(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     train: list[int] = []
     held_out: list[int] = []
     for file in text_files(args.text):
-        ids = tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+        ids = tokenizer(read(file), add_special_tokens=False, verbose=False)["input_ids"]
         # one cut per file, so that no held-out line has its neighbours in the training part
         cut = len(ids) - int(len(ids) * args.held_out)
         train += ids[:cut] + end

@@ -195,8 +195,9 @@ def test_a_sweeps_table_has_the_keys_that_differ_and_how_each_point_ended(tmp_pa
 
 @pytest.mark.parametrize(
     "name",
-    ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "GITHUB_PAT", "NCCL_AUTH", "DS_CREDENTIALS"],
-)
+    ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "GITHUB_PAT", "NCCL_AUTH", "DS_CREDENTIALS",
+     "SSH_PASSPHRASE", "accessToken", "apiKey"],
+)  # fmt: skip
 def test_a_secret_is_never_captured(name):
     assert environment.is_secret(name)
     assert environment.settings({name: "x", "HF_HOME": "/hf"}, [name, "HF_"]) == {"HF_HOME": "/hf"}
@@ -205,4 +206,18 @@ def test_a_secret_is_never_captured(name):
 def test_settings_are_the_variables_that_matter():
     env = {"NCCL_DEBUG": "INFO", "EDITOR": "vi", "TOKENIZERS_PARALLELISM": "false", "HF_ENDPOINT": "https://me:pw@hub"}
     assert environment.settings(env) == {"NCCL_DEBUG": "INFO"}
-    assert not environment.is_secret("TOKENIZERS_PARALLELISM")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["TOKENIZERS_PARALLELISM", "MAX_TOKENS", "max_new_tokens", "HF_TOKEN_PATH", "SSH_AUTH_SOCK", "monkey", "author"],
+)
+def test_what_only_sounds_like_a_secret(name):
+    assert not environment.is_secret(name, "4096")
+
+
+def test_a_switch_is_no_secret_and_a_token_by_any_name_is():
+    assert not environment.is_secret("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
+    assert environment.is_secret("HF_TOKEN", "hf_x")
+    for value in (f"glpat-{'x' * 20}", f"AIza{'x' * 35}", f"eyJ{'x' * 20}.eyJ{'x' * 20}.sig"):
+        assert environment.is_secret("NOTE", value)

@@ -177,6 +177,10 @@ def text_blocks(functions):
 def test_text_that_is_not_there_or_too_short_is_named(functions, text_blocks, tiny_model, text, tmp_path):
     with pytest.raises(FileNotFoundError, match="--text .*nowhere: neither a file nor a folder with"):
         text_blocks.text_files([str(tmp_path / "nowhere")])
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=f"--text {latin}: not UTF-8 at byte 3"):
+        text_blocks.read(latin)
     options = ["--model", str(tiny_model), "--text", str(text), "--steps", "1", "--out", str(tmp_path)]
     with pytest.raises(ValueError, match="the held-out text is shorter than one block of 4096 tokens"):
         text_blocks.token_blocks(functions.parse_options([*options, "--block", "4096"]))
