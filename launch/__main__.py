@@ -182,7 +182,8 @@ def followed(run: Run, rendered: Rendered, lock: IO[str]) -> int:
     try:
         status = start(run, rendered, lock)
     except KeyboardInterrupt:
-        report.finish(folder, "interrupted")
+        # a rank that has lost those on other machines may have taken it for a failure
+        report.finish(folder, "interrupted", over="failed")
         raise
     if status:
         report.finish(folder, report.failed(status))

@@ -88,9 +88,9 @@ def goes_on(folder: Path) -> bool:
     return not shown.exists() or REFRESH in shown.read_text(encoding="utf-8")
 
 
-def finish(folder: Path, state: str) -> None:
-    """The last word on a run, where its ranks have not said theirs: a rank that was killed can't."""
-    if goes_on(folder):
+def finish(folder: Path, state: str, over: str | None = None) -> None:
+    """The last word on a run, where its ranks have not said theirs: a rank that was killed can't; or said `over`."""
+    if goes_on(folder) or over and f" - {over}</title>" in (folder / "report.html").read_text(encoding="utf-8"):
         write(folder, state)
 
 

@@ -132,6 +132,10 @@ def test_the_last_word_is_said_where_no_rank_could(tmp_path):
         report.finish(folder, "failed: a")
         after = before if before in ("ended", "failed") else "failed: a"
         assert f'<p class="quiet">{after}, ' in (folder / "report.html").read_text(), before
+        report.write(folder, before)
+        report.finish(folder, "interrupted", over="failed")
+        after = before if before == "ended" else "interrupted"
+        assert f'<p class="quiet">{after}, ' in (folder / "report.html").read_text(), before
     (folder / "report.html").unlink()
     assert subprocess.run([sys.executable, report.__file__, folder, "137"]).returncode == 0
     shown = (folder / "report.html").read_text()
