@@ -74,6 +74,13 @@ def _ours(row: Row) -> str:
     return row.provider.replace(BASE, OURS, 1)
 
 
+def check(source: str) -> None:
+    """A ValueError where there is no such base: said before anything is measured."""
+    look = ["git", "-C", str(ROOT), "rev-parse", "--verify", "--quiet", f"{source}:ds_fused"]
+    if not (Path(source) / "ds_fused").is_dir() and subprocess.run(look, capture_output=True).returncode:
+        raise ValueError(f"--base {source}: neither a folder with ds_fused/ in it nor a commit")
+
+
 class Base:
     """The process in which `source` is ds_fused: a commit that git knows, or a folder with ds_fused/ in it."""
 

@@ -33,7 +33,10 @@ COLUMNS = 2
 
 def draw(folder: Path) -> str | None:
     """None, or why there is no picture."""
-    measured = json.loads((folder / "zero3_head.json").read_text())
+    try:
+        measured = json.loads((folder / "zero3_head.json").read_text())
+    except json.JSONDecodeError as error:
+        return f"{folder / 'zero3_head.json'} is no JSON: {error}"
     header = measured["header"]
     rows = [row for row in merged(measured["rows"]) if "ms" in row]
     points = [row for row in rows if row.get("extra_mib") is not None]

@@ -17,7 +17,10 @@ PART_COLORS = ("#1f4e9c", "#4f7fc9", "#e07b39", "#c9a227", "#8d6fb0", "#7f7f7f",
 
 def draw(folder: Path, name: str) -> str | None:
     """None, or why there is no picture."""
-    measured = json.loads((folder / f"{name}.json").read_text())
+    try:
+        measured = json.loads((folder / f"{name}.json").read_text())
+    except json.JSONDecodeError as error:
+        return f"{folder / name}.json is no JSON: {error}"
     head, rows = measured["header"], finished(measured["rows"])
     if not rows:
         return "no way has finished"

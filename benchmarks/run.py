@@ -31,10 +31,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.ahead import compile_ahead
-from benchmarks.base import Base
+from benchmarks.base import Base, check
 from benchmarks.cases import CASES
 from benchmarks.cases.case import Case, Inputs
 from benchmarks.measure import Instruments, worst_error
+from benchmarks.page import positive
 from benchmarks.red_tests import red_tests
 from benchmarks.results import BASE, CEILING, OK, OURS, Row, compare, markdown, read_csv, write_csv
 from benchmarks.rivals.provider import Provider
@@ -348,13 +349,23 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there, measure the rest")
     parser.add_argument("--base", help="a git ref, or a folder that holds ds_fused/: ours as it was there, as rival")
     parser.add_argument("--tests", nargs="+", type=Path, help="reports of pytest --junit-xml: no op that is red there")
-    parser.add_argument("--ahead", type=int, default=0, metavar="N", help="compile before, by N processes")
+    parser.add_argument("--ahead", type=positive, default=0, metavar="N", help="compile before, by N processes")
     parser.add_argument("--rep-ms", type=float, help="of calls for one median; default 100, with --quick 30")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU here; --device cpu --tiny shows that everything runs")
     if args.device == "cpu" and not args.tiny:
         parser.error("--device cpu wants --tiny: a CPU's times say nothing about a kernel")
+    if args.rep_ms is not None and not args.rep_ms > 0:
+        parser.error(f"--rep-ms is {args.rep_ms:g}, but must be above 0")
+    for report in args.tests or ():
+        if not report.is_file():
+            parser.error(f"--tests {report}: no such file")
+    if args.base:
+        try:
+            check(args.base)
+        except ValueError as error:
+            parser.error(str(error))
     return args
 
 

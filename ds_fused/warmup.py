@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import hjson
 import torch
@@ -29,6 +30,7 @@ import triton
 import yaml
 from torch import nn
 from triton.backends.compiler import GPUTarget
+from triton.runtime.errors import PTXASError
 
 from ds_fused.engine.config import Config, parse_config
 from ds_fused.engine.profiles import ESTIMATED, filled
@@ -65,15 +67,20 @@ def main(argv: list[str] | None = None) -> None:
         config = config_of(job.ds_config.get("ds_fused", {"enabled": True}))
         target = target_of(args.target)
         model = model_of(job.model, dtype_of(job.ds_config))
+        is_sharded = block_of(job.ds_config, "zero_optimization").get("stage") == 3
     except ValueError as error:
-        raise SystemExit(f"ds_fused.warmup: {error}") from error
+        refuse(error)
     batch = job.ds_config.get("train_micro_batch_size_per_gpu", 1)
     shape = (batch if isinstance(batch, int) else 1, job.length)
 
     began = time.perf_counter()
-    is_sharded = dict(job.ds_config.get("zero_optimization", {})).get("stage") == 3
     launches, problem = launches_of(model, config, shape, target, args.ranks if is_sharded else None, args.lora_rank)
-    done = list(compile_noted(launches, target, args.processes))
+    try:
+        done = list(compile_noted(launches, target, args.processes))
+    except PTXASError as error:
+        if "'gpu-name'" not in str(error):
+            raise
+        refuse(f"target is {args.target!r}, which this Triton's ptxas doesn't know")
     print(f"ds_fused.warmup: {type(model).__name__} in {str(model.dtype).removeprefix('torch.')} on {args.target}")
     print(_table(done))
     fresh = sum(not one.was_there for one in done)
@@ -85,6 +92,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"  their launchers are left to the first launch: {line}")
     if problem is not None:
         raise SystemExit(f"ds_fused.warmup: {type(model).__name__} {problem}")
+
+
+def refuse(why: object) -> NoReturn:
+    print(f"ds_fused.warmup: {why}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def config_of(block: object) -> Config:
@@ -130,28 +142,42 @@ def job_of(model: str, config: str | None) -> Job:
     length = LENGTH
     ds_config: Mapping[str, object] = {"bf16": {"enabled": True}}
     if Path(model).suffix in (".yaml", ".yml"):
-        run = yaml.safe_load(_text(model))
+        run, file = _mapping(model, yaml.safe_load), model
         try:
             model, length = run["model"]["path"], run["data"]["block"]
             ds_config = {**run["deepspeed"], "ds_fused": run["fused"]}
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{model} is no run.yaml of python -m launch: it has no {error}") from error
+        except KeyError as error:
+            raise ValueError(f"{file} is no run.yaml of python -m launch: it has no {error}") from error
+        except TypeError as error:
+            raise ValueError(f"{file} is no run.yaml of python -m launch: {error}") from error
     if config is not None:
-        ds_config = hjson.loads(_text(config))
+        ds_config = _mapping(config, hjson.loads)
     return Job(model, ds_config, length)
 
 
-def _text(file: str) -> str:
+def _mapping(file: str, read: Callable[[str], object]) -> Mapping:
     try:
-        return Path(file).read_text(encoding="utf-8")
+        found = read(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{file} can't be read: {error.strerror}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} can't be read: {' '.join(str(error).split())}") from error
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{file} holds {found!r}, but must hold keys with their values")
+    return found
+
+
+def block_of(ds_config: Mapping[str, object], key: str) -> Mapping[str, object]:
+    block = ds_config.get(key) or {}
+    if not isinstance(block, Mapping):
+        raise ValueError(f"{key} is {block!r}, but must be a block")
+    return block
 
 
 def dtype_of(ds_config: Mapping[str, object]) -> torch.dtype:
     """What the parameters will be cast to."""
     for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if dict(ds_config.get(key, {})).get("enabled") is True:
+        if block_of(ds_config, key).get("enabled") is True:
             return dtype
     return torch.float32
 

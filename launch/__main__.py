@@ -9,19 +9,25 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
+import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 import hydra
+import psutil
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from launch import environment, report
 from launch.check import check, missing_paths, refuse_secrets, refuse_secrets_typed, typed
@@ -32,8 +38,8 @@ from launch.schema import Run
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
-# what a command may take to end its ranks, on this machine and on others
-SECONDS_TO_END = 30
+# what a command may take to end its ranks, on this machine and on others: launchers give them 30
+SECONDS_TO_END = 45
 
 OmegaConf.register_new_resolver("cached", lambda name: str(CACHE / name), replace=True)
 
@@ -117,18 +123,43 @@ def write(run: Run, rendered: Rendered) -> None:
 
 
 def ended(command: list[str], **options: object) -> int:
-    """Run it to its end."""
-    process = subprocess.Popen(command, **options)
+    """Run it to its end. What it has started on this machine ends with it, also where this process is interrupted."""
+    # a session of its own: the terminal's signals come by this process, once
+    process = subprocess.Popen(command, start_new_session=True, **options)
     try:
         return process.wait()
-    except KeyboardInterrupt:
-        # the terminal has told the command, too: killed now, it would leave ranks on other machines
-        try:
-            process.wait(SECONDS_TO_END)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            process.wait()
-        raise
+    finally:
+        end(process)
+
+
+def end(process: subprocess.Popen) -> None:
+    """End its group: SIGTERM, which launchers hand on to ranks on other machines, and SIGKILL for who stays."""
+    deadline = time.monotonic() + SECONDS_TO_END
+    try:
+        tell(process.pid, signal.SIGTERM)
+        while is_alive(process) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    finally:
+        # at once where a second interrupt has come
+        tell(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def tell(group: int, sign: signal.Signals) -> None:
+    # PermissionError: macOS says so of processes that nobody has collected yet
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, sign)
+
+
+def is_alive(process: subprocess.Popen) -> bool:
+    """Whether any of its group is; one that has ended may stay until a container's first process collects it."""
+    if process.poll() is None:
+        return True
+    for other in psutil.process_iter():
+        with suppress(ProcessLookupError, PermissionError, psutil.Error):
+            if os.getpgid(other.pid) == process.pid and other.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def start(run: Run, rendered: Rendered, lock: IO[str]) -> int:
@@ -151,10 +182,16 @@ def followed(run: Run, rendered: Rendered, lock: IO[str]) -> int:
     try:
         status = start(run, rendered, lock)
     except KeyboardInterrupt:
-        report.finish(folder, "interrupted")
+        # a rank that has lost those on other machines may have taken it for a failure
+        report.finish(folder, "interrupted", over="failed")
         raise
     if status:
         report.finish(folder, report.failed(status))
+    elif rendered.waits and report.goes_on(folder):
+        # DeepSpeed's launcher ends with 0 where a signal has killed the process below it
+        report.finish(folder, "failed: no rank has said how it ended")
+        print("launch: the command has ended with status 0, but no rank has said how it ended", file=sys.stderr)
+        status = 1
     return status
 
 
@@ -167,6 +204,17 @@ def show(run: Run, rendered: Rendered) -> None:
     for name, line in rendered.nodes.items():
         print(f"{name}: {line}")
     print(f"\nnothing was started; all of it is in {run.folder}", flush=True)
+
+
+def in_one_line(error: Exception) -> str:
+    """What Hydra or omegaconf could not read or compose, without their pointers to manuals and to their own objects."""
+    lines = []
+    for part in filter(None, (error, error.__cause__)):
+        words = re.split(r"\n(?=See https|Config search path|\s+full_key|\s+object_type)", str(part))[0]
+        where = getattr(part, "override", None) or getattr(part, "full_key", None)
+        lines.append(" ".join((words if where is None or str(where) in words else f"{where}: {words}").split()))
+    line = "; ".join(lines)
+    return f"{line} (in an override \\${{ is the text ${{)" if "${" in line else line
 
 
 # folders of the points of this sweep that could not be started, or failed
@@ -196,7 +244,19 @@ if __name__ == "__main__":
         refuse_secrets_typed(sys.argv[1:])
     except ValueError as error:
         sys.exit(f"launch: {error}")
-    main()
+    for sign in (signal.SIGTERM, signal.SIGHUP):
+        # under nohup it stays ignored
+        if signal.getsignal(sign) is not signal.SIG_IGN:
+            signal.signal(sign, signal.default_int_handler)
+    # Hydra then hands its errors on, instead of showing them in its own way
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        sys.exit(f"launch: {in_one_line(error)}")
+    except KeyboardInterrupt:
+        print("launch: interrupted", file=sys.stderr)
+        sys.exit(130)
     # only now: one point that fails doesn't keep the others of its sweep from running
     if failed and {"-m", "--multirun"} & set(sys.argv):
         print(f"launch: failed: {', '.join(failed)}", file=sys.stderr)

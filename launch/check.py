@@ -12,13 +12,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import ds_fused
-from launch.check_deepspeed import check_batch, check_deepspeed
+from launch.check_deepspeed import check_batch, check_deepspeed, check_parallel
 from launch.clusters import KINDS, hostfile
 from launch.environment import is_secret
 from launch.schema import Run
 
-# what is given a value
-NAMES = re.compile(r"([\w-]+)\s*[=:]")
+# what is given a value, with the value
+NAMES = re.compile(r"([\w-]+)\s*[=:](?=\s*['\"]?([^\s,{}\[\]'\"]*))")
 # key -> the least that makes sense
 LEAST = {
     "data.block": 2,  # the first token of a block has no loss
@@ -36,7 +36,12 @@ LEAST = {
     "cluster.wait_s": 1,
 }
 # and the most; a roll call of nodes takes the port behind the ranks'
-MOST = {"cluster.port": 65534, "cluster.ssh_port": 65535}
+MOST = {
+    "cluster.port": 65534,
+    "cluster.ssh_port": 65535,
+    "train.seed": 2**32 - 1,  # NumPy's
+    "train.timeout_s": 10**6,  # twice as many milliseconds still are an int of 32 bits
+}
 
 
 def typed(composed: DictConfig) -> Run:
@@ -44,6 +49,7 @@ def typed(composed: DictConfig) -> Run:
     kind = OmegaConf.select(composed, "cluster.kind")
     if kind not in KINDS:
         raise ValueError(f"cluster.kind is {kind!r}, but must be one of {', '.join(KINDS)}")
+    check_env(composed)
     try:
         schema = OmegaConf.structured(Run)
         schema.cluster = OmegaConf.structured(KINDS[kind].Options)
@@ -57,6 +63,16 @@ def typed(composed: DictConfig) -> Run:
     if kind == "hostfile":
         run.cluster.hosts = hostfile.read_hosts(run.cluster)
     return run
+
+
+def check_env(composed: DictConfig) -> None:
+    """A variable's value is text, of which YAML may have made something else: True, 1000.0."""
+    env = OmegaConf.to_container(composed.cluster).get("env")
+    for name, value in env.items() if isinstance(env, dict) else ():
+        if isinstance(value, bool) or not isinstance(value, (str, int)):
+            raise ValueError(
+                f"cluster.env.{name} is {value!r}, but must be text: put it in quotes, as {{{name}: 'true'}}"
+            )
 
 
 def unmergeable(schema: DictConfig, composed: DictConfig) -> str | None:
@@ -84,20 +100,24 @@ def refuse_secrets(composed: Mapping, where: str = "") -> None:
 
 def sets_a_secret(key: object, value: object) -> bool:
     """Whether it is text for a shell that sets a variable which looks like one: `export HF_TOKEN=...`."""
-    return key in ("setup", "options", "launcher_args") and any(map(is_secret, NAMES.findall(str(value))))
+    return key in ("setup", "options", "launcher_args") and any(
+        is_secret(*given) for given in NAMES.findall(str(value))
+    )
 
 
 def refuse_secrets_typed(words: Sequence[str]) -> None:
     """The same of a command line: Hydra writes that of a sweep down before any point of it is composed."""
     for word in words:
-        for name in NAMES.findall(word):
-            refuse_secrets({name: word})
+        for name, value in NAMES.findall(word):
+            # a value of several parts is cut
+            refuse_secrets({name: word if is_secret("", word) else value})
 
 
 def check(run: Run, ranks: int) -> None:
     """What train.py, DeepSpeed and ds_fused would refuse on the ranks."""
     check_numbers(run)
     check_batch(run.deepspeed, ranks)
+    check_parallel(run)
     check_deepspeed(run, ranks)
     try:
         ds_fused.parse_config(run.fused)
@@ -147,8 +167,17 @@ def missing_paths(run: Run) -> Iterator[str]:
                 yield f"data.text names {place}: no *.txt in it"
     if run.cluster.kind == "hostfile" and run.cluster.launcher != "pdsh" and not find_spec("mpi4py"):
         yield f"cluster.launcher is {run.cluster.launcher}, whose ranks need the package mpi4py: it is not installed"
-    if run.resume is True and not os.path.isfile(os.path.join(run.folder, "checkpoints", "latest")):
-        yield f"resume is true, but {run.folder}/checkpoints holds no checkpoint; resume=auto starts anew then"
+    yield from missing_checkpoint(run)
+
+
+def missing_checkpoint(run: Run) -> Iterator[str]:
+    folder = Path(run.folder, "checkpoints")
+    latest = folder / "latest"
+    if run.resume is True and not latest.is_file():
+        yield f"resume is true, but {folder} holds no checkpoint; resume=auto starts anew then"
+    elif run.resume and latest.is_file() and not (folder / latest.read_text().strip()).is_dir():
+        there = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "no checkpoint"
+        yield f"resume is {run.resume}, but {latest} names {latest.read_text().strip()!r}, and there is {there}"
 
 
 def looks_like_a_folder(name: str) -> bool:

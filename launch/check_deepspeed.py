@@ -52,6 +52,31 @@ def data_parallel(deepspeed: Mapping, ranks: int) -> int:
     return ranks
 
 
+def check_parallel(run: Run) -> None:
+    """What train.py can't do where ranks share their data."""
+    deepspeed = OmegaConf.create(run.deepspeed)
+    if (size := deepspeed.get("sequence_parallel_size") or 1) > 1:
+        raise ValueError(
+            f"deepspeed.sequence_parallel_size is {size}, but must be 1: train.py gives every rank whole sequences"
+        )
+    if (OmegaConf.select(deepspeed, "tensor_parallel.autotp_size") or 1) == 1:
+        return
+    if deepspeed.get("train_batch_size"):
+        raise ValueError(
+            "deepspeed.train_batch_size can't be combined with tensor_parallel.autotp_size, since DeepSpeed multiplies "
+            "by all ranks: give train_micro_batch_size_per_gpu and gradient_accumulation_steps"
+        )
+    if (
+        OmegaConf.select(deepspeed, "zero_optimization.stage") == 3
+        and run.model.zero_init
+        and not run.model.random_weights
+    ):
+        raise ValueError(
+            "model.zero_init is true, but must be false under ZeRO-3 with tensor_parallel.autotp_size: transformers "
+            "reads no weights into such a model"
+        )
+
+
 def check_batch(deepspeed: Mapping, ranks: int) -> None:
     """train_batch_size = train_micro_batch_size_per_gpu x gradient_accumulation_steps x ranks."""
     ranks = data_parallel(deepspeed, ranks)

@@ -22,18 +22,23 @@ SETTINGS = (
 )  # fmt: skip
 SECRET = re.compile(
     r"(^|[_-])(tokens?|secrets?|keys?|api_?key|apikey|pass|passwd|passwords?|pwd|credentials?|auth|pat|webhook)($|[_-])"
-    r"|password|secret|credential",
+    r"|password|passphrase|secret|credential|(?-i:[a-z](Token|Key)s?(?![a-z]))",
     re.IGNORECASE,
 )
-# user:password@ in an address, and how the tokens of HuggingFace, AWS, GitHub, OpenAI and Slack look
+# a name such as MAX_TOKENS, HF_TOKEN_PATH, SSH_AUTH_SOCK; and a switch, as HF_HUB_DISABLE_IMPLICIT_TOKEN=1
+NO_SECRET = re.compile(r"((max|min|num|n)_?(new_)?tokens|_path|_file|_sock)$", re.IGNORECASE)
+SWITCH = re.compile(r"0|1|true|false", re.IGNORECASE)
+# user:password@ in an address, and how the tokens of HuggingFace, AWS, GitHub, GitLab, Google, OpenAI and Slack look,
+# and signed ones (JWT)
 SECRET_VALUE = re.compile(
     r"//[^/@:\s]*:[^/@\s]+@|\bhf_[A-Za-z0-9]{30,}|\b(AKIA|ASIA)[0-9A-Z]{16}\b|\bgh[pousr]_\w{36}|\bgithub_pat_\w{22}"
-    r"|\bsk-[\w-]{20,}|\bxox[abprs]-[\w-]{10,}"
+    r"|\bsk-[\w-]{20,}|\bxox[abprs]-[\w-]{10,}|\bglpat-[\w-]{20}|\bAIza[\w-]{35}|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\."
 )
 
 
 def is_secret(name: str, value: object = None) -> bool:
-    return bool(SECRET.search(name) or SECRET_VALUE.search(str(value)))
+    by_name = SECRET.search(name) and not NO_SECRET.search(name) and not SWITCH.fullmatch(str(value))
+    return bool(by_name or SECRET_VALUE.search(str(value)))
 
 
 def settings(env: Mapping[str, str], prefixes: Sequence[str] = SETTINGS) -> dict[str, str]:

@@ -84,12 +84,15 @@ def call(command: Sequence[str], why: str) -> None:
 
 
 def make_venv() -> None:
-    if (venv_bin() / "python").exists() and subprocess.run(
-        [venv_bin() / "python", "-m", "pip", "--version"], capture_output=True
-    ).returncode == 0:
+    python = venv_bin() / "python"
+    if python.exists() and subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0:
         return
     if VENV.exists():
-        shutil.rmtree(VENV)
+        # it may be the user's own: uv makes them without pip
+        raise Stop(
+            f"{VENV} is there, but has no pip that works: give it one ({python} -m ensurepip), or move it away, or "
+            "remove it where nothing in it is needed; then repeat the command"
+        )
     # Debian's python3 comes without ensurepip; virtualenv, where it is installed, needs none
     for maker in ("venv", "virtualenv"):
         if subprocess.run([sys.executable, "-m", maker, str(VENV)], capture_output=True).returncode == 0:
@@ -186,6 +189,16 @@ def train_command(gpus: int) -> list[str]:
     return [*command, *ranks]
 
 
+def to_its_end(command: Sequence[str]) -> int:
+    """Its exit status. An interrupt, of which the terminal tells it too, leaves it the time to end its ranks."""
+    with subprocess.Popen(command, cwd=ROOT, env=environment()) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+
+
 def train(gpus: int) -> int:
     if gpus and not torch_sees_gpus():
         print(
@@ -195,7 +208,7 @@ def train(gpus: int) -> int:
     if gpus:
         need_build_tools("Triton compiles a launcher for each kernel")
     began = time.monotonic()
-    status = subprocess.run(train_command(gpus), cwd=ROOT, env=environment()).returncode
+    status = to_its_end(train_command(gpus))
     print(f"{'failed' if status else 'done'} after {time.monotonic() - began:.0f} s; the run is in runs/quickstart")
     return status
 

@@ -54,6 +54,8 @@ class Rendered:
     needs: tuple[str, ...] = ()
     # run to their ends before the command does; none where no preflight is asked for, or where a file has it
     preflight: list[list[str]] = field(default_factory=list)
+    # the command ends when the ranks do; a scheduler's when it has taken the job
+    waits: bool = True
 
 
 def ds_config(run: Run) -> dict:

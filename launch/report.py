@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 # a run of many short steps doesn't spend its time on the page
@@ -81,10 +82,15 @@ def write(folder: Path, state: str) -> None:
     aside.replace(folder / "report.html")
 
 
-def finish(folder: Path, state: str) -> None:
-    """The last word on a run, where its ranks have not said theirs: a rank that was killed can't."""
+def goes_on(folder: Path) -> bool:
+    """Whether the page doesn't say how the run ended."""
     shown = folder / "report.html"
-    if not shown.exists() or REFRESH in shown.read_text(encoding="utf-8"):
+    return not shown.exists() or REFRESH in shown.read_text(encoding="utf-8")
+
+
+def finish(folder: Path, state: str, over: str | None = None) -> None:
+    """The last word on a run, where its ranks have not said theirs: a rank that was killed can't; or said `over`."""
+    if goes_on(folder) or over and f" - {over}</title>" in (folder / "report.html").read_text(encoding="utf-8"):
         write(folder, state)
 
 
@@ -139,15 +145,26 @@ def facts(rows: Sequence[Mapping]) -> Iterable[tuple[str, str]]:
     if not rows:
         return
     yield "step", str(rows[-1]["step"])
-    if losses := curve(rows, "loss"):
-        yield "loss", f"{losses[-1][1]:.4f}"
-    if held_out := curve(rows, "held_out_loss"):
-        yield "held-out loss", " → ".join(f"{value:.4f}" for _, value in dict.fromkeys((held_out[0], held_out[-1])))
+    if any("loss" in row for row in rows):
+        yield "loss", latest(rows, "loss")
+    if held_out := [row["held_out_loss"] for row in rows if "held_out_loss" in row]:
+        first = [f"{held_out[0]:.4f}"] if len(held_out) > 1 else []
+        yield "held-out loss", " → ".join([*first, latest(rows, "held_out_loss")])
     if speeds := sorted(value for _, value in curve(rows, "tokens_per_s")):
         # not the mean: the first steps compile
         yield "tokens/s, median", f"{speeds[len(speeds) // 2]:,.0f}"
     if memory := curve(rows, "memory_gb"):
         yield "peak memory", f"{max(value for _, value in memory):.2f} GB"
+
+
+def latest(rows: Sequence[Mapping], key: str) -> str:
+    """The newest value; where it is not finite, with the step from which on none was."""
+    points = [(row["step"], row[key]) for row in rows if key in row]
+    _, value = points[-1]
+    if math.isfinite(value):
+        return f"{value:.4f}"
+    *_, (since, _) = takewhile(lambda point: not math.isfinite(point[1]), reversed(points))
+    return f"{'NaN' if math.isnan(value) else value} from step {since} on"
 
 
 def curve(rows: Sequence[Mapping], key: str) -> Points:

@@ -66,4 +66,8 @@ def collate(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m launch.sweep FOLDER")
+    if not any(Path(sys.argv[1]).glob("*/run.yaml")):
+        sys.exit(f"launch.sweep: {sys.argv[1]} holds no points of a sweep")
     print(collate(Path(sys.argv[1])))

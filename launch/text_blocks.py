@@ -23,6 +23,13 @@ def text_files(places: list[str]) -> list[Path]:
     return files
 
 
+def read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text {file}: not UTF-8 at byte {error.start}") from None
+
+
 def token_blocks(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """The training blocks [N, block] and the held-out blocks [M, block], the same on every rank."""
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
@@ -30,7 +37,7 @@ def token_blocks(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     train: list[int] = []
     held_out: list[int] = []
     for file in text_files(args.text):
-        ids = tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+        ids = tokenizer(read(file), add_special_tokens=False, verbose=False)["input_ids"]
         # one cut per file, so that no held-out line has its neighbours in the training part
         cut = len(ids) - int(len(ids) * args.held_out)
         train += ids[:cut] + end
@@ -50,10 +57,15 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch))
 
 
+def data_share(engine: deepspeed.DeepSpeedEngine) -> tuple[int, int]:
+    """This rank's number among those that see different data, and how many they are: tensor parallel ranks see one."""
+    return dist.get_rank(engine.data_parallel_group), dist.get_world_size(engine.data_parallel_group)
+
+
 def micro_batch(engine: deepspeed.DeepSpeedEngine, blocks: Tensor, seed: int, step: int, micro: int) -> Tensor:
     """This rank's blocks of one micro step; a pure function of its arguments, so a resumed run sees the same data."""
-    size = engine.train_micro_batch_size_per_gpu()
-    first = step * engine.train_batch_size() + (micro * dist.get_world_size() + dist.get_rank()) * size
+    size, (rank, world) = engine.train_micro_batch_size_per_gpu(), data_share(engine)
+    first = ((step * engine.gradient_accumulation_steps() + micro) * world + rank) * size
     places = range(first, first + size)
     rows = [epoch_order(len(blocks), seed, place // len(blocks))[place % len(blocks)] for place in places]
     return blocks[torch.stack(rows)].to(engine.device)

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT, default_pg_timeout
 from journal import Journal, say
-from text_blocks import micro_batch, token_blocks
+from text_blocks import data_share, micro_batch, token_blocks
 from toolchain import missing_build_tools
 from torch import Tensor
 from torch.distributed import distributed_c10d
@@ -82,13 +82,14 @@ def join_ranks(timeout_s: int) -> None:
     deepspeed.init_distributed(timeout=limit, distributed_port=port)
 
 
-def expect_progress(timeout_s: int) -> None:
-    """End this process unless this is called again in time.
+def expect_progress(timeout_s: int, ends: bool = True) -> None:
+    """Unless this is called again in time, say where this process waits, and end it.
 
     Where the network is cut, PyTorch's store waits for its server's answer for as long as TCP does (a quarter of an
-    hour), whatever its time-out. Twice as long as any other wait, since those end with a message of their own.
+    hour), whatever its time-out; and for a build that was cut off, whose lock stays, PyTorch waits for ever. Twice as
+    long as any other wait, since those end with a message of their own.
     """
-    faulthandler.dump_traceback_later(2 * timeout_s, exit=True)
+    faulthandler.dump_traceback_later(2 * timeout_s, repeat=not ends, exit=ends)
 
 
 def lost_ranks(error: BaseException | None) -> bool:
@@ -123,7 +124,7 @@ def load_model(args: argparse.Namespace) -> torch.nn.Module:
 @torch.no_grad()
 def held_out_loss(engine: deepspeed.DeepSpeedEngine, blocks: Tensor) -> float:
     """Mean loss per token over all ranks. Every rank runs the same number of forwards, as ZeRO-3 needs."""
-    world, rank, size = dist.get_world_size(), dist.get_rank(), engine.train_micro_batch_size_per_gpu()
+    size, (rank, world) = engine.train_micro_batch_size_per_gpu(), data_share(engine)
     total = torch.zeros(2, dtype=torch.float64)  # loss summed over tokens, tokens
     engine.eval()
     for first in range(0, len(blocks), size * world):
@@ -159,6 +160,21 @@ def save_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
         aside = folder / ".latest"
         aside.write_text(tag)
         aside.replace(folder / "latest")
+
+
+def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> Path:
+    """The one that `latest` names."""
+    tag = (folder / "latest").read_text().strip()
+    there = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if tag not in there:
+        raise ValueError(f"{folder}/latest names {tag!r}, but there is {', '.join(there) or 'no checkpoint'}")
+    try:
+        engine.load_checkpoint(str(folder), tag=tag)
+    except (AssertionError, FileNotFoundError) as error:
+        # DeepSpeed's words for files that are not there
+        files = ", ".join(sorted(path.name for path in (folder / tag).iterdir())) or "no file"
+        raise ValueError(f"{folder}/latest names {tag!r}, which is not whole: {files}") from error
+    return folder / tag
 
 
 class StopSignal:
@@ -206,21 +222,29 @@ def train(args: argparse.Namespace) -> None:
     set_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     stop = StopSignal(args.out)
+    # text and weights may be as large as they like
+    expect_progress(args.timeout_s, ends=False)
     train_blocks, eval_blocks = token_blocks(args)
     model = load_model(args)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         environment.write(args.out, platform.node())
     # a forward is progress; so is a checkpoint, below
     model.register_forward_pre_hook(lambda *_: expect_progress(args.timeout_s))
+    expect_progress(args.timeout_s)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=args.deepspeed_config)
     checkpoints = args.out / "checkpoints"
     if args.resume and (checkpoints / "latest").is_file():
-        engine.load_checkpoint(str(checkpoints))
-        say(f"resumed from {checkpoints / (checkpoints / 'latest').read_text()}")
+        say(f"resumed from {load_checkpoint(engine, checkpoints)}")
     elif not args.resume and dist.get_rank() == 0:
         set_aside(checkpoints)
     journal = Journal(engine, args)
-    tokens_per_step = engine.train_batch_size() * args.block
+    if engine.global_steps >= args.steps:
+        journal.close("ended")
+        say(f"nothing to train: --steps is {args.steps}, and the checkpoint is of step {engine.global_steps}")
+        return
+    # engine.train_batch_size() counts tensor parallel ranks as if each saw its own
+    blocks_per_step = engine.train_micro_batch_size_per_gpu() * engine.gradient_accumulation_steps()
+    tokens_per_step = blocks_per_step * data_share(engine)[1] * args.block
     say(
         f"{sum(getattr(p, 'ds_numel', p.numel()) for p in model.parameters()) / 1e6:.1f} M parameters, "
         f"{dist.get_world_size()} ranks, {tokens_per_step} tokens a step, "
@@ -251,7 +275,13 @@ def train(args: argparse.Namespace) -> None:
             journal.step(mean, tokens_per_step * (done - logged) / (now - last), memory)
             loss_sum.zero_()
             last, logged = now, done
-        if stopping or args.save_every and (done % args.save_every == 0 or done == args.steps):
+        saves = stopping or args.save_every and (done % args.save_every == 0 or done == args.steps)
+        evaluates = not stopping and (done == args.steps or args.eval_every and done % args.eval_every == 0)
+        if saves or evaluates:
+            # what is on its way still is training
+            get_accelerator().synchronize()
+        paused = time.perf_counter()
+        if saves:
             expect_progress(args.timeout_s)
             save_checkpoint(engine, checkpoints)
             expect_progress(args.timeout_s)
@@ -260,12 +290,11 @@ def train(args: argparse.Namespace) -> None:
             journal.close("stopped")
             say(f"stopped by SIGUSR1 after step {done}; --resume goes on from there")
             return
-        if done == args.steps or (args.eval_every and done % args.eval_every == 0):
+        if evaluates:
             after = held_out_loss(engine, eval_blocks)
             journal.held_out(after)
         # saving and evaluating do not count as training speed
-        if done == logged:
-            last = time.perf_counter()
+        last += time.perf_counter() - paused
     seconds, memory = time.perf_counter() - began, max(peak_memory_gb())
     journal.row(held_out_before=before, held_out_after=after, seconds=seconds, memory_gb=memory)
     journal.close("ended")
@@ -279,6 +308,7 @@ def main() -> None:
     args = parse_options()
     use_gloo_alone_where_nothing_compiles()
     try:
+        expect_progress(args.timeout_s)
         join_ranks(args.timeout_s)
         train(args)
     except Exception as error:

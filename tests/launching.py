@@ -153,6 +153,11 @@ class _Started:
         )
 
     def end(self) -> None:
+        if self.process.poll() is None:
+            # `python -m launch` ends its ranks, which have a session of their own
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(10)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

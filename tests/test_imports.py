@@ -62,8 +62,10 @@ MAY_IMPORT = {
     },
     # the rank runner
     "ds_fused/run.py": {"deepspeed", "ds_fused.autoload", "ds_fused.engine"},
-    # pydantic: its errors are what deepspeed says of a config; yaml: what kubectl reads
+    # pydantic: its errors are what deepspeed says of a config; psutil: what it finds processes with; yaml: what kubectl
+    # reads
     "launch": {
+        "psutil",
         "pydantic",
         "yaml",
         "torch",

@@ -242,8 +242,34 @@ def test_what_is_wrong_is_one_line(arguments, environment, message, folder, monk
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as ended:
         warmup.main([a.format(folder=folder) for a in arguments])
-    said = str(ended.value) if ended.value.code != 2 else capsys.readouterr().err.splitlines()[-1]
-    assert message.format(folder=folder) in said and "\n" not in said
+    assert ended.value.code == 2
+    assert message.format(folder=folder) in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.json", "{", "a.json can't be read: "),
+        ("a.json", "[]", "a.json holds [], but must hold keys with their values"),
+        ("a.json", '{"bf16": true}', "bf16 is True, but must be a block"),
+        ("a.json", '{"zero_optimization": 3}', "zero_optimization is 3, but must be a block"),
+        ("a.yaml", "a: [", "a.yaml can't be read: "),
+        ("a.yaml", "model: 3", "a.yaml is no run.yaml of python -m launch: "),
+    ],
+)
+def test_a_file_that_is_none_is_named_in_one_line(name, text, message, folder, tmp_path, capsys):
+    (tmp_path / name).write_text(text)
+    words = [str(tmp_path / name)] if name == "a.yaml" else [str(folder), "--config", str(tmp_path / name)]
+    with pytest.raises(SystemExit) as ended:
+        warmup.main([*words, "--target", "sm90"])
+    [line] = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and message in line
+
+
+def test_a_gpu_that_there_is_none_of_is_named(folder, tmp_path):
+    ended = run("-m", "ds_fused.warmup", str(folder), "--target", "sm95", cache=tmp_path)
+    assert ended.returncode == 2 and "target is 'sm95', which this Triton's ptxas doesn't know" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_a_model_of_which_nothing_is_replaced_is_said(folder, monkeypatch):

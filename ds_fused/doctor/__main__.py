@@ -39,8 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not given.whole:
             config = tiny_config(config)
         classes = _classes(config)
-    except (OSError, ValueError) as error:
-        print(f"{given.model}: {error}")
+    except Exception as error:
+        # of the configuration's code: transformers checks one by errors of many types
+        print(f"{given.model}: {type(error).__name__}: {' '.join(str(error).split())}")
         return NOT_RUN
     return max(_report(name, config, given.whole) for name in classes)
 

@@ -7,6 +7,7 @@ that is started again goes on from the newest checkpoint.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
@@ -22,6 +23,9 @@ from launch.schema import Cluster, Run
 # ruff: noqa: UP045 (omegaconf knows Optional by this name)
 
 NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
+LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+# what Kubernetes' reader takes for a number or a truth without quotes, where PyYAML sets none: y, 1e3, 0o7
+NO_TEXT = re.compile(r"[yYnN]|[-+.0-9].*")
 SIZE = re.compile(r"[0-9]+(\.[0-9]+)?([KMGTPE]i?|k|m)?")
 
 
@@ -33,7 +37,8 @@ class _Readable(yaml.SafeDumper):
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+    style = "|" if "\n" in text else "'" if NO_TEXT.fullmatch(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 _Readable.add_representer(str, _text)
@@ -79,12 +84,18 @@ def render(run: Run, host: Host) -> Rendered:
         nodes={pod: command.replace(node_rank(cluster), str(i)) for i, pod in enumerate(pods)},
         ranks=nodes * ranks,
         files={"job.yaml": text},
+        waits=False,
     )
 
 
 def check_names(cluster: Options) -> None:
     """What Kubernetes would refuse by the form of its words."""
-    names = [(f"cluster.{key}", getattr(cluster, key)) for key in ("namespace", "claim", "env_from", "service_account")]
+    if not LABEL.fullmatch(cluster.namespace):
+        raise ValueError(
+            f"cluster.namespace is {cluster.namespace!r}, but must be at most 63 small letters, digits and -, "
+            "and neither begin nor end with -"
+        )
+    names = [(f"cluster.{key}", getattr(cluster, key)) for key in ("claim", "env_from", "service_account")]
     names += [("cluster.mounts", claim) for claim in cluster.mounts or {}]
     for key, name in names:
         if name is not None and not NAME.fullmatch(name):
@@ -99,10 +110,13 @@ def check_names(cluster: Options) -> None:
 
 
 def job_name(folder: str) -> str:
-    """A name that Kubernetes allows, from the last parts of the run's folder."""
+    """A name that Kubernetes allows, from the last parts of the run's folder, and of this folder only."""
     parts = "-".join(folder.rstrip("/").split("/")[-2:]).lower()
-    # 40: the pods' names are longer, and must stay below 64
-    return "ds-fused-" + re.sub("[^a-z0-9]+", "-", parts).strip("-")[-40:].strip("-")
+    # of letters that it doesn't allow nothing is left, and other folders may have the same last parts
+    digest = hashlib.sha256(folder.encode()).hexdigest()[:6]
+    # 33: the pods' names are longer, and must stay below 64
+    words = re.sub("[^a-z0-9]+", "-", parts).strip("-")[-33:].strip("-")
+    return "-".join(filter(None, ["ds-fused", words, digest]))
 
 
 def metadata(cluster: Options, name: str) -> dict:

@@ -58,6 +58,7 @@ def render(run: Run, host: Host) -> Rendered:
     nodes, ranks = count("nodes", cluster.nodes), count("ranks", cluster.ranks)
     on_cpu = choice("accelerator", cluster.accelerator, "auto", "cpu") == "cpu"
     check_time(cluster)
+    check_options(cluster)
     line = f"{node_line(run, host)} {shlex.join(train_script(run))}"
     return Rendered(
         command=["sbatch", at(run, "job.sh")],
@@ -65,6 +66,7 @@ def render(run: Run, host: Host) -> Rendered:
         nodes={f"node {i}": f"SLURM_NODEID={i} {line}" for i in range(nodes)},
         ranks=nodes * ranks,
         files={"job.sh": job_script(run, nodes, ranks, on_cpu, host), "node.sh": node_script(run, ranks, on_cpu, host)},
+        waits=False,
     )
 
 
@@ -84,6 +86,14 @@ def check_time(cluster: Options) -> None:
     # 0 is no limit to slurm
     if 0 < seconds <= cluster.notice:
         raise ValueError(f"cluster.notice is {cluster.notice}, but must be below the {seconds} seconds of cluster.time")
+
+
+def check_options(cluster: Options) -> None:
+    for option in cluster.options or []:
+        if not option.startswith("-"):
+            raise ValueError(f"cluster.options names {option!r}, but an option of sbatch begins with -")
+        if option.startswith(("--array", "-a")):
+            raise ValueError(f"cluster.options names {option!r}, whose jobs would share a folder: -m makes many runs")
 
 
 def job_script(run: Run, nodes: int, ranks: int, on_cpu: bool, host: Host) -> str:

@@ -611,3 +611,9 @@ def test_what_is_mistyped_is_said_before_anything_starts(arguments, said, capsys
     with pytest.raises(SystemExit):
         end_to_end.main(arguments)
     assert said in capsys.readouterr().err
+
+
+def test_a_file_that_was_cut_off_is_named(tmp_path):
+    (tmp_path / "end_to_end.json").write_text("{")
+    with pytest.raises(SystemExit, match="end_to_end.json is no JSON: "):
+        end_to_end.main(["--plot", str(tmp_path)])

@@ -263,11 +263,6 @@ def test_an_earlier_version_is_a_rival_and_all_is_compiled_before(tmp_path):
     assert rows["base"].over_base is None and rows["base"].over_best_rival is None
 
 
-def test_a_base_that_is_nowhere_is_an_error(tiny_run):
-    with pytest.raises(ValueError, match="--base nowhere: neither a folder with ds_fused/ in it nor a commit"):
-        tiny_run(GLU, "--base", "nowhere")
-
-
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.ops.test_glu" name="test_glu[silu]"/>
 <testcase classname="tests.ops.test_softmax" name="test_softmax"/>
@@ -392,6 +387,21 @@ def test_errors():
     assert name == "dx" and not error <= 1e9
     with pytest.raises(ValueError, match="shape"):
         relative_error(torch.ones(1, 4), one)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--ahead", "-1"], "'-1' is not a positive number"),
+        (["--rep-ms", "0"], "--rep-ms is 0, but must be above 0"),
+        (["--tests", "/no/report.xml"], "--tests /no/report.xml: no such file"),
+        (["--base", "no-such-ref"], "--base no-such-ref: neither a folder with ds_fused/ in it nor a commit"),
+    ],
+)
+def test_what_is_mistyped_is_said_before_anything_starts(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--device", "cpu", "--tiny", *arguments])
+    assert said in capsys.readouterr().err
 
 
 def test_a_cpu_run_must_be_tiny(capsys):

@@ -132,6 +132,8 @@ def test_rounds_are_one_row():
         (["--ways", "stock,steam"], "there is no way 'steam'; there are stock, gather"),
         (["--shapes", "8192x4096"], "a shape is TOKENSxHIDDENxVOCABULARY, such as 8192x4096x128256, got '8192x4096'"),
         (["--shapes", "8192x4096x128256,8192x0x3"], "got '8192x0x3'"),
+        (["--gpus", "0"], "'0' is not a positive number"),
+        (["--rounds", "0"], "'0' is not a positive number"),
     ],
 )
 def test_what_is_mistyped_is_said_before_anything_starts(arguments, said, capsys):
@@ -142,3 +144,8 @@ def test_what_is_mistyped_is_said_before_anything_starts(arguments, said, capsys
 
 def test_ways_that_are_not_yet_there_are_named_among_those_that_will_be():
     assert set(DEFAULT) == set(WAYS) and set(SWEEP) <= set(DEFAULT)
+
+
+def test_a_file_that_was_cut_off_is_named(tmp_path):
+    (tmp_path / "zero3_head.json").write_text("{")
+    assert zero3_head.draw(tmp_path).startswith(f"{tmp_path}/zero3_head.json is no JSON: ")

@@ -83,6 +83,22 @@ def test_a_type_and_what_is_none(capsys: pytest.CaptureFixture) -> None:
     assert "FastVlmForConditionalGeneration can't be built or run: ImportError" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ('{"model_type": "llama", "hidden_size": "big"}', "'hidden_size' expected int"),
+        ('{"model_type": "llama", "num_attention_heads": 7}', "not a multiple of the number of attention heads"),
+        ("[]", "TypeError"),
+        ("[", "not a valid JSON file"),
+    ],
+)
+def test_a_configuration_that_is_none(config, says, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "config.json").write_text(config)
+    assert doctor.main([str(tmp_path / "config.json")]) == doctor.NOT_RUN
+    [line] = capsys.readouterr().out.splitlines()
+    assert says in line
+
+
 # words of several codebooks at once, a spectrogram instead of words, one configuration for two directions
 @pytest.mark.parametrize("model_type", ["musicgen", "pop2piano", "reformer"])
 def test_batches_of_other_kinds(model_type: str) -> None:

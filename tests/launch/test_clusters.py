@@ -21,7 +21,7 @@ from launching import REPO, free_port, start
 
 import launch.__main__  # noqa: F401  (registers the resolver)
 from launch.check import check, typed
-from launch.clusters import KINDS
+from launch.clusters import KINDS, kubernetes
 from launch.render import Host, Rendered
 from launch.schema import Run
 
@@ -124,6 +124,22 @@ def test_a_slurm_job_of_cpu_ranks_that_is_not_put_back():
     assert "export OMP_NUM_THREADS=16" in files["node.sh"].splitlines()
 
 
+def test_every_folder_has_a_name_of_its_own_in_kubernetes():
+    folders = [
+        "/runs/a",
+        "/other/runs/a",
+        "/runs/A",
+        "/runs/\u65e5\u672c",
+        "/\u0434/\u043d",
+        "/\u0434/\u0430",
+        f"/runs/{'a' * 60}b",
+    ]
+    names = [kubernetes.job_name(folder) for folder in [*folders, f"/runs/{'b' * 60}b"]]
+    assert len({*names}) == len(names) and names[0].startswith("ds-fused-runs-a-")
+    # the longest pod's is a label
+    assert all(kubernetes.LABEL.fullmatch(f"{name}-worker-999") for name in names)
+
+
 def test_c10d_nodes_run_one_line():
     result = rendered(*TYPED["torchrun"](2), "cluster.rendezvous=c10d")
     assert len({*result.nodes.values()}) == 1
@@ -135,7 +151,7 @@ def test_a_pods_manifest_is_yaml_with_names_that_kubernetes_allows():
     result = rendered(*TYPED["pytorchjob"](3), "folder=/home/Me/runs/2026-11-25/A_run.1", mounts)
     config, job = yaml.safe_load_all(result.files["job.yaml"])
     assert json.loads(config["data"]["ds_config.json"])["ds_fused"] == {"enabled": True}
-    assert job["metadata"]["name"] == config["metadata"]["name"] == "ds-fused-2026-11-25-a-run-1"
+    assert job["metadata"]["name"] == config["metadata"]["name"] == "ds-fused-2026-11-25-a-run-1-4421d2"
     master, worker = job["spec"]["pytorchReplicaSpecs"].values()
     assert (master["replicas"], worker["replicas"]) == (1, 2)
     container = worker["template"]["spec"]["containers"][0]
@@ -162,7 +178,7 @@ def test_the_lines_of_a_hostfiles_nodes_are_what_deepspeed_has_pdsh_run(tmp_path
     options += ["model=hub", f"model.path={tiny_model}", "data=text", f"data.text=[{text}]", f"folder={tmp_path}/run"]
     path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
     ended = start([sys.executable, "-m", "launch", *options, "cluster.ssh_port=22"], PATH=path)
-    assert ended.status == 0, ended.output
+    assert ended.status == 1 and "no rank has said how it ended" in ended.output, ended.output
     asked = next(line for line in ended.output.splitlines() if line.startswith("PDSH "))
     assert asked.startswith(f"PDSH -S -f 1024 -w a,b source {tmp_path}/run/node_env.sh; ")
     assert "SSH -o BatchMode=yes -o ConnectTimeout=10" in ended.output

@@ -11,9 +11,10 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from launching import REPO, start
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 import launch.__main__ as entry
-from launch.check import check, missing_paths, refuse_secrets, typed
+from launch.check import check, missing_paths, refuse_secrets, refuse_secrets_typed, typed
 from launch.clusters import KINDS
 from launch.render import Host, Rendered, ds_config
 from launch.schema import Run
@@ -124,6 +125,12 @@ WRONG = [
     (["deepspeed.train_micro_batch_size_per_gpu=null"], "deepspeed.train_micro_batch_size_per_gpu must be given"),
     (["deepspeed.train_micro_batch_size_per_gpu=0"], "deepspeed.train_micro_batch_size_per_gpu is 0"),
     (["+deepspeed.tensor_parallel.autotp_size=3"], "autotp_size is 3, which doesn't divide the 4 ranks"),
+    (["+deepspeed.sequence_parallel_size=2"], "deepspeed.sequence_parallel_size is 2, but must be 1"),
+    (
+        ["+deepspeed.tensor_parallel.autotp_size=2", "+deepspeed.train_batch_size=8"],
+        "deepspeed.train_batch_size can't be combined with tensor_parallel.autotp_size",
+    ),
+    (["+deepspeed.tensor_parallel.autotp_size=2"], "model.zero_init is true, but must be false under ZeRO-3"),
     (["+deepspeed.train_batch_sizes=8"], "train_batch_sizes is no key that DeepSpeed reads; did you mean train_batch"),
     (["+deepspeed.zero_optimization.stagee=1"], "deepspeed.zero_optimization.stagee is 1: Extra inputs"),
     (["+deepspeed.aio.block_sizee=1"], "deepspeed.aio.block_sizee is no key .* did you mean block_size"),
@@ -149,6 +156,21 @@ WRONG = [
     (["+deepspeed.ds_fused.enabled=false"], "deepspeed.ds_fused is the group fused"),
     (["data.block=1"], "data.block is 1, but must be at least 2"),
     (["train.log_every=0"], "train.log_every is 0, but must be at least 1"),
+    (["train.seed=-1"], "train.seed is -1, but must be at least 0"),
+    ([f"train.seed={2**32}"], f"train.seed is {2**32}, but must be at most {2**32 - 1}"),
+    (["train.timeout_s=10000000"], "train.timeout_s is 10000000, but must be at most 1000000"),
+    (["cluster.env={A: true}"], "cluster.env.A is True, but must be text: put it in quotes, as {A: 'true'}"),
+    (["cluster.env={A: 1e3}"], "cluster.env.A is 1000.0, but must be text"),
+    (["cluster.env={A: null}"], "cluster.env.A is None, but must be text"),
+    (["cluster.env=[A]"], "cluster.env: "),
+    (
+        ["cluster=slurm", "cluster.options=['--array=0-3']"],
+        "cluster.options names '--array=0-3', whose jobs would share",
+    ),
+    (
+        ["cluster=slurm", "cluster.options=[exclusive]"],
+        "cluster.options names 'exclusive', but an option of sbatch begins",
+    ),
     (["data.held_out=1.5"], "data.held_out is 1.5, but must be a share between 0 and 1"),
     (["data=text", "data.text=[]"], "data.text is empty"),
     (["cluster.port=99999"], "cluster.port is 99999, but must be at most 65534"),
@@ -183,6 +205,8 @@ WRONG = [
     ([*MPI, 'cluster.env={NOTE: "a\nb"}'], "NOTE is 'a.*nb', of which cluster.launcher=openmpi would make another"),
     ([*MPI, "cluster.env={GLOO_SOCKET_IFNAME: '^lo'}"], "GLOO_SOCKET_IFNAME is '.lo', of which"),
     ([*PODS, "cluster.claim=My_Claim"], "cluster.claim names 'My_Claim'"),
+    ([*PODS, "cluster.namespace=my.team"], "cluster.namespace is 'my.team', but must be at most 63 small letters"),
+    ([*PODS, f"cluster.namespace={'a' * 64}"], "cluster.namespace is 'aaa.*, but must be at most 63 small letters"),
     ([*PODS, "cluster.mounts={a_b: /data}"], "cluster.mounts names 'a_b'"),
     ([*PODS, "cluster.mounts={a: data}"], "cluster.mounts.a is 'data', but must be a whole path"),
     ([*PODS, "cluster.memory=lots"], "cluster.memory is 'lots', but must be a size"),
@@ -213,6 +237,9 @@ RIGHT = [
         "+deepspeed.wall_clock_breakdown=true",
         "+deepspeed.communication_data_type=bf16",
     ],
+    ["+deepspeed.tensor_parallel.autotp_size=2", "model.zero_init=false"],
+    ["+deepspeed.tensor_parallel.autotp_size=2", "model.random_weights=true"],
+    ["cluster.env={HF_HUB_DISABLE_IMPLICIT_TOKEN: '1', MAX_TOKENS: 4096}"],
     ["+deepspeed.scheduler={type: WarmupLR, params: {warmup_num_steps: 3}}"],
     ["+deepspeed.scheduler={type: CosineAnnealingLR, params: {T_max: 3}}"],
     ["+deepspeed.torch_autocast={enabled: false, dtype: bfloat16}"],
@@ -235,7 +262,6 @@ def test_a_batch_that_multiplies_is_accepted():
     assert ds_config(run)["train_batch_size"] == 48
     # DeepSpeed works out what is left open
     check(run_of(batch[0], "deepspeed.gradient_accumulation_steps=null"), 4)
-    check(run_of(batch[0], batch[1], "+deepspeed.tensor_parallel.autotp_size=2"), 8)
 
 
 def test_paths_that_are_not_there_are_named(tmp_path):
@@ -248,6 +274,17 @@ def test_paths_that_are_not_there_are_named(tmp_path):
     assert model.endswith(": no config.json in it") and text.endswith("empty: no *.txt in it")
     # a hub's name, and what is fetched at the start
     assert not [*missing_paths(run_of("model=hub", "model.path=owner/name", "resume=auto"))]
+
+
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "checkpoints" / "global_step4").mkdir(parents=True)
+    latest = tmp_path / "checkpoints" / "latest"
+    here = ["model=hub", "model.path=owner/name", "data=text", f"data.text=[{__file__}]", f"folder={tmp_path}"]
+    latest.write_text("global_step8")
+    [named] = missing_paths(run_of(*here, "resume=auto"))
+    assert named == f"resume is auto, but {latest} names 'global_step8', and there is global_step4"
+    latest.write_text("global_step4\n")
+    assert not [*missing_paths(run_of(*here, "resume=auto"))]
 
 
 def test_a_dry_run_writes_the_folder_and_starts_nothing(tmp_path):
@@ -322,6 +359,51 @@ def test_a_command_that_this_machine_has_not_is_named(tmp_path, monkeypatch):
     for words, command in [(SLURM, "sbatch"), (["cluster=hostfile", "cluster.hosts={a: 1}", *HERE], "ssh")]:
         with pytest.raises(ValueError, match=f"cluster.kind is .*, which needs the command {command}: there is none"):
             entry.prepare(composed(*words))
+
+
+def unread(word: str) -> str:
+    with pytest.raises((HydraException, OmegaConfBaseException, ValueError)) as error:
+        typed(composed(word))
+    return entry.in_one_line(error.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        (
+            "model.path=a${b",
+            r"model.path=a${b: mismatched input '{' expecting <EOF> (in an override \${ is the text ${)",
+        ),
+        ("data.text=['a${b']", "Error merging override data.text=['a${b']; "),
+        ("train.steps=[1", "train.steps=[1: no viable alternative at input '[1'"),
+        ("train.stepz=3", "Could not override 'train.stepz'. To append to your config use +train.stepz=3"),
+        ("cluster=nope", "'cluster/nope' Available options in 'cluster': hostfile kubernetes local slurm torchrun"),
+        ("folder=${nope}", "Interpolation key 'nope' not found"),
+    ],
+)
+def test_what_hydra_can_not_read_is_one_line_that_names_it(word, says):
+    line = unread(word)
+    assert says in line and "\n" not in line and "https:" not in line
+
+
+def test_that_line_is_all_that_is_said():
+    ended = start([sys.executable, "-m", "launch", "model.path=a${b"])
+    assert ended.status == 1 and ended.output.startswith("launch: model.path=a${b: "), ended.output
+    assert len(ended.output.splitlines()) == 1, ended.output
+
+
+def test_a_table_of_no_sweep_is_not_made(tmp_path):
+    for words, says in [([], "usage: python -m launch.sweep FOLDER"), ([str(tmp_path)], f"{tmp_path} holds no points")]:
+        ended = start([sys.executable, "-m", "launch.sweep", *words])
+        assert ended.status == 1 and says in ended.output and len(ended.output.splitlines()) == 1, ended.output
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_switch_that_sounds_like_a_secret_may_be_typed():
+    refuse_secrets_typed(["cluster.env={HF_HUB_DISABLE_IMPLICIT_TOKEN: '1'}"])
+    for word in ("cluster.env={A: '1', HF_TOKEN: x}", "cluster.setup=['export HF_TOKEN=1x']"):
+        with pytest.raises(ValueError, match="HF_TOKEN looks like a secret"):
+            refuse_secrets_typed([word])
 
 
 def test_cached_paths_are_where_the_data_is_put():

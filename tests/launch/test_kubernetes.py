@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -58,6 +59,15 @@ def test_a_variable_of_two_lines_and_the_number_of_nodes_come_through():
     assert job["spec"]["completions"] == job["spec"]["parallelism"] == 128
     *_, job = documents("cluster.nodes=128")
     assert [spec["replicas"] for spec in job["spec"]["pytorchReplicaSpecs"].values()] == [1, 127]
+
+
+# YAML 1.1 as Go reads it takes them for other than text, which this reader doesn't in all cases
+@pytest.mark.parametrize(
+    "value", ["y", "N", "on", "null", "~", "1e3", "0o7", "0x1f", ".5", "-1", "12:30:45", "2001-01-01"]
+)
+def test_a_variable_that_is_no_text_without_quotes_has_them(value):
+    text = rendered(*FULL, f"cluster.env={{NOTE: '{value}'}}").files["job.yaml"]
+    assert re.search(rf"- name: NOTE\n +value: '{re.escape(value)}'\n", text)
 
 
 def pods_of(form: str) -> list[dict[str, str]]:

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import runs
 from launching import REPO, cpu_environment
@@ -20,10 +22,17 @@ from launch.schema import Run
 
 # a rank that is in the midst of its run
 RUNNING = f"""
-import os, pathlib, signal, sys, time
+import os, pathlib, signal, subprocess, sys, time
 sys.path.insert(0, {str(REPO / "launch")!r})
 import report
 report.write(pathlib.Path(sys.argv[1]), "running")
+"""
+
+
+# and one below it, which the command may leave behind
+LEAVES = """
+below = subprocess.Popen(["sleep", "600"])
+pathlib.Path(sys.argv[1], "below").write_text(str(below.pid))
 """
 
 
@@ -31,11 +40,18 @@ def state(folder: Path) -> str:
     return (folder / "report.html").read_text().partition('<p class="quiet">')[2].rpartition("</p>")[0].split(", ")[0]
 
 
-def followed(folder: Path, code: str, *preflight: list[str]) -> int:
+def followed(folder: Path, code: str, *preflight: list[str], waits: bool = True) -> int:
     run = Run(folder=str(folder))
     command = [sys.executable, "-c", RUNNING + code, str(folder)]
     with entry.held(run) as lock:
-        return entry.followed(run, Rendered(command, {}, {}, 1, preflight=[*preflight]), lock)
+        return entry.followed(run, Rendered(command, {}, {}, 1, preflight=[*preflight], waits=waits), lock)
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether the one below the command has."""
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(int((folder / "below").read_text())).status() == psutil.STATUS_ZOMBIE
+    return True
 
 
 def test_a_killed_rank(tmp_path):
@@ -49,6 +65,18 @@ def test_what_a_rank_has_said_stays(tmp_path):
     assert state(tmp_path) == "ended"
 
 
+# as DeepSpeed's launcher ends where a signal has killed the process below it
+def test_a_command_that_ends_well_while_no_rank_has_said_how_it_ended(tmp_path, capfd):
+    assert followed(tmp_path, LEAVES) == 1
+    assert state(tmp_path) == "failed: no rank has said how it ended" and has_ended(tmp_path)
+    assert "no rank has said how it ended" in capfd.readouterr().err
+
+
+def test_a_scheduler_that_has_taken_the_job_has_not_ended_it(tmp_path):
+    assert followed(tmp_path, "", waits=False) == 0
+    assert state(tmp_path) == "running"
+
+
 def test_a_failed_preflight(tmp_path):
     assert followed(tmp_path, "", ["false"]) == 1
     assert state(tmp_path) == "failed: exit status 1"
@@ -56,7 +84,7 @@ def test_a_failed_preflight(tmp_path):
 
 def test_an_interrupt_gives_the_command_time_and_then_ends_it(tmp_path, monkeypatch):
     monkeypatch.setattr(entry, "SECONDS_TO_END", 0.1)
-    waits = "pathlib.Path(sys.argv[1], 'there').touch(); time.sleep(600)"
+    waits = "signal.signal(signal.SIGTERM, signal.SIG_IGN); pathlib.Path(sys.argv[1], 'there').touch(); time.sleep(600)"
 
     def interrupt() -> None:
         while not (tmp_path / "there").exists():
@@ -70,19 +98,44 @@ def test_an_interrupt_gives_the_command_time_and_then_ends_it(tmp_path, monkeypa
     thread.start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            followed(tmp_path, waits)
+            followed(tmp_path, LEAVES + waits)
     finally:
         signal.signal(signal.SIGINT, before)
     thread.join()
-    assert state(tmp_path) == "interrupted"
+    assert state(tmp_path) == "interrupted" and has_ended(tmp_path)
+
+
+@pytest.mark.parametrize("sends", ["SIGTERM", "SIGHUP"])
+def test_a_signal_to_the_launch_alone_ends_what_it_has_started(sends, tmp_path):
+    (tmp_path / "sbatch").write_text(f"#!/bin/bash\nsleep 600 &\necho $! > {tmp_path}/below\nwait\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    words = ["cluster=slurm", "cluster.accelerator=cpu", "model=hub", "model.path=gpt", "data=text"]
+    words += [f"data.text=[{REPO}/README.md]", f"folder={tmp_path}/run"]
+    env = cpu_environment()
+    job = subprocess.Popen(
+        [sys.executable, "-m", "launch", *words], env={**env, "PATH": f"{tmp_path}:{env['PATH']}"}, cwd=REPO,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while job.poll() is None and not (tmp_path / "below").exists():
+        time.sleep(0.05)
+    job.send_signal(signal.Signals[sends])
+    said = job.communicate(timeout=60)[1]
+    assert job.returncode == 130 and "launch: interrupted" in said and "Traceback" not in said, said
+    assert state(tmp_path / "run") == "interrupted" and has_ended(tmp_path)
 
 
 @pytest.mark.all
 @pytest.mark.parametrize(
-    ("sends", "says"), [("SIGKILL", "failed: SIGKILL (exit status 247)"), ("SIGINT", "interrupted")]
+    ("sends", "says"),
+    [
+        # of two ranks that end within a second the launcher sees either first: the other one has lost the killed one
+        ("SIGKILL", {"failed: SIGKILL (exit status 247)", "failed: exit status 1"}),
+        ("SIGINT", {"interrupted"}),
+        ("SIGTERM", {"interrupted"}),
+    ],
 )
 def test_a_real_launch(sends, says, tmp_path, tiny_model, text):
-    """`kill -9` of rank 0, and Ctrl-C in the terminal of the launch, which reaches all that was started there."""
+    """`kill -9` of rank 0, Ctrl-C in the terminal of the launch, and `kill` of the launch alone."""
     folder = tmp_path / "run"
     words = [*runs.overrides(tiny_model, text, folder), "cluster.ranks=2", "train.steps=100000"]
     command = [sys.executable, "-m", "launch", *words]
@@ -94,13 +147,17 @@ def test_a_real_launch(sends, says, tmp_path, tiny_model, text):
         assert runs.comes_to(3, folder, lambda: job.poll() is not None), (tmp_path / "output").read_text()
         if sends == "SIGINT":
             os.killpg(job.pid, signal.SIGINT)
+        elif sends == "SIGTERM":
+            job.terminate()
         else:
             os.kill(rank_0(folder), signal.SIGKILL)
         assert job.wait(120) != 0
+        with pytest.raises(AssertionError, match="no rank 0"):
+            rank_0(folder)
     finally:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
-    assert state(folder) == says, (tmp_path / "output").read_text()
+    assert state(folder) in says, (tmp_path / "output").read_text()
 
 
 def rank_0(folder: Path) -> int:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -156,6 +160,39 @@ def test_what_is_lacking_is_said_in_one_line(quickstart, monkeypatch, capsys):
     monkeypatch.setattr(quickstart.sys, "version_info", (3, 9, 2))
     assert quickstart.main([]) == 1
     assert "Python 3.10 or newer is needed" in one_line(capsys)
+
+
+def test_an_environment_without_pip_is_left_as_it_is(quickstart, monkeypatch, capsys):
+    monkeypatch.setattr(quickstart, "count_gpus", lambda: 0)
+    monkeypatch.setattr(quickstart.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e12))
+    (quickstart.VENV / "bin").mkdir(parents=True)
+    (quickstart.VENV / "mine").touch()
+    assert quickstart.main([]) == 1 and (quickstart.VENV / "mine").exists()
+    assert f"{quickstart.VENV} is there, but has no pip that works" in one_line(capsys)
+
+
+# a launch that takes two seconds to end its ranks
+CHILD = """
+import pathlib, signal, time
+try:
+    pathlib.Path("there").touch()
+    time.sleep(600)
+except KeyboardInterrupt:
+    time.sleep(2)
+    pathlib.Path("all ended").touch()
+"""
+
+
+def test_an_interrupt_leaves_the_launch_the_time_to_end_its_ranks(tmp_path):
+    code = f"import quickstart as q, sys; q.ROOT = {str(tmp_path)!r}; q.to_its_end([sys.executable, '-c', {CHILD!r}])"
+    # a shell's job in the background ignores interrupts, and hands that on
+    wake = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {code}"
+    job = subprocess.Popen([sys.executable, "-c", wake], cwd=REPO / "launch", start_new_session=True)
+    while job.poll() is None and not (tmp_path / "there").exists():
+        time.sleep(0.05)
+    os.killpg(job.pid, signal.SIGINT)
+    job.wait(60)
+    assert (tmp_path / "all ended").exists()
 
 
 def test_missing_build_tools_are_named(quickstart, monkeypatch):

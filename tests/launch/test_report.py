@@ -76,6 +76,16 @@ def test_a_page_without_numbers_and_one_with_odd_ones():
     assert "nan" not in page(rows=rows) and "inf," not in page(rows=rows)
 
 
+def test_a_loss_that_is_no_number_any_more_says_so_and_since_when():
+    values = [5.0, float("nan"), 4.0, float("nan"), float("inf"), float("nan")]
+    rows = [{"step": 2 * i, "loss": value, "held_out_loss": value} for i, value in enumerate(values)]
+    assert dict(report.facts(rows))["loss"] == "NaN from step 6 on"
+    assert dict(report.facts(rows))["held-out loss"] == "5.0000 → NaN from step 6 on"
+    assert dict(report.facts(rows[:5]))["loss"] == "inf from step 6 on"
+    assert dict(report.facts(rows[:3]))["loss"] == "4.0000"
+    assert "NaN from step 6 on" in page(rows=rows)
+
+
 def test_it_reloads_itself_only_while_the_run_goes():
     assert 'http-equiv="refresh"' in page(state="running")
     assert 'http-equiv="refresh"' not in page(state="ended")
@@ -121,6 +131,10 @@ def test_the_last_word_is_said_where_no_rank_could(tmp_path):
         report.write(folder, before)
         report.finish(folder, "failed: a")
         after = before if before in ("ended", "failed") else "failed: a"
+        assert f'<p class="quiet">{after}, ' in (folder / "report.html").read_text(), before
+        report.write(folder, before)
+        report.finish(folder, "interrupted", over="failed")
+        after = before if before == "ended" else "interrupted"
         assert f'<p class="quiet">{after}, ' in (folder / "report.html").read_text(), before
     (folder / "report.html").unlink()
     assert subprocess.run([sys.executable, report.__file__, folder, "137"]).returncode == 0
@@ -185,8 +199,9 @@ def test_a_sweeps_table_has_the_keys_that_differ_and_how_each_point_ended(tmp_pa
 
 @pytest.mark.parametrize(
     "name",
-    ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "GITHUB_PAT", "NCCL_AUTH", "DS_CREDENTIALS"],
-)
+    ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "GITHUB_PAT", "NCCL_AUTH", "DS_CREDENTIALS",
+     "SSH_PASSPHRASE", "accessToken", "apiKey"],
+)  # fmt: skip
 def test_a_secret_is_never_captured(name):
     assert environment.is_secret(name)
     assert environment.settings({name: "x", "HF_HOME": "/hf"}, [name, "HF_"]) == {"HF_HOME": "/hf"}
@@ -195,4 +210,18 @@ def test_a_secret_is_never_captured(name):
 def test_settings_are_the_variables_that_matter():
     env = {"NCCL_DEBUG": "INFO", "EDITOR": "vi", "TOKENIZERS_PARALLELISM": "false", "HF_ENDPOINT": "https://me:pw@hub"}
     assert environment.settings(env) == {"NCCL_DEBUG": "INFO"}
-    assert not environment.is_secret("TOKENIZERS_PARALLELISM")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["TOKENIZERS_PARALLELISM", "MAX_TOKENS", "max_new_tokens", "HF_TOKEN_PATH", "SSH_AUTH_SOCK", "monkey", "author"],
+)
+def test_what_only_sounds_like_a_secret(name):
+    assert not environment.is_secret(name, "4096")
+
+
+def test_a_switch_is_no_secret_and_a_token_by_any_name_is():
+    assert not environment.is_secret("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
+    assert environment.is_secret("HF_TOKEN", "hf_x")
+    for value in (f"glpat-{'x' * 20}", f"AIza{'x' * 35}", f"eyJ{'x' * 20}.eyJ{'x' * 20}.sig"):
+        assert environment.is_secret("NOTE", value)

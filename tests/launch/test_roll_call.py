@@ -16,6 +16,7 @@ from test_clusters import rendered
 from test_two_hosts import launch_on
 
 from launch import roll_call
+from launch.clusters.kubernetes import job_name
 from launch.roll_call import is_here, verdict
 
 HERE = platform.node()
@@ -82,10 +83,11 @@ def test_an_address_of_this_machine():
 @pytest.mark.parametrize(("form", "names"), [("job", ["{}-0", "{}-1"]), ("pytorchjob", ["{}-master-0", "{}-worker-0"])])
 def test_a_pods_shell_spells_the_names_out(form, names):
     words = ["cluster=kubernetes", "cluster.image=i", "cluster.claim=c", "cluster.nodes=2", "cluster.preflight=true"]
-    line = rendered(*words, f"cluster.form={form}").nodes[names[1].format("ds-fused-runs-a")]
+    name = job_name("/runs/a")
+    line = rendered(*words, f"cluster.form={form}").nodes[names[1].format(name)]
     before, _, rest = line.partition(" && ")
     said = subprocess.run(["bash", "-c", f"printf '%s ' {before}"], capture_output=True, text=True).stdout
-    assert said.endswith(f"--seconds 300 --names {' '.join(names).replace('{}', 'ds-fused-runs-a')} ")
+    assert said.endswith(f"--seconds 300 --names {' '.join(names).replace('{}', name)} ")
     assert rest.startswith("torchrun ")
 
 

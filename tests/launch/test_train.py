@@ -38,11 +38,12 @@ def train(tmp_path: Path, tiny_model: Path, text: Path):
 
     def run(
         name: str, *more: str, ranks: int, stage: int, micro_batch: int, accumulate: int = 1, script: Path = TRAIN,
-        survives: bool = True, **env: str,
+        survives: bool = True, parallel: int = 1, **env: str,
     ):  # fmt: skip
         out = tmp_path / name
         out.mkdir(exist_ok=True)
-        config = ds_config(out, stage, micro_batch, accumulate)
+        more_config = {"tensor_parallel": {"autotp_size": parallel}} if parallel > 1 else {}
+        config = ds_config(out, stage, micro_batch, accumulate, **more_config)
         options = ["--model", tiny_model, "--text", text, "--block", 32, "--eval_blocks", 5, "--steps", 4, "--out", out]
         words = [*map(str, options), "--deepspeed_config", str(config), *more]
         ended = launch(script, *words, ranks=ranks, env=env, expect_success=survives)
@@ -79,13 +80,57 @@ def test_two_ranks_under_zero3_resume_and_one_rank_agree(train, tmp_path):
     assert (tmp_path / "resumed/checkpoints/global_step4").is_dir()
     with (tmp_path / "resumed/metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
-    resumed, output = train("resumed", "--resume", ranks=2, stage=3, micro_batch=1)
+    resumed, output = train("resumed", "--resume", "--save_every", "4", ranks=2, stage=3, micro_batch=1)
     assert "resumed from" in output and "global_step2" in output
     assert losses(resumed) == curve
+
+    # what it has come to already
+    over, output = train("resumed", "--resume", "--steps", "3", "--save_every", "2", ranks=2, stage=3, micro_batch=1)
+    assert "nothing to train: --steps is 3, and the checkpoint is of step 4" in output and "held-out" not in output
+    assert losses(over) == curve
 
     alone, _ = train("alone", "--no-zero_init", ranks=1, stage=0, micro_batch=1, accumulate=2)
     assert losses(alone) == pytest.approx(curve, rel=1e-5)
     assert [row["held_out_loss"] for row in alone if "held_out_loss" in row] == pytest.approx(held_out, rel=1e-5)
+
+
+# they see one batch: two are an error of DeepSpeed's
+def test_two_tensor_parallel_ranks_train_as_one(train):
+    rows, output = train("two", ranks=2, parallel=2, stage=1, micro_batch=1, accumulate=2)
+    alone, _ = train("one", ranks=1, stage=1, micro_batch=1, accumulate=2)
+    assert losses(rows) == pytest.approx(losses(alone), rel=1e-5)
+    held_out = [[row["held_out_loss"] for row in run if "held_out_loss" in row] for run in (rows, alone)]
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-5)
+    assert "2 ranks, 64 tokens a step" in output
+
+
+# DeepSpeed's build of its op, cut off: PyTorch waits for its lock to go
+def test_a_start_that_hangs_says_where(tmp_path, tiny_model, text):
+    (tmp_path / "deepspeed_shm_comm").mkdir()
+    (tmp_path / "deepspeed_shm_comm" / "lock").touch()
+    options = ["--model", tiny_model, "--text", text, "--steps", 1, "--out", tmp_path / "run", "--timeout_s", 3]
+    words = [*map(str, options), "--deepspeed_config", str(ds_config(tmp_path, 0, 1))]
+    [ended] = launch(TRAIN, *words, ranks=1, env={"TORCH_EXTENSIONS_DIR": str(tmp_path)}, expect_success=False)
+    assert ended.status and "Timeout (0:00:06)" in ended.output and "file_baton.py" in ended.output, ended.output
+
+
+SLOW_EVALUATION = f"""
+import sys, time
+sys.path.insert(0, {str(TRAIN.parent)!r})
+import train
+held_out_loss = train.held_out_loss
+train.held_out_loss = lambda *a: (time.sleep(5), held_out_loss(*a))[1]
+train.main()
+"""
+
+
+def test_evaluating_between_two_logged_steps_is_no_training(train, tmp_path):
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW_EVALUATION)
+    options = ["--steps", "2", "--log_every", "2", "--eval_every", "1"]
+    rows, _ = train("slow", *options, ranks=1, stage=0, micro_batch=1, script=script)
+    # two steps of 32 tokens
+    assert next(row["tokens_per_s"] for row in rows if "loss" in row) > 64 / 5
 
 
 def test_random_weights_on_a_machine_without_a_compiler(train):
@@ -132,6 +177,10 @@ def text_blocks(functions):
 def test_text_that_is_not_there_or_too_short_is_named(functions, text_blocks, tiny_model, text, tmp_path):
     with pytest.raises(FileNotFoundError, match="--text .*nowhere: neither a file nor a folder with"):
         text_blocks.text_files([str(tmp_path / "nowhere")])
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=f"--text {latin}: not UTF-8 at byte 3"):
+        text_blocks.read(latin)
     options = ["--model", str(tiny_model), "--text", str(text), "--steps", "1", "--out", str(tmp_path)]
     with pytest.raises(ValueError, match="the held-out text is shorter than one block of 4096 tokens"):
         text_blocks.token_blocks(functions.parse_options([*options, "--block", "4096"]))
@@ -152,10 +201,11 @@ def test_every_block_comes_once_in_an_epoch_whatever_the_ranks(text_blocks, monk
     blocks = torch.arange(12).view(12, 1)
 
     def seen(world: int, size: int, micro_steps: int, steps: range) -> list[list[int]]:
-        monkeypatch.setattr(text_blocks.dist, "get_world_size", lambda: world)
+        monkeypatch.setattr(text_blocks.dist, "get_world_size", lambda group: world)
         engine = SimpleNamespace(
             train_micro_batch_size_per_gpu=lambda: size,
-            train_batch_size=lambda: world * size * micro_steps,
+            gradient_accumulation_steps=lambda: micro_steps,
+            data_parallel_group=None,
             device="cpu",
         )
         batches = []
@@ -163,7 +213,7 @@ def test_every_block_comes_once_in_an_epoch_whatever_the_ranks(text_blocks, monk
             batch = []
             for micro in range(micro_steps):
                 for rank in range(world):
-                    monkeypatch.setattr(text_blocks.dist, "get_rank", lambda rank=rank: rank)
+                    monkeypatch.setattr(text_blocks.dist, "get_rank", lambda group, rank=rank: rank)
                     batch += text_blocks.micro_batch(engine, blocks, 0, step, micro).flatten().tolist()
             batches.append(batch)
         return batches
@@ -179,6 +229,20 @@ def test_every_block_comes_once_in_an_epoch_whatever_the_ranks(text_blocks, monk
 def test_the_script_has_never_heard_of_us():
     for name in ("train.py", "text_blocks.py", "journal.py"):
         assert "fused" not in TRAIN.with_name(name).read_text()
+
+
+def test_a_checkpoint_that_is_not_there_or_not_whole_is_named(functions, tmp_path):
+    def fails(*_, **__):
+        raise AssertionError
+
+    (tmp_path / "global_step4").mkdir()
+    (tmp_path / "latest").write_text("global_step8")
+    engine = SimpleNamespace(load_checkpoint=fails)
+    with pytest.raises(ValueError, match=f"{tmp_path}/latest names 'global_step8', but there is global_step4"):
+        functions.load_checkpoint(engine, tmp_path)
+    (tmp_path / "latest").write_text("global_step4")
+    with pytest.raises(ValueError, match=f"{tmp_path}/latest names 'global_step4', which is not whole: no file"):
+        functions.load_checkpoint(engine, tmp_path)
 
 
 def test_a_new_run_is_not_resumed_from_an_earlier_ones_checkpoint(functions, tmp_path, monkeypatch):

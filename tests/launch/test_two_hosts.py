@@ -89,6 +89,21 @@ def test_a_cut_link_ends_the_job_which_resumes_to_the_same_losses(two_hosts, tmp
 
 
 @pytest.mark.all
+def test_a_launch_that_is_told_to_end_ends_the_ranks_of_both_hosts(two_hosts, tmp_path, tiny_model, text):
+    alpha, beta = two_hosts
+    folder = tmp_path / "run"
+    words = [*runs.overrides(tiny_model, text, folder), "cluster=hostfile", "cluster.hosts={alpha: 1, beta: 1}"]
+    with ThreadPoolExecutor() as pool:
+        job = pool.submit(launch_on, alpha, *words, "train.steps=100000", attempts=1)
+        assert runs.comes_to(3, folder, job.done), job.result().output
+        alpha.run("pkill", "-TERM", "--full", "python[0-9.]* -m launch ")
+        ended = job.result()
+    assert ended.status == 130 and "launch: interrupted" in ended.output, ended.output
+    assert '<p class="quiet">interrupted, ' in (folder / "report.html").read_text()
+    assert alpha.wait_until_idle(5) == [] and beta.wait_until_idle(5) == []
+
+
+@pytest.mark.all
 @pytest.mark.parametrize("runner", MPI)
 def test_an_mpi_runner_starts_the_same_training(runner, two_hosts, tmp_path, tiny_model, text, local_run):
     if reason := mpi_lacks(runner):
