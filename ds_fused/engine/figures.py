@@ -6,7 +6,7 @@ is in their rate); bytes on the wire; and so much for each collective, however s
 products, but they take multiprocessors and memory bandwidth from them: measured, the sum was nearer than the larger of
 the two.
 Over several nodes the wire's rate is the network's, and a collective takes longer the more ranks it has. What copy
-engines transfer takes nothing from the products, nor does what prepares it and adds it up (ops/_beside.py).
+engines transfer takes nothing from the products, nor does what adds it up (ops/_parts.py).
 
 Sizes: M tokens of a rank (the most of any), V vocabulary, H hidden, W ranks.
 """
@@ -129,6 +129,8 @@ def of_stream(head: HeadCosts, most: int, chunk_bytes: int, keep_bytes: int) -> 
     whole, kept_slabs = head.elements * itemsize, min(cut.kept_slabs, head.n_slabs)
     if head.copied:
         kept_slabs = min(kept_slabs, TURNS)
+        # a rank's own part of the weight is put in its place
+        traffic += 2 * (1 + trains) * whole // ranks
     kept_bytes = sum(head.slabs[head.n_slabs - kept_slabs :]) * hidden * itemsize
     wire = (3 * whole - kept_bytes if trains else whole) * (ranks - 1) // ranks
     calls = 3 * head.n_slabs - kept_slabs if trains else head.n_slabs

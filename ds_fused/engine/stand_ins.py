@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ds_fused.engine.shards import Shards
-from ds_fused.ops._beside import copy_beside
 from ds_fused.ops._parts import sum_parts
 from ds_fused.ops.slabs import WeightSlabs
 from ds_fused.ops.vocab_shard import VocabShard
@@ -66,10 +65,7 @@ class Slabs:
         return self._spans[k]
 
     def prefetch(self, k: int) -> None:
-        """Nothing comes; a rank's own part goes where copy engines bring the others'."""
-        if self._copied:
-            mine = self.weight[self.span(k)].flatten()[:: self._ranks].contiguous()
-            copy_beside(mine, torch.empty_like(mine))
+        """Nothing comes."""
 
     def gather(self, k: int) -> Tensor:
         return torch.empty_like(self.weight[self.span(k)])

@@ -23,7 +23,6 @@ from ds_fused.engine.hosts import Hosts
 from ds_fused.engine.shards import Shards
 from ds_fused.engine.windows import TokenWindows
 from ds_fused.engine.zero_slabs import Flight
-from ds_fused.ops._beside import copy_beside
 from ds_fused.ops._parts import sum_parts
 from ds_fused.ops._tiles import wide
 from ds_fused.ops.vocab_shard import VocabShard
@@ -116,9 +115,8 @@ class ZeroShard(VocabShard):
             return super().bring(mine)
         engines, everyones = self._windows.engines, self._windows.room("x", self.ranks * mine.numel(), mine.dtype)
         everyones = everyones.view(self.ranks, *mine.shape)
-        with engines.beside():
-            copy_beside(mine, everyones[self.rank])
-            return Flight(engines.gather(everyones), everyones, mine)
+        everyones[self.rank] = mine
+        return Flight(engines.gather(everyones), everyones)
 
     def room_of_parts(self, x: Tensor) -> Tensor:
         if self._windows is None:

@@ -33,7 +33,6 @@ from torch import Tensor
 from ds_fused.engine.delivery import Delivery, Place
 from ds_fused.engine.shards import Shards
 from ds_fused.engine.windows import SlabWindows
-from ds_fused.ops._beside import copy_beside
 
 if TYPE_CHECKING:
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -47,8 +46,6 @@ class Flight(NamedTuple):
 
     work: Work | Passed
     result: Tensor
-    # what it reads, where nothing else keeps it
-    read: Tensor | None = None
 
     def land(self) -> Tensor:
         self.work.wait()
@@ -174,9 +171,9 @@ class ZeroSlabs:
         elif self._windows is not None:
             mine = shard[self._place(k)]
             everyones = self._windows.room(k, self.ranks * mine.numel())
-            with self._windows.engines.beside():
-                copy_beside(mine, everyones.view(self.ranks, -1)[self._rank])
-                return Flight(self._windows.engines.gather(everyones), everyones)
+            # offloaded shards lie on the CPU. Not beside what is computed: as a kernel it would wait for its end
+            everyones.view(self.ranks, -1)[self._rank].copy_(mine, non_blocking=True)
+            return Flight(self._windows.engines.gather(everyones), everyones)
         else:
             mine = shard[self._place(k)].to(self.device, non_blocking=True)
         everyones = torch.empty(self._shards.ranks * mine.numel(), dtype=self.dtype, device=self.device)

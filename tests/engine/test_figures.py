@@ -97,8 +97,9 @@ def test_what_copy_engines_move():
     # two windows of weight in place of three slabs, and beside two of gradient one for the parts of others
     assert copied.held == by_kernels.held + slab - slab // W
     assert copied.wire == by_kernels.wire + slab * 3 // 4 and copied.flops == by_kernels.flops
-    # its transfers cost nothing
-    assert copied.seconds(RATES) == replace(by_kernels, wire=0, calls=0).seconds(RATES) < by_kernels.seconds(RATES)
+    # its transfers cost nothing but that its own part is put in its place
+    alone = replace(by_kernels, wire=0, calls=0).seconds(RATES)
+    assert alone < copied.seconds(RATES) < 1.02 * alone < by_kernels.seconds(RATES)
     frozen = of_stream(head(copied=True, trains=False), 8192, 512 * MB, 0)
     assert frozen.held == stream(8192, trained=False).held
     # 1280 and 1024 tokens a block: one read more of the gradient's sum

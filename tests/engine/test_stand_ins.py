@@ -69,7 +69,6 @@ def test_what_arrives_is_added_to_what_is_kept(mode, monkeypatch):
         if mode == "stationary":
             way.gradient().give(0.5)
         else:
-            way.prefetch(1)
             way.scatter(1, way.gradient(1))
         monkeypatch.undo()
     assert launches == [(dtype, adds, is_copied) for dtype in (torch.bfloat16, torch.float32) for adds in (False, True)]

@@ -35,7 +35,6 @@ import ds_fused.ops as ops
 import ds_fused.ops._triton as shared
 from ds_fused.ops import _meet
 from ds_fused.ops._along_rows import LEFT, ZERO
-from ds_fused.ops._beside import copy_beside
 from ds_fused.ops._gates import GLUForm
 from ds_fused.ops._lent_logits_parts import lent_logits_in_parts
 from ds_fused.ops._loss import LossOptions
@@ -378,7 +377,6 @@ def linear_cross_entropy() -> None:
     weights = {"class_weight": leaf(32000).detach(), "label_smoothing": 0.1}
     ops.linear_cross_entropy(leaf(2, 8).detach(), OneOfTwo(), labels, **weights)
     # slabs that copy engines move
-    copy_beside(leaf(5000).detach(), leaf(5000).detach())
     for dtype, adds in ((torch.bfloat16, False), (torch.float32, True)):
         for beside in (False, True):
             sum_parts(leaf(4, 64).detach(), leaf(64, dtype=dtype).detach(), adds=adds, beside=beside)

@@ -1,4 +1,4 @@
-"""Parts of a sum, as ranks have sent them, added up where it belongs; copies that run beside a product."""
+"""Parts of a sum, as ranks have sent them, added up where it belongs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from itertools import product
 import pytest
 import torch
 
-from ds_fused.ops import _beside
-from ds_fused.ops._beside import copy_beside
 from ds_fused.ops._parts import BLOCK, sum_parts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,35 +37,25 @@ def test_an_overflow_stays_one(device):
     assert out.isinf().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-# none, one, a turn, turns of several programs and a rest
-@pytest.mark.parametrize("n", [0, 1, _beside.BLOCK, 5 * _beside.BLOCK + 17])
-def test_a_copy(dtype, n, device):
-    x = torch.randn(n, device=device).to(dtype)
-    whole = torch.full((n + 2,), float("nan"), dtype=dtype, device=device)
-    copy_beside(x, whole[1:-1])
-    assert torch.equal(whole[1:-1], x) and whole[0].isnan() and whole[-1].isnan()
-
-
 @pytest.mark.gpu
 def test_room_beside_a_product(device):
-    """A copy that is asked for in the middle of a product ends before it does."""
-    x, weight, out = (torch.randn(size, 8192, device=device).bfloat16() for size in (8192, 32768, 8192))
+    """A sum of what a copy engine brings in the middle of a product is there before the product ends."""
+    x, weight = (torch.randn(size, 8192, device=device).bfloat16() for size in (8192, 32768))
     z = torch.empty(8192, 32768, dtype=torch.bfloat16, device=device)
-    copied, beside = torch.empty_like(out), torch.cuda.Stream()
-    copy_beside(out.view(-1), copied.view(-1))
+    brought, parts = torch.randn(2, 1 << 21).bfloat16().pin_memory(), torch.empty(2, 1 << 21, device=device).bfloat16()
+    out, beside = torch.empty_like(parts[0]), torch.cuda.Stream()
+    sum_parts(parts, out, adds=False, beside=True)
     torch.mm(x, weight.t(), out=z)
-    begin, end, of_copy = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+    begin, end, of_sum = (torch.cuda.Event(enable_timing=True) for _ in range(3))
     begin.record()
-    torch.mm(x, weight.t(), out=z)
-    end.record()
     beside.wait_event(begin)
     with torch.cuda.stream(beside):
-        # so long the product has every multiprocessor
-        torch.empty(1 << 22, dtype=torch.uint8, pin_memory=True).to(device, non_blocking=True)
-        copy_beside(out.view(-1), copied.view(-1))
-        of_copy.record()
+        parts.copy_(brought, non_blocking=True)
+        sum_parts(parts, out, adds=False, beside=True)
+        of_sum.record()
+    torch.mm(x, weight.t(), out=z)
+    end.record()
     torch.cuda.synchronize()
-    assert torch.equal(copied, out)
+    assert torch.equal(out, parts.float().sum(0).bfloat16())
     if torch.cuda.get_device_capability() == (9, 0):
-        assert begin.elapsed_time(of_copy) < 0.7 * begin.elapsed_time(end)
+        assert begin.elapsed_time(of_sum) < 0.7 * begin.elapsed_time(end)
