@@ -69,6 +69,12 @@ class SlabWindows:
         """Slab k's gradient is on its way."""
         self._leaving[k % TURNS] = work
 
+    def join(self) -> None:
+        """The current stream waits for all that is on its way here."""
+        self.engines.join()
+        # NCCL's works must not outlive its communicator
+        self._leaving.clear()
+
     def received(self, n_elements: int) -> Tensor:
         return self._made(self._received, 1)[0][:n_elements]
 

@@ -211,7 +211,7 @@ class ZeroSlabs:
         if self._leaving is not None:
             self._leaving[1].land()
         if self._windows is not None:
-            self._windows.engines.join()
+            self._windows.join()
         self._leaving = self._partition = None
         self._kept = self._delivery.open()
         if self._kept is None:
@@ -245,7 +245,7 @@ class ZeroSlabs:
     def finish(self) -> None:
         self._take_in()
         if self._windows is not None:
-            self._windows.engines.join()
+            self._windows.join()
         partition, self._kept, self._partition = self._partition, None, None
         if partition is None:
             self._delivery.close()

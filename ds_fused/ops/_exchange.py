@@ -25,9 +25,7 @@ class Tokens:
 
     def __init__(self, shard: VocabShard, x: Tensor, most: int, block: int) -> None:
         self.shard, self.x, self.most, self.block = shard, x, most, block
-        # the smallest first: nothing is computed yet while it comes
-        starts = sorted({0, *range(most % block, most, block)})
-        self.places = [slice(a, b) for a, b in zip(starts, [*starts[1:], most], strict=True) if a < b]
+        self.places = [slice(start, min(start + block, most)) for start in range(0, most, block)]
         self._coming: Flight | None = None
         self.start(0)
 
