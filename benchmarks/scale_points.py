@@ -40,9 +40,9 @@ from benchmarks.scale_model import (
     whole_head,
     whole_loss,
 )
-from ds_fused.engine.figures import Figures, HeadCosts, chosen, of_stationary, of_stream, sharded
+from ds_fused.engine.figures import Figures, HeadCosts, chosen, of_stationary, of_stream
 from ds_fused.engine.shards import Shards
-from ds_fused.ops._tiles import KEPT_SLABS
+from ds_fused.ops._tiles import KEPT_SLABS, side
 from ds_fused.ops.stationary import block_bytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -54,6 +54,8 @@ GATHER_KEPT_BEFORE = "2026-11-26"
 # since then slabs and blocks are cut otherwise: the memory that these took before is not the model's, nor is that of a
 # step in which "fit" kept one layer of 16 less beside such a head
 CUT_BEFORE = {"stream": "2026-11-26 12:00"} | dict.fromkeys(("stationary", "auto"), "2026-11-26 14:00")
+# blocks of tokens were even parts before, and not whole waves
+EVEN_BLOCKS_BEFORE = "2026-11-28 16:00"
 # before, the default of slab_mb was another, and one slab alone was left for the backward
 SLAB_MB_WAS, SLABS_KEPT_SINCE = 128, "2026-11-26 19:00"
 KEPT_LESS = {("h100x2/end_to_end", "8b-16layers, 4 x 8192", "ours-fast")}
@@ -148,9 +150,11 @@ def heads(results: Path = RESULTS) -> Iterator[Point | Skipped]:
         device, ranks = _card(measured["header"]), int(measured["header"]["ranks"])
         keeps = measured["header"]["date"] < GATHER_KEPT_BEFORE
         one_slab = measured["header"]["date"] < SLABS_KEPT_SINCE
+        even_blocks = measured["header"]["date"] < EVEN_BLOCKS_BEFORE
         for row in merged(measured["rows"]):
             shape, way = row["shape"], row["way"]
-            found = head_loss("gather keep" if keeps and way == "gather" else way, shape, ranks, device, one_slab)
+            way_then = "gather keep" if keeps and way == "gather" else way
+            found = head_loss(way_then, shape, ranks, device, one_slab, even_blocks)
             reason = OUTDATED.get((name, shape, way)) or _no_parameters(measured["header"], device)
             reason = reason or (NO_MODEL if found is None else None)
             if row["status"] != "ok" or reason:
@@ -170,7 +174,7 @@ LossOf = Callable[[Setting], Loss]
 
 
 def head_loss(
-    way: str, shape: str, ranks: int, device: str | None, one_slab: bool = False
+    way: str, shape: str, ranks: int, device: str | None, one_slab: bool = False, even_blocks: bool = False
 ) -> tuple[LossOf, bool] | None:
     """Of a way of zero3_head.py, and whether it runs in an engine; None where there is no model of it."""
     tokens, hidden, vocab = sizes = _sizes(shape)
@@ -200,12 +204,20 @@ def head_loss(
         figures = of_stream(head, tokens, chunk, keep)
         return _fixed(sharded_loss(_with_one_slab(figures, head) if one_slab else figures)), True
     if name == "stationary":
-        return _fixed(sharded_loss(of_stationary(head, tokens, chunk))), True
+        block = _even_block(head, tokens, chunk) if even_blocks else None
+        return _fixed(sharded_loss(of_stationary(head, tokens, chunk, block))), True
     if name == "auto":
         # all were measured when it had these two
-        both = sharded(head, tokens, chunk, KEEP_MB * MIB)
+        block = _even_block(head, tokens, chunk) if even_blocks else None
+        keep = KEEP_MB * MIB
+        both = [of_stream(head, tokens, chunk, keep), of_stationary(head, tokens, chunk, block)]
         return lambda s: sharded_loss(chosen(both, float("inf"), s.machines[device].rates(ranks))), True
     return None
+
+
+def _even_block(head: HeadCosts, tokens: int, chunk_bytes: int) -> int:
+    shards = head.shards
+    return side(tokens, chunk_bytes // block_bytes(shards.n_vocab, shards.hidden, shards.ranks, 2), shards.ranks)
 
 
 def _with_one_slab(figures: Figures, head: HeadCosts) -> Figures:

@@ -149,11 +149,12 @@ def rows_at_once(slabs: tuple[int, ...], kept: int) -> int:
     return max(sum(slabs[max(0, len(slabs) - kept) :]) + slabs[-1], *later)
 
 
-def of_stationary(head: HeadCosts, most: int, chunk_bytes: int) -> Figures:
+def of_stationary(head: HeadCosts, most: int, chunk_bytes: int, block: int | None = None) -> Figures:
+    """``block``: tokens of a rank in one, where it is not as the op has them."""
     n_vocab, hidden, ranks = head.shards.n_vocab, head.shards.hidden, head.shards.ranks
     itemsize, trains = head.itemsize, head.trains
     beside = head.tokens_copied
-    block = block_tokens(most, n_vocab, hidden, ranks, itemsize, chunk_bytes, beside)
+    block = block or block_tokens(most, n_vocab, hidden, ranks, itemsize, chunk_bytes, beside)
     blocks = -(-most // block)
     flops = (4 + 2 * trains) * most * head.elements
     held = block * block_bytes(n_vocab, hidden, ranks, itemsize, beside)

@@ -153,13 +153,13 @@ def test_too_few_points_are_refused(times):
 def test_a_head_is_the_product_s(times):
     """The time of a head in modes of ours is what mode "auto" goes by, and the host's start."""
     known = setting(KNOWN)
-    rates = known.machines["H100"].rates(2)
-    job = replace(Job(WAYS["ours"], LLAMA_8B, 2, 1), length=8192)
-    stationary = head_figures(job, known.machines["H100"])
+    machine, waves = known.machines["H200"], "h200x4/zero3_head_whole_waves"
+    rates = machine.rates(4)
+    job = replace(Job(WAYS["ours"], LLAMA_8B, 4, 1), length=8192)
+    stationary = head_figures(job, machine)
     assert stationary.mode == "stationary"
-    some = [point for point in times if (point.file, point.case) == (HEADS[0], "8192x4096x128256")]
-    some = [point for point in some if point.way in ("stationary", "auto")]
-    assert len(some) == 2
+    some = [point for point in times if (point.file, point.way) == (waves, "stationary")]
+    assert len(some) == 1
     assert all(
         p.model(known) == pytest.approx(1e3 * (stationary.seconds(rates) + known.starts["start, agreed"])) for p in some
     )
