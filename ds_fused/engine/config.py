@@ -76,8 +76,9 @@ HEAD_OPTIONS: Mapping[str, Option] = MappingProxyType(
         "copy_engines": Option(
             bool,
             False,
-            'in mode "stream" on one host of NVIDIA\'s GPUs: slabs are moved by copy engines, beside which products '
-            "are faster, through five slabs of memory that stay",
+            'on one host of NVIDIA\'s GPUs: slabs, or in mode "stationary" tokens, are moved by copy engines, beside '
+            "which products are faster, through memory that stays: five slabs, or what a block's tokens and their "
+            "gradients take",
         ),
     }
 )
