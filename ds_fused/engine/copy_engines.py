@@ -55,7 +55,7 @@ class Passed(NamedTuple):
 class CopyEngines:
     """All ranks of the job, on one host. Every rank makes it and calls its methods in the same order, but for `leave`.
 
-    It owns a communicator, which either of `end` and `leave` lets go of, and a stream for what goes before and behind.
+    It owns a communicator, which either of `end` and `leave` lets go of, and a stream for sums of what has come.
     """
 
     def __init__(self) -> None:

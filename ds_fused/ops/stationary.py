@@ -271,7 +271,7 @@ class _Walk:
             z = tile(room, x.shape[0], self.shard.n_rows)
             self.rows.logits(z, x)
             if gradients is not None:
-                # where it has not been sent yet
+                # what goes beside products has been sent
                 gradients.send()
             halves = [self._half(ranks, place, z) for ranks in self._ranks_of_halves()]
             coming = [self.shard.gather(self._numbers(half)) for half in halves] if forwards else []
@@ -292,7 +292,7 @@ class _Walk:
             gradients.finish()
 
     def _add(self, i: int, dz: Tensor, x: Tensor) -> None:
-        """Both products of block i: first the one behind which something sets out, where products can hide it."""
+        """Both products of block i, in an order in which a product follows whatever sets out and hides it."""
         gradients, place, is_beside = self.gradients, self.tokens.places[i], self.shard.is_beside
         if i + 1 == len(self.tokens.places):
             gradients.add_dx(place, dz, x)
