@@ -338,7 +338,10 @@ def method(on: Instruments) -> str:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", "--op", nargs="+", choices=sorted({case.op for case in CASES}), help="only these")
-    parser.add_argument("--providers", nargs="+", help="only these (the first word of a provider's name)")
+    providers = {name.split()[0] for case in CASES for name in (*case.providers, BARE)}
+    parser.add_argument(
+        "--providers", nargs="+", choices=sorted(providers), help="only these (the first word of a provider's name)"
+    )
     parser.add_argument("--out", type=Path, help="folder of ops.csv and ops.md; default benchmarks/results/DEVICE")
     parser.add_argument("--quick", action="store_true", help="one shape per op and shorter measurements")
     parser.add_argument(
@@ -358,6 +361,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--device cpu wants --tiny: a CPU's times say nothing about a kernel")
     if args.rep_ms is not None and not args.rep_ms > 0:
         parser.error(f"--rep-ms is {args.rep_ms:g}, but must be above 0")
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out}: no folder")
     for report in args.tests or ():
         if not report.is_file():
             parser.error(f"--tests {report}: no such file")
