@@ -52,10 +52,14 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     chosen = list(dict.fromkeys(item.callspec.params["case"] for item in here))
     out = tmp_path_factory.mktemp("zero")
 
+    def launch_of(case: products.Case) -> tuple[str, str]:
+        """Which cases one launch trains. NCCL's communicators and windows of many engines add up: a mode each."""
+        return case.device, case.mode if case.device == "gpus" else ""
+
     @cache
-    def problem(device: str) -> str | None:
-        """Trains all cases of a device, once, however it ends."""
-        names = [case.name for case in chosen if case.device == device]
+    def problem(device: str, mode: str) -> str | None:
+        """Trains all cases of a launch, once, however it ends."""
+        names = [case.name for case in chosen if launch_of(case) == (device, mode)]
         env = {"DS_ACCELERATOR": "cuda" if device in ("gpu", "gpus") else "cpu"}
         ranks, timeout = products.RANKS[device], PATIENCE + 12 * len(names)
         try:
@@ -66,7 +70,8 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
     @cache
     def runs_of(case: products.Case) -> tuple[dict, dict]:
-        assert problem(case.device) is None, problem(case.device)
+        said = problem(*launch_of(case))
+        assert said is None, said
         saved = torch.load(out / f"{case.name}.pt")
         for name, run in saved.items():
             assert "error" not in run, f"the {name} run failed:\n{run['error']}"
