@@ -338,7 +338,7 @@ def method(on: Instruments) -> str:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", "--op", nargs="+", choices=sorted({case.op for case in CASES}), help="only these")
-    providers = {name.split()[0] for case in CASES for name in (*case.providers, BARE)}
+    providers = {name.split()[0] for case in CASES for name in (*case.providers, BARE, BASE)}
     parser.add_argument(
         "--providers", nargs="+", choices=sorted(providers), help="only these (the first word of a provider's name)"
     )

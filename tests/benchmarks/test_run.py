@@ -396,7 +396,10 @@ def test_errors():
         (["--rep-ms", "0"], "--rep-ms is 0, but must be above 0"),
         (["--tests", "/no/report.xml"], "--tests /no/report.xml: no such file"),
         (["--base", "no-such-ref"], "--base no-such-ref: neither a folder with ds_fused/ in it nor a commit"),
-        (["--providers", "nobody"], "--providers: invalid choice: 'nobody' (choose from 'bare', 'compile', 'ds_fused'"),
+        (
+            ["--providers", "nobody"],
+            "--providers: invalid choice: 'nobody' (choose from 'bare', 'base', 'compile', 'ds_fused'",
+        ),
         (["--out", __file__], f"--out {__file__}: no folder"),
     ],
 )
