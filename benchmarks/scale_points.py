@@ -40,7 +40,7 @@ from benchmarks.scale_model import (
     whole_head,
     whole_loss,
 )
-from ds_fused.engine.figures import Figures, HeadCosts, chosen, of_stationary, of_stream
+from ds_fused.engine.figures import Figures, HeadCosts, chosen, of_stationary, of_stream, sharded
 from ds_fused.engine.shards import Shards
 from ds_fused.ops._tiles import KEPT_SLABS, side
 from ds_fused.ops.stationary import block_bytes
@@ -203,14 +203,12 @@ def head_loss(
     if name == "stream":
         figures = of_stream(head, tokens, chunk, keep)
         return _fixed(sharded_loss(_with_one_slab(figures, head) if one_slab else figures)), True
+    block = _even_block(head, tokens, chunk) if even_blocks else None
     if name == "stationary":
-        block = _even_block(head, tokens, chunk) if even_blocks else None
         return _fixed(sharded_loss(of_stationary(head, tokens, chunk, block))), True
     if name == "auto":
         # all were measured when it had these two
-        block = _even_block(head, tokens, chunk) if even_blocks else None
-        keep = KEEP_MB * MIB
-        both = [of_stream(head, tokens, chunk, keep), of_stationary(head, tokens, chunk, block)]
+        both = sharded(head, tokens, chunk, KEEP_MB * MIB, block)
         return lambda s: sharded_loss(chosen(both, float("inf"), s.machines[device].rates(ranks))), True
     return None
 

@@ -212,9 +212,9 @@ def of_gather(head: HeadCosts, most: int, chunk_bytes: int, keep_bytes: int, in_
     return Figures("gather", f"{chunks} chunks", held, wire, calls, traffic, flops, chunks=chunks)
 
 
-def sharded(head: HeadCosts, most: int, chunk_bytes: int, keep_bytes: int) -> list[Figures]:
+def sharded(head: HeadCosts, most: int, chunk_bytes: int, keep_bytes: int, block: int | None = None) -> list[Figures]:
     """Of the modes in which the weight is never whole: stream, stationary."""
-    return [of_stream(head, most, chunk_bytes, keep_bytes), of_stationary(head, most, chunk_bytes)]
+    return [of_stream(head, most, chunk_bytes, keep_bytes), of_stationary(head, most, chunk_bytes, block)]
 
 
 def candidates(head: HeadCosts, most: int, chunk_bytes: int, keep_bytes: int, in_forward: bool) -> list[Figures]:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ds_fused.ops._exp import exp_of
+from ds_fused.ops._sigmoid import exact_slope
 
 
 @triton.jit
@@ -70,14 +71,6 @@ def normed_columns(matrix, rows, columns, missing, eps):
 @triton.jit
 def normed_rows(matrix, rows, columns, missing, eps):
     return tl.div_rn(rows, tl.sum(scaled(matrix, rows, columns), axis=1, keep_dims=True) + eps + missing)
-
-
-@triton.jit
-def slope_of_sigmoid(x):
-    """As exact as PyTorch's: the gradient of a bias adds up those of all tokens."""
-    q = exp_of(-tl.abs(x))
-    r = tl.div_rn(1.0, 1.0 + q)
-    return q * r * r
 
 
 @triton.jit
@@ -230,7 +223,7 @@ def _mhc_gates_bwd_kernel(
         dlogits = tl.zeros((SIDE, BLOCK), tl.float32)
         if HAS_DPRE:
             logits, mix = logits_of(mix_ptr, bias_ptr, scale_ptr, i2, i2 < N, 0, n_rows, token)
-            dlogits = tl.load(dpre_ptr + token * N + i2, mask=mask, other=0.0) * slope_of_sigmoid(logits)
+            dlogits = tl.load(dpre_ptr + token * N + i2, mask=mask, other=0.0) * exact_slope(logits)
             dpre_sums += dlogits
             pre_products += dlogits * mix
             along += scale * tl.sum(dlogits * mix, axis=0)
@@ -239,7 +232,7 @@ def _mhc_gates_bwd_kernel(
         if HAS_DPOST:
             logits, mix = logits_of(mix_ptr, bias_ptr, scale_ptr, N + i2, i2 < N, 1, n_rows, token)
             dpost = tl.load(dpost_ptr + token * N + i2, mask=mask, other=0.0)
-            dlogits = dpost * post_factor * slope_of_sigmoid(logits)
+            dlogits = dpost * post_factor * exact_slope(logits)
             dpost_sums += dlogits
             post_products += dlogits * mix
             along += post_scale * tl.sum(dlogits * mix, axis=0)

@@ -24,7 +24,7 @@ from torch import Tensor
 from ds_fused.ops._ids import flat_ids
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._tiles import side, wide
-from ds_fused.ops.vocab_shard import Flight, VocabShard, padded
+from ds_fused.ops.vocab_shard import Flight, Homeward, VocabShard, padded
 
 NOBODYS = -1
 
@@ -39,14 +39,14 @@ class StationaryEmbeddingFunction(torch.autograd.Function):
         everyones = shard.gather(padded(ids, most, NOBODYS)).land()
         row, pieces = everyones - shard.first_id, shard.rows()
         y = torch.empty(ids.shape[0], shard.shape[1], dtype=shard.dtype, device=ids.device)
-        leaving: tuple[slice, Flight] | None = None
+        leaving: Homeward | None = None
         for place in _blocks(most, shard.ranks * shard.shape[1] * shard.dtype.itemsize, block_bytes):
-            flight = shard.reduce_scatter(_rows_of(row[:, place], pieces))
+            sent = Homeward(shard.reduce_scatter(_rows_of(row[:, place], pieces)), y[place])
             if leaving is not None:
-                _land(*leaving, y)
-            leaving = place, flight
+                leaving.land()
+            leaving = sent
         if leaving is not None:
-            _land(*leaving, y)
+            leaving.land()
         ctx.save_for_backward(everyones)
         ctx.shard, ctx.padding_idx, ctx.block_bytes = shard, padding_idx, block_bytes
         return y
@@ -94,11 +94,6 @@ def _rows_of(row: Tensor, pieces: tuple[Tensor, ...]) -> Tensor:
         torch.where(here, rows[place.clamp(0, rows.shape[0] - 1)], out, out=out)
         first += rows.shape[0]
     return out
-
-
-def _land(place: slice, flight: Flight, y: Tensor) -> None:
-    rows, mine = flight.land(), y[place]
-    mine.copy_(rows[: mine.shape[0]])
 
 
 def _start(shard: VocabShard, dy: Tensor, columns: slice, most: int) -> Flight:
