@@ -318,6 +318,9 @@ WAYS: Mapping[str, Way] = {
     "stream copy_engines keep all": Sharded(
         "6 MHV, the same", fused=_fused("stream", keep_mb=ALL, copy_engines=True), needs_gpu=True
     ),
+    "stream copy_engines keep all slab_mb=168": Sharded(
+        "6 MHV, the same", fused=_fused("stream", slab_mb=168, keep_mb=ALL, copy_engines=True), needs_gpu=True
+    ),
     "stream frozen": Sharded("4 MHV: the weight is not trained", fused=_fused("stream"), frozen=True),
     "stock frozen": Sharded("all logits, in fp32; the weight is not trained", frozen=True),
     "stationary": Sharded("6 MHV, chunk_mb=512", fused=_fused("stationary")),

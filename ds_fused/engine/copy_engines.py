@@ -26,15 +26,17 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch import distributed as dist
 
+from ds_fused.engine import nccl
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # with which NCCL registers no windows, and says nothing
 WITHOUT_WINDOWS = {"NCCL_P2P_DISABLE": "1", "NCCL_CUMEM_ENABLE": "0", "NCCL_WIN_ENABLE": "0"}
-# Communicators whose owners are gone. Ranks collect their garbage at times of their own, and a communicator ends on all
-# of them together: where the next one is made, if no rank uses it any longer
-_left: list[ProcessGroup] = []
+# Communicators whose owners are gone, and their windows. Ranks collect their garbage at times of their own, and a
+# communicator ends on all of them together: where the next one is made, if no rank uses it any longer
+_left: list[tuple[ProcessGroup, list[int | None]]] = []
 
 
 def boot_id() -> str | None:
@@ -63,6 +65,7 @@ class CopyEngines:
         self._device = torch.device(get_accelerator().current_device_name())
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._group: ProcessGroup | None = self._made_group()
+        self._windows: list[int | None] = []
         # the first collective makes the communicator, which windows are registered with
         dist.all_reduce(torch.zeros(1, device=self._device), group=self._group)
 
@@ -78,14 +81,13 @@ class CopyEngines:
         if group is not None:
             # what is on its way in windows lands first
             get_accelerator().synchronize()
-            # windows go with the communicator that they are registered with
-            _end(group)
+            _end(group, self._windows)
 
     def leave(self) -> None:
         """The same, as this rank can do it alone: the communicator ends later."""
         group, self._group = self._group, None
         if group is not None:
-            _left.append(group)
+            _left.append((group, self._windows))
 
     def window(self, n_elements: int, dtype: torch.dtype) -> Tensor:
         """Memory of its own; PyTorch's allocator does not count it."""
@@ -94,7 +96,7 @@ class CopyEngines:
         # what PyTorch's allocator keeps in store is nobody else's, and in a step it may be all that is left
         get_accelerator().empty_cache()
         window = symmetric_memory.empty(n_elements, dtype=dtype, device=self._device)
-        symmetric_memory.rendezvous(window, self._group.group_name)
+        self._windows.append(nccl.register(nccl.communicator(self._group, self._device), window))
         return window
 
     @contextmanager
@@ -141,6 +143,8 @@ def why_no_engines(group: ProcessGroup) -> str | None:
         return "they are NCCL's, for NVIDIA's GPUs"
     if not hasattr(getattr(dist, "ProcessGroupNCCL", None), "NCCL_CTA_POLICY_ZERO"):
         return f"PyTorch {torch.__version__} has no zero-CTA policy of NCCL (2.28 and later)"
+    if not hasattr(dist.ProcessGroupNCCL, "_comm_ptr") or nccl.library() is None:
+        return f"PyTorch {torch.__version__} does not say where its NCCL and its communicators are"
     if ranks == 1:
         return "there is one rank"
     if ranks != dist.get_world_size():
@@ -169,21 +173,23 @@ def _is_there(group: ProcessGroup) -> bool:
     return dist.is_initialized() and group in dist.distributed_c10d._world.pg_map
 
 
-def _end(group: ProcessGroup) -> None:
+def _end(group: ProcessGroup, windows: list[int | None]) -> None:
     if _is_there(group):
+        device = torch.device(get_accelerator().current_device_name())
+        for window in windows:
+            nccl.deregister(nccl.communicator(group, device), window)
         dist.destroy_process_group(group)
 
 
 def _end_left() -> None:
     """End what all ranks have left, in one order."""
-    _left[:] = filter(_is_there, _left)
+    mine = {group.group_name: (group, windows) for group, windows in _left if _is_there(group)}
     everyones: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, [group.group_name for group in _left])
-    mine = {group.group_name: group for group in _left}
+    dist.all_gather_object(everyones, list(mine))
     for name in everyones[0]:
         if all(name in names for names in everyones):
-            _left.remove(mine[name])
-            _end(mine[name])
+            _end(*mine.pop(name))
+    _left[:] = mine.values()
 
 
 def _timeout(device: torch.device) -> timedelta:

@@ -10,7 +10,7 @@ import torch
 from torch import distributed as dist
 from torch.distributed import _symmetric_memory as symmetric_memory
 
-from ds_fused.engine import copy_engines
+from ds_fused.engine import copy_engines, nccl
 
 
 def accelerator(name: str) -> Callable[[], SimpleNamespace]:
@@ -37,7 +37,9 @@ def able(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda gpu, other: gpu != other)
-    monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(NCCL_CTA_POLICY_ZERO=2), raising=False)
+    has = SimpleNamespace(NCCL_CTA_POLICY_ZERO=2, _comm_ptr=None)
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", has, raising=False)
+    monkeypatch.setattr(nccl, "library", lambda: "NCCL")
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 4)
     tell(monkeypatch, lambda mine: [mine] * 4)
     monkeypatch.setattr(symmetric_memory, "set_backend", lambda name: None)
@@ -63,6 +65,16 @@ def test_another_accelerator(able, monkeypatch):
 def test_an_older_nccl(able, monkeypatch):
     monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(), raising=False)
     reason = f"PyTorch {torch.__version__} has no zero-CTA policy of NCCL (2.28 and later)"
+    assert copy_engines.why_no_engines(None) == reason
+
+
+@pytest.mark.parametrize("lacks", ["communicators", "its library"])
+def test_an_nccl_out_of_reach(able, monkeypatch, lacks):
+    if lacks == "communicators":
+        monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(NCCL_CTA_POLICY_ZERO=2), raising=False)
+    else:
+        monkeypatch.setattr(nccl, "library", lambda: None)
+    reason = f"PyTorch {torch.__version__} does not say where its NCCL and its communicators are"
     assert copy_engines.why_no_engines(None) == reason
 
 
@@ -112,17 +124,49 @@ def test_memory_of_another_kind(able, monkeypatch):
     assert copy_engines.why_no_engines(None) == "symmetric memory is not NCCL's: Allocator already in use for CUDA"
 
 
+class Ours:
+    """A group of ranks."""
+
+    group_name = "ours"
+
+    def _get_backend(self, device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(_comm_ptr=lambda: 77)
+
+
+class Library:
+    """NCCL: writes down what it is asked for."""
+
+    def __init__(self, did: list[str], status: int = 0) -> None:
+        self._did, self._status = did, status
+
+    def ncclCommWindowRegister(self, comm, pointer, n_bytes, window, flags) -> int:  # noqa: N802: NCCL's name
+        window.value = len(self._did) + 1
+        self._did.append(f"{comm} has {n_bytes} bytes, {flags}")
+        return self._status
+
+    def ncclCommWindowDeregister(self, comm, window) -> int:  # noqa: N802
+        self._did.append(f"{comm} gives window {window} up")
+        return self._status
+
+    def ncclGetErrorString(self, status) -> bytes:  # noqa: N802
+        return f"error {status}".encode()
+
+
 @pytest.fixture
 def owned(monkeypatch) -> tuple[copy_engines.CopyEngines, list[str]]:
     """The owner of one of the job's communicators, and what is done with it."""
     engines, did = object.__new__(copy_engines.CopyEngines), []
-    engines._group = group = SimpleNamespace(group_name="ours")
-    monkeypatch.setattr(
-        copy_engines, "get_accelerator", lambda: SimpleNamespace(synchronize=lambda: did.append("all has landed"))
+    engines._device, engines._group, engines._windows = torch.device("cpu"), Ours(), []
+    accelerator = SimpleNamespace(
+        synchronize=lambda: did.append("all has landed"),
+        empty_cache=lambda: did.append("store is emptied"),
+        current_device_name=lambda: "cpu",
     )
+    monkeypatch.setattr(copy_engines, "get_accelerator", lambda: accelerator)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist.distributed_c10d, "_world", SimpleNamespace(pg_map=[group]))
+    monkeypatch.setattr(dist.distributed_c10d, "_world", SimpleNamespace(pg_map=[engines._group]))
     monkeypatch.setattr(dist, "destroy_process_group", lambda group: did.append(f"{group.group_name} ends"))
+    monkeypatch.setattr(nccl, "library", lambda: Library(did))
     monkeypatch.setattr(copy_engines, "_left", [])
     return engines, did
 
@@ -135,18 +179,28 @@ def test_a_communicator_ends_once(owned):
     assert did == ["all has landed", "ours ends"] and not copy_engines._left
 
 
+def test_windows_are_given_up_before_their_communicator_ends(owned):
+    engines, did = owned
+    engines._windows += [5, None, 6]
+    engines.end()
+    assert did == ["all has landed", "77 gives window 5 up", "77 gives window 6 up", "ours ends"]
+
+
 def test_a_communicator_that_ended_with_the_job(owned, monkeypatch):
     engines, did = owned
+    engines._windows.append(5)
     monkeypatch.setattr(dist.distributed_c10d, "_world", SimpleNamespace(pg_map=[]))
     engines.end()
     assert did == ["all has landed"]
 
 
 @pytest.mark.parametrize(
-    ("everyones", "ended"), [([["ours"], []], []), ([["another", "ours"], ["ours"]], ["ours ends"])]
+    ("everyones", "ended"),
+    [([["ours"], []], []), ([["another", "ours"], ["ours"]], ["77 gives window 5 up", "ours ends"])],
 )
 def test_a_communicator_that_was_left(owned, monkeypatch, everyones, ended):
     engines, did = owned
+    engines._windows.append(5)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
 
     def gather(told: list, mine: list[str]) -> None:
@@ -156,17 +210,24 @@ def test_a_communicator_that_was_left(owned, monkeypatch, everyones, ended):
     monkeypatch.setattr(dist, "all_gather_object", gather)
     engines.leave()
     copy_engines._end_left()
-    assert did == ended and len(copy_engines._left) == 1 - len(ended)
+    assert did == ended and len(copy_engines._left) == (not ended)
 
 
-def test_a_window_finds_what_the_allocator_has_in_store(monkeypatch):
-    did: list[str] = []
-    monkeypatch.setattr(
-        copy_engines, "get_accelerator", lambda: SimpleNamespace(empty_cache=lambda: did.append("store is emptied"))
-    )
+def test_a_window_finds_what_the_allocator_has_in_store(owned, monkeypatch):
+    engines, did = owned
     monkeypatch.setattr(symmetric_memory, "empty", lambda n, **more: did.append("window is made") or torch.empty(n))
-    monkeypatch.setattr(symmetric_memory, "rendezvous", lambda window, group: did.append(f"{group} has it"))
-    engines = object.__new__(copy_engines.CopyEngines)
-    engines._device, engines._group = torch.device("cpu"), SimpleNamespace(group_name="everyone")
     assert engines.window(3, torch.float32).shape == (3,)
-    assert did == ["store is emptied", "window is made", "everyone has it"]
+    assert did == ["store is emptied", "window is made", f"77 has 12 bytes, {nccl.SYMMETRIC}"]
+    assert engines._windows == [3]
+
+
+def test_nccl_says_what_went_wrong(owned, monkeypatch):
+    monkeypatch.setattr(nccl, "library", lambda: Library([], status=3))
+    with pytest.raises(RuntimeError, match="^ds_fused: NCCL: error 3$"):
+        nccl.register(77, torch.empty(3))
+    with pytest.raises(RuntimeError, match="^ds_fused: NCCL: error 3$"):
+        nccl.deregister(77, 5)
+
+
+def test_no_library_of_nccl_is_loaded_by_asking_for_it():
+    assert (nccl.library() is None) == (not dist.is_nccl_available())
