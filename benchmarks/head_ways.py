@@ -327,8 +327,11 @@ WAYS: Mapping[str, Way] = {
     "stationary copy_engines": Sharded(
         "6 MHV, tokens moved by copy engines", fused=_fused("stationary", copy_engines=True), needs_gpu=True
     ),
-    "stationary copy_engines chunk_mb=384": Sharded(
-        "6 MHV, the same", fused=_fused("stationary", chunk_mb=384, copy_engines=True), needs_gpu=True
+    "stationary copy_engines chunk_mb=352": Sharded(
+        "6 MHV, the same", fused=_fused("stationary", chunk_mb=352, copy_engines=True), needs_gpu=True
+    ),
+    "stationary copy_engines chunk_mb=280": Sharded(
+        "6 MHV, the same", fused=_fused("stationary", chunk_mb=280, copy_engines=True), needs_gpu=True
     ),
     "stationary chunk_mb=320": Sharded("6 MHV", fused=_fused("stationary", chunk_mb=320)),
     "stationary chunk_mb=256": Sharded("6 MHV", fused=_fused("stationary", chunk_mb=256)),

@@ -50,7 +50,7 @@ class Choice:
             trains=slabs.requires_grad,
             offloaded=shard.is_offloaded,
             copied=slabs.is_copied,
-            tokens_copied=shard.is_beside,
+            tokens_copied=shard.carrier is not None,
             reuse=reuse,
         )
         # by collectives even where copy engines move the slabs: windows stay

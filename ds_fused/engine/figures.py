@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 from ds_fused.engine.shards import Shards
 from ds_fused.engine.windows import TURNS
-from ds_fused.ops._tiles import tile_elements, tiling
+from ds_fused.ops._tiles import first_piece, tile_elements, tiling
 from ds_fused.ops.one_pass import cut
-from ds_fused.ops.stationary import block_bytes, block_tokens
+from ds_fused.ops.stationary import block_tokens
 
 MOST_TOKENS = 2**24
 # elements: DeepSpeed's default of stage3_max_reuse_distance
@@ -153,24 +153,32 @@ def of_stationary(head: HeadCosts, most: int, chunk_bytes: int, block: int | Non
     """``block``: tokens of a rank in one, where it is not as the op has them."""
     n_vocab, hidden, ranks = head.shards.n_vocab, head.shards.hidden, head.shards.ranks
     itemsize, trains = head.itemsize, head.trains
-    beside = head.tokens_copied
-    block = block or block_tokens(most, n_vocab, hidden, ranks, itemsize, chunk_bytes, beside)
+    carried = head.tokens_copied
+    block = block or block_tokens(most, n_vocab, hidden, ranks, itemsize, chunk_bytes, carried)
     blocks = -(-most // block)
     flops = (4 + 2 * trains) * most * head.elements
-    held = block * block_bytes(n_vocab, hidden, ranks, itemsize, beside)
-    if not beside:
-        # dx of this rank's tokens comes back in fp32; a single block has none before or after it
-        held += block * 4 * hidden - (blocks == 1) * ranks * block * hidden * itemsize
+    # logits, and x
+    held = block * (n_vocab + ranks * hidden) * itemsize
+    if carried:
+        # dx of the larger piece, where it is sent from and where it arrives
+        held += 8 * ranks * first_piece(block, hidden, ranks) * hidden
+    else:
+        # x of the block before or after it, dx, and of this rank's tokens dx as it comes back in fp32
+        held += block * hidden * (ranks * ((blocks > 1) * itemsize + 4) + 4)
     held += head.shards.size * (4 * trains + itemsize * head.offloaded)
-    # of the logits two reads and a write; x of all ranks comes, dx of all goes; dw in fp32 read for each further block
+    # of the logits two reads and a write; x of all ranks comes, dx of all goes; dw in fp32 read for each further
+    # product, of which each piece of a last block has one
+    pieces = 1 + carried * (first_piece(block, hidden, ranks) < block)
+    sums = blocks - 1 + pieces - 1
     traffic = 3 * itemsize * most * n_vocab + ranks * most * hidden * (itemsize + 4)
-    traffic += 4 * trains * head.shards.size * max(0, blocks - 1)
+    traffic += 4 * trains * head.shards.size * max(0, sums)
     # x there, dx back in fp32, three numbers and a label
     wire = (ranks - 1) * most * (hidden * (itemsize + 4) + 20)
-    # of each block x, dx and the numbers of two halves; the labels, and whether the guess was right
-    calls = 4 * blocks + 2
-    parts = f"{blocks} blocks{' by copy engines' if beside else ''}"
-    return Figures("stationary", parts, held, wire, calls, traffic, flops, beside)
+    # of each block x, dx and the numbers of two halves, or of each piece one of each; the labels, and whether the guess
+    # was right
+    calls = (3 * pieces if carried else 4) * blocks + 2
+    parts = f"{blocks} blocks{' by copy engines' if carried else ''}"
+    return Figures("stationary", parts, held, wire, calls, traffic, flops, carried)
 
 
 def of_gather(head: HeadCosts, most: int, chunk_bytes: int, keep_bytes: int, in_forward: bool) -> Figures:

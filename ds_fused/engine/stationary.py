@@ -21,10 +21,7 @@ from torch import Tensor
 from ds_fused.engine.delivery import Delivery
 from ds_fused.engine.hosts import Hosts
 from ds_fused.engine.shards import Shards
-from ds_fused.engine.windows import TokenWindows
-from ds_fused.engine.zero_slabs import Flight
-from ds_fused.ops._parts import sum_parts
-from ds_fused.ops._tiles import wide
+from ds_fused.engine.windows import Flight, TokenWindows
 from ds_fused.ops.vocab_shard import VocabShard
 
 if TYPE_CHECKING:
@@ -46,29 +43,25 @@ class ZeroShard(VocabShard):
         self.first_id, after = shards.first_rows[self.rank : self.rank + 2]
         self.n_rows = after - self.first_id
         self.hosts = Hosts(self.group)
-        self._windows = None if engines is None else TokenWindows(engines)
+        self.carrier = None if engines is None else TokenWindows(engines, self.ranks, self.rank)
 
     @property
     def requires_grad(self) -> bool:
         return self.delivery.requires_grad
 
     def __str__(self) -> str:
-        how = " by copy engines" if self.is_beside else ""
+        how = "" if self.carrier is None else " by copy engines"
         return f"its rows stay on {self.ranks} ranks, to which the tokens travel{how}"
-
-    @property
-    def is_beside(self) -> bool:
-        return self._windows is not None
 
     @property
     def window_bytes(self) -> int:
         """Of memory that stays and that PyTorch's allocator does not count."""
-        return 0 if self._windows is None else self._windows.n_bytes
+        return 0 if self.carrier is None else self.carrier.n_bytes
 
     def close(self) -> None:
         """Let go of that memory; no pass follows."""
-        if self._windows is not None:
-            self._windows.close()
+        if self.carrier is not None:
+            self.carrier.close()
 
     def rows(self) -> tuple[Tensor, ...]:
         # offloaded shards lie on the CPU
@@ -109,28 +102,6 @@ class ZeroShard(VocabShard):
         mine = parts.new_empty(parts.shape[1:])
         work = dist.reduce_scatter_tensor(mine.view(-1), parts.view(-1), group=self.group, async_op=True)
         return Flight(work, mine)
-
-    def bring(self, mine: Tensor) -> Flight:
-        if self._windows is None:
-            return super().bring(mine)
-        engines, everyones = self._windows.engines, self._windows.room("x", self.ranks * mine.numel(), mine.dtype)
-        everyones = everyones.view(self.ranks, *mine.shape)
-        everyones[self.rank] = mine
-        return Flight(engines.gather(everyones), everyones)
-
-    def room_of_parts(self, x: Tensor) -> Tensor:
-        if self._windows is None:
-            return super().room_of_parts(x)
-        return self._windows.room("leaving", x.numel(), wide(x)).view(x.shape)
-
-    def send_home(self, parts: Tensor, out: Tensor) -> Flight:
-        if self._windows is None:
-            return super().send_home(parts, out)
-        engines, come = self._windows.engines, self._windows.room("come", parts.numel(), parts.dtype)
-        with engines.beside():
-            engines.exchange(come, parts.view(-1)).wait()
-            sum_parts(come.view(self.ranks, -1)[:, : out.numel()], out.view(-1), adds=False, beside=True)
-        return Flight(engines.passed(), out)
 
     def gradient(self, dtype: torch.dtype = torch.float32) -> OwnGradient:
         return OwnGradient(self, dtype)

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ds_fused.ops._parts import sum_parts
+from ds_fused.ops._tiles import wide
+
 if TYPE_CHECKING:
     from torch.distributed import Work
 
-    from ds_fused.engine.copy_engines import CopyEngines
+    from ds_fused.engine.copy_engines import CopyEngines, Passed
 
 # windows of weight, and of its gradient
 TURNS = 2
+
+
+class Flight(NamedTuple):
+    """A collective under way and what it writes."""
+
+    work: Work | Passed
+    result: Tensor
+
+    def land(self) -> Tensor:
+        self.work.wait()
+        return self.result
 
 
 class SlabWindows:
@@ -80,13 +94,12 @@ class SlabWindows:
 
 
 class TokenWindows:
-    """Where the tokens of all ranks lie, and the parts of their gradients: one block's at a time.
-
-    Made when they are first asked for, by all ranks alike, and anew where that is not enough.
+    """The `Carrier` of one weight's tokens. Windows are made when they are first asked for, by all ranks alike, and
+    anew where one is not large enough.
     """
 
-    def __init__(self, engines: CopyEngines) -> None:
-        self.engines = engines
+    def __init__(self, engines: CopyEngines, ranks: int, rank: int) -> None:
+        self._engines, self._ranks, self._rank = engines, ranks, rank
         self._made: dict[tuple[str, torch.dtype], Tensor] = {}
         # too small, and not let go of while the communicator lives
         self._small: list[Tensor] = []
@@ -100,10 +113,33 @@ class TokenWindows:
     def n_bytes(self) -> int:
         return sum(window.nbytes for window in (*self._made.values(), *self._small))
 
-    def room(self, what: str, n_elements: int, dtype: torch.dtype) -> Tensor:
+    def room(self, n: int, like: Tensor) -> Tensor:
+        columns = like.shape[1]
+        return self._window("tokens", n * columns, like.dtype).view(n, columns)
+
+    def bring(self, mine: Tensor, everyones: Tensor) -> Flight:
+        everyones[self._rank] = mine
+        return Flight(self._engines.gather(everyones), everyones)
+
+    def tell(self, numbers: Tensor, turn: int) -> Flight:
+        everyones = self._window(f"numbers of turn {turn}", self._ranks * numbers.numel(), numbers.dtype)
+        return self.bring(numbers, everyones.view(self._ranks, *numbers.shape))
+
+    def parts(self, n: int, like: Tensor) -> Tensor:
+        columns = like.shape[1]
+        return self._window("leaving", n * columns, wide(like)).view(n, columns)
+
+    def send_home(self, parts: Tensor, out: Tensor) -> Flight:
+        come = self._window("come", parts.numel(), parts.dtype)
+        with self._engines.beside():
+            self._engines.exchange(come, parts.view(-1)).wait()
+            sum_parts(come.view(self._ranks, -1)[:, : out.numel()], out.view(-1), adds=False, beside=True)
+        return Flight(self._engines.passed(), out)
+
+    def _window(self, what: str, n_elements: int, dtype: torch.dtype) -> Tensor:
         """What lies there is lost."""
         window = self._made.get((what, dtype))
         if window is None or window.numel() < n_elements:
             self._small += [] if window is None else [window]
-            window = self._made[what, dtype] = self.engines.window(n_elements, dtype)
+            window = self._made[what, dtype] = self._engines.window(n_elements, dtype)
         return window[:n_elements]

@@ -22,7 +22,7 @@ there. That is a reduce-scatter whose sum is rounded once.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from deepspeed import comm as dist
@@ -32,24 +32,12 @@ from torch import Tensor
 
 from ds_fused.engine.delivery import Delivery, Place
 from ds_fused.engine.shards import Shards
-from ds_fused.engine.windows import SlabWindows
+from ds_fused.engine.windows import Flight, SlabWindows
 
 if TYPE_CHECKING:
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-    from torch.distributed import Work
 
-    from ds_fused.engine.copy_engines import CopyEngines, Passed
-
-
-class Flight(NamedTuple):
-    """A collective under way and what it writes."""
-
-    work: Work | Passed
-    result: Tensor
-
-    def land(self) -> Tensor:
-        self.work.wait()
-        return self.result
+    from ds_fused.engine.copy_engines import CopyEngines
 
 
 class ZeroSlabs:

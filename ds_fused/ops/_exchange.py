@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ds_fused.ops._loss import LossOptions
+from ds_fused.ops._tiles import first_piece
 from ds_fused.ops.vocab_shard import Flight, VocabShard, padded
 
 # dz lies in [-1, 1]: times this, the small ones of a large vocabulary stay clear of fp16's least number (6e-8)
@@ -32,14 +34,44 @@ class Tokens:
     def start(self, i: int) -> None:
         """Have block i on its way, if there is one."""
         if i < len(self.places):
-            place = self.places[i]
-            # zeros, since what nobody wrote may be NaN, and 0 * NaN would go into dw
-            self._coming = self.shard.bring(padded(self.x[place], place.stop - place.start, 0.0))
+            self._coming = self.shard.gather(self.mine(self.places[i]))
 
     def land(self) -> Tensor:
         """x [W * T, H] of the block that was started last."""
         coming, self._coming = self._coming, None
         return coming.land().view(-1, self.x.shape[1])
+
+    def mine(self, place: slice) -> Tensor:
+        # zeros, since what nobody wrote may be NaN, and 0 * NaN would go into dw
+        return padded(self.x[place], place.stop - place.start, 0.0)
+
+
+class Arrival(NamedTuple):
+    """A piece of a block of tokens, on its way."""
+
+    place: slice  # of each rank's tokens
+    rows: slice  # of the block's, in which each rank's come one behind the other
+    flight: Flight
+
+
+class CarriedTokens(Tokens):
+    """Tokens that a carrier moves, a block in one piece or two; the next block takes the place of the one before."""
+
+    x_of_block: Tensor  # [W * T, H]; there when its pieces have landed
+    arrivals: list[Arrival]
+
+    def start(self, i: int) -> None:
+        if i == len(self.places):
+            return
+        carrier, ranks, columns, block = self.shard.carrier, self.shard.ranks, self.x.shape[1], self.places[i]
+        self.x_of_block = carrier.room(ranks * (block.stop - block.start), self.x)
+        self.arrivals = []
+        middle = block.start + first_piece(block.stop - block.start, columns, ranks)
+        for place in (slice(block.start, middle), slice(middle, block.stop)):
+            if place.start < place.stop:
+                rows = slice(ranks * (place.start - block.start), ranks * (place.stop - block.start))
+                room = self.x_of_block[rows].view(ranks, -1, columns)
+                self.arrivals.append(Arrival(place, rows, carrier.bring(self.mine(place), room)))
 
 
 class Labels:

@@ -107,8 +107,23 @@ def rows_of_waves(fits: int, columns: int, ranks: int) -> int:
 
     0 where not even one fits.
     """
-    wave = in_products(WAVE // columns // SIDE_STEP * SIDE_STEP, ranks) if columns * SIDE_STEP <= WAVE else 0
+    wave = _wave(columns, ranks)
     return fits // wave * wave if wave else 0
+
+
+def first_piece(rows: int, columns: int, ranks: int) -> int:
+    """Of a block with so many rows of each rank, cut in two for such products, the larger piece.
+
+    All of them, where a piece would be too small for products.
+    """
+    wave = _wave(columns, ranks)
+    if wave and rows >= 2 * wave:
+        return -(-(rows // wave) // 2) * wave
+    return -(-rows // 2) if rows * ranks >= 2 * LEAST_SIDE else rows
+
+
+def _wave(columns: int, ranks: int) -> int:
+    return in_products(WAVE // columns // SIDE_STEP * SIDE_STEP, ranks) if columns * SIDE_STEP <= WAVE else 0
 
 
 def in_products(size: int, ranks: int) -> int:

@@ -11,8 +11,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ds_fused.ops._tiles import wide
-
 
 class Flight(Protocol):
     """A collective under way."""
@@ -30,6 +28,34 @@ class Homeward(NamedTuple):
 
     def land(self) -> Tensor:
         return self.out.copy_(self.flight.land()[: len(self.out)])
+
+
+class Carrier(Protocol):
+    """Moves tokens and what is found of them while products are computed, which a collective's kernel could not.
+
+    All ranks call the same methods in the same order. There is room for the tokens of one block, and for what one piece
+    of it sends home.
+    """
+
+    def room(self, n: int, like: Tensor) -> Tensor:
+        """[n, H] for tokens of all ranks; those of the block before are no longer needed."""
+        ...
+
+    def bring(self, mine: Tensor, everyones: Tensor) -> Flight:
+        """`gather` of tokens [T, H] into their place [W, T, H] in that room."""
+        ...
+
+    def tell(self, numbers: Tensor, turn: int) -> Flight:
+        """`gather` of numbers; those that were told in the same turn before are no longer needed."""
+        ...
+
+    def parts(self, n: int, like: Tensor) -> Tensor:
+        """Room [n, H] for what is to be sent home, in fp32; what was sent before is there."""
+        ...
+
+    def send_home(self, parts: Tensor, out: Tensor) -> Flight:
+        """`reduce_scatter` of parts [W, T, H], to out [T' <= T, H]."""
+        ...
 
 
 class ShardGradient(Protocol):
@@ -58,8 +84,8 @@ class VocabShard(ABC):
     n_rows: int  # n
     # whether gradients are made in the forward: until a backward has found that it was for nothing
     guesses: bool = True
-    # whether tokens and their gradients travel beside products, and so may set out as soon as they are there
-    is_beside: bool = False
+    # what moves tokens beside products, where there is such a thing
+    carrier: Carrier | None = None
 
     @abstractmethod
     def rows(self) -> tuple[Tensor, ...]:
@@ -76,18 +102,6 @@ class VocabShard(ABC):
     @abstractmethod
     def reduce_scatter(self, parts: Tensor) -> Flight:
         """[W, ...] -> [...]: the sum over ranks of the part that is this one's"""
-
-    def bring(self, mine: Tensor) -> Flight:
-        """`gather` of tokens: those of a block are no longer needed when the next ones are brought."""
-        return self.gather(mine)
-
-    def room_of_parts(self, x: Tensor) -> Tensor:
-        """For the parts of a block's dx, of x [W * T, H]; those of the block before are at home."""
-        return torch.empty_like(x, dtype=wide(x))
-
-    def send_home(self, parts: Tensor, out: Tensor) -> Flight:
-        """`reduce_scatter` of such parts [W, T, H], to out [T' <= T, H]."""
-        return Homeward(self.reduce_scatter(parts), out)
 
     @abstractmethod
     def gradient(self, dtype: torch.dtype = torch.float32) -> ShardGradient:

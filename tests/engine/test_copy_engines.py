@@ -139,16 +139,16 @@ class Library:
     def __init__(self, did: list[str], status: int = 0) -> None:
         self._did, self._status = did, status
 
-    def ncclCommWindowRegister(self, comm, pointer, n_bytes, window, flags) -> int:  # noqa: N802: NCCL's name
+    def ncclCommWindowRegister(self, comm, pointer, n_bytes, window, flags) -> int:
         window.value = len(self._did) + 1
         self._did.append(f"{comm} has {n_bytes} bytes, {flags}")
         return self._status
 
-    def ncclCommWindowDeregister(self, comm, window) -> int:  # noqa: N802
+    def ncclCommWindowDeregister(self, comm, window) -> int:
         self._did.append(f"{comm} gives window {window} up")
         return self._status
 
-    def ncclGetErrorString(self, status) -> bytes:  # noqa: N802
+    def ncclGetErrorString(self, status) -> bytes:
         return f"error {status}".encode()
 
 

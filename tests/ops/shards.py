@@ -1,4 +1,4 @@
-"""Ranks that are threads, each with some rows of a weight."""
+"""Ranks that are threads, each with some rows of a weight; collectives, or a carrier, move their tokens."""
 
 from __future__ import annotations
 
@@ -37,13 +37,16 @@ class Round:
 class Shard(VocabShard):
     """Rows [first, end) of a weight; the last of them is a piece for itself. Its gradient goes into weight.grad."""
 
-    def __init__(self, weight: Tensor, first: int, end: int, rank: int = 0, all_ranks: Round | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, first: int, end: int, rank: int = 0, all_ranks: Round | None = None, carried: bool = False
+    ) -> None:
         self.weight, self.rank, self.round = weight, rank, all_ranks or Round(1)
         self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
         self.requires_grad = weight.requires_grad
         self.ranks = len(self.round.shown)
         self.first_id, self.n_rows = first, end - first
         self.collectives: list[tuple[str, tuple[int, ...]]] = []
+        self.carrier = Carrier(self) if carried else None
 
     def rows(self) -> tuple[Tensor, ...]:
         mine = self.weight.detach()[self.first_id : self.first_id + self.n_rows]
@@ -63,6 +66,60 @@ class Shard(VocabShard):
     def gradient(self, dtype: torch.dtype = torch.float32) -> Gradient:
         self.room = Gradient(self, dtype)
         return self.room
+
+
+class Carrier:
+    """Its memory is one piece for each use, as if all were always on its way: what is used too early or too late is
+    NaN, or another's.
+    """
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+        self._memory: dict[str, Tensor] = {}
+        self._leaving = 0
+
+    def _room(self, what: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        # views of what was there before see the loss of it
+        if what in self._memory:
+            self._memory[what].fill_(float("nan"))
+        self._memory[what] = torch.full(shape, float("nan"), dtype=dtype, device=self._shard.device)
+        return self._memory[what]
+
+    def room(self, n: int, like: Tensor) -> Tensor:
+        return self._room("tokens", (n, like.shape[1]), like.dtype)
+
+    def bring(self, mine: Tensor, everyones: Tensor) -> Later:
+        came = self._shard.gather(mine).result
+        return Later(lambda: everyones.copy_(came))
+
+    def tell(self, numbers: Tensor, turn: int) -> Later:
+        everyones = self._room(f"numbers {turn}", (self._shard.ranks, *numbers.shape), numbers.dtype)
+        return self.bring(numbers, everyones)
+
+    def parts(self, n: int, like: Tensor) -> Tensor:
+        assert not self._leaving, "what was sent before is still on its way"
+        return self._room("parts", (n, like.shape[1]), torch.promote_types(like.dtype, torch.float32))
+
+    def send_home(self, parts: Tensor, out: Tensor) -> Later:
+        self._leaving += 1
+        # a copy: other ranks may look at it when this memory has become another's
+        came = self._shard.reduce_scatter(parts.clone()).result
+
+        def arrive() -> Tensor:
+            self._leaving -= 1
+            return out.copy_(came[: len(out)])
+
+        return Later(arrive)
+
+
+class Later:
+    """What is not there before somebody waits for it."""
+
+    def __init__(self, arrive: Callable[[], Tensor]) -> None:
+        self._arrive = arrive
+
+    def land(self) -> Tensor:
+        return self._arrive()
 
 
 class Gradient:

@@ -12,9 +12,10 @@ from accuracy import as_accurate, judge, randn
 from shards import Round, Shard, on_ranks
 from torch import Tensor
 
-from ds_fused.ops import _cross_entropy_kernels, _labels, _merge
+from ds_fused.ops import _cross_entropy_kernels, _labels, _merge, stationary
 from ds_fused.ops._loss import LossOptions
 from ds_fused.ops._merge import merge, merge_torch
+from ds_fused.ops._tiles import first_piece
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from ds_fused.ops.linear_log_probs import linear_log_probs, linear_log_probs_reference
 from ds_fused.ops.stationary import block_tokens
@@ -27,6 +28,19 @@ EVERYTHING = {"label_smoothing": 0.3, "z_loss": 0.02, "softcap": 5.0, "logit_sca
 
 pytestmark = pytest.mark.usefixtures("where")
 only_plain = pytest.mark.parametrize("where", ["plain"], indirect=True)
+
+
+@pytest.fixture(params=["collectives", "carried", "carried in pieces"])
+def way(request, monkeypatch) -> str:
+    """What moves tokens, which results don't show. Of blocks of 3 tokens three ranks have pieces of 2 and 1."""
+    if request.param == "carried in pieces":
+        monkeypatch.setattr(stationary, "block_tokens", lambda most, *sizes: min(3, max(1, most)))
+    return request.param
+
+
+def shards_of(weight: Tensor, rows: list[tuple[int, int]], all_ranks: Round, way: str) -> list[Shard]:
+    carried = way != "collectives"
+    return [Shard(weight, *some, rank, all_ranks, carried) for rank, some in enumerate(rows)]
 
 
 @pytest.fixture
@@ -159,7 +173,7 @@ def test_class_weights(reduction, label_smoothing, where):
 
 
 @pytest.mark.parametrize("n_ranks", [1, 3])
-def test_what_else_is_returned(n_ranks, where, kernels_in_turn):
+def test_what_else_is_returned(n_ranks, where, way, kernels_in_turn):
     # quarters, whose sums no order rounds: equal rows are ties, on one rank and between ranks
     x, weight = ((4 * randn(n, 5, device=where)).round().float() / 4 for n in (7, 29))
     weight[14:28] = weight[:14].clone()
@@ -169,8 +183,7 @@ def test_what_else_is_returned(n_ranks, where, kernels_in_turn):
     options = {"z_loss": 0.1, "return_z_loss": True, "return_accuracy": True}
     exact = linear_cross_entropy_reference(x, weight, labels, **options)
     all_ranks = Round(n_ranks)
-    rows = ROWS if n_ranks == 3 else [(0, 29)]
-    shards = [Shard(weight, *rows[rank], rank, all_ranks) for rank in range(n_ranks)]
+    shards = shards_of(weight, ROWS if n_ranks == 3 else [(0, 29)], all_ranks, way)
     results = [None] * n_ranks
 
     def rank_of(rank: int) -> None:
@@ -194,7 +207,7 @@ ROWS = [(0, 10), (10, 12), (12, 29)]
 @only_plain
 @pytest.mark.parametrize("upstream", UPSTREAM)
 @pytest.mark.parametrize("counts", [(5, 5, 5), (11, 0, 2), (0, 0, 0)])
-def test_three_ranks(counts, upstream, where):
+def test_three_ranks(counts, upstream, where, way):
     """Ragged ranks, one without tokens; one number upstream on all ranks, one a rank, one a token."""
     weight = randn(29, 5, device=where).float().requires_grad_()
     all_ranks = Round(3)
@@ -202,7 +215,7 @@ def test_three_ranks(counts, upstream, where):
     labels = [torch.arange(n) * 7 % 29 for n in counts]
     if counts[0]:
         labels[0][1:4] = -100
-    shards = [Shard(weight, *ROWS[rank], rank, all_ranks) for rank in range(3)]
+    shards = shards_of(weight, ROWS, all_ranks, way)
     weight.grad = torch.zeros_like(weight)
     losses = [None] * 3
 
@@ -282,13 +295,15 @@ def backward(outputs: tuple[Tensor, ...]) -> None:
     )
 
 
-def on_shards(job: Job, xs: list[Tensor], weight: Tensor, labels: list[Tensor]) -> tuple[list[Tensor], list[Shard]]:
+def on_shards(
+    job: Job, xs: list[Tensor], weight: Tensor, labels: list[Tensor], way: str
+) -> tuple[list[Tensor], list[Shard]]:
     """Of three ranks all outputs, dx of each, and dweight; gradients are made in the backward alone."""
     all_ranks = Round(3)
     xs = [x.clone().requires_grad_() for x in xs]
     weight = weight.clone().requires_grad_()
     weight.grad = torch.zeros_like(weight)
-    shards = [Shard(weight, *ROWS[rank], rank, all_ranks) for rank in range(3)]
+    shards = shards_of(weight, ROWS, all_ranks, way)
     outputs: list[tuple[Tensor, ...]] = [()] * 3
 
     def rank_of(rank: int) -> None:
@@ -312,14 +327,16 @@ def whole(job: Job, xs: list[Tensor], weight: Tensor, labels: list[Tensor]) -> l
     return [*(y.detach() for of_rank in outputs for y in of_rank), *(x.grad for x in xs), weight.grad]
 
 
-def as_accurate_as_whole(job: Job, dtype: torch.dtype, counts: tuple[int, ...], device: torch.device) -> list[Shard]:
+def as_accurate_as_whole(
+    job: Job, dtype: torch.dtype, counts: tuple[int, ...], device: torch.device, way: str
+) -> list[Shard]:
     """As far from fp64 as where each rank has the whole weight; the last rank's labels are all ignored."""
     weight = randn(29, 5, device=device).to(dtype)
     xs = [randn(n, 5, device=device, seed=rank).to(dtype) for rank, n in enumerate(counts)]
     labels = [torch.arange(n, device=device) * 7 % 29 for n in counts]
     labels[0][1:4] = -100
     labels[2][:] = -100
-    mine, shards = on_shards(job, xs, weight, labels)
+    mine, shards = on_shards(job, xs, weight, labels, way)
     theirs = whole(job, xs, weight, labels)
     exact = whole(job, [x.double() for x in xs], weight.double(), labels)
     for i, (y, same, true) in enumerate(zip(mine, theirs, exact, strict=True)):
@@ -327,7 +344,7 @@ def as_accurate_as_whole(job: Job, dtype: torch.dtype, counts: tuple[int, ...], 
     assert not any(counts) or mine[-1].any()
     # of labels and values the collectives know nothing
     nobodys = [torch.full_like(label, -100) for label in labels]
-    _, others = on_shards(job, [0 * x for x in xs], weight, nobodys)
+    _, others = on_shards(job, [0 * x for x in xs], weight, nobodys, way)
     assert all(shard.collectives == shards[0].collectives for shard in (*shards, *others))
     return shards
 
@@ -336,20 +353,30 @@ def as_accurate_as_whole(job: Job, dtype: torch.dtype, counts: tuple[int, ...], 
 @pytest.mark.parametrize("job", OTHER_JOBS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("counts", [(5, 5, 5), (11, 0, 2), (0, 0, 0)])
-def test_entropies_and_class_weights_of_three_ranks(counts, dtype, job, where):
-    shards = as_accurate_as_whole(OTHER_JOBS[job], dtype, counts, where)
+def test_entropies_and_class_weights_of_three_ranks(counts, dtype, job, where, way):
+    shards = as_accurate_as_whole(OTHER_JOBS[job], dtype, counts, where, way)
     assert all(shard.guesses for shard in shards)
-    # hidden states of each block, what is found of either half, and in the backward the hidden states again; labels;
-    # what comes from upstream; class weights, and those of the tokens
-    names, blocks = [name for name, _ in shards[0].collectives], -(-max(counts) // max(1, 4 // 3))
-    assert names.count("gather") == 4 * blocks + 2 + 2 * ("weights" in job)
-    assert names.count("reduce_scatter") == blocks
+    # Hidden states of each block, what is found of either half, and in the backward the hidden states again; labels;
+    # what comes from upstream; class weights, and those of the tokens. A carrier: of each piece all of it once
+    names, most = [name for name, _ in shards[0].collectives], max(counts)
+    blocks = -(-most // (3 if way == "carried in pieces" else 1))
+    pieces = blocks + (most // 3 if way == "carried in pieces" else 0)
+    assert names.count("gather") == (4 * blocks if way == "collectives" else 3 * pieces) + 2 + 2 * ("weights" in job)
+    assert names.count("reduce_scatter") == pieces
 
 
 @pytest.mark.parametrize("where", ["kernels"], indirect=True)
 @pytest.mark.parametrize("job", ["entropies", "weights, mean, and more"])
-def test_three_ranks_in_kernels(job, where, kernels_in_turn):
-    as_accurate_as_whole(OTHER_JOBS[job], torch.bfloat16, (6, 3, 2), where)
+def test_three_ranks_in_kernels(job, where, way, kernels_in_turn):
+    as_accurate_as_whole(OTHER_JOBS[job], torch.bfloat16, (6, 3, 2), where, way)
+
+
+def test_pieces(monkeypatch):
+    monkeypatch.undo()  # the sides of real life
+    # a product with 4096 columns makes 1024 rows in a wave, 256 of each of four ranks
+    assert [first_piece(tokens, 4096, 4) for tokens in (1280, 1024, 768, 512, 256)] == [768, 512, 512, 256, 256]
+    # a wave with 512 columns is 8448 rows: halves, where both have 2048 rows
+    assert [first_piece(tokens, 512, 2) for tokens in (2049, 2048, 2047)] == [1025, 1024, 2047]
 
 
 def test_blocks(monkeypatch):
@@ -357,8 +384,8 @@ def test_blocks(monkeypatch):
     llama = dict(n_vocab=128256, hidden=4096, itemsize=2)
     # 378.5 KiB a token of each of four ranks: 1385 fit; a product with 4096 columns makes 1024 rows in a wave
     assert block_tokens(8192, **llama, ranks=4, chunk_bytes=512 * 2**20) == 1280
-    # by copy engines 410.5 KiB
-    assert block_tokens(8192, **llama, ranks=4, chunk_bytes=512 * 2**20, is_beside=True) == 1024
+    # by a carrier 346.5 KiB: 1513
+    assert block_tokens(8192, **llama, ranks=4, chunk_bytes=512 * 2**20, carried=True) == 1280
     # 1820 fit, and a wave with 512 columns is 8448 rows: even parts
     assert block_tokens(8192, 2**15, 512, 2, 2, chunk_bytes=2**27) == 1664
     assert block_tokens(8192, **llama, ranks=4, chunk_bytes=2**40) == 8192
