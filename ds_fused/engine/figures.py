@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from ds_fused.engine.shards import Shards
 from ds_fused.engine.windows import TURNS
-from ds_fused.ops._tiles import first_piece, tile_elements, tiling
+from ds_fused.ops._tiles import first_half, tile_elements, tiling
 from ds_fused.ops.one_pass import cut
 from ds_fused.ops.stationary import block_tokens
 
@@ -160,23 +160,23 @@ def of_stationary(head: HeadCosts, most: int, chunk_bytes: int, block: int | Non
     # logits, and x
     held = block * (n_vocab + ranks * hidden) * itemsize
     if carried:
-        # dx of the larger piece, where it is sent from and where it arrives
-        held += 8 * ranks * first_piece(block, hidden, ranks) * hidden
+        # dx of the larger half, where it is sent from and where it arrives
+        held += 8 * ranks * first_half(block, hidden, ranks) * hidden
     else:
         # x of the block before or after it, dx, and of this rank's tokens dx as it comes back in fp32
         held += block * hidden * (ranks * ((blocks > 1) * itemsize + 4) + 4)
     held += head.shards.size * (4 * trains + itemsize * head.offloaded)
     # of the logits two reads and a write; x of all ranks comes, dx of all goes; dw in fp32 read for each further
-    # product, of which each piece of a last block has one
-    pieces = 1 + carried * (first_piece(block, hidden, ranks) < block)
-    sums = blocks - 1 + pieces - 1
+    # product, of which a carried last block has one for each half
+    halves = 1 + (first_half(block, hidden, ranks) < block)
+    sums = blocks - 1 + carried * (halves - 1)
     traffic = 3 * itemsize * most * n_vocab + ranks * most * hidden * (itemsize + 4)
     traffic += 4 * trains * head.shards.size * max(0, sums)
     # x there, dx back in fp32, three numbers and a label
     wire = (ranks - 1) * most * (hidden * (itemsize + 4) + 20)
-    # of each block x, dx and the numbers of two halves, or of each piece one of each; the labels, and whether the guess
-    # was right
-    calls = (3 * pieces if carried else 4) * blocks + 2
+    # of each block x, dx and the numbers of two halves, carried of each half x and dx, too; the labels, and whether the
+    # guess was right
+    calls = (3 * halves if carried else 4) * blocks + 2
     parts = f"{blocks} blocks{' by copy engines' if carried else ''}"
     return Figures("stationary", parts, held, wire, calls, traffic, flops, carried)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ds_fused.engine.shards import Shards
 from ds_fused.ops._parts import sum_parts
+from ds_fused.ops._tiles import wide
 from ds_fused.ops.slabs import WeightSlabs
 from ds_fused.ops.vocab_shard import VocabShard
 
@@ -24,7 +25,7 @@ def ways_of(
 ) -> list[WeightSlabs | VocabShard]:
     """What a head [V, H] may be in that mode, "auto" being either; nothing where it is gathered whole.
 
-    ``copied``: slabs are moved by copy engines, where there are any.
+    ``copied``: slabs and tokens are moved by copy engines, where there are any.
     """
     shards = Shards(*weight.shape, ranks)
     if shards.why_uncut() is not None:
@@ -34,7 +35,7 @@ def ways_of(
         ways.append(Slabs(weight, shards, slab_bytes, copied))
     if mode in ("auto", "stationary"):
         # ids of the first begin with 0, and those of some others with a number that 16 does not divide
-        ways += [Shard(weight, shards, rank) for rank in sorted({0, min(1, ranks - 1), ranks - 1})]
+        ways += [Shard(weight, shards, rank, copied) for rank in sorted({0, min(1, ranks - 1), ranks - 1})]
     return ways
 
 
@@ -90,8 +91,8 @@ class Shard(VocabShard):
     # whether an upstream gradient confirms what a forward has guessed can't be read
     guesses = False
 
-    def __init__(self, weight: Tensor, shards: Shards, rank: int) -> None:
-        self.weight = weight
+    def __init__(self, weight: Tensor, shards: Shards, rank: int, copied: bool) -> None:
+        self.weight, self.carrier = weight, Carrier(shards.ranks) if copied else None
         self.shape, self.dtype, self.device = tuple(weight.shape), weight.dtype, weight.device
         self.requires_grad = weight.requires_grad
         self.ranks, self.rank = shards.ranks, rank
@@ -112,6 +113,26 @@ class Shard(VocabShard):
 
     def gradient(self, dtype: torch.dtype = torch.float32) -> Gradient:
         return Gradient(self.weight.new_empty(self.n_rows, self.shape[1], dtype=dtype), self.dtype)
+
+
+class Carrier:
+    """Copy engines, for tokens."""
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+
+    def room(self, n: int, like: Tensor) -> Tensor:
+        return like.new_empty(n, like.shape[1])
+
+    def bring(self, mine: Tensor, everyones: Tensor) -> Landed:
+        return Landed(everyones)
+
+    def parts(self, n: int, like: Tensor) -> Tensor:
+        return like.new_empty(n, like.shape[1], dtype=wide(like))
+
+    def send_home(self, parts: Tensor, out: Tensor) -> Landed:
+        sum_parts(parts.view(self._ranks, -1)[:, : out.numel()], out.view(-1), adds=False, beside=True)
+        return Landed(out)
 
 
 class Gradient(NamedTuple):

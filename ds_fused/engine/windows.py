@@ -121,10 +121,6 @@ class TokenWindows:
         everyones[self._rank] = mine
         return Flight(self._engines.gather(everyones), everyones)
 
-    def tell(self, numbers: Tensor, turn: int) -> Flight:
-        everyones = self._window(f"numbers of turn {turn}", self._ranks * numbers.numel(), numbers.dtype)
-        return self.bring(numbers, everyones.view(self._ranks, *numbers.shape))
-
     def parts(self, n: int, like: Tensor) -> Tensor:
         columns = like.shape[1]
         return self._window("leaving", n * columns, wide(like)).view(n, columns)

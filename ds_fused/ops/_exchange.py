@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ds_fused.ops._loss import LossOptions
-from ds_fused.ops._tiles import first_piece
+from ds_fused.ops._tiles import first_half
 from ds_fused.ops.vocab_shard import Flight, VocabShard, padded
 
 # dz lies in [-1, 1]: times this, the small ones of a large vocabulary stay clear of fp16's least number (6e-8)
@@ -41,37 +42,51 @@ class Tokens:
         coming, self._coming = self._coming, None
         return coming.land().view(-1, self.x.shape[1])
 
+    def halves(self, i: int) -> list[tuple[slice, slice, slice]]:
+        """Of block i: whose tokens, which of each one's, and which of the block's, where ranks follow one another."""
+        place, middle = self.places[i], self.shard.ranks // 2
+        n = place.stop - place.start
+        cuts = ((0, middle), (middle, self.shard.ranks))
+        return [(slice(a, b), place, slice(a * n, b * n)) for a, b in cuts if a < b]
+
     def mine(self, place: slice) -> Tensor:
         # zeros, since what nobody wrote may be NaN, and 0 * NaN would go into dw
         return padded(self.x[place], place.stop - place.start, 0.0)
 
 
-class Arrival(NamedTuple):
-    """A piece of a block of tokens, on its way."""
-
-    place: slice  # of each rank's tokens
-    rows: slice  # of the block's, in which each rank's come one behind the other
-    flight: Flight
-
-
 class CarriedTokens(Tokens):
-    """Tokens that a carrier moves, a block in one piece or two; the next block takes the place of the one before."""
-
-    x_of_block: Tensor  # [W * T, H]; there when its pieces have landed
-    arrivals: list[Arrival]
+    """Tokens that a carrier moves, half after half of a block; the next one takes the place of the one before."""
 
     def start(self, i: int) -> None:
-        if i == len(self.places):
-            return
-        carrier, ranks, columns, block = self.shard.carrier, self.shard.ranks, self.x.shape[1], self.places[i]
-        self.x_of_block = carrier.room(ranks * (block.stop - block.start), self.x)
-        self.arrivals = []
-        middle = block.start + first_piece(block.stop - block.start, columns, ranks)
-        for place in (slice(block.start, middle), slice(middle, block.stop)):
-            if place.start < place.stop:
-                rows = slice(ranks * (place.start - block.start), ranks * (place.stop - block.start))
-                room = self.x_of_block[rows].view(ranks, -1, columns)
-                self.arrivals.append(Arrival(place, rows, carrier.bring(self.mine(place), room)))
+        if i < len(self.places):
+            carrier, place, ranks, columns = self.shard.carrier, self.places[i], self.shard.ranks, self.x.shape[1]
+            room = carrier.room(ranks * (place.stop - place.start), self.x)
+            flights = [
+                carrier.bring(self.mine(half), room[rows].view(ranks, -1, columns)) for _, half, rows in self.halves(i)
+            ]
+            self._coming = Halves(room, flights)
+
+    def halves(self, i: int) -> list[tuple[slice, slice, slice]]:
+        place, ranks = self.places[i], self.shard.ranks
+        n = place.stop - place.start
+        cuts = [0, first_half(n, self.x.shape[1], ranks), n]
+        return [
+            (slice(0, ranks), slice(place.start + a, place.start + b), slice(ranks * a, ranks * b))
+            for a, b in pairwise(cuts)
+            if a < b
+        ]
+
+
+class Halves(NamedTuple):
+    """Of the tokens of a block, on their way."""
+
+    x: Tensor  # [W * T, H]
+    flights: list[Flight]
+
+    def land(self) -> Tensor:
+        for flight in self.flights:
+            flight.land()
+        return self.x
 
 
 class Labels:

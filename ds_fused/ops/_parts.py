@@ -23,9 +23,8 @@ from ds_fused.ops._triton import cdiv, multiprocessors, runs_kernels
 # elements a turn: where they have a GPU to themselves (on an H200 within 4 % of best for one, two and four parts), and
 # beside a product
 BLOCK, BESIDE_BLOCK = 2048, 256
-# one program a multiprocessor has room there. A second one waits for the first one's end, or for the product's; in the
-# latter case it keeps the next product from beginning there for as long as it runs
-BESIDE_REGISTERS = 32
+# there two programs a multiprocessor begin at once, four do not
+BESIDE_PROGRAMS, BESIDE_REGISTERS = 2, 32
 
 
 # another number of ranks is no other kernel
@@ -71,6 +70,6 @@ def sum_parts(parts: Tensor, out: Tensor, *, adds: bool, factor: float = 1.0, be
 
 def _in_room(parts: Tensor, n: int) -> tuple[tuple[int], dict[str, int]]:
     """Grid and options of a launch that finds room beside a product."""
-    programs = min(cdiv(n, BESIDE_BLOCK), multiprocessors(parts))
+    programs = min(cdiv(n, BESIDE_BLOCK), BESIDE_PROGRAMS * multiprocessors(parts))
     registers = {"maxnreg": BESIDE_REGISTERS} if parts.device.type in _meet.DEVICES else {}
     return (programs,), {"BLOCK": BESIDE_BLOCK, "num_warps": 1, **registers}

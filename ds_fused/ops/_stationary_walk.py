@@ -1,16 +1,15 @@
 """One pass over the tokens of all ranks, for `stationary`: what is multiplied, and where what travels goes between.
 
 A product takes all multiprocessors of a GPU; a collective that is under way when it starts delays it by all its time,
-and one that is ready meanwhile waits for its end. The softmax passes leave room, so that is where collectives run
-(`Walk`): dx of the block before beside the first pass, x of the next block beside the second. Both passes take a block
-in halves: while the numbers of one half travel, the other's pass runs.
+and one that is ready meanwhile waits for its end. The softmax passes leave room, so that is where collectives run: dx
+of the block before beside the first pass, x of the next block beside the second. Both passes take a block in halves:
+while the numbers of one half travel, the other's pass runs.
 
-A carrier moves all of it beside products (`CarriedWalk`), and no product waits for it, nor for a rank that is late: a
-block's tokens come in two pieces, of which each has its own logits. While the numbers of the first travel, the logits
-of the second are computed; those of the second travel beside dx of the first. Only dw takes both pieces at once, since
-each product that adds to it reads and writes all of it.
+A carrier moves x and dx beside products: x of the next block when dw no longer needs this one's, dx when it is made.
+Halves are of each rank's tokens then, and not of the ranks, so that dx of the first leaves beside dw and there need be
+room for one half's alone.
 
-Sizes: W ranks, T tokens of a rank in a block, N tokens of a half or a piece, H hidden, n rows of this rank.
+Sizes: W ranks, T tokens of a rank in a block, N tokens of a half, H hidden, n rows of this rank.
 """
 
 from __future__ import annotations
@@ -116,24 +115,25 @@ class Gradients:
 
 
 class Part(NamedTuple):
-    """Of a block what goes through the softmax passes at once, N tokens."""
+    """A half of a block with its logits, N tokens."""
 
     ranks: slice  # whose tokens they are
     place: slice  # of each one's tokens
+    x: Tensor  # [N, H]
     z: Tensor  # [N, n]
     labels: Tensor  # [N]
 
 
 class Walk:
-    """By collectives. The tokens of the first block are on their way from the start."""
+    """The tokens of the first block are on their way from the start."""
 
     def __init__(self, shard: VocabShard, x: Tensor, most: int, block: int) -> None:
-        self.shard, self.tokens = shard, self._tokens(shard, x, most, block)
+        """``most``: the largest number of tokens of any rank. ``block``: of each rank's tokens, so many at a time."""
+        self.shard = shard
+        self.tokens = (Tokens if shard.carrier is None else CarriedTokens)(shard, x, most, block)
         self.forward_pass, self.backward_pass = softmax_passes(x)
         self.merge = merge if runs_kernels(x) else merge_torch
         self.columns = {"n_vocab": shard.shape[0], "first_id": shard.first_id}
-
-    _tokens = Tokens
 
     def __call__(
         self,
@@ -148,54 +148,55 @@ class Walk:
         self.classes, self.found, self.gradients = classes, found, gradients
         tokens, n_rows = self.tokens, self.shard.n_rows
         room = tokens.x.new_empty(tile_elements(self.shard.ranks * min(tokens.block, tokens.most), n_rows))
-        for i, place in enumerate(tokens.places):
-            self._block(i, tile(room, self.shard.ranks * (place.stop - place.start), n_rows))
+        # whether x of the next block comes when this one's is no longer needed
+        comes_late = self.shard.carrier is not None and gradients is not None
+        for i in range(len(tokens.places)):
+            x = tokens.land()
+            z = tile(room, x.shape[0], n_rows)
+            self.rows.logits(z, x)
+            if gradients is not None:
+                gradients.send()
+            parts = [
+                Part(ranks, place, x[some], z[some], of_block(self.labels()[ranks], place))
+                for ranks, place, some in tokens.halves(i)
+            ]
+            coming = [self.shard.gather(self._numbers(part)) for part in parts] if found.loss is not None else []
+            for k, part in enumerate(parts):
+                if coming:
+                    self._merge(coming[k].land(), part)
+                if k == 0 and not comes_late:
+                    if gradients is not None:
+                        # it has come: what was waited for was sent later
+                        gradients.land()
+                    tokens.start(i + 1)
+                if gradients is not None:
+                    self._softmax_bwd(part)
+            if gradients is not None:
+                (self._add_carried if comes_late else self._add)(i, parts, z, x)
         if gradients is not None:
             gradients.finish()
 
-    def _block(self, i: int, z: Tensor) -> None:
-        """``z`` [W * T, n]: room for its logits, and for their gradient."""
-        tokens, gradients, place = self.tokens, self.gradients, self.tokens.places[i]
-        x = tokens.land()
-        self.rows.logits(z, x)
-        if gradients is not None:
+    def _add(self, i: int, parts: list[Part], dz: Tensor, x: Tensor) -> None:
+        """Both products of block i. A product follows whatever sets out, and hides it: the last dx goes beside dw."""
+        gradients, place = self.gradients, self.tokens.places[i]
+        if i + 1 == len(self.tokens.places):
+            gradients.add_dx(place, dz)
             gradients.send()
-        halves = [self._part(ranks, place, z[self._rows_of(ranks, place)]) for ranks in self._halves()]
-        coming = [self.shard.gather(self._numbers(half)) for half in halves] if self._is_forward else []
-        for k, half in enumerate(halves):
-            if self._is_forward:
-                self._merge(coming[k].land(), half)
-            if k == 0:
-                if gradients is not None:
-                    # it has come: what was waited for was sent later
-                    gradients.land()
-                tokens.start(i + 1)
-            if gradients is not None:
-                self._softmax_bwd(half)
-        if gradients is not None:
-            # a product follows whatever sets out, and hides it: the last dx goes beside dw
-            if i + 1 == len(tokens.places):
-                gradients.add_dx(place, z)
-                gradients.send()
-                gradients.add_dw(z, x)
-            else:
-                gradients.add_dw(z, x)
-                gradients.add_dx(place, z)
+            gradients.add_dw(dz, x)
+        else:
+            gradients.add_dw(dz, x)
+            gradients.add_dx(place, dz)
 
-    def _halves(self) -> list[slice]:
-        middle = self.shard.ranks // 2
-        return [slice(a, b) for a, b in ((0, middle), (middle, self.shard.ranks)) if a < b]
-
-    def _rows_of(self, ranks: slice, place: slice) -> slice:
-        n_tokens = place.stop - place.start
-        return slice(ranks.start * n_tokens, ranks.stop * n_tokens)
-
-    @property
-    def _is_forward(self) -> bool:
-        return self.found.loss is not None
-
-    def _part(self, ranks: slice, place: slice, z: Tensor) -> Part:
-        return Part(ranks, place, z, of_block(self.labels()[ranks], place))
+    def _add_carried(self, i: int, parts: list[Part], dz: Tensor, x: Tensor) -> None:
+        gradients, is_last = self.gradients, i + 1 == len(self.tokens.places)
+        for part in parts:
+            if part is parts[-1] and not is_last:
+                gradients.add_dw(dz, x)
+                self.tokens.start(i + 1)
+            gradients.add_dx(part.place, part.z)
+            gradients.send()
+            if is_last:
+                gradients.add_dw(part.z, part.x)
 
     def _numbers(self, part: Part) -> Tensor:
         """[3 to 5, N]: what this rank's columns say of each token."""
@@ -242,42 +243,3 @@ class Walk:
                 upstream[0, rows], z[rows], part.labels[rows], lse[:, rows], z[rows], self.options, **self.columns,
                 entropy=of_chunk(entropy, rows), dentropy=of_chunk(dentropy, rows), **weights,
             )  # fmt: skip
-
-
-class CarriedWalk(Walk):
-    """By a carrier."""
-
-    _tokens = CarriedTokens
-
-    def _block(self, i: int, z: Tensor) -> None:
-        tokens, gradients, carrier = self.tokens, self.gradients, self.shard.carrier
-        x, arrivals = tokens.x_of_block, tokens.arrivals
-        pieces, coming = [], []
-        for k, (place, rows, flight) in enumerate(arrivals):
-            flight.land()
-            self.rows.logits(z[rows], x[rows])
-            pieces.append(self._part(slice(0, self.shard.ranks), place, z[rows]))
-            if self._is_forward:
-                coming.append(carrier.tell(self._numbers(pieces[k]), k))
-        if gradients is None:
-            tokens.start(i + 1)
-        is_last = i + 1 == len(tokens.places)
-        for k, piece in enumerate(pieces):
-            if self._is_forward:
-                self._merge(coming[k].land(), piece)
-            if gradients is None:
-                continue
-            self._softmax_bwd(piece)
-            if k + 1 == len(pieces) and not is_last:
-                gradients.add_dw(z, x)
-                tokens.start(i + 1)
-            gradients.add_dx(piece.place, piece.z)
-            gradients.send()
-            if is_last:
-                # nothing follows but this to hide it
-                gradients.add_dw(piece.z, x[arrivals[k].rows])
-
-
-def walk_over(shard: VocabShard, x: Tensor, most: int, block: int) -> Walk:
-    """``most``: the largest number of tokens of any rank. ``block``: of each rank's tokens, so many at a time."""
-    return (Walk if shard.carrier is None else CarriedWalk)(shard, x, most, block)

@@ -111,10 +111,10 @@ def rows_of_waves(fits: int, columns: int, ranks: int) -> int:
     return fits // wave * wave if wave else 0
 
 
-def first_piece(rows: int, columns: int, ranks: int) -> int:
-    """Of a block with so many rows of each rank, cut in two for such products, the larger piece.
+def first_half(rows: int, columns: int, ranks: int) -> int:
+    """Of a block with so many rows of each rank, cut in two for products as above, the larger half.
 
-    All of them, where a piece would be too small for products.
+    All of them, where a half would be too small for products.
     """
     wave = _wave(columns, ranks)
     if wave and rows >= 2 * wave:

@@ -36,7 +36,7 @@ from torch import Tensor
 from ds_fused.ops._exchange import ClassWeights, Found, Labels
 from ds_fused.ops._loss import LossOptions
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._stationary_walk import Gradients, Rows, walk_over
+from ds_fused.ops._stationary_walk import Gradients, Rows, Walk
 from ds_fused.ops._tiles import rows_of_waves, side, wide
 from ds_fused.ops.vocab_shard import VocabShard, padded
 
@@ -47,7 +47,7 @@ SAME = 1e-6
 def block_bytes(n_vocab: int, hidden: int, ranks: int, itemsize: int, carried: bool = False) -> int:
     """What a token of each rank takes of a block: its logits, two of its x, its dx in fp32.
 
-    With a carrier: its logits, its x, and of each piece dx where it is sent from and where it arrives.
+    With a carrier: its logits, its x, and of each half dx where it is sent from and where it arrives.
     """
     return n_vocab * itemsize + ranks * hidden * (itemsize + 4 if carried else 2 * itemsize + 4)
 
@@ -90,7 +90,7 @@ class StationaryFunction(torch.autograd.Function):
         most = shard.most(x.shape[0])
         carried = shard.carrier is not None
         block = block_tokens(most, *shard.shape, shard.ranks, x.element_size(), chunk_bytes, carried)
-        walk = walk_over(shard, x, most, block)
+        walk = Walk(shard, x, most, block)
         everyones = Labels(shard, labels, most, options, guess, x.dtype)
         classes = ClassWeights()
         if class_weight is not None:
@@ -134,7 +134,7 @@ class StationaryFunction(torch.autograd.Function):
             upstream = shard.gather(padded(mine, labels.shape[1], 0.0)).land().permute(2, 0, 1)
             made = Gradients(shard, rows, x, bias, ctx.needs_input_grad[:3], lambda: upstream)
             factor = 1.0
-            walk = walk_over(shard, x, labels.shape[1], ctx.block)
+            walk = Walk(shard, x, labels.shape[1], ctx.block)
             walk(rows, ctx.options, lambda: labels, ClassWeights(*classes), Found(lse, entropy), made)
         if made.dw is not None:
             made.dw.give(factor)

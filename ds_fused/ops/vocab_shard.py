@@ -31,10 +31,10 @@ class Homeward(NamedTuple):
 
 
 class Carrier(Protocol):
-    """Moves tokens and what is found of them while products are computed, which a collective's kernel could not.
+    """Moves tokens and their gradients while products are computed, which a collective's kernel could not.
 
-    All ranks call the same methods in the same order. There is room for the tokens of one block, and for what one piece
-    of it sends home.
+    All ranks call the same methods in the same order. There is room for the tokens of one block, and for what a half of
+    it sends home.
     """
 
     def room(self, n: int, like: Tensor) -> Tensor:
@@ -43,10 +43,6 @@ class Carrier(Protocol):
 
     def bring(self, mine: Tensor, everyones: Tensor) -> Flight:
         """`gather` of tokens [T, H] into their place [W, T, H] in that room."""
-        ...
-
-    def tell(self, numbers: Tensor, turn: int) -> Flight:
-        """`gather` of numbers; those that were told in the same turn before are no longer needed."""
         ...
 
     def parts(self, n: int, like: Tensor) -> Tensor:

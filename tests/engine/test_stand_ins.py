@@ -74,10 +74,11 @@ def test_what_arrives_is_added_to_what_is_kept(mode, monkeypatch):
     assert launches == [(dtype, adds, is_copied) for dtype in (torch.bfloat16, torch.float32) for adds in (False, True)]
 
 
+@pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize(
     "mode, kernels", [("stream", {(True, False), (False, False), (False, True)}), ("stationary", {(True, False)})]
 )
-def test_the_op_goes_through_them(mode, kernels, monkeypatch):
+def test_the_op_goes_through_them(mode, kernels, copied, monkeypatch):
     launches: list[tuple[str, dict[str, object]]] = []
 
     # this process may hold kernels that are interpreted, about which triton tells less
@@ -86,7 +87,7 @@ def test_the_op_goes_through_them(mode, kernels, monkeypatch):
 
     with noted(target_of("sm90")):
         monkeypatch.setattr(_launch, "launch_elsewhere", note)
-        for way in ways_of(weight(1024, 64), 2, mode, 2**15):
+        for way in ways_of(weight(1024, 64), 2, mode, 2**15, copied):
             x = torch.empty(32, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
             labels = torch.zeros(32, dtype=torch.int64, device="meta")
             linear_cross_entropy(x, way, labels).backward()
@@ -96,3 +97,6 @@ def test_the_op_goes_through_them(mode, kernels, monkeypatch):
     assert "_cross_entropy_bwd_kernel" in names and ("_merge_kernel" in names) == (mode == "stationary")
     parts = {(constants["IS_FIRST"], constants["IS_LAST"]) for _, constants in launches if "IS_LAST" in constants}
     assert parts == kernels
+    # sums of what copy engines have brought: parts of slabs, or of the tokens' gradients
+    beside = any("ADDS" in constants and constants.get("num_warps") == 1 for _, constants in launches)
+    assert beside == copied

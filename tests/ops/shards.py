@@ -92,10 +92,6 @@ class Carrier:
         came = self._shard.gather(mine).result
         return Later(lambda: everyones.copy_(came))
 
-    def tell(self, numbers: Tensor, turn: int) -> Later:
-        everyones = self._room(f"numbers {turn}", (self._shard.ranks, *numbers.shape), numbers.dtype)
-        return self.bring(numbers, everyones)
-
     def parts(self, n: int, like: Tensor) -> Tensor:
         assert not self._leaving, "what was sent before is still on its way"
         return self._room("parts", (n, like.shape[1]), torch.promote_types(like.dtype, torch.float32))

@@ -15,7 +15,7 @@ from torch import Tensor
 from ds_fused.ops import _cross_entropy_kernels, _labels, _merge, stationary
 from ds_fused.ops._loss import LossOptions
 from ds_fused.ops._merge import merge, merge_torch
-from ds_fused.ops._tiles import first_piece
+from ds_fused.ops._tiles import first_half
 from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from ds_fused.ops.linear_log_probs import linear_log_probs, linear_log_probs_reference
 from ds_fused.ops.stationary import block_tokens
@@ -30,10 +30,10 @@ pytestmark = pytest.mark.usefixtures("where")
 only_plain = pytest.mark.parametrize("where", ["plain"], indirect=True)
 
 
-@pytest.fixture(params=["collectives", "carried", "carried in pieces"])
+@pytest.fixture(params=["collectives", "carried", "carried in halves"])
 def way(request, monkeypatch) -> str:
-    """What moves tokens, which results don't show. Of blocks of 3 tokens three ranks have pieces of 2 and 1."""
-    if request.param == "carried in pieces":
+    """What moves tokens, which results don't show. Of blocks of 3 tokens three ranks have halves of 2 and 1."""
+    if request.param == "carried in halves":
         monkeypatch.setattr(stationary, "block_tokens", lambda most, *sizes: min(3, max(1, most)))
     return request.param
 
@@ -357,12 +357,12 @@ def test_entropies_and_class_weights_of_three_ranks(counts, dtype, job, where, w
     shards = as_accurate_as_whole(OTHER_JOBS[job], dtype, counts, where, way)
     assert all(shard.guesses for shard in shards)
     # Hidden states of each block, what is found of either half, and in the backward the hidden states again; labels;
-    # what comes from upstream; class weights, and those of the tokens. A carrier: of each piece all of it once
+    # what comes from upstream; class weights, and those of the tokens. A carrier: of each half all of it once
     names, most = [name for name, _ in shards[0].collectives], max(counts)
-    blocks = -(-most // (3 if way == "carried in pieces" else 1))
-    pieces = blocks + (most // 3 if way == "carried in pieces" else 0)
-    assert names.count("gather") == (4 * blocks if way == "collectives" else 3 * pieces) + 2 + 2 * ("weights" in job)
-    assert names.count("reduce_scatter") == pieces
+    blocks = -(-most // (3 if way == "carried in halves" else 1))
+    halves = blocks + (most // 3 if way == "carried in halves" else 0)
+    assert names.count("gather") == (4 * blocks if way == "collectives" else 3 * halves) + 2 + 2 * ("weights" in job)
+    assert names.count("reduce_scatter") == halves
 
 
 @pytest.mark.parametrize("where", ["kernels"], indirect=True)
@@ -371,12 +371,12 @@ def test_three_ranks_in_kernels(job, where, way, kernels_in_turn):
     as_accurate_as_whole(OTHER_JOBS[job], torch.bfloat16, (6, 3, 2), where, way)
 
 
-def test_pieces(monkeypatch):
+def test_halves(monkeypatch):
     monkeypatch.undo()  # the sides of real life
     # a product with 4096 columns makes 1024 rows in a wave, 256 of each of four ranks
-    assert [first_piece(tokens, 4096, 4) for tokens in (1280, 1024, 768, 512, 256)] == [768, 512, 512, 256, 256]
+    assert [first_half(tokens, 4096, 4) for tokens in (1280, 1024, 768, 512, 256)] == [768, 512, 512, 256, 256]
     # a wave with 512 columns is 8448 rows: halves, where both have 2048 rows
-    assert [first_piece(tokens, 512, 2) for tokens in (2049, 2048, 2047)] == [1025, 1024, 2047]
+    assert [first_half(tokens, 512, 2) for tokens in (2049, 2048, 2047)] == [1025, 1024, 2047]
 
 
 def test_blocks(monkeypatch):
