@@ -71,6 +71,8 @@ def _keeping(optimizer: DeepSpeedZeroOptimizer_Stage3, param: nn.Parameter) -> s
         optimizer.micro_step_id = micro_step
         part = torch.full((size,), value, dtype=optimizer.gradient_accumulation_dtype, device=device)
         optimizer.partition_grads([param], [part])
+        # an offloaded one is copied to the host, beside which nobody waits for a busy device
+        get_accelerator().synchronize()
         return kept[param.ds_id]
 
     device = get_accelerator().current_device_name()
