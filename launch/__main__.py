@@ -14,16 +14,13 @@ import shlex
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 import hydra
-import psutil
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -35,11 +32,9 @@ from launch.clusters import KINDS
 from launch.real_data import CACHE, FETCH
 from launch.render import Host, Rendered, record
 from launch.schema import Run
+from launch.supervisor import ended
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-
-# what a command may take to end its ranks, on this machine and on others: launchers give them 30
-SECONDS_TO_END = 45
 
 OmegaConf.register_new_resolver("cached", lambda name: str(CACHE / name), replace=True)
 
@@ -120,46 +115,6 @@ def write(run: Run, rendered: Rendered) -> None:
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     environment.write(folder, "launching")
-
-
-def ended(command: list[str], **options: object) -> int:
-    """Run it to its end. What it has started on this machine ends with it, also where this process is interrupted."""
-    # a session of its own: the terminal's signals come by this process, once
-    process = subprocess.Popen(command, start_new_session=True, **options)
-    try:
-        return process.wait()
-    finally:
-        end(process)
-
-
-def end(process: subprocess.Popen) -> None:
-    """End its group: SIGTERM, which launchers hand on to ranks on other machines, and SIGKILL for who stays."""
-    deadline = time.monotonic() + SECONDS_TO_END
-    try:
-        tell(process.pid, signal.SIGTERM)
-        while is_alive(process) and time.monotonic() < deadline:
-            time.sleep(0.1)
-    finally:
-        # at once where a second interrupt has come
-        tell(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def tell(group: int, sign: signal.Signals) -> None:
-    # PermissionError: macOS says so of processes that nobody has collected yet
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, sign)
-
-
-def is_alive(process: subprocess.Popen) -> bool:
-    """Whether any of its group is; one that has ended may stay until a container's first process collects it."""
-    if process.poll() is None:
-        return True
-    for other in psutil.process_iter():
-        with suppress(ProcessLookupError, PermissionError, psutil.Error):
-            if os.getpgid(other.pid) == process.pid and other.status() != psutil.STATUS_ZOMBIE:
-                return True
-    return False
 
 
 def start(run: Run, rendered: Rendered, lock: IO[str]) -> int:
