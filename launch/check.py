@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import ds_fused
+from launch import checkpoints
 from launch.check_deepspeed import check_batch, check_deepspeed, check_parallel
 from launch.clusters import KINDS, hostfile
 from launch.environment import is_secret
@@ -172,12 +173,14 @@ def missing_paths(run: Run) -> Iterator[str]:
 
 def missing_checkpoint(run: Run) -> Iterator[str]:
     folder = Path(run.folder, "checkpoints")
-    latest = folder / "latest"
-    if run.resume is True and not latest.is_file():
+    there = (folder / "latest").is_file()
+    if run.resume is True and not there:
         yield f"resume is true, but {folder} holds no checkpoint; resume=auto starts anew then"
-    elif run.resume and latest.is_file() and not (folder / latest.read_text().strip()).is_dir():
-        there = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "no checkpoint"
-        yield f"resume is {run.resume}, but {latest} names {latest.read_text().strip()!r}, and there is {there}"
+    elif run.resume and there:
+        try:
+            checkpoints.newest(folder)
+        except ValueError as error:
+            yield f"resume is {str(run.resume).lower()}, but {error}"
 
 
 def looks_like_a_folder(name: str) -> bool:

@@ -27,6 +27,7 @@ import environment
 import report
 import torch
 import torch.distributed as dist
+from checkpoints import newest
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT, default_pg_timeout
 from journal import Journal, say
@@ -164,10 +165,7 @@ def save_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
 
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> Path:
     """The one that `latest` names."""
-    tag = (folder / "latest").read_text().strip()
-    there = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    if tag not in there:
-        raise ValueError(f"{folder}/latest names {tag!r}, but there is {', '.join(there) or 'no checkpoint'}")
+    tag = newest(folder)
     try:
         engine.load_checkpoint(str(folder), tag=tag)
     except (AssertionError, FileNotFoundError) as error:

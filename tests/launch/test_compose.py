@@ -282,7 +282,12 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
     here = ["model=hub", "model.path=owner/name", "data=text", f"data.text=[{__file__}]", f"folder={tmp_path}"]
     latest.write_text("global_step8")
     [named] = missing_paths(run_of(*here, "resume=auto"))
-    assert named == f"resume is auto, but {latest} names 'global_step8', and there is global_step4"
+    assert named == f"resume is auto, but {latest} names 'global_step8'; there is global_step4"
+    # cut off in the midst of writing it
+    latest.write_text("")
+    assert [*missing_paths(run_of(*here, "resume=true"))] == [
+        f"resume is true, but {latest} names ''; there is global_step4"
+    ]
     latest.write_text("global_step4\n")
     assert not [*missing_paths(run_of(*here, "resume=auto"))]
 
