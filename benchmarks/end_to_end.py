@@ -42,6 +42,7 @@ from benchmarks.step_job import BEGUN, FAILED, MEMORY_ERRORS, OUT_OF_MEMORY, RES
 from benchmarks.step_page import RATE, Point, finished, longest_page, steps_page, write_csv, write_curves
 from benchmarks.step_shapes import SHAPES, shape_of
 from benchmarks.step_ways import LONGEST, OURS, RIVALS, WAYS, WITH_LEAVES, Way, default_ways, ours
+from ds_fused.engine.config import parse_config
 
 JOB = Path(__file__).parent / "step_job.py"
 LEFT_OUT = "left out"
@@ -381,6 +382,10 @@ def chosen(options: argparse.Namespace) -> dict[str, Way]:
             raise ValueError(f"--block is NAME=JSON, got {text!r}: {error}") from None
         if not name or name in WAYS or not isinstance(value, dict):
             raise ValueError(f"--block is NAME=JSON, a new name and an object, got {text!r}")
+        try:
+            parse_config(value)
+        except ValueError as error:
+            raise ValueError(f"--block {name}: {error}") from None
         further[name] = ours(value)
     known = {**WAYS, **further}
     default = [*(LONGEST if options.longest else default_ways(options.stage)), *further]

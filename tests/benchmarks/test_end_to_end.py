@@ -142,13 +142,15 @@ def test_a_rival_s_sizes_are_those_of_fast(monkeypatch):
 
 @pytest.mark.all
 def test_what_fails_costs_its_own_rows(tmp_path):
-    more = ["--micro-batches", "1,2,3", "--patience", "90", "--block", 'typo={"enabled": true, "ropes": true}']
-    found = measured(tmp_path, "--ways", "full,hung,odd,typo", "--rounds", "2", *more)
+    # the tiny model has no layer norm
+    more = ["--micro-batches", "1,2,3", "--patience", "90"]
+    more += ["--block", 'strict={"enabled": true, "strict": true, "layer_norm": true}']
+    found = measured(tmp_path, "--ways", "full,hung,odd,strict", "--rounds", "2", *more)
     status = [(row["way"], row["round"], row["micro_batch"], row["status"]) for row in found["rows"]]
-    typo = [row for row in status if row[0] == "typo"]
-    status = [row for row in status if row not in typo]
-    assert [row[1:3] for row in typo] == [(1, 1), (1, 2), (1, 3)] and "unknown key 'ropes'" in typo[0][3]
-    assert all(said.startswith("not run: 1 x 40 failed") for *_, said in typo[1:])
+    strict = [row for row in status if row[0] == "strict"]
+    status = [row for row in status if row not in strict]
+    assert [row[1:3] for row in strict] == [(1, 1), (1, 2), (1, 3)] and "layer_norm" in strict[0][3]
+    assert all(said.startswith("not run: 1 x 40 failed") for *_, said in strict[1:])
     wrong = "wrong: a loss is not finite"
     hung = "failed: nothing was heard for 90 s"
     assert status == [
@@ -599,6 +601,11 @@ def test_no_folder_of_the_machine_is_in_results():
         (["--ways", "hf,huggingface"], "there is no way 'huggingface'; there are hf, hf-flash"),
         (["--block", "ours-small={}"], "a new name and an object, got 'ours-small={}'"),
         (["--block", "x={"], "--block is NAME=JSON, got 'x={'"),
+        (["--block", "x={}"], "--block x: ds_fused.enabled is missing"),
+        (
+            ["--block", 'x={"enabled": true, "ropes": true}'],
+            "--block x: ds_fused: unknown key 'ropes' (did you mean 'rope'?); known keys: enabled, ",
+        ),
         (["--micro-batches", "1,0"], "'0' is not a positive number"),
         (["--data", "texts"], "--data and --tokenizer go together"),
         (["--weights", "smollm2", "--lora"], "--weights has no adapters, so not with --lora"),
