@@ -120,7 +120,11 @@ def write(run: Run, rendered: Rendered) -> None:
 def start(run: Run, rendered: Rendered, lock: IO[str]) -> int:
     for group in (run.model, run.data):
         if group.fetch:
-            FETCH[group.fetch]()
+            try:
+                FETCH[group.fetch]()
+            except (ModuleNotFoundError, OSError) as error:
+                print(f"launch: {group.fetch} can't be made: {error}", file=sys.stderr)
+                return 1
     # a command that outlives this process keeps the folder
     options = {"env": {**os.environ, **rendered.env}, "pass_fds": [lock.fileno()]}
     for command in rendered.preflight:
@@ -209,6 +213,11 @@ if __name__ == "__main__":
         main()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         sys.exit(f"launch: {in_one_line(error)}")
+    except OSError as error:
+        # Hydra makes the run's folder before anything here runs
+        if error.filename is None:
+            raise
+        sys.exit(f"launch: {error.filename} can't be written: {error.strerror}")
     except KeyboardInterrupt:
         print("launch: interrupted", file=sys.stderr)
         sys.exit(130)
