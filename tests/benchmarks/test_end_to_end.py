@@ -607,8 +607,16 @@ def test_no_folder_of_the_machine_is_in_results():
             "--block x: ds_fused: unknown key 'ropes' (did you mean 'rope'?); known keys: enabled, ",
         ),
         (["--micro-batches", "1,0"], "'0' is not a positive number"),
-        (["--data", "texts"], "--data and --tokenizer go together"),
-        (["--weights", "smollm2", "--lora"], "--weights has no adapters, so not with --lora"),
+        (["--data", str(HERE)], "--data and --tokenizer go together"),
+        (["--data", str(HERE), "--tokenizer", str(HERE)], f"--data {HERE}: no *.txt in it"),
+        (["--data", "/no/texts"], "--data: /no/texts is no folder"),
+        (["--weights", "/no/weights"], "--weights: /no/weights is no folder"),
+        (["--out", f"{__file__}/x"], f"--out: {__file__} is no folder"),
+        (["--name", "a/b"], "--name: 'a/b' is no name of a file"),
+        (["--room", "-1"], "--room: '-1' is no finite number above 0"),
+        (["--patience", "inf"], "--patience: 'inf' is no finite number above 0"),
+        (["--master_port", "65536"], "--master_port: '65536' is no port; the largest is 65535"),
+        (["--weights", str(HERE), "--lora"], "--weights has no adapters, so not with --lora"),
         (["--longest", "--resume"], "--resume is not for --longest"),
         (["--warm-up", "4,2,1"], "--warm-up has one number or two"),
         (["--plot", "nowhere"], "end_to_end.json is not there"),
@@ -618,6 +626,14 @@ def test_what_is_mistyped_is_said_before_anything_starts(arguments, said, capsys
     with pytest.raises(SystemExit):
         end_to_end.main(arguments)
     assert said in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_page_of_results_is_named(tmp_path):
+    (tmp_path / "end_to_end.json").write_text("[]")
+    with pytest.raises(SystemExit, match="end_to_end.json has no header and rows"):
+        end_to_end.main(["--plot", str(tmp_path)])
+    with pytest.raises(SystemExit, match="end_to_end.json has no header and rows"):
+        end_to_end.main(["--resume", "--out", str(tmp_path)])
 
 
 def test_a_file_that_was_cut_off_is_named(tmp_path):
