@@ -140,6 +140,7 @@ WRONG = [
     (["+deepspeed.optimizer.params.bias_correction=true"], "bias_correction is no option of AdamW"),
     (["deepspeed.optimizer.type=AdamWW"], "deepspeed.optimizer.type is 'AdamWW', but .* did you mean adamw"),
     (["deepspeed.optimizer.type=Lion"], "deepspeed.optimizer.params.torch_adam is no option of Lion"),
+    (["cluster=hostfile", "cluster.hosts={a: [1]}"], r"cluster.hosts gives a \[1\] slots, but must give at least 1"),
     (["~deepspeed.optimizer"], "deepspeed.optimizer.type must be given"),
     (["deepspeed.optimizer=3"], "deepspeed.optimizer is 3, but must be a block with type and params"),
     (["deepspeed.optimizer.type=3"], "deepspeed.optimizer.type is 3, but must be a name"),
