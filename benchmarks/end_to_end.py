@@ -34,7 +34,21 @@ from pathlib import Path
 # run as a script: find this folder's modules
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.page import PACKAGES, Header, Results, Row, header, positive, without_folders
+from benchmarks.page import (
+    PACKAGES,
+    Header,
+    Results,
+    Row,
+    amount,
+    duration,
+    file_name,
+    header,
+    in_folder,
+    out_folder,
+    port,
+    positive,
+    without_folders,
+)
 from benchmarks.plot_step import draw
 from benchmarks.ranks import Ended, free_port, listen
 from benchmarks.results import OK
@@ -42,6 +56,7 @@ from benchmarks.step_job import BEGUN, FAILED, MEMORY_ERRORS, OUT_OF_MEMORY, RES
 from benchmarks.step_page import RATE, Point, finished, longest_page, steps_page, write_csv, write_curves
 from benchmarks.step_shapes import SHAPES, shape_of
 from benchmarks.step_ways import LONGEST, OURS, RIVALS, WAYS, WITH_LEAVES, Way, default_ways, ours
+from ds_fused.engine.config import parse_config
 
 JOB = Path(__file__).parent / "step_job.py"
 LEFT_OUT = "left out"
@@ -316,8 +331,8 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     on_off = argparse.BooleanOptionalAction
     add = parser.add_argument
     add("--gpus", type=positive, default=1, help="ranks; on a machine without a GPU they run on the CPU")
-    add("--out", type=Path, default=Path(), help="folder for the results")
-    add("--name", default="end_to_end", help="of the files in it")
+    add("--out", type=out_folder, default=Path(), help="folder for the results")
+    add("--name", type=file_name, default="end_to_end", help="of the files in it")
     add("--shape", choices=tuple(SHAPES), default="8b-16layers", help="the model")
     add("--layers", type=positive, help="so many instead of the model's own")
     add("--stage", type=int, choices=(0, 1, 2, 3), default=3, help="of ZeRO")
@@ -331,18 +346,18 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     add("--profile", action=on_off, default=True, help="one more step in round 1, taken apart")
     add("--rounds", type=positive, default=2)
     add("--resume", action="store_true", help="keep the rows of NAME.json, measure what is missing")
-    add("--room", type=float, metavar="GIB", help="that PyTorch may have of each card, as if it were a smaller one")
-    add("--seconds", type=float, default=float("inf"), help="start no way after that")
-    add("--patience", type=float, default=300.0, help="seconds without a step after which a launch is ended")
+    add("--room", type=amount, metavar="GIB", help="that PyTorch may have of each card, as if it were a smaller one")
+    add("--seconds", type=duration, default=float("inf"), help="start no way after that")
+    add("--patience", type=amount, default=300.0, help="seconds without a step after which a launch is ended")
     add("--ways", metavar="WAY,...", help=ways_text())
     add("--block", action="append", default=[], metavar="NAME=JSON", help="a further way: this ds_fused block")
-    add("--data", type=Path, help="folder of *.txt to train on; needs --tokenizer")
-    add("--tokenizer", type=Path, help="folder of the tokenizer")
-    add("--weights", type=Path, help="folder with a saved model of the shape; default: random weights")
+    add("--data", type=in_folder, help="folder of *.txt to train on; needs --tokenizer")
+    add("--tokenizer", type=in_folder, help="folder of the tokenizer")
+    add("--weights", type=in_folder, help="folder with a saved model of the shape; default: random weights")
     add("--longest", action="store_true", help="look for the longest sequence that trains, micro batch 1")
     add("--last-length", type=positive, default=1 << 20, help="--longest tries none beyond it")
     add("--plot", type=Path, metavar="FOLDER", help="draw NAME.png from the NAME.json of a folder, measure nothing")
-    add("--master_port", type=positive, help="where the ranks meet; default: a free one for each launch")
+    add("--master_port", type=port, help="where the ranks meet; default: a free one for each launch")
     options = parser.parse_args(arguments)
     try:
         options.ways = chosen(options)
@@ -356,6 +371,8 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("--warm-up has one number or two")
     if (options.data is None) != (options.tokenizer is None):
         parser.error("--data and --tokenizer go together")
+    if options.data and not any(options.data.rglob("*.txt")):
+        parser.error(f"--data {options.data}: no *.txt in it")
     if options.longest:
         # the first length of a process trains two steps: in its first one ZeRO-3 knows of no gather ahead
         options.warm_up, options.steps, options.profile = [1, 0], 1, False
@@ -381,6 +398,10 @@ def chosen(options: argparse.Namespace) -> dict[str, Way]:
             raise ValueError(f"--block is NAME=JSON, got {text!r}: {error}") from None
         if not name or name in WAYS or not isinstance(value, dict):
             raise ValueError(f"--block is NAME=JSON, a new name and an object, got {text!r}")
+        try:
+            parse_config(value)
+        except ValueError as error:
+            raise ValueError(f"--block {name}: {error}") from None
         further[name] = ours(value)
     known = {**WAYS, **further}
     default = [*(LONGEST if options.longest else default_ways(options.stage)), *further]

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 import ds_fused
-from benchmarks.page import Header, Results, Row, header, positive, table, without_folders
+from benchmarks.page import Header, Results, Row, file_name, header, out_folder, positive, table, without_folders
 from benchmarks.results import OK
 from benchmarks.step_data import Stream
 from benchmarks.step_job import attention, status_of
@@ -149,8 +149,8 @@ def page(head: Header, rows: Sequence[Row]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(), help="folder for the results")
-    parser.add_argument("--name", default="exactness", help="of the files in it")
+    parser.add_argument("--out", type=out_folder, default=Path(), help="folder for the results")
+    parser.add_argument("--name", type=file_name, default="exactness", help="of the files in it")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="8b", help="the model")
     parser.add_argument("--layers", type=positive, help="so many instead of the model's own")
     parser.add_argument("--batch", type=positive, default=1, help="sequences of a batch")

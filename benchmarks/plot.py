@@ -88,7 +88,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder with ops.csv")
     args = parser.parse_args(argv)
-    header, rows = read_csv(args.folder / "ops.csv")
+    try:
+        header, rows = read_csv(args.folder / "ops.csv")
+    except ValueError as error:
+        parser.error(str(error))
     # a provider's variants (one more word in the name) stay in the table
     rows = [row for row in rows if row.status == OK and row.full_ms and row.provider in COLORS]
     if not rows:

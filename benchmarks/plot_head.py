@@ -7,7 +7,6 @@ dotted line is the bare matrix products. Ways without an answer have no point.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.head_rows import merged
 from benchmarks.head_ways import BARE
+from benchmarks.page import measured
 
 # by the first word of a way
 COLORS = {
@@ -34,11 +34,10 @@ COLUMNS = 2
 def draw(folder: Path) -> str | None:
     """None, or why there is no picture."""
     try:
-        measured = json.loads((folder / "zero3_head.json").read_text())
-    except json.JSONDecodeError as error:
-        return f"{folder / 'zero3_head.json'} is no JSON: {error}"
-    header = measured["header"]
-    rows = [row for row in merged(measured["rows"]) if "ms" in row]
+        header, rows = measured(folder / "zero3_head.json")
+    except ValueError as error:
+        return str(error)
+    rows = [row for row in merged(rows) if "ms" in row]
     points = [row for row in rows if row.get("extra_mib") is not None]
     if not points:
         return "no way has both a time and its memory"

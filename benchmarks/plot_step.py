@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from benchmarks.page import Row
+from benchmarks.page import Row, measured
 from benchmarks.step_page import at, finished, middle, points_of
 from benchmarks.step_timeline import PARTS
 
@@ -18,10 +17,10 @@ PART_COLORS = ("#1f4e9c", "#4f7fc9", "#e07b39", "#c9a227", "#8d6fb0", "#7f7f7f",
 def draw(folder: Path, name: str) -> str | None:
     """None, or why there is no picture."""
     try:
-        measured = json.loads((folder / f"{name}.json").read_text())
-    except json.JSONDecodeError as error:
-        return f"{folder / name}.json is no JSON: {error}"
-    head, rows = measured["header"], finished(measured["rows"])
+        head, rows = measured(folder / f"{name}.json")
+    except ValueError as error:
+        return str(error)
+    rows = finished(rows)
     if not rows:
         return "no way has finished"
     try:

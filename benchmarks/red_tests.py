@@ -24,12 +24,19 @@ PARTS = {
 }
 
 
+def _parsed(report: Path) -> ElementTree.ElementTree:
+    try:
+        return ElementTree.parse(report)
+    except ElementTree.ParseError as error:
+        raise ValueError(f"{report} is no XML: {error}") from None
+
+
 def red_tests(reports: Iterable[Path], ops: Iterable[str]) -> Mapping[str, str]:
     """Of each op that may not be timed the reason: a test that failed, or that none has passed."""
     ops = set(ops)
     reasons: dict[str, str] = {}
     passed: set[str] = set()
-    for test in (test for report in reports for test in ElementTree.parse(report).iter("testcase")):
+    for test in (test for report in reports for test in _parsed(report).iter("testcase")):
         name = test.get("name", "")
         file = re.sub(r".*test_", "", test.get("classname", ""))
         whose = set(PARTS.get(file, ())) or {file} & ops

@@ -106,9 +106,16 @@ def write_csv(path: Path, header: Mapping[str, str], rows: Sequence[Row]) -> Non
 
 
 def read_csv(path: Path) -> tuple[dict[str, str], list[Row]]:
-    """The file's header and rows; (nothing, nothing) if it isn't there."""
+    """The file's header and rows; (nothing, nothing) if it isn't there; a ValueError where it is no such file."""
     if not path.exists():
         return {}, []
+    try:
+        return _read_csv(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is no table of run.py: {error}") from None
+
+
+def _read_csv(path: Path) -> tuple[dict[str, str], list[Row]]:
     lines = path.read_text().splitlines()
     comments = [line[2:] for line in lines if line.startswith("# ")]
     header = dict(comment.split(": ", 1) for comment in comments)

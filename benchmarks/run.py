@@ -35,13 +35,15 @@ from benchmarks.base import Base, check
 from benchmarks.cases import CASES
 from benchmarks.cases.case import Case, Inputs
 from benchmarks.measure import Instruments, worst_error
-from benchmarks.page import positive
+from benchmarks.page import amount, duration, out_folder, positive
 from benchmarks.red_tests import red_tests
 from benchmarks.results import BASE, CEILING, OK, OURS, Row, compare, markdown, read_csv, write_csv
 from benchmarks.rivals.provider import Provider
 
 REFERENCE = "hf_eager"
 BARE = "bare GEMMs"
+# of the card, in the header
+CEILINGS = ("copy_tb_s", "matmul_tflop_s", "lm_head_tflop_s")
 LEFT_OUT = "left out"
 REFUSED = "refused"
 RESUMED = "resumed by"
@@ -342,30 +344,32 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--providers", nargs="+", choices=sorted(providers), help="only these (the first word of a provider's name)"
     )
-    parser.add_argument("--out", type=Path, help="folder of ops.csv and ops.md; default benchmarks/results/DEVICE")
+    parser.add_argument(
+        "--out", type=out_folder, help="folder of ops.csv and ops.md; default benchmarks/results/DEVICE"
+    )
     parser.add_argument("--quick", action="store_true", help="one shape per op and shorter measurements")
     parser.add_argument(
         "--tiny", action="store_true", help="tiny shapes: shows that everything runs, times nothing real"
     )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no provider after this long")
+    parser.add_argument("--seconds", type=duration, default=float("inf"), help="start no provider after this long")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there, measure the rest")
     parser.add_argument("--base", help="a git ref, or a folder that holds ds_fused/: ours as it was there, as rival")
     parser.add_argument("--tests", nargs="+", type=Path, help="reports of pytest --junit-xml: no op that is red there")
     parser.add_argument("--ahead", type=positive, default=0, metavar="N", help="compile before, by N processes")
-    parser.add_argument("--rep-ms", type=float, help="of calls for one median; default 100, with --quick 30")
+    parser.add_argument("--rep-ms", type=amount, help="of calls for one median; default 100, with --quick 30")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU here; --device cpu --tiny shows that everything runs")
     if args.device == "cpu" and not args.tiny:
         parser.error("--device cpu wants --tiny: a CPU's times say nothing about a kernel")
-    if args.rep_ms is not None and not args.rep_ms > 0:
-        parser.error(f"--rep-ms is {args.rep_ms:g}, but must be above 0")
-    if args.out is not None and args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out {args.out}: no folder")
     for report in args.tests or ():
         if not report.is_file():
             parser.error(f"--tests {report}: no such file")
+    try:
+        args.red = red_tests(args.tests, {case.op for case in CASES}) if args.tests else {}
+    except ValueError as error:
+        parser.error(f"--tests {error}")
     if args.base:
         try:
             check(args.base)
@@ -377,7 +381,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def restart(args: argparse.Namespace, argv: list[str], seconds: float) -> None:
     """Replaces this process, whose device context is dead, by one that resumes."""
     kept = without(argv, "--resume", "--seconds", "--ahead")
-    limit = [] if args.seconds == float("inf") else ["--seconds", str(seconds)]
+    limit = [] if args.seconds == float("inf") else ["--seconds", str(max(0.0, seconds))]
     sys.stdout.flush()
     # the dead context's memory stays taken while a descriptor of the driver is open
     os.closerange(3, 4096)
@@ -392,16 +396,21 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out or Path(__file__).parent / "results" / folder
     out.mkdir(parents=True, exist_ok=True)
 
-    header, rows = read_csv(out / "ops.csv") if args.resume else ({}, [])
+    try:
+        header, rows = read_csv(out / "ops.csv") if args.resume else ({}, [])
+    except ValueError as error:
+        raise SystemExit(f"run: {error}") from None
     header.pop(LEFT_OUT, None)
     if not header:
         ceilings = on.ceilings()
         header = environment(on) | {key: f"{value:.4g}" for key, value in ceilings.items()}
     if header.get("method") != method(on):
         header[RESUMED] = method(on)
-    ceilings = {key: float(header[key]) for key in ("copy_tb_s", "matmul_tflop_s", "lm_head_tflop_s")}
+    if absent := [key for key in CEILINGS if key not in header]:
+        raise SystemExit(f"run: {out / 'ops.csv'} can't be gone on with: its header has no {', '.join(absent)}")
+    ceilings = {key: float(header[key]) for key in CEILINGS}
     print("\n".join(f"{key}: {value}" for key, value in header.items()), flush=True)
-    red = red_tests(args.tests, {case.op for case in CASES}) if args.tests else {}
+    red = args.red
     header[TESTS] = "not looked at"
     if args.tests:
         header[TESTS] = f"{', '.join(path.name for path in args.tests)}: {', '.join(sorted(red)) or 'no op'} refused"

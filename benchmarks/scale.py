@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
+from benchmarks.page import out_folder
 from benchmarks.plot_scale import draw_crossover, draw_scaling
 from benchmarks.scale_fit import PARAMETERS, ROOM_GIB, Fit, fit
 from benchmarks.scale_model import (
@@ -382,7 +383,7 @@ COLUMNS = ("table", "file", "case", "way", "ranks", "unit", "measured", "model")
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(), help="folder for the results")
+    parser.add_argument("--out", type=out_folder, default=Path(), help="folder for the results")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     found, skipped = points()

@@ -29,6 +29,7 @@ from torch import Tensor
 from benchmarks.cases import CASES
 from benchmarks.cases.case import Inputs
 from benchmarks.measure import Instruments, relative_error
+from benchmarks.page import duration, out_folder
 from benchmarks.rivals.norms import N_GROUPS
 from benchmarks.rivals.provider import Provider
 from benchmarks.run import SEED, full_call, restorer
@@ -383,8 +384,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="+", choices=sorted({search.op for search in SEARCHES}))
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="searches whose line has one of these in it")
-    parser.add_argument("--seconds", type=float, default=170.0, help="for all searches together")
-    parser.add_argument("--out", type=Path, help="folder of tune.csv, every combination with its time")
+    parser.add_argument("--seconds", type=duration, default=170.0, help="for all searches together")
+    parser.add_argument("--out", type=out_folder, help="folder of tune.csv, every combination with its time")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on the CPU: shows that everything runs")
     args = parser.parse_args(argv)
     if not args.tiny and not torch.cuda.is_available():

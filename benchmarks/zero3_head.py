@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.head_job import BEGUN, FAILED, OK, RESULT
 from benchmarks.head_rows import merged
 from benchmarks.head_ways import BARE, DEFAULT, SWEEP, WAYS, Shape
-from benchmarks.page import Results, Row, header, number, positive, table
+from benchmarks.page import Results, Row, header, number, out_folder, port, positive, table
 from benchmarks.plot_head import draw
 from benchmarks.ranks import listen
 
@@ -176,12 +176,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--gpus", type=positive, default=1, help="ranks; on a machine without a GPU they run on the CPU"
     )
-    parser.add_argument("--out", type=Path, default=Path(), help="folder for the results")
+    parser.add_argument("--out", type=out_folder, default=Path(), help="folder for the results")
     parser.add_argument("--shapes", type=_listed(None), metavar="MxHxV,...", help=f"default {','.join(SHAPES)}")
     parser.add_argument("--ways", type=_listed(tuple(WAYS)), metavar="WAY,...", help=f"default {','.join(DEFAULT)}")
     parser.add_argument("--rounds", type=positive, default=1, help="of all ways at each shape")
     parser.add_argument("--vocab-sweep", action="store_true", help="extra memory as the vocabulary grows")
-    parser.add_argument("--master_port", type=positive, default=29500, help="where the ranks meet")
+    parser.add_argument("--master_port", type=port, default=29500, help="where the ranks meet")
     options = parser.parse_args(arguments)
 
     shapes = options.shapes or (SWEEP_SHAPES if options.vocab_sweep else SHAPES)

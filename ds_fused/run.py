@@ -7,6 +7,7 @@ Nothing is imported before the script: what it does to its environment ahead of 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import runpy
 import sys
@@ -38,18 +39,39 @@ def main(argv: list[str]) -> None:
     sys.argv = [target, *passed_on, *arguments]
     if how == "no_python":
         # a Python below it finds the config by its environment, through the plug-in entry point
-        os.execvp(target, sys.argv)
+        try:
+            os.execvp(target, sys.argv)
+        except OSError as error:
+            raise SystemExit(f"ds_fused.run: {target} can't be started: {error.strerror}") from None
     autoload.watch("deepspeed", "ds_fused.engine.default_config")
     if how == "module":
         # `python -m` has put the working directory on sys.path for us, where the user's module is looked up too; where
         # this file was started by its path, that is its folder
         if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
             sys.path[0] = os.getcwd()
+        check_module(target)
         runpy.run_module(target, run_name="__main__", alter_sys=True)
     else:
+        # a folder may be a program, too
+        if not os.path.exists(os.path.join(target, "__main__.py") if os.path.isdir(target) else target):
+            raise SystemExit(f"ds_fused.run: no such script: {target}")
         # as `python train.py` does
         sys.path[0] = os.path.dirname(os.path.realpath(target))
         runpy.run_path(target, run_name="__main__")
+
+
+def check_module(name: str) -> None:
+    """Whether it is there to be run; what fails in the packages above it is theirs to say."""
+    try:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{name}.__main__")
+    except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):
+            raise
+        spec = None
+    if spec is None:
+        raise SystemExit(f"ds_fused.run: no such module: {name}, or a package without __main__.py")
 
 
 def announce(config: str) -> None:

@@ -14,16 +14,13 @@ import shlex
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 import hydra
-import psutil
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -35,11 +32,9 @@ from launch.clusters import KINDS
 from launch.real_data import CACHE, FETCH
 from launch.render import Host, Rendered, record
 from launch.schema import Run
+from launch.supervisor import ended
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-
-# what a command may take to end its ranks, on this machine and on others: launchers give them 30
-SECONDS_TO_END = 45
 
 OmegaConf.register_new_resolver("cached", lambda name: str(CACHE / name), replace=True)
 
@@ -122,50 +117,14 @@ def write(run: Run, rendered: Rendered) -> None:
     environment.write(folder, "launching")
 
 
-def ended(command: list[str], **options: object) -> int:
-    """Run it to its end. What it has started on this machine ends with it, also where this process is interrupted."""
-    # a session of its own: the terminal's signals come by this process, once
-    process = subprocess.Popen(command, start_new_session=True, **options)
-    try:
-        return process.wait()
-    finally:
-        end(process)
-
-
-def end(process: subprocess.Popen) -> None:
-    """End its group: SIGTERM, which launchers hand on to ranks on other machines, and SIGKILL for who stays."""
-    deadline = time.monotonic() + SECONDS_TO_END
-    try:
-        tell(process.pid, signal.SIGTERM)
-        while is_alive(process) and time.monotonic() < deadline:
-            time.sleep(0.1)
-    finally:
-        # at once where a second interrupt has come
-        tell(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def tell(group: int, sign: signal.Signals) -> None:
-    # PermissionError: macOS says so of processes that nobody has collected yet
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, sign)
-
-
-def is_alive(process: subprocess.Popen) -> bool:
-    """Whether any of its group is; one that has ended may stay until a container's first process collects it."""
-    if process.poll() is None:
-        return True
-    for other in psutil.process_iter():
-        with suppress(ProcessLookupError, PermissionError, psutil.Error):
-            if os.getpgid(other.pid) == process.pid and other.status() != psutil.STATUS_ZOMBIE:
-                return True
-    return False
-
-
 def start(run: Run, rendered: Rendered, lock: IO[str]) -> int:
     for group in (run.model, run.data):
         if group.fetch:
-            FETCH[group.fetch]()
+            try:
+                FETCH[group.fetch]()
+            except (ModuleNotFoundError, OSError) as error:
+                print(f"launch: {group.fetch} can't be made: {error}", file=sys.stderr)
+                return 1
     # a command that outlives this process keeps the folder
     options = {"env": {**os.environ, **rendered.env}, "pass_fds": [lock.fileno()]}
     for command in rendered.preflight:
@@ -254,6 +213,11 @@ if __name__ == "__main__":
         main()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         sys.exit(f"launch: {in_one_line(error)}")
+    except OSError as error:
+        # Hydra makes the run's folder before anything here runs
+        if error.filename is None:
+            raise
+        sys.exit(f"launch: {error.filename} can't be written: {error.strerror}")
     except KeyboardInterrupt:
         print("launch: interrupted", file=sys.stderr)
         sys.exit(130)

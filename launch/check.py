@@ -12,23 +12,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import ds_fused
+from launch import checkpoints, limits
 from launch.check_deepspeed import check_batch, check_deepspeed, check_parallel
 from launch.clusters import KINDS, hostfile
 from launch.environment import is_secret
+from launch.real_data import FETCH
 from launch.schema import Run
 
 # what is given a value, with the value
 NAMES = re.compile(r"([\w-]+)\s*[=:](?=\s*['\"]?([^\s,{}\[\]'\"]*))")
 # key -> the least that makes sense
 LEAST = {
-    "data.block": 2,  # the first token of a block has no loss
-    "data.eval_blocks": 1,
-    "train.steps": 1,
-    "train.seed": 0,
-    "train.log_every": 1,
-    "train.eval_every": 0,
-    "train.save_every": 0,
-    "train.timeout_s": 1,
+    **limits.LEAST,
     "cluster.ssh_port": 1,
     "cluster.cpus": 1,
     "cluster.notice": 1,
@@ -37,10 +32,9 @@ LEAST = {
 }
 # and the most; a roll call of nodes takes the port behind the ranks'
 MOST = {
+    **limits.MOST,
     "cluster.port": 65534,
     "cluster.ssh_port": 65535,
-    "train.seed": 2**32 - 1,  # NumPy's
-    "train.timeout_s": 10**6,  # twice as many milliseconds still are an int of 32 bits
 }
 
 
@@ -116,6 +110,7 @@ def refuse_secrets_typed(words: Sequence[str]) -> None:
 def check(run: Run, ranks: int) -> None:
     """What train.py, DeepSpeed and ds_fused would refuse on the ranks."""
     check_numbers(run)
+    check_fetch(run)
     check_batch(run.deepspeed, ranks)
     check_parallel(run)
     check_deepspeed(run, ranks)
@@ -147,6 +142,13 @@ def check_numbers(run: Run) -> None:
         raise ValueError("data.text is empty, but must name a file or a folder")
 
 
+def check_fetch(run: Run) -> None:
+    for name in ("model", "data"):
+        fetch = getattr(run, name).fetch
+        if fetch is not None and fetch not in FETCH:
+            raise ValueError(f"{name}.fetch is {fetch!r}, but must be one of {', '.join(FETCH)}, or null")
+
+
 def missing_paths(run: Run) -> Iterator[str]:
     """What the configuration names and this machine doesn't have, each with its key."""
     if run.cluster.kind == "kubernetes":
@@ -172,12 +174,14 @@ def missing_paths(run: Run) -> Iterator[str]:
 
 def missing_checkpoint(run: Run) -> Iterator[str]:
     folder = Path(run.folder, "checkpoints")
-    latest = folder / "latest"
-    if run.resume is True and not latest.is_file():
+    there = (folder / "latest").is_file()
+    if run.resume is True and not there:
         yield f"resume is true, but {folder} holds no checkpoint; resume=auto starts anew then"
-    elif run.resume and latest.is_file() and not (folder / latest.read_text().strip()).is_dir():
-        there = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "no checkpoint"
-        yield f"resume is {run.resume}, but {latest} names {latest.read_text().strip()!r}, and there is {there}"
+    elif run.resume and there:
+        try:
+            checkpoints.newest(folder)
+        except ValueError as error:
+            yield f"resume is {str(run.resume).lower()}, but {error}"
 
 
 def looks_like_a_folder(name: str) -> bool:

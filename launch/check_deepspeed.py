@@ -195,13 +195,25 @@ def arguments(*classes: type) -> set[str]:
     return {name for cls in classes for name in [*inspect.signature(cls).parameters][1:]}
 
 
+def kind_and_params(deepspeed: Mapping, name: str) -> tuple[str, Mapping]:
+    """A block's type and params; each empty where it isn't given."""
+    where, block = f"deepspeed.{name}", deepspeed.get(name) or {}
+    if not isinstance(block, Mapping):
+        raise ValueError(f"{where} is {block!r}, but must be a block with type and params")
+    kind, params = block.get("type") or "", block.get("params") or {}
+    if not isinstance(kind, str):
+        raise ValueError(f"{where}.type is {kind!r}, but must be a name")
+    if not isinstance(params, Mapping):
+        raise ValueError(f"{where}.params is {params!r}, but must be a block")
+    return kind, params
+
+
 def check_optimizer(deepspeed: Mapping) -> None:
     """train.py makes no optimizer of its own, so DeepSpeed must; its options are its class's arguments."""
     import torch
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
-    block = deepspeed.get("optimizer") or {}
-    kind, params = block.get("type"), block.get("params") or {}
+    kind, params = kind_and_params(deepspeed, "optimizer")
     if not kind:
         raise ValueError("deepspeed.optimizer.type must be given")
     if kind.lower() in OPTIMIZERS:
@@ -229,8 +241,7 @@ def check_scheduler(deepspeed: Mapping) -> None:
     import torch
     from deepspeed.runtime import lr_schedules
 
-    block = deepspeed.get("scheduler") or {}
-    kind, params = block.get("type"), block.get("params") or {}
+    kind, params = kind_and_params(deepspeed, "scheduler")
     if not kind:
         return
     found = getattr(lr_schedules, kind, None) or getattr(torch.optim.lr_scheduler, kind, None)

@@ -28,6 +28,7 @@ from environment import gpus, versions
 
 # of the whole, so that what is wrong is said within a minute
 SECONDS = 50
+SET_BY_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # 16 MiB: large enough for a bandwidth, small enough for a slow network
 ALL_REDUCE_BYTES = 2**24
 REPEATS = 5
@@ -208,14 +209,17 @@ def main() -> int:
     options = parse_options()
     try:
         slots = read_slots(options.hostfile) if options.hostfile else {}
-    except ValueError as error:
-        complain([str(error)])
+    except (ValueError, OSError) as error:
+        complain([f"{options.hostfile} can't be read: {error.strerror}" if isinstance(error, OSError) else str(error)])
         return 1
     if options.reach:
         silent = unreachable([*slots], options.ssh_port)
         complain([f"{host} can't be reached: {reason}" for host, reason in silent.items()])
         return 1 if silent else 0
 
+    if absent := [name for name in SET_BY_LAUNCHERS if name not in os.environ]:
+        complain([f"a launcher starts this on every rank, and sets {', '.join(SET_BY_LAUNCHERS)}: no {absent[0]}"])
+        return 1
     rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     deadline = Deadline(options.seconds)

@@ -6,11 +6,11 @@ python launch/report.py FOLDER STATUS     says that the run has ended with this 
 
 from __future__ import annotations
 
+import argparse
 import html
 import json
 import math
 import signal
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
@@ -237,8 +237,18 @@ def chart(title: str, lines: Mapping[str, Points], floor: float | None = None) -
     return f'<figure style="margin:0"><h2>{title}</h2>{drawing}<div class="key quiet">{"".join(key)}</div></figure>\n'
 
 
-if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        finish(Path(sys.argv[1]), failed(int(sys.argv[2])))
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("status", type=int, nargs="?", metavar="STATUS")
+    options = parser.parse_args()
+    if not options.folder.is_dir():
+        parser.error(f"{options.folder}: no such folder")
+    if options.status is not None:
+        finish(options.folder, failed(options.status))
     else:
-        write(Path(sys.argv[1]), state="as of now")
+        write(options.folder, state="as of now")
+
+
+if __name__ == "__main__":
+    main()

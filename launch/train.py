@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import operator
 import os
 import platform
 import resource
@@ -27,10 +28,12 @@ import environment
 import report
 import torch
 import torch.distributed as dist
+from checkpoints import newest
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT, default_pg_timeout
 from journal import Journal, say
-from text_blocks import data_share, micro_batch, token_blocks
+from limits import LEAST, MOST
+from text_blocks import data_share, micro_batch, text_files, token_blocks
 from toolchain import missing_build_tools
 from torch import Tensor
 from torch.distributed import distributed_c10d
@@ -61,7 +64,32 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="the run's folder")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     deepspeed.add_config_arguments(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    try:
+        check(args)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """What the ranks would stumble over one after the other."""
+    for limits, words, is_beyond in ((LEAST, "least", operator.lt), (MOST, "most", operator.gt)):
+        for key, limit in limits.items():
+            name = key.partition(".")[2]
+            value = getattr(args, name)
+            if is_beyond(value, limit):
+                raise ValueError(f"--{name} is {value}, but must be at {words} {limit}")
+    if not 0 < args.held_out < 1:
+        raise ValueError(f"--held_out is {args.held_out}, but must be a share between 0 and 1")
+    text_files(args.text)
+    for name in ("model", "tokenizer"):
+        # any other name may be the hub's
+        folder = getattr(args, name) or ""
+        if folder.startswith((".", "/")) and not os.path.isdir(folder):
+            raise FileNotFoundError(f"--{name} {folder}: no such folder")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out}: no folder")
 
 
 def use_gloo_alone_where_nothing_compiles() -> None:
@@ -164,10 +192,7 @@ def save_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
 
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> Path:
     """The one that `latest` names."""
-    tag = (folder / "latest").read_text().strip()
-    there = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    if tag not in there:
-        raise ValueError(f"{folder}/latest names {tag!r}, but there is {', '.join(there) or 'no checkpoint'}")
+    tag = newest(folder)
     try:
         engine.load_checkpoint(str(folder), tag=tag)
     except (AssertionError, FileNotFoundError) as error:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ds_fused.nn._options import listed
 from ds_fused.ops import multi_token_attention, neighborhood_attention
-from ds_fused.ops._options import check_numbers
+from ds_fused.ops._options import check_numbers_or_none
 from ds_fused.ops.neighborhood_attention import check_window
 
 
@@ -75,8 +75,7 @@ class NeighborhoodAttention(torch.nn.Module):
                 f"NeighborhoodAttention: {num_heads} heads must divide hidden_size, which is {hidden_size}"
             )
         check_window("NeighborhoodAttention", kernel_size, dilation, border)
-        if scale is not None:
-            check_numbers("NeighborhoodAttention", scale=scale)
+        check_numbers_or_none("NeighborhoodAttention", scale=scale)
         made = {"bias": bias, "device": device, "dtype": dtype}
         self.q_proj = torch.nn.Linear(hidden_size, hidden_size, **made)
         self.k_proj = torch.nn.Linear(hidden_size, hidden_size, **made)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ds_fused.ops._options import check_numbers
+from ds_fused.ops._options import check_numbers, check_numbers_or_none
 from ds_fused.ops._sigmoid import sigmoid_and_slope
 
 ACTS = ("silu", "gelu_tanh", "gelu", "relu", "relu2")
@@ -26,12 +26,10 @@ def check_form(op: str, form: GLUForm) -> None:
     if form.act not in ACTS:
         raise ValueError(f"{op}: act is {form.act!r}; known are {', '.join(ACTS)}")
     check_numbers(op, alpha=form.alpha, offset=form.offset)
+    check_numbers_or_none(op, limit=form.limit)
     if form.alpha != 1.0 and form.act != "silu":
         raise ValueError(f"{op}: alpha is {form.alpha} and act {form.act!r}; only silu has an alpha, others need 1.0")
-    if form.limit is None:
-        return
-    check_numbers(op, limit=form.limit)
-    if not form.limit > 0.0:
+    if form.limit is not None and not form.limit > 0.0:
         raise ValueError(f"{op}: limit is {form.limit}; it must be above 0, or None for no clamp")
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_fused.ops._options import check_numbers, check_whole
+from ds_fused.ops._options import check_numbers, check_numbers_or_none, check_whole
 
 
 class LossOptions(NamedTuple):
@@ -113,8 +113,7 @@ def check_weight(op: str, name: str, weight: Tensor | None, n_vocab: int, device
 def _check_options(op: str, ignore_index: int, softcap: float | None, **others: float) -> None:
     check_whole(op, ignore_index=ignore_index)
     check_numbers(op, **others)
-    if softcap is not None:
-        check_numbers(op, softcap=softcap)
+    check_numbers_or_none(op, softcap=softcap)
 
 
 def check_loss(

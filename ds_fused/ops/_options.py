@@ -16,6 +16,13 @@ def check_numbers(op: str, **options: object) -> None:
             raise ValueError(f"{op}: {name} is {_said(value)}; it must be a number (float or int)")
 
 
+def check_numbers_or_none(op: str, **options: object) -> None:
+    """Of options that None leaves out."""
+    for name, value in options.items():
+        if value is not None and not isinstance(value, NUMBERS):
+            raise ValueError(f"{op}: {name} is {_said(value)}; it must be a number (float or int) or None")
+
+
 def check_whole(op: str, **options: object) -> None:
     for name, value in options.items():
         if not isinstance(value, WHOLE):

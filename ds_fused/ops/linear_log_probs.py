@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_fused.ops._loss import LossOptions
-from ds_fused.ops._options import check_numbers
+from ds_fused.ops._options import check_numbers, check_numbers_or_none
 from ds_fused.ops.linear_cross_entropy import token_losses
 from ds_fused.ops.slabs import WeightSlabs
 from ds_fused.ops.vocab_shard import VocabShard
@@ -81,8 +81,7 @@ def linear_log_probs(
     """
     op = "linear_log_probs"
     check_numbers(op, temperature=temperature, logit_scale=logit_scale)
-    if softcap is not None:
-        check_numbers(op, softcap=softcap)
+    check_numbers_or_none(op, softcap=softcap)
     if not temperature > 0.0:
         raise ValueError(f"{op}: temperature is {temperature}; it must be positive")
     # cap * tanh(scale * x / cap) / t, with scale and cap each divided by t

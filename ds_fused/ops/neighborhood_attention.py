@@ -36,7 +36,7 @@ from ds_fused.ops._neighborhood_attention_kernels import (
     _neighborhood_attention_fwd_kernel,
 )
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._options import check_numbers, check_whole
+from ds_fused.ops._options import check_numbers_or_none, check_whole
 from ds_fused.ops._triton import autocast_dtype, cdiv, check_dtypes, power_of_2, runs_kernels
 
 BORDERS = ("cut", "shift")
@@ -266,8 +266,7 @@ def neighborhood_attention(
             f"shape, [batch, heads, tokens, columns]"
         )
     check_window("neighborhood_attention", kernel_size, dilation, border)
-    if scale is not None:
-        check_numbers("neighborhood_attention", scale=scale)
+    check_numbers_or_none("neighborhood_attention", scale=scale)
     dtype = autocast_dtype(q)
     if dtype is None and not q.dtype == k.dtype == v.dtype:
         raise ValueError(

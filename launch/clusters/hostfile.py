@@ -76,7 +76,7 @@ def slots_of(cluster: Options) -> dict[str, list[int]]:
     from deepspeed.launcher.runner import parse_inclusion_exclusion
 
     for name, there in cluster.hosts.items():
-        if there < 1:
+        if not isinstance(there, int) or there < 1:
             raise ValueError(f"cluster.hosts gives {name} {there} slots, but must give at least 1")
     try:
         slots = dict(parse_inclusion_exclusion(cluster.hosts, cluster.include, cluster.exclude))

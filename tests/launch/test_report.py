@@ -143,6 +143,19 @@ def test_the_last_word_is_said_where_no_rank_could(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "the following arguments are required: FOLDER"),
+        (["/no/run"], "/no/run: no such folder"),
+        ([str(Path(__file__).parent), "failed"], "argument STATUS: invalid int value: 'failed'"),
+    ],
+)
+def test_a_page_of_no_run_is_not_written(words, says):
+    ended = subprocess.run([sys.executable, report.__file__, *words], capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.endswith(f"error: {says}\n"), ended.stderr
+
+
+@pytest.mark.parametrize(
     ("status", "words"),
     [
         (-9, "failed: SIGKILL (exit status -9)"),  # the command itself

@@ -186,10 +186,34 @@ def test_text_that_is_not_there_or_too_short_is_named(functions, text_blocks, ti
         text_blocks.token_blocks(functions.parse_options([*options, "--block", "4096"]))
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--steps", "0"], "--steps is 0, but must be at least 1"),
+        (["--block", "1"], "--block is 1, but must be at least 2"),
+        (["--log_every", "0"], "--log_every is 0, but must be at least 1"),
+        (["--eval_blocks", "0"], "--eval_blocks is 0, but must be at least 1"),
+        (["--seed", str(2**32)], f"--seed is {2**32}, but must be at most {2**32 - 1}"),
+        (["--held_out", "1"], "--held_out is 1.0, but must be a share between 0 and 1"),
+        (["--text", "/no/text"], "--text /no/text: neither a file nor a folder with *.txt in it"),
+        (["--model", "./no/model"], "--model ./no/model: no such folder"),
+        (["--tokenizer", "/no/tokenizer"], "--tokenizer /no/tokenizer: no such folder"),
+        (["--out", __file__], f"--out {__file__}: no folder"),
+    ],
+)
+def test_what_no_rank_could_use_is_said_before_the_ranks_meet(options, said, functions, text, tmp_path, capsys):
+    right = ["--model", "owner/name", "--text", str(text), "--steps", "1", "--out", str(tmp_path / "run")]
+    functions.parse_options(right)
+    with pytest.raises(SystemExit):
+        functions.parse_options([*right, *options])
+    assert f"error: {said}\n" in capsys.readouterr().err
+
+
 def test_the_held_out_part_is_the_tail_of_every_file(functions, text_blocks, tiny_model, text, tmp_path):
     options = ["--model", str(tiny_model), "--text", str(text), "--steps", "1", "--out", str(tmp_path)]
-    options += ["--block", "1", "--held_out", "0.25", "--eval_blocks", "1000000"]
-    train, held_out = text_blocks.token_blocks(functions.parse_options(options))
+    args = functions.parse_options([*options, "--held_out", "0.25", "--eval_blocks", "1000000"])
+    args.block = 1
+    train, held_out = text_blocks.token_blocks(args)
     # one token per byte, and one behind each of the four parts
     assert len(train) + len(held_out) == sum(file.stat().st_size for file in text.iterdir()) + 4
     tail = (text / "b.txt").read_bytes()[-10:]
@@ -238,7 +262,7 @@ def test_a_checkpoint_that_is_not_there_or_not_whole_is_named(functions, tmp_pat
     (tmp_path / "global_step4").mkdir()
     (tmp_path / "latest").write_text("global_step8")
     engine = SimpleNamespace(load_checkpoint=fails)
-    with pytest.raises(ValueError, match=f"{tmp_path}/latest names 'global_step8', but there is global_step4"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/latest names 'global_step8'; there is global_step4"):
         functions.load_checkpoint(engine, tmp_path)
     (tmp_path / "latest").write_text("global_step4")
     with pytest.raises(ValueError, match=f"{tmp_path}/latest names 'global_step4', which is not whole: no file"):
