@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accuracy import as_accurate, randn, same_bits
+from accuracy import as_accurate, randn, same_bits, ulp
 from mhc import streams
 
 import ds_fused.ops.registry as registry
@@ -16,9 +16,9 @@ from ds_fused.ops.mhc_pre import mhc_pre
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def judge(inputs, dtype, *, iterations=3, **options):
+def judge(inputs, dtype, *, iterations=3, frozen=(3,), **options):
     # without dscale, which is of the coefficients, and whose test says why
-    as_accurate(mhc_in, mhc_in_reference, inputs, dtype, frozen=[3], iterations=iterations, **options)
+    as_accurate(mhc_in, mhc_in_reference, inputs, dtype, frozen=frozen, iterations=iterations, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -28,11 +28,47 @@ def test_in(t, n, c, dtype, device):
     judge(streams(t, n=n, c=c, device=device), dtype)
 
 
+REAL_SIZES = [(8191, 4, 4096), (1000, 4, 1280), (515, 8, 768)]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("t", "n", "c"), [(8191, 4, 4096), (1000, 4, 1280), (515, 8, 768)])
+@pytest.mark.parametrize(("t", "n", "c"), REAL_SIZES)
 def test_real_sizes(t, n, c, dtype, device):
-    judge(streams(t, n=n, c=c, device=device), dtype)
+    # but for dbias, see below
+    judge(streams(t, n=n, c=c, device=device), dtype, frozen=(2, 3))
+
+
+DRAWS = 8
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("t", "n", "c"), [(12, 4, 16), *(pytest.param(*sizes, marks=pytest.mark.gpu) for sizes in REAL_SIZES)]
+)
+def test_dbias_of_several_draws(t, n, c, dtype, device):
+    """Of its few sums N have nearly all of the error, and PyTorch's are small by luck now and then: in eight draws of
+    1000 tokens the ratio of the errors was 0.5 to 2.5.
+    """
+    apart = {name: 0.0 for name in ("ours", "PyTorch's", "ulp")}
+    for seed in range(DRAWS):
+        inputs = [x.to(dtype) for x in streams(t, n=n, c=c, device=device, seed=seed)]
+        upstream: list[torch.Tensor] = []
+
+        def dbias(op, inputs, upstream=upstream):
+            inputs = [x.clone().requires_grad_(i == 2) for i, x in enumerate(inputs)]
+            outputs = [y for y in op(*inputs, iterations=3) if y.requires_grad]
+            if not upstream:
+                upstream += [randn(*y.shape, device=y.device, seed=i).to(y.dtype) for i, y in enumerate(outputs)]
+            torch.autograd.backward(outputs, [dy.to(y.dtype) for dy, y in zip(upstream, outputs, strict=True)])
+            return inputs[2].grad
+
+        found, torchs = dbias(mhc_in, inputs), dbias(mhc_in_reference, inputs)
+        exact = dbias(mhc_in_reference, [x.double() for x in inputs])
+        for name, error in (("ours", found - exact), ("PyTorch's", torchs - exact), ("ulp", ulp(exact, dtype))):
+            apart[name] += float(error.double().square().mean()) / DRAWS
+    ours, torchs, of_ulp = (square**0.5 for square in apart.values())
+    assert ours <= 2 * torchs + 4 * of_ulp, apart
 
 
 def test_options_and_parameters_in_fp32(device):
