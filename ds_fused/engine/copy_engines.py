@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # with which NCCL registers no windows, and says nothing
 WITHOUT_WINDOWS = {"NCCL_P2P_DISABLE": "1", "NCCL_CUMEM_ENABLE": "0", "NCCL_WIN_ENABLE": "0"}
-# Communicators whose owners are gone, and their windows. Ranks collect their garbage at times of their own, and a
-# communicator ends on all of them together: where the next one is made, if no rank uses it any longer
-_left: list[tuple[ProcessGroup, list[int | None]]] = []
+# Communicators whose owners are gone, with the memory of their windows. Ranks collect their garbage at times of their
+# own, and a communicator ends on all of them together: where the next one is made, if no rank uses it any longer
+_left: list[ProcessGroup] = []
 
 
 def boot_id() -> str | None:
@@ -81,13 +81,16 @@ class CopyEngines:
         if group is not None:
             # what is on its way in windows lands first
             get_accelerator().synchronize()
-            _end(group, self._windows)
+            if _is_there(group):
+                for window in self._windows:
+                    nccl.deregister(nccl.communicator(group, self._device), window)
+                dist.destroy_process_group(group)
 
     def leave(self) -> None:
         """The same, as this rank can do it alone: the communicator ends later."""
         group, self._group = self._group, None
         if group is not None:
-            _left.append((group, self._windows))
+            _left.append(group)
 
     def window(self, n_elements: int, dtype: torch.dtype) -> Tensor:
         """Memory of its own; PyTorch's allocator does not count it."""
@@ -173,22 +176,14 @@ def _is_there(group: ProcessGroup) -> bool:
     return dist.is_initialized() and group in dist.distributed_c10d._world.pg_map
 
 
-def _end(group: ProcessGroup, windows: list[int | None]) -> None:
-    if _is_there(group):
-        device = torch.device(get_accelerator().current_device_name())
-        for window in windows:
-            nccl.deregister(nccl.communicator(group, device), window)
-        dist.destroy_process_group(group)
-
-
 def _end_left() -> None:
     """End what all ranks have left, in one order."""
-    mine = {group.group_name: (group, windows) for group, windows in _left if _is_there(group)}
+    mine = {group.group_name: group for group in _left if _is_there(group)}
     everyones: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, list(mine))
     for name in everyones[0]:
         if all(name in names for names in everyones):
-            _end(*mine.pop(name))
+            dist.destroy_process_group(mine.pop(name))
     _left[:] = mine.values()
 
 

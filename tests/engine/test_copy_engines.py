@@ -196,7 +196,7 @@ def test_a_communicator_that_ended_with_the_job(owned, monkeypatch):
 
 @pytest.mark.parametrize(
     ("everyones", "ended"),
-    [([["ours"], []], []), ([["another", "ours"], ["ours"]], ["77 gives window 5 up", "ours ends"])],
+    [([["ours"], []], []), ([["another", "ours"], ["ours"]], ["ours ends"])],
 )
 def test_a_communicator_that_was_left(owned, monkeypatch, everyones, ended):
     engines, did = owned
