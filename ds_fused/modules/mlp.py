@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 
-from ds_fused.modules.swap import is_observed
+from ds_fused.modules.swap import hooks_of_all, is_observed
 from ds_fused.ops import glu, relu2
 
 
@@ -55,8 +55,10 @@ def is_other(act: object, known: str) -> bool:
     """Whether an activation is no longer the one that is fused, or somebody has hung hooks on it since."""
     if act_of(act) != known:
         return True
-    is_open = isinstance(act, nn.Module) and not torch.compiler.is_compiling()
-    return is_open and is_observed(act, "_forward_pre_hooks", "_forward_hooks", "_backward_hooks")
+    if not isinstance(act, nn.Module):
+        return False
+    kinds = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
+    return any(True for _ in hooks_of_all(*kinds)) if torch.compiler.is_compiling() else is_observed(act, *kinds)
 
 
 def is_patched(layer: nn.Module) -> bool:

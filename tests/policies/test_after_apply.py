@@ -616,6 +616,82 @@ def test_a_hook_on_an_activation_within_tiles() -> None:
     assert_same_step(model, stock, tolerance=1e-5)
 
 
+def test_a_backward_hook_before_an_activation_has_its_way() -> None:
+    model, stock = pair()
+    for each in (model, stock):
+        act = each.model.layers[1].mlp.act_fn
+        act.register_full_backward_pre_hook(lambda layer, grads: tuple(3 * grad for grad in grads))
+    assert_same_step(model, stock, tolerance=1e-5)
+
+
+# hooks of all modules: each expects of a layer what that returns without ds_fused
+def changed(layer: nn.Module, x: tuple, y: object) -> object:
+    return y * 1.1 if isinstance(layer, nn.Linear) or "Norm" in type(layer).__name__ else None
+
+
+def changed_act(layer: nn.Module, x: tuple, y: object) -> object:
+    return torch.tanh(y) if type(layer) is ACT else None
+
+
+def changed_before(layer: nn.Module, x: tuple) -> object:
+    return (x[0] * 1.1,) if isinstance(layer, nn.Linear) and len(x) == 1 else None
+
+
+def changed_gradient(layer: nn.Module, grads: tuple) -> object:
+    return (grads[0] * 1.1,) if isinstance(layer, nn.Linear) else None
+
+
+ACT = type(LLAMA.make().model.layers[0].mlp.act_fn)
+OF_ALL = [
+    (torch.nn.modules.module.register_module_forward_hook, changed),
+    (torch.nn.modules.module.register_module_forward_hook, changed_act),
+    (torch.nn.modules.module.register_module_forward_pre_hook, changed_before),
+    (torch.nn.modules.module.register_module_full_backward_pre_hook, changed_gradient),
+]
+
+
+@pytest.mark.parametrize(("register", "hook"), OF_ALL, ids=[hook.__name__ for _, hook in OF_ALL])
+@pytest.mark.parametrize("name", ["Llama", "Qwen3"])
+def test_hooks_of_all_modules_have_their_way(name: str, register: Callable, hook: Callable) -> None:
+    model, stock = twins(NAMED[name])
+    ds_fused.apply(model, add_rms_norm=True)
+    handle = register(hook)
+    try:
+        assert_same_step(model, stock, tolerance=1e-5)
+    finally:
+        handle.remove()
+    # and without them it is fused again
+    assert isinstance(model(**batch()).logits, LogitsOnDemand)
+
+
+@pytest.mark.parametrize("hook", [changed, changed_act], ids=lambda hook: hook.__name__)
+def test_hooks_of_all_modules_compiled(hook: Callable) -> None:
+    model, stock = twins(NAMED["Qwen3"])
+    ds_fused.apply(model)
+    handle = torch.nn.modules.module.register_module_forward_hook(hook)
+    try:
+        loss = torch.compile(model.forward, backend="eager", fullgraph=True)(**batch()).loss
+        torch.testing.assert_close(loss, stock(**batch()).loss, rtol=1e-5, atol=0.0)
+    finally:
+        handle.remove()
+        torch._dynamo.reset()
+
+
+def test_a_layer_and_its_adapter_are_called_for_hooks_of_all_modules() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    wrapped = []
+    for each in twins(LLAMA):
+        torch.manual_seed(3)
+        wrapped.append(peft.get_peft_model(each, config))
+    ds_fused.apply(wrapped[0])
+    handle = torch.nn.modules.module.register_module_forward_hook(changed)
+    try:
+        assert_same_step(*wrapped, tolerance=1e-5)
+    finally:
+        handle.remove()
+
+
 class Louder(nn.Module):
     """Around an activation, as quantisation puts something there."""
 
