@@ -38,6 +38,9 @@ def is_head_observed(head: nn.Module) -> bool:
     # in a compiled graph hooks of its own act between two; those of all modules act in it
     if torch.compiler.is_compiling():
         return any(True for _ in hooks_of_all())
+    # the logits that a trace sees made are those that it holds
+    if torch.jit.is_tracing():
+        return True
     return is_observed(head, "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -305,7 +308,11 @@ class Scope:
     def _why_unfused(self, owner: nn.Module) -> str:
         """What stands in the way, most often something that was done to the model since."""
         if is_transformed():
-            return "It ran under a transform of torch.func, which can't pass the fused loss"
+            return (
+                "It ran under a transform of torch.func or torch.autograd.forward_ad, which can't pass the fused loss"
+            )
+        if torch.jit.is_tracing():
+            return "It ran under torch.jit.trace, whose graph holds PyTorch's operations"
         paths = [path for path, module in owner.named_modules() if vars(module).get("_ds_fused_scope") is self]
         if not paths:
             again = "ds_fused.restore(model) and then ds_fused.apply(model) fuse the new one"

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.autograd import forward_ad
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 import ds_fused
@@ -371,6 +372,39 @@ def test_under_transforms_of_torch_func(caplog: pytest.LogCaptureFixture) -> Non
         torch.testing.assert_close(gradients[0][name], wanted, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(*outputs)
     assert "a transform of torch.func" in caplog.text
+
+
+def test_derivatives_that_go_forward(caplog: pytest.LogCaptureFixture) -> None:
+    models = pair(attn_implementation="eager")
+    ids = batch()["input_ids"]
+    found = []
+    for each in models:
+        with forward_ad.dual_level():
+            embeddings = each.get_input_embeddings()(ids).detach()
+            dual = forward_ad.make_dual(embeddings, torch.linspace(-1, 1, 32).expand_as(embeddings))
+            loss = each(inputs_embeds=dual, labels=batch()["labels"]).loss
+            found.append(forward_ad.unpack_dual(loss))
+    torch.testing.assert_close(*(each.tangent for each in found), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*(each.primal for each in found))
+    assert "forward_ad" in caplog.text
+    assert_same_step(*models, tolerance=1e-5)
+
+
+def test_a_trace_with_labels(caplog: pytest.LogCaptureFixture) -> None:
+    class Loss(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return self.model(input_ids=ids, labels=labels, use_cache=False).loss
+
+    model, stock = pair()
+    ids, labels = batch()["input_ids"], batch()["labels"]
+    traced = torch.jit.trace(Loss(model), (ids, labels))
+    assert "torch.jit.trace" in caplog.text
+    torch.testing.assert_close(traced(ids.flip(0), labels.flip(0)), Loss(stock)(ids.flip(0), labels.flip(0)))
+    assert_same_step(model, stock, tolerance=1e-5)
 
 
 def test_a_wrapped_model_is_fused_within() -> None:
