@@ -34,8 +34,15 @@ def gated(gate: Gate, x: Tensor, up: Tensor | None = None, *, seen: bool = False
     """
     return glu(
         x, up, gate.act, interleaved=gate.interleaved, alpha=gate.alpha, limit=gate.limit, offset=gate.offset,
-        overwrite_inputs=not seen,
+        overwrite_inputs=not (seen or _is_kept(x) or (up is not None and _is_kept(up))),
     )  # fmt: skip
+
+
+def _is_kept(x: Tensor) -> bool:
+    """Whether what made it reads it again in backward: a product does not, but a tanh behind one does."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(made is not None and hasattr(type(made.grad_fn), "_saved_result") for made in (x, x._base))
 
 
 def _are_seen(*projections: nn.Module) -> bool:

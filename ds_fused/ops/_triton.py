@@ -59,10 +59,11 @@ def is_spread(tensor: object) -> bool:
 
 
 def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether kernels can read them by their addresses: no transform of torch.func, none is spread, and none a fake."""
+    """Whether kernels can read them by their addresses: no transform of torch.func, none is spread, and none a fake;
+    and no torch.jit.trace, to which sizes are tensors."""
     if torch.compiler.is_compiling():
         return True
-    if _is_transformed():
+    if _is_transformed() or torch._C._is_tracing():
         return False
     if PLAIN.issuperset(map(type, tensors)):
         return True

@@ -390,7 +390,7 @@ def test_derivatives_that_go_forward(caplog: pytest.LogCaptureFixture) -> None:
     assert_same_step(*models, tolerance=1e-5)
 
 
-def test_a_trace_with_labels(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_trace_with_labels(kernels: torch.device, caplog: pytest.LogCaptureFixture) -> None:
     class Loss(nn.Module):
         def __init__(self, model: nn.Module) -> None:
             super().__init__()
@@ -399,8 +399,8 @@ def test_a_trace_with_labels(caplog: pytest.LogCaptureFixture) -> None:
         def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             return self.model(input_ids=ids, labels=labels, use_cache=False).loss
 
-    model, stock = pair()
-    ids, labels = batch()["input_ids"], batch()["labels"]
+    model, stock = (each.to(kernels) for each in pair())
+    ids, labels = batch()["input_ids"].to(kernels), batch()["labels"].to(kernels)
     traced = torch.jit.trace(Loss(model), (ids, labels))
     assert "torch.jit.trace" in caplog.text
     torch.testing.assert_close(traced(ids.flip(0), labels.flip(0)), Loss(stock)(ids.flip(0), labels.flip(0)))
@@ -647,6 +647,22 @@ def test_a_hook_on_an_activation_within_tiles() -> None:
     ds_fused.apply(model, tiles=3)
     for each in (model, stock):
         each.model.layers[1].mlp.act_fn.register_forward_hook(lambda layer, x, y: torch.tanh(y))
+    assert_same_step(model, stock, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    "behind", [nn.Tanh(), nn.ReLU(), nn.Sequential(nn.Sigmoid(), nn.Unflatten(-1, (48,)))], ids=str
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_projection_whose_result_its_backward_reads(when: str, behind: nn.Module, kernels: torch.device) -> None:
+    model, stock = twins(LLAMA)
+    if when == "after":
+        ds_fused.apply(model)
+    for each in (model, stock):
+        mlp = each.to(kernels).model.layers[1].mlp
+        mlp.gate_proj = nn.Sequential(mlp.gate_proj, behind)
+    if when == "before":
+        assert counts(ds_fused.apply(model))["swiglu"] == 2
     assert_same_step(model, stock, tolerance=1e-5)
 
 
