@@ -742,6 +742,32 @@ def test_a_layer_and_its_adapter_are_called_for_hooks_of_all_modules() -> None:
         handle.remove()
 
 
+@pytest.mark.parametrize("of_all", [False, True], ids=["of a layer", "of all"])
+def test_hooks_within_tiles_see_what_was_computed(of_all: bool) -> None:
+    model, stock = twins(LLAMA)
+    ds_fused.apply(model, tiles=3)
+    largest = []
+
+    def look(layer: nn.Module, x: tuple, y: object) -> None:
+        if isinstance(y, torch.Tensor):
+            largest.append(y.detach().abs().amax())
+
+    handles = [each.mlp.down_proj.register_forward_hook(look) for each in model.model.layers if not of_all]
+    if of_all:
+        handles.append(torch.nn.modules.module.register_module_forward_hook(look))
+    # with this PyTorch fills with NaN what nobody has written to
+    torch.use_deterministic_algorithms(True)
+    try:
+        step(model)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        for handle in handles:
+            handle.remove()
+    # each tile once in the forward and once in the backward
+    assert len(largest) >= 2 * 2 * 3 and torch.isfinite(torch.stack(largest)).all()
+    assert_same_step(model, stock, tolerance=1e-5)
+
+
 class Louder(nn.Module):
     """Around an activation, as quantisation puts something there."""
 
