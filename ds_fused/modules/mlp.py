@@ -46,10 +46,15 @@ def _is_kept(x: Tensor) -> bool:
 
 
 def _are_seen(*projections: nn.Module) -> bool:
-    """Whether hooks have got what they return; a compiled graph sees to its memory itself."""
+    """Whether hooks have got what they return, or a layer within has made; a compiled graph sees to its memory
+    itself."""
     if torch.compiler.is_compiling():
         return False
-    return bool(_global_forward_hooks) or any(is_observed(layer, "_forward_hooks") for layer in projections)
+    if _global_forward_hooks:
+        return True
+    # most have no layers within
+    layers = (layer for each in projections for layer in (each.modules() if each._modules else (each,)))
+    return any(is_observed(layer, "_forward_hooks") for layer in layers)
 
 
 def activation_of(layer: nn.Module, name: str) -> object:

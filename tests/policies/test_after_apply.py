@@ -620,10 +620,14 @@ def kernels(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> torch.devi
     return device
 
 
-def test_what_a_hook_keeps_of_a_projection_stays(kernels: torch.device) -> None:
+@pytest.mark.parametrize("within", [False, True], ids=["its own", "of a layer within"])
+def test_what_a_hook_keeps_of_a_projection_stays(within: bool, kernels: torch.device) -> None:
     model = pair()[0].to(kernels)
     kept = []
-    model.model.layers[1].mlp.up_proj.register_forward_hook(lambda _, x, y: kept.append((y, y.detach().clone())))
+    mlp = model.model.layers[1].mlp
+    mlp.up_proj.register_forward_hook(lambda _, x, y: kept.append((y, y.detach().clone())))
+    if within:
+        mlp.up_proj = nn.Sequential(mlp.up_proj)
     step(model)
     ((output, then),) = kept
     assert torch.equal(output, then)
