@@ -200,6 +200,18 @@ def library_of(thing: object) -> str:
 GATHERING = ("deepspeed", "torch")
 
 
+def is_gathering(hook: Callable) -> bool:
+    """Whether a hook is one of these: not somebody else's under a decorator of PyTorch's, as ``torch.no_grad()`` is."""
+    while True:
+        hook = hook.func if isinstance(hook, functools.partial) else hook
+        if library_of(hook) not in GATHERING:
+            return False
+        inner = getattr(hook, "__wrapped__", None)
+        if inner is None:
+            return True
+        hook = inner
+
+
 # where PyTorch keeps the hooks of all modules, as register_module_forward_hook hangs them on
 _OF_ALL = {
     kind: getattr(_module, f"_global{kind}")
@@ -210,7 +222,7 @@ _OF_ALL = {
 def hooks_of_all(*kinds: str) -> Iterator[Callable]:
     """Hooks of anybody else, of these kinds, on each call of any module."""
     for kind in kinds or _OF_ALL:
-        yield from (hook for hook in _OF_ALL[kind].values() if library_of(hook) not in GATHERING)
+        yield from (hook for hook in _OF_ALL[kind].values() if not is_gathering(hook))
 
 
 def is_observed(module: nn.Module, *kinds: str) -> bool:
@@ -218,7 +230,7 @@ def is_observed(module: nn.Module, *kinds: str) -> bool:
     own."""
     state = vars(module)
     hooks = (hook for kind in kinds for hook in state[kind].values())
-    if "forward" in state or any(library_of(hook) not in GATHERING for hook in hooks):
+    if "forward" in state or not all(map(is_gathering, hooks)):
         return True
     return any(True for _ in hooks_of_all(*kinds))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import sys
 import threading
@@ -678,6 +679,49 @@ def test_a_backward_hook_before_an_activation_has_its_way() -> None:
     assert_same_step(model, stock, tolerance=1e-5)
 
 
+# which are functions of PyTorch's, and so are ZeRO-3's hooks, which are passed over
+DECORATORS = {
+    "no_grad": torch.no_grad(),
+    "inference_mode": torch.inference_mode(),
+    "compiler.disable": torch.compiler.disable,
+    "autocast": torch.autocast("cpu", enabled=False),
+}
+
+
+@pytest.mark.parametrize("decorate", DECORATORS.values(), ids=DECORATORS)
+@pytest.mark.parametrize("partial", [False, True], ids=["", "partial"])
+@pytest.mark.parametrize("where", ["lm_head", "model.layers.1.mlp.act_fn"])
+def test_a_hook_under_a_decorator_sees_what_stock_shows_it(where: str, partial: bool, decorate: Callable) -> None:
+    def hook(layer: nn.Module, x: tuple, y: torch.Tensor) -> None:
+        seen.append(y.detach().clone())
+
+    found = []
+    for each in pair():
+        seen = []
+        decorated = decorate(hook)
+        each.get_submodule(where).register_forward_hook(functools.partial(decorated) if partial else decorated)
+        step(each)
+        found.append(seen)
+    torch.testing.assert_close(*found)
+    assert len(seen) == 1
+
+
+def test_a_method_under_a_decorator_is_a_hook(kernels: torch.device) -> None:
+    class Recorder:
+        def __init__(self) -> None:
+            self.seen = []
+
+        @torch.no_grad()
+        def hook(self, layer: nn.Module, x: tuple, y: torch.Tensor) -> None:
+            self.seen.append((y, y.clone()))
+
+    recorder, model = Recorder(), pair()[0].to(kernels)
+    model.model.layers[1].mlp.up_proj.register_forward_hook(recorder.hook)
+    step(model)
+    ((output, then),) = recorder.seen
+    assert torch.equal(output, then)
+
+
 # hooks of all modules: each expects of a layer what that returns without ds_fused
 def changed(layer: nn.Module, x: tuple, y: object) -> object:
     return y * 1.1 if isinstance(layer, nn.Linear) or "Norm" in type(layer).__name__ else None
@@ -718,7 +762,7 @@ def test_hooks_of_all_modules_have_their_way(name: str, register: Callable, hook
     assert isinstance(model(**batch()).logits, LogitsOnDemand)
 
 
-@pytest.mark.parametrize("hook", [changed, changed_act], ids=lambda hook: hook.__name__)
+@pytest.mark.parametrize("hook", [changed, torch.no_grad()(changed), changed_act], ids=["all", "no_grad", "act"])
 def test_hooks_of_all_modules_compiled(hook: Callable) -> None:
     model, stock = twins(NAMED["Qwen3"])
     ds_fused.apply(model)
