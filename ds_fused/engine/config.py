@@ -8,14 +8,13 @@ ValueError that names the key, what came and what may stand there.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from ds_fused.modules.tiled_mlp import Tiles
 from ds_fused.ops.registry import OPS, Option, switched
-from ds_fused.policies.arguments import shown
+from ds_fused.policies.arguments import near, shown
 from ds_fused.policies.plan import TILED
 from ds_fused.policies.recompute import KEY as RECOMPUTE
 from ds_fused.policies.recompute import OPTIONS as RECOMPUTE_OPTIONS
@@ -189,9 +188,7 @@ def _check_known(where: str, key: object, known: Iterable[str]) -> None:
     known = list(known)
     if key in known:
         return
-    near = difflib.get_close_matches(str(key), known, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise ValueError(f"{where}: unknown key {key!r}{hint}; known keys: {', '.join(known) or 'none'}")
+    raise ValueError(f"{where}: unknown key {key!r}{near(key, known)}; known keys: {', '.join(known) or 'none'}")
 
 
 def _typed(where: str, value: object, kind: type, least: int = 0) -> object:

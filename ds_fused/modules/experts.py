@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ds_fused.modules.kept import postponable
 from ds_fused.modules.mlp import Gate, gated, is_patched
 from ds_fused.modules.product import Product
-from ds_fused.ops._triton import autocast_dtype
+from ds_fused.ops._triton import autocast_dtype, is_fake
 from ds_fused.ops.experts import experts_by
 
 _KEPT = partial(postponable, is_kept=True)
@@ -56,7 +56,8 @@ class WholeExperts:
         weights = self.gate_up_proj, self.down_proj
         # tokens of another dtype are for the implementation to cast
         is_mixed = autocast_dtype(hidden_states) is None and any(w.dtype != hidden_states.dtype for w in weights)
-        if is_mixed or is_patched(self):
+        # without kernels the op reads how many tokens each expert has, which fake ones don't tell
+        if is_mixed or is_patched(self) or is_fake(hidden_states):
             return super().forward(hidden_states, top_k_index, top_k_weights)
         if self.fused_transposed:
             weights = [weight.transpose(1, 2) for weight in weights]

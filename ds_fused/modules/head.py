@@ -32,7 +32,7 @@ from ds_fused.modules.scope import Scope, has_hooks, in_backward, is_head_observ
 from ds_fused.modules.steps import Step, replay
 from ds_fused.ops import cross_entropy, linear_cross_entropy
 from ds_fused.ops._say import say_once
-from ds_fused.ops._triton import is_transformed
+from ds_fused.ops._triton import is_fake, is_transformed
 from ds_fused.ops.slabs import WeightSlabs
 from ds_fused.ops.vocab_shard import VocabShard
 
@@ -111,8 +111,10 @@ class Head:
             # beside the loss, so that hooks which act on a layer's outputs (ZeRO-3's) see a gradient to the logits too
             logits = self._logits(input, weight)
         hidden, labels = replay(input, loss.rows).reshape(-1, input.shape[-1]), loss.labels
-        # sharded, how many tokens a rank has is agreed on already; a compiled graph has room for a fixed number of them
-        if scope.masked and slabs is None and loss.reduction != "none" and not torch.compiler.is_compiling():
+        # sharded, how many tokens a rank has is agreed on already; a compiled graph has room for a fixed number of
+        # them, and of fake ones nobody knows how many have labels
+        may_choose = scope.masked and slabs is None and loss.reduction != "none"
+        if may_choose and not torch.compiler.is_compiling() and not is_fake(labels):
             hidden, labels = _labelled(hidden, labels, loss.ignore_index)
         bias = self.bias if slabs is None else scope.weight.bias(self)
         if loss.bias is not None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 
-from ds_fused.modules.swap import is_observed
+from ds_fused.modules.swap import hooks_of_all, is_observed
 from ds_fused.ops import glu, relu2
 
 
@@ -34,15 +34,27 @@ def gated(gate: Gate, x: Tensor, up: Tensor | None = None, *, seen: bool = False
     """
     return glu(
         x, up, gate.act, interleaved=gate.interleaved, alpha=gate.alpha, limit=gate.limit, offset=gate.offset,
-        overwrite_inputs=not seen,
+        overwrite_inputs=not (seen or _is_kept(x) or (up is not None and _is_kept(up))),
     )  # fmt: skip
 
 
-def _are_seen(*projections: nn.Module) -> bool:
-    """Whether hooks have got what they return; a compiled graph sees to its memory itself."""
+def _is_kept(x: Tensor) -> bool:
+    """Whether what made it reads it again in backward: a product does not, but a tanh behind one does."""
     if torch.compiler.is_compiling():
         return False
-    return bool(_global_forward_hooks) or any(is_observed(layer, "_forward_hooks") for layer in projections)
+    return any(made is not None and hasattr(type(made.grad_fn), "_saved_result") for made in (x, x._base))
+
+
+def _are_seen(*projections: nn.Module) -> bool:
+    """Whether hooks have got what they return, or a layer within has made; a compiled graph sees to its memory
+    itself."""
+    if torch.compiler.is_compiling():
+        return False
+    if _global_forward_hooks:
+        return True
+    # most have no layers within
+    layers = (layer for each in projections for layer in (each.modules() if each._modules else (each,)))
+    return any(is_observed(layer, "_forward_hooks") for layer in layers)
 
 
 def activation_of(layer: nn.Module, name: str) -> object:
@@ -55,8 +67,10 @@ def is_other(act: object, known: str) -> bool:
     """Whether an activation is no longer the one that is fused, or somebody has hung hooks on it since."""
     if act_of(act) != known:
         return True
-    is_open = isinstance(act, nn.Module) and not torch.compiler.is_compiling()
-    return is_open and is_observed(act, "_forward_pre_hooks", "_forward_hooks", "_backward_hooks")
+    if not isinstance(act, nn.Module):
+        return False
+    kinds = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
+    return any(True for _ in hooks_of_all(*kinds)) if torch.compiler.is_compiling() else is_observed(act, *kinds)
 
 
 def is_patched(layer: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ds_fused.modules.swap import is_class_patched
+from ds_fused.modules.swap import hooks_of_all, is_class_patched
 from ds_fused.ops import add_rms_norm, gated_rms_norm, group_norm, layer_norm, rms_norm
 from ds_fused.ops._say import say_once
 from ds_fused.ops._triton import rms_norm_dtype
@@ -158,14 +158,14 @@ def takes_more(module: nn.Module) -> bool:
     ours = isinstance(module, RMSNorm) and not isinstance(module, RMSNormT5) and "forward" not in vars(module)
     if not ours or getattr(module, "bias", None) is not None or is_class_patched(module):
         return False
-    for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks):
-        for hook in hooks.values():
-            # what decorators keep: ZeRO-3's are wrapped by torch.compiler.disable
-            source = getattr(hook, "__module__", None) or type(hook).__module__
-            if not source.startswith("deepspeed."):
-                if not torch.compiler.is_compiling():
-                    say_once(f"ds_fused: a {type(module).__name__} has a hook of {source}, so it is fused with nothing")
-                return False
+    own = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    for hook in [*(hook for hooks in own for hook in hooks.values()), *hooks_of_all()]:
+        # what decorators keep: ZeRO-3's are wrapped by torch.compiler.disable
+        source = getattr(hook, "__module__", None) or type(hook).__module__
+        if not source.startswith("deepspeed."):
+            if not torch.compiler.is_compiling():
+                say_once(f"ds_fused: a {type(module).__name__} has a hook of {source}, so it is fused with nothing")
+            return False
     return True
 
 

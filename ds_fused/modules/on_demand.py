@@ -40,7 +40,7 @@ from torch.utils._pytree import tree_map_only
 from ds_fused.modules.deferred import DeferredLogits
 from ds_fused.modules.head_call import HeadCall, unwritten
 from ds_fused.modules.steps import Step, replay
-from ds_fused.modules.swap import GATHERING, library_of
+from ds_fused.modules.swap import is_gathering
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._say import say_once
 
@@ -325,7 +325,7 @@ def _is_of_ddp(frame: FrameType) -> bool:
 
 def _is_a_users(hook: Callable | None = None) -> bool:
     """DeepSpeed hangs hooks on all outputs, to know when a backward begins; without one, retain_grad was called."""
-    return hook is None or library_of(hook) not in GATHERING
+    return hook is None or not is_gathering(hook)
 
 
 def _say_apart() -> None:

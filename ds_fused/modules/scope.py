@@ -19,7 +19,7 @@ from ds_fused.modules.deferred import DeferredLogits
 from ds_fused.modules.linear import is_linear_patched
 from ds_fused.modules.on_demand import WholeWeight, leaving
 from ds_fused.modules.out_of_graph import out_of_graph
-from ds_fused.modules.swap import home_of, is_class_patched, is_observed
+from ds_fused.modules.swap import home_of, hooks_of_all, is_class_patched, is_observed
 from ds_fused.ops._say import say_once
 from ds_fused.ops._triton import is_transformed
 from ds_fused.ops.slabs import WeightSlabs
@@ -35,10 +35,13 @@ def is_head_observed(head: nn.Module) -> bool:
     """Whether somebody expects the head's logits: one that gives a loss is no head."""
     if is_class_patched(head) or is_linear_patched():
         return True
-    # in a compiled graph hooks act between two
-    return not torch.compiler.is_compiling() and is_observed(
-        head, "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
-    )
+    # in a compiled graph hooks of its own act between two; those of all modules act in it
+    if torch.compiler.is_compiling():
+        return any(True for _ in hooks_of_all())
+    # the logits that a trace sees made are those that it holds
+    if torch.jit.is_tracing():
+        return True
+    return is_observed(head, "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def _no_slabs(head: nn.Module, n_tokens: int, inside: bool) -> None:
@@ -305,7 +308,11 @@ class Scope:
     def _why_unfused(self, owner: nn.Module) -> str:
         """What stands in the way, most often something that was done to the model since."""
         if is_transformed():
-            return "It ran under a transform of torch.func, which can't pass the fused loss"
+            return (
+                "It ran under a transform of torch.func or torch.autograd.forward_ad, which can't pass the fused loss"
+            )
+        if torch.jit.is_tracing():
+            return "It ran under torch.jit.trace, whose graph holds PyTorch's operations"
         paths = [path for path, module in owner.named_modules() if vars(module).get("_ds_fused_scope") is self]
         if not paths:
             again = "ds_fused.restore(model) and then ds_fused.apply(model) fuse the new one"

@@ -30,13 +30,14 @@ class SummedLinears(Run):
     go to autograd, and only a product that nobody reads is exchanged.
 
     A stretch is run for its gradients. Where what it returns is the result of its last product, as it was the time
-    before, that product is not computed: ``returned`` takes note of it.
+    before, that product is not computed: ``returned`` takes note of it. ``all_read``: somebody looks at each of them.
     """
 
     adds = True
 
-    def __init__(self, weights: Sequence[nn.Parameter], sums: list[Tensor | None]) -> None:
+    def __init__(self, weights: Sequence[nn.Parameter], sums: list[Tensor | None], *, all_read: bool = False) -> None:
         self._sums = sums
+        self._all_read = all_read
         self._places = {id(weight): i for i, weight in enumerate(weights)}
         # how many such layers were called, what the last one gave, and which one's result is the stretch's own
         self._calls, self._last, self._unread = 0, None, None
@@ -63,6 +64,8 @@ class SummedLinears(Run):
     def returned(self, y: Tensor) -> None:
         """What the stretch has made."""
         last, self._last = self._last, None
+        if self._all_read:
+            return
         if y is last:
             self._unread = self._calls
         elif self._calls == self._unread:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as _module
 
 from ds_fused.modules.code import Code
 from ds_fused.ops._say import say_once
@@ -199,11 +200,39 @@ def library_of(thing: object) -> str:
 GATHERING = ("deepspeed", "torch")
 
 
+def is_gathering(hook: Callable) -> bool:
+    """Whether a hook is one of these: not somebody else's under a decorator of PyTorch's, as ``torch.no_grad()`` is."""
+    while True:
+        hook = hook.func if isinstance(hook, functools.partial) else hook
+        if library_of(hook) not in GATHERING:
+            return False
+        inner = getattr(hook, "__wrapped__", None)
+        if inner is None:
+            return True
+        hook = inner
+
+
+# where PyTorch keeps the hooks of all modules, as register_module_forward_hook hangs them on
+_OF_ALL = {
+    kind: getattr(_module, f"_global{kind}")
+    for kind in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+}
+
+
+def hooks_of_all(*kinds: str) -> Iterator[Callable]:
+    """Hooks of anybody else, of these kinds, on each call of any module."""
+    for kind in kinds or _OF_ALL:
+        yield from (hook for hook in _OF_ALL[kind].values() if not is_gathering(hook))
+
+
 def is_observed(module: nn.Module, *kinds: str) -> bool:
-    """Whether hooks of anybody else, of these kinds, hang on a layer, or somebody has put a forward before its own."""
+    """Whether hooks of anybody else, of these kinds, see a layer's calls, or somebody has put a forward before its
+    own."""
     state = vars(module)
     hooks = (hook for kind in kinds for hook in state[kind].values())
-    return "forward" in state or any(library_of(hook) not in GATHERING for hook in hooks)
+    if "forward" in state or not all(map(is_gathering, hooks)):
+        return True
+    return any(True for _ in hooks_of_all(*kinds))
 
 
 def _fused_name(self: nn.Module) -> str:

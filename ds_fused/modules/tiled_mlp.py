@@ -11,7 +11,8 @@ ALST (arXiv 2506.13996), where parameters collect their gradients tile by tile; 
   (ZeRO's buckets, a hook) sees one for each backward, with the parameter in place (ZeRO-3 has it gathered);
 - all ranks run the same number of tiles, however many tokens they have: a layer whose weights are gathered must;
 - the gradient of a linear layer's weight is added to its sum by the product that makes it (``summed.py``), and where a
-  tile's result is that of a last linear layer, from the second tile on it is not computed: nobody reads it.
+  tile's result is that of a last linear layer, from the second tile on it is not computed: nobody reads it, but where
+  somebody has hung hooks on layers within.
 
 A gated MLP of plain linear layers, which goes by its parameters alone, has another way back where dx has fewer elements
 than those gradients: slices of its inner width, which see all tokens, so that dx is what is summed (``sliced_mlp.py``).
@@ -48,6 +49,7 @@ from ds_fused.modules.kept import Empty, postponable
 from ds_fused.modules.mlp import GatedMLP, PackedMLP, is_patched
 from ds_fused.modules.sliced_mlp import Projections, sliced_gradients
 from ds_fused.modules.summed import SummedLinears
+from ds_fused.modules.swap import hooks_of_all, is_observed
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._say import say_once
 
@@ -113,6 +115,13 @@ def tiled(
             return _forward(function, x, tiles)
 
     return postponable(make, value)
+
+
+def _is_watched(function: Layer) -> bool:
+    """Whether hooks of others see what the layers within return."""
+    layer = getattr(function, "__self__", function)
+    layers = layer.modules() if isinstance(layer, nn.Module) else ()
+    return any(True for _ in hooks_of_all("_forward_hooks")) or any(is_observed(m, "_forward_hooks") for m in layers)
 
 
 def _stays(p: nn.Parameter) -> bool:
@@ -184,7 +193,7 @@ class TiledFunction(torch.autograd.Function):
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wants_dx else None
         dxs = _tiles(dx, ctx.tiles) if wants_dx else None
         sums: list[Tensor | None] = [None] * len(ctx.trained)
-        summed = SummedLinears(ctx.trained, sums)
+        summed = SummedLinears(ctx.trained, sums, all_read=_is_watched(ctx.function))
         with ctx.then.random_numbers():
             for i, tile in enumerate(tiles):
                 is_last = i == ctx.tiles - 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ds_fused.ops._triton import is_fake
+
 
 def looks_itself(ids: Tensor) -> bool:
     """Whether the kernel that reads the ids can say that one is wrong: on a CPU it need not, in a graph it does not."""
@@ -18,13 +20,14 @@ ASSERTING = {"debug": True, "sanitize_overflow": False}
 def flat_ids(op: str, ids: Tensor, n_vocab: int, looked_at: bool = False) -> Tensor:
     """ids [...] as [N] int64, side by side as the kernel reads them.
 
-    One outside the vocabulary is an error: here on a CPU, on the device else. In a graph nobody looks on a CPU.
+    One outside the vocabulary is an error: here on a CPU, on the device else. Nobody looks on a CPU in a graph, nor at
+    fake ones.
     ``looked_at``: by the kernel, which costs five launches less.
     """
     if ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{op}: ids are {ids.dtype}; they must be int64 or int32")
     flat = ids.reshape(-1).long().contiguous()
-    if flat.device.type == "cpu" and torch.compiler.is_compiling():
+    if flat.device.type == "cpu" and (torch.compiler.is_compiling() or is_fake(flat)):
         return flat
     if looked_at:
         return flat

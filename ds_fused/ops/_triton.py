@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 import triton
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ds_fused.ops._say import say_once
 
@@ -58,10 +59,11 @@ def is_spread(tensor: object) -> bool:
 
 
 def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether kernels can read them by their addresses: no transform of torch.func, none is spread, and none a fake."""
+    """Whether kernels can read them by their addresses: no transform of torch.func, none is spread, and none a fake;
+    and no torch.jit.trace, to which sizes are tensors."""
     if torch.compiler.is_compiling():
         return True
-    if torch._C._are_functorch_transforms_active():
+    if _is_transformed() or torch._C._is_tracing():
         return False
     if PLAIN.issuperset(map(type, tensors)):
         return True
@@ -71,26 +73,31 @@ def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
             "are computed by PyTorch"
         )
         return False
-    return not any(_is_fake(tensor) for tensor in tensors)
+    return not any(is_fake(tensor) for tensor in tensors)
 
 
-def _is_fake(tensor: object) -> bool:
-    """Whether it has no memory and says that it lies on a GPU, as under FakeTensorMode."""
+def is_fake(tensor: object) -> bool:
+    """Whether it has no memory and says that it lies on a device, as under FakeTensorMode."""
     module = sys.modules.get("torch._subclasses.fake_tensor")
     return module is not None and isinstance(tensor, module.FakeTensor)
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func (grad, vmap, jvp) is at work, which knows PyTorch's own operations only."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether a transform of torch.func (grad, vmap, jvp) is at work, or derivatives go forward beside the values
+    (torch.autograd.forward_ad), for which there are PyTorch's own operations only."""
+    return not torch.compiler.is_compiling() and _is_transformed()
+
+
+def _is_transformed() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def refuse_transforms(op: str) -> None:
     """For ops whose whole sense is what the transforms of torch.func would undo."""
     if is_transformed():
         raise RuntimeError(
-            f"{op}: torch.func's transforms (grad, vmap, jvp) can't pass it; transform {op}_reference of "
-            f"ds_fused.ops.{op}, which has all logits at once"
+            f"{op}: torch.func's transforms (grad, vmap, jvp) and forward_ad can't pass it; transform "
+            f"{op}_reference of ds_fused.ops.{op}, which has all logits at once"
         )
 
 

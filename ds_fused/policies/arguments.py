@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -50,6 +51,12 @@ def place(
         reason = str(error).partition("\n")[0]
         raise ValueError(f"apply: device is {device!r}; it must be one that is here, such as 'cpu': {reason}") from None
     return device, dtype
+
+
+def near(name: object, known: Iterable[str]) -> str:
+    """A hint at the known one that may have been meant; nothing where none is near."""
+    found = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 def shown(value: object) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ds_fused.modules.code import Code
 from ds_fused.modules.head import CausalLMLoss
-from ds_fused.modules.swap import is_fused, library_of, qualified_name, why_not_swapped
+from ds_fused.modules.swap import home_of, is_fused, library_of, qualified_name, why_not_swapped
 from ds_fused.policies.loss_proof import head_differs
 
 
@@ -68,10 +68,11 @@ def why_not_loss(model: nn.Module) -> str | None:
     loss = model.loss_function
     if isinstance(loss, CausalLMLoss):
         return "ds_fused has exchanged its loss already; ds_fused.restore(model) comes before another apply"
-    name = getattr(loss, "__name__", None)
-    if loss.__module__ != "transformers.loss.loss_utils" or name not in ("ForCausalLMLoss", "ForMaskedLMLoss"):
+    name, home = getattr(loss, "__name__", None), home_of(loss)
+    # functools.wraps gives a loss of the user's around it the same name
+    if home != "transformers.loss.loss_utils" or name not in ("ForCausalLMLoss", "ForMaskedLMLoss"):
         name = getattr(loss, "__qualname__", type(loss).__qualname__)
-        return f"its loss is {getattr(loss, '__module__', '?')}.{name}, not ForCausalLMLoss"
+        return f"its loss is {home or '?'}.{name}, not ForCausalLMLoss"
     return None
 
 

@@ -13,6 +13,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
+import itertools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -24,6 +27,24 @@ from torch import Tensor, nn
 ULPS = 8
 
 Run = Callable[[Mapping[str, Tensor]], "Tensor | Sequence[Tensor]"]
+
+
+class _Mode(threading.local):
+    """Of the copies that a comparison makes."""
+
+    trains = True
+    # whether the code of one of them asks for it
+    counts = False
+
+
+_mode = _Mode()
+
+
+def _asks_for_mode(cls: type[nn.Module]) -> bool:
+    """Whether a method of a layer's class, down to PyTorch's own, names ``training``."""
+    own = itertools.takewhile(lambda each: each is not nn.Module, cls.__mro__)
+    methods = (inspect.unwrap(method) for each in own for method in vars(each).values() if inspect.isfunction(method))
+    return any("training" in method.__code__.co_names for method in methods if inspect.isfunction(method))
 
 
 class Stub(nn.Module):
@@ -62,8 +83,10 @@ def replica(
     """
     made = cls.__new__(cls)
     made.__dict__.update(vars(module))
-    # hooks, compiled call, gradient bookkeeping: as a fresh module has them; then training, so that a dropout shows
+    # hooks, compiled call, gradient bookkeeping: as a fresh module has them
     made.__dict__.update(vars(nn.Module()))
+    made.training = _mode.trains
+    _mode.counts = _mode.counts or _asks_for_mode(type(module))
     made.__dict__.update(state)
     like = tensors["x"]
     for name, parameter in module._parameters.items():
@@ -80,7 +103,7 @@ def replica(
         elif child is not None:
             if next(child.parameters(), None) is not None:
                 raise ValueError(f"its child {name!r} has parameters of its own")
-            made._modules[name] = copy.deepcopy(child).train()
+            made._modules[name] = copy.deepcopy(child).train(_mode.trains)
     return made
 
 
@@ -102,7 +125,31 @@ def compare(
     """None when ``fused`` gives what ``stock`` gives, else what differed. ``gradients``: of which tensors (all).
 
     ``may_refuse``: where ``stock`` raises, no model can call it so, and there is nothing to compare.
+
+    Layers train, so that a dropout shows; those whose code asks whether they do are compared in evaluation as well.
     """
+    _mode.counts = False
+    differs = _compared(stock, fused, tensors, dtypes, device, gradients, may_refuse)
+    if differs is not None or not _mode.counts or device.type == "meta":
+        return differs
+    _mode.trains = False
+    try:
+        differs = _compared(stock, fused, tensors, dtypes, device, gradients, may_refuse)
+    finally:
+        _mode.trains = True
+    return None if differs is None else f"in evaluation {differs}"
+
+
+def _compared(
+    stock: Run,
+    fused: Run,
+    tensors: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    device: torch.device,
+    gradients: Sequence[str] | None,
+    may_refuse: bool,
+) -> str | None:
+    """``compare`` in one mode."""
     names = list(tensors) if gradients is None else list(gradients)
     # drawn once for all three
     upstream = functools.cache(lambda i, shape: randn(97 + i, *shape))

@@ -17,6 +17,7 @@ from ds_fused.modules.kept import Learnt
 from ds_fused.modules.offload import Offload
 from ds_fused.modules.recompute import FUNCTION, Recompute
 from ds_fused.modules.swap import qualified_name, swap, unswap_all, why_not_swapped
+from ds_fused.policies.arguments import near, shown
 from ds_fused.policies.report import Left
 
 KEY = "recompute"
@@ -72,21 +73,23 @@ def recomputing(value: object, where: str = "recompute") -> Recomputing:
     given = {"level": value} if isinstance(value, str) else value
     levels = " or ".join(f'"{level}"' for level in OPTIONS["level"].choices)
     if not isinstance(given, Mapping):
-        raise ValueError(f"{where} must be {levels} or an object of {', '.join(OPTIONS)}, got {value!r}")
+        raise ValueError(f"{where} must be {levels} or an object of {', '.join(OPTIONS)}, got {shown(value)}")
     for name in given:
         if name not in OPTIONS:
-            raise ValueError(f"{where}: unknown key {name!r}; known keys: {', '.join(OPTIONS)}")
+            known = f"known keys: {', '.join(OPTIONS)}"
+            raise ValueError(f"{where}: unknown key {name!r}{near(name, OPTIONS)}; {known}")
     keep_mb, offload = given.get("keep_mb"), given.get("offload", False)
     level = given.get("level", "full" if keep_mb is None else "auto")
     level = "auto" if level == "fit" else level
     if level not in OPTIONS["level"].choices:
-        raise ValueError(f"{where} must be {levels}, got {level!r}")
+        of_level = where if isinstance(value, str) else f"{where}.level"
+        raise ValueError(f"{of_level} must be {levels}, got {shown(level)}")
     if keep_mb is not None and (type(keep_mb) is not int or keep_mb < 0):
-        raise ValueError(f"{where}.keep_mb must be an integer, at least 0, got {keep_mb!r}")
+        raise ValueError(f"{where}.keep_mb must be an integer, at least 0, got {shown(keep_mb)}")
     if keep_mb is not None and level != "auto":
         raise ValueError(f'{where}.keep_mb is for the level "auto", got it with {level!r}')
     if type(offload) is not bool and offload not in ("auto", "fit"):
-        raise ValueError(f'{where}.offload must be true or false or "auto" or "fit", got {offload!r}')
+        raise ValueError(f'{where}.offload must be true or false or "auto" or "fit", got {shown(offload)}')
     wanted = Recomputing(level, keep_mb, offload if type(offload) is bool else "auto")
     if wanted.offload == "auto" and not wanted.makes_room:
         beside = f"level {level!r}" if keep_mb is None else f"keep_mb {keep_mb}"

@@ -179,6 +179,11 @@ MALFORMED = [
     ({"enabled": True, "recompute": "most"}, "ds_fused.recompute", "'most'", '"full" or "attention"'),
     ({"enabled": True, "recompute": {"keep": 1}}, "ds_fused.recompute", "'keep'", "known keys: level, keep_mb"),
     ({"enabled": True, "recompute": {"keep_mb": "1"}}, "ds_fused.recompute.keep_mb", "'1'", "an integer"),
+    ({"enabled": True, "recompute": {"levle": "fit"}}, "ds_fused.recompute", "'levle'", "did you mean 'level'"),
+    ({"enabled": True, "recompute": {"level": None}}, "ds_fused.recompute.level must", "None (NoneType)", '"full" or'),
+    ({"enabled": True, "recompute": {"offload": 1}}, "ds_fused.recompute.offload", "1 (int)", "true or false or"),
+    ({"enabled": True, "recompute": {"keep_mb": 1.0}}, "ds_fused.recompute.keep_mb", "1.0 (float)", "an integer"),
+    ({"enabled": True, "recompute": "most " * 99}, "ds_fused.recompute must", "... (str)", '"full" or "attention"'),
     ({"enabled": True, "embedding": {}}, "ds_fused.embedding", "{}", "true or false"),
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import ds_fused
 from ds_fused import ops
@@ -49,3 +50,16 @@ def test_heads_say_that_they_do_not(device):
         with pytest.raises(RuntimeError, match=f"{name}: torch.func's transforms .* transform {name}_reference"):
             torch.func.grad(run)(x)
         run(x.requires_grad_()).backward()
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "glu", "softmax"])
+def test_derivatives_go_forward(name, device):
+    x, direction = rows(3, 8, device=device), rows(3, 8, device=device).flip(0)
+    arguments = {"rms_norm": (rows(8, device=device),), "layer_norm": (rows(8, device=device),), "glu": (x.neg(),)}
+    more = arguments.get(name, ())
+    op = getattr(ds_fused, name)
+    with forward_ad.dual_level():
+        value, tangent = forward_ad.unpack_dual(op(forward_ad.make_dual(x, direction), *more))
+    _, wanted = torch.func.jvp(lambda x: op(x, *more), (x,), (direction,))
+    torch.testing.assert_close(value, op(x, *more))
+    torch.testing.assert_close(tangent, wanted)

@@ -501,6 +501,22 @@ def test_a_loss_of_the_users_own() -> None:
     assert type(model(**batch()).logits) is Tensor
 
 
+def test_a_loss_of_the_users_own_around_stocks() -> None:
+    """It has stock's name and module, and does more only where it is given more."""
+    model, stock = build(), build()
+    for each in (model, stock):
+        original = each.loss_function
+
+        @functools.wraps(original)
+        def weighed(*args: object, importance: float = 1.0, original: object = original, **kwargs: object) -> Tensor:
+            return importance * original(*args, **kwargs)
+
+        each.loss_function = weighed
+    left_alone(model, f"its loss is {__name__}.ForCausalLMLoss, not ForCausalLMLoss")
+    losses = [each(**batch(), importance=3.0).loss for each in (model, stock)]
+    torch.testing.assert_close(*losses)
+
+
 def test_a_forward_that_computes_the_loss_itself() -> None:
     class Own(transformers.LlamaPreTrainedModel):
         def __init__(self, config) -> None:
