@@ -32,7 +32,7 @@ def linear_of(module: nn.Module) -> Linear | None:
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     if type(module) is not nn.Linear or is_linear_patched() or "forward" in vars(module) or any(hooks):
         return None
-    if any(True for _ in hooks_of_all()):
+    if hooks_of_all():
         return None
     # past ZeRO-3's own dict, whose look-up of a parameter gathers it
     weight, bias = (dict.get(module._parameters, name) for name in ("weight", "bias"))

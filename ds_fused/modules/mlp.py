@@ -70,7 +70,7 @@ def is_other(act: object, known: str) -> bool:
     if not isinstance(act, nn.Module):
         return False
     kinds = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
-    return any(True for _ in hooks_of_all(*kinds)) if torch.compiler.is_compiling() else is_observed(act, *kinds)
+    return bool(hooks_of_all(*kinds)) if torch.compiler.is_compiling() else is_observed(act, *kinds)
 
 
 def is_patched(layer: nn.Module) -> bool:

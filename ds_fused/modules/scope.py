@@ -37,7 +37,7 @@ def is_head_observed(head: nn.Module) -> bool:
         return True
     # in a compiled graph hooks of its own act between two; those of all modules act in it
     if torch.compiler.is_compiling():
-        return any(True for _ in hooks_of_all())
+        return bool(hooks_of_all())
     # the logits that a trace sees made are those that it holds
     if torch.jit.is_tracing():
         return True

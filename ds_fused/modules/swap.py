@@ -219,10 +219,9 @@ _OF_ALL = {
 }
 
 
-def hooks_of_all(*kinds: str) -> Iterator[Callable]:
-    """Hooks of anybody else, of these kinds, on each call of any module."""
-    for kind in kinds or _OF_ALL:
-        yield from (hook for hook in _OF_ALL[kind].values() if not is_gathering(hook))
+def hooks_of_all(*kinds: str) -> list[Callable]:
+    """Hooks of anybody else, of these kinds (all where none is named), on each call of any module."""
+    return [hook for kind in kinds or _OF_ALL for hook in _OF_ALL[kind].values() if not is_gathering(hook)]
 
 
 def is_observed(module: nn.Module, *kinds: str) -> bool:
@@ -230,9 +229,7 @@ def is_observed(module: nn.Module, *kinds: str) -> bool:
     own."""
     state = vars(module)
     hooks = (hook for kind in kinds for hook in state[kind].values())
-    if "forward" in state or not all(map(is_gathering, hooks)):
-        return True
-    return any(True for _ in hooks_of_all(*kinds))
+    return "forward" in state or not all(map(is_gathering, hooks)) or bool(hooks_of_all(*kinds))
 
 
 def _fused_name(self: nn.Module) -> str:

@@ -121,7 +121,7 @@ def _is_watched(function: Layer) -> bool:
     """Whether hooks of others see what the layers within return."""
     layer = getattr(function, "__self__", function)
     layers = layer.modules() if isinstance(layer, nn.Module) else ()
-    return any(True for _ in hooks_of_all("_forward_hooks")) or any(is_observed(m, "_forward_hooks") for m in layers)
+    return bool(hooks_of_all("_forward_hooks")) or any(is_observed(each, "_forward_hooks") for each in layers)
 
 
 def _stays(p: nn.Parameter) -> bool:
