@@ -221,6 +221,7 @@ def test_the_deepspeed_commands_are_understood(tmp_path: Path, monkeypatch):
     install()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ds.json").write_text(blocks("json")[0])
+    (tmp_path / "FILE_OR_FOLDER").write_text("a text")
     monkeypatch.syspath_prepend(str(REPO / "launch"))
     from train import parse_options
 

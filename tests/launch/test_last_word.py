@@ -147,6 +147,8 @@ def launch_of_a_rank(tmp_path):
     job = subprocess.Popen(
         [sys.executable, "-m", "launch", *words], env={**env, "PATH": f"{tmp_path}:{env['PATH']}"}, cwd=REPO,
         stderr=subprocess.PIPE, text=True,
+        # the tests may run under nohup
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )  # fmt: skip
     while job.poll() is None and not (tmp_path / "below").exists():
         time.sleep(0.05)
