@@ -42,7 +42,10 @@ def _is_kept(x: Tensor) -> bool:
     """Whether what made it reads it again in backward: a product does not, but a tanh behind one does."""
     if torch.compiler.is_compiling():
         return False
-    return any(made is not None and hasattr(type(made.grad_fn), "_saved_result") for made in (x, x._base))
+    base = x._base
+    return hasattr(type(x.grad_fn), "_saved_result") or (
+        base is not None and hasattr(type(base.grad_fn), "_saved_result")
+    )
 
 
 def _are_seen(*projections: nn.Module) -> bool:

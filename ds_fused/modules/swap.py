@@ -221,6 +221,9 @@ _OF_ALL = {
 
 def hooks_of_all(*kinds: str) -> list[Callable]:
     """Hooks of anybody else, of these kinds (all where none is named), on each call of any module."""
+    # asked at each call of a layer, and most often there are none
+    if not any(_OF_ALL.values()):
+        return []
     return [hook for kind in kinds or _OF_ALL for hook in _OF_ALL[kind].values() if not is_gathering(hook)]
 
 
