@@ -30,11 +30,13 @@ LEAST = {
     "cluster.restarts": 0,
     "cluster.wait_s": 1,
 }
-# and the most; a roll call of nodes takes the port behind the ranks'
+# and the most: a roll call of nodes takes the port behind the ranks', and each node has a line of its own in what is
+# rendered
 MOST = {
     **limits.MOST,
     "cluster.port": 65534,
     "cluster.ssh_port": 65535,
+    "cluster.nodes": 10**5,
 }
 
 

@@ -180,6 +180,7 @@ WRONG = [
     (["data.held_out=1.5"], "data.held_out is 1.5, but must be a share between 0 and 1"),
     (["data=text", "data.text=[]"], "data.text is empty"),
     (["cluster.port=99999"], "cluster.port is 99999, but must be at most 65534"),
+    (["cluster=slurm", "cluster.nodes=100001"], "cluster.nodes is 100001, but must be at most 100000"),
     (["cluster=slurm", "cluster.time=banana"], "cluster.time is 'banana', but must be minutes"),
     (
         ["cluster=slurm", "cluster.time=2:00"],
