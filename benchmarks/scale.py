@@ -216,8 +216,8 @@ def check(found: Sequence[Point], skipped: Sequence[Skipped], fitted: Fit) -> li
         "alone), end_to_end and curves (whole steps); probe (heads) and baselines (whole steps) are "
         "h200x4/baselines.json. Point out: the error of a fit that did not see the point. Case out: of one that did "
         "not see these sizes at all, in any way or run. Beyond states: the error of what is held beside weights, "
-        "gradients and optimizer. A job that was measured in several leases is one point, the median of them; each is "
-        "in brackets behind it, and the file is the first one's.",
+        "gradients and optimizer. A job that was measured on several machines is one point, the median of them; each "
+        "is in brackets behind it, and the file is the first one's.",
         "",
         *table(("points", "number", "rms error", "largest", "point out, rms", "case out, rms", "beyond 10 %"), summary),
         "",
@@ -234,8 +234,8 @@ def check(found: Sequence[Point], skipped: Sequence[Skipped], fitted: Fit) -> li
         if point.base:
             out = [f"{100 * ((model - point.base) / (point.measured - point.base) - 1):+.1f} % beyond states", "-"]
         measured = format(point.measured, form)
-        if point.leases:
-            measured += f" ({', '.join(format(lease, form) for lease in point.leases)})"
+        if point.machines:
+            measured += f" ({', '.join(format(machine, form) for machine in point.machines)})"
         numbers = (measured, format(model, form), f"{100 * (model / point.measured - 1):+.1f} %")
         file = f"{point.file}, later" if point.later else point.file
         rows.append((file, point.case, point.way, point.unit, *numbers, *out))

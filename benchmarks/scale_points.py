@@ -108,7 +108,7 @@ class Point:
     model: Callable[[Setting], float]
     base: float = 0.0  # of the measured number, what is there whatever the way is
     job: Job | None = None  # of a whole step
-    leases: tuple[float, ...] = ()  # what was measured in each, where `measured` is the median of several
+    machines: tuple[float, ...] = ()  # what was measured in each, where `measured` is the median of several
     later: bool = False  # no part of the fit: it was made before this was measured
 
 
@@ -123,13 +123,13 @@ class Skipped:
 def points() -> tuple[list[Point], list[Skipped]]:
     found = [*heads(), *probes(), *baselines(), *ends(), *searches()]
     skipped = [p for p in found if isinstance(p, Skipped)]
-    return over_leases(p for p in found if isinstance(p, Point)), skipped
+    return over_machines(p for p in found if isinstance(p, Point)), skipped
 
 
-def over_leases(found: Iterable[Point]) -> list[Point]:
-    """A job that was measured in several leases on the same cards is one point, the median, as rounds of a run are.
+def over_machines(found: Iterable[Point]) -> list[Point]:
+    """A job that was measured on several machines with the same cards is one point, the median, as rounds of a run are.
 
-    What else their hosts do shows: where the host is waited for, two leases were up to 18 % apart.
+    What else their hosts do shows: where the host is waited for, two machines were up to 18 % apart.
     """
     same: dict[object, list[Point]] = {}
     for point in found:
@@ -137,9 +137,9 @@ def over_leases(found: Iterable[Point]) -> list[Point]:
         key = (cards, point.job, point.way, point.unit, point.later) if point.job else id(point)
         same.setdefault(key, []).append(point)
     return [
-        replace(first, measured=statistics.median(leases), leases=leases) if more else first
+        replace(first, measured=statistics.median(machines), machines=machines) if more else first
         for first, *more in same.values()
-        for leases in [tuple(point.measured for point in (first, *more))]
+        for machines in [tuple(point.measured for point in (first, *more))]
     ]
 
 

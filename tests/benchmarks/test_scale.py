@@ -47,7 +47,7 @@ from benchmarks.scale_points import (
     ends,
     head_loss,
     heads,
-    over_leases,
+    over_machines,
     points,
     searches,
 )
@@ -418,8 +418,8 @@ def test_a_job_of_several_leases_is_one_point():
     found = [point("h100x4/a", 9.0), point("h100x4/b", 5.0), point("h100x2/a", 1.0), point("h100x4/a", 2.0, longer)]
     found += [point("h100x4/c", 6.0), point("h100x4/b", 7.0, unit="MiB")]
     found += [point("h100x4/a", 3.0, None) for _ in range(2)]
-    first, *others = over_leases(found)
-    assert (first.file, first.measured, first.leases) == ("h100x4/a", 6.0, (9.0, 5.0, 6.0))
+    first, *others = over_machines(found)
+    assert (first.file, first.measured, first.machines) == ("h100x4/a", 6.0, (9.0, 5.0, 6.0))
     # others' are other cards, another length, another unit, and heads
     assert others == [found[i] for i in (2, 3, 5, 6, 7)]
 
