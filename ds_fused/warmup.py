@@ -35,7 +35,7 @@ from triton.runtime.errors import PTXASError
 from ds_fused.engine.config import Config, parse_config
 from ds_fused.engine.profiles import ESTIMATED, filled
 from ds_fused.engine.stand_ins import ways_of
-from ds_fused.modules.scope import HeadWeight
+from ds_fused.modules.head_weight import HeadWeight
 from ds_fused.ops import lora_linear
 from ds_fused.ops._warmup import META, Done, Launch, compile_noted, noted, target_here, target_of
 from ds_fused.ops.slabs import WeightSlabs

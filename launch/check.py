@@ -129,17 +129,12 @@ def _given(run: Run, key: str) -> object:
 
 
 def check_numbers(run: Run) -> None:
-    for key, least in LEAST.items():
-        value = _given(run, key)
-        if value is not None and value < least:
-            raise ValueError(f"{key} is {value}, but must be at least {least}")
-    for key, most in MOST.items():
+    for key in {**LEAST, **MOST}:
         value = _given(run, key)
         # a port may also be "auto"
-        if isinstance(value, int) and value > most:
-            raise ValueError(f"{key} is {value}, but must be at most {most}")
-    if not 0 < run.data.held_out < 1:
-        raise ValueError(f"data.held_out is {run.data.held_out}, but must be a share between 0 and 1")
+        if isinstance(value, int):
+            limits.check(key, value, LEAST.get(key), MOST.get(key))
+    limits.check_share("data.held_out", run.data.held_out)
     if not run.data.text:
         raise ValueError("data.text is empty, but must name a file or a folder")
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
-import operator
 import os
 import platform
 import resource
@@ -25,6 +24,7 @@ from typing import NoReturn
 
 import deepspeed
 import environment
+import limits
 import report
 import torch
 import torch.distributed as dist
@@ -32,7 +32,6 @@ from checkpoints import newest
 from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT, default_pg_timeout
 from journal import Journal, say
-from limits import LEAST, MOST
 from text_blocks import data_share, micro_batch, text_files, token_blocks
 from toolchain import missing_build_tools
 from torch import Tensor
@@ -74,14 +73,10 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """What the ranks would stumble over one after the other."""
-    for limits, words, is_beyond in ((LEAST, "least", operator.lt), (MOST, "most", operator.gt)):
-        for key, limit in limits.items():
-            name = key.partition(".")[2]
-            value = getattr(args, name)
-            if is_beyond(value, limit):
-                raise ValueError(f"--{name} is {value}, but must be at {words} {limit}")
-    if not 0 < args.held_out < 1:
-        raise ValueError(f"--held_out is {args.held_out}, but must be a share between 0 and 1")
+    for key in {**limits.LEAST, **limits.MOST}:
+        name = key.partition(".")[2]
+        limits.check(f"--{name}", getattr(args, name), limits.LEAST.get(key), limits.MOST.get(key))
+    limits.check_share("--held_out", args.held_out)
     text_files(args.text)
     for name in ("model", "tokenizer"):
         # any other name may be the hub's

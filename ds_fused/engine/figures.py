@@ -20,7 +20,7 @@ from ds_fused.engine.shards import Shards
 from ds_fused.engine.windows import TURNS
 from ds_fused.ops._tiles import first_half, tile_elements, tiling
 from ds_fused.ops.one_pass import cut
-from ds_fused.ops.stationary import block_tokens
+from ds_fused.ops.stationary import block_bytes, block_tokens
 
 MOST_TOKENS = 2**24
 # elements: DeepSpeed's default of stage3_max_reuse_distance
@@ -157,18 +157,18 @@ def of_stationary(head: HeadCosts, most: int, chunk_bytes: int, block: int | Non
     block = block or block_tokens(most, n_vocab, hidden, ranks, itemsize, chunk_bytes, carried)
     blocks = -(-most // block)
     flops = (4 + 2 * trains) * most * head.elements
-    # logits, and x
-    held = block * (n_vocab + ranks * hidden) * itemsize
+    held = block * block_bytes(n_vocab, hidden, ranks, itemsize, carried)
+    larger = first_half(block, hidden, ranks)
     if carried:
-        # dx of the larger half, where it is sent from and where it arrives
-        held += 8 * ranks * first_half(block, hidden, ranks) * hidden
+        # of dx there is room for the larger half, twice, and not for a half
+        held += 4 * ranks * (2 * larger - block) * hidden
     else:
-        # x of the block before or after it, dx, and of this rank's tokens dx as it comes back in fp32
-        held += block * hidden * (ranks * ((blocks > 1) * itemsize + 4) + 4)
+        # dx of this rank's tokens comes back in fp32; a single block has none before or after it
+        held += block * 4 * hidden - (blocks == 1) * ranks * block * hidden * itemsize
     held += head.shards.size * (4 * trains + itemsize * head.offloaded)
     # of the logits two reads and a write; x of all ranks comes, dx of all goes; dw in fp32 read for each further
     # product, of which a carried last block has one for each half
-    halves = 1 + (first_half(block, hidden, ranks) < block)
+    halves = 1 + (larger < block)
     sums = blocks - 1 + carried * (halves - 1)
     traffic = 3 * itemsize * most * n_vocab + ranks * most * hidden * (itemsize + 4)
     traffic += 4 * trains * head.shards.size * max(0, sums)

@@ -115,7 +115,7 @@ def _replaced(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config, a
     from ds_fused.engine import builders, zero3
     from ds_fused.engine.config import OP_OPTIONS
     from ds_fused.engine.slab_mode import SlabMode
-    from ds_fused.modules.scope import HeadWeight
+    from ds_fused.modules.head_weight import HeadWeight
     from ds_fused.policies import plan
     from ds_fused.policies.report import Left
 

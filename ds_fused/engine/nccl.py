@@ -2,7 +2,7 @@
 
 PyTorch's symmetric memory registers the same in `rendezvous`, for kernels that read it across ranks too. What it makes
 for those it ends when the process does, of communicators that are gone by then: a segmentation fault now and then
-(2.11; here in one of three runs with ten communicators). Nor does it take a registration back.
+(2.11; benchmarks/notes.md). Nor does it take a registration back.
 
 Source: NCCL's user guide, "Window registration".
 """

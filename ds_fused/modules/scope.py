@@ -7,23 +7,21 @@ import dataclasses
 import functools
 import sys
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ds_fused.modules.deferred import DeferredLogits
+from ds_fused.modules.head_weight import HeadWeight
 from ds_fused.modules.linear import is_linear_patched
-from ds_fused.modules.on_demand import WholeWeight, leaving
+from ds_fused.modules.on_demand import leaving
 from ds_fused.modules.out_of_graph import out_of_graph
 from ds_fused.modules.swap import home_of, hooks_of_all, is_class_patched, is_observed
 from ds_fused.ops._say import say_once
 from ds_fused.ops._triton import is_transformed
-from ds_fused.ops.slabs import WeightSlabs
-from ds_fused.ops.vocab_shard import VocabShard
 
 
 def in_backward() -> bool:
@@ -42,45 +40,6 @@ def is_head_observed(head: nn.Module) -> bool:
     if torch.jit.is_tracing():
         return True
     return is_observed(head, "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-
-
-def _no_slabs(head: nn.Module, n_tokens: int, inside: bool) -> None:
-    return None
-
-
-def _is_not_sharded(head: nn.Module) -> bool:
-    return False
-
-
-def _no_shard(head: nn.Module) -> Tensor | None:
-    return None
-
-
-def _own_bias(head: nn.Module) -> Tensor | None:
-    return head.bias
-
-
-@dataclasses.dataclass(frozen=True)
-class HeadWeight:
-    """How the weight of a head is reached where ZeRO-3 has sharded it; as it stands here, where nothing has.
-
-    What it refers to is an engine's: copies and pickles of a model have none of it.
-    """
-
-    # the context of a read after the forward, in which the weight is whole
-    whole: WholeWeight = nullcontext
-    # for the loss over so many tokens, inside a running forward or not: the weight in slabs of its own or the rows of
-    # it that stay here; None where the loss is to be computed in the head's own call
-    slabs: Callable[[nn.Module, int, bool], WeightSlabs | VocabShard | None] = _no_slabs
-    # whether there are those
-    is_sharded: Callable[[nn.Module], bool] = _is_not_sharded
-    # the bias beside them
-    bias: Callable[[nn.Module], Tensor | None] = _own_bias
-    # of a weight that is sharded and trained this rank's part
-    shard: Callable[[nn.Module], Tensor | None] = _no_shard
-
-    def __reduce__(self) -> tuple:
-        return HeadWeight, ()
 
 
 class _Forward(NamedTuple):

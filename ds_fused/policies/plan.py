@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ds_fused.modules import NEEDS, OPS, switched
-from ds_fused.modules.scope import HeadWeight
+from ds_fused.modules.head_weight import HeadWeight
 from ds_fused.modules.swap import owner_of, why_not_swapped
 from ds_fused.modules.tiled_mlp import Tiles
 from ds_fused.policies.arguments import check_choice, check_flags, check_model, check_wanted, place

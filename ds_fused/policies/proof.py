@@ -86,7 +86,8 @@ def replica(
     # hooks, compiled call, gradient bookkeeping: as a fresh module has them
     made.__dict__.update(vars(nn.Module()))
     made.training = _mode.trains
-    _mode.counts = _mode.counts or _asks_for_mode(type(module))
+    # on the meta device nobody trains
+    _mode.counts = _mode.counts or (not tensors["x"].is_meta and _asks_for_mode(type(module)))
     made.__dict__.update(state)
     like = tensors["x"]
     for name, parameter in module._parameters.items():
@@ -113,6 +114,26 @@ def randn(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
+def _in_both_modes(compare: Callable[..., str | None]) -> Callable[..., str | None]:
+    """Layers train, so that a dropout shows; those whose code asks whether they do are compared in evaluation too."""
+
+    @functools.wraps(compare)
+    def compare_both(*args: object, **options: object) -> str | None:
+        _mode.counts = False
+        differs = compare(*args, **options)
+        if differs is not None or not _mode.counts:
+            return differs
+        _mode.trains = False
+        try:
+            differs = compare(*args, **options)
+        finally:
+            _mode.trains = True
+        return None if differs is None else f"in evaluation {differs}"
+
+    return compare_both
+
+
+@_in_both_modes
 def compare(
     stock: Run,
     fused: Run,
@@ -125,31 +146,7 @@ def compare(
     """None when ``fused`` gives what ``stock`` gives, else what differed. ``gradients``: of which tensors (all).
 
     ``may_refuse``: where ``stock`` raises, no model can call it so, and there is nothing to compare.
-
-    Layers train, so that a dropout shows; those whose code asks whether they do are compared in evaluation as well.
     """
-    _mode.counts = False
-    differs = _compared(stock, fused, tensors, dtypes, device, gradients, may_refuse)
-    if differs is not None or not _mode.counts or device.type == "meta":
-        return differs
-    _mode.trains = False
-    try:
-        differs = _compared(stock, fused, tensors, dtypes, device, gradients, may_refuse)
-    finally:
-        _mode.trains = True
-    return None if differs is None else f"in evaluation {differs}"
-
-
-def _compared(
-    stock: Run,
-    fused: Run,
-    tensors: Mapping[str, Tensor],
-    dtypes: Mapping[str, torch.dtype],
-    device: torch.device,
-    gradients: Sequence[str] | None,
-    may_refuse: bool,
-) -> str | None:
-    """``compare`` in one mode."""
     names = list(tensors) if gradients is None else list(gradients)
     # drawn once for all three
     upstream = functools.cache(lambda i, shape: randn(97 + i, *shape))

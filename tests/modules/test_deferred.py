@@ -21,8 +21,9 @@ from ds_fused.modules import head as head_module
 from ds_fused.modules.deferred import DeferredLogits
 from ds_fused.modules.head import CausalLMLoss, Head
 from ds_fused.modules.head_call import HeadCall
+from ds_fused.modules.head_weight import HeadWeight
 from ds_fused.modules.on_demand import LogitsOnDemand
-from ds_fused.modules.scope import HeadWeight, Scope
+from ds_fused.modules.scope import Scope
 from ds_fused.modules.swap import swap, unswap
 from ds_fused.ops._say import say_once
 
