@@ -105,7 +105,7 @@ def _neighborhood_attention_fwd_kernel(
     half,
     dilation,
     scale,
-    SHIFTS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    SHIFTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # Inductor passes fp64
@@ -131,7 +131,7 @@ def _neighborhood_attention_fwd_kernel(
     for start in tl.range(begin, end, BLOCK_KEYS, num_stages=STAGES):
         k = load_tile(k_ptr, start, n, k_step, n_cols, BLOCK_KEYS, BLOCK_COLS)
         v = load_tile(v_ptr, start, n, v_step, n_cols, BLOCK_KEYS, BLOCK_COLS)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
         keys = start + tl.arange(0, BLOCK_KEYS)
         s = tl.where(near(rows[:, None], keys[None, :], half, n, SHIFTS), s, -float("inf"))
         higher = tl.maximum(high, tl.max(s, axis=1) * scale)
@@ -141,7 +141,7 @@ def _neighborhood_attention_fwd_kernel(
         fade = tl.exp2(high - shift)
         total = total * fade + tl.sum(p, axis=1)
         y = y * fade[:, None]
-        y = tl.dot(p.to(v.dtype), v, y, input_precision=PRECISION)
+        y = tl.dot(p.to(v.dtype), v, y, input_precision="ieee")
         high = higher
     # rows past the last have met nobody
     total = tl.where(rows < n, total, 1.0)
@@ -173,7 +173,7 @@ def _neighborhood_attention_dq_kernel(
     half,
     dilation,
     scale,
-    WANTS_DQ: tl.constexpr, WANTS_INNER: tl.constexpr, SHIFTS: tl.constexpr, PRECISION: tl.constexpr,
+    WANTS_DQ: tl.constexpr, WANTS_INNER: tl.constexpr, SHIFTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries: their dq, from its keys, and what their keys' gradients need to know of them."""
@@ -204,12 +204,12 @@ def _neighborhood_attention_dq_kernel(
             keys = start + tl.arange(0, BLOCK_KEYS)
             k = load_tile(k_ptr, start, n, k_step, n_cols, BLOCK_KEYS, BLOCK_COLS)
             v = load_tile(v_ptr, start, n, v_step, n_cols, BLOCK_KEYS, BLOCK_COLS)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            dp = tl.dot(dy, tl.trans(v), input_precision=PRECISION)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+            dp = tl.dot(dy, tl.trans(v), input_precision="ieee")
             p = tl.exp2(s * (scale * LOG2_E) - lse[:, None])
             ds = p * (dp - inner[:, None])
             ds = tl.where(near(rows[:, None], keys[None, :], half, n, SHIFTS), ds, 0.0)
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
         store_tile(dq_ptr, first, first, n, dq_token_stride * dilation, n_cols, dq * scale, BLOCK_ROWS, BLOCK_COLS)
 
 
@@ -235,7 +235,7 @@ def _neighborhood_attention_dkv_kernel(
     half,
     dilation,
     scale,
-    SHIFTS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    SHIFTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of BLOCK_KEYS keys, from the queries whose neighbours they are, BLOCK_ROWS at a time."""
@@ -265,12 +265,12 @@ def _neighborhood_attention_dkv_kernel(
         # queries past the last have weights of 0
         lse = tl.load(lse_ptr + queries * dilation, mask=queries < n, other=float("inf"))
         inner = tl.load(inner_ptr + queries * dilation, mask=queries < n, other=0.0)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(dy), input_precision=PRECISION)
+        s = tl.dot(k, tl.trans(q), input_precision="ieee")
+        dp = tl.dot(v, tl.trans(dy), input_precision="ieee")
         p = tl.exp2(s * (scale * LOG2_E) - lse[None, :])
         p = tl.where(near(queries[None, :], keys[:, None], half, n, SHIFTS), p, 0.0)
-        dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision=PRECISION)
+        dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision="ieee")
         ds = p * (dp - inner[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     store_tile(dk_ptr, first, first, n, dk_token_stride * dilation, n_cols, dk * scale, BLOCK_KEYS, BLOCK_COLS)
     store_tile(dv_ptr, first, first, n, dv_token_stride * dilation, n_cols, dv, BLOCK_KEYS, BLOCK_COLS)

@@ -178,7 +178,7 @@ def times_narrow(rows: Tensor, narrow: Tensor, scale: float) -> Tensor:
             _times_narrow_kernel, (cdiv(n_rows, ROWS), cdiv(n_cols, block)),
             rows, narrow, out, row_stride(rows), *narrow.stride(), n_rows, n_inner, n_cols, float(scale),
             BLOCK_ROWS=ROWS, BLOCK_INNER=per_tile, BLOCK_COLS=block,
-            STAGES=_stages(per_tile * (2 * ROWS + 4 * block)), num_warps=NUM_WARPS,
+            STAGES=_stages(rows, per_tile * (2 * ROWS + 4 * block)), num_warps=NUM_WARPS,
         )  # fmt: skip
     return out
 
@@ -200,14 +200,14 @@ def narrow_times(six: Tensor, rows: Tensor, *, turned: bool = False) -> Tensor:
             six, rows, out, row_stride(rows), *((1, n_cols) if turned else (n_inner, 1)), n_rows, n_inner, n_cols,
             share * step, 1.0,
             BLOCK_ROWS=step, BLOCK_INNER=COLS, BLOCK_COLS=block,
-            STAGES=_stages(2 * step * (COLS + 3 * block)), num_warps=NUM_WARPS,
+            STAGES=_stages(rows, 2 * step * (COLS + 3 * block)), num_warps=NUM_WARPS,
         )  # fmt: skip
     return out[0] if shares == 1 else out.sum(0)
 
 
-def _stages(tile_bytes: int) -> int:
+def _stages(x: Tensor, tile_bytes: int) -> int:
     # AMD's have 64 KiB of shared memory
-    return stages_for(STAGES if _triton.LANES == 32 else 2, tile_bytes)
+    return stages_for(x, STAGES if _triton.LANES == 32 else 2, tile_bytes)
 
 
 def _cols(n_cols: int) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch import Tensor
+
 from ds_fused.ops._triton import cdiv, power_of_2, stages_for, warps_for
 
 # columns of a row too wide for registers that are worked on at a time
@@ -40,14 +42,14 @@ def tile_of_blocks(d: int, elements: int, per_thread: int, widest: int, in_block
     return Tile(1, cols, warps_for(cols, in_block), 3)
 
 
-def in_turn(block: Tile, n: int, most: int, itemsizes: int, stages: int) -> tuple[int, dict[str, int]]:
+def in_turn(x: Tensor, block: Tile, n: int, most: int, itemsizes: int, stages: int) -> tuple[int, dict[str, int]]:
     """How many programs, `most` of them, take n rows in turn, tile by tile, and what their kernel knows of the tile.
 
-    That is its columns and warps, and of whole rows how many they are, and how many tiles are in flight: at most
-    `stages`, of an element of each tensor that is read in itemsizes bytes.
+    What the kernel knows are its columns and warps, and of whole rows how many they are, and how many tiles are in
+    flight: at most `stages` on x's device, of an element of each tensor that is read in itemsizes bytes.
     """
     constants = {"BLOCK_COLS": block.cols, "num_warps": block.warps}
     if block.rows:
         constants["BLOCK_ROWS"] = block.rows
-        constants["STAGES"] = stages_for(stages, itemsizes * block.rows * block.cols * block.blocks)
+        constants["STAGES"] = stages_for(x, stages, itemsizes * block.rows * block.cols * block.blocks)
     return min(cdiv(n, max(1, block.rows)), most), constants

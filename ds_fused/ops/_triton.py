@@ -18,8 +18,10 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KERNEL_DEVICES = ("cuda", "xpu")  # an AMD device calls itself cuda in PyTorch
 LANES = 64 if torch.version.hip else 32  # threads of a warp
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
-# of shared memory, in bytes: sm80 has 163 KiB for a program
+# of shared memory, in bytes, what a program's tiles on their way may take: sm80 has 163 KiB for a program
 MOST_IN_FLIGHT = 128 * 1024
+# where a program has 99 KiB: compute capabilities 8.6 (A10, A40), 8.9 (L4, L40S) and 12.x
+LEAST_IN_FLIGHT = 80 * 1024
 
 # the types of most tensors, of which nothing more has to be asked: to ask each of them takes three times as long
 PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
@@ -31,6 +33,7 @@ T = TypeVar("T")
 
 _multiprocessors: dict[torch.device, int] = {}
 _copies_tiles: dict[torch.device, bool] = {}
+_in_flight: dict[torch.device, int] = {}
 
 
 def runs_kernels(*tensors: Tensor | None) -> bool:
@@ -237,6 +240,19 @@ def _ask_copies_tiles(device: torch.device) -> bool:
     return torch.cuda.get_device_properties(device).major in COPIES_TILES
 
 
+def in_flight_on(capability: int) -> int:
+    """Bytes of shared memory for tiles on their way to a program, by an NVIDIA GPU's compute capability: 90 is 9.0."""
+    return LEAST_IN_FLIGHT if capability in (86, 89) or capability >= 120 else MOST_IN_FLIGHT
+
+
+def _ask_in_flight(device: torch.device) -> int:
+    # AMD's tiles wait in registers
+    if device.type != "cuda" or torch.version.hip is not None:
+        return MOST_IN_FLIGHT
+    properties = torch.cuda.get_device_properties(device)
+    return in_flight_on(10 * properties.major + properties.minor)
+
+
 def _once_a_device(ask: Callable[[torch.device], T], known: dict[torch.device, T], device: torch.device) -> T:
     """What is asked of a device, kept in ``known``; for a graph it is asked again, which would guard what is known."""
     if torch.compiler.is_compiling():
@@ -267,6 +283,6 @@ def warps_for(elements: int, per_thread: int = 16) -> int:
     return min(1024 // LANES, max(1, power_of_2(elements // (LANES * per_thread))))
 
 
-def stages_for(most: int, tile_bytes: int) -> int:
-    """Tiles of a program that are in flight, at most so many: all but one wait in shared memory."""
-    return min(most, 1 + MOST_IN_FLIGHT // tile_bytes)
+def stages_for(x: Tensor, most: int, tile_bytes: int) -> int:
+    """Tiles of a program on x's device that are in flight, at most so many: all but one wait in shared memory."""
+    return min(most, 1 + _once_a_device(_ask_in_flight, _in_flight, x.device) // tile_bytes)

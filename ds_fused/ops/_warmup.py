@@ -74,6 +74,11 @@ def copies_tiles_on(target: GPUTarget) -> bool:
     return target.backend == "cuda" and target.arch // 10 in _triton.COPIES_TILES
 
 
+def in_flight_on(target: GPUTarget) -> int:
+    """_triton.stages_for's bytes, of a GPU that need not be here."""
+    return _triton.in_flight_on(target.arch) if target.backend == "cuda" else _triton.MOST_IN_FLIGHT
+
+
 def target_here() -> str | None:
     """The name of the current GPU, or None without one."""
     if not torch.cuda.is_available():
@@ -105,12 +110,13 @@ def noted(target: GPUTarget) -> Iterator[list[Launch]]:
     _meet.DEVICES = ("meta",) if target.backend == "cuda" else ()
     _triton._multiprocessors[META] = MULTIPROCESSORS
     _triton._copies_tiles[META] = copies_tiles_on(target)
+    _triton._in_flight[META] = in_flight_on(target)
     try:
         yield found
     finally:
         _launch.launch_elsewhere, _launch._current_device = launches_by
         _triton.KERNEL_DEVICES, _triton.LANES, _meet.DEVICES = stock
-        del _triton._multiprocessors[META], _triton._copies_tiles[META]
+        del _triton._multiprocessors[META], _triton._copies_tiles[META], _triton._in_flight[META]
         found += launches.values()
 
 

@@ -164,7 +164,7 @@ def attention_residual_fwd(
         (min(at.rows, resident(first, WARPS_PER_MULTIPROCESSOR_FWD, warps)),),
         *at.tensors, query, weight, y, saved, *at.strides, at.count, at.rows, at.cols, eps,
         HAS_WEIGHT=weight is not None, GROUP=group, BLOCK_COLS=cols,
-        STAGES=stages_for(STAGES_FWD, first.itemsize * group * cols), num_warps=warps,
+        STAGES=stages_for(first, STAGES_FWD, first.itemsize * group * cols), num_warps=warps,
     )  # fmt: skip
     return y, saved
 

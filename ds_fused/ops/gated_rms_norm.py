@@ -249,7 +249,7 @@ def gated_rms_norm_bwd(
     warps = WIDE_WARPS_PER_MULTIPROCESSOR if is_wide else WARPS_PER_MULTIPROCESSOR
     most = max(1, resident(x, warps, block.warps) // form.n_groups)
     itemsizes = dy.itemsize + x.itemsize + gate.itemsize
-    programs, tiles = in_turn(block, n, most, itemsizes, WIDE_STAGES_BWD if is_wide else STAGES_BWD)
+    programs, tiles = in_turn(x, block, n, most, itemsizes, WIDE_STAGES_BWD if is_wide else STAGES_BWD)
     if block.rows:
         tiles["AGAIN"] = is_wide
     dweights = torch.empty((programs, d), dtype=torch.float32, device=x.device) if wants_dweight else None

@@ -284,7 +284,7 @@ def layer_norm_bwd(
         launch(
             _layer_norm_bwd_kernel, (programs,),
             dy, dsum, x, weight, mean, rstd, dx, partial, row_stride(dy), dsum_stride, row_stride(x), n, d,
-            n_sharers, WANTS_DX=wanted.dx, BLOCK_ROWS=block.rows, STAGES=stages_for(STAGES_BWD, tile_bytes), **wants,
+            n_sharers, WANTS_DX=wanted.dx, BLOCK_ROWS=block.rows, STAGES=stages_for(x, STAGES_BWD, tile_bytes), **wants,
             **constants,
         )  # fmt: skip
     else:

@@ -283,7 +283,7 @@ def mhc_coefficients_bwd(
             stride, dy_stride, dstreams_stride, sizes.rows, sizes.cols,
             N=n, BLOCK_M=sizes.block_m, WANTS_DX=wants[0], WANTS_DWEIGHT=wants[1],
             HAS_DY=dy is not None, HAS_DSTREAMS=dstreams is not None, **tiles,
-            BLOCK_ROWS=block_rows, STAGES=stages_for(STAGES_BWD, block_rows * row_bytes),
+            BLOCK_ROWS=block_rows, STAGES=stages_for(x, STAGES_BWD, block_rows * row_bytes),
             num_warps=WARPS_BWD * (1 if sizes.block_m <= 128 else 2),
         )  # fmt: skip
     in_parts = dweights is not None

@@ -145,7 +145,7 @@ def modulated_rms_norm_bwd(
     block = tile_of_blocks(d, TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD, IN_BLOCK_BWD)
     most = max(1, resident(x, WARPS_PER_MULTIPROCESSOR, block.warps) // groups)
     itemsizes = dy.itemsize + x.itemsize + (scale.itemsize if per_row else 0)
-    programs, tiles = in_turn(block, n // groups, most, itemsizes, STAGES_BWD)
+    programs, tiles = in_turn(x, block, n // groups, most, itemsizes, STAGES_BWD)
     wants_products = wants[1] or (wants[2] and not per_row)
     wants_sums = wants[3] and not per_row
     # programs of one group share a row; one that walks adds to its own many times

@@ -107,9 +107,7 @@ def _tile(x: Tensor, tile: tuple[int, int, int]) -> tuple[int, int, dict[str, ob
     elif cols > FEW_COLS:
         own = others = 32
     few = x.dtype != torch.float32 and cols <= FEW_COLS
-    precision = "ieee" if x.dtype == torch.float32 else "tf32"
-    constants = {"PRECISION": precision, "BLOCK_COLS": cols, "STAGES": stages, "num_warps": 4 if few else 8}
-    return own, others, constants
+    return own, others, {"BLOCK_COLS": cols, "STAGES": stages, "num_warps": 4 if few else 8}
 
 
 def _block_constants(x: Tensor, block: int, shifts: bool) -> dict[str, object]:

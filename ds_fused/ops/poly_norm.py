@@ -183,7 +183,7 @@ def poly_norm_bwd(
     sums = wanted.dweight or wanted.dbias
     block = tile(d, TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD)
     most = resident(x, WARPS_PER_MULTIPROCESSOR, block.warps)
-    programs, tiles = in_turn(block, n, most, dy.itemsize + x.itemsize, STAGES_BWD)
+    programs, tiles = in_turn(x, block, n, most, dy.itemsize + x.itemsize, STAGES_BWD)
     partial = partials(x, programs, 3, programs) if sums else None
     launch(
         _poly_norm_bwd_kernel if block.rows else _poly_norm_bwd_walk_kernel, (programs,),

@@ -318,7 +318,7 @@ def _backward(
     # a second row of sums takes as many registers again
     block = tile(d, TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD // 2 if wanted.dbias else WHOLE_ROW_BWD)
     itemsizes = dy.itemsize + x.itemsize + (0 if dsum is None else dsum.itemsize)
-    programs, tiles = in_turn(block, n, resident(x, WARPS_PER_MULTIPROCESSOR, block.warps), itemsizes, STAGES_BWD)
+    programs, tiles = in_turn(x, block, n, resident(x, WARPS_PER_MULTIPROCESSOR, block.warps), itemsizes, STAGES_BWD)
     # a program that walks adds to its row many times, and shares it with none
     n_sharers = sharers(x, programs) if block.rows else 1
     of_sums = (n_sharers,) if block.rows else ()

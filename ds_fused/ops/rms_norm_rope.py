@@ -189,7 +189,7 @@ def rms_norm_rope_bwd(
         n_tokens, batch * n_tokens,
         Q_HEADS=q_heads, K_HEADS=k_heads, D=d, R=r, OFFSET=norm.offset, CAST_BEFORE=norm.cast_before,
         WANTS_DQ=wanted.dq, WANTS_DK=wanted.dk, WANTS_DQ_WEIGHT=wanted.dq_weight, WANTS_DK_WEIGHT=wanted.dk_weight,
-        **blocks, STAGES=stages_for(STAGES_BWD, token_bytes),
+        **blocks, STAGES=stages_for(q, STAGES_BWD, token_bytes),
         num_warps=NUM_WARPS_BWD,
     )  # fmt: skip
     if wanted.dq_weight or wanted.dk_weight:

@@ -295,7 +295,7 @@ def _walked_fwd(x: Tensor, y: Tensor, above: str) -> Tensor:
         launch(
             _sparsemax_fwd_walk_kernel, (n,),
             x, y, row_stride(x), d,
-            ABOVE=above, BLOCK_COLS=WALK_COLS, STAGES=stages_for(WALK_STAGES, WALK_COLS * x.itemsize),
+            ABOVE=above, BLOCK_COLS=WALK_COLS, STAGES=stages_for(x, WALK_STAGES, WALK_COLS * x.itemsize),
             num_warps=warps_for(WALK_COLS, max(1, WALK_COLS // 1024)),
         )  # fmt: skip
     return y

@@ -39,7 +39,7 @@ from ds_fused.ops._gates import GLUForm
 from ds_fused.ops._lent_logits_parts import lent_logits_in_parts
 from ds_fused.ops._loss import LossOptions
 from ds_fused.ops._parts import sum_parts
-from ds_fused.ops._warmup import Absent, copies_tiles_on
+from ds_fused.ops._warmup import Absent, copies_tiles_on, in_flight_on
 from ds_fused.ops.glu import glu_again
 from ds_fused.ops.registry import OPS
 from ds_fused.ops.softmax import softmax_bwd, softmax_fwd
@@ -594,6 +594,7 @@ def compile_all(target: GPUTarget, index: int, choose: Callable[[list[Launch]], 
     triton.runtime.driver.set_active(Absent(target, index))
     shared.LANES = target.warp_size
     shared._copies_tiles[torch.device("cpu")] = copies_tiles_on(target)
+    shared._in_flight[torch.device("cpu")] = in_flight_on(target)
     _meet.can_meet = lambda x, size: target.backend == "cuda"
     # as on a GPU, where its kernel says that an id is wrong
     import_module("ds_fused.ops.embedding").looks_itself = lambda ids: True
