@@ -1,21 +1,22 @@
 """Deferred logits in the hands of an ``autograd.Function``, through which no gradient would come back.
 
 PyTorch looks among the arguments of ``Function.apply`` for tensors, asks no ``__torch_function__``, and runs the
-forward without gradients. What reads deferred logits there looks like a metric; only that ``apply`` was given them
+forward without gradients. What reads deferred logits there looks like a metric; only that the forward was given them
 tells.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING
 
 import torch
+from torch.autograd.function import FunctionCtx
 
 if TYPE_CHECKING:
     from ds_fused.modules.deferred import DeferredLogits
-
-_APPLY = torch.autograd.Function.apply.__func__.__code__
 
 
 def check_reader(logits: DeferredLogits) -> None:
@@ -26,11 +27,16 @@ def check_reader(logits: DeferredLogits) -> None:
     # a graph of torch.compile has its own ways with Functions, and finds the tensors
     if not logits.call.with_graph or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return
+    forwards = _forwards()
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is _APPLY and _is_given(frame.f_locals["args"], logits):
+        function = forwards.get(frame.f_code)
+        if function is not None and any(_is_of(x, logits) for x in _arguments(frame)):
+            # many forwards share the code of a decorator, as torch.amp.custom_fwd's
+            contexts = [x for x in _arguments(frame) if isinstance(x, FunctionCtx)]
+            name = (contexts[0]._forward_cls if contexts else function).__qualname__
             raise RuntimeError(
-                f"ds_fused: {frame.f_locals['cls'].__qualname__}, an autograd.Function, was given logits that are not "
+                f"ds_fused: {name}, an autograd.Function, was given logits that are not "
                 "computed yet, and no gradient would come back through it. With "
                 '"fused_linear_cross_entropy": false in the ds_fused block they are computed; a checkpoint takes them '
                 "with use_reentrant=False; what needs no gradient can be given logits.detach()"
@@ -38,5 +44,25 @@ def check_reader(logits: DeferredLogits) -> None:
         frame = frame.f_back
 
 
-def _is_given(arguments: tuple, logits: DeferredLogits) -> bool:
-    return any(isinstance(x, type(logits)) and x.call is logits.call and x.with_graph for x in arguments)
+def _forwards() -> dict[CodeType, type[torch.autograd.Function]]:
+    """What runs when a Function is applied, which from PyTorch 2.14 on has no frame of its own."""
+    found, todo = {}, [torch.autograd.Function]
+    while todo:
+        for function in todo.pop().__subclasses__():
+            todo.append(function)
+            code = getattr(function.forward, "__code__", None)
+            if code is not None:
+                found[code] = function
+    return found
+
+
+def _arguments(frame: FrameType) -> list[object]:
+    """What the function of a frame was called with, those behind a star one by one."""
+    names, starred, _, values = inspect.getargvalues(frame)
+    more = values.get(starred)
+    # either may have been given up or another value since
+    return [*map(values.get, names), *(more if isinstance(more, tuple) else ())]
+
+
+def _is_of(x: object, logits: DeferredLogits) -> bool:
+    return isinstance(x, type(logits)) and x.call is logits.call and x.with_graph

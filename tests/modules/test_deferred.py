@@ -675,6 +675,23 @@ class Doubled(torch.autograd.Function):
         return 2 * z * dy
 
 
+class DoubledApart(Doubled):
+    """With its context set up apart, as torch.func wants it."""
+
+    @staticmethod
+    def forward(*inputs: Tensor) -> Tensor:
+        (z,) = inputs
+        return z * z
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+
+class DoubledInAutocast(Doubled):
+    forward = staticmethod(torch.amp.custom_fwd(Doubled.forward, device_type="cpu"))
+
+
 def _taken_by_a_checkpoint(use_reentrant: bool) -> Callable:
     return lambda z, y: checkpoint(_shifted, z, y, use_reentrant=use_reentrant) + z.detach().square().mean()
 
@@ -685,9 +702,11 @@ def _taken_by_a_checkpoint(use_reentrant: bool) -> Callable:
     [
         lambda z, y: _shifted(z, y) + Doubled.apply(z).mean(),
         lambda z, y: Doubled.apply(z[:, :-1].float() / 2.0).mean() + _shifted(z, y),
+        lambda z, y: _shifted(z, y) + DoubledApart.apply(z).mean(),
+        lambda z, y: _shifted(z, y) + DoubledInAutocast.apply(z).mean(),
         _taken_by_a_checkpoint(True),
     ],
-    ids=["after the loss", "before it, some", "checkpoint"],
+    ids=["after the loss", "before it, some", "set up apart", "in autocast", "checkpoint"],
 )
 def test_logits_that_a_function_is_given_are_an_error(loss: Callable) -> None:
     _, fused = _own(loss)
