@@ -234,7 +234,7 @@ def experts_by(
     form = GLUForm(act, **numbers)
     _check(x, gate_up, down, ids, weights, form)
     flat = flat_ids("experts", ids, gate_up.shape[0] + 1)
-    if not runs_kernels(x):
+    if not runs_kernels(x, gate_up, down, weights):
         return experts_reference(x, gate_up, down, ids, weights, act, interleaved=interleaved, **numbers)
     check_dtypes("experts", x=x, gate_up=gate_up, down=down, weights=weights)
     if flat.shape[0] == 0:
