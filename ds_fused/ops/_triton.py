@@ -96,6 +96,15 @@ def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_vmapped() -> bool:
+    """Whether a tensor may stand for many, of which nobody can ask a value: torch.func.vmap, by itself or around a
+    gradient."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(each.key() == torch._C._functorch.TransformType.Vmap for each in stack)
+
+
 def refuse_transforms(op: str) -> None:
     """For ops whose whole sense is what the transforms of torch.func would undo."""
     if is_transformed():

@@ -1063,10 +1063,13 @@ def test_a_compiled_function_of_the_logits(detached: bool) -> None:
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
-def test_gradients_of_each_sample(caplog: pytest.LogCaptureFixture) -> None:
-    """vmap of grad: neither the head's loss nor that of real logits stands in its way."""
+@pytest.mark.parametrize("family", ["Llama", "Mixtral"])
+def test_gradients_of_each_sample(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    """vmap of grad: neither the head's loss nor that of real logits stands in its way, nor experts."""
     gradients = []
-    for each in pair():
+    model, stock = twins(NAMED[family])
+    assert counts(ds_fused.apply(model))["fused_linear_cross_entropy"] == 1
+    for each in (model, stock):
         each.set_attn_implementation("eager")
         parameters = {name: p.detach() for name, p in each.named_parameters()}
 
