@@ -60,6 +60,14 @@ def _are_seen(*projections: nn.Module) -> bool:
     return any(is_observed(layer, "_forward_hooks") for layer in layers)
 
 
+def _is_given(x: Tensor, *results: Tensor) -> bool:
+    """Whether a projection has returned what it was given, or a view of it: nn.Identity. The other reads it again."""
+    if torch.compiler.is_compiling():
+        return False
+    owner = x if x._base is None else x._base
+    return any([y is owner or y._base is owner for y in results])
+
+
 def activation_of(layer: nn.Module, name: str) -> object:
     """What the layer has under this name itself: a child, or a function."""
     act = layer._modules.get(name)
@@ -94,7 +102,8 @@ class GatedMLP:
             return super().forward(*args, **named)
         (x,) = (*args, *named.values())  # hidden_states to some, x to others
         gate, up, down = (getattr(self, name) for name in self.fused_children)
-        return down(gated(self.fused_gate, gate(x), up(x), seen=_are_seen(gate, up)))
+        results = gate(x), up(x)
+        return down(gated(self.fused_gate, *results, seen=_are_seen(gate, up) or _is_given(x, *results)))
 
 
 class PackedMLP:
@@ -109,7 +118,8 @@ class PackedMLP:
             return super().forward(*args, **named)
         (x,) = (*args, *named.values())
         gate_up, down = (getattr(self, name) for name in self.fused_children)
-        return down(gated(self.fused_gate, gate_up(x), seen=_are_seen(gate_up)))
+        result = gate_up(x)
+        return down(gated(self.fused_gate, result, seen=_are_seen(gate_up) or _is_given(x, result)))
 
 
 class ReLU2:

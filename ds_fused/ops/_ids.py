@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_fused.ops._triton import is_fake
+from ds_fused.ops._triton import is_fake, is_vmapped
 
 
 def looks_itself(ids: Tensor) -> bool:
@@ -21,7 +21,7 @@ def flat_ids(op: str, ids: Tensor, n_vocab: int, looked_at: bool = False) -> Ten
     """ids [...] as [N] int64, side by side as the kernel reads them.
 
     One outside the vocabulary is an error: here on a CPU, on the device else. Nobody looks on a CPU in a graph, nor at
-    fake ones.
+    fake ones, nor within a vmap, where no value can be asked.
     ``looked_at``: by the kernel, which costs five launches less.
     """
     if ids.dtype not in (torch.int64, torch.int32):
@@ -29,7 +29,7 @@ def flat_ids(op: str, ids: Tensor, n_vocab: int, looked_at: bool = False) -> Ten
     flat = ids.reshape(-1).long().contiguous()
     if flat.device.type == "cpu" and (torch.compiler.is_compiling() or is_fake(flat)):
         return flat
-    if looked_at:
+    if looked_at or is_vmapped():
         return flat
     legal = ((flat >= 0) & (flat < n_vocab)).all()
     if flat.device.type == "cpu":

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fused.ops._launch import launch
-from ds_fused.ops._triton import is_fake, runs_kernels
+from ds_fused.ops._triton import is_fake, is_vmapped, runs_kernels
 
 # one program reads all labels: 64 Ki of them take it about as long as a launch does
 BLOCK = 4096
@@ -96,7 +96,9 @@ def counting_tokens(op: str, labels: Tensor, n_vocab: int, ignore_index: int) ->
 
 
 def refuse_illegal(op: str, labels: Tensor, are_legal: Tensor, n_vocab: int, ignore_index: int) -> None:
-    """Raises where not all labels [N] are legal: here on a CPU, on the device else."""
+    """Raises where not all labels [N] are legal: here on a CPU, on the device else. Within a vmap PyTorch does."""
+    if is_vmapped():
+        return
     problem = f"lies outside [0, {n_vocab}) and is not ignore_index {ignore_index}"
     if labels.device.type != "cpu" or torch.compiler.is_compiling() or is_fake(labels):
         torch._assert_async(are_legal, f"{op}: a label {problem}")

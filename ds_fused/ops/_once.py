@@ -56,11 +56,27 @@ def _leads_to_the_first(ctx, tensors: list[Tensor]) -> bool:
     return any(get_gradient_edge(x).node in (first, ctx) for x in tensors)
 
 
+def _as_kernels_read(function: str, dy: Tensor) -> Tensor:
+    """A gradient of an op's result: its values are those that lie in its memory, and it is one."""
+    # many at a time (is_grads_batched, and torch.autograd.functional's vectorize)
+    if torch._C._functorch.is_legacy_batchedtensor(dy):
+        raise RuntimeError(
+            f"{function}: a batch of gradients (is_grads_batched=True, vectorize=True), but its backward is a kernel, "
+            "which takes one at a time; call torch.autograd.grad for each, or the op's reference in PyTorch"
+        )
+    # as the imaginary part of a conjugate is: its sign is turned by whoever reads it
+    return dy.resolve_neg() if dy.is_neg() else dy
+
+
 def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
     """For the static method ``backward`` of an autograd Function."""
 
+    function = backward.__qualname__.removesuffix(".backward")
+
     @functools.wraps(backward)
     def wrapper(ctx, *dys: Tensor | None) -> Gradients:
+        if not torch.compiler.is_compiling():
+            dys = [dy if dy is None else _as_kernels_read(function, dy) for dy in dys]
         # a graph of gradients is asked for by create_graph alone
         if not torch.is_grad_enabled():
             return backward(ctx, *dys)
@@ -74,7 +90,6 @@ def once_differentiable(backward: Callable[..., Gradients]) -> Callable[..., Gra
         several = gradients if isinstance(gradients, tuple) else (gradients,)
         if all(gradient is None for gradient in several):
             return gradients
-        function = backward.__qualname__.removesuffix(".backward")
         several = [None if gradient is None else gradient.detach().requires_grad_() for gradient in several]
         of = [x for x in (*saved, *dys) if x is not None and x.requires_grad]
         if not _leads_to_the_first(ctx, of):

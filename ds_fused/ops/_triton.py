@@ -62,12 +62,16 @@ def is_spread(tensor: object) -> bool:
 
 
 def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether kernels can read them by their addresses: no transform of torch.func, none is spread, and none a fake;
-    and no torch.jit.trace, to which sizes are tensors."""
+    """Whether kernels can read them by their addresses: no transform of torch.func, none is spread, a fake, or a view
+    of something with another sign; and no torch.jit.trace, to which sizes are tensors."""
     if torch.compiler.is_compiling():
         return True
     if _is_transformed() or torch._C._is_tracing():
         return False
+    for tensor in tensors:
+        # as the imaginary part of a conjugate is: its sign is turned by whoever reads it
+        if tensor is not None and tensor.is_neg():
+            return False
     if PLAIN.issuperset(map(type, tensors)):
         return True
     if any(is_spread(tensor) for tensor in tensors):
@@ -93,6 +97,15 @@ def is_transformed() -> bool:
 
 def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_vmapped() -> bool:
+    """Whether a tensor may stand for many, of which nobody can ask a value: torch.func.vmap, by itself or around a
+    gradient."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(each.key() == torch._C._functorch.TransformType.Vmap for each in stack)
 
 
 def refuse_transforms(op: str) -> None:

@@ -38,7 +38,7 @@ from ds_fused.ops._grouped_products import Way, in_order, product_of_experts, pr
 from ds_fused.ops._ids import flat_ids
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._routes import Routes, routes_of
-from ds_fused.ops._triton import autocast_dtype, check_dtypes, rows_of, runs_kernels
+from ds_fused.ops._triton import autocast_dtype, check_dtypes, is_vmapped, rows_of, runs_kernels
 from ds_fused.ops.glu import glu_fwd, glu_reference
 
 # of a part: the node around what it computes, or around the result of a function
@@ -64,8 +64,8 @@ def experts_reference(
     def expert(rows: Tensor, into: Tensor, back: Tensor) -> Tensor:
         return F.linear(glu_reference(F.linear(rows, into), **gate), back)
 
-    if torch.compiler.is_compiling():
-        # a graph does not know how many rows an expert has: each sees all
+    if torch.compiler.is_compiling() or is_vmapped():
+        # neither knows how many rows an expert has: each sees all
         each = x.new_zeros(*ids.shape, x.shape[-1])
         for e, weights_of_e in enumerate(zip(gate_up, down, strict=True)):
             each = torch.where((ids == e)[..., None], expert(x, *weights_of_e)[..., None, :], each)
@@ -234,7 +234,7 @@ def experts_by(
     form = GLUForm(act, **numbers)
     _check(x, gate_up, down, ids, weights, form)
     flat = flat_ids("experts", ids, gate_up.shape[0] + 1)
-    if not runs_kernels(x):
+    if not runs_kernels(x, gate_up, down, weights):
         return experts_reference(x, gate_up, down, ids, weights, act, interleaved=interleaved, **numbers)
     check_dtypes("experts", x=x, gate_up=gate_up, down=down, weights=weights)
     if flat.shape[0] == 0:

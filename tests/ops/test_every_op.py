@@ -156,6 +156,32 @@ def test_a_second_derivative_where_logits_were_written_over_is_refused(device):
         gradient.square().sum().backward()
 
 
+@every_op
+def test_a_batch_of_gradients_is_refused(name, device):
+    call, tensors = example(name, device)
+    outputs = call(*tensors)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    batches = [torch.ones(2, *y.shape, device=device, dtype=y.dtype) for y in outputs]
+    with pytest.raises(RuntimeError, match="Function: a batch of gradients .*, but its backward is a kernel"):
+        torch.autograd.grad(outputs, tensors, batches, is_grads_batched=True)
+
+
+@every_op
+def test_a_view_with_another_sign_is_read_with_it(name, device):
+    """An input, or the gradient of a result, that is the imaginary part of a conjugate: memory holds the opposite."""
+    call, leaves = example(name, device, torch.float32)
+
+    def run(turned: Callable[[Tensor], Tensor], turned_back: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        y = call(*map(turned, leaves))
+        outputs = y if isinstance(y, tuple) else (y,)
+        upstream = [turned_back(torch.linspace(1, 2, y.numel(), device=device).view(y.shape)) for y in outputs]
+        return [y.detach() for y in outputs] + list(torch.autograd.grad(outputs, leaves, upstream))
+
+    wanted = run(torch.neg, torch.neg)
+    for mine in (run(torch._neg_view, torch.neg), run(torch.neg, torch._neg_view)):
+        torch.testing.assert_close(mine, wanted, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", [op.name for op in OPS if op.name not in AUTOCAST])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_autocast_changes_nothing(name, dtype, device):

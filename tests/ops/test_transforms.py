@@ -38,6 +38,28 @@ def test_they_pass(name, device):
     torch.testing.assert_close(gradient, wanted)
 
 
+@pytest.mark.parametrize("name", ["cross_entropy", "embedding", "experts"])
+def test_labels_and_ids_of_each_sample(name, device):
+    """Nobody can ask whether they are legal, and how many rows an expert has."""
+    ids = torch.tensor([[0, 3, 1, 4], [2, 2, -100, 0]], device=device)
+    table, x, weights = rows(5, 8, device=device), rows(2, 4, 5, device=device), rows(2, 2, device=device).softmax(-1)
+    up, down = rows(5, 6, 5, device=device), rows(5, 5, 3, device=device)
+    call, given = {
+        "cross_entropy": (ds_fused.cross_entropy, (x, ids)),
+        "embedding": (lambda ids: ds_fused.embedding(ids, table), (ids.clamp_min(0),)),
+        "experts": (
+            lambda x, ids: ds_fused.experts(x, up, down, ids.view(2, 2), weights), (x[:, :2], ids.clamp_min(0)),
+        ),
+    }[name]  # fmt: skip
+    one_by_one = torch.stack([call(*each) for each in zip(*given, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(call)(*given), one_by_one)
+    if name != "embedding":
+        gradients = torch.func.vmap(torch.func.grad(lambda *given: call(*given).sum()))(*given)
+        for i, gradient in enumerate(gradients):
+            wanted = torch.func.grad(lambda *given: call(*given).sum())(*(each[i] for each in given))
+            torch.testing.assert_close(gradient, wanted)
+
+
 def test_heads_say_that_they_do_not(device):
     x, weight, labels = rows(4, 8, device=device), rows(11, 8, device=device), torch.arange(4, device=device)
     for name, run in (

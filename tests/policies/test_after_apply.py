@@ -671,6 +671,18 @@ def test_a_projection_whose_result_its_backward_reads(when: str, behind: nn.Modu
     assert_same_step(model, stock, tolerance=1e-5)
 
 
+@pytest.mark.parametrize("names", [("gate_proj",), ("up_proj",), ("gate_proj", "up_proj")], ids=" and ".join)
+@pytest.mark.parametrize("projection", [nn.Identity(), nn.Unflatten(-1, (32,))], ids=["itself", "a view"])
+def test_a_projection_that_returns_what_it_is_given(
+    projection: nn.Module, names: tuple[str, ...], kernels: torch.device
+) -> None:
+    model, stock = pair(intermediate_size=32)
+    for each in (model, stock):
+        for name in names:
+            setattr(each.to(kernels).model.layers[1].mlp, name, projection)
+    assert_same_step(model, stock, tolerance=1e-5)
+
+
 def test_a_backward_hook_before_an_activation_has_its_way() -> None:
     model, stock = pair()
     for each in (model, stock):
@@ -1051,10 +1063,13 @@ def test_a_compiled_function_of_the_logits(detached: bool) -> None:
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
-def test_gradients_of_each_sample(caplog: pytest.LogCaptureFixture) -> None:
-    """vmap of grad: neither the head's loss nor that of real logits stands in its way."""
+@pytest.mark.parametrize("family", ["Llama", "Mixtral"])
+def test_gradients_of_each_sample(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    """vmap of grad: neither the head's loss nor that of real logits stands in its way, nor experts."""
     gradients = []
-    for each in pair():
+    model, stock = twins(NAMED[family])
+    assert counts(ds_fused.apply(model))["fused_linear_cross_entropy"] == 1
+    for each in (model, stock):
         each.set_attn_implementation("eager")
         parameters = {name: p.detach() for name, p in each.named_parameters()}
 
