@@ -39,10 +39,12 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from ds_fused.ops._triton import on_device
+from ds_fused.ops._triton import TRITON, on_device
 
 # whose specialisation the key was made after; all else that may differ between versions is rehearsed
-KNOWN = ("3.6",)
+KNOWN = ((3, 6), (3, 7), (3, 8), (3, 9))
+# the C function takes the kernel's arguments in one tuple, and is told what they are
+IN_A_TUPLE = TRITON >= (3, 7)
 
 _runtime, _compilation = triton.knobs.runtime, triton.knobs.compilation
 
@@ -60,6 +62,20 @@ class Entrance(NamedTuple):
     compiled: object  # it and its JITFunction stay alive, so that the id in the key stays theirs
 
 
+class Taken(NamedTuple):
+    """What a C function takes, in this order but for scratch, which Triton 3.6 has before the packed metadata."""
+
+    place: tuple[int, ...]  # how many programs, in three dimensions
+    stream: int
+    function: int
+    modes: tuple[bool, ...]
+    packed: object  # warps and shared memory
+    hooks: tuple[object, ...]  # facts about the launch for them, the one before it and the one behind it
+    scratch: tuple[object, ...]
+    described: tuple[object, ...]  # what the arguments are; nothing where they are no tuple
+    arguments: tuple[object, ...]  # the kernel's, constants at the end
+
+
 _entrances: dict[tuple[object, ...], Entrance] = {}
 # of what `ready` has made: a number for all facts of a launch, which for rope are sixty, to be hashed in every call
 _facts: dict[tuple[object, ...], int] = {}
@@ -73,7 +89,7 @@ def _nowhere() -> int:
 def _knows_triton() -> bool:
     if _runtime.interpret or torch.version.hip is not None:
         return False
-    return triton.__version__.startswith(tuple(f"{version}." for version in KNOWN))
+    return TRITON in KNOWN
 
 
 # what torch.cuda.current_device calls, after asking whether CUDA is initialised: it is, where a tensor lies on a GPU
@@ -160,7 +176,11 @@ def launch_ready(it: Ready, *tensors: Tensor | None) -> None:
         _ordinarily(key, kernel, grid, (*tensors, *numbers), constants)
         return
     x, y, z = (*grid, 1, 1)[:3]
-    entrance.call(x, y, z, _current_stream(device), *entrance.before, *passed, *numbers, *entrance.behind)
+    if IN_A_TUPLE:
+        everything = (*passed, *numbers, *entrance.behind)
+        entrance.call(x, y, z, _current_stream(device), *entrance.before, everything)
+    else:
+        entrance.call(x, y, z, _current_stream(device), *entrance.before, *passed, *numbers, *entrance.behind)
 
 
 def launch(kernel: JITFunction, grid: tuple[int, ...], *args: Tensor | float | None, **constants: object) -> None:
@@ -196,7 +216,10 @@ def launch(kernel: JITFunction, grid: tuple[int, ...], *args: Tensor | float | N
         _ordinarily(key, kernel, grid, args, constants)
         return
     x, y, z = (*grid, 1, 1)[:3]
-    entrance.call(x, y, z, _current_stream(device), *entrance.before, *passed, *entrance.behind)
+    if IN_A_TUPLE:
+        entrance.call(x, y, z, _current_stream(device), *entrance.before, (*passed, *entrance.behind))
+    else:
+        entrance.call(x, y, z, _current_stream(device), *entrance.before, *passed, *entrance.behind)
 
 
 def _ordinarily(
@@ -268,24 +291,32 @@ def _entrance(
     kernel: JITFunction, compiled: object, grid: tuple[int, ...], args: tuple[object, ...], constants: dict[str, object]
 ) -> Entrance:
     device = args[0].get_device()
-    seen = _what_c_sees(kernel, compiled, device, grid, args, constants)
-    head, arguments, behind = seen[:13], seen[13 : 13 + len(args)], seen[13 + len(args) :]
-    *place, stream, function, cooperative, dependent, scratch, profile_scratch, packed, _, enter, exit = head
+    it = _taken_apart(_what_c_sees(kernel, compiled, device, grid, args, constants))
+    own, behind = it.arguments[: len(args)], it.arguments[len(args) :]
     as_expected = {
-        "grid": place == [*grid, 1, 1][:3],
-        "stream": stream == _current_stream(device),
-        "function": function == compiled.function,
+        "grid": it.place == (*grid, 1, 1)[:3],
+        "stream": it.stream == _current_stream(device),
+        "function": it.function == compiled.function,
         # memory that would have to be allocated for every launch
-        "scratch": scratch is None and profile_scratch is None,
-        "hooks": enter is _runtime.launch_enter_hook and exit is _runtime.launch_exit_hook,
-        "arguments": all(a is b for a, b in zip(arguments, args, strict=True)),
+        "scratch": it.scratch == (None, None),
+        "hooks": it.hooks[1] is _runtime.launch_enter_hook and it.hooks[2] is _runtime.launch_exit_hook,
+        "arguments": len(own) == len(args) and all(a is b for a, b in zip(own, args, strict=True)),
         "constants": len(behind) == len(kernel.params) - len(args),
     }
     if not all(as_expected.values()):
         raise ValueError(f"{kernel.__name__}: {', '.join(k for k, v in as_expected.items() if not v)} not as expected")
     # nobody watches: neither facts about the launch nor hooks
-    before = (function, cooperative, dependent, None, None, packed, None, None, None)
-    return Entrance(compiled.run.launch, before, tuple(behind), compiled)
+    hooks = (None, None, None)
+    before = (it.packed, *hooks, *it.scratch, *it.described) if IN_A_TUPLE else (*it.scratch, it.packed, *hooks)
+    return Entrance(compiled.run.launch, (it.function, *it.modes, *before), behind, compiled)
+
+
+def _taken_apart(seen: tuple[object, ...]) -> Taken:
+    first, others = (seen[:3], *seen[3:5], seen[5:7]), seen[7:]
+    if IN_A_TUPLE:
+        packed, hooks, scratch, described, (arguments,) = others[0], others[1:4], others[4:6], others[6:8], others[8:]
+        return Taken(*first, packed, hooks, scratch, described, arguments)
+    return Taken(*first, others[2], others[3:6], others[:2], (), others[6:])
 
 
 def _what_c_sees(
