@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ds_fused.modules.deferred import DeferredLogits
-from ds_fused.modules.head_call import HeadCall, unwritten
+from ds_fused.modules.head_call import HeadCall, unwritten, version
 from ds_fused.modules.steps import Step, replay
 from ds_fused.modules.swap import is_gathering
 from ds_fused.ops._once import once_differentiable
@@ -73,7 +73,7 @@ def say_if_changed(weight: Tensor, sampled: Tensor) -> None:
 class Source:
     """The values behind one or more ``LogitsOnDemand``, and what they look like. Computed once, without a graph."""
 
-    __slots__ = ("__weakref__", "_compute", "_values", "device", "dtype", "shape", "together")
+    __slots__ = ("__weakref__", "_compute", "_unwritten", "_values", "device", "dtype", "origin", "shape", "together")
 
     def __init__(
         self,
@@ -82,9 +82,13 @@ class Source:
         dtype: torch.dtype,
         device: torch.device,
         together: bool,  # all ranks have to
+        origin: tuple[object, ...] | None = None,  # whose logits they are, and the steps on them but casts
     ) -> None:
         self._compute: Callable[[], Tensor] | None = compute
         self._values: Tensor | None = None
+        # their version before anybody wrote to them
+        self._unwritten = 0.0
+        self.origin = (object(),) if origin is None else origin
         self.shape = shape
         self.dtype = dtype
         self.device = device
@@ -96,13 +100,18 @@ class Source:
         if self._values is None:
             with torch.no_grad():
                 self._values = self._compute()
+            self._unwritten = version(self._values)
             # lets go of the hidden states
             self._compute = None
         return self._values
 
     def after(self, steps: tuple[Step, ...], shape: torch.Size, dtype: torch.dtype) -> Source:
         """The values with recorded steps on them, which have this shape and dtype."""
-        return Source(lambda: replay(self.values(), steps), shape, dtype, self.device, self.together)
+        origin = (*self.origin, *(step for step in steps if step[0] != "to"))
+        return Source(lambda: replay(self.values(), steps), shape, dtype, self.device, self.together, origin)
+
+    def is_written(self) -> bool:
+        return self._values is not None and version(self._values) != self._unwritten
 
 
 class _Read:
@@ -242,6 +251,13 @@ class LogitsOnDemand(torch.Tensor):
         if self._real is None:
             self._real = _Values.apply(self)
         return self._real
+
+    def is_cast_of(self, other: LogitsOnDemand) -> bool:
+        """Whether these are the other's values, with as much of a graph, but for their dtype, and unwritten."""
+        mine, others = self._source.origin, other._source.origin
+        is_same = len(mine) == len(others) and all(a is b for a, b in zip(mine, others, strict=True))
+        is_written = self._source.is_written() or other._source.is_written()
+        return is_same and self.requires_grad == other.requires_grad and not is_written
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         # printing a model's output is no reason to compute it

@@ -111,8 +111,8 @@ class Scope:
         self.chosen_by: tuple[str | None, ...] = ()
         # somebody computes a loss of the logits that leave the forward, which is given no labels (smoother.py)
         self.loss_outside = False
-        # those logits
-        self.left: DeferredLogits | None = None
+        # those logits, of each forward since they are asked for
+        self.left: list[DeferredLogits] = []
         # whether the forward that runs, or ran last, has had its loss fused
         self.fused = False
         # of each forward that is running, innermost last: one may be called within another, and beside it in a thread.
@@ -130,6 +130,7 @@ class Scope:
     def __deepcopy__(self, memo: dict) -> Scope:
         memo[id(self)] = twin = copy.copy(self)
         twin._modes, twin._trained, twin._places = list(self._modes), list(self._trained), list(self._places)
+        twin.left = []
         # with the head alone, as PEFT copies it, none of what else hangs on the model's hooks
         with_model = any(id(handle.hooks_dict_ref()) in memo for handle in self._handles)
         twin._handles = copy.deepcopy(self._handles, memo) if with_model else []
@@ -137,7 +138,7 @@ class Scope:
 
     def __setstate__(self, state: dict) -> None:
         # of what is loaded nothing runs
-        vars(self).update(state, _modes=[], _trained=[], _places=[])
+        vars(self).update(state, left=[], _modes=[], _trained=[], _places=[])
 
     def attach(self, owner: nn.Module) -> None:
         self._handles = [
@@ -251,10 +252,11 @@ class Scope:
     def _settle_kept(self, owner: nn.Module) -> None:
         """The same for those that the forward has made attributes of its model."""
         kept = [name for name, value in vars(owner).items() if type(value) is DeferredLogits]
+        n_left = len(self.left)
         for name in kept:
             vars(owner)[name] = self._settle(vars(owner)[name])
         # a loss outside is one of the output's
-        self.left = None
+        del self.left[n_left:]
 
     def _say_unfused(self, owner: nn.Module) -> None:
         if self.linear is not None and not self.fused and not self.loss_outside and not self._said_unfused:
@@ -305,7 +307,7 @@ class Scope:
         if isinstance(value, DeferredLogits):
             leaves = self.loss_outside and self._can_leave(value)
             if leaves:
-                self.left = value
+                self.left.append(value)
             if (leaves or value.call.fused) and not value.is_real() and self.logits == "defer":
                 if not torch.compiler.is_compiling():
                     return leaving(value)

@@ -7,7 +7,8 @@ loss of the logits that come out:
     loss = trainer.label_smoother(outputs, labels)
 
 ``fuse_label_smoother(trainer)`` puts a ``Smoother`` there and lets the trainer's forwards leave their logits deferred.
-The smoother runs linear_cross_entropy of the head's input, with smoothing, in the head's own call.
+The smoother runs linear_cross_entropy of the head's input, with smoothing, in the head's own call. It does so for the
+logits of a forward as they came: what a script has made of them, or has from elsewhere, goes to the trainer's own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_fused.modules.deferred import DeferredLogits
 from ds_fused.modules.head import Head, linear_loss
+from ds_fused.modules.on_demand import LogitsOnDemand, leaving
+from ds_fused.modules.out_of_graph import LogitsOutOfGraph
 from ds_fused.modules.scope import Scope
 
 
@@ -40,16 +44,27 @@ class Smoother:
         shift_labels: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        fused = self._fused(labels, shift_labels, num_items_in_batch)
+        logits = self._left_as(model_output)
+        fused = None if logits is None else self._fused(logits, labels, shift_labels, num_items_in_batch)
         if fused is not None:
             return fused
         return self.original(model_output, labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch)
 
-    def _fused(self, labels: Tensor, shift_labels: bool, num_items_in_batch: Tensor | int | None) -> Tensor | None:
-        waiting = [scope.left for scope in self.scopes if scope.left is not None]
-        if len(waiting) != 1 or labels.dtype != torch.int64 or labels.shape != waiting[0].shape[:-1]:
+    def _left_as(self, model_output: Any) -> DeferredLogits | None:
+        """The logits that left a forward as this output's."""
+        given = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
+        if isinstance(given, LogitsOutOfGraph):
+            given = given.logits()
+        if not isinstance(given, LogitsOnDemand):
             return None
-        (logits,) = waiting
+        waiting = [logits for scope in self.scopes for logits in scope.left]
+        return next((logits for logits in waiting if given.is_cast_of(leaving(logits))), None)
+
+    def _fused(
+        self, logits: DeferredLogits, labels: Tensor, shift_labels: bool, num_items_in_batch: Tensor | int | None
+    ) -> Tensor | None:
+        if labels.dtype != torch.int64 or labels.shape != logits.shape[:-1]:
+            return None
         if shift_labels:
             logits, labels = logits[..., :-1, :], labels[..., 1:]
         loss = linear_loss(
@@ -90,7 +105,7 @@ def fuse_label_smoother(trainer: Any) -> Callable[[], None]:
             return compute_loss(model, inputs, *args, **named)
         finally:
             for scope in smoother.scopes:
-                scope.loss_outside, scope.left = False, None
+                scope.loss_outside, scope.left = False, []
 
     def undo() -> None:
         trainer.label_smoother = original

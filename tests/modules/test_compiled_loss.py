@@ -165,7 +165,7 @@ def test_a_loss_behind_the_graph() -> None:
     scope.loss_outside = True
     assert type(whole(x)["logits"]) is LogitsOnDemand
     arguments = {"reduction": "mean", "ignore_index": -100, "label_smoothing": 0.1}
-    ours = gradients(fused, linear_loss(scope.left.view(-1, VOCAB), labels.view(-1), **arguments))
+    ours = gradients(fused, linear_loss(scope.left[-1].view(-1, VOCAB), labels.view(-1), **arguments))
     wanted = F.cross_entropy(stock(x)["logits"].view(-1, VOCAB), labels.view(-1), label_smoothing=0.1)
     for name, gradient in gradients(stock, wanted).items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-5, atol=1e-6)

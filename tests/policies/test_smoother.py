@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ def bart() -> nn.Module:
     return transformers.BartForConditionalGeneration(transformers.BartConfig(**SIZES | BART))
 
 
-def trainer_of(model: nn.Module, folder: Path, smoothing: float = 0.1, **more: object) -> transformers.Trainer:
+def trainer_of(
+    model: nn.Module, folder: Path, smoothing: float = 0.1, kind: type = transformers.Trainer, **more: object
+) -> transformers.Trainer:
     rows = []
     for i in range(4):
         row = {key: value[i % 2] for key, value in batch((2, 9)).items()}
@@ -42,7 +45,7 @@ def trainer_of(model: nn.Module, folder: Path, smoothing: float = 0.1, **more: o
         seed=0,
         **more,
     )
-    return transformers.Trainer(
+    return kind(
         model,
         arguments,
         train_dataset=rows,
@@ -89,6 +92,15 @@ def test_trains_as_stock(make, tmp_path: Path, fused_losses: list[float], caplog
     assert fused_losses == [0.1] * 5 and "not called" not in caplog.text
 
 
+def test_a_compiled_model(tmp_path: Path, fused_losses: list[float]) -> None:
+    model = build()
+    ds_fused.apply(model, verify=False)
+    trainer = trainer_of(model, tmp_path, torch_compile=True, torch_compile_backend="eager")
+    ds_fused.fuse_label_smoother(trainer)
+    trainer.train()
+    assert fused_losses == [0.1] * 4
+
+
 def test_mixed_precision(tmp_path: Path, fused_losses: list[float]) -> None:
     losses = []
     for model in (stock := build(), copy.deepcopy(stock)):
@@ -118,6 +130,56 @@ def test_a_loss_and_its_gradients(items, tmp_path: Path, fused_losses: list[floa
     assert fused_losses == [0.1]
     for ours, wanted in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-6)
+
+
+def both(trainer, model, inputs, labels):
+    """Two forwards, and the loss of each."""
+    first, second = model(**inputs), model(**inputs | {"input_ids": inputs["input_ids"].flip(-1)})
+    smoothed = functools.partial(trainer.label_smoother, labels=labels, shift_labels=True)
+    return smoothed(first) + 3 * smoothed(second)
+
+
+def changed(trainer, model, inputs, labels):
+    outputs = model(**inputs)
+    outputs.logits = outputs.logits / 4
+    return trainer.label_smoother(outputs, labels, shift_labels=True)
+
+
+def written(trainer, model, inputs, labels):
+    outputs = model(**inputs)
+    with torch.no_grad():
+        outputs.logits.detach()[..., 1] += 2.0
+    return trainer.label_smoother(outputs, labels, shift_labels=True)
+
+
+def detached(trainer, model, inputs, labels):
+    outputs = model(**inputs)
+    outputs.logits = outputs.logits.detach()
+    return trainer.label_smoother(outputs, labels, shift_labels=True) + model(**inputs).logits.mean()
+
+
+@pytest.mark.parametrize(("loss_of", "n_fused"), [(both, 2), (changed, 0), (written, 0), (detached, 0)])
+def test_the_logits_that_are_smoothed_are_those_given(
+    loss_of, n_fused: int, tmp_path: Path, fused_losses: list[float]
+) -> None:
+    class Trainer(transformers.Trainer):
+        def compute_loss(self, model, inputs, *_, **__):
+            return loss_of(self, model, inputs, inputs.pop("labels"))
+
+    stock = build()
+    fused = copy.deepcopy(stock)
+    ds_fused.apply(fused, verify=False)
+    results = []
+    for model in (stock, fused):
+        trainer = trainer_of(model, tmp_path, kind=Trainer)
+        if model is fused:
+            ds_fused.fuse_label_smoother(trainer)
+        loss = trainer.compute_loss(model, batch())
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert fused_losses == [0.1] * n_fused
+    for ours, wanted in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_elsewhere_forwards_without_labels_are_stock(tmp_path: Path, fused_losses: list[float]) -> None:
