@@ -159,6 +159,9 @@ def test_what_is_kept_changes_no_launch(device, monkeypatch):
                 if hasattr(module, way):
                     monkeypatch.setattr(module, way, stand_in)
 
+    # what looks at labels has not run
+    monkeypatch.setattr(torch, "_assert_async", lambda legal, message: None)
+
     def launches() -> list[tuple[object, ...]]:
         noted.clear()
         for call, inputs in calls(device):
