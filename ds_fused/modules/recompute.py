@@ -22,6 +22,12 @@ from ds_fused.modules.offload import Offload
 from ds_fused.ops._say import say_once
 
 FUNCTION = "_gradient_checkpointing_func"
+_BASE = "GradientCheckpointingLayer"
+
+
+def may_be_checkpointed(cls: type) -> bool:
+    """Whether it is a layer that transformers checkpoints where that is switched on: by the name of a base class."""
+    return any(base.__name__ == _BASE for base in cls.__mro__)
 
 
 class Recompute:

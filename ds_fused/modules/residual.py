@@ -100,6 +100,11 @@ class View:
     def __init__(self, layer: nn.Module) -> None:
         self._ds_fused_layer = layer
 
+    @property
+    def forward(self) -> Callable:
+        """The class has one, too: a checkpointed layer's asks for it (transformers 5.24), to know if it is the last."""
+        return self._ds_fused_layer.forward
+
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._ds_fused_layer, name)
         return Child(value) if isinstance(value, nn.Module) else value

@@ -15,7 +15,7 @@ from ds_fused.modules import Option, say
 from ds_fused.modules.allotment import Allotment, Auto, Fixed
 from ds_fused.modules.kept import Learnt
 from ds_fused.modules.offload import Offload
-from ds_fused.modules.recompute import FUNCTION, Recompute
+from ds_fused.modules.recompute import FUNCTION, Recompute, may_be_checkpointed
 from ds_fused.modules.swap import qualified_name, swap, unswap_all, why_not_swapped
 from ds_fused.policies.arguments import near, shown
 from ds_fused.policies.report import Left
@@ -44,9 +44,6 @@ OPTIONS: Mapping[str, Option] = {
         (True, False, "auto", "fit"),
     ),
 }
-# transformers' own, by name: a layer that is checkpointed where that is switched on
-_BASE = "GradientCheckpointingLayer"
-
 log = logging.getLogger("ds_fused")
 
 
@@ -176,7 +173,7 @@ def _checkpointed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Path and layer; of layers within one another the outermost."""
     within: tuple[str, ...] = ()
     for path, module in model.named_modules():
-        if any(cls.__name__ == _BASE for cls in type(module).__mro__) and not path.startswith(within):
+        if may_be_checkpointed(type(module)) and not path.startswith(within):
             within = (*within, f"{path}.")
             yield path, module
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ds_fused.modules.head import CausalLMLoss
+from ds_fused.modules.recompute import may_be_checkpointed
 from ds_fused.modules.scope import Scope
 from ds_fused.modules.swap import unswap
 from ds_fused.policies.arguments import check_model
@@ -204,7 +205,8 @@ class Watch:
         self.silent: list[Claim] = []
         self._claims = [claim for claim in claims if claim.watched()]
         self._called: set[type] = set()
-        self._counted: list[tuple[type, object]] = []  # class, its own forward or None where it inherits one
+        # class, "forward" or "__call__", its own such or None where it inherits it
+        self._counted: list[tuple[type, str, object]] = []
         self._hooks = []
         if self._claims:
             self._hooks = [
@@ -229,20 +231,21 @@ class Watch:
         self._uncount()
 
     def _uncount(self) -> None:
-        for cls, own in reversed(self._counted):
+        for cls, name, own in reversed(self._counted):
             if own is None:
-                del cls.forward
+                delattr(cls, name)
             else:
-                cls.forward = own
+                setattr(cls, name, own)
         self._counted = []
 
     def _start(self, model: nn.Module, args: tuple) -> None:
         if torch.compiler.is_compiling() or _compiled(model):
             return  # counters would be traced into the graph, and taking them out would compile it again
         for cls in {cls for claim in self._claims for cls in claim.watched()}:
-            own = cls.__dict__.get("forward")
-            self._counted.append((cls, own))
-            cls.forward = _counting(cls, own or cls.forward, self._called)
+            # transformers (5.24) checkpoints a layer in the forward that it knows for the class's own
+            name = "__call__" if may_be_checkpointed(cls) else "forward"
+            self._counted.append((cls, name, cls.__dict__.get(name)))
+            setattr(cls, name, _counting(cls, getattr(cls, name), self._called))
 
     def _end(self, model: nn.Module, args: tuple, output: object) -> None:
         if torch.compiler.is_compiling() or not self._counted:
@@ -263,10 +266,10 @@ def _no_watch() -> Watch:
     return Watch(nn.Module(), ())
 
 
-def _counting(cls: type, forward: object, called: set[type]) -> object:
+def _counting(cls: type, call: Callable, called: set[type]) -> Callable:
     def counting(self, *args, **named):
         called.add(cls)
-        return forward(self, *args, **named)
+        return call(self, *args, **named)
 
     return counting
 
