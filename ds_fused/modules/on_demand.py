@@ -26,139 +26,29 @@ Memory: hidden states [..., H] instead of logits [..., V], and both after a read
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ds_fused.modules.deferred import DeferredLogits
-from ds_fused.modules.head_call import HeadCall, unwritten, version
+from ds_fused.modules.head_call import HeadCall, unwritten
+from ds_fused.modules.late_values import Read, Seen, Source, WholeWeight
 from ds_fused.modules.steps import Step, replay
 from ds_fused.modules.swap import is_gathering
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._say import say_once
-
-log = logging.getLogger("ds_fused")
-
-WholeWeight = Callable[[nn.Module], contextlib.AbstractContextManager]
-
-# what tells of a head whether its weight is still the same: it or this rank's part; None where there is no telling
-Seen = Callable[[nn.Module], Tensor | None]
-# spread over it, these do: a step of an optimizer changes nearly all
-SAMPLED_ELEMENTS = 256
-
-
-def sample(weight: Tensor) -> Tensor:
-    """A copy of a few elements, without waiting for the device."""
-    flat = weight.detach().reshape(-1)
-    # odd: no power of two between samples, or they would all lie in one column
-    return flat[:: (flat.numel() // SAMPLED_ELEMENTS) | 1].clone()
-
-
-def say_if_changed(weight: Tensor, sampled: Tensor) -> None:
-    """Warn where it is no longer the weight that ``sampled`` was taken of."""
-    if not torch.equal(sample(weight).to(sampled), sampled):
-        log.warning(
-            "ds_fused: these logits are read after the head's weight changed, so they are those of the new "
-            'weight; read them before the optimizer steps, or set "logits": "keep" in the ds_fused block'
-        )
-
-
-class Source:
-    """The values behind one or more ``LogitsOnDemand``, and what they look like. Computed once, without a graph."""
-
-    __slots__ = ("__weakref__", "_compute", "_unwritten", "_values", "device", "dtype", "origin", "shape", "together")
-
-    def __init__(
-        self,
-        compute: Callable[[], Tensor],
-        shape: torch.Size,
-        dtype: torch.dtype,
-        device: torch.device,
-        together: bool,  # all ranks have to
-        origin: tuple[object, ...] | None = None,  # whose logits they are, and the steps on them but casts
-    ) -> None:
-        self._compute: Callable[[], Tensor] | None = compute
-        self._values: Tensor | None = None
-        # their version before anybody wrote to them
-        self._unwritten = 0.0
-        self.origin = (object(),) if origin is None else origin
-        self.shape = shape
-        self.dtype = dtype
-        self.device = device
-        self.together = together
-
-    # whoever's graph reads them, they are computed in front of it
-    @torch.compiler.disable
-    def values(self) -> Tensor:
-        if self._values is None:
-            with torch.no_grad():
-                self._values = self._compute()
-            self._unwritten = version(self._values)
-            # lets go of the hidden states
-            self._compute = None
-        return self._values
-
-    def after(self, steps: tuple[Step, ...], shape: torch.Size, dtype: torch.dtype) -> Source:
-        """The values with recorded steps on them, which have this shape and dtype."""
-        origin = (*self.origin, *(step for step in steps if step[0] != "to"))
-        return Source(lambda: replay(self.values(), steps), shape, dtype, self.device, self.together, origin)
-
-    def is_written(self) -> bool:
-        return self._values is not None and version(self._values) != self._unwritten
-
-
-class _Read:
-    """How the logits of one forward are computed: head(hidden), under the forward's autocast."""
-
-    __slots__ = ("autocast", "head", "hidden", "kept", "sample", "seen", "version", "whole_weight")
-
-    def __init__(
-        self,
-        call: HeadCall,
-        whole_weight: WholeWeight,
-        seen: Seen,
-        now: Tensor | None,  # what ``seen`` gives
-        kept: tuple[Tensor, Tensor | None] | None = None,
-    ) -> None:
-        self.head = call.head
-        self.hidden = call.hidden.detach()
-        self.version = call.version
-        self.autocast = call.autocast
-        self.seen = seen
-        self.sample = None if now is None else sample(now)
-        self.whole_weight = whole_weight
-        # weight and bias where they stay whole: the head may have others by then, of functional_call or parametrized
-        self.kept = kept
-
-    def __call__(self) -> Tensor:
-        _say_who_reads(_caller())
-        # not the head's own call: outside the model's forward its hooks have no place in ZeRO-3's order of gathering
-        with torch.inference_mode(self.hidden.is_inference()), torch.no_grad(), self.whole_weight(self.head):
-            weight, bias = self.kept or (self.head.weight, self.head.bias)
-            now = weight if self.kept else self.seen(self.head)
-            if self.sample is not None and now is not None:
-                say_if_changed(now, self.sample)
-            return self.logits(unwritten(self.hidden, self.version), weight, bias)
-
-    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        with torch.autocast(hidden.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            return F.linear(hidden, weight, bias)
 
 
 class _Logits(torch.autograd.Function):
     """Gives on-demand logits their place in the graph; computes nothing unless a gradient comes."""
 
     @staticmethod
-    def forward(
-        ctx, read: _Read, source: Source, hidden: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> LogitsOnDemand:
+    def forward(ctx, read: Read, source: Source, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> LogitsOnDemand:
         ctx.read = read
         ctx.save_for_backward(hidden, weight, bias)
         return LogitsOnDemand(source)
@@ -359,7 +249,7 @@ def on_demand(call: HeadCall, whole_weight: WholeWeight, weight: Tensor, bias: T
     """The output of a postponed head call, on demand. To be called where the weight is whole: in the head's forward."""
     is_sharded = whole_weight is not contextlib.nullcontext
     kept = None if is_sharded else (weight.detach(), None if bias is None else bias.detach())
-    read = _Read(call, whole_weight, _whole, weight, kept)
+    read = Read(call, whole_weight, _whole, weight, kept)
     source = Source(read, call.shape, call.dtype, call.hidden.device, together=is_sharded)
     return _Logits.apply(read, source, call.hidden, weight, bias)
 
@@ -367,7 +257,7 @@ def on_demand(call: HeadCall, whole_weight: WholeWeight, weight: Tensor, bias: T
 def sealed(call: HeadCall, whole_weight: WholeWeight, shard: Seen) -> LogitsOnDemand:
     """The same where the weight is not whole: the logits can be read later, and a gradient to them is an error."""
     # not even looked at: within the model's forward ZeRO-3 would gather it, and hold it until the forward ends
-    read = _Read(call, whole_weight, shard, shard(call.head))
+    read = Read(call, whole_weight, shard, shard(call.head))
     return _Sealed.apply(Source(read, call.shape, call.dtype, call.hidden.device, together=True), call.hidden)
 
 
@@ -387,19 +277,3 @@ def with_steps(
 ) -> LogitsOnDemand:
     """On-demand logits with what the model did to them, and what they look like after it."""
     return _Steps.apply(logits, steps, shape, dtype) if steps else logits
-
-
-def _caller() -> str:
-    """file:line of whoever reads, the first frame that is neither ours nor torch's."""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("ds_fused", "torch"):
-        frame = frame.f_back
-    return "C++" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-def _say_who_reads(caller: str) -> None:
-    """One line for each place that reads."""
-    say_once(
-        f"ds_fused: {caller} reads the logits of a forward whose loss was fused; they are computed now. "
-        'Where that is too late (sharded weights), set "logits": "keep" in the ds_fused block'
-    )

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ds_fused.modules.deferred import DeferredLogits
-from ds_fused.modules.on_demand import FACTS, leaving, sample, say_if_changed
+from ds_fused.modules.late_values import sample, say_if_changed
+from ds_fused.modules.on_demand import FACTS, leaving
 
 
 class LogitsOutOfGraph(torch.Tensor):
