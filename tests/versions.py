@@ -5,9 +5,9 @@
     python tests/versions.py --deepspeed            DeepSpeed's, into benchmarks/results/versions_deepspeed.md
     python tests/versions.py --deepspeed 0.19.2     others, printed
 
-Of transformers, the sweep over all its types: what a version computes differently stays stock or is caught by the
-proof; what no line of the table may say is that a type trains differently. Of DeepSpeed, the tests that train beside
-it: every ZeRO stage, the head in all modes.
+Of transformers, the sweep over all its types, and the tests of what is replaced in its models: what a version computes
+differently stays stock or is caught by the proof; what no line of the table may say is that a type trains differently.
+Of DeepSpeed, the tests that train beside it: every ZeRO stage, the head in all modes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 TABLE = REPO / "benchmarks" / "results" / "versions.md"
 VERSIONS = ("5.0.0", "5.9.0", "5.17.0", "5.24.0")
+TESTS = ("tests/policies", "tests/modules")
 DEEPSPEED_TABLE = TABLE.with_name("versions_deepspeed.md")
 DEEPSPEED_VERSIONS = ("0.19.0", "0.19.3", "0.19.6", "0.19.8")
 DEEPSPEED_TESTS = ("tests/engine/test_engine.py", "tests/engine/test_zero_slabs.py", "tests/zero/test_zero.py")
@@ -39,21 +40,23 @@ WAITS_FOR_ALL = "        for handle in launch_handles:\n            handle.wait(
 HEAD = """# Versions of transformers
 
 Types of language models, built tiny and trained for a step, stock and fused, as in the table of
-[architectures](architectures.md): causal or conditional ones + masked ones. Made by `python tests/versions.py`."""
+[architectures](architectures.md): causal or conditional ones + masked ones; and how many of {tests} pass, fail and are
+skipped. Made by `python tests/versions.py`.""".format(tests=" and ".join(f"`{path}`" for path in TESTS))
 COUNTS = ("types", "built and run", "different", "with a fused loss", "with fused norms")
 
 
 def swept(transformers: str) -> dict[str, str]:
-    """What the sweep counts under that version: causal or conditional types, and masked ones behind a plus."""
+    """What the sweep counts under that version, causal or conditional types + masked ones, and how the tests end."""
     with tempfile.TemporaryDirectory() as folder:
         site, table = Path(folder, "site"), Path(folder, "table.md")
         _run([sys.executable, "-m", "pip", "install", "-q", "--target", str(site), f"transformers=={transformers}"])
         _run([sys.executable, str(REPO / "tests" / "sweep.py"), "--table", str(table)], PYTHONPATH=str(site))
         text = table.read_text(encoding="utf-8")
+        ended = _ended(site, TESTS)
     assert f"transformers {transformers}," in text, "another version was imported"
     found = re.findall(r"^\| ([a-z ]+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
     counts = {what: f"{causal} + {masked}" for what, causal, masked in found}
-    return {what: counts[what] for what in COUNTS}
+    return {what: counts[what] for what in COUNTS} | ended
 
 
 def tested(deepspeed: str) -> dict[str, str]:
@@ -64,9 +67,14 @@ def tested(deepspeed: str) -> dict[str, str]:
         _run([*install, f"deepspeed=={deepspeed}"])
         parameters = site / "deepspeed" / "runtime" / "zero" / "partition_parameters.py"
         parameters.write_text(parameters.read_text(encoding="utf-8").replace(WAITS_FOR_LAST, WAITS_FOR_ALL))
-        environment = os.environ | {"PYTHONPATH": str(site), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadfile"]
-        done = subprocess.run([*command, *DEEPSPEED_TESTS], cwd=REPO, env=environment, capture_output=True, text=True)
+        return _ended(site, DEEPSPEED_TESTS)
+
+
+def _ended(site: Path, tests: Sequence[str]) -> dict[str, str]:
+    """How tests end that find what is installed in a folder before all else."""
+    environment = os.environ | {"PYTHONPATH": str(site), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadfile"]
+    done = subprocess.run([*command, *tests], cwd=REPO, env=environment, capture_output=True, text=True)
     counts = dict(reversed(found) for found in re.findall(r"(\d+) (passed|failed|error|skipped)", done.stdout))
     assert "passed" in counts, done.stdout[-2000:] + done.stderr[-2000:]
     return {what: counts.get(what, "0") for what in ("passed", "failed", "error", "skipped")}
