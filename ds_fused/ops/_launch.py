@@ -42,8 +42,9 @@ from triton.runtime.jit import JITFunction
 from ds_fused.ops._triton import TRITON, on_device
 
 # whose specialisation the key was made after; all else that may differ between versions is rehearsed
-KNOWN = ((3, 6), (3, 7), (3, 8), (3, 9))
-# the C function takes the kernel's arguments in one tuple, and is told what they are
+KNOWN = ((3, 6),)
+# The C function takes the kernel's arguments in one tuple, and is told what they are. Up to it launches of 3.7 to 3.9
+# are as Triton's (tests/ops/launch_stubbed.py); they are not KNOWN before a GPU has run them
 IN_A_TUPLE = TRITON >= (3, 7)
 
 _runtime, _compilation = triton.knobs.runtime, triton.knobs.compilation
@@ -340,5 +341,9 @@ def _what_c_sees(
         raise LookupError(f"{kernel.__name__} and its C function are not where Triton keeps them")
     actor = copy.copy(kernel)
     actor.device_caches = {device: (stage, *binder)}
-    actor[grid](*args, **constants)
+    try:
+        actor[grid](*args, **constants)
+    finally:
+        # from 3.8 on a kernel that goes unloads its module, which is the real one's
+        stand_in.module = None
     return seen[0]
