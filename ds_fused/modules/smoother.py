@@ -48,7 +48,9 @@ class Smoother:
         fused = None if logits is None else self._fused(logits, labels, shift_labels, num_items_in_batch)
         if fused is not None:
             return fused
-        return self.original(model_output, labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch)
+        # not every version of transformers has it (5.9)
+        count = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+        return self.original(model_output, labels, shift_labels=shift_labels, **count)
 
     def _left_as(self, model_output: Any) -> DeferredLogits | None:
         """The logits that left a forward as this output's."""

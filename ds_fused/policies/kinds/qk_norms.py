@@ -128,6 +128,10 @@ class Table:
 
         return arrive
 
+    def __class_getitem__(cls, name: str) -> Callable:
+        # as transformers 5.0 asks
+        return cls.get_interface()
+
 
 TABLE_OF_PROOF = {TABLE: Table}
 
