@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 # windows of weight, and of its gradient
 TURNS = 2
+# how much more of memory takes the place of a window that is too small: the smaller ones stay, and with it they are no
+# more than twice the last one together, however slowly batches grow
+GROWTH = 1.5
 
 
 class Flight(NamedTuple):
@@ -95,7 +98,7 @@ class SlabWindows:
 
 class TokenWindows:
     """The `Carrier` of one weight's tokens. Windows are made when they are first asked for, by all ranks alike, and
-    anew where one is not large enough.
+    anew, by half as large again at least, where one is not large enough.
     """
 
     def __init__(self, engines: CopyEngines, ranks: int, rank: int) -> None:
@@ -136,6 +139,9 @@ class TokenWindows:
         """What lies there is lost."""
         window = self._made.get((what, dtype))
         if window is None or window.numel() < n_elements:
-            self._small += [] if window is None else [window]
-            window = self._made[what, dtype] = self._engines.window(n_elements, dtype)
+            least = 0
+            if window is not None:
+                self._small.append(window)
+                least = int(GROWTH * window.numel())
+            window = self._made[what, dtype] = self._engines.window(max(n_elements, least), dtype)
         return window[:n_elements]
