@@ -56,8 +56,10 @@ class WholeExperts:
         weights = self.gate_up_proj, self.down_proj
         # tokens of another dtype are for the implementation to cast
         is_mixed = autocast_dtype(hidden_states) is None and any(w.dtype != hidden_states.dtype for w in weights)
+        # a router may give more than one weight for each choice (Phimoe's, of transformers 5.0): which counts is theirs
+        is_other = top_k_weights.shape != top_k_index.shape
         # without kernels the op reads how many tokens each expert has, which fake ones don't tell
-        if is_mixed or is_patched(self) or is_fake(hidden_states):
+        if is_mixed or is_other or is_patched(self) or is_fake(hidden_states):
             return super().forward(hidden_states, top_k_index, top_k_weights)
         if self.fused_transposed:
             weights = [weight.transpose(1, 2) for weight in weights]

@@ -247,3 +247,18 @@ def test_of_another_dtype_than_their_tokens(wide: str) -> None:
             layer.to(torch.bfloat16 if wide == "model" else torch.float32)
     ds_fused.apply(model, {"experts": True})
     assert_same_step(model, stock, tolerance=2e-2)
+
+
+def test_more_weights_than_choices() -> None:
+    """Of which the loop of transformers 5.0 takes the first, as Phimoe's router there gives it."""
+    model, stock = twins(NAMED["Mixtral"])
+    for each in (model, stock):
+        each.set_experts_implementation("eager")
+    ds_fused.apply(model, {"experts": True})
+    found = []
+    for each in (model, stock):
+        (layer, *_) = experts_of(each)
+        x = torch.linspace(-1, 1, 6 * layer.hidden_dim).view(6, -1)
+        ids = torch.tensor([[0, 1], [1, 0], [2, 3], [3, 1], [0, 2], [2, 0]])
+        found.append(layer(x, ids, torch.linspace(0, 1, 24).view(6, 4)))
+    torch.testing.assert_close(*found)
