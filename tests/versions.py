@@ -44,10 +44,10 @@ WAITS_FOR_ALL = "        for handle in launch_handles:\n            handle.wait(
 HEAD = f"""# Versions of transformers
 
 Types of language models, built tiny and trained for a step, stock and fused, as in the table of
-[architectures](architectures.md): causal or conditional ones + masked ones. Then tests of what hangs on transformers' own
-code: {", ".join(f"`{Path(path).name}`" for path in TESTS)}.
-Those that fail under 5.0.0 are of two families that came later, and of a model whose code could not be compiled then. Made
-by `python tests/versions.py`."""
+[architectures](architectures.md): causal or conditional ones + masked ones. Then tests of what hangs on transformers'
+own code: {", ".join(f"`{Path(path).stem[5:]}`" for path in TESTS)}.
+Those that fail under 5.0.0 are of two families that came later, and of a model whose code could not be compiled then.
+Made by `python tests/versions.py`."""
 COUNTS = ("types", "built and run", "different", "with a fused loss", "with fused norms")
 
 
