@@ -81,7 +81,7 @@ def fused_rotary(stock: Callable, turn: Turn) -> Callable:
     heads_dim = turn.heads_dim if default is None else default.default
 
     def apply_rotary(*args: Tensor, **named: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        given = dict(zip(names, args, strict=False))
+        given = dict(zip(names[: len(args)], args, strict=True))
         for name, value in named.items():
             given[roles[name]] = value
         q, k, where = given["q"], given.get("k"), given.get("unsqueeze_dim", heads_dim)

@@ -68,7 +68,7 @@ def indexed(shape: torch.Size, index: tuple) -> torch.Size:
     if isinstance(index[0], Tensor):
         return torch.Size((len(index[0]), *shape[len(index) :]))
     chosen = []
-    for dim, (item, size) in enumerate(zip(index, shape, strict=False)):
+    for dim, (item, size) in enumerate(zip(index, shape[: len(index)], strict=True)):
         if isinstance(item, slice):
             # torch.compile knows no slice.indices before 2.13
             chosen.append(len(range(size)[item]))

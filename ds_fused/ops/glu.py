@@ -240,9 +240,8 @@ class GLUFunction(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         gate, up = ctx.saved_tensors
         overwrite = _overwrites(ctx) and gate.data_ptr() != up.data_ptr()
-        dgate, dup = (
-            _room(x, overwrite) if wanted else None for x, wanted in zip((gate, up), ctx.needs_input_grad, strict=False)
-        )
+        wants = zip((gate, up), ctx.needs_input_grad[:2], strict=True)
+        dgate, dup = (_room(x, overwrite) if wanted else None for x, wanted in wants)
         glu_bwd(dy, gate, up, dgate, dup, ctx.form)
         if overwrite:
             torch.autograd.graph.increment_version((gate, up))
