@@ -30,14 +30,13 @@ def check_reader(logits: DeferredLogits) -> None:
     forwards = _forwards()
     frame = sys._getframe(1)
     while frame is not None:
-        function = forwards.get(frame.f_code)
-        if function is not None and any(_is_of(x, logits) for x in _arguments(frame)):
+        given = _arguments(frame) if frame.f_code in forwards else []
+        if any(_is_of(x, logits) for x in given):
             # many forwards share the code of a decorator, as torch.amp.custom_fwd's
-            contexts = [x for x in _arguments(frame) if isinstance(x, FunctionCtx)]
-            name = (contexts[0]._forward_cls if contexts else function).__qualname__
+            function = next((x._forward_cls for x in given if isinstance(x, FunctionCtx)), forwards[frame.f_code])
             raise RuntimeError(
-                f"ds_fused: {name}, an autograd.Function, was given logits that are not "
-                "computed yet, and no gradient would come back through it. With "
+                f"ds_fused: {function.__qualname__}, an autograd.Function, was given logits that are not computed yet, "
+                "and no gradient would come back through it. With "
                 '"fused_linear_cross_entropy": false in the ds_fused block they are computed; a checkpoint takes them '
                 "with use_reentrant=False; what needs no gradient can be given logits.detach()"
             )

@@ -177,11 +177,7 @@ def launch_ready(it: Ready, *tensors: Tensor | None) -> None:
         _ordinarily(key, kernel, grid, (*tensors, *numbers), constants)
         return
     x, y, z = (*grid, 1, 1)[:3]
-    if IN_A_TUPLE:
-        everything = (*passed, *numbers, *entrance.behind)
-        entrance.call(x, y, z, _current_stream(device), *entrance.before, everything)
-    else:
-        entrance.call(x, y, z, _current_stream(device), *entrance.before, *passed, *numbers, *entrance.behind)
+    entrance.call(x, y, z, _current_stream(device), *entrance.before, *passed, *numbers, *entrance.behind)
 
 
 def launch(kernel: JITFunction, grid: tuple[int, ...], *args: Tensor | float | None, **constants: object) -> None:
@@ -217,10 +213,7 @@ def launch(kernel: JITFunction, grid: tuple[int, ...], *args: Tensor | float | N
         _ordinarily(key, kernel, grid, args, constants)
         return
     x, y, z = (*grid, 1, 1)[:3]
-    if IN_A_TUPLE:
-        entrance.call(x, y, z, _current_stream(device), *entrance.before, (*passed, *entrance.behind))
-    else:
-        entrance.call(x, y, z, _current_stream(device), *entrance.before, *passed, *entrance.behind)
+    entrance.call(x, y, z, _current_stream(device), *entrance.before, *passed, *entrance.behind)
 
 
 def _ordinarily(
@@ -309,7 +302,16 @@ def _entrance(
     # nobody watches: neither facts about the launch nor hooks
     hooks = (None, None, None)
     before = (it.packed, *hooks, *it.scratch, *it.described) if IN_A_TUPLE else (*it.scratch, it.packed, *hooks)
-    return Entrance(compiled.run.launch, (it.function, *it.modes, *before), behind, compiled)
+    before = it.function, *it.modes, *before
+    call = compiled.run.launch
+    if IN_A_TUPLE:
+        call = _with_a_tuple(call, len(it.place) + 1 + len(before))
+    return Entrance(call, before, behind, compiled)
+
+
+def _with_a_tuple(call: Callable[..., object], n_before: int) -> Callable[..., object]:
+    """Called as the C function of Triton 3.6 is: with the kernel's arguments one by one, behind so many others."""
+    return lambda *everything: call(*everything[:n_before], everything[n_before:])
 
 
 def _taken_apart(seen: tuple[object, ...]) -> Taken:

@@ -75,6 +75,37 @@ def test_a_norm_with_a_hook_is_called_as_before(sums: list, caplog: pytest.LogCa
     assert [line for line in caplog.messages if "LlamaRMSNorm has a hook of" in line]
 
 
+def checkpointed_in_its_forward(cls: type[nn.Module], asked: list[bool]) -> type[nn.Module]:
+    """As transformers (5.24) makes layers, and every class derived from one: the outermost forward checkpoints."""
+
+    def __init_subclass__(cls: type[nn.Module]) -> None:
+        inner = cls.forward
+
+        @functools.wraps(inner)
+        def forward(self: nn.Module, *args: object, **named: object) -> object:
+            asked.append(type(self).forward is forward)
+            return inner(self, *args, **named)
+
+        cls.forward = forward
+
+    base = type(cls)("Base", (cls,), {"__init_subclass__": __init_subclass__})
+    return type(cls)(cls.__name__, (base,), {"__module__": cls.__module__})
+
+
+def test_layers_that_are_checkpointed_in_their_forward(sums: list) -> None:
+    (model, _), asked = twins(LLAMA), []
+    layers = model.model.layers
+    own = checkpointed_in_its_forward(type(layers[0]), asked)
+    for layer in layers:
+        layer.__class__ = own
+    assert counts(ds_fused.apply(model, KEYS))["add_rms_norm"] == LAYERS
+    for _ in range(2):  # the first forward is watched
+        asked.clear()
+        sums.clear()
+        model(**batch())
+        assert asked.count(True) == len(layers) and len(sums) == len(layers)
+
+
 def test_recompute_goes_first() -> None:
     report = ds_fused.apply(LLAMA.make(), KEYS, recompute="attention")
     assert counts(report) == {"rms_norm": 2 * LAYERS + 1, "recompute": LAYERS}
