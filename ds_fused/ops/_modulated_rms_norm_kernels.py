@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ds_fused.ops._row_tiles import over_rows
 from ds_fused.ops._sums import leave
 from ds_fused.ops._wide_modulated_rms_norm import modulated, weight_or_one
 
@@ -48,9 +49,10 @@ def _modulated_rms_norm_fwd_kernel(
     for block in tl.static_range(BLOCKS):
         cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
         mask = (rows < n_all) & (cols < n_cols)
+        each = over_rows(cols, BLOCK_ROWS)
         y = modulated(
             blocks[block] * rstd, weight_ptr, scale_ptr, shift_ptr,
-            cols, modulation * scale_stride + cols, modulation * shift_stride + cols, mask, cols < n_cols,
+            each, modulation * scale_stride + cols, modulation * shift_stride + cols, mask, each < n_cols,
             x_ptr.dtype.element_ty, OFFSET, CAST_BEFORE, HAS_WEIGHT, HAS_SHIFT,
         )  # fmt: skip
         tl.store(y_ptr + rows * n_cols + cols, y, mask=mask)
@@ -85,10 +87,11 @@ def _modulated_rms_norm_bwd_kernel(
     weights, products, sums = (), (), ()
     for block in tl.static_range(BLOCKS):
         cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
-        weight = weight_or_one(weight_ptr, cols, cols < n_cols, OFFSET, CAST_BEFORE, HAS_WEIGHT)
+        each = over_rows(cols, BLOCK_ROWS)
+        weight = weight_or_one(weight_ptr, each, each < n_cols, OFFSET, CAST_BEFORE, HAS_WEIGHT)
         if not PER_ROW:
-            scale_at = modulation * scale_stride + cols
-            weight *= 1.0 + tl.load(scale_ptr + scale_at, mask=cols < n_cols, other=0.0).to(tl.float32)
+            scale_at = modulation * scale_stride + each
+            weight *= 1.0 + tl.load(scale_ptr + scale_at, mask=each < n_cols, other=0.0).to(tl.float32)
         weights = weights + (weight,)
         products = products + (tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32),)
         sums = sums + (tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32),)

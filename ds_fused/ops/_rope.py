@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# 8 + 4 heads of 256 are few, 16 + 8 of 128 are not (results/h200/widths.csv)
+FEW_HEADS, FEW_ELEMENTS = 16, 3072
+
 
 class RopeForm(NamedTuple):
     """How columns pair and where a pair finds its angle."""
@@ -16,6 +19,12 @@ class RopeForm(NamedTuple):
     alternating: bool = False  # sections mix: pairs 0, 1, 2 turn by time, height, width, and so on
     complex: bool = False  # cos and sin of a pair side by side in one tensor
     heads_dim: int = 1  # of q and k: 1 in [B, H, T, D], 2 in [B, T, H, D]
+
+
+def are_few(q_heads: int, k_heads: int, d: int) -> bool:
+    """Whether a token's heads are so few that one warp or two turn them sooner than the number for a large model's."""
+    heads = q_heads + k_heads
+    return heads <= FEW_HEADS and heads * d <= FEW_ELEMENTS
 
 
 def check_rope(

@@ -22,7 +22,7 @@ from torch import Tensor
 from ds_fused.ops._launch import launch
 from ds_fused.ops._norms import check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._row_tiles import tile
+from ds_fused.ops._row_tiles import over_rows, side_by_side, tile
 from ds_fused.ops._sums import partials, sum_partials
 from ds_fused.ops._tanh import tanh_and_slope
 from ds_fused.ops._triton import cdiv, check_dtypes, like, resident, row_stride, rows_of, runs_kernels
@@ -37,10 +37,6 @@ MOST_COLS = 1024
 # On an H200 of 16384x8192 0.208; with tiles of 1024 by 8 0.234
 WARPS_PER_MULTIPROCESSOR = 16
 STAGES_BWD = 3
-# where several rows share a tile: of 1048576x128 0.183 and 0.291 ms, with the above 0.203 and 0.354
-NARROW_COLS = 512
-NARROW_PER_THREAD_FWD = 16
-NARROW_TILE_BWD, NARROW_PER_THREAD_BWD = 4096, 16
 
 
 def dyt_reference(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -83,9 +79,10 @@ def _dyt_fwd_kernel(
 
     x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
     tanh, _ = _tanh_and_slope(tl.load(alpha_ptr).to(tl.float32) * x, y_ptr.dtype.element_ty)
-    y = tanh * tl.load(weight_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
+    each = over_rows(cols, BLOCK_ROWS)
+    y = tanh * tl.load(weight_ptr + each, mask=each < n_cols, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        y += tl.load(bias_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
+        y += tl.load(bias_ptr + each, mask=each < n_cols, other=0.0).to(tl.float32)
     tl.store(y_ptr + rows * n_cols + cols, y, mask=mask)
 
 
@@ -109,7 +106,8 @@ def _dyt_bwd_kernel(
     programs = tl.num_programs(1).to(tl.int64)
     cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
     alpha = tl.load(alpha_ptr).to(tl.float32)
-    weight = tl.load(weight_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
+    each = over_rows(cols, BLOCK_ROWS)
+    weight = tl.load(weight_ptr + each, mask=each < n_cols, other=0.0).to(tl.float32)
     dalpha = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     dbias = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
@@ -157,8 +155,7 @@ def dyt_fwd(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None, dtype
     n, d = x.shape
     if n == 0 or d == 0:
         return y
-    per_thread = NARROW_PER_THREAD_FWD if d <= min(NARROW_COLS, MOST_COLS) else PER_THREAD_FWD
-    block = tile(min(d, MOST_COLS), TILE_FWD, per_thread, MOST_COLS)
+    block = tile(min(d, MOST_COLS), TILE_FWD, PER_THREAD_FWD, MOST_COLS)
     launch(
         _dyt_fwd_kernel, (cdiv(n, block.rows), cdiv(d, block.cols)),
         x, alpha, weight, bias, y, row_stride(x), n, d,
@@ -180,9 +177,7 @@ def dyt_bwd(
     dbias = make(bias) if wanted.dbias else None
     if n == 0 or d == 0:
         return dx, dalpha, dweight, dbias
-    is_narrow = d <= min(NARROW_COLS, MOST_COLS)
-    elements, per_thread = (NARROW_TILE_BWD, NARROW_PER_THREAD_BWD) if is_narrow else (TILE_BWD, PER_THREAD_BWD)
-    block = tile(min(d, MOST_COLS), elements, per_thread, MOST_COLS)
+    block = tile(min(d, MOST_COLS), TILE_BWD, PER_THREAD_BWD, MOST_COLS)
     column_blocks = cdiv(d, block.cols)
     most = max(1, resident(x, WARPS_PER_MULTIPROCESSOR, block.warps) // column_blocks)
     programs = min(cdiv(n, block.rows), most)
@@ -193,6 +188,7 @@ def dyt_bwd(
         dy, x, alpha, weight, dx, partial, row_stride(dy), row_stride(x), n, d,
         WANTS_DX=wanted.dx, WANTS_DALPHA=wanted.dalpha, WANTS_DWEIGHT=wanted.dweight, WANTS_DBIAS=wanted.dbias,
         BLOCK_ROWS=block.rows, BLOCK_COLS=block.cols, STAGES=STAGES_BWD, num_warps=block.warps,
+        **side_by_side(x, WARPS_PER_MULTIPROCESSOR, block.warps),
     )  # fmt: skip
     if sums:
         sum_partials(partial, programs, d, dweight, dbias, dalpha, programs * column_blocks)

@@ -28,9 +28,9 @@ from ds_fused.ops._launch import launch
 from ds_fused.ops._norms import check_cast, check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._options import check_numbers, check_whole
-from ds_fused.ops._row_tiles import in_turn, tile
+from ds_fused.ops._row_tiles import in_turn, over_rows, tile
 from ds_fused.ops._sums import sum_partials
-from ds_fused.ops._triton import cdiv, check_dtypes, like, resident, row_stride, rows_of, runs_kernels
+from ds_fused.ops._triton import cdiv, check_dtypes, like, row_stride, rows_of, runs_kernels
 from ds_fused.ops._wide_gated_rms_norm import (
     _gated_rms_norm_bwd_walk_kernel,
     _gated_rms_norm_fwd_walk_kernel,
@@ -51,15 +51,15 @@ WHOLE_GROUP_FWD = 16384
 WHOLE_GROUP_BWD = 8192
 # elements of a tile when a group is narrower (as many rows as fit), and of a thread
 TILE_FWD, PER_THREAD_FWD = 2048, 16
-TILE_BWD, PER_THREAD_BWD = 4096, 16
-# the backward's persistent grid, and its tiles in flight. On an H100, ms of the backward of 8192x8192 (gate_first) and
-# 262144x128 (norm_first): 0.284, 0.134; with 2048 and 8 elements and 2 tiles 0.314, 0.152 (results/h100/tune.csv).
-WARPS_PER_MULTIPROCESSOR = 32
-STAGES_BWD = 1
-# of rows wider than a tile: two more rows wait in shared memory, and the gate is computed twice, since registers are
-# short. 0.487 ms of 16384x8192 (gate_first), with the above 0.544, and where it is computed once 0.666
-WIDE_WARPS_PER_MULTIPROCESSOR = 16
-WIDE_STAGES_BWD = 3
+TILE_BWD, PER_THREAD_BWD = 2048, 8
+# the backward's persistent grid, and its tiles in flight. On an H200, ms of the backward of 256 MiB in rows of 64 to
+# 4096 columns, of either order: 0.342 to 0.379, 0.42 where 768 and 1536 are a tile's 1024 and 2048; with tiles of 4096
+# by 16 elements, 32 warps and one tile in flight 0.40 to 0.96 (results/h200/widths.csv)
+WARPS_PER_MULTIPROCESSOR = 16
+STAGES_BWD = 3
+# of wider rows the gate is computed twice, since registers are short. On an H100, ms of 16384x8192 (gate_first): 0.487,
+# where the gate is computed once 0.666
+WIDEST_ONCE, WIDE_PER_THREAD_BWD = 4096, 16
 
 
 def gated_rms_norm_reference(
@@ -127,7 +127,10 @@ def _gated_rms_norm_fwd_kernel(
         x *= act
     rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / n_cols + eps)
     tl.store(rstd_ptr + rows * n_groups + group, rstd, mask=rows < n_rows)
-    y = y_of(x * rstd, act, weight_ptr, cols, col_mask, x_ptr.dtype.element_ty, GATE_FIRST, CAST_BEFORE, HAS_WEIGHT)
+    y = y_of(
+        x * rstd, act, weight_ptr, over_rows(cols, BLOCK_ROWS), over_rows(col_mask, BLOCK_ROWS),
+        x_ptr.dtype.element_ty, GATE_FIRST, CAST_BEFORE, HAS_WEIGHT,
+    )  # fmt: skip
     tl.store(y_ptr + rows * (n_groups * n_cols) + cols, y, mask=mask)
 
 
@@ -157,7 +160,7 @@ def _gated_rms_norm_bwd_kernel(
     width = n_groups * n_cols
     cols = group * n_cols + tl.arange(0, BLOCK_COLS)[None, :]
     col_mask = tl.arange(0, BLOCK_COLS)[None, :] < n_cols
-    weight = weight_or_one(weight_ptr, cols, col_mask, HAS_WEIGHT)
+    weight = weight_or_one(weight_ptr, over_rows(cols, BLOCK_ROWS), over_rows(col_mask, BLOCK_ROWS), HAS_WEIGHT)
     if WANTS_DWEIGHT:
         dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
 
@@ -243,13 +246,11 @@ def gated_rms_norm_bwd(
     if n == 0 or d == 0:
         return dx, dgate, torch.zeros_like(weight) if wants_dweight else None
     n_cols = d // form.n_groups
-    block = tile(n_cols, TILE_BWD, PER_THREAD_BWD, WHOLE_GROUP_BWD)
+    is_wide = n_cols > WIDEST_ONCE
+    block = tile(n_cols, TILE_BWD, WIDE_PER_THREAD_BWD if is_wide else PER_THREAD_BWD, WHOLE_GROUP_BWD)
     # a program stays with its group, whose part of dweight it adds up
-    is_wide = block.rows == 1 and block.cols > TILE_BWD
-    warps = WIDE_WARPS_PER_MULTIPROCESSOR if is_wide else WARPS_PER_MULTIPROCESSOR
-    most = max(1, resident(x, warps, block.warps) // form.n_groups)
     itemsizes = dy.itemsize + x.itemsize + gate.itemsize
-    programs, tiles = in_turn(x, block, n, most, itemsizes, WIDE_STAGES_BWD if is_wide else STAGES_BWD)
+    programs, tiles = in_turn(x, block, n, WARPS_PER_MULTIPROCESSOR, itemsizes, STAGES_BWD, form.n_groups)
     if block.rows:
         tiles["AGAIN"] = is_wide
     dweights = torch.empty((programs, d), dtype=torch.float32, device=x.device) if wants_dweight else None

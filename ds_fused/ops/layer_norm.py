@@ -23,7 +23,7 @@ from ds_fused.ops._launch import launch
 from ds_fused.ops._norms import Wanted, check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._options import check_numbers
-from ds_fused.ops._row_tiles import tile, tile_of_blocks
+from ds_fused.ops._row_tiles import in_turn, over_rows, tile, tile_of_blocks
 from ds_fused.ops._sums import leave, partials, sharers, sum_partials
 from ds_fused.ops._triton import (
     cdiv,
@@ -34,7 +34,6 @@ from ds_fused.ops._triton import (
     row_stride,
     rows_of,
     runs_kernels,
-    stages_for,
     warps_for,
 )
 from ds_fused.ops._wide_layer_norm import (
@@ -49,16 +48,15 @@ WHOLE_ROW_FWD = 32768
 WHOLE_ROW_BWD = 8192
 # elements of a tile when a row is narrower (as many rows as fit), and of a thread; of a thread in each block of a row
 # in three. On an H100, ms of 26208x5120: 0.183; where such a row is one block of 8192, 0.222
-TILE_FWD, PER_THREAD_FWD, IN_BLOCK_FWD = 2048, 16, 8
+TILE_FWD, PER_THREAD_FWD, IN_BLOCK_FWD = 1024, 16, 8
 TILE_BWD, PER_THREAD_BWD = 2048, 16
 # the backward's persistent grid, and the tiles of a program that are in flight. On an H100, ms of the backward of
 # 8192x4096 and 16384x8192: 0.083, 0.288; with 2 tiles 0.094, unknown; with 8 elements, 32 warps, 2 tiles 0.096, 0.375
-# (results/h100/tune.csv)
+# (results/h100/tune.csv). On an H200 of 256 MiB in rows of 64, 256 and 1024 columns: 0.209, 0.215, 0.204; with 8
+# elements and 32 warps 0.213, 0.224, 0.275; forward of 576 columns 0.201, by tiles of 2048 0.233
+# (results/h200/widths.csv)
 WARPS_PER_MULTIPROCESSOR = 16
 STAGES_BWD = 3
-# where several rows share a tile, elements of a thread and warps of a multiprocessor as in rms_norm: of 262144x128
-# these and 2 tiles took 0.091 ms, the above 0.155
-NARROW_PER_THREAD_BWD, NARROW_WARPS_PER_MULTIPROCESSOR = 8, 32
 # the tile of the sums over columns of rows that are walked
 COLUMNS_TILE = (8, 256)
 
@@ -132,11 +130,12 @@ def _layer_norm_fwd_kernel(
     tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
     for block in tl.static_range(BLOCKS):
         cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+        each = over_rows(cols, BLOCK_ROWS)
         y = centred[block] * rstd + shift
         if HAS_WEIGHT:
-            y *= tl.load(weight_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
+            y *= tl.load(weight_ptr + each, mask=each < n_cols, other=0.0).to(tl.float32)
         if HAS_BIAS:
-            y += tl.load(bias_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
+            y += tl.load(bias_ptr + each, mask=each < n_cols, other=0.0).to(tl.float32)
         tl.store(y_ptr + rows * n_cols + cols, y, mask=(rows < n_rows) & (cols < n_cols))
 
 
@@ -164,7 +163,8 @@ def _layer_norm_bwd_kernel(
     programs = tl.num_programs(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_COLS)[None, :]
     if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
+        each = over_rows(cols, BLOCK_ROWS)
+        weight = tl.load(weight_ptr + each, mask=each < n_cols, other=0.0).to(tl.float32)
     if WANTS_DWEIGHT:
         dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     if WANTS_DBIAS:
@@ -258,19 +258,11 @@ def layer_norm_bwd(
     sums = wanted.dweight or wanted.dbias
     dsum_stride = 0 if dsum is None else row_stride(dsum)
     wants = {"WANTS_DWEIGHT": wanted.dweight, "WANTS_DBIAS": wanted.dbias}
-    is_narrow = 2 * d <= TILE_BWD
-    block = tile(d, TILE_BWD, NARROW_PER_THREAD_BWD if is_narrow else PER_THREAD_BWD, WHOLE_ROW_BWD)
-    constants = {
-        "HAS_DSUM": dsum is not None,
-        "HAS_WEIGHT": weight is not None,
-        "BLOCK_COLS": block.cols,
-        "num_warps": block.warps,
-    }
+    block = tile(d, TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD)
+    itemsizes = dy.itemsize + x.itemsize + (0 if dsum is None else dsum.itemsize)
+    programs, constants = in_turn(x, block, n, WARPS_PER_MULTIPROCESSOR, itemsizes, STAGES_BWD)
+    constants |= {"HAS_DSUM": dsum is not None, "HAS_WEIGHT": weight is not None}
     if block.rows:
-        warps = NARROW_WARPS_PER_MULTIPROCESSOR if is_narrow else WARPS_PER_MULTIPROCESSOR
-        programs = min(cdiv(n, block.rows), resident(x, warps, block.warps))
-        itemsizes = dy.itemsize + x.itemsize + (0 if dsum is None else dsum.itemsize)
-        tile_bytes = itemsizes * block.rows * block.cols
         n_sharers = sharers(x, programs)
     else:
         column_blocks = cdiv(d, COLUMNS_TILE[1])
@@ -284,8 +276,7 @@ def layer_norm_bwd(
         launch(
             _layer_norm_bwd_kernel, (programs,),
             dy, dsum, x, weight, mean, rstd, dx, partial, row_stride(dy), dsum_stride, row_stride(x), n, d,
-            n_sharers, WANTS_DX=wanted.dx, BLOCK_ROWS=block.rows, STAGES=stages_for(x, STAGES_BWD, tile_bytes), **wants,
-            **constants,
+            n_sharers, WANTS_DX=wanted.dx, **wants, **constants,
         )  # fmt: skip
     else:
         if wanted.dx:

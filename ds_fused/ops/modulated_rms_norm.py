@@ -32,7 +32,6 @@ from ds_fused.ops._triton import (
     cdiv,
     check_dtypes,
     like,
-    resident,
     row_stride,
     rows_of,
     runs_kernels,
@@ -47,7 +46,7 @@ from ds_fused.ops.rms_norm import WHOLE_ROW_FWD, rms_norm_reference
 WHOLE_ROW_BWD = 8192
 # elements of a tile when a row is narrower (as many rows as fit), and of a thread; of a thread in each block of a row
 # in three. On an H100, ms of 12x4096x3072 forward: 0.206; where such a row is one block of 4096, 0.237
-TILE_FWD, PER_THREAD_FWD, IN_BLOCK_FWD = 2048, 16, 8
+TILE_FWD, PER_THREAD_FWD, IN_BLOCK_FWD = 1024, 16, 8
 TILE_BWD, PER_THREAD_BWD, IN_BLOCK_BWD = 2048, 16, 4
 # the backward's persistent grid, and the tiles of a program that are in flight. Backward: 0.316; rows of one block, in
 # 8 warps, 0.326, in 16 warps 0.386, and with 4 tiles 0.336
@@ -143,9 +142,8 @@ def modulated_rms_norm_bwd(
     per_row = m == n
     groups = 1 if per_row else m
     block = tile_of_blocks(d, TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD, IN_BLOCK_BWD)
-    most = max(1, resident(x, WARPS_PER_MULTIPROCESSOR, block.warps) // groups)
     itemsizes = dy.itemsize + x.itemsize + (scale.itemsize if per_row else 0)
-    programs, tiles = in_turn(x, block, n // groups, most, itemsizes, STAGES_BWD)
+    programs, tiles = in_turn(x, block, n // groups, WARPS_PER_MULTIPROCESSOR, itemsizes, STAGES_BWD, groups)
     wants_products = wants[1] or (wants[2] and not per_row)
     wants_sums = wants[3] and not per_row
     # programs of one group share a row; one that walks adds to its own many times

@@ -28,7 +28,7 @@ from ds_fused.ops._launch import Kept, Ready, launch_ready, lie_alike, ready
 from ds_fused.ops._norms import RMSForm, Wanted, check_cast, check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._options import check_numbers
-from ds_fused.ops._row_tiles import in_turn, tile, tile_of_blocks
+from ds_fused.ops._row_tiles import in_turn, over_rows, tile, tile_of_blocks
 from ds_fused.ops._sums import leave, partials, sharers, sum_partials
 from ds_fused.ops._triton import (
     can_take,
@@ -36,7 +36,6 @@ from ds_fused.ops._triton import (
     check_dtypes,
     like,
     note_taken,
-    resident,
     row_stride,
     rows_of,
     runs_kernels,
@@ -56,12 +55,13 @@ WHOLE_ROW_BWD = 16384
 # elements of a tile when a row is narrower (as many rows as fit), and of a thread; forward, of a thread in each block
 # of a row in three, by layer_norm's measurement
 TILE_FWD, PER_THREAD_FWD, IN_BLOCK_FWD = 2048, 16, 8
-TILE_BWD, PER_THREAD_BWD = 2048, 8
-# the backward's persistent grid: at 8 elements a thread ptxas gives it at most 64 registers on sm90, so 32 warps are
+TILE_BWD, PER_THREAD_BWD = 2048, 16
+# the backward's persistent grid: at 16 elements a thread ptxas gives it at most 128 registers on sm90, so 16 warps are
 # resident, and none waits for a place; STAGES_BWD tiles of a program are in flight (1: no pipeline). On an H100, ms of
-# the backward of 8192x4096, 16384x8192, 262144x128 with 3: 0.081, 0.287, 0.085; with 2: 0.088, 0.333, 0.085; with 16
-# elements a thread and 16 warps: 0.081, 0.285, unknown (results/h100/tune.csv).
-WARPS_PER_MULTIPROCESSOR = 32
+# the backward of 8192x4096 and 16384x8192: 0.081, 0.285; with 8 elements and 32 warps 0.081, 0.287, with 2 stages of
+# these 0.088, 0.333. On an H200 0.203 to 0.210 of 256 MiB in rows of 64 to 8192 columns, 0.24 where 576 or 2304 are a
+# tile's 1024 or 4096; with 8 elements up to 8 % more (results/h200/widths.csv)
+WARPS_PER_MULTIPROCESSOR = 16
 STAGES_BWD = 3
 
 _forwards: Kept[tuple[Ready | None, int]] = Kept()
@@ -131,8 +131,9 @@ def _rms_norm_fwd_kernel(
     dtype: tl.constexpr = sum_ptr.dtype.element_ty if HAS_RESIDUAL else x_ptr.dtype.element_ty
     for block in tl.static_range(BLOCKS):
         cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+        each = over_rows(cols, BLOCK_ROWS)
         y = scaled(
-            blocks[block] * rstd, weight_ptr, bias_ptr, cols, cols < n_cols, dtype,
+            blocks[block] * rstd, weight_ptr, bias_ptr, each, each < n_cols, dtype,
             OFFSET, CAST_BEFORE, HAS_WEIGHT, HAS_BIAS,
         )  # fmt: skip
         tl.store(y_ptr + rows * n_cols + cols, y, mask=(rows < n_rows) & (cols < n_cols))
@@ -161,7 +162,8 @@ def _rms_norm_bwd_kernel(
     pid = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_COLS)[None, :]
     if HAS_WEIGHT:
-        weight = weight_at(weight_ptr, cols, cols < n_cols, OFFSET, CAST_BEFORE)
+        each = over_rows(cols, BLOCK_ROWS)
+        weight = weight_at(weight_ptr, each, each < n_cols, OFFSET, CAST_BEFORE)
     if WANTS_DWEIGHT:
         dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     if WANTS_DBIAS:
@@ -318,7 +320,7 @@ def _backward(
     # a second row of sums takes as many registers again
     block = tile(d, TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD // 2 if wanted.dbias else WHOLE_ROW_BWD)
     itemsizes = dy.itemsize + x.itemsize + (0 if dsum is None else dsum.itemsize)
-    programs, tiles = in_turn(x, block, n, resident(x, WARPS_PER_MULTIPROCESSOR, block.warps), itemsizes, STAGES_BWD)
+    programs, tiles = in_turn(x, block, n, WARPS_PER_MULTIPROCESSOR, itemsizes, STAGES_BWD)
     # a program that walks adds to its row many times, and shares it with none
     n_sharers = sharers(x, programs) if block.rows else 1
     of_sums = (n_sharers,) if block.rows else ()

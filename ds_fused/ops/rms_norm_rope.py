@@ -39,20 +39,20 @@ from ds_fused.ops._norm_and_turn import _rms_norm_rope_bwd_kernel, _rms_norm_rop
 from ds_fused.ops._norms import RMSForm, check_cast, check_per_column
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._options import check_numbers, check_whole
-from ds_fused.ops._rope import RopeForm, check_rope
+from ds_fused.ops._rope import RopeForm, are_few, check_rope
 from ds_fused.ops._sums import partials, sum_partials
 from ds_fused.ops._triton import check_dtypes, note_taken, power_of_2, resident, runs_kernels, stages_for
 from ds_fused.ops.rms_norm import rms_norm_reference
 from ds_fused.ops.rope import rope_reference
 
-# elements of the heads that a program works on at a time, and its warps: forward those of rope, which moves as much;
-# backward 8 elements a thread of each tensor, as in rms_norm. Not measured yet
+# elements of the heads that a program works on at a time, and its warps; the backward's persistent grid, and the tokens
+# of a program that are in flight. On an H200, ms of 32768 tokens of 32 + 8, 16 + 8 and 28 + 4 heads of 128, backward:
+# 0.261, 0.168, 0.207; by 8 warps of 16 0.297, 0.198, 0.299 (results/h200/widths.csv)
 TILE_FWD, NUM_WARPS_FWD = 4096, 4
-TILE_BWD, NUM_WARPS_BWD = 2048, 8
-# the backward's persistent grid: with 128 registers a thread for 32 + 8 heads of 128 (sm90), 16 warps are resident; and
-# the tokens of a program that are in flight, as in rms_norm. Not measured yet
-WARPS_PER_MULTIPROCESSOR = 16
+TILE_BWD, NUM_WARPS_BWD, WARPS_PER_MULTIPROCESSOR = 2048, 4, 8
 STAGES_BWD = 3
+# of few heads: 8 + 4 of 256 0.129 and 0.174, by 4 warps 0.134 and 0.281; 14 + 2 of 64 0.047 and 0.077 for 0.098, 0.157
+FEW_WARPS_FWD, FEW_WARPS_BWD, FEW_WARPS_PER_MULTIPROCESSOR = 1, 2, 16
 
 
 def rms_norm_rope_reference(
@@ -98,14 +98,14 @@ def _blocks(q_heads: int, k_heads: int, d: int, r: int, tile: int) -> dict[str, 
     }
 
 
-def _is_read_once(blocks: dict[str, int], heads: str, has_rest: bool) -> bool:
+def _is_read_once(blocks: dict[str, int], heads: str, has_rest: bool, warps: int) -> bool:
     """Whether no two threads of the backward read the same element of a gradient.
 
     Of a tile with fewer elements than threads several hold each, and add it up: a late one would read what an early one
     has written. A barrier between them would take the pipeline away from the loop over tokens.
     """
     widths = blocks["BLOCK_PAIRS"], *([blocks["BLOCK_REST"]] if has_rest else [])
-    return blocks[heads] * min(widths) >= NUM_WARPS_BWD * _triton.LANES
+    return blocks[heads] * min(widths) >= warps * _triton.LANES
 
 
 def rms_norm_rope_fwd(
@@ -136,7 +136,8 @@ def rms_norm_rope_fwd(
         *strides(q, q.shape), *strides(k, k.shape), *strides(yq, q.shape), *strides(yk, k.shape),
         *angle_strides(cos, by_axis=False)[1:], n_tokens, norm.eps,
         Q_HEADS=q_heads, K_HEADS=k_heads, D=d, R=r, OFFSET=norm.offset, CAST_BEFORE=norm.cast_before,
-        **_blocks(q_heads, k_heads, d, r, TILE_FWD), num_warps=NUM_WARPS_FWD,
+        **_blocks(q_heads, k_heads, d, r, TILE_FWD),
+        num_warps=FEW_WARPS_FWD if are_few(q_heads, k_heads, d) else NUM_WARPS_FWD,
     )  # fmt: skip
     return yq, yk, rstd
 
@@ -166,10 +167,13 @@ def rms_norm_rope_bwd(
     nothing = batch * n_tokens == 0
     make = torch.zeros_like if nothing else torch.empty_like
     blocks = _blocks(q_heads, k_heads, d, r, TILE_BWD)
+    warps, per_multiprocessor = NUM_WARPS_BWD, WARPS_PER_MULTIPROCESSOR
+    if are_few(q_heads, k_heads, d):
+        warps, per_multiprocessor = FEW_WARPS_BWD, FEW_WARPS_PER_MULTIPROCESSOR
     # the sum of both results hands one tensor to both
     overwrite = overwrite and dyq.data_ptr() != dyk.data_ptr()
-    over_q = overwrite and _is_read_once(blocks, "BLOCK_Q_HEADS", d > r)
-    over_k = overwrite and _is_read_once(blocks, "BLOCK_K_HEADS", d > r)
+    over_q = overwrite and _is_read_once(blocks, "BLOCK_Q_HEADS", d > r, warps)
+    over_k = overwrite and _is_read_once(blocks, "BLOCK_K_HEADS", d > r, warps)
     dyq, dq = with_room(dyq, Gradient(swapped[0], q.dtype), over_q) if wanted.dq else (dyq, None)
     dyk, dk = with_room(dyk, Gradient(swapped[1], k.dtype), over_k) if wanted.dk else (dyk, None)
     dq_weight = make(q_weight) if wanted.dq_weight else None
@@ -178,7 +182,7 @@ def rms_norm_rope_bwd(
         return dq, dk, dq_weight, dk_weight
     # what is not wanted is not touched: any pointer does
     to = dyq if dq is None else dq, dyk if dk is None else dk
-    programs = min(batch * n_tokens, resident(q, WARPS_PER_MULTIPROCESSOR, NUM_WARPS_BWD))
+    programs = min(batch * n_tokens, resident(q, per_multiprocessor, warps))
     partial = partials(q, programs, d)
     token_bytes = (q.itemsize + dyq.itemsize) * (q_heads + k_heads) * d
     launch(
@@ -190,7 +194,7 @@ def rms_norm_rope_bwd(
         Q_HEADS=q_heads, K_HEADS=k_heads, D=d, R=r, OFFSET=norm.offset, CAST_BEFORE=norm.cast_before,
         WANTS_DQ=wanted.dq, WANTS_DK=wanted.dk, WANTS_DQ_WEIGHT=wanted.dq_weight, WANTS_DK_WEIGHT=wanted.dk_weight,
         **blocks, STAGES=stages_for(q, STAGES_BWD, token_bytes),
-        num_warps=NUM_WARPS_BWD,
+        num_warps=warps,
     )  # fmt: skip
     if wanted.dq_weight or wanted.dk_weight:
         sum_partials(partial, programs, d, dq_weight, dk_weight)

@@ -39,7 +39,7 @@ from ds_fused.ops._heads import (
 from ds_fused.ops._launch import Kept, Ready, launch_ready, ready
 from ds_fused.ops._once import once_differentiable
 from ds_fused.ops._options import check_whole
-from ds_fused.ops._rope import RopeForm, check_inplace, check_inplace_strides, check_rope
+from ds_fused.ops._rope import RopeForm, are_few, check_inplace, check_inplace_strides, check_rope
 from ds_fused.ops._rope_kernels import _rope_kernel
 from ds_fused.ops._triton import check_dtypes, note_taken, power_of_2, runs_kernels
 
@@ -47,6 +47,9 @@ from ds_fused.ops._triton import check_dtypes, note_taken, power_of_2, runs_kern
 # 64 + 8 heads of 128 on H100 (benchmarks/results/h100/tune.csv); complex angles and sections are not measured yet
 TILE_PAIRS = 2048
 NUM_WARPS = 4
+# of few heads: on an H200, ms of 32768 tokens of 9 + 3 heads of 64 and 12 + 2 of 128 0.034 and 0.067, by 4 warps 0.043
+# and 0.080 (results/h200/widths.csv)
+FEW_WARPS = 1
 
 
 def _angles_reference(
@@ -193,7 +196,7 @@ def _arguments(
         SECTIONS=form.sections is not None, TIME=time, HEIGHT=height, WIDTH=width, ALTERNATING=form.alternating,
         BACKWARD=backward, INPLACE=inplace, BLOCK_Q_HEADS=min(power_of_2(q_heads), most_heads),
         BLOCK_K_HEADS=min(power_of_2(k_heads), most_heads), BLOCK_PAIRS=block_pairs, BLOCK_REST=power_of_2(d - r),
-        num_warps=NUM_WARPS,
+        num_warps=FEW_WARPS if are_few(q_heads, k_heads, d) else NUM_WARPS,
     )  # fmt: skip
     return (batch * n_tokens if d else 0,), numbers, constants
 
@@ -300,7 +303,7 @@ def rope(
             q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, cos.shape, cos.stride(), cos.dtype,
             None if sin is None else (sin.shape, sin.stride(), sin.dtype, sin.requires_grad), cos.requires_grad,
             # conjugates are copied, to other strides
-            cos.is_conj(), options, TILE_PAIRS, NUM_WARPS,
+            cos.is_conj(), options, TILE_PAIRS, NUM_WARPS, FEW_WARPS,
         )  # fmt: skip
         turn = _turns.get(key)
         if turn is None:

@@ -596,6 +596,8 @@ def compile_all(target: GPUTarget, index: int, choose: Callable[[list[Launch]], 
     shared._copies_tiles[torch.device("cpu")] = copies_tiles_on(target)
     shared._in_flight[torch.device("cpu")] = in_flight_on(target)
     _meet.can_meet = lambda x, size: target.backend == "cuda"
+    # registers are limited as they are on a GPU
+    _meet.DEVICES = ("cpu",) if target.backend == "cuda" else ()
     # as on a GPU, where its kernel says that an id is wrong
     import_module("ds_fused.ops.embedding").looks_itself = lambda ids: True
     compiled: dict[str, dict[str, object]] = {}

@@ -346,7 +346,8 @@ def test_other_internals_mean_the_ordinary_way(change, monkeypatch, caplog):
     [
         ("ds_fused.ops._launch.TRITON", (3, 6), True),
         ("ds_fused.ops._launch.TRITON", (3, 5), False),
-        ("ds_fused.ops._launch.TRITON", (3, 7), False),
+        ("ds_fused.ops._launch.TRITON", (3, 9), True),
+        ("ds_fused.ops._launch.TRITON", (3, 10), False),
         ("ds_fused.ops._launch.TRITON", (3, 60), False),
         ("torch.version.hip", "6.4", False),
         ("triton.knobs.runtime.interpret", True, False),

@@ -102,8 +102,7 @@ def test_frozen(frozen, order, device):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("act", ["silu", "sigmoid"])
 def test_rows_wider_than_a_tile_compute_the_gate_again(act, order, device, monkeypatch):
-    monkeypatch.setattr(FILE, "TILE_BWD", 16)
-    monkeypatch.setattr(FILE, "WIDE_WARPS_PER_MULTIPROCESSOR", 2)
+    monkeypatch.setattr(FILE, "WIDEST_ONCE", 16)
     judge(inputs_of(5, 33, device=device), torch.bfloat16, order=order, act=act)
 
 
