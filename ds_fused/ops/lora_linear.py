@@ -117,7 +117,8 @@ def _outer(x: Tensor, weight: Tensor, lora_b: Tensor, bias: Tensor | None, h: Te
     rows = rows_of(x)
     y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
     b = lora_b if lora_b.dtype == x.dtype else pieces(lora_b, RIGHT)
-    return y.addmm_(h, b.t()).view(*x.shape[:-1], weight.shape[0])
+    # no view to autograd, which lets nobody write in one that a Function returns, as `y += residual` does
+    return torch.ops.aten._unsafe_view.default(y.addmm_(h, b.t()), (*x.shape[:-1], weight.shape[0]))
 
 
 def fits(x: Tensor, weight: Tensor, bias: Tensor | None, *adapter: Tensor) -> bool:

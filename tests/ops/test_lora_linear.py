@@ -132,6 +132,21 @@ def test_strides(device):
     torch.testing.assert_close(dx, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_the_result_may_be_written_in(device):
+    """As that of any linear layer: `y += residual`."""
+    for adapter in (torch.bfloat16, torch.float32):
+        x, weight, *ab = (t.bfloat16() for t in operands((2, 3, 33), 17, 4, device))
+        ab = [t.to(adapter).requires_grad_() for t in ab]
+        residual = randn(2, 3, 17, device=device).bfloat16()
+
+        def gradients(add, tensors=(x, weight, *ab), residual=residual) -> tuple[Tensor, ...]:
+            y = add(lora_linear(*tensors), residual)
+            return y.detach(), *torch.autograd.grad(y.square().sum(), tensors[2:])
+
+        for got, wanted in zip(gradients(Tensor.add_), gradients(Tensor.add), strict=True):
+            assert same_bits(got, wanted)
+
+
 def test_the_same_bits_twice(device):
     tensors = [t.bfloat16() for t in operands((2, 3, 33), 17, 4, device)]
 
