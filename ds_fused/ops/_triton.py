@@ -97,7 +97,10 @@ def _is_wrapper(tensor: object) -> bool:
 
 
 def waited(tensor: Tensor) -> Tensor:
-    """Of an AsyncCollectiveTensor what its collective has brought, without a graph; any other as it is."""
+    """Of an AsyncCollectiveTensor what its collective has brought, without a graph; any other as it is.
+
+    To ask for an exact Tensor's type before spares most calls.
+    """
     module = sys.modules.get("torch.distributed._functional_collectives")
     is_coming = module is not None and isinstance(tensor, module.AsyncCollectiveTensor)
     return tensor.trigger_wait() if is_coming else tensor

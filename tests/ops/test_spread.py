@@ -79,6 +79,22 @@ def test_what_a_collective_has_yet_to_bring_is_waited_for(name, device, caplog):
         assert same_bits(got, exact)
 
 
+@pytest.mark.parametrize("shape", [(6,), (2, 3)])
+def test_labels_and_ids_that_a_collective_has_yet_to_bring(shape, device):
+    ids = torch.arange(6, device=device).view(shape)
+    x, table, choices = (randn(*s, device=device).float() for s in ((*shape, 8), (8, 8), (*shape, 2)))
+    up, down = randn(8, 10, 8, device=device).float(), randn(8, 8, 5, device=device).float()
+    of_each = torch.stack([ids, ids.flip(0)], -1)
+    for op, given in (
+        (lambda ids: ds_fused.cross_entropy(x, ids), ids),
+        (lambda ids: ds_fused.linear_cross_entropy(x, table, ids), ids),
+        (lambda ids: ds_fused.jsd(x, x.flip(0), ids, ignore_index=2), ids),
+        (lambda ids: ds_fused.embedding(ids, table), ids),
+        (lambda ids: ds_fused.experts(x, up, down, ids, choices), of_each),
+    ):
+        assert same_bits(op(AsyncCollectiveTensor(given)), op(given))
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_rows_of_nested_tensors(name, device):
     op, shapes = OPS[name]
