@@ -28,7 +28,7 @@ def as_kernels_read(
         sin = neighbours(sin)
         if cos.stride() != sin.stride():
             cos, sin = cos.contiguous(), sin.contiguous()
-    return neighbours(q), neighbours(k), cos, sin
+    return _apart(neighbours(q)), _apart(neighbours(k)), cos, sin
 
 
 def as_called(ys: tuple[Tensor, Tensor], n_dims: int, unsqueeze_dim: int) -> tuple[Tensor, Tensor]:
@@ -50,6 +50,18 @@ def as_pairs(freqs: Tensor) -> Tensor:
 def neighbours(x: Tensor) -> Tensor:
     """x with the columns of a head side by side: itself in nearly every case."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def keeps_columns(x: Tensor) -> bool:
+    """Whether a tensor that is made like x, whose columns lie side by side, has them so: where another dimension has
+    their stride, too, as windows that overlap have it, PyTorch may turn the two round."""
+    return x.stride().count(1) == 1
+
+
+def _apart(x: Tensor) -> Tensor:
+    """x with neighbouring columns, or a copy like which a result can be made."""
+    # a graph is asked for no strides, and lays its tensors out itself
+    return x if torch.compiler.is_compiling() or keeps_columns(x) else x.contiguous()
 
 
 def strides(x: Tensor, shape: torch.Size, heads_dim: int = 1) -> tuple[int, ...]:

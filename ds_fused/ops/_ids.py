@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_fused.ops._triton import is_fake, is_vmapped
+from ds_fused.ops._triton import is_fake, is_vmapped, waited
 
 
 def looks_itself(ids: Tensor) -> bool:
@@ -26,6 +26,8 @@ def flat_ids(op: str, ids: Tensor, n_vocab: int, looked_at: bool = False) -> Ten
     """
     if ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{op}: ids are {ids.dtype}; they must be int64 or int32")
+    if type(ids) is not Tensor:
+        ids = waited(ids)
     flat = ids.reshape(-1).long().contiguous()
     if flat.device.type == "cpu" and (torch.compiler.is_compiling() or is_fake(flat)):
         return flat

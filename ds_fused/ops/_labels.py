@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fused.ops._launch import launch
-from ds_fused.ops._triton import is_fake, is_vmapped, runs_kernels
+from ds_fused.ops._triton import is_fake, is_vmapped, runs_kernels, waited
 
 # one program reads all labels: 64 Ki of them take it about as long as a launch does
 BLOCK = 4096
@@ -54,6 +54,8 @@ def _labels_kernel(
 
 def flat_labels(labels: Tensor) -> Tensor:
     """[...] -> [N] side by side, as the kernels read them: reshaped alone, a column of a table stays where it is."""
+    if type(labels) is not Tensor:
+        labels = waited(labels)
     return labels if labels.ndim == 1 and labels.is_contiguous() else labels.reshape(-1).contiguous()
 
 

@@ -96,7 +96,7 @@ def total_weight(of_token: Tensor | None, count: Tensor) -> Tensor:
 
 
 def check_weight(op: str, name: str, weight: Tensor | None, n_vocab: int, device: torch.device) -> None:
-    """Class weights: one floating-point number for each class, without a gradient."""
+    """Class weights: one floating-point number for each class, of which no gradient is wanted."""
     if weight is None:
         return
     if weight.shape != (n_vocab,) or not weight.is_floating_point():
@@ -106,7 +106,7 @@ def check_weight(op: str, name: str, weight: Tensor | None, n_vocab: int, device
         )
     if weight.device != device:
         raise ValueError(f"{op}: {name} is on {weight.device}, the scores on {device}; they must share a device")
-    if weight.requires_grad:
+    if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op}: {name} requires a gradient, and none is made for it; pass {name}.detach()")
 
 

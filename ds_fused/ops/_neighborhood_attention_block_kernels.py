@@ -45,6 +45,7 @@ def _neighborhood_attention_block_fwd_kernel(
 ):  # fmt: skip
     # Inductor passes fp64
     scale = tl.cast(scale, tl.float32)
+    step = tl.cast(dilation, tl.int64)
     batch, head, of_class, first, begin, end, n = _own(n_tokens, n_heads, dilation, half, SHIFTS, BLOCK)
     q_ptr += batch * q_batch_stride + head * q_head_stride + of_class * q_token_stride
     k_ptr += batch * k_batch_stride + head * k_head_stride + of_class * k_token_stride
@@ -52,9 +53,9 @@ def _neighborhood_attention_block_fwd_kernel(
     y_ptr += batch * y_batch_stride + head * y_head_stride + of_class * y_token_stride
     lse_ptr += (batch * n_heads + head) * n_tokens + of_class
 
-    q = load_tile(q_ptr, first, n, q_token_stride * dilation, n_cols, BLOCK, BLOCK_COLS)
-    k = load_tile(k_ptr, first, n, k_token_stride * dilation, n_cols, BLOCK, BLOCK_COLS)
-    v = load_tile(v_ptr, first, n, v_token_stride * dilation, n_cols, BLOCK, BLOCK_COLS)
+    q = load_tile(q_ptr, first, n, q_token_stride * step, n_cols, BLOCK, BLOCK_COLS)
+    k = load_tile(k_ptr, first, n, k_token_stride * step, n_cols, BLOCK, BLOCK_COLS)
+    v = load_tile(v_ptr, first, n, v_token_stride * step, n_cols, BLOCK, BLOCK_COLS)
     rows = first + tl.arange(0, BLOCK)
     is_own = (rows >= begin) & (rows < end)
     s = tl.dot(q, tl.trans(k)) * (scale * LOG2_E)
@@ -65,7 +66,7 @@ def _neighborhood_attention_block_fwd_kernel(
     total = tl.where(is_own, tl.sum(p, axis=1), 1.0)
     # a reciprocal a row: Triton's own division is off by two units in the last place
     y = tl.dot(p.to(v.dtype), v) * tl.div_rn(1.0, total)[:, None]
-    store_tile(y_ptr, first, begin, end, y_token_stride * dilation, n_cols, y, BLOCK, BLOCK_COLS)
+    store_tile(y_ptr, first, begin, end, y_token_stride * step, n_cols, y, BLOCK, BLOCK_COLS)
     tl.store(lse_ptr + rows * dilation, high + tl.log2(total), mask=is_own)
 
 
@@ -99,6 +100,7 @@ def _neighborhood_attention_block_bwd_kernel(
 ):  # fmt: skip
     # Inductor passes fp64
     scale = tl.cast(scale, tl.float32)
+    step = tl.cast(dilation, tl.int64)
     batch, head, of_class, first, begin, end, n = _own(n_tokens, n_heads, dilation, half, SHIFTS, BLOCK)
     dy_ptr += batch * dy_batch_stride + head * dy_head_stride + of_class * dy_token_stride
     q_ptr += batch * q_batch_stride + head * q_head_stride + of_class * q_token_stride
@@ -107,11 +109,11 @@ def _neighborhood_attention_block_bwd_kernel(
     y_ptr += batch * y_batch_stride + head * y_head_stride + of_class * y_token_stride
     lse_ptr += (batch * n_heads + head) * n_tokens + of_class
 
-    q = load_tile(q_ptr, first, n, q_token_stride * dilation, n_cols, BLOCK, BLOCK_COLS)
-    k = load_tile(k_ptr, first, n, k_token_stride * dilation, n_cols, BLOCK, BLOCK_COLS)
-    v = load_tile(v_ptr, first, n, v_token_stride * dilation, n_cols, BLOCK, BLOCK_COLS)
-    dy = load_tile(dy_ptr, first, n, dy_token_stride * dilation, n_cols, BLOCK, BLOCK_COLS)
-    y = load_tile(y_ptr, first, n, y_token_stride * dilation, n_cols, BLOCK, BLOCK_COLS)
+    q = load_tile(q_ptr, first, n, q_token_stride * step, n_cols, BLOCK, BLOCK_COLS)
+    k = load_tile(k_ptr, first, n, k_token_stride * step, n_cols, BLOCK, BLOCK_COLS)
+    v = load_tile(v_ptr, first, n, v_token_stride * step, n_cols, BLOCK, BLOCK_COLS)
+    dy = load_tile(dy_ptr, first, n, dy_token_stride * step, n_cols, BLOCK, BLOCK_COLS)
+    y = load_tile(y_ptr, first, n, y_token_stride * step, n_cols, BLOCK, BLOCK_COLS)
     rows = first + tl.arange(0, BLOCK)
     # queries that the class doesn't have get weights of 0
     lse = tl.load(lse_ptr + rows * dilation, mask=(rows >= 0) & (rows < n), other=float("inf"))
@@ -123,11 +125,11 @@ def _neighborhood_attention_block_bwd_kernel(
     if WANTS_DKV:
         dv_ptr += batch * dv_batch_stride + head * dv_head_stride + of_class * dv_token_stride
         dv = tl.dot(tl.trans(p.to(dy.dtype)), dy)
-        store_tile(dv_ptr, first, begin, end, dv_token_stride * dilation, n_cols, dv, BLOCK, BLOCK_COLS)
+        store_tile(dv_ptr, first, begin, end, dv_token_stride * step, n_cols, dv, BLOCK, BLOCK_COLS)
         dk_ptr += batch * dk_batch_stride + head * dk_head_stride + of_class * dk_token_stride
         dk = tl.dot(tl.trans(ds), q) * scale
-        store_tile(dk_ptr, first, begin, end, dk_token_stride * dilation, n_cols, dk, BLOCK, BLOCK_COLS)
+        store_tile(dk_ptr, first, begin, end, dk_token_stride * step, n_cols, dk, BLOCK, BLOCK_COLS)
     if WANTS_DQ:
         dq_ptr += batch * dq_batch_stride + head * dq_head_stride + of_class * dq_token_stride
         dq = tl.dot(ds, k) * scale
-        store_tile(dq_ptr, first, begin, end, dq_token_stride * dilation, n_cols, dq, BLOCK, BLOCK_COLS)
+        store_tile(dq_ptr, first, begin, end, dq_token_stride * step, n_cols, dq, BLOCK, BLOCK_COLS)

@@ -110,13 +110,14 @@ def _neighborhood_attention_fwd_kernel(
 ):  # fmt: skip
     # Inductor passes fp64
     scale = tl.cast(scale, tl.float32) * LOG2_E
+    step = tl.cast(dilation, tl.int64)
     batch, head, of_class, first, n = place(n_tokens, n_heads, dilation, BLOCK_ROWS)
     q_ptr += batch * q_batch_stride + head * q_head_stride + of_class * q_token_stride
     k_ptr += batch * k_batch_stride + head * k_head_stride + of_class * k_token_stride
     v_ptr += batch * v_batch_stride + head * v_head_stride + of_class * v_token_stride
     y_ptr += batch * y_batch_stride + head * y_head_stride + of_class * y_token_stride
     lse_ptr += (batch * n_heads + head) * n_tokens + of_class
-    q_step, k_step, v_step = q_token_stride * dilation, k_token_stride * dilation, v_token_stride * dilation
+    q_step, k_step, v_step = q_token_stride * step, k_token_stride * step, v_token_stride * step
 
     rows = first + tl.arange(0, BLOCK_ROWS)
     q = load_tile(q_ptr, first, n, q_step, n_cols, BLOCK_ROWS, BLOCK_COLS)
@@ -147,7 +148,7 @@ def _neighborhood_attention_fwd_kernel(
     total = tl.where(rows < n, total, 1.0)
     # a reciprocal a row: Triton's own division is off by two units in the last place
     y = y * tl.div_rn(1.0, total)[:, None]
-    store_tile(y_ptr, first, first, n, y_token_stride * dilation, n_cols, y, BLOCK_ROWS, BLOCK_COLS)
+    store_tile(y_ptr, first, first, n, y_token_stride * step, n_cols, y, BLOCK_ROWS, BLOCK_COLS)
     tl.store(lse_ptr + rows * dilation, high + tl.log2(total), mask=rows < n)
 
 
@@ -179,13 +180,14 @@ def _neighborhood_attention_dq_kernel(
     """A tile of queries: their dq, from its keys, and what their keys' gradients need to know of them."""
     # Inductor passes fp64
     scale = tl.cast(scale, tl.float32)
+    step = tl.cast(dilation, tl.int64)
     batch, head, of_class, first, n = place(n_tokens, n_heads, dilation, BLOCK_ROWS)
     dy_ptr += batch * dy_batch_stride + head * dy_head_stride + of_class * dy_token_stride
     y_ptr += batch * y_batch_stride + head * y_head_stride + of_class * y_token_stride
     rows = first + tl.arange(0, BLOCK_ROWS)
     of_token = (batch * n_heads + head) * n_tokens + of_class + rows * dilation
-    dy = load_tile(dy_ptr, first, n, dy_token_stride * dilation, n_cols, BLOCK_ROWS, BLOCK_COLS)
-    y = load_tile(y_ptr, first, n, y_token_stride * dilation, n_cols, BLOCK_ROWS, BLOCK_COLS)
+    dy = load_tile(dy_ptr, first, n, dy_token_stride * step, n_cols, BLOCK_ROWS, BLOCK_COLS)
+    y = load_tile(y_ptr, first, n, y_token_stride * step, n_cols, BLOCK_ROWS, BLOCK_COLS)
     # sum(dp * p) over the neighbours
     inner = tl.sum(dy.to(tl.float32) * y.to(tl.float32), axis=1)
     if WANTS_INNER:
@@ -195,8 +197,8 @@ def _neighborhood_attention_dq_kernel(
         k_ptr += batch * k_batch_stride + head * k_head_stride + of_class * k_token_stride
         v_ptr += batch * v_batch_stride + head * v_head_stride + of_class * v_token_stride
         dq_ptr += batch * dq_batch_stride + head * dq_head_stride + of_class * dq_token_stride
-        k_step, v_step = k_token_stride * dilation, v_token_stride * dilation
-        q = load_tile(q_ptr, first, n, q_token_stride * dilation, n_cols, BLOCK_ROWS, BLOCK_COLS)
+        k_step, v_step = k_token_stride * step, v_token_stride * step
+        q = load_tile(q_ptr, first, n, q_token_stride * step, n_cols, BLOCK_ROWS, BLOCK_COLS)
         lse = tl.load(lse_ptr + of_token, mask=rows < n, other=0.0)
         dq = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
         begin, end = _keys_of(first, half, n, SHIFTS, BLOCK_ROWS)
@@ -210,7 +212,7 @@ def _neighborhood_attention_dq_kernel(
             ds = p * (dp - inner[:, None])
             ds = tl.where(near(rows[:, None], keys[None, :], half, n, SHIFTS), ds, 0.0)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-        store_tile(dq_ptr, first, first, n, dq_token_stride * dilation, n_cols, dq * scale, BLOCK_ROWS, BLOCK_COLS)
+        store_tile(dq_ptr, first, first, n, dq_token_stride * step, n_cols, dq * scale, BLOCK_ROWS, BLOCK_COLS)
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -241,6 +243,7 @@ def _neighborhood_attention_dkv_kernel(
     """dk and dv of a tile of BLOCK_KEYS keys, from the queries whose neighbours they are, BLOCK_ROWS at a time."""
     # Inductor passes fp64
     scale = tl.cast(scale, tl.float32)
+    step = tl.cast(dilation, tl.int64)
     batch, head, of_class, first, n = place(n_tokens, n_heads, dilation, BLOCK_KEYS)
     dy_ptr += batch * dy_batch_stride + head * dy_head_stride + of_class * dy_token_stride
     q_ptr += batch * q_batch_stride + head * q_head_stride + of_class * q_token_stride
@@ -250,11 +253,11 @@ def _neighborhood_attention_dkv_kernel(
     dv_ptr += batch * dv_batch_stride + head * dv_head_stride + of_class * dv_token_stride
     lse_ptr += (batch * n_heads + head) * n_tokens + of_class
     inner_ptr += (batch * n_heads + head) * n_tokens + of_class
-    dy_step, q_step = dy_token_stride * dilation, q_token_stride * dilation
+    dy_step, q_step = dy_token_stride * step, q_token_stride * step
 
     keys = first + tl.arange(0, BLOCK_KEYS)
-    k = load_tile(k_ptr, first, n, k_token_stride * dilation, n_cols, BLOCK_KEYS, BLOCK_COLS)
-    v = load_tile(v_ptr, first, n, v_token_stride * dilation, n_cols, BLOCK_KEYS, BLOCK_COLS)
+    k = load_tile(k_ptr, first, n, k_token_stride * step, n_cols, BLOCK_KEYS, BLOCK_COLS)
+    v = load_tile(v_ptr, first, n, v_token_stride * step, n_cols, BLOCK_KEYS, BLOCK_COLS)
     dk = tl.zeros((BLOCK_KEYS, BLOCK_COLS), tl.float32)
     dv = tl.zeros((BLOCK_KEYS, BLOCK_COLS), tl.float32)
     begin, end = _queries_of(first, half, n, SHIFTS, BLOCK_KEYS)
@@ -272,5 +275,5 @@ def _neighborhood_attention_dkv_kernel(
         dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision="ieee")
         ds = p * (dp - inner[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    store_tile(dk_ptr, first, first, n, dk_token_stride * dilation, n_cols, dk * scale, BLOCK_KEYS, BLOCK_COLS)
-    store_tile(dv_ptr, first, first, n, dv_token_stride * dilation, n_cols, dv, BLOCK_KEYS, BLOCK_COLS)
+    store_tile(dk_ptr, first, first, n, dk_token_stride * step, n_cols, dk * scale, BLOCK_KEYS, BLOCK_COLS)
+    store_tile(dv_ptr, first, first, n, dv_token_stride * step, n_cols, dv, BLOCK_KEYS, BLOCK_COLS)

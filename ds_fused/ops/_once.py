@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from ds_fused.ops._triton import waited
+
 Gradients = Tensor | tuple[Tensor | None, ...] | None
 
 # op -> what to pass where one graph is to have two backwards. All at once: less would lead to the next such error
@@ -64,6 +66,9 @@ def _as_kernels_read(function: str, dy: Tensor) -> Tensor:
             f"{function}: a batch of gradients (is_grads_batched=True, vectorize=True), but its backward is a kernel, "
             "which takes one at a time; call torch.autograd.grad for each, or the op's reference in PyTorch"
         )
+    if type(dy) is not Tensor:
+        # as a layer's input that is split over ranks has it
+        dy = waited(dy)
     # as the imaginary part of a conjugate is: its sign is turned by whoever reads it
     return dy.resolve_neg() if dy.is_neg() else dy
 

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ds_fused.ops._say import say_once
 
@@ -62,8 +63,8 @@ def is_spread(tensor: object) -> bool:
 
 
 def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether kernels can read them by their addresses: no transform of torch.func, none is spread, a fake, or a view
-    of something with another sign; and no torch.jit.trace, to which sizes are tensors."""
+    """Whether kernels can read them by their addresses: no transform of torch.func, none is spread, a fake, a wrapper
+    of others, or a view of something with another sign; and no torch.jit.trace, to which sizes are tensors."""
     if torch.compiler.is_compiling():
         return True
     if _is_transformed() or torch._C._is_tracing():
@@ -80,7 +81,29 @@ def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
             "are computed by PyTorch"
         )
         return False
-    return not any(is_fake(tensor) for tensor in tensors)
+    return not any(is_fake(tensor) or _is_wrapper(tensor) for tensor in tensors)
+
+
+def _is_wrapper(tensor: object) -> bool:
+    """Whether it has no memory, but other tensors that have: what a collective of PyTorch's tensor parallelism has yet
+    to bring (AsyncCollectiveTensor), a nested tensor."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return False
+    say_once(
+        f"ds_fused: an op was given a tensor ({type(tensor).__name__}) with no memory of its own, which no kernel can "
+        "read, so such calls are computed by PyTorch"
+    )
+    return True
+
+
+def waited(tensor: Tensor) -> Tensor:
+    """Of an AsyncCollectiveTensor what its collective has brought, without a graph; any other as it is.
+
+    To ask for an exact Tensor's type before spares most calls.
+    """
+    module = sys.modules.get("torch.distributed._functional_collectives")
+    is_coming = module is not None and isinstance(tensor, module.AsyncCollectiveTensor)
+    return tensor.trigger_wait() if is_coming else tensor
 
 
 def is_fake(tensor: object) -> bool:

@@ -2,7 +2,7 @@
 
     y = x W^T + bias + scaling * (z A^T) B^T          z: x, or x after a dropout
     t = scaling * dy B                                [M, r]
-    dx = dy W + t A,  dA = t^T z,  dB = dy^T (scaling * z A^T)
+    dx = dy W + t A,  dA = t^T z,  dB = scaling * dy^T (z A^T)
 
 Every step is a product, and what is added is added by the product that makes it. Written as layers it is a
 product of the adapter's own size, a pass that scales it and one that adds it, and the like for dx. Traffic less than
@@ -66,7 +66,7 @@ class LoRALinearFunction(torch.autograd.Function):
         h = _within(x, lora_a, lora_x, scaling)
         ctx.save_for_backward(x, weight, lora_a, lora_b, lora_x, h)
         ctx.scaling = scaling
-        return _outer(x, weight, lora_b, bias, h) if make is None else make()
+        return _outer(x, weight, lora_b, bias, h, scaling) if make is None else make()
 
     @staticmethod
     @once_differentiable
@@ -85,7 +85,7 @@ class LoRALinearFunction(torch.autograd.Function):
         if wants_weight:
             dweight = torch.mm(rows.t(), rows_of(x))
         if wants_b:
-            db = torch.mm(rows.t(), h) if lora_b.dtype == x.dtype else narrow_times(h, rows, turned=True)
+            db = _times(rows.t(), h, ctx.scaling) if lora_b.dtype == x.dtype else narrow_times(h, rows, turned=True)
         if wants_bias:
             dbias = rows.sum(0)
         z = rows_of(x if lora_x is None else lora_x)
@@ -108,16 +108,24 @@ def _times(rows: Tensor, narrow: Tensor, scale: float) -> Tensor:
 
 
 def _within(x: Tensor, lora_a: Tensor, lora_x: Tensor | None, scaling: float) -> Tensor:
-    """[..., K] -> [M, r], scaled; or its pieces [M, 6 r]."""
-    h = _times(rows_of(x if lora_x is None else lora_x), lora_a.t(), scaling)
+    """[..., K] -> [M, r]; or of an adapter in fp32, scaled, its pieces [M, 6 r].
+
+    What is not in pieces is scaled by the product that it goes into: fp16 may not hold ``scaling`` times as much.
+    """
+    scale = 1.0 if lora_a.dtype == x.dtype else scaling
+    h = _times(rows_of(x if lora_x is None else lora_x), lora_a.t(), scale)
     return h if h.dtype == x.dtype else pieces(h, LEFT)
 
 
-def _outer(x: Tensor, weight: Tensor, lora_b: Tensor, bias: Tensor | None, h: Tensor) -> Tensor:
+def _outer(x: Tensor, weight: Tensor, lora_b: Tensor, bias: Tensor | None, h: Tensor, scaling: float) -> Tensor:
     rows = rows_of(x)
     y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
-    b = lora_b if lora_b.dtype == x.dtype else pieces(lora_b, RIGHT)
-    return y.addmm_(h, b.t()).view(*x.shape[:-1], weight.shape[0])
+    if lora_b.dtype == x.dtype:
+        y.addmm_(h, lora_b.t(), alpha=scaling)
+    else:
+        y.addmm_(h, pieces(lora_b, RIGHT).t())
+    # no view to autograd, which lets nobody write in one that a Function returns, as `y += residual` does
+    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
 
 
 def fits(x: Tensor, weight: Tensor, bias: Tensor | None, *adapter: Tensor) -> bool:

@@ -33,6 +33,7 @@ from ds_fused.ops._heads import (
     as_pairs,
     gradient_of,
     is_swapped,
+    keeps_columns,
     strides,
     with_room,
 )
@@ -353,6 +354,8 @@ def _turn(
         and q.ndim == 4
         and all(x is None or x.stride(-1) == 1 for x in (q, k, cos, sin))
         and (sin is None or cos.stride() == sin.stride())
+        and keeps_columns(q)
+        and keeps_columns(k)
     )
     if inplace and not compiling:
         check_inplace_strides(q, k)

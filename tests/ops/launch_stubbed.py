@@ -8,6 +8,7 @@ compiled: a kernel's handle stands for all that Triton would have compiled it fo
 
 from __future__ import annotations
 
+import enum
 import gc
 import itertools
 import logging
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -181,6 +183,26 @@ def test_what_triton_tells_apart_the_key_tells_apart():
     constants = [{"A": 1}, {"A": 2}, {"A": 1, "B": 2}, {"B": 1, "A": 2}, {"A": 1, "B": 3}, {"A": 3, "B": None}]
     for given, warps, stages in itertools.product(constants, (4, 8), (2, 3)):
         assert_same_both_ways(_some_kernel, (1,), x, x, 2, 2, 0.5, True, **given, num_warps=warps, num_stages=stages)
+
+
+class Five(enum.IntEnum):
+    FIVE = 5
+
+
+@pytest.mark.parametrize(("number", "plain"), [(np.float64(1e-6), 1e-6), (Five.FIVE, 5)])
+def test_numbers_of_other_classes_are_numbers(number, plain):
+    """As those are that an option may be."""
+    x = aligned(0)
+    for _ in range(2):
+        launch(_some_kernel, (3,), x, None, 4, 4, number, True, A=1)
+        launch_ready(ready(_some_kernel, (3,), 4, 4, number, True, A=1), x, None)
+    assert_same_both_ways(_some_kernel, (3,), x, None, 4, 4, plain, True, A=1)
+    assert all(plain in addresses(call) for call in seen)
+
+
+def test_what_is_no_argument_of_a_kernel_is_an_error():
+    with pytest.raises(AttributeError, match="'str' object has no attribute 'get_device'"):
+        launch(_some_kernel, (3,), aligned(0), None, 4, 4, "1", True, A=1)
 
 
 def test_numbers_that_are_ready_are_told_apart_too():

@@ -102,6 +102,16 @@ def test_class_weights_in_full(n_vocab, dtype, reduction, label_smoothing, devic
     as_accurate(*ops, inputs, dtype, frozen=(2,), reduction=reduction, label_smoothing=label_smoothing)
 
 
+def test_class_weights_that_train_elsewhere_weigh_an_evaluation(device):
+    """As F.cross_entropy takes them, where no gradient is wanted of anything."""
+    logits, labels = randn(6, 9, device=device).float(), torch.arange(6, device=device)
+    weight = class_weights(9, device).float().requires_grad_()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            cross_entropy(logits, labels, weight=weight), F.cross_entropy(logits, labels, weight)
+        )
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_class_weights_are_those_of_pytorch(label_smoothing, reduction):

@@ -132,6 +132,32 @@ def test_strides(device):
     torch.testing.assert_close(dx, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_fp16_need_not_hold_what_is_scaled(device):
+    """Behind an A of large numbers and an untrained B, of zeros."""
+    filled = {(3, 64): 100.0, (5, 64): 0.0, (2, 64): 1.0, (5, 2): 0.0}  # x, weight, A, B
+    tensors = [torch.full(shape, n, device=device).half().requires_grad_() for shape, n in filled.items()]
+    y, wanted = (op(*tensors, scaling=16.0) for op in (lora_linear, lora_linear_reference))
+    assert torch.equal(y, wanted)
+    dy = torch.full_like(y, 2.0**-8)
+    for got, exact in zip(torch.autograd.grad(y, tensors, dy), torch.autograd.grad(wanted, tensors, dy), strict=True):
+        torch.testing.assert_close(got, exact)
+
+
+def test_the_result_may_be_written_in(device):
+    """As that of any linear layer: `y += residual`."""
+    for adapter in (torch.bfloat16, torch.float32):
+        x, weight, *ab = (t.bfloat16() for t in operands((2, 3, 33), 17, 4, device))
+        ab = [t.to(adapter).requires_grad_() for t in ab]
+        residual = randn(2, 3, 17, device=device).bfloat16()
+
+        def gradients(add, tensors=(x, weight, *ab), residual=residual) -> tuple[Tensor, ...]:
+            y = add(lora_linear(*tensors), residual)
+            return y.detach(), *torch.autograd.grad(y.square().sum(), tensors[2:])
+
+        for got, wanted in zip(gradients(Tensor.add_), gradients(Tensor.add), strict=True):
+            assert same_bits(got, wanted)
+
+
 def test_the_same_bits_twice(device):
     tensors = [t.bfloat16() for t in operands((2, 3, 33), 17, 4, device)]
 

@@ -146,6 +146,24 @@ def test_heads_are_read_where_they_lie(device):
     assert y.transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.usefixtures("whole_gpu")
+@pytest.mark.parametrize("kernel_size", [3, 41])
+@pytest.mark.parametrize("border", ["cut", "shift"])
+def test_neighbours_that_are_further_apart_than_int32(kernel_size, border, device):
+    """4 GiB, of which a CPU's system gives only what is touched."""
+    room = torch.empty(2**31 + 16, dtype=torch.bfloat16, device=device)
+    q = room.as_strided((1, 1, 3, 16), (0, 0, 2**30, 1))
+    q.copy_(randn(1, 1, 3, 16, device=device))
+
+    def results(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q = q.detach().requires_grad_()
+        y = neighborhood_attention(q, q, q, kernel_size=kernel_size, dilation=2, border=border)
+        return y.detach(), *torch.autograd.grad(y, q, y.detach())
+
+    for got, wanted in zip(results(q), results(q.contiguous()), strict=True):
+        assert torch.equal(got, wanted)
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("whole_gpu")
 def test_more_elements_than_int32(device):

@@ -145,6 +145,7 @@ def packed(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         (packed, {}),
         (lambda q, k: (q.contiguous(), k), {}),  # heads in front
         (lambda q, k: (q.mT.contiguous().mT, k), {}),  # columns apart
+        (lambda q, k: (q.flatten(2)[..., :9].contiguous().unfold(2, 8, 1), k), {}),  # windows that overlap
     ],
 )
 def test_layouts_of_q_and_k(lay, options, device):

@@ -100,6 +100,8 @@ def test_any_strides(device):
     judge([columns_apart, k, cos, sin], torch.bfloat16)
     other_strides = randn(5, 2, 8, device=device).bfloat16().transpose(0, 1)
     judge([q, k, cos, other_strides], torch.bfloat16)
+    windows = randn(2, 4, 12, device=device).bfloat16().unfold(2, 8, 1)
+    judge([windows, k, cos, sin], torch.bfloat16)
 
 
 def test_layouts_are_kept(device):

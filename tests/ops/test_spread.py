@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from accuracy import randn
+from accuracy import randn, same_bits
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -58,6 +59,50 @@ def test_an_op_of_dtensors_is_pytorchs(name, mesh, device, caplog):
     torch.testing.assert_close(found[1].full_tensor(), wanted)
     for ours, theirs in zip(spread, plain, strict=True):
         torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_what_a_collective_has_yet_to_bring_is_waited_for(name, device, caplog):
+    """As layers that are split over ranks hand on their outputs, and the gradients of their inputs: no address."""
+    op, shapes = OPS[name]
+    given = [randn(*shape, device=device, seed=i).float() for i, shape in enumerate(shapes)]
+    say_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "ds_fused"):
+        found = op(*[AsyncCollectiveTensor(t) if t.ndim == 3 else t for t in given])
+    assert caplog.text.count("an op was given a tensor (AsyncCollectiveTensor)") == 1
+    leaves = [t.requires_grad_() for t in given]
+    y = op(*leaves)
+    torch.testing.assert_close(found, y.detach())
+    dy = randn(*y.shape, device=device, seed=7).float()
+    wanted = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    for got, exact in zip(torch.autograd.grad(y, leaves, AsyncCollectiveTensor(dy)), wanted, strict=True):
+        assert same_bits(got, exact)
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3)])
+def test_labels_and_ids_that_a_collective_has_yet_to_bring(shape, device):
+    ids = torch.arange(6, device=device).view(shape)
+    x, table, choices = (randn(*s, device=device).float() for s in ((*shape, 8), (8, 8), (*shape, 2)))
+    up, down = randn(8, 10, 8, device=device).float(), randn(8, 8, 5, device=device).float()
+    of_each = torch.stack([ids, ids.flip(0)], -1)
+    for op, given in (
+        (lambda ids: ds_fused.cross_entropy(x, ids), ids),
+        (lambda ids: ds_fused.linear_cross_entropy(x, table, ids), ids),
+        (lambda ids: ds_fused.jsd(x, x.flip(0), ids, ignore_index=2), ids),
+        (lambda ids: ds_fused.embedding(ids, table), ids),
+        (lambda ids: ds_fused.experts(x, up, down, ids, choices), of_each),
+    ):
+        assert same_bits(op(AsyncCollectiveTensor(given)), op(given))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_rows_of_nested_tensors(name, device):
+    op, shapes = OPS[name]
+    many = torch.nested.nested_tensor([randn(n, 8, device=device).float() for n in (3, 2)], layout=torch.jagged)
+    vectors = [randn(8, device=device, seed=i).float() for i, shape in enumerate(shapes) if len(shape) == 1]
+    found = op(*[many] * (len(shapes) - len(vectors)), *vectors)
+    for got, rows in zip(found.unbind(), many.unbind(), strict=True):
+        torch.testing.assert_close(got, op(*[rows] * (len(shapes) - len(vectors)), *vectors))
 
 
 def test_a_parameter_and_a_subclass_are_no_dtensors(device):
