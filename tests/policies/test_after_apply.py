@@ -967,6 +967,42 @@ def test_a_class_that_is_patched_later_compiled(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(cls, "forward", louder(cls.forward))
 
 
+# weights that PyTorch spreads over x, which no kernel reads: such a norm is its original's, and a line says so
+WEIGHTS = {"one": (1,), "a number": (), "a row": (1, -1)}
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("Llama", {}), ("Llama", {"add_rms_norm": True}), ("Qwen3", {}), ("Cohere", {}), ("Qwen3Next", {})],
+)
+def test_a_norm_that_is_given_a_weight_of_another_shape(
+    family: str, options: dict, weight: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, stock = twins(NAMED[family])
+    ds_fused.apply(model, **options)
+    n_exchanged = 0
+    for each in (model, stock):
+        for layer in each.modules():
+            if "Norm" in type(layer).__name__ and type(layer) is not nn.LayerNorm:
+                shape = [layer.weight.numel() if n < 0 else n for n in WEIGHTS[weight]]
+                layer.weight = nn.Parameter(torch.full(shape, 1.5))
+                n_exchanged += 1
+    assert n_exchanged >= 4
+    assert_same_step(model, stock, tolerance=1e-5)
+    assert "Norm runs as it is: " in caplog.messages[0] and "must be one value per column of x" in caplog.messages[0]
+
+
+def test_a_norm_that_has_a_weight_of_another_shape_compiled() -> None:
+    model, stock = pair()
+    for each in (model, stock):
+        each.model.norm.weight = nn.Parameter(torch.full((1,), 1.5))
+    torch.compiler.reset()
+    compiled = torch.compile(model.model, backend="eager", fullgraph=True)
+    found, expected = (each(batch()["input_ids"])[0] for each in (compiled, stock.model))
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_backward_that_keeps_its_graph(kernels: torch.device) -> None:
     model, stock = pair()
     found = []
