@@ -521,6 +521,27 @@ def test_behind_an_interrupted_forward(inputs: Callable, times: int) -> None:
     assert type(model(**prompt()).logits) is torch.Tensor
 
 
+def test_a_hook_that_fails_behind_the_first_forward_is_what_is_raised() -> None:
+    model, stock = pair()
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    hook = model.register_forward_hook(fail, prepend=True)
+    with pytest.raises(ZeroDivisionError):
+        model(**batch())
+    hook.remove()
+    assert_same_step(model, stock, tolerance=1e-5)
+    # that was the first one
+    assert n_hooks(model) == 2
+
+
+def test_logits_that_are_kept_are_read_by_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    model, _ = twins(LLAMA)
+    ds_fused.apply(model, logits="keep")
+    assert type(model(**batch()).logits) is torch.Tensor and not caplog.messages
+
+
 def test_an_interrupted_forward_keeps_nothing_of_its_caller() -> None:
     model, _ = pair()
 
