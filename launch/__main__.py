@@ -126,7 +126,7 @@ def start(run: Run, rendered: Rendered, lock: IO[str]) -> int:
                 print(f"launch: {group.fetch} can't be made: {error}", file=sys.stderr)
                 return 1
     # a command that outlives this process keeps the folder
-    options = {"env": {**os.environ, **rendered.env}, "pass_fds": [lock.fileno()]}
+    options = {"folder": Path(run.folder), "env": {**os.environ, **rendered.env}, "pass_fds": [lock.fileno()]}
     for command in rendered.preflight:
         if status := ended(command, **options):
             print("launch: the preflight failed, so nothing was started", file=sys.stderr)
