@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import launch.__main__ as entry
-from launch.check import check, missing_paths, refuse_secrets, refuse_secrets_typed, typed
+from launch.check import check, missing_paths, refuse_no_folder, refuse_secrets, refuse_secrets_typed, typed
 from launch.clusters import KINDS
 from launch.render import Host, Rendered, ds_config
 from launch.schema import Run
@@ -114,7 +114,10 @@ WRONG = [
     (["cluster.port=any"], "cluster.port is 'any'"),
     (["cluster.kind=cloud"], "cluster.kind is 'cloud', but must be one of local"),
     (["train.steps=many"], "train.steps: Value 'many'"),
-    (["+train.stepz=3"], "train.stepz: Key 'stepz' not in 'Train'"),
+    (["+train.stepz=3"], "train.stepz is no key: train has steps, .*; did you mean steps?"),
+    (["+lr=1"], "lr is no key: there are model, data, train, deepspeed, fused, cluster"),
+    (["cluster=slurm", "+cluster.tiem=1"], "cluster.tiem is no key: cluster has kind, .*; did you mean time?"),
+    (["data=text", "data.text=a.txt"], r"data.text is 'a.txt', but must be a list: 'data.text=\[a.txt\]'"),
     (["model=hub"], "model.path: .*missing"),
     (["resume=maybe"], "resume is 'maybe'"),
     (["+deepspeed.train_batch_size=12"], "deepspeed.train_batch_size is 12, but .* x 4 ranks is 16"),
@@ -318,7 +321,8 @@ def test_a_dry_run_writes_the_folder_and_starts_nothing(tmp_path):
 
 # the second of its points can't run, which keeps no other from its turn
 def test_a_sweep_has_a_folder_for_every_point_and_one_table(tmp_path):
-    points = ["-m", "dry_run=true", f"folder={tmp_path}", "cluster.accelerator=cpu", "train.seed=5,6"]
+    # the option may stand anywhere
+    points = ["dry_run=true", "-m", f"folder={tmp_path}", "cluster.accelerator=cpu", "train.seed=5,6"]
     ended = start([sys.executable, "-m", "launch", *points, "+deepspeed.train_batch_size=8,9"])
     assert ended.status == 1, ended.output
     assert ended.output.count("launch: deepspeed.train_batch_size is 9") == 2
@@ -366,6 +370,16 @@ def test_two_launches_do_not_share_a_folder_and_one_that_cannot_be_written_is_na
         pass
 
 
+def test_a_folder_without_a_name_is_not_the_one_it_is_started_in(tmp_path):
+    ended = start([sys.executable, "-m", "launch", "-m", "folder=", "dry_run=true"], cwd=tmp_path)
+    assert ended.status == 1 and ended.output.startswith("launch: folder is empty, but must name"), ended.output
+    assert not [*tmp_path.iterdir()]
+    for word in ("folder=''", '+folder=""'):
+        with pytest.raises(ValueError, match="folder is empty"):
+            refuse_no_folder([word])
+    refuse_no_folder(["folder=.", "folder='a'", "model.folder="])
+
+
 def test_a_folder_that_hydra_can_not_make_is_named_in_one_line(tmp_path):
     (tmp_path / "file").touch()
     for folder, reason in (("file", "File exists"), ("file/run", "Not a directory")):
@@ -408,7 +422,13 @@ def unread(word: str) -> str:
         ),
         ("data.text=['a${b']", "Error merging override data.text=['a${b']; "),
         ("train.steps=[1", "train.steps=[1: no viable alternative at input '[1'"),
-        ("train.stepz=3", "Could not override 'train.stepz'. To append to your config use +train.stepz=3"),
+        (
+            "train.stepz=3",
+            "train.stepz is no key: train has steps, seed, log_every, eval_every, save_every, timeout_s;",
+        ),
+        ("cluster.tiem=3", "cluster.tiem is no key: cluster has kind, ranks, accelerator, port, preflight, env"),
+        ("lr=3", "lr is no key: there are model, data, train, deepspeed, fused, cluster, folder, resume, dry_run"),
+        ("fused.rope=false", "Could not override 'fused.rope'. To append to your config use +fused.rope=false"),
         ("cluster=nope", "'cluster/nope' Available options in 'cluster': hostfile kubernetes local slurm torchrun"),
         ("folder=${nope}", "Interpolation key 'nope' not found"),
     ],
