@@ -140,6 +140,7 @@ def check(run: Run, ranks: int) -> None:
     check_batch(run.deepspeed, ranks)
     check_parallel(run)
     check_deepspeed(run, ranks)
+    check_checkpoint(run, ranks)
     try:
         ds_fused.parse_config(run.fused)
     except ValueError as error:
@@ -203,6 +204,23 @@ def missing_checkpoint(run: Run) -> Iterator[str]:
             checkpoints.newest(folder)
         except ValueError as error:
             yield f"resume is {str(run.resume).lower()}, but {error}"
+
+
+def check_checkpoint(run: Run, ranks: int) -> None:
+    """Whether the run can go on from the one that is there."""
+    folder = Path(run.folder, "checkpoints")
+    options = OmegaConf.create(run.deepspeed).get("checkpoint") or {}
+    # such ones are for any number of ranks, or lie on other machines too
+    asked = any(options.get(name) for name in ("load_universal", "use_node_local_storage"))
+    if not run.resume or asked or [*missing_checkpoint(run)] or not (folder / "latest").is_file():
+        return
+    checkpoint = folder / checkpoints.newest(folder)
+    stage = OmegaConf.select(OmegaConf.create(run.deepspeed), "zero_optimization.stage") or 0
+    if reason := checkpoints.unlike(checkpoint, ranks, stage):
+        raise ValueError(
+            f"resume is {str(run.resume).lower()}, but {checkpoint} {reason}; what DeepSpeed's ds_to_universal makes "
+            "of it can be loaded with +deepspeed.checkpoint.load_universal=true"
+        )
 
 
 def looks_like_a_folder(name: str) -> bool:

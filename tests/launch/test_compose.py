@@ -302,6 +302,27 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
     assert not [*missing_paths(run_of(*here, "resume=auto"))]
 
 
+def test_a_checkpoint_of_other_ranks_or_another_stage_is_named(tmp_path):
+    saved = tmp_path / "checkpoints" / "global_step4"
+    saved.mkdir(parents=True)
+    saved.with_name("latest").write_text("global_step4")
+    here = [f"folder={tmp_path}", "resume=auto"]
+    for rank in range(2):
+        (saved / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    (saved / "mp_rank_00_model_states.pt").touch()
+    check(run_of(*here, "deepspeed=zero2"), 2)
+    check(run_of(*here, "deepspeed=zero2", "+deepspeed.checkpoint.load_universal=true"), 4)
+    check(run_of(*here, "deepspeed=zero3", "resume=false"), 4)
+    with pytest.raises(ValueError, match="resume is auto, but .*global_step4 was saved by 2 ranks, and this run has 4"):
+        check(run_of(*here, "deepspeed=zero2"), 4)
+    with pytest.raises(ValueError, match="was saved under ZeRO-1 or 2, and this run is under ZeRO-3; .*ds_to_univ"):
+        check(run_of(*here, "deepspeed=zero3"), 2)
+    (saved / "zero_pp_rank_0_mp_rank_00_model_states.pt").touch()
+    check(run_of(*here, "deepspeed=zero3"), 2)
+    with pytest.raises(ValueError, match="was saved under ZeRO-3, and this run is under ZeRO-1"):
+        check(run_of(*here, "deepspeed=zero1"), 2)
+
+
 def test_a_dry_run_writes_the_folder_and_starts_nothing(tmp_path):
     folder = tmp_path / "a run"
     options = ["dry_run=true", f"folder={folder}", "cluster.accelerator=cpu"]

@@ -265,7 +265,10 @@ def test_a_checkpoint_that_is_not_there_or_not_whole_is_named(functions, tmp_pat
     with pytest.raises(ValueError, match=f"{tmp_path}/latest names 'global_step8'; there is global_step4"):
         functions.load_checkpoint(engine, tmp_path)
     (tmp_path / "latest").write_text("global_step4")
-    with pytest.raises(ValueError, match=f"{tmp_path}/latest names 'global_step4', which is not whole: no file"):
+    with pytest.raises(
+        ValueError,
+        match=f"{tmp_path}/latest names 'global_step4', which is not whole, or .*: no file",
+    ):
         functions.load_checkpoint(engine, tmp_path)
 
 
