@@ -24,10 +24,18 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from launch import environment, report
-from launch.check import check, missing_paths, refuse_secrets, refuse_secrets_typed, typed
+from launch.check import (
+    check,
+    missing_paths,
+    refuse_no_folder,
+    refuse_secrets,
+    refuse_secrets_typed,
+    typed,
+    unknown_key,
+)
 from launch.clusters import KINDS
 from launch.real_data import CACHE, FETCH
 from launch.render import Host, Rendered, record
@@ -35,6 +43,9 @@ from launch.schema import Run
 from launch.supervisor import ended
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
+
+# Hydra's options for a sweep
+MULTIRUN = {"-m", "--multirun"}
 
 OmegaConf.register_new_resolver("cached", lambda name: str(CACHE / name), replace=True)
 
@@ -126,7 +137,7 @@ def start(run: Run, rendered: Rendered, lock: IO[str]) -> int:
                 print(f"launch: {group.fetch} can't be made: {error}", file=sys.stderr)
                 return 1
     # a command that outlives this process keeps the folder
-    options = {"env": {**os.environ, **rendered.env}, "pass_fds": [lock.fileno()]}
+    options = {"folder": Path(run.folder), "env": {**os.environ, **rendered.env}, "pass_fds": [lock.fileno()]}
     for command in rendered.preflight:
         if status := ended(command, **options):
             print("launch: the preflight failed, so nothing was started", file=sys.stderr)
@@ -168,7 +179,13 @@ def show(run: Run, rendered: Rendered) -> None:
 def in_one_line(error: Exception) -> str:
     """What Hydra or omegaconf could not read or compose, without their pointers to manuals and to their own objects."""
     lines = []
-    for part in filter(None, (error, error.__cause__)):
+    cause = error.__cause__
+    if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.full_key:
+        kind = cause.parent_node.get("kind") if cause.full_key.startswith("cluster.") else ""
+        # a key that the group has, or one of DeepSpeed's or of ours, may be added with a plus, as Hydra says
+        if unknown := unknown_key(cause.full_key, kind):
+            return unknown
+    for part in filter(None, (error, cause)):
         words = re.split(r"\n(?=See https|Config search path|\s+full_key|\s+object_type)", str(part))[0]
         where = getattr(part, "override", None) or getattr(part, "full_key", None)
         lines.append(" ".join((words if where is None or str(where) in words else f"{where}: {words}").split()))
@@ -199,8 +216,11 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    # its parser takes no option between two overrides
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in MULTIRUN)
     try:
         refuse_secrets_typed(sys.argv[1:])
+        refuse_no_folder(sys.argv[1:])
     except ValueError as error:
         sys.exit(f"launch: {error}")
     for sign in (signal.SIGTERM, signal.SIGHUP):
@@ -222,6 +242,6 @@ if __name__ == "__main__":
         print("launch: interrupted", file=sys.stderr)
         sys.exit(130)
     # only now: one point that fails doesn't keep the others of its sweep from running
-    if failed and {"-m", "--multirun"} & set(sys.argv):
+    if failed and MULTIRUN & set(sys.argv):
         print(f"launch: failed: {', '.join(failed)}", file=sys.stderr)
     sys.exit(1 if failed else 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +19,7 @@ from launch.check_deepspeed import check_batch, check_deepspeed, check_parallel
 from launch.clusters import KINDS, hostfile
 from launch.environment import is_secret
 from launch.real_data import FETCH
-from launch.schema import Run
+from launch.schema import Data, Model, Run, Train
 
 # what is given a value, with the value
 NAMES = re.compile(r"([\w-]+)\s*[=:](?=\s*['\"]?([^\s,{}\[\]'\"]*))")
@@ -53,12 +55,28 @@ def typed(composed: DictConfig) -> Run:
     except OmegaConfBaseException as error:
         # the lines behind the first name omegaconf's own objects
         where = error.full_key or unmergeable(schema, composed) or "configuration"
-        raise ValueError(f"{where}: {str(error).splitlines()[0]}") from None
+        if "is not a ListConfig" in str(error):
+            value = OmegaConf.select(composed, where)
+            raise ValueError(f"{where} is {value!r}, but must be a list: '{where}=[{value}]'") from None
+        raise ValueError(unknown_key(where, kind) or f"{where}: {str(error).splitlines()[0]}") from None
     if run.resume not in (True, False, "auto"):
         raise ValueError(f"resume is {run.resume!r}, but must be auto, true or false")
     if kind == "hostfile":
         run.cluster.hosts = hostfile.read_hosts(run.cluster)
     return run
+
+
+def unknown_key(where: str, kind: str) -> str | None:
+    """What is said of a key that a typed group doesn't have; None of one that it has, and of the other groups."""
+    group, _, name = where.rpartition(".")
+    types = {"": Run, "model": Model, "data": Data, "train": Train}
+    types |= {"cluster": KINDS[kind].Options} if kind in KINDS else {}
+    known = [field.name for field in dataclasses.fields(types[group])] if group in types else [name]
+    if name in known:
+        return None
+    near = difflib.get_close_matches(name, known, n=1)
+    there = f"{group} has" if group else "there are"
+    return f"{where} is no key: {there} {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def check_env(composed: DictConfig) -> None:
@@ -109,6 +127,12 @@ def refuse_secrets_typed(words: Sequence[str]) -> None:
             refuse_secrets({name: word if is_secret("", word) else value})
 
 
+def refuse_no_folder(words: Sequence[str]) -> None:
+    """A variable of the shell that is not set makes it empty, and Hydra would take that for the folder it is in."""
+    if any(re.fullmatch(r"\+{0,2}folder=(''|\"\")?", word) for word in words):
+        raise ValueError("folder is empty, but must name the run's folder (folder=. is this one)")
+
+
 def check(run: Run, ranks: int) -> None:
     """What train.py, DeepSpeed and ds_fused would refuse on the ranks."""
     check_numbers(run)
@@ -116,6 +140,7 @@ def check(run: Run, ranks: int) -> None:
     check_batch(run.deepspeed, ranks)
     check_parallel(run)
     check_deepspeed(run, ranks)
+    check_checkpoint(run, ranks)
     try:
         ds_fused.parse_config(run.fused)
     except ValueError as error:
@@ -179,6 +204,23 @@ def missing_checkpoint(run: Run) -> Iterator[str]:
             checkpoints.newest(folder)
         except ValueError as error:
             yield f"resume is {str(run.resume).lower()}, but {error}"
+
+
+def check_checkpoint(run: Run, ranks: int) -> None:
+    """Whether the run can go on from the one that is there."""
+    folder = Path(run.folder, "checkpoints")
+    options = OmegaConf.create(run.deepspeed).get("checkpoint") or {}
+    # such ones are for any number of ranks, or lie on other machines too
+    asked = any(options.get(name) for name in ("load_universal", "use_node_local_storage"))
+    if not run.resume or asked or [*missing_checkpoint(run)] or not (folder / "latest").is_file():
+        return
+    checkpoint = folder / checkpoints.newest(folder)
+    stage = OmegaConf.select(OmegaConf.create(run.deepspeed), "zero_optimization.stage") or 0
+    if reason := checkpoints.unlike(checkpoint, ranks, stage):
+        raise ValueError(
+            f"resume is {str(run.resume).lower()}, but {checkpoint} {reason}; what DeepSpeed's ds_to_universal makes "
+            "of it can be loaded with +deepspeed.checkpoint.load_universal=true"
+        )
 
 
 def looks_like_a_folder(name: str) -> bool:

@@ -56,17 +56,25 @@ class Dashboard:
 
     def __init__(self, folder: Path, engine: object):
         self.folder, self.written = folder, -math.inf
+        # the longest time between two pages so far
+        self.longest = SECONDS_BETWEEN
         layers = getattr(engine, "ds_fused_report", None)
         (folder / "layers.txt").write_text(f"{layers or 'no layer was replaced'}\n", encoding="utf-8")
 
     def update(self) -> None:
-        if time.monotonic() - self.written >= SECONDS_BETWEEN:
-            write(self.folder, state="running")
+        now = time.monotonic()
+        if now - self.written >= SECONDS_BETWEEN:
+            if self.written > -math.inf:
+                self.longest = max(self.longest, math.ceil(now - self.written))
+            write(self.folder, "running", every=self.longest)
             self.written = time.monotonic()
 
 
-def write(folder: Path, state: str) -> None:
-    """Read the folder and write its page; whole, so that a browser never sees a half of it."""
+def write(folder: Path, state: str, every: int | None = None) -> None:
+    """Read the folder and write its page; whole, so that a browser never sees a half of it.
+
+    ``every``: so many seconds later, at most, it is written again while the run goes on.
+    """
     metrics = folder / "metrics.jsonl"
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
     documents = {}
@@ -78,7 +86,7 @@ def write(folder: Path, state: str) -> None:
     # the last line may be in the midst of being written
     rows = [json.loads(line) for line in lines if line.endswith("}")]
     aside = folder / ".report.html"
-    aside.write_text(page(str(folder), state, rows, layers_text, documents), encoding="utf-8")
+    aside.write_text(page(str(folder), state, rows, layers_text, documents, every), encoding="utf-8")
     aside.replace(folder / "report.html")
 
 
@@ -103,8 +111,15 @@ def failed(status: int) -> str:
     return f"failed: exit status {status}"
 
 
-def page(name: str, state: str, rows: Sequence[Mapping], layers: str, documents: Mapping[str, str]) -> str:
-    """The whole page; a pure function."""
+def page(
+    name: str,
+    state: str,
+    rows: Sequence[Mapping],
+    layers: str,
+    documents: Mapping[str, str],
+    every: int | None = None,
+) -> str:
+    """The whole page; but for the time a pure function."""
     refresh = REFRESH if state in ("starting", "running") else ""
     charts = [
         chart("Loss", {"training": curve(rows, "loss"), "held out": curve(rows, "held_out_loss")}),
@@ -124,7 +139,7 @@ def page(name: str, state: str, rows: Sequence[Mapping], layers: str, documents:
 </head>
 <body>
 <h1>{html.escape(name)}</h1>
-<p class="quiet">{html.escape(state)}, {time.strftime("%Y-%m-%d %H:%M:%S")}</p>
+<p class="quiet">{html.escape(state)}, {heard(every)}</p>
 <ul class="facts">{"".join(f"<li>{title}<b>{html.escape(value)}</b></li>" for title, value in facts(rows))}</ul>
 <div class="charts">
 {"".join(charts)}
@@ -133,6 +148,14 @@ def page(name: str, state: str, rows: Sequence[Mapping], layers: str, documents:
 </body>
 </html>
 """
+
+
+def heard(every: int | None) -> str:
+    """When the run was last heard of, and how long ago that may be: of a machine that is gone nobody says so."""
+    now = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    if every is None:
+        return now
+    return f"last heard of at {now}, until now every {every} s or sooner; much later than that nobody writes this page"
 
 
 def section(title: str, text: str, is_open: bool) -> str:

@@ -1,6 +1,9 @@
 """Between a launch and a command that it runs: no rank on this machine outlives the launcher that started it.
 
-    python launch/supervisor.py PID SECONDS COMMAND ...    PID: the launch's; SECONDS: what COMMAND may take to end
+    python launch/supervisor.py PID SECONDS FOLDER COMMAND ...
+
+PID: the launch's; SECONDS: what COMMAND may take to end; FOLDER: the run's, whose report.html says how it ended, which
+this process writes there where the launch is gone.
 
 A launcher ends its ranks where it is told to, but not where it is killed; and torchrun's have sessions of their own,
 where no signal to the command's group reaches them. On Linux processes that lose their parent become children of this
@@ -31,6 +34,12 @@ from pathlib import Path
 
 import psutil
 
+# this file is run as a script, and imported by the launch
+if __package__:
+    from launch import report
+else:
+    import report
+
 # what a command may take to end its ranks, on this machine and on others: launchers give them 30
 SECONDS_TO_END = 45
 # and what this process may take beyond that, for those who stay
@@ -42,9 +51,12 @@ PR_SET_CHILD_SUBREAPER = 36
 RANK = {"RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK"}
 
 
-def ended(command: Sequence[str], **options: object) -> int:
-    """Run it to its end. What it has started on this machine ends with it, also where this process is interrupted."""
-    above = [sys.executable, str(Path(__file__).resolve()), str(os.getpid()), str(SECONDS_TO_END)]
+def ended(command: Sequence[str], folder: Path, **options: object) -> int:
+    """Run it to its end. What it has started on this machine ends with it, also where this process is interrupted.
+
+    ``folder``: the run's, for whose page this process may not be there any more.
+    """
+    above = [sys.executable, str(Path(__file__).resolve()), str(os.getpid()), str(SECONDS_TO_END), str(folder)]
     # a session of its own: the terminal's signals come by this process, once
     process = subprocess.Popen([*above, *command], start_new_session=True, **options)
     try:
@@ -180,13 +192,18 @@ def end_as(status: int) -> int:
 
 
 def main() -> int:
-    launch, seconds, *command = sys.argv[1:]
+    launch, seconds, folder, *command = sys.argv[1:]
     try:
         supervisor = Supervisor(int(launch), float(seconds), command)
     except OSError as error:
         print(f"launch: {command[0]} can't be started: {error.strerror}", file=sys.stderr)
         return 127
-    return end_as(supervisor.run())
+    status = supervisor.run()
+    if os.getppid() != int(launch):
+        # a rank that was told to end may have taken that for a failure
+        with suppress(OSError):
+            report.finish(Path(folder), "failed: the launch was killed", over="failed")
+    return end_as(status)
 
 
 if __name__ == "__main__":

@@ -45,9 +45,12 @@ def token_blocks(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     blocks = [
         torch.tensor(ids[: len(ids) // args.block * args.block]).view(-1, args.block) for ids in (train, held_out)
     ]
-    for name, part in zip(("training", "held-out"), blocks, strict=True):
-        if not len(part):
-            raise ValueError(f"the {name} text is shorter than one block of {args.block} tokens")
+    for name, ids, remedy in (("training", train, ""), ("held-out", held_out, ", or a larger --held_out")):
+        if len(ids) < args.block:
+            raise ValueError(
+                f"the {name} text has {len(ids)} tokens, which are fewer than a --block of {args.block}: give more "
+                f"text, or smaller blocks{remedy}"
+            )
     every = max(1, len(blocks[1]) // args.eval_blocks)
     return blocks[0], blocks[1][::every][: args.eval_blocks]
 

@@ -193,7 +193,8 @@ def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> Path:
     except (AssertionError, FileNotFoundError) as error:
         # DeepSpeed's words for files that are not there
         files = ", ".join(sorted(path.name for path in (folder / tag).iterdir())) or "no file"
-        raise ValueError(f"{folder}/latest names {tag!r}, which is not whole: {files}") from error
+        latest = f"{folder}/latest names {tag!r}"
+        raise ValueError(f"{latest}, which is not whole, or of another stage of ZeRO: {files}") from error
     return folder / tag
 
 

@@ -1,13 +1,10 @@
 """ZeRO-3: read the whole weight of a layer outside its forward, where DeepSpeed's hooks don't gather it.
 
-Gathering is a collective, so a rank that gathers alone hangs. Therefore the ranks first meet at the store (a plain
-key-value exchange, no collective): all arrived within the time-out, all gather; otherwise every rank that did arrive
-gets one error that names the remedy, and the job can go on, since nothing was started.
+Gathering is a collective, so a rank that gathers alone hangs. Therefore the ranks first meet (modules/meeting.py).
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
@@ -15,14 +12,10 @@ from typing import TYPE_CHECKING
 from torch import distributed as dist
 from torch import nn
 
+from ds_fused.modules.meeting import meet
+
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
-
-# How long the first rank waits for the last. Ranks that all read do so within moments of each other; much longer, and a
-# read on one rank alone would look like a hang.
-PATIENCE_SECONDS = 60.0
-# the store is asked this often meanwhile
-POLL_SECONDS = 0.01
 
 
 def whole_weight_of(engine: DeepSpeedEngine) -> Callable[[nn.Module], AbstractContextManager]:
@@ -71,30 +64,8 @@ class Meeting:
     def hold(self, params: list[nn.Parameter]) -> None:
         """Return when all ranks of the parameters' group are here; RuntimeError on all that came when some did not."""
         ranks = dist.get_process_group_ranks(params[0].ds_process_group)
-        if len(ranks) == 1:
-            return
-        store = dist.PrefixStore("ds_fused/whole_weight", dist.distributed_c10d._get_default_store())
-        place = f"{self._name()}/{[p.ds_id for p in params]}/{ranks}"
-        arrived, verdict, gone = f"{place}/arrived", f"{place}/verdict", f"{place}/gone"
-        if store.add(arrived, 1) == len(ranks):
-            store.compare_set(verdict, "", "all")
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not store.check([verdict]):
-            if time.monotonic() > deadline:
-                # whoever writes first decides for all: the last rank may be arriving at this moment
-                store.compare_set(verdict, "", "some")
-                break
-            time.sleep(POLL_SECONDS)
-        if store.get(verdict) != b"all":
-            raise RuntimeError(
-                f"ds_fused: outputs.logits were read on {store.add(arrived, 0)} of {len(ranks)} ranks within "
-                f"{PATIENCE_SECONDS:g} s. Under ZeRO-3 the head's weight is sharded, so after a fused loss they can be "
-                'computed only where all ranks read them. Read them on every rank, or set "logits": "keep" in the '
-                "ds_fused block, which computes them inside the forward."
-            )
-        if store.add(gone, 1) == len(ranks):
-            for key in (arrived, verdict, gone):
-                store.delete_key(key)
+        if len(ranks) > 1:
+            meet(f"{self._name()}/{[p.ds_id for p in params]}", ranks, "ZeRO-3")
 
     def _name(self) -> str:
         # By step, not by a count since the start: a rank that once read alone would be out of step with the others for

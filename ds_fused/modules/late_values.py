@@ -14,8 +14,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from ds_fused.modules.head_call import HeadCall, unwritten, version
+from ds_fused.modules.meeting import meet
 from ds_fused.modules.steps import Step, replay
 from ds_fused.ops._say import say_once
 
@@ -56,7 +58,7 @@ class Source:
         shape: torch.Size,
         dtype: torch.dtype,
         device: torch.device,
-        together: bool,  # all ranks have to
+        together: Callable[[], bool],  # whether all ranks have to
         origin: tuple[object, ...] | None = None,  # whose logits they are, and the steps on them but casts
     ) -> None:
         self._compute: Callable[[], Tensor] | None = compute
@@ -92,7 +94,7 @@ class Source:
 class Read:
     """How the logits of one forward are computed: head(hidden), under the forward's autocast."""
 
-    __slots__ = ("autocast", "head", "hidden", "kept", "sample", "seen", "version", "whole_weight")
+    __slots__ = ("autocast", "head", "hidden", "is_late", "kept", "name", "sample", "seen", "version", "whole_weight")
 
     def __init__(
         self,
@@ -111,13 +113,23 @@ class Read:
         self.whole_weight = whole_weight
         # weight and bias where they stay whole: the head may have others by then, of functional_call or parametrized
         self.kept = kept
+        # of what a restored head no longer has
+        scope = call.head._ds_fused_scope
+        self.name, self.is_late = scope.name_of_read(), scope.logits == "defer"
+
+    def is_sharded_since(self) -> bool:
+        """Whether what was kept is no longer there: FSDP takes the memory of a weight away when a forward is over."""
+        return self.kept is not None and self.kept[0].numel() > 0 and self.kept[0].untyped_storage().size() == 0
 
     def __call__(self) -> Tensor:
-        _say_who_reads(_caller())
+        # where they are kept, nobody but the forward's end does
+        if self.is_late:
+            _say_who_reads(_caller())
         # not the head's own call: outside the model's forward its hooks have no place in ZeRO-3's order of gathering
         with torch.inference_mode(self.hidden.is_inference()), torch.no_grad(), self.whole_weight(self.head):
-            weight, bias = self.kept or (self.head.weight, self.head.bias)
-            now = weight if self.kept else self.seen(self.head)
+            kept = gathered(self.head, self.kept, self.name) if self.is_sharded_since() else self.kept
+            weight, bias = kept or (self.head.weight, self.head.bias)
+            now = weight if kept else self.seen(self.head)
             if self.sample is not None and now is not None:
                 say_if_changed(now, self.sample)
             return self.logits(unwritten(self.hidden, self.version), weight, bias)
@@ -125,6 +137,22 @@ class Read:
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         with torch.autocast(hidden.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             return F.linear(hidden, weight, bias)
+
+
+def gathered(head: nn.Module, kept: tuple[Tensor, Tensor | None], name: str) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a head that FSDP2 has sharded since, whole, in the dtype that the forward had them in."""
+    found = [None if was is None else getattr(head, each) for each, was in zip(("weight", "bias"), kept, strict=True)]
+    if not hasattr(found[0], "full_tensor"):
+        raise RuntimeError(
+            "ds_fused: outputs.logits are read when the memory of the head's weight was taken away, as by FSDP1; set "
+            '"logits": "keep", which computes them inside the forward, or "eval": "stock" where it is an evaluation'
+        )
+    for i, placement in enumerate(found[0].placements):
+        ranks = dist.get_process_group_ranks(found[0].device_mesh.get_group(i))
+        if placement.is_shard() and len(ranks) > 1:
+            meet(name, ranks, "FSDP")
+    weight, bias = found
+    return weight.full_tensor().to(kept[0].dtype), None if bias is None else bias.full_tensor().to(kept[1].dtype)
 
 
 def _caller() -> str:

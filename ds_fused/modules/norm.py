@@ -11,10 +11,20 @@ from torch import Tensor, nn
 
 from ds_fused.modules.swap import hooks_of_all, is_class_patched
 from ds_fused.ops import add_rms_norm, gated_rms_norm, group_norm, layer_norm, rms_norm
+from ds_fused.ops._norms import NotPerColumnError
 from ds_fused.ops._say import say_once
 from ds_fused.ops._triton import rms_norm_dtype
 
 EPS_NAMES = ("variance_epsilon", "eps", "norm_eps", "epsilon", "layer_norm_eps")
+
+
+def say_as_it_is(module: nn.Module, error: NotPerColumnError) -> None:
+    """That a norm's own forward runs: it multiplies by any weight that PyTorch spreads over x, such as a number.
+
+    That is no question asked at each call: where the weight is one value per column, the op never raises.
+    """
+    if not torch.compiler.is_compiling():
+        say_once(f"ds_fused: a {type(module).__name__} runs as it is: {error}")
 
 
 class RMSNorm:
@@ -31,9 +41,16 @@ class RMSNorm:
         x, *residual = (*args, *named.values())  # hidden_states to some, x to others
         weight, bias = getattr(self, "weight", None), getattr(self, "bias", None)
         eps = getattr(self, self.fused_eps)
+        try:
+            if residual:
+                return add_rms_norm(x, *residual, weight, eps=eps, offset=self.fused_offset, cast=self.fused_cast)
+            return rms_norm(x, weight, bias=bias, eps=eps, offset=self.fused_offset, cast=self.fused_cast)
+        except NotPerColumnError as error:
+            say_as_it_is(self, error)
         if residual:
-            return add_rms_norm(x, *residual, weight, eps=eps, offset=self.fused_offset, cast=self.fused_cast)
-        return rms_norm(x, weight, bias=bias, eps=eps, offset=self.fused_offset, cast=self.fused_cast)
+            total = x + residual[0]
+            return super().forward(total), total
+        return super().forward(x)
 
 
 def _is_real(x: Tensor) -> bool:
@@ -89,7 +106,11 @@ class OwnLayerNorm:
         (x,) = (*args, *named.values())
         weight, bias = getattr(self, "weight", None), getattr(self, "bias", None)
         eps = getattr(self, self.fused_eps) if isinstance(self.fused_eps, str) else self.fused_eps
-        return layer_norm(x, weight, bias, eps=eps).to(x.dtype)
+        try:
+            return layer_norm(x, weight, bias, eps=eps).to(x.dtype)
+        except NotPerColumnError as error:
+            say_as_it_is(self, error)
+        return super().forward(x)
 
 
 class LayerNorm1P:
@@ -123,16 +144,20 @@ class GatedRMSNorm:
     def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
         if gate is None:
             return super().forward(hidden_states, None)
-        return gated_rms_norm(
-            hidden_states,
-            gate,
-            getattr(self, "weight", None),
-            eps=getattr(self, self.fused_eps),
-            order=self.fused_order,
-            cast=self.fused_cast,
-            act=self.fused_act,
-            group_size=self.fused_group_size,
-        )
+        try:
+            return gated_rms_norm(
+                hidden_states,
+                gate,
+                getattr(self, "weight", None),
+                eps=getattr(self, self.fused_eps),
+                order=self.fused_order,
+                cast=self.fused_cast,
+                act=self.fused_act,
+                group_size=self.fused_group_size,
+            )
+        except NotPerColumnError as error:
+            say_as_it_is(self, error)
+        return super().forward(hidden_states, gate)
 
 
 class GroupNorm:

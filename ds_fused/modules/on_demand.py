@@ -156,7 +156,7 @@ class LogitsOnDemand(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func == _IS_NESTED and args[0]._source.together:
+        if func == _IS_NESTED and args[0]._source.together():
             args[0].values()
         if func in _OF_GRADIENTS and _is_a_users(*args[1:], **kwargs):
             _say_apart()
@@ -245,12 +245,17 @@ def _whole(head: nn.Module) -> Tensor:
     return head.weight
 
 
+def _always() -> bool:
+    return True
+
+
 def on_demand(call: HeadCall, whole_weight: WholeWeight, weight: Tensor, bias: Tensor | None) -> LogitsOnDemand:
     """The output of a postponed head call, on demand. To be called where the weight is whole: in the head's forward."""
     is_sharded = whole_weight is not contextlib.nullcontext
     kept = None if is_sharded else (weight.detach(), None if bias is None else bias.detach())
     read = Read(call, whole_weight, _whole, weight, kept)
-    source = Source(read, call.shape, call.dtype, call.hidden.device, together=is_sharded)
+    together = _always if is_sharded else read.is_sharded_since
+    source = Source(read, call.shape, call.dtype, call.hidden.device, together=together)
     return _Logits.apply(read, source, call.hidden, weight, bias)
 
 
@@ -258,7 +263,7 @@ def sealed(call: HeadCall, whole_weight: WholeWeight, shard: Seen) -> LogitsOnDe
     """The same where the weight is not whole: the logits can be read later, and a gradient to them is an error."""
     # not even looked at: within the model's forward ZeRO-3 would gather it, and hold it until the forward ends
     read = Read(call, whole_weight, shard, shard(call.head))
-    return _Sealed.apply(Source(read, call.shape, call.dtype, call.hidden.device, together=True), call.hidden)
+    return _Sealed.apply(Source(read, call.shape, call.dtype, call.hidden.device, together=_always), call.hidden)
 
 
 def leaving(logits: DeferredLogits) -> LogitsOnDemand:

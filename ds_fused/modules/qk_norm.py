@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ds_fused.modules.norm import RMSNorm, takes_more
 from ds_fused.modules.postponed import Postponed, computed
 from ds_fused.ops import rms_norm_rope
+from ds_fused.ops._norms import NotPerColumnError
 
 
 class Waiting:
@@ -96,7 +97,7 @@ def form_of(norm: nn.Module) -> tuple[float, float, str]:
 def turned_together(
     q: Normed, k: Normed, cos: Tensor, sin: Tensor, heads_dim: int, keep_dtype: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """Both normalised and turned in one launch; None where one norm has been computed, or they are of unlike forms."""
+    """Both normalised and turned in one launch; None where one norm has been computed, or that can't be."""
     norms = q.waiting.norm, k.waiting.norm
     late = q.waiting.y is not None or k.waiting.y is not None
     if late or norms[0] is norms[1] or form_of(norms[0]) != form_of(norms[1]):
@@ -112,7 +113,11 @@ def turned_together(
 
         return norms[1](*tensors, within_both)
 
-    return norms[0](q.x, k.x, cos, sin, within_first)
+    try:
+        return norms[0](q.x, k.x, cos, sin, within_first)
+    except NotPerColumnError:
+        # each by itself, by whichever forward it then has
+        return None
 
 
 def with_waiting_norms(forward: Callable, stock: Callable, names: Sequence[str]) -> Callable:

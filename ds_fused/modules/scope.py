@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import sys
 import threading
 from collections.abc import Mapping
@@ -78,6 +79,9 @@ def _is_executing(call: int) -> bool:
     return frame is not None
 
 
+# every scope of a process has another number, the same on all ranks
+_NUMBERS = itertools.count()
+
 # of all threads: what one of them looks at stays where it is meanwhile
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -126,11 +130,13 @@ class Scope:
         self._without_gradients = False
         self._handles: list[Any] = []
         self._said_unfused = False
+        self._number, self._reads = next(_NUMBERS), 0
 
     def __deepcopy__(self, memo: dict) -> Scope:
         memo[id(self)] = twin = copy.copy(self)
         twin._modes, twin._trained, twin._places = list(self._modes), list(self._trained), list(self._places)
         twin.left = []
+        twin._number = next(_NUMBERS)
         # with the head alone, as PEFT copies it, none of what else hangs on the model's hooks
         with_model = any(id(handle.hooks_dict_ref()) in memo for handle in self._handles)
         twin._handles = copy.deepcopy(self._handles, memo) if with_model else []
@@ -138,7 +144,7 @@ class Scope:
 
     def __setstate__(self, state: dict) -> None:
         # of what is loaded nothing runs
-        vars(self).update(state, left=[], _modes=[], _trained=[], _places=[])
+        vars(self).update(state, left=[], _modes=[], _trained=[], _places=[], _number=next(_NUMBERS))
 
     def attach(self, owner: nn.Module) -> None:
         self._handles = [
@@ -167,6 +173,11 @@ class Scope:
             self._without_gradients = defers and not torch.is_grad_enabled()
             self._waited = defers = defers and not self._without_gradients
         return defers
+
+    def name_of_read(self) -> str:
+        """Of logits that somebody may read later; where that takes all ranks, they meet under it."""
+        self._reads += 1
+        return f"{self._number}.{self._reads}"
 
     def is_running(self) -> bool:
         """Whether a forward is."""

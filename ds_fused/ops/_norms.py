@@ -26,13 +26,18 @@ class Wanted(NamedTuple):
     dbias: bool
 
 
+class NotPerColumnError(ValueError):
+    """A weight or a bias that is not one value per column of x."""
+
+
 def check_per_column(op: str, x: Tensor, **vectors: Tensor | None) -> None:
     """Each vector holds one value per column of x, or is None."""
     if x.ndim == 0:
         raise ValueError(f"{op}: x is a number; it must have a last dimension, its columns")
     for name, vector in vectors.items():
         if vector is not None and vector.shape != x.shape[-1:]:
-            raise ValueError(f"{op}: {name} {tuple(vector.shape)} must be one value per column of x {tuple(x.shape)}")
+            shapes = f"{tuple(vector.shape)} must be one value per column of x {tuple(x.shape)}"
+            raise NotPerColumnError(f"{op}: {name} {shapes}")
 
 
 def contiguous(vector: Tensor | None) -> Tensor | None:

@@ -161,9 +161,21 @@ def tile(room: Tensor, n_tokens: int, n_rows: int) -> Tensor:
     return room[: n_tokens * stride].view(n_tokens, stride)[:, :n_rows]
 
 
+def new_tile(room: Tensor, n_tokens: int, n_rows: int) -> Tensor:
+    """A tile that is about to be written.
+
+    On a CPU nothing lies between its rows that is no number: where rows are strided, oneDNN's products in bf16 read
+    some of it, times 0, and of what was in memory before that would make NaN.
+    """
+    z = tile(room, n_tokens, n_rows)
+    if room.device.type == "cpu" and n_rows < z.stride(0):
+        room[: n_tokens * z.stride(0)].view(n_tokens, -1)[:, n_rows:].zero_()
+    return z
+
+
 def logits_of(room: Tensor, x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
     """x @ rows.T + bias, written into the room of a tile."""
-    z = tile(room, x.shape[0], rows.shape[0])
+    z = new_tile(room, x.shape[0], rows.shape[0])
     if bias is None:
         torch.mm(x, rows.t(), out=z)
     else:

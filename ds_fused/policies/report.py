@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -251,8 +252,10 @@ class Watch:
         if torch.compiler.is_compiling() or not self._counted:
             return
         self._uncount()
-        if output is None:
-            return  # the forward raised, which says nothing about the swap: the next one is the first
+        if output is None or sys.exc_info()[1] is not None:
+            # it raised, or a hook behind it, which says nothing about the swap: the next one is the first. And PyTorch
+            # is going through the hooks, of which none may be taken away: it would raise another error
+            return
         self.stop()
         self.silent = [claim for claim in self._claims if not self._called.intersection(claim.watched())]
         if self.silent:

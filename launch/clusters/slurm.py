@@ -103,7 +103,9 @@ def job_script(run: Run, nodes: int, ranks: int, on_cpu: bool, host: Host) -> st
         "job-name": cluster.job_name, "nodes": nodes, "ntasks-per-node": 1, "partition": cluster.partition,
         "account": cluster.account, "qos": cluster.qos, "time": cluster.time, "cpus-per-task": cluster.cpus,
         "gres": None if on_cpu else f"gpu:{ranks}" if cluster.gres == "auto" else cluster.gres,
-        "output": at(run, "slurm-%j.out"), "open-mode": "append", "signal": f"USR1@{cluster.notice}",
+        # sbatch puts in what stands for a %j, and a % for two
+        "output": at(run, "slurm-").replace("%", "%%") + "%j.out",
+        "open-mode": "append", "signal": f"USR1@{cluster.notice}",
     }  # fmt: skip
     lines = [f"--{name}={value}" for name, value in given.items() if value is not None]
     lines += ["--requeue" if cluster.requeue else "--no-requeue", *(cluster.options or [])]

@@ -86,9 +86,9 @@ def train(stage, block, said, compiled=False, **more):
 
 
 def read_alone(said):
-    from ds_fused.engine import zero3
+    from ds_fused.modules import meeting
 
-    zero3.PATIENCE_SECONDS = 1.0
+    meeting.PATIENCE_SECONDS = 1.0
     engine = train(3, ON, {})
     out = engine(input_ids=batch(5), labels=batch(5))
     engine.backward(out.loss)
@@ -99,7 +99,7 @@ def read_alone(said):
         except RuntimeError as e:
             said["alone"] = str(e)
     engine.step()
-    zero3.PATIENCE_SECONDS = 60.0
+    meeting.PATIENCE_SECONDS = 60.0
     # the job goes on, and so do reads by all
     out = engine(input_ids=batch(6), labels=batch(6))
     said["together"] = list(out.logits.argmax(-1).shape)

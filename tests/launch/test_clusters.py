@@ -124,6 +124,11 @@ def test_a_slurm_job_of_cpu_ranks_that_is_not_put_back():
     assert "export OMP_NUM_THREADS=16" in files["node.sh"].splitlines()
 
 
+def test_a_folder_that_sbatch_would_read_otherwise():
+    job = rendered("cluster=slurm", "folder=/runs/lr%j").files["job.sh"]
+    assert "#SBATCH --output=/runs/lr%%j/slurm-%j.out" in job and "--out /runs/lr%j" in job
+
+
 def test_every_folder_has_a_name_of_its_own_in_kubernetes():
     folders = [
         "/runs/a",

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import launch.__main__ as entry
-from launch.check import check, missing_paths, refuse_secrets, refuse_secrets_typed, typed
+from launch.check import check, missing_paths, refuse_no_folder, refuse_secrets, refuse_secrets_typed, typed
 from launch.clusters import KINDS
 from launch.render import Host, Rendered, ds_config
 from launch.schema import Run
@@ -114,7 +114,10 @@ WRONG = [
     (["cluster.port=any"], "cluster.port is 'any'"),
     (["cluster.kind=cloud"], "cluster.kind is 'cloud', but must be one of local"),
     (["train.steps=many"], "train.steps: Value 'many'"),
-    (["+train.stepz=3"], "train.stepz: Key 'stepz' not in 'Train'"),
+    (["+train.stepz=3"], "train.stepz is no key: train has steps, .*; did you mean steps?"),
+    (["+lr=1"], "lr is no key: there are model, data, train, deepspeed, fused, cluster"),
+    (["cluster=slurm", "+cluster.tiem=1"], "cluster.tiem is no key: cluster has kind, .*; did you mean time?"),
+    (["data=text", "data.text=a.txt"], r"data.text is 'a.txt', but must be a list: 'data.text=\[a.txt\]'"),
     (["model=hub"], "model.path: .*missing"),
     (["resume=maybe"], "resume is 'maybe'"),
     (["+deepspeed.train_batch_size=12"], "deepspeed.train_batch_size is 12, but .* x 4 ranks is 16"),
@@ -299,6 +302,27 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
     assert not [*missing_paths(run_of(*here, "resume=auto"))]
 
 
+def test_a_checkpoint_of_other_ranks_or_another_stage_is_named(tmp_path):
+    saved = tmp_path / "checkpoints" / "global_step4"
+    saved.mkdir(parents=True)
+    saved.with_name("latest").write_text("global_step4")
+    here = [f"folder={tmp_path}", "resume=auto"]
+    for rank in range(2):
+        (saved / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    (saved / "mp_rank_00_model_states.pt").touch()
+    check(run_of(*here, "deepspeed=zero2"), 2)
+    check(run_of(*here, "deepspeed=zero2", "+deepspeed.checkpoint.load_universal=true"), 4)
+    check(run_of(*here, "deepspeed=zero3", "resume=false"), 4)
+    with pytest.raises(ValueError, match="resume is auto, but .*global_step4 was saved by 2 ranks, and this run has 4"):
+        check(run_of(*here, "deepspeed=zero2"), 4)
+    with pytest.raises(ValueError, match="was saved under ZeRO-1 or 2, and this run is under ZeRO-3; .*ds_to_univ"):
+        check(run_of(*here, "deepspeed=zero3"), 2)
+    (saved / "zero_pp_rank_0_mp_rank_00_model_states.pt").touch()
+    check(run_of(*here, "deepspeed=zero3"), 2)
+    with pytest.raises(ValueError, match="was saved under ZeRO-3, and this run is under ZeRO-1"):
+        check(run_of(*here, "deepspeed=zero1"), 2)
+
+
 def test_a_dry_run_writes_the_folder_and_starts_nothing(tmp_path):
     folder = tmp_path / "a run"
     options = ["dry_run=true", f"folder={folder}", "cluster.accelerator=cpu"]
@@ -318,7 +342,8 @@ def test_a_dry_run_writes_the_folder_and_starts_nothing(tmp_path):
 
 # the second of its points can't run, which keeps no other from its turn
 def test_a_sweep_has_a_folder_for_every_point_and_one_table(tmp_path):
-    points = ["-m", "dry_run=true", f"folder={tmp_path}", "cluster.accelerator=cpu", "train.seed=5,6"]
+    # the option may stand anywhere
+    points = ["dry_run=true", "-m", f"folder={tmp_path}", "cluster.accelerator=cpu", "train.seed=5,6"]
     ended = start([sys.executable, "-m", "launch", *points, "+deepspeed.train_batch_size=8,9"])
     assert ended.status == 1, ended.output
     assert ended.output.count("launch: deepspeed.train_batch_size is 9") == 2
@@ -366,6 +391,16 @@ def test_two_launches_do_not_share_a_folder_and_one_that_cannot_be_written_is_na
         pass
 
 
+def test_a_folder_without_a_name_is_not_the_one_it_is_started_in(tmp_path):
+    ended = start([sys.executable, "-m", "launch", "-m", "folder=", "dry_run=true"], cwd=tmp_path)
+    assert ended.status == 1 and ended.output.startswith("launch: folder is empty, but must name"), ended.output
+    assert not [*tmp_path.iterdir()]
+    for word in ("folder=''", '+folder=""'):
+        with pytest.raises(ValueError, match="folder is empty"):
+            refuse_no_folder([word])
+    refuse_no_folder(["folder=.", "folder='a'", "model.folder="])
+
+
 def test_a_folder_that_hydra_can_not_make_is_named_in_one_line(tmp_path):
     (tmp_path / "file").touch()
     for folder, reason in (("file", "File exists"), ("file/run", "Not a directory")):
@@ -408,7 +443,13 @@ def unread(word: str) -> str:
         ),
         ("data.text=['a${b']", "Error merging override data.text=['a${b']; "),
         ("train.steps=[1", "train.steps=[1: no viable alternative at input '[1'"),
-        ("train.stepz=3", "Could not override 'train.stepz'. To append to your config use +train.stepz=3"),
+        (
+            "train.stepz=3",
+            "train.stepz is no key: train has steps, seed, log_every, eval_every, save_every, timeout_s;",
+        ),
+        ("cluster.tiem=3", "cluster.tiem is no key: cluster has kind, ranks, accelerator, port, preflight, env"),
+        ("lr=3", "lr is no key: there are model, data, train, deepspeed, fused, cluster, folder, resume, dry_run"),
+        ("fused.rope=false", "Could not override 'fused.rope'. To append to your config use +fused.rope=false"),
         ("cluster=nope", "'cluster/nope' Available options in 'cluster': hostfile kubernetes local slurm torchrun"),
         ("folder=${nope}", "Interpolation key 'nope' not found"),
     ],

@@ -170,7 +170,7 @@ def test_a_killed_launch_takes_its_command_and_its_ranks_along(tmp_path, launch_
     launch_of_a_rank.kill()
     # its command has the other end
     launch_of_a_rank.communicate(timeout=60)
-    assert has_ended(tmp_path)
+    assert has_ended(tmp_path) and state(tmp_path / "run") == "failed: the launch was killed"
     # the next one may write there
     with entry.held(Run(folder=str(tmp_path / "run"))):
         pass

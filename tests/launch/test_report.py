@@ -91,6 +91,18 @@ def test_it_reloads_itself_only_while_the_run_goes():
     assert 'http-equiv="refresh"' not in page(state="ended")
 
 
+# of a machine that is gone nobody writes how the run ended
+def test_it_says_how_long_ago_a_running_run_may_have_been_heard_of(tmp_path, monkeypatch):
+    folder = written_run(tmp_path / "run", 3, ROWS)
+    dashboard = report.Dashboard(folder, object())
+    for now, seconds in ((0.0, 10), (10.0, 10), (35.5, 26), (45.5, 26)):
+        monkeypatch.setattr(report.time, "monotonic", lambda now=now: now)
+        dashboard.update()
+        assert f", until now every {seconds} s or sooner;" in (folder / "report.html").read_text()
+    report.write(folder, "ended")
+    assert "sooner" not in (folder / "report.html").read_text()
+
+
 def test_many_ranks_are_shown_by_the_least_and_the_most():
     rows = [{"step": 1, "memory_gb_by_rank": [float(rank) for rank in range(1024)]}]
     assert report.memory_by_rank(rows) == {"most": [(1, 1023.0)], "least": [(1, 0.0)]}

@@ -182,7 +182,7 @@ def test_text_that_is_not_there_or_too_short_is_named(functions, text_blocks, ti
     with pytest.raises(ValueError, match=f"--text {latin}: not UTF-8 at byte 3"):
         text_blocks.read(latin)
     options = ["--model", str(tiny_model), "--text", str(text), "--steps", "1", "--out", str(tmp_path)]
-    with pytest.raises(ValueError, match="the held-out text is shorter than one block of 4096 tokens"):
+    with pytest.raises(ValueError, match=r"held-out text has \d+ tokens, .* a --block of 4096: .*--held_out"):
         text_blocks.token_blocks(functions.parse_options([*options, "--block", "4096"]))
 
 
@@ -265,7 +265,10 @@ def test_a_checkpoint_that_is_not_there_or_not_whole_is_named(functions, tmp_pat
     with pytest.raises(ValueError, match=f"{tmp_path}/latest names 'global_step8'; there is global_step4"):
         functions.load_checkpoint(engine, tmp_path)
     (tmp_path / "latest").write_text("global_step4")
-    with pytest.raises(ValueError, match=f"{tmp_path}/latest names 'global_step4', which is not whole: no file"):
+    with pytest.raises(
+        ValueError,
+        match=f"{tmp_path}/latest names 'global_step4', which is not whole, or .*: no file",
+    ):
         functions.load_checkpoint(engine, tmp_path)
 
 

@@ -521,6 +521,27 @@ def test_behind_an_interrupted_forward(inputs: Callable, times: int) -> None:
     assert type(model(**prompt()).logits) is torch.Tensor
 
 
+def test_a_hook_that_fails_behind_the_first_forward_is_what_is_raised() -> None:
+    model, stock = pair()
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    hook = model.register_forward_hook(fail, prepend=True)
+    with pytest.raises(ZeroDivisionError):
+        model(**batch())
+    hook.remove()
+    assert_same_step(model, stock, tolerance=1e-5)
+    # that was the first one
+    assert n_hooks(model) == 2
+
+
+def test_logits_that_are_kept_are_read_by_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    model, _ = twins(LLAMA)
+    ds_fused.apply(model, logits="keep")
+    assert type(model(**batch()).logits) is torch.Tensor and not caplog.messages
+
+
 def test_an_interrupted_forward_keeps_nothing_of_its_caller() -> None:
     model, _ = pair()
 
@@ -965,6 +986,42 @@ def test_a_class_that_is_patched_later_compiled(monkeypatch: pytest.MonkeyPatch)
         found, expected = (each(batch()["input_ids"])[0] for each in (compiled, stock.model))
         torch.testing.assert_close(found, expected)
         monkeypatch.setattr(cls, "forward", louder(cls.forward))
+
+
+# weights that PyTorch spreads over x, which no kernel reads: such a norm is its original's, and a line says so
+WEIGHTS = {"one": (1,), "a number": (), "a row": (1, -1)}
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("Llama", {}), ("Llama", {"add_rms_norm": True}), ("Qwen3", {}), ("Cohere", {}), ("Qwen3Next", {})],
+)
+def test_a_norm_that_is_given_a_weight_of_another_shape(
+    family: str, options: dict, weight: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, stock = twins(NAMED[family])
+    ds_fused.apply(model, **options)
+    n_exchanged = 0
+    for each in (model, stock):
+        for layer in each.modules():
+            if "Norm" in type(layer).__name__ and type(layer) is not nn.LayerNorm:
+                shape = [layer.weight.numel() if n < 0 else n for n in WEIGHTS[weight]]
+                layer.weight = nn.Parameter(torch.full(shape, 1.5))
+                n_exchanged += 1
+    assert n_exchanged >= 4
+    assert_same_step(model, stock, tolerance=1e-5)
+    assert "Norm runs as it is: " in caplog.messages[0] and "must be one value per column of x" in caplog.messages[0]
+
+
+def test_a_norm_that_has_a_weight_of_another_shape_compiled() -> None:
+    model, stock = pair()
+    for each in (model, stock):
+        each.model.norm.weight = nn.Parameter(torch.full((1,), 1.5))
+    torch.compiler.reset()
+    compiled = torch.compile(model.model, backend="eager", fullgraph=True)
+    found, expected = (each(batch()["input_ids"])[0] for each in (compiled, stock.model))
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_backward_that_keeps_its_graph(kernels: torch.device) -> None:

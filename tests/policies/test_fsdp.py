@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import ds_fused
+from tests.launching import launch
 
 SIZES = {
     "vocab_size": 61,
@@ -76,3 +79,14 @@ def test_trains_as_stock(kind, fused_first, head_alone, mesh):
         assert head.site.scope.fused
     else:
         assert head is None and "head lm_head: its weight is a DTensor of torch.float32" in str(report)
+
+
+def test_logits_are_read_when_their_weight_is_sharded_again():
+    ended = launch(Path(__file__).with_name("fsdp_ranks.py"), ranks=2)
+    lines = [line for each in ended for line in each.output.splitlines() if line.startswith("SAID ")]
+    first, second = (json.loads(line.removeprefix("SAID ")) for line in lines)
+    for rank in (first, second):
+        for dtype, tolerance in (("fp32", 1e-5), ("bf16", 3e-2)):
+            for key in ("defer", "keep"):
+                assert rank[f"{dtype} {key}"] == pytest.approx(rank[f"{dtype} stock"], rel=tolerance)
+    assert "on 1 of 2 ranks within 1 s. Under FSDP" in first["alone"] and second["alone"] == ""

@@ -6,6 +6,7 @@ import gc
 import re
 import time
 from collections.abc import Callable
+from types import FunctionType
 
 import pytest
 import torch
@@ -323,6 +324,17 @@ def test_mlp_whose_activation_carries_a_hook() -> None:
     layer = llama_mlp()
     layer.act_fn.register_forward_hook(lambda *_: None)
     assert "hooks" in outcome(layer)
+
+
+# as of TRL's engine for the log-probabilities of a reference: the one that trains comes over it
+def test_mlp_whose_activation_carries_the_hooks_of_an_engine() -> None:
+    def hook(*_: object) -> None: ...
+
+    of_deepspeed = FunctionType(hook.__code__, {"__name__": "deepspeed.runtime.zero.parameter_offload"})
+    layer = llama_mlp()
+    layer.act_fn.register_forward_pre_hook(torch.compiler.disable(of_deepspeed))
+    layer.act_fn.register_forward_hook(of_deepspeed)
+    assert isinstance(outcome(layer), Way)
 
 
 def interleaved(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from cases import Cases
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-from ds_fused.engine import zero3
+from ds_fused.modules import meeting
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # ids and labels, [ROWS, LENGTH]
 
@@ -173,11 +173,11 @@ def reading(who: Callable[[int], bool], block: dict) -> dict:
 
 
 def read_by_one(block: dict) -> dict:
-    before, zero3.PATIENCE_SECONDS = zero3.PATIENCE_SECONDS, 1.0
+    before, meeting.PATIENCE_SECONDS = meeting.PATIENCE_SECONDS, 1.0
     try:
         return reading(lambda rank: rank == 1, block)
     finally:
-        zero3.PATIENCE_SECONDS = before
+        meeting.PATIENCE_SECONDS = before
 
 
 @contextmanager

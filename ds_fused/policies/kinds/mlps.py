@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ds_fused.modules.mlp import Gate, GatedMLP, PackedMLP, act_of
 from ds_fused.modules.postponed import is_number
 from ds_fused.modules.product import ACT_NAMES, Activated, Product
+from ds_fused.modules.swap import is_gathering
 from ds_fused.policies.kinds.kind import Kind, Way, both, compared, one_argument, shape_of
 from ds_fused.policies.kinds.norms import rms_norms
 from ds_fused.policies.proof import randn
@@ -104,8 +105,11 @@ def fused_act(module: nn.Module, name: str) -> str:
     if act is None:
         kind = getattr(function, "__name__", type(function).__name__)
         return f"its activation {kind} is none that glu has"
-    if isinstance(function, nn.Module) and (function._forward_hooks or function._forward_pre_hooks):
-        return "its activation carries hooks, which a fused one would not call"
+    if isinstance(function, nn.Module):
+        # those of an engine over the same layers that nobody destroyed find no weights here to gather
+        hooks = *function._forward_hooks.values(), *function._forward_pre_hooks.values()
+        if not all(map(is_gathering, hooks)):
+            return "its activation carries hooks, which a fused one would not call"
     return act
 
 
