@@ -130,9 +130,13 @@ class SlabMode:
             for claim in heads:
                 self._count(engine, claim)
             return
+        sparse = {id(own_weight(module)): path for path, module in engine.module.named_modules() if _is_sparse(module)}
         for claim in heads:
             head = claim.site.head
-            reason = self._why_gather(engine, head)
+            path = sparse.get(id(own_weight(head)))
+            # what it gives would be added to nothing dense, as the whole head's gradient is
+            why = None if path is None else f"sparse gradients come to it from {path}"
+            reason = self._why_gather(engine, head, why)
             if reason is None:
                 delivery = self._delivery(engine, head.weight)
                 engines, reason = self._engines_for(head.weight)
@@ -155,7 +159,7 @@ class SlabMode:
 
     def _why_gather(self, engine: DeepSpeedEngine, module: nn.Module, reason: str | None = None) -> str | None:
         """Why a layer's weight can't come in slabs, or ``reason``: one on any of the ranks that share the weight."""
-        param, reason = getattr(module, "weight", None), reason or why_gather(engine, module)
+        param, reason = own_weight(module), reason or why_gather(engine, module)
         # where parameters are not sharded every rank decides by itself, and may hold other layers
         if hasattr(param, "ds_process_group"):
             reason = first_of(reason, param.ds_process_group)
@@ -223,10 +227,10 @@ class SlabMode:
 
     def _tables(self, model: nn.Module, heads: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
         """The embeddings that are tied to a head in slabs, and with ``"embedding": true`` those of the input too."""
-        tied = {id(head.weight) for head in heads if head in self._heads}
+        tied = {id(own_weight(head)) for head in heads if head in self._heads}
         inputs = {id(module) for module in _inputs(model)} if self._embeddings else set()
         for path, module in model.named_modules():
-            if id(module) in inputs or (isinstance(module, nn.Embedding) and id(module.weight) in tied):
+            if id(module) in inputs or (isinstance(module, nn.Embedding) and id(own_weight(module)) in tied):
                 yield path, module
 
 
@@ -242,10 +246,25 @@ def _inputs(model: nn.Module) -> Iterator[nn.Module]:
             yield found
 
 
+def own_weight(module: nn.Module) -> nn.Parameter | None:
+    """The parameter; None where there is none by this name, but others of which the weight is computed when it is read.
+
+    To read one that is parametrized may change it (spectral_norm), and here weights are sharded.
+    """
+    # past ZeRO-3's own dict, whose look-up of a parameter gathers it
+    return dict.get(module._parameters, "weight")
+
+
+def _is_sparse(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) and module.sparse
+
+
 def why_not_looked_up(module: nn.Embedding) -> str | None:
     """Why an embedding can't be replaced by one over slabs; None when it can."""
     if slab_embedding_of(type(module)) is None:
         return f"it is a {type(module).__name__}, which may do more than look up"
+    if own_weight(module) is None:
+        return "its weight is computed from other parameters, as pruning does"
     if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
         return "it is one with max_norm, scale_grad_by_freq or sparse gradients"
     return why_not_swapped(module)
