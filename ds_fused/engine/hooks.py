@@ -114,7 +114,7 @@ def _wrapped_destroy(original):
         report, slab_mode = (self.__dict__.get(name) for name in ("ds_fused_report", "_ds_fused_slab_mode"))
         try:
             if report is not None and not is_garbage:
-                _undo(report)
+                _let_go(report)
         finally:
             try:
                 original(self)
@@ -169,6 +169,14 @@ def _give_back(model: torch.nn.Module) -> None:
     for report in list(_reports):
         if not modules.isdisjoint(report.model.modules()):
             _undo(report)
+
+
+def _let_go(report: Report) -> None:
+    """All that can be undone. What can't is no matter of a job that ends, and a later engine says it once more."""
+    try:
+        _undo(report)
+    except ValueError as error:
+        log.warning("ds_fused: not all layers could be given back: %s", error)
 
 
 def _undo(report: Report) -> None:

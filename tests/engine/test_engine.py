@@ -9,6 +9,7 @@ import pytest
 import torch
 from deepspeed.runtime import constants
 
+import ds_fused
 from ds_fused.engine import hooks, initialize
 from tests.launching import launch
 
@@ -247,3 +248,14 @@ def test_a_name_like_ours_is_said(name, caplog):
     names = [value for value in vars(constants).values() if isinstance(value, str) and value.islower()]
     assert len(names) > 50 and hooks._block_of(dict.fromkeys(names)) is hooks._ABSENT
     assert not caplog.messages
+
+
+def test_an_engine_is_destroyed_where_a_layer_was_given_another_class(caplog):
+    """As nn.utils.parametrize does it: no error of a job that is done."""
+    model = torch.nn.ModuleList([torch.nn.LayerNorm(4), torch.nn.LayerNorm(4)])
+    report = ds_fused.apply(model)
+    torch.nn.utils.parametrize.register_parametrization(model[0], "weight", torch.nn.Identity())
+    destroyed = []
+    hooks._wrapped_destroy(destroyed.append)(SimpleNamespace(ds_fused_report=report))
+    assert len(destroyed) == 1 and type(model[1]) is torch.nn.LayerNorm
+    assert "not all layers could be given back: unswap: ParametrizedLayerNorm was given another class" in caplog.text
