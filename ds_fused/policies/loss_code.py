@@ -167,6 +167,8 @@ def why_not_head(head: nn.Module) -> str | None:
     cls = type(head)
     if cls.__module__.startswith("peft."):
         return f"PEFT wraps it ({cls.__name__}); the logits are computed"
+    if isinstance(head, nn.Linear) and "weight" not in head._parameters:
+        return "its weight is computed from other parameters (pruned or parametrized); the logits are computed"
     more = head._modules or head._buffers or not head._parameters.keys() <= {"weight", "bias"}
     if not isinstance(head, nn.Linear) or more:
         return f"it is a {qualified_name(cls)}, no plain Linear; the logits are computed"
