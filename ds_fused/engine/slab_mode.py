@@ -27,7 +27,9 @@ from ds_fused.engine.unproven_claim import UnprovenClaim
 from ds_fused.engine.zero_slabs import ZeroSlabs
 from ds_fused.engine.zero_vector import ZeroVector
 from ds_fused.modules.embedding import slab_embedding_of
+from ds_fused.modules.linear import own_weight
 from ds_fused.modules.swap import is_fused, swap, unswap_all, why_not_swapped
+from ds_fused.ops._say import say_once
 from ds_fused.policies.loss import LinearClaim
 from ds_fused.policies.report import Left
 
@@ -80,11 +82,22 @@ class SlabMode:
 
         ``inside``: a forward of the model is running.
         """
-        choice = self._heads.get(head)
+        choice = self._choice(head)
         form = None if choice is None or choice.is_whole else choice.of(n_tokens, inside)
         if form is not None:
             self._deliveries[choice.param].refuse_hooks()
         return form
+
+    def _choice(self, head: nn.Module) -> Choice | None:
+        choice = self._heads.get(head)
+        if choice is None or own_weight(head) is choice.param:
+            return choice
+        if choice.is_sharded:
+            say_once(
+                "ds_fused: the lm head's weight is computed from others since deepspeed.initialize (pruned or "
+                "parametrized), for which it is gathered whole"
+            )
+        return None
 
     @property
     def window_bytes(self) -> int:
@@ -104,12 +117,13 @@ class SlabMode:
             choice.close()
 
     def is_sharded(self, head: nn.Module) -> bool:
-        return head in self._heads and self._heads[head].is_sharded
+        choice = self._choice(head)
+        return choice is not None and choice.is_sharded
 
     def shard(self, head: nn.Module) -> Tensor | None:
         """This rank's part of a head's weight, if that is trained."""
-        param = self._heads[head].param if head in self._heads else None
-        return param.ds_tensor if param is not None and param.requires_grad else None
+        choice = self._choice(head)
+        return choice.param.ds_tensor if choice is not None and choice.param.requires_grad else None
 
     def bias(self, head: nn.Module) -> Tensor | None:
         """That of a head in slabs, whole."""
@@ -244,15 +258,6 @@ def _inputs(model: nn.Module) -> Iterator[nn.Module]:
                 found = module.get_input_embeddings()
         if found is not None and any(isinstance(inner, nn.Embedding) for inner in found.modules()):
             yield found
-
-
-def own_weight(module: nn.Module) -> nn.Parameter | None:
-    """The parameter; None where there is none by this name, but others of which the weight is computed when it is read.
-
-    To read one that is parametrized may change it (spectral_norm), and here weights are sharded.
-    """
-    # past ZeRO-3's own dict, whose look-up of a parameter gathers it
-    return dict.get(module._parameters, "weight")
 
 
 def _is_sparse(module: nn.Module) -> bool:

@@ -46,6 +46,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ds_fused.modules.kept import Empty, postponable
+from ds_fused.modules.linear import own_weight
 from ds_fused.modules.mlp import GatedMLP, PackedMLP, is_patched
 from ds_fused.modules.sliced_mlp import Projections, sliced_gradients
 from ds_fused.modules.summed import SummedLinears
@@ -323,7 +324,7 @@ class TiledMLP:
 
     def _computes_weights(self) -> bool:
         """Whether a weight is made for each call of its layer, and may be another for each tile, as spectral_norm's."""
-        if not any(isinstance(m, nn.Linear) and "weight" not in m._parameters for m in self.modules()):
+        if not any(isinstance(m, nn.Linear) and own_weight(m) is None for m in self.modules()):
             return False
         if not torch.compiler.is_compiling():
             say_once(

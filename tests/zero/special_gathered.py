@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import deepspeed
 import products
 import torch
 import torch.distributed as dist
 from special import STREAM, both, case, engine_by_json, engine_of, left, mine, model_of, streamed, train, with_lora
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from transformers import MixtralConfig, MixtralForCausalLM
 
 
@@ -85,6 +86,39 @@ def stream_tables() -> dict:
     }
     block = STREAM | {"embedding": True}
     return {name: both(build, 3, block=block, run=lambda e: train(e, mine()[:3])) for name, build in changes.items()}
+
+
+class Scaled(torch.nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 0.5 * weight
+
+
+@case
+def stream_computed_since() -> dict:
+    """A weight that is pruned or parametrized when the engine is there: what multiplies is no parameter any more."""
+    changes = {
+        "pruned": lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5),
+        "parametrized": lambda layer: parametrize.register_parametrization(layer, "weight", Scaled()),
+    }
+
+    def run(engine: deepspeed.DeepSpeedEngine, what: str, how: str) -> list[float]:
+        model = engine.module
+        layer = model.get_output_embeddings() if what == "head" else model.get_input_embeddings()
+        with deepspeed.zero.GatheredParameters([layer.weight]):
+            changes[how](layer)
+        return train(engine, mine()[:3])
+
+    return {
+        f"{what} {how}, tied {tied}": both(
+            partial(model_of, tied=tied), 3, block=STREAM | {"embedding": True}, run=partial(run, what=what, how=how)
+        )
+        for what, how, tied in (
+            ("head", "pruned", True),
+            ("head", "parametrized", False),
+            ("table", "pruned", False),
+            ("table", "parametrized", True),
+        )
+    }
 
 
 @case

@@ -125,6 +125,7 @@ CASES = (
     "stream_lora_on_the_head",
     "stream_another_deepspeed",
     "stream_tables",
+    "stream_computed_since",
     "stream_muon",
     "stream_is_no_use",
     "stream_without_copy_engines",
@@ -749,6 +750,14 @@ def test_stream_tables(ranks):
             assert words[name] in line, name
             assert row["fused"] == pytest.approx(row["stock"], rel=1e-5), name
         assert why_gathered(result["sparse"]["left"]).startswith("sparse gradients come to it from model.embed_tokens")
+
+
+def test_stream_computed_since(ranks):
+    for result in ranks:
+        assert len(result) == 4
+        for name, row in result.items():
+            assert row["fused"] == pytest.approx(row["stock"], rel=1e-5), name
+            assert row["replaced"]["embedding"] == 1, name
 
 
 # torch compiles the kernels of Muon: 20 s
