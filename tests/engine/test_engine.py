@@ -259,3 +259,18 @@ def test_an_engine_is_destroyed_where_a_layer_was_given_another_class(caplog):
     hooks._wrapped_destroy(destroyed.append)(SimpleNamespace(ds_fused_report=report))
     assert len(destroyed) == 1 and type(model[1]) is torch.nn.LayerNorm
     assert "not all layers could be given back: unswap: ParametrizedLayerNorm was given another class" in caplog.text
+
+
+def test_another_engine_over_shared_layers_says_what_the_first_one_loses(caplog):
+    """A policy and a critic with one trunk. The same model once more, or more around it, loses nothing."""
+    module = fake_engine_module()
+    hooks.hook(module)
+    trunk = torch.nn.LayerNorm(4)
+    policy = torch.nn.Sequential(trunk, torch.nn.LayerNorm(4))
+    for second, said in ((policy, 0), (torch.nn.ModuleList([policy]), 0), (torch.nn.ModuleList([trunk]), 1)):
+        report = ds_fused.apply(policy)
+        hooks._reports.add(report)
+        caplog.clear()
+        module.DeepSpeedEngine(None, second)
+        assert caplog.text.count("are also those of a Sequential, another engine's model") == said
+        assert type(policy[0]) is type(policy[1]) is torch.nn.LayerNorm and not report.claims
