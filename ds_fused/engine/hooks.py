@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
+    from deepspeed.runtime.engine import DeepSpeedEngine
 
     from ds_fused.policies.report import Report
 
@@ -95,7 +96,7 @@ def _wrapped_configure(original):
     @functools.wraps(original)
     def _configure_distributed_model(self, model):
         if _reports:
-            _give_back(model)
+            _give_back(self, model)
         if "_ds_fused_block" in self.__dict__:
             from ds_fused.engine.initialize import replace
 
@@ -114,7 +115,7 @@ def _wrapped_destroy(original):
         report, slab_mode = (self.__dict__.get(name) for name in ("ds_fused_report", "_ds_fused_slab_mode"))
         try:
             if report is not None and not is_garbage:
-                _undo(report)
+                _let_go(report)
         finally:
             try:
                 original(self)
@@ -163,12 +164,31 @@ def _block_of(config: Mapping[str, object]) -> object:
     return _ABSENT
 
 
-def _give_back(model: torch.nn.Module) -> None:
+def _give_back(engine: DeepSpeedEngine, model: torch.nn.Module) -> None:
     """As they were: layers of this model that an earlier engine has, or had where they were copied."""
+    from ds_fused.modules.swap import is_fused
+
     modules = set(model.modules())
     for report in list(_reports):
-        if not modules.isdisjoint(report.model.modules()):
-            _undo(report)
+        theirs = set(report.model.modules())
+        if modules.isdisjoint(theirs):
+            continue
+        # that engine may well go on training
+        if engine.global_rank == 0 and any(map(is_fused, theirs - modules)):
+            log.warning(
+                "ds_fused: layers of this %s are also those of a %s, another engine's model, which is given back as it "
+                "was: only what both have is replaced again. Where both train, make that engine last",
+                *(type(each).__name__ for each in (model, report.model)),
+            )
+        _undo(report)
+
+
+def _let_go(report: Report) -> None:
+    """All that can be undone. What can't is no matter of a job that ends, and a later engine says it once more."""
+    try:
+        _undo(report)
+    except ValueError as error:
+        log.warning("ds_fused: not all layers could be given back: %s", error)
 
 
 def _undo(report: Report) -> None:

@@ -27,7 +27,9 @@ from ds_fused.engine.unproven_claim import UnprovenClaim
 from ds_fused.engine.zero_slabs import ZeroSlabs
 from ds_fused.engine.zero_vector import ZeroVector
 from ds_fused.modules.embedding import slab_embedding_of
+from ds_fused.modules.linear import own_weight
 from ds_fused.modules.swap import is_fused, swap, unswap_all, why_not_swapped
+from ds_fused.ops._say import say_once
 from ds_fused.policies.loss import LinearClaim
 from ds_fused.policies.report import Left
 
@@ -80,11 +82,22 @@ class SlabMode:
 
         ``inside``: a forward of the model is running.
         """
-        choice = self._heads.get(head)
+        choice = self._choice(head)
         form = None if choice is None or choice.is_whole else choice.of(n_tokens, inside)
         if form is not None:
             self._deliveries[choice.param].refuse_hooks()
         return form
+
+    def _choice(self, head: nn.Module) -> Choice | None:
+        choice = self._heads.get(head)
+        if choice is None or own_weight(head) is choice.param:
+            return choice
+        if choice.is_sharded:
+            say_once(
+                "ds_fused: the lm head's weight is computed from others since deepspeed.initialize (pruned or "
+                "parametrized), for which it is gathered whole"
+            )
+        return None
 
     @property
     def window_bytes(self) -> int:
@@ -104,12 +117,13 @@ class SlabMode:
             choice.close()
 
     def is_sharded(self, head: nn.Module) -> bool:
-        return head in self._heads and self._heads[head].is_sharded
+        choice = self._choice(head)
+        return choice is not None and choice.is_sharded
 
     def shard(self, head: nn.Module) -> Tensor | None:
         """This rank's part of a head's weight, if that is trained."""
-        param = self._heads[head].param if head in self._heads else None
-        return param.ds_tensor if param is not None and param.requires_grad else None
+        choice = self._choice(head)
+        return choice.param.ds_tensor if choice is not None and choice.param.requires_grad else None
 
     def bias(self, head: nn.Module) -> Tensor | None:
         """That of a head in slabs, whole."""
@@ -130,9 +144,13 @@ class SlabMode:
             for claim in heads:
                 self._count(engine, claim)
             return
+        sparse = {id(own_weight(module)): path for path, module in engine.module.named_modules() if _is_sparse(module)}
         for claim in heads:
             head = claim.site.head
-            reason = self._why_gather(engine, head)
+            path = sparse.get(id(own_weight(head)))
+            # what it gives would be added to nothing dense, as the whole head's gradient is
+            why = None if path is None else f"sparse gradients come to it from {path}"
+            reason = self._why_gather(engine, head, why)
             if reason is None:
                 delivery = self._delivery(engine, head.weight)
                 engines, reason = self._engines_for(head.weight)
@@ -155,7 +173,7 @@ class SlabMode:
 
     def _why_gather(self, engine: DeepSpeedEngine, module: nn.Module, reason: str | None = None) -> str | None:
         """Why a layer's weight can't come in slabs, or ``reason``: one on any of the ranks that share the weight."""
-        param, reason = getattr(module, "weight", None), reason or why_gather(engine, module)
+        param, reason = own_weight(module), reason or why_gather(engine, module)
         # where parameters are not sharded every rank decides by itself, and may hold other layers
         if hasattr(param, "ds_process_group"):
             reason = first_of(reason, param.ds_process_group)
@@ -223,10 +241,10 @@ class SlabMode:
 
     def _tables(self, model: nn.Module, heads: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
         """The embeddings that are tied to a head in slabs, and with ``"embedding": true`` those of the input too."""
-        tied = {id(head.weight) for head in heads if head in self._heads}
+        tied = {id(own_weight(head)) for head in heads if head in self._heads}
         inputs = {id(module) for module in _inputs(model)} if self._embeddings else set()
         for path, module in model.named_modules():
-            if id(module) in inputs or (isinstance(module, nn.Embedding) and id(module.weight) in tied):
+            if id(module) in inputs or (isinstance(module, nn.Embedding) and id(own_weight(module)) in tied):
                 yield path, module
 
 
@@ -242,10 +260,16 @@ def _inputs(model: nn.Module) -> Iterator[nn.Module]:
             yield found
 
 
+def _is_sparse(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) and module.sparse
+
+
 def why_not_looked_up(module: nn.Embedding) -> str | None:
     """Why an embedding can't be replaced by one over slabs; None when it can."""
     if slab_embedding_of(type(module)) is None:
         return f"it is a {type(module).__name__}, which may do more than look up"
+    if own_weight(module) is None:
+        return "its weight is computed from other parameters, as pruning does"
     if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
         return "it is one with max_norm, scale_grad_by_freq or sparse gradients"
     return why_not_swapped(module)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_fused.modules.linear import own_weight
 from ds_fused.modules.swap import is_class_patched
 
 
@@ -24,12 +25,16 @@ class SlabEmbedding:
     # collectives, and the exchange of hooks: nothing for a compiled graph
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._ds_fused_lookup is None or is_class_patched(self):
+        if not self._looks_up() or is_class_patched(self):
             return nn.Module.__call__(self, *args, **kwargs)
         return past_hooks(self, "deepspeed", *args, **kwargs)
 
+    def _looks_up(self) -> bool:
+        """Not where its weight is computed from others since, by pruning or a parametrization."""
+        return self._ds_fused_lookup is not None and own_weight(self) is not None
+
     def forward(self, input: Tensor) -> Tensor:
-        if self._ds_fused_lookup is None:
+        if not self._looks_up():
             # not the next in line: that may be the forward which this one is called by
             return nn.Embedding.forward(self, input)
         return self._ds_fused_lookup(input, padding_idx=self.padding_idx)

@@ -20,6 +20,14 @@ _FORWARD = nn.Linear.forward if home_of(nn.Linear.forward) == "torch.nn.modules.
 _PLAIN = (nn.Parameter, Tensor)
 
 
+def own_weight(module: nn.Module) -> nn.Parameter | None:
+    """The parameter; None where there is none by this name, and the weight is computed from others (by pruning, or a
+    parametrization). To read such a one may change it, as spectral_norm's, and is no use while the others are sharded.
+    """
+    # past ZeRO-3's own dict, whose look-up of a parameter gathers it
+    return dict.get(module._parameters, "weight")
+
+
 def is_linear_patched() -> bool:
     """Whether the forward of all linear layers is somebody else's."""
     return nn.Linear.forward is not _FORWARD
@@ -34,8 +42,7 @@ def linear_of(module: nn.Module) -> Linear | None:
         return None
     if hooks_of_all():
         return None
-    # past ZeRO-3's own dict, whose look-up of a parameter gathers it
-    weight, bias = (dict.get(module._parameters, name) for name in ("weight", "bias"))
+    weight, bias = own_weight(module), dict.get(module._parameters, "bias")
     # what is parametrized, distributed or elsewhere now
     if type(weight) not in _PLAIN or weight.shape != (module.out_features, module.in_features):
         return None

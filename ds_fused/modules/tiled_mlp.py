@@ -46,6 +46,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ds_fused.modules.kept import Empty, postponable
+from ds_fused.modules.linear import own_weight
 from ds_fused.modules.mlp import GatedMLP, PackedMLP, is_patched
 from ds_fused.modules.sliced_mlp import Projections, sliced_gradients
 from ds_fused.modules.summed import SummedLinears
@@ -309,7 +310,7 @@ class TiledMLP:
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
         (x,) = (*args, *named.values())  # hidden_states to some, x to others
         tiles = self.fused_tiles.of(x.shape[:-1].numel())
-        if tiles == 1 < self.fused_tiles.most or self._is_given_more():
+        if tiles == 1 < self.fused_tiles.most or self._is_given_more() or self._computes_weights():
             return super().forward(*args, **named)
         # not by name: under ZeRO-3 a look-up of a parameter gathers it
         return tiled(super().forward, x, tiles, self.parameters(), self._projections())
@@ -319,6 +320,17 @@ class TiledMLP:
         if torch.compiler.is_compiling() or not any(m._forward_pre_hooks_with_kwargs for m in self.modules()):
             return False
         say_once("ds_fused: hooks hand the layers of an MLP more than its tokens, so that it is not cut into tiles")
+        return True
+
+    def _computes_weights(self) -> bool:
+        """Whether a weight is made for each call of its layer, and may be another for each tile, as spectral_norm's."""
+        if not any(isinstance(m, nn.Linear) and own_weight(m) is None for m in self.modules()):
+            return False
+        if not torch.compiler.is_compiling():
+            say_once(
+                "ds_fused: weights of an MLP are computed at each call (parametrized or pruned), so that it is not cut "
+                "into tiles"
+            )
         return True
 
     def _projections(self) -> Projections | None:

@@ -24,7 +24,7 @@ from ds_fused.ops._cross_entropy_kernels import softmax_passes
 from ds_fused.ops._exchange import CarriedTokens, ClassWeights, Found, Tokens, of_block
 from ds_fused.ops._loss import LossOptions
 from ds_fused.ops._merge import merge, merge_torch
-from ds_fused.ops._tiles import of_chunk, product, tile, tile_elements, wide
+from ds_fused.ops._tiles import new_tile, of_chunk, product, tile_elements, wide
 from ds_fused.ops._triton import runs_kernels
 from ds_fused.ops.vocab_shard import Flight, Homeward, VocabShard
 
@@ -152,7 +152,7 @@ class Walk:
         comes_late = self.shard.carrier is not None and gradients is not None
         for i in range(len(tokens.places)):
             x = tokens.land()
-            z = tile(room, x.shape[0], n_rows)
+            z = new_tile(room, x.shape[0], n_rows)
             self.rows.logits(z, x)
             if gradients is not None:
                 gradients.send()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ds_fused.modules.code import Code
 from ds_fused.modules.head import CausalLMLoss
+from ds_fused.modules.linear import own_weight
 from ds_fused.modules.swap import home_of, is_fused, library_of, qualified_name, why_not_swapped
 from ds_fused.policies.loss_proof import head_differs
 
@@ -167,6 +168,8 @@ def why_not_head(head: nn.Module) -> str | None:
     cls = type(head)
     if cls.__module__.startswith("peft."):
         return f"PEFT wraps it ({cls.__name__}); the logits are computed"
+    if isinstance(head, nn.Linear) and own_weight(head) is None:
+        return "its weight is computed from other parameters (pruned or parametrized); the logits are computed"
     more = head._modules or head._buffers or not head._parameters.keys() <= {"weight", "bias"}
     if not isinstance(head, nn.Linear) or more:
         return f"it is a {qualified_name(cls)}, no plain Linear; the logits are computed"

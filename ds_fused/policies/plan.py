@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from ds_fused.modules import NEEDS, OPS, switched
 from ds_fused.modules.head_weight import HeadWeight
@@ -135,7 +136,7 @@ def plan(
     """
     alike: dict[tuple, SwapClaim] = {}
     left: Counter[tuple[str, str]] = Counter()
-    inside: set[int] = set()  # activations that a claimed layer no longer calls
+    inside: set[int] = set()  # activations that a claimed layer no longer calls, and what is no layer
     heads: set[int] = set()  # norms that a claimed layer may have wait
     off = _off(qk_norms.KEY, wanted)
     with_norms = qk_norms.KEY in wanted and not off
@@ -147,6 +148,9 @@ def plan(
             if _EXPECTED.search(module.original_name):
                 left[module.original_name, why_not_swapped(module)] += 1
             continue
+        if isinstance(module, ParametrizationList):
+            # functions of a weight, whatever they are called
+            inside.update(map(id, module.modules()))
         if not path or id(module) in inside:
             continue  # the root keeps its class: its name goes into saved configs and sharding plans
         ways = _ways(kind, module, wanted)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from deepspeed.runtime import constants
 
+import ds_fused
 from ds_fused.engine import hooks, initialize
 from tests.launching import launch
 
@@ -247,3 +248,29 @@ def test_a_name_like_ours_is_said(name, caplog):
     names = [value for value in vars(constants).values() if isinstance(value, str) and value.islower()]
     assert len(names) > 50 and hooks._block_of(dict.fromkeys(names)) is hooks._ABSENT
     assert not caplog.messages
+
+
+def test_an_engine_is_destroyed_where_a_layer_was_given_another_class(caplog):
+    """As nn.utils.parametrize does it: no error of a job that is done."""
+    model = torch.nn.ModuleList([torch.nn.LayerNorm(4), torch.nn.LayerNorm(4)])
+    report = ds_fused.apply(model)
+    torch.nn.utils.parametrize.register_parametrization(model[0], "weight", torch.nn.Identity())
+    destroyed = []
+    hooks._wrapped_destroy(destroyed.append)(SimpleNamespace(ds_fused_report=report))
+    assert len(destroyed) == 1 and type(model[1]) is torch.nn.LayerNorm
+    assert "not all layers could be given back: unswap: ParametrizedLayerNorm was given another class" in caplog.text
+
+
+def test_another_engine_over_shared_layers_says_what_the_first_one_loses(caplog):
+    """A policy and a critic with one trunk. The same model once more, or more around it, loses nothing."""
+    module = fake_engine_module()
+    hooks.hook(module)
+    trunk = torch.nn.LayerNorm(4)
+    policy = torch.nn.Sequential(trunk, torch.nn.LayerNorm(4))
+    for second, said in ((policy, 0), (torch.nn.ModuleList([policy]), 0), (torch.nn.ModuleList([trunk]), 1)):
+        report = ds_fused.apply(policy)
+        hooks._reports.add(report)
+        caplog.clear()
+        module.DeepSpeedEngine(None, second)
+        assert caplog.text.count("are also those of a Sequential, another engine's model") == said
+        assert type(policy[0]) is type(policy[1]) is torch.nn.LayerNorm and not report.claims

@@ -9,6 +9,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from ds_fused.engine import agreement, slab_mode
 from ds_fused.engine.slab_mode import why_gather, why_not_looked_up
@@ -110,6 +111,7 @@ LOOKUPS = [
     (nn.Embedding(V, H, max_norm=1.0), "max_norm"),
     (nn.Embedding(V, H, scale_grad_by_freq=True), "scale_grad_by_freq"),
     (nn.Embedding(V, H, sparse=True), "sparse"),
+    (prune.identity(nn.Embedding(V, H), "weight"), "its weight is computed from other parameters"),
 ]
 
 
@@ -172,6 +174,22 @@ class Wrapped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.base_layer = nn.Embedding(V, H)
+
+
+class Unread(nn.Module):
+    """A parametrization that changes with each reading, as spectral_norm does."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("a weight was read")
+
+
+def test_a_parametrized_table_is_not_read():
+    embedding = nn.Embedding(V, H)
+    parametrize.register_parametrization(embedding, "weight", Unread(), unsafe=True)
+    mode = object.__new__(slab_mode.SlabMode)
+    mode._embeddings, mode._heads = False, {}
+    assert list(mode._tables(Text(embedding), [nn.Linear(H, V)])) == []
+    assert "more than look up" in mode._why_gather(engine_of(), embedding, why_not_looked_up(embedding))
 
 
 @pytest.mark.parametrize("embedding", [nn.Embedding(V, H), Wrapped()], ids=["plain", "wrapped"])

@@ -276,6 +276,16 @@ def test_a_second_backward_is_another_one(mlp):
     close([p.grad for p in fused.parameters()], [2 * g for g in once])
 
 
+def test_weights_that_are_computed_at_each_call_are_computed_once(mlp):
+    """spectral_norm goes one step on with each; in tiles it would go many, and others in backward."""
+    torch.nn.utils.parametrizations.spectral_norm(mlp.down_proj)
+    x = torch.randn(2, 7, 6, requires_grad=True)
+    fused = tile(mlp, 3)
+    close(run(fused, x, micro_batches=2), run(mlp, x, micro_batches=2))
+    close(list(fused.buffers()), list(mlp.buffers()))
+    assert fused.rows == mlp.rows == [7, 7]
+
+
 def test_a_tile_has_so_many_tokens_at_least(mlp):
     cut = copy.deepcopy(mlp)
     swap(cut, TiledMLP, fused_tiles=Tiles(4, least_tokens=5))

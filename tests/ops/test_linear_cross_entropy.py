@@ -245,6 +245,18 @@ def test_ignored_tokens_are_exactly_zero(where):
     assert not loss[1::4].any() and not dx[1::4].any() and loss.isfinite().all() and dx.isfinite().all()
 
 
+@only_plain
+@pytest.mark.parametrize("grad_in_forward", [False, True])
+def test_what_lies_between_rows_of_logits_is_in_no_gradient(grad_in_forward, where, monkeypatch):
+    monkeypatch.undo()  # the sides of real life, at which a CPU that has instructions for products in bf16 takes them
+    x, weight, labels, _ = some(74, 64, 131, where)
+    x, weight = x.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
+    with nan_filled():
+        loss = ours(x, weight, labels, grad_in_forward=grad_in_forward)
+        gradients = torch.autograd.grad(loss, (x, weight))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 def test_all_ignored(where):
     x, weight, labels, bias = (t.requires_grad_() if t.is_floating_point() else t for t in some(5, 3, 13, where))
     x, weight, bias = (t.detach().float().requires_grad_() for t in (x, weight, bias))

@@ -7,11 +7,14 @@ import functools
 import inspect
 import logging
 import types
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -488,10 +491,11 @@ def test_a_weight_of_another_kind(weight: Tensor, reason: str) -> None:
     left_alone(model, reason)
 
 
-def test_a_parametrized_head() -> None:
+@pytest.mark.parametrize("change", [parametrizations.weight_norm, partial(prune.identity, name="weight")])
+def test_a_head_whose_weight_is_computed(change: Callable) -> None:
     model = build(tie_word_embeddings=False)
-    torch.nn.utils.parametrizations.weight_norm(model.lm_head)
-    left_alone(model, "Linear")
+    change(model.lm_head)
+    left_alone(model, "its weight is computed from other parameters")
 
 
 def test_a_loss_of_the_users_own() -> None:

@@ -38,6 +38,14 @@ def test_switches_and_wanted() -> None:
     }
 
 
+def test_what_parametrizes_a_weight_is_no_layer() -> None:
+    """By its name it would be a norm, and left."""
+    model = LLAMA.make()
+    nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.gate_proj)
+    report = ds_fused.apply(model)
+    assert counts(report)["swiglu"] == 2 and list(report.left) == []
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import deepspeed
 import products
 import torch
 import torch.distributed as dist
 from special import STREAM, both, case, engine_by_json, engine_of, left, mine, model_of, streamed, train, with_lora
+from torch.nn.utils import parametrizations, parametrize, prune
 from transformers import MixtralConfig, MixtralForCausalLM
 
 
@@ -60,6 +62,63 @@ def stock_and_streamed(engine_with: Callable[[dict | None], deepspeed.DeepSpeedE
     out |= {"left": left(fused), "report": str(fused.ds_fused_report), "fused": train(fused, mine())}
     fused.destroy()
     return out
+
+
+def with_table(change: Callable[[torch.nn.Embedding], object], tied: bool = False) -> torch.nn.Module:
+    torch.manual_seed(3)
+    model = model_of(tied=tied)
+    change(model.get_input_embeddings())
+    return model
+
+
+@case
+def stream_tables() -> dict:
+    """Tables of which the weight is no parameter, or gives sparse gradients; the head's is its own, or the same."""
+
+    def gives_sparse(table: torch.nn.Embedding) -> None:
+        table.sparse = True
+
+    changes = {
+        "pruned": lambda: with_table(lambda table: prune.l1_unstructured(table, "weight", amount=0.5)),
+        # to read its weight is to change what is read next
+        "spectral": lambda: with_table(parametrizations.spectral_norm),
+        "sparse": lambda: with_table(gives_sparse, tied=True),
+    }
+    block = STREAM | {"embedding": True}
+    return {name: both(build, 3, block=block, run=lambda e: train(e, mine()[:3])) for name, build in changes.items()}
+
+
+class Scaled(torch.nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 0.5 * weight
+
+
+@case
+def stream_computed_since() -> dict:
+    """A weight that is pruned or parametrized when the engine is there: what multiplies is no parameter any more."""
+    changes = {
+        "pruned": lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5),
+        "parametrized": lambda layer: parametrize.register_parametrization(layer, "weight", Scaled()),
+    }
+
+    def run(engine: deepspeed.DeepSpeedEngine, what: str, how: str) -> list[float]:
+        model = engine.module
+        layer = model.get_output_embeddings() if what == "head" else model.get_input_embeddings()
+        with deepspeed.zero.GatheredParameters([layer.weight]):
+            changes[how](layer)
+        return train(engine, mine()[:3])
+
+    return {
+        f"{what} {how}, tied {tied}": both(
+            partial(model_of, tied=tied), 3, block=STREAM | {"embedding": True}, run=partial(run, what=what, how=how)
+        )
+        for what, how, tied in (
+            ("head", "pruned", True),
+            ("head", "parametrized", False),
+            ("table", "pruned", False),
+            ("table", "parametrized", True),
+        )
+    }
 
 
 @case

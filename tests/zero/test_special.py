@@ -124,6 +124,8 @@ CASES = (
     "stream_memory",
     "stream_lora_on_the_head",
     "stream_another_deepspeed",
+    "stream_tables",
+    "stream_computed_since",
     "stream_muon",
     "stream_is_no_use",
     "stream_without_copy_engines",
@@ -733,6 +735,29 @@ def test_stream_is_no_use(ranks):
             assert row["replaced"]["fused_linear_cross_entropy"] == 1, name
             assert row["fused"] == pytest.approx(row["stock"], rel=1e-5), name
             assert row["fused"][0] != row["fused"][1], name
+
+
+def test_stream_tables(ranks):
+    words = {
+        "pruned": "its weight is computed from other parameters",
+        "spectral": "it is a ParametrizedEmbedding",
+        "sparse": "sparse gradients",
+    }
+    for result in ranks:
+        assert result.keys() == words.keys()
+        for name, row in result.items():
+            (line,) = (line for line in row["left"] if line.startswith("embedding "))
+            assert words[name] in line, name
+            assert row["fused"] == pytest.approx(row["stock"], rel=1e-5), name
+        assert why_gathered(result["sparse"]["left"]).startswith("sparse gradients come to it from model.embed_tokens")
+
+
+def test_stream_computed_since(ranks):
+    for result in ranks:
+        assert len(result) == 4
+        for name, row in result.items():
+            assert row["fused"] == pytest.approx(row["stock"], rel=1e-5), name
+            assert row["replaced"]["embedding"] == 1, name
 
 
 # torch compiles the kernels of Muon: 20 s
