@@ -157,21 +157,8 @@ def tile_elements(n_tokens: int, n_rows: int) -> int:
 
 def tile(room: Tensor, n_tokens: int, n_rows: int) -> Tensor:
     """[tokens, n] at the start of its room, rows strided; smaller ones of the last chunk and slab too."""
-    return _with_gaps(room, n_tokens, n_rows)[:, :n_rows]
-
-
-def new_tile(room: Tensor, n_tokens: int, n_rows: int) -> Tensor:
-    """The same, to be written."""
-    rows = _with_gaps(room, n_tokens, n_rows)
-    if rows.shape[1] > n_rows and room.device.type == "cpu":
-        # oneDNN's products in bf16 read what lies behind a row, and multiply it by zero: it must not be NaN or infinite
-        rows[:, n_rows:] = 0
-    return rows[:, :n_rows]
-
-
-def _with_gaps(room: Tensor, n_tokens: int, n_rows: int) -> Tensor:
     stride = _row_stride(n_rows)
-    return room[: n_tokens * stride].view(n_tokens, stride)
+    return room[: n_tokens * stride].view(n_tokens, stride)[:, :n_rows]
 
 
 def new_tile(room: Tensor, n_tokens: int, n_rows: int) -> Tensor:
