@@ -392,7 +392,8 @@ def test_two_launches_do_not_share_a_folder_and_one_that_cannot_be_written_is_na
 
 
 def test_a_folder_without_a_name_is_not_the_one_it_is_started_in(tmp_path):
-    ended = start([sys.executable, "-m", "launch", "-m", "folder=", "dry_run=true"], cwd=tmp_path)
+    command = [sys.executable, "-m", "launch", "-m", "folder=", "dry_run=true"]
+    ended = start(command, cwd=tmp_path, PYTHONPATH=str(REPO))
     assert ended.status == 1 and ended.output.startswith("launch: folder is empty, but must name"), ended.output
     assert not [*tmp_path.iterdir()]
     for word in ("folder=''", '+folder=""'):
