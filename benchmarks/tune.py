@@ -194,8 +194,8 @@ SEARCHES = (
     Search(
         "layer_norm", "", "backward", NARROW_SHAPES,
         {
-            "TILE_BWD": (1024, 2048, 4096), "NARROW_PER_THREAD_BWD": (8, 16), "STAGES_BWD": (1, 2, 3),
-            "NARROW_WARPS_PER_MULTIPROCESSOR": (16, 32, 64),
+            "TILE_BWD": (1024, 2048, 4096), "PER_THREAD_BWD": (8, 16), "STAGES_BWD": (1, 2, 3),
+            "WARPS_PER_MULTIPROCESSOR": (16, 32, 64),
         },
     ),
     Search("dyt", "", "forward", ROW_SHAPES, {"TILE_FWD": (1024, 2048, 4096), "PER_THREAD_FWD": (8, 16)}),
