@@ -71,13 +71,18 @@ def passes(x: Tensor, size: int) -> tuple[dict[str, bool], ...]:
     return MEASURES_ALONE, {"MEASURES": False, "WRITES": True}
 
 
+def at_most(x: Tensor, registers: int) -> dict[str, int]:
+    """Of a launch: how many registers a thread may have. An option of NVIDIA's GPUs, which graphs don't know."""
+    return {"maxnreg": registers} if x.device.type in DEVICES and not torch.compiler.is_compiling() else {}
+
+
 def limited(x: Tensor, steps: tuple[dict[str, bool], ...], registers: int | None) -> dict[str, int]:
     """Of a launch in which 16-bit programs wait for each other: a thread has so many registers at most, so that more of
-    them are there to wait. Graphs know no such option.
+    them are there to wait.
     """
-    if registers is None or x.itemsize > 2 or not steps[0]["WRITES"] or torch.compiler.is_compiling():
+    if registers is None or x.itemsize > 2 or not steps[0]["WRITES"]:
         return {}
-    return {"maxnreg": registers}
+    return at_most(x, registers)
 
 
 def arrivals(x: Tensor, teams: int, steps: tuple[dict[str, bool], ...]) -> Tensor | None:

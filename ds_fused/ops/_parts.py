@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_fused.ops import _meet
 from ds_fused.ops._launch import launch
+from ds_fused.ops._meet import at_most
 from ds_fused.ops._tiles import wide
 from ds_fused.ops._triton import cdiv, multiprocessors, runs_kernels
 
@@ -71,5 +71,4 @@ def sum_parts(parts: Tensor, out: Tensor, *, adds: bool, factor: float = 1.0, be
 def _in_room(parts: Tensor, n: int) -> tuple[tuple[int], dict[str, int]]:
     """Grid and options of a launch that finds room beside a product."""
     programs = min(cdiv(n, BESIDE_BLOCK), BESIDE_PROGRAMS * multiprocessors(parts))
-    registers = {"maxnreg": BESIDE_REGISTERS} if parts.device.type in _meet.DEVICES else {}
-    return (programs,), {"BLOCK": BESIDE_BLOCK, "num_warps": 1, **registers}
+    return (programs,), {"BLOCK": BESIDE_BLOCK, "num_warps": 1, **at_most(parts, BESIDE_REGISTERS)}

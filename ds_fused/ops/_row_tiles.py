@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_fused.ops import _meet
+from ds_fused.ops._meet import at_most
 from ds_fused.ops._triton import cdiv, power_of_2, resident, stages_for, warps_for
 
 # columns of a row too wide for registers that are worked on at a time
@@ -59,16 +58,14 @@ def over_rows(cols, BLOCK_ROWS: tl.constexpr):
     return tl.broadcast_to(cols, (BLOCK_ROWS, cols.shape[1]))
 
 
-def side_by_side(x: Tensor, warps_per_multiprocessor: int, warps: int) -> dict[str, int]:
+def _side_by_side(x: Tensor, warps_per_multiprocessor: int, warps: int) -> dict[str, int]:
     """Of a grid that is `resident`, over rows of 16 bits: how many registers a thread may have for that to be so.
 
     With a few more, a quarter of the programs begin when others end: 144 for 128 took layer_norm's backward from 0.208
-    to 0.257 ms (256 MiB in rows of 512 columns, an H200). Graphs know no such option.
+    to 0.257 ms (256 MiB in rows of 512 columns, an H200).
     """
-    if x.device.type not in _meet.DEVICES or x.itemsize > 2 or torch.compiler.is_compiling():
-        return {}
     # a program of more warps than that has the multiprocessor to itself
-    return {"maxnreg": REGISTERS // (32 * max(warps_per_multiprocessor, warps))}
+    return {} if x.itemsize > 2 else at_most(x, REGISTERS // (32 * max(warps_per_multiprocessor, warps)))
 
 
 def in_turn(
@@ -83,6 +80,6 @@ def in_turn(
     if block.rows:
         constants["BLOCK_ROWS"] = block.rows
         constants["STAGES"] = stages_for(x, stages, itemsizes * block.rows * block.cols * block.blocks)
-        constants |= side_by_side(x, warps_per_multiprocessor, block.warps)
+        constants |= _side_by_side(x, warps_per_multiprocessor, block.warps)
     most = max(1, resident(x, warps_per_multiprocessor, block.warps) // groups)
     return min(cdiv(n, max(1, block.rows)), most), constants

@@ -22,10 +22,10 @@ from torch import Tensor
 from ds_fused.ops._launch import launch
 from ds_fused.ops._norms import check_per_column, contiguous
 from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._row_tiles import over_rows, side_by_side, tile
+from ds_fused.ops._row_tiles import in_turn, over_rows, tile
 from ds_fused.ops._sums import partials, sum_partials
 from ds_fused.ops._tanh import tanh_and_slope
-from ds_fused.ops._triton import cdiv, check_dtypes, like, resident, row_stride, rows_of, runs_kernels
+from ds_fused.ops._triton import cdiv, check_dtypes, like, row_stride, rows_of, runs_kernels
 
 # elements of a tile and of a thread, and the most columns of it; wider rows are several blocks of columns. On an H100,
 # ms forward of 8192x4096 and 16384x8192: 0.053, 0.192; with tiles of 2048 0.057, 0.211
@@ -179,16 +179,15 @@ def dyt_bwd(
         return dx, dalpha, dweight, dbias
     block = tile(min(d, MOST_COLS), TILE_BWD, PER_THREAD_BWD, MOST_COLS)
     column_blocks = cdiv(d, block.cols)
-    most = max(1, resident(x, WARPS_PER_MULTIPROCESSOR, block.warps) // column_blocks)
-    programs = min(cdiv(n, block.rows), most)
+    itemsizes = dy.itemsize + x.itemsize
+    programs, tiles = in_turn(x, block, n, WARPS_PER_MULTIPROCESSOR, itemsizes, STAGES_BWD, column_blocks)
     sums = wanted.dalpha or wanted.dweight or wanted.dbias
     partial = partials(x, programs, d, programs * column_blocks) if sums else None
     launch(
         _dyt_bwd_kernel, (column_blocks, programs),
         dy, x, alpha, weight, dx, partial, row_stride(dy), row_stride(x), n, d,
         WANTS_DX=wanted.dx, WANTS_DALPHA=wanted.dalpha, WANTS_DWEIGHT=wanted.dweight, WANTS_DBIAS=wanted.dbias,
-        BLOCK_ROWS=block.rows, BLOCK_COLS=block.cols, STAGES=STAGES_BWD, num_warps=block.warps,
-        **side_by_side(x, WARPS_PER_MULTIPROCESSOR, block.warps),
+        **tiles,
     )  # fmt: skip
     if sums:
         sum_partials(partial, programs, d, dweight, dbias, dalpha, programs * column_blocks)
