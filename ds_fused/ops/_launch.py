@@ -43,8 +43,8 @@ from ds_fused.ops._triton import TRITON, on_device
 
 # whose specialisation the key was made after; all else that may differ between versions is rehearsed
 KNOWN = ((3, 6), (3, 7), (3, 8), (3, 9))
-# the C function takes the kernel's arguments in one tuple, and is told what they are. Those of 3.7 to 3.9 take the same;
-# a GPU has run 3.8
+# the C function takes the kernel's arguments in one tuple, and is told what they are. Those of 3.7 to 3.9 take the
+# same; a GPU has run 3.8
 IN_A_TUPLE = TRITON >= (3, 7)
 
 _runtime, _compilation = triton.knobs.runtime, triton.knobs.compilation

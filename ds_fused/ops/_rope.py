@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# 8 + 4 heads of 256 are few, 16 + 8 of 128 are not (results/h200/widths.csv)
+# 8 + 4 heads of 256 are few, 16 + 8 of 128 are not (results/h200/tune.csv)
 FEW_HEADS, FEW_ELEMENTS = 16, 3072
 
 

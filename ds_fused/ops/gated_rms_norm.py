@@ -54,7 +54,7 @@ TILE_FWD, PER_THREAD_FWD = 2048, 16
 TILE_BWD, PER_THREAD_BWD = 2048, 8
 # the backward's persistent grid, and its tiles in flight. On an H200, ms of the backward of 256 MiB in rows of 64 to
 # 4096 columns, of either order: 0.342 to 0.379, 0.42 where 768 and 1536 are a tile's 1024 and 2048; with tiles of 4096
-# by 16 elements, 32 warps and one tile in flight 0.40 to 0.96 (results/h200/widths.csv)
+# by 16 elements, 32 warps and one tile in flight 0.40 to 0.96 (results/h200/tune.csv)
 WARPS_PER_MULTIPROCESSOR = 16
 STAGES_BWD = 3
 # of wider rows the gate is computed twice, since registers are short. On an H100, ms of 16384x8192 (gate_first): 0.487,

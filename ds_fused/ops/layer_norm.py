@@ -54,7 +54,7 @@ TILE_BWD, PER_THREAD_BWD = 2048, 16
 # 8192x4096 and 16384x8192: 0.083, 0.288; with 2 tiles 0.094, unknown; with 8 elements, 32 warps, 2 tiles 0.096, 0.375
 # (results/h100/tune.csv). On an H200 of 256 MiB in rows of 64, 256 and 1024 columns: 0.209, 0.215, 0.204; with 8
 # elements and 32 warps 0.213, 0.224, 0.275; forward of 576 columns 0.201, by tiles of 2048 0.233
-# (results/h200/widths.csv)
+# (results/h200/tune.csv)
 WARPS_PER_MULTIPROCESSOR = 16
 STAGES_BWD = 3
 # the tile of the sums over columns of rows that are walked

@@ -45,7 +45,7 @@ from ds_fused.ops.rms_norm import (
 )
 
 # elements of a thread: three sums a row weigh less the fewer warps they are of. On an H200, ms of 256 MiB in rows of
-# 576, 5120 and 8192 columns: 0.170, 0.150, 0.136, with 16 elements 0.226, 0.204, 0.153 (results/h200/widths.csv)
+# 576, 5120 and 8192 columns: 0.170, 0.150, 0.136, with 16 elements 0.226, 0.204, 0.153 (results/h200/tune.csv)
 PER_THREAD_FWD = 32
 
 

@@ -60,7 +60,7 @@ TILE_BWD, PER_THREAD_BWD = 2048, 16
 # resident, and none waits for a place; STAGES_BWD tiles of a program are in flight (1: no pipeline). On an H100, ms of
 # the backward of 8192x4096 and 16384x8192: 0.081, 0.285; with 8 elements and 32 warps 0.081, 0.287, with 2 stages of
 # these 0.088, 0.333. On an H200 0.203 to 0.210 of 256 MiB in rows of 64 to 8192 columns, 0.24 where 576 or 2304 are a
-# tile's 1024 or 4096; with 8 elements up to 8 % more (results/h200/widths.csv)
+# tile's 1024 or 4096; with 8 elements up to 8 % more (results/h200/tune.csv)
 WARPS_PER_MULTIPROCESSOR = 16
 STAGES_BWD = 3
 

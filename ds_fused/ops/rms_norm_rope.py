@@ -47,7 +47,7 @@ from ds_fused.ops.rope import rope_reference
 
 # elements of the heads that a program works on at a time, and its warps; the backward's persistent grid, and the tokens
 # of a program that are in flight. On an H200, ms of 32768 tokens of 32 + 8, 16 + 8 and 28 + 4 heads of 128, backward:
-# 0.261, 0.168, 0.207; by 8 warps of 16 0.297, 0.198, 0.299 (results/h200/widths.csv)
+# 0.261, 0.168, 0.207; by 8 warps of 16 0.297, 0.198, 0.299 (results/h200/tune.csv)
 TILE_FWD, NUM_WARPS_FWD = 4096, 4
 TILE_BWD, NUM_WARPS_BWD, WARPS_PER_MULTIPROCESSOR = 2048, 4, 8
 STAGES_BWD = 3

@@ -49,7 +49,7 @@ from ds_fused.ops._triton import check_dtypes, note_taken, power_of_2, runs_kern
 TILE_PAIRS = 2048
 NUM_WARPS = 4
 # of few heads: on an H200, ms of 32768 tokens of 9 + 3 heads of 64 and 12 + 2 of 128 0.034 and 0.067, by 4 warps 0.043
-# and 0.080 (results/h200/widths.csv)
+# and 0.080 (results/h200/tune.csv)
 FEW_WARPS = 1
 
 
