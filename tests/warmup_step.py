@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from triton.runtime.jit import JITFunction
 
 import ds_fused
-from ds_fused.ops import _launch, _triton
+from ds_fused.ops import _launch, _meet, _triton
 from ds_fused.ops._warmup import Absent, target_of
 
 
@@ -34,6 +34,8 @@ def only_compile(target: str) -> None:
     JITFunction.run = run
     triton.runtime.driver.set_active(Absent(target_of(target)))
     _triton.LANES = target_of(target).warp_size
+    # CPU tensors are that GPU's
+    _meet.DEVICES = ("cpu",) if target_of(target).backend == "cuda" else ()
 
 
 def engine_of(config: object, ds_file: str, device: str) -> nn.Module:
