@@ -42,8 +42,8 @@ from benchmarks.scale_model import (
 )
 from ds_fused.engine.figures import Figures, HeadCosts, chosen, of_stationary, of_stream, sharded
 from ds_fused.engine.shards import Shards
-from ds_fused.ops._tiles import KEPT_SLABS, side
-from ds_fused.ops.stationary import block_bytes
+from ds_fused.ops.common._tiles import KEPT_SLABS, side
+from ds_fused.ops.vocab.stationary import block_bytes
 
 RESULTS = Path(__file__).parent / "results"
 ALL_MB = 2**30

@@ -33,6 +33,7 @@ from benchmarks.page import duration, out_folder
 from benchmarks.rivals.norms import N_GROUPS
 from benchmarks.rivals.provider import Provider
 from benchmarks.run import SEED, full_call, restorer
+from ds_fused.ops import registry
 
 LARGEST_ERROR = 1e-2
 SHOWN = 4
@@ -51,13 +52,13 @@ class Search:
     shapes: tuple[tuple[int, ...], ...]
     constants: Mapping[str, tuple]  # attribute of the module -> values
     options: Mapping[str, tuple] | None = None  # argument of the op -> values
-    file: str = ""  # of ds_fused.ops, where the constants stand elsewhere than in the op's own
+    file: str = ""  # of the op's room, where the constants stand elsewhere than in the op's own
     provider: str = "ds_fused"  # the one of ours that uses them
 
     @property
     def module(self) -> ModuleType:
         """Where the constants stand."""
-        return importlib.import_module(f"ds_fused.ops.{self.file or self.op}")
+        return importlib.import_module(f".{self.file or self.op}", registry.op(self.op).module.__package__)
 
     def choices(self) -> list[Choice]:
         axes = {**self.constants, **(self.options or {})}
@@ -141,15 +142,15 @@ SEARCHES = (
         "mhc_post_res", "", "both", ((16384, 4096),),
         {"ELEMENTS": (4096, 8192), "WARPS": (1, 2, 4), "STAGES_FWD": (1, 3), "STAGES_BWD": (1, 3)},
     ),
-    Search("softmax", "", "forward", ((131072, 4096),), {"PER_THREAD": (8, 16, 32)}, file="_along_rows"),
-    Search("softmax", "", "backward", ((131072, 4096),), {"PER_THREAD": (8, 16, 32)}, file="_along_rows"),
+    Search("softmax", "", "forward", ((131072, 4096),), {"PER_THREAD": (8, 16, 32)}, file=".common._along_rows"),
+    Search("softmax", "", "backward", ((131072, 4096),), {"PER_THREAD": (8, 16, 32)}, file=".common._along_rows"),
     Search(
         "softmax", "", "forward", ((8192, 128256),),
-        {"PART_FWD": (4096, 8192, 16384), "PART_PER_THREAD_FWD": (16, 32, 64)}, file="_along_rows",
+        {"PART_FWD": (4096, 8192, 16384), "PART_PER_THREAD_FWD": (16, 32, 64)}, file=".common._along_rows",
     ),
     Search(
         "softmax", "", "backward", ((8192, 128256),),
-        {"PART_BWD": (4096, 8192, 16384), "PART_PER_THREAD_BWD": (16, 32, 64)}, file="_along_rows",
+        {"PART_BWD": (4096, 8192, 16384), "PART_PER_THREAD_BWD": (16, 32, 64)}, file=".common._along_rows",
     ),
     Search("sparsemax", "", "forward", ((32768, 4096),), {"PER_THREAD_FWD": (8, 16, 32)}),
     Search("sparsemax", "", "forward", ((2048, 128256),), {"WALK_COLS": (4096, 8192, 16384)}),

@@ -37,9 +37,9 @@ from ds_fused.engine.profiles import ESTIMATED, filled
 from ds_fused.engine.stand_ins import ways_of
 from ds_fused.modules.head_weight import HeadWeight
 from ds_fused.ops import lora_linear
-from ds_fused.ops._warmup import META, Done, Launch, compile_noted, noted, target_here, target_of
-from ds_fused.ops.slabs import WeightSlabs
-from ds_fused.ops.vocab_shard import VocabShard
+from ds_fused.ops.common._warmup import META, Done, Launch, compile_noted, noted, target_here, target_of
+from ds_fused.ops.vocab.slabs import WeightSlabs
+from ds_fused.ops.vocab.vocab_shard import VocabShard
 from ds_fused.policies import plan
 from ds_fused.policies.kinds import adapters, experts
 

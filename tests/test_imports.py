@@ -17,6 +17,20 @@ BESIDE = {path.stem for path in (ROOT / "launch").glob("*.py")} - {"__init__", "
 # floor -> what its files may import besides the standard library; the longest entry that holds a file is its floor
 MAY_IMPORT = {
     "ds_fused/ops": {"torch", "triton", "ds_fused.ops"},
+    # of a room: what all share, itself, and rooms whose parts it is made of
+    **{
+        f"ds_fused/ops/{room}": {"torch", "triton", *(f"ds_fused.ops.{each}" for each in ("common", room, *others))}
+        for room, others in {
+            "common": (),
+            "norms": (),
+            "rotary": ("norms",),
+            "mlp": (),
+            "attention": (),
+            "residual": ("norms",),
+            "losses": (),
+            "vocab": ("losses",),
+        }.items()
+    },
     "ds_fused/modules": {"torch", "ds_fused.ops", "ds_fused.modules"},
     "ds_fused/policies": {"torch", "ds_fused.modules", "ds_fused.policies"},
     "ds_fused/engine": {

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from ds_fused.ops._triton import runs_kernels
+from ds_fused.ops.common._triton import runs_kernels
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from launch.schema import Run
 
 # the GPU where there is one, which a step then really uses
 if torch.cuda.is_available():
-    from ds_fused.ops._warmup import target_here
+    from ds_fused.ops.common._warmup import target_here
 
     TARGET = target_here()
 else:
@@ -124,7 +124,7 @@ def test_a_step_under_zero3_compiles_nothing_more(ranks, folder, tmp_path):
 MEETING = """
 import torch
 from ds_fused.ops import softmax
-from ds_fused.ops._warmup import META, noted, target_of
+from ds_fused.ops.common._warmup import META, noted, target_of
 for name in ("sm90", "gfx942"):
     with noted(target_of(name)) as launches:
         softmax(torch.empty(2, 65536, dtype=torch.bfloat16, device=META))
@@ -141,7 +141,7 @@ GATES = """
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from ds_fused.engine import config
-from ds_fused.ops._warmup import META, target_of
+from ds_fused.ops.common._warmup import META, target_of
 from ds_fused.warmup import launches_of
 sizes = dict(vocab_size=1000, hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4)
 for tiles in (False, {"tiles": 2, "least_tokens": 1}, {"tiles": 2, "least_tokens": 65}):
@@ -164,7 +164,7 @@ ADAPTERS = """
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from ds_fused.engine import config
-from ds_fused.ops._warmup import META, target_of
+from ds_fused.ops.common._warmup import META, target_of
 from ds_fused.warmup import launches_of
 sizes = dict(vocab_size=1000, hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4)
 for lora, ranks in ((False, [4]), (True, []), (True, [4])):
@@ -187,7 +187,7 @@ MIXTURES = """
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 from ds_fused.engine import config
-from ds_fused.ops._warmup import META, target_of
+from ds_fused.ops.common._warmup import META, target_of
 from ds_fused.warmup import LENGTH, launches_of
 sizes = dict(vocab_size=1000, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
 for block in ({}, {"experts": False}):

@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from triton.runtime.jit import JITFunction
 
 import ds_fused
-from ds_fused.ops import _launch, _meet, _triton
-from ds_fused.ops._warmup import Absent, target_of
+from ds_fused.ops.common import _launch, _meet, _triton
+from ds_fused.ops.common._warmup import Absent, target_of
 
 
 def only_compile(target: str) -> None:

@@ -31,7 +31,7 @@ def _our_softmax(t: Tensors) -> Call:
 
 def _eager_sparsemax(t: Tensors):
     # no model of transformers has one: the sort of the paper
-    from ds_fused.ops.sparsemax import sparsemax_reference
+    from ds_fused.ops.attention.sparsemax import sparsemax_reference
 
     return sparsemax_reference, (t["x"],)
 
@@ -72,7 +72,7 @@ def neighborhood_providers(kernel_size: int) -> dict[str, Provider]:
 
     def plain(t: Tensors):
         # no model of transformers has it: the definition
-        from ds_fused.ops.neighborhood_attention import neighborhood_attention_reference
+        from ds_fused.ops.attention.neighborhood_attention import neighborhood_attention_reference
 
         return lambda q, k, v: neighborhood_attention_reference(q, k, v, kernel_size=kernel_size), arguments(t)
 
@@ -118,7 +118,7 @@ def multi_token_providers(padding: tuple[int, int]) -> dict[str, Provider]:
 
     def plain(t: Tensors):
         # no model of transformers has it: the definition
-        from ds_fused.ops.multi_token_attention import multi_token_attention_reference
+        from ds_fused.ops.attention.multi_token_attention import multi_token_attention_reference
 
         groups = groups_of(t)
         return lambda *inputs: multi_token_attention_reference(*inputs, padding=padding, groups=groups), parts(t)
@@ -135,7 +135,7 @@ def multi_token_providers(padding: tuple[int, int]) -> dict[str, Provider]:
         # the Function has no way but kernels
         if not t["scores"].is_cuda:
             return ours(t)
-        from ds_fused.ops.multi_token_attention import MultiTokenAttentionFunction
+        from ds_fused.ops.attention.multi_token_attention import MultiTokenAttentionFunction
 
         options = (1, 1), padding, (1, 1), groups_of(t)
         shape = t["scores"].shape

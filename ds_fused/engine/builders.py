@@ -21,12 +21,13 @@ class FusedBuilder(OpBuilder):
     """What the builders of all ops share."""
 
     OP = ""  # the op's name in the registry
+    HOME = ""  # the module that it is in
 
     def __init__(self) -> None:
         super().__init__(name=self.OP)
 
     def absolute_name(self) -> str:
-        return f"ds_fused.ops.{self.OP}"
+        return self.HOME
 
     def sources(self) -> list[str]:
         return []
@@ -72,17 +73,17 @@ def builders() -> dict[str, type[FusedBuilder]]:
     try:
         from ds_fused.ops.registry import OPS
     except ImportError:
-        return {"ds_fused": _builder("ds_fused")}
-    return {op.name: _builder(op.name) for op in OPS}
+        return {"ds_fused": _builder("ds_fused", "ds_fused.ops")}
+    return {op.name: _builder(op.name, op.module.__name__) for op in OPS}
 
 
 _classes: dict[str, type[FusedBuilder]] = {}
 
 
-def _builder(name: str) -> type[FusedBuilder]:
+def _builder(name: str, home: str) -> type[FusedBuilder]:
     if name not in _classes:
         class_name = "".join(word.capitalize() for word in name.split("_")) + "Builder"
-        _classes[name] = type(class_name, (FusedBuilder,), {"OP": name, "__module__": __name__})
+        _classes[name] = type(class_name, (FusedBuilder,), {"OP": name, "HOME": home, "__module__": __name__})
     return _classes[name]
 
 

@@ -40,7 +40,7 @@ class Choice:
         self._mode = None if mode == AUTO else mode
         self._slabs, self._shard = slabs, shard
         self._tell: Callable[[str], None] | None = tell
-        # gradients of a whole weight are made in the forward, see ops/linear_cross_entropy.py
+        # gradients of a whole weight are made in the forward, see ops/vocab/linear_cross_entropy.py
         in_forward = bool(options["grad_in_forward"]) and slabs.dtype != torch.float16
         self._options = (options["chunk_mb"] * 2**20, options["keep_mb"] * 2**20, in_forward)
         self._head = HeadCosts(

@@ -11,7 +11,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from ds_fused.modules.swap import library_of
-from ds_fused.ops._parts import sum_parts
+from ds_fused.ops.common._parts import sum_parts
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine

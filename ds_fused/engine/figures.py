@@ -6,7 +6,7 @@ is in their rate); bytes on the wire; and so much for each collective, however s
 products, but they take multiprocessors and memory bandwidth from them: measured, the sum was nearer than the larger of
 the two.
 Over several nodes the wire's rate is the network's, and a collective takes longer the more ranks it has. What copy
-engines transfer takes nothing from the products, nor does what adds it up (ops/_parts.py).
+engines transfer takes nothing from the products, nor does what adds it up (ops/common/_parts.py).
 
 Sizes: M tokens of a rank (the most of any), V vocabulary, H hidden, W ranks.
 """
@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 from ds_fused.engine.shards import Shards
 from ds_fused.engine.windows import TURNS
-from ds_fused.ops._tiles import first_half, tile_elements, tiling
-from ds_fused.ops.one_pass import cut
-from ds_fused.ops.stationary import block_bytes, block_tokens
+from ds_fused.ops.common._tiles import first_half, tile_elements, tiling
+from ds_fused.ops.vocab.one_pass import cut
+from ds_fused.ops.vocab.stationary import block_bytes, block_tokens
 
 MOST_TOKENS = 2**24
 # elements: DeepSpeed's default of stage3_max_reuse_distance
@@ -95,7 +95,7 @@ class Figures:
 def of_stream(head: HeadCosts, most: int, chunk_bytes: int, keep_bytes: int) -> Figures:
     n_vocab, hidden, ranks = head.shards.n_vocab, head.shards.hidden, head.shards.ranks
     itemsize, trains = head.itemsize, head.trains
-    # a frozen head is done with in the forward, see ops/frozen_head.py
+    # a frozen head is done with in the forward, see ops/vocab/frozen_head.py
     keep_bytes = keep_bytes if trains else 0
     cut = tiling(
         most, n_vocab, itemsize, chunk_bytes, keep_bytes, dx=True, dweight=trains, slab_rows=head.slab_rows,
@@ -182,7 +182,7 @@ def of_stationary(head: HeadCosts, most: int, chunk_bytes: int, block: int | Non
 
 
 def of_gather(head: HeadCosts, most: int, chunk_bytes: int, keep_bytes: int, in_forward: bool) -> Figures:
-    """By ZeRO's hooks, in the head's own call. ``in_forward``: gradients are made there (ops/one_pass.py)."""
+    """By ZeRO's hooks, in the head's own call. ``in_forward``: gradients are made there (ops/vocab/one_pass.py)."""
     n_vocab, hidden, ranks = head.shards.n_vocab, head.shards.hidden, head.shards.ranks
     itemsize, trains = head.itemsize, head.trains
     whole = head.elements * itemsize

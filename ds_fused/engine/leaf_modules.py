@@ -39,7 +39,7 @@ from ds_fused.engine.unproven_claim import UnprovenClaim
 from ds_fused.engine.zero_sizes import given
 from ds_fused.modules.scope import in_backward
 from ds_fused.modules.swap import original_class
-from ds_fused.ops._say import say_once
+from ds_fused.ops.common._say import say_once
 from ds_fused.policies.report import Left, counted
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from ds_fused.engine.stationary import ZeroShard
 from ds_fused.engine.zero_slabs import ZeroSlabs
-from ds_fused.ops._ids import flat_ids
-from ds_fused.ops.slab_embedding import slab_embedding
-from ds_fused.ops.stationary_embedding import stationary_embedding
+from ds_fused.ops.common._ids import flat_ids
+from ds_fused.ops.vocab.slab_embedding import slab_embedding
+from ds_fused.ops.vocab.stationary_embedding import stationary_embedding
 
 
 class Lookup:

@@ -24,7 +24,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ds_fused.ops._tiles import WAVE, in_products, side
+from ds_fused.ops.common._tiles import WAVE, in_products, side
 
 # the first plain slab is so many times smaller than the others: its gather and its reduce-scatter, which nothing hides,
 # take 0.2 for 0.96 ms of a timeline of four H100, at 128 MiB a slab

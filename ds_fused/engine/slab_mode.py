@@ -29,7 +29,7 @@ from ds_fused.engine.zero_vector import ZeroVector
 from ds_fused.modules.embedding import slab_embedding_of
 from ds_fused.modules.linear import own_weight
 from ds_fused.modules.swap import is_fused, swap, unswap_all, why_not_swapped
-from ds_fused.ops._say import say_once
+from ds_fused.ops.common._say import say_once
 from ds_fused.policies.loss import LinearClaim
 from ds_fused.policies.report import Left
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ds_fused.engine.shards import Shards
-from ds_fused.ops._parts import sum_parts
-from ds_fused.ops._tiles import wide
-from ds_fused.ops.slabs import WeightSlabs
-from ds_fused.ops.vocab_shard import VocabShard
+from ds_fused.ops.common._parts import sum_parts
+from ds_fused.ops.common._tiles import wide
+from ds_fused.ops.vocab.slabs import WeightSlabs
+from ds_fused.ops.vocab.vocab_shard import VocabShard
 
 
 def ways_of(

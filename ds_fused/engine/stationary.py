@@ -22,7 +22,7 @@ from ds_fused.engine.delivery import Delivery
 from ds_fused.engine.hosts import Hosts
 from ds_fused.engine.shards import Shards
 from ds_fused.engine.windows import Flight, TokenWindows
-from ds_fused.ops.vocab_shard import VocabShard
+from ds_fused.ops.vocab.vocab_shard import VocabShard
 
 if TYPE_CHECKING:
     from ds_fused.engine.copy_engines import CopyEngines

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ds_fused.ops._parts import sum_parts
-from ds_fused.ops._tiles import wide
+from ds_fused.ops.common._parts import sum_parts
+from ds_fused.ops.common._tiles import wide
 
 if TYPE_CHECKING:
     from torch.distributed import Work

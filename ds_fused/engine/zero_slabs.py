@@ -1,7 +1,7 @@
 """A weight under ZeRO-3, gathered slab by slab from the shards; its gradient goes back slab by slab.
 
-What fused loss and embedding need of a weight (``ds_fused.ops.slabs.WeightSlabs``), without the whole weight or its
-whole gradient ever being there. The result is stock's: gradients are averaged over the ranks as DeepSpeed averages
+What fused loss and embedding need of a weight (``ds_fused.ops.vocab.slabs.WeightSlabs``), without the whole weight or
+its whole gradient ever being there. The result is stock's: gradients are averaged over the ranks as DeepSpeed averages
 them, in its dtype, and handed to its optimizer as the partition that its own reduce-scatter would have made;
 accumulation, clipping, overflow check, loss scale and offload are the optimizer's from there.
 

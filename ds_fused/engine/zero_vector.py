@@ -12,7 +12,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from ds_fused.engine.delivery import Delivery
-from ds_fused.ops._once import once_differentiable
+from ds_fused.ops.common._once import once_differentiable
 
 
 class _Gather(torch.autograd.Function):

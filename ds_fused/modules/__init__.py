@@ -3,7 +3,7 @@
 Also the table of ops, and what says a line, for the rooms above that may not look past this one.
 """
 
-from ds_fused.ops._say import say
+from ds_fused.ops.common._say import say
 from ds_fused.ops.registry import NEEDS, OPS, Option, switched
 
 __all__ = ["NEEDS", "OPS", "Option", "say", "switched"]

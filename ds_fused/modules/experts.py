@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ds_fused.modules.kept import postponable
 from ds_fused.modules.mlp import Gate, gated, is_patched
 from ds_fused.modules.product import Product
-from ds_fused.ops._triton import autocast_dtype, is_fake
-from ds_fused.ops.experts import experts_by
+from ds_fused.ops.common._triton import autocast_dtype, is_fake
+from ds_fused.ops.mlp.experts import experts_by
 
 _KEPT = partial(postponable, is_kept=True)
 

@@ -31,10 +31,10 @@ from ds_fused.modules.on_demand import on_demand, sealed
 from ds_fused.modules.scope import Scope, has_hooks, in_backward, is_head_observed
 from ds_fused.modules.steps import Step, replay
 from ds_fused.ops import cross_entropy, linear_cross_entropy
-from ds_fused.ops._say import say_once
-from ds_fused.ops._triton import is_fake, is_transformed
-from ds_fused.ops.slabs import WeightSlabs
-from ds_fused.ops.vocab_shard import VocabShard
+from ds_fused.ops.common._say import say_once
+from ds_fused.ops.common._triton import is_fake, is_transformed
+from ds_fused.ops.vocab.slabs import WeightSlabs
+from ds_fused.ops.vocab.vocab_shard import VocabShard
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ds_fused.ops._triton import autocast_dtype
+from ds_fused.ops.common._triton import autocast_dtype
 
 
 def version(x: Tensor) -> float:

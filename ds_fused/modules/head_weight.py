@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ds_fused.modules.late_values import WholeWeight
-from ds_fused.ops.slabs import WeightSlabs
-from ds_fused.ops.vocab_shard import VocabShard
+from ds_fused.ops.vocab.slabs import WeightSlabs
+from ds_fused.ops.vocab.vocab_shard import VocabShard
 
 
 def _no_slabs(head: nn.Module, n_tokens: int, inside: bool) -> None:

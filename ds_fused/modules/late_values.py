@@ -19,7 +19,7 @@ from torch import distributed as dist
 from ds_fused.modules.head_call import HeadCall, unwritten, version
 from ds_fused.modules.meeting import meet
 from ds_fused.modules.steps import Step, replay
-from ds_fused.ops._say import say_once
+from ds_fused.ops.common._say import say_once
 
 log = logging.getLogger("ds_fused")
 

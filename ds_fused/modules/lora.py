@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ds_fused.modules.kept import Empty, postponable
 from ds_fused.modules.linear import linear_of
-from ds_fused.ops._triton import is_transformed
-from ds_fused.ops.lora_linear import LoRALinearFunction, fits
+from ds_fused.ops.common._triton import is_transformed
+from ds_fused.ops.mlp.lora_linear import LoRALinearFunction, fits
 
 
 class LoRALinear:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ds_fused.modules.swap import hooks_of_all, is_class_patched
 from ds_fused.ops import add_rms_norm, gated_rms_norm, group_norm, layer_norm, rms_norm
-from ds_fused.ops._norms import NotPerColumnError
-from ds_fused.ops._say import say_once
-from ds_fused.ops._triton import rms_norm_dtype
+from ds_fused.ops.common._say import say_once
+from ds_fused.ops.common._triton import rms_norm_dtype
+from ds_fused.ops.norms._norms import NotPerColumnError
 
 EPS_NAMES = ("variance_epsilon", "eps", "norm_eps", "epsilon", "layer_norm_eps")
 

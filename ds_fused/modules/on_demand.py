@@ -40,8 +40,8 @@ from ds_fused.modules.head_call import HeadCall, unwritten
 from ds_fused.modules.late_values import Read, Seen, Source, WholeWeight
 from ds_fused.modules.steps import Step, replay
 from ds_fused.modules.swap import is_gathering
-from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._say import say_once
+from ds_fused.ops.common._once import once_differentiable
+from ds_fused.ops.common._say import say_once
 
 
 class _Logits(torch.autograd.Function):

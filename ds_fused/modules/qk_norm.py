@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ds_fused.modules.norm import RMSNorm, takes_more
 from ds_fused.modules.postponed import Postponed, computed
 from ds_fused.ops import rms_norm_rope
-from ds_fused.ops._norms import NotPerColumnError
+from ds_fused.ops.norms._norms import NotPerColumnError
 
 
 class Waiting:

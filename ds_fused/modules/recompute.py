@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ds_fused.modules.allotment import Allotment
 from ds_fused.modules.kept import Learnt
 from ds_fused.modules.offload import Offload
-from ds_fused.ops._say import say_once
+from ds_fused.ops.common._say import say_once
 
 FUNCTION = "_gradient_checkpointing_func"
 _BASE = "GradientCheckpointingLayer"

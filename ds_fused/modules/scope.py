@@ -21,8 +21,8 @@ from ds_fused.modules.linear import is_linear_patched
 from ds_fused.modules.on_demand import leaving
 from ds_fused.modules.out_of_graph import out_of_graph
 from ds_fused.modules.swap import home_of, hooks_of_all, is_class_patched, is_observed
-from ds_fused.ops._say import say_once
-from ds_fused.ops._triton import is_transformed
+from ds_fused.ops.common._say import say_once
+from ds_fused.ops.common._triton import is_transformed
 
 
 def in_backward() -> bool:

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from ds_fused.modules.linear import Linear, linear_of
 from ds_fused.modules.mlp import Gate
-from ds_fused.ops._gates import GLUForm
-from ds_fused.ops._tiles import SIDE_STEP, product, wide
-from ds_fused.ops._triton import lie_apart, rows_of
-from ds_fused.ops.glu import glu_again
+from ds_fused.ops.common._tiles import SIDE_STEP, product, wide
+from ds_fused.ops.common._triton import lie_apart, rows_of
+from ds_fused.ops.mlp._gates import GLUForm
+from ds_fused.ops.mlp.glu import glu_again
 
 # columns. Not measured yet. A weight's gradient of so many rows is 128 tiles of 128 x 256 with 4096 hidden, one wave on
 # the 132 multiprocessors of an H100 (of 1792 rows it would be 1.7), and 8192 tokens of 2048 columns of gate are 3.9

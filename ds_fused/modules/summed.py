@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_fused.modules.intercept import Run
-from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._tiles import product, wide
+from ds_fused.ops.common._once import once_differentiable
+from ds_fused.ops.common._tiles import product, wide
 
 
 class SummedLinears(Run):

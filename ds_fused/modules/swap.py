@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.modules import module as _module
 
 from ds_fused.modules.code import Code
-from ds_fused.ops._say import say_once
+from ds_fused.ops.common._say import say_once
 
 # one class per (mix-in, original, how), for each forward that the original was ever given: all layers share it, and
 # `type(a) is type(b)` holds between them as before. Where it is made from that forward, for what this led to

@@ -51,8 +51,8 @@ from ds_fused.modules.mlp import GatedMLP, PackedMLP, is_patched
 from ds_fused.modules.sliced_mlp import Projections, sliced_gradients
 from ds_fused.modules.summed import SummedLinears
 from ds_fused.modules.swap import hooks_of_all, is_observed
-from ds_fused.ops._once import once_differentiable
-from ds_fused.ops._say import say_once
+from ds_fused.ops.common._once import once_differentiable
+from ds_fused.ops.common._say import say_once
 
 Layer = Callable[[Tensor], Tensor]
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ds_fused.nn._options import listed
 from ds_fused.ops import multi_token_attention, neighborhood_attention
-from ds_fused.ops._options import check_numbers_or_none
-from ds_fused.ops.neighborhood_attention import check_window
+from ds_fused.ops.attention.neighborhood_attention import check_window
+from ds_fused.ops.common._options import check_numbers_or_none
 
 
 class MultiTokenAttention(torch.nn.Conv2d):

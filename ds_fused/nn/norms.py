@@ -19,10 +19,10 @@ from ds_fused.ops import (
     poly_norm,
     rms_norm,
 )
-from ds_fused.ops._norms import check_cast
-from ds_fused.ops._options import check_numbers
-from ds_fused.ops._triton import rms_norm_dtype
-from ds_fused.ops.gated_rms_norm import check_form
+from ds_fused.ops.common._options import check_numbers
+from ds_fused.ops.common._triton import rms_norm_dtype
+from ds_fused.ops.norms._norms import check_cast
+from ds_fused.ops.norms.gated_rms_norm import check_form
 
 
 class RMSNorm(torch.nn.RMSNorm):

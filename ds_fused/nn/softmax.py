@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ds_fused.ops import softmax, sparsemax
-from ds_fused.ops._options import check_whole
+from ds_fused.ops.common._options import check_whole
 
 
 class Softmax(torch.nn.Softmax):

@@ -1,8 +1,9 @@
 """The table of ops. JSON keys, op builders and the README's table are derived from it.
 
-A new op is its file, a row here, its test (tests/ops/test_<op>.py) and a case in benchmarks/cases/; and its name in
-ops/__init__.py, ds_fused/__init__.py, the README's table and, with an example to compile and to trace each, in
-tests/ops/compile_all.py and trace_all.py. Of all but its own test, what is missing fails a test that says so.
+A new op is its file in the room where it belongs, a row here, its test (tests/ops/test_<op>.py) and a case in
+benchmarks/cases/; and its name in ops/__init__.py, ds_fused/__init__.py, the README's table and, with an example to
+compile and to trace each, in tests/ops/compile_all.py and trace_all.py. Of all but its own test, what is missing fails
+a test that says so.
 """
 
 from __future__ import annotations
@@ -13,44 +14,44 @@ from dataclasses import dataclass, field
 from types import MappingProxyType, ModuleType
 from typing import NamedTuple
 
-from ds_fused.ops._tiles import ACCUMULATE
-from ds_fused.ops.add_layer_norm import add_layer_norm, add_layer_norm_reference
-from ds_fused.ops.add_rms_norm import add_rms_norm, add_rms_norm_reference
-from ds_fused.ops.attention_residual import attention_residual, attention_residual_reference
-from ds_fused.ops.cross_entropy import cross_entropy, cross_entropy_reference
-from ds_fused.ops.dyt import dyt, dyt_reference
-from ds_fused.ops.embedding import embedding, embedding_reference
-from ds_fused.ops.experts import experts, experts_reference
-from ds_fused.ops.gated_rms_norm import gated_rms_norm, gated_rms_norm_reference
-from ds_fused.ops.glu import glu, glu_reference
-from ds_fused.ops.group_norm import group_norm, group_norm_reference
-from ds_fused.ops.jsd import jsd, jsd_reference
-from ds_fused.ops.kl_div import kl_div, kl_div_reference
-from ds_fused.ops.layer_norm import layer_norm, layer_norm_reference
-from ds_fused.ops.linear_cosine import linear_cosine, linear_cosine_reference
-from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from ds_fused.ops.linear_jsd import linear_jsd, linear_jsd_reference
-from ds_fused.ops.linear_kl_div import linear_kl_div, linear_kl_div_reference
-from ds_fused.ops.linear_log_probs import linear_log_probs, linear_log_probs_reference
-from ds_fused.ops.lora_linear import lora_linear, lora_linear_reference
-from ds_fused.ops.mhc_coefficients import (
+from ds_fused.ops.attention.multi_token_attention import multi_token_attention, multi_token_attention_reference
+from ds_fused.ops.attention.neighborhood_attention import neighborhood_attention, neighborhood_attention_reference
+from ds_fused.ops.attention.softmax import softmax, softmax_reference
+from ds_fused.ops.attention.sparsemax import sparsemax, sparsemax_reference
+from ds_fused.ops.common._tiles import ACCUMULATE
+from ds_fused.ops.losses.cross_entropy import cross_entropy, cross_entropy_reference
+from ds_fused.ops.losses.jsd import jsd, jsd_reference
+from ds_fused.ops.losses.kl_div import kl_div, kl_div_reference
+from ds_fused.ops.losses.tvd import tvd, tvd_reference
+from ds_fused.ops.mlp.experts import experts, experts_reference
+from ds_fused.ops.mlp.glu import glu, glu_reference
+from ds_fused.ops.mlp.lora_linear import lora_linear, lora_linear_reference
+from ds_fused.ops.mlp.relu2 import relu2, relu2_reference
+from ds_fused.ops.norms.add_layer_norm import add_layer_norm, add_layer_norm_reference
+from ds_fused.ops.norms.add_rms_norm import add_rms_norm, add_rms_norm_reference
+from ds_fused.ops.norms.dyt import dyt, dyt_reference
+from ds_fused.ops.norms.gated_rms_norm import gated_rms_norm, gated_rms_norm_reference
+from ds_fused.ops.norms.group_norm import group_norm, group_norm_reference
+from ds_fused.ops.norms.layer_norm import layer_norm, layer_norm_reference
+from ds_fused.ops.norms.modulated_rms_norm import modulated_rms_norm, modulated_rms_norm_reference
+from ds_fused.ops.norms.poly_norm import poly_norm, poly_norm_reference
+from ds_fused.ops.norms.rms_norm import rms_norm, rms_norm_reference
+from ds_fused.ops.residual.attention_residual import attention_residual, attention_residual_reference
+from ds_fused.ops.residual.mhc_coefficients import (
     mhc_coefficients,
     mhc_coefficients_reference,
 )
-from ds_fused.ops.mhc_in import mhc_in, mhc_in_reference
-from ds_fused.ops.mhc_post_res import mhc_post_res, mhc_post_res_reference
-from ds_fused.ops.mhc_pre import mhc_pre, mhc_pre_reference
-from ds_fused.ops.modulated_rms_norm import modulated_rms_norm, modulated_rms_norm_reference
-from ds_fused.ops.multi_token_attention import multi_token_attention, multi_token_attention_reference
-from ds_fused.ops.neighborhood_attention import neighborhood_attention, neighborhood_attention_reference
-from ds_fused.ops.poly_norm import poly_norm, poly_norm_reference
-from ds_fused.ops.relu2 import relu2, relu2_reference
-from ds_fused.ops.rms_norm import rms_norm, rms_norm_reference
-from ds_fused.ops.rms_norm_rope import rms_norm_rope, rms_norm_rope_reference
-from ds_fused.ops.rope import rope, rope_reference
-from ds_fused.ops.softmax import softmax, softmax_reference
-from ds_fused.ops.sparsemax import sparsemax, sparsemax_reference
-from ds_fused.ops.tvd import tvd, tvd_reference
+from ds_fused.ops.residual.mhc_in import mhc_in, mhc_in_reference
+from ds_fused.ops.residual.mhc_post_res import mhc_post_res, mhc_post_res_reference
+from ds_fused.ops.residual.mhc_pre import mhc_pre, mhc_pre_reference
+from ds_fused.ops.rotary.rms_norm_rope import rms_norm_rope, rms_norm_rope_reference
+from ds_fused.ops.rotary.rope import rope, rope_reference
+from ds_fused.ops.vocab.embedding import embedding, embedding_reference
+from ds_fused.ops.vocab.linear_cosine import linear_cosine, linear_cosine_reference
+from ds_fused.ops.vocab.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from ds_fused.ops.vocab.linear_jsd import linear_jsd, linear_jsd_reference
+from ds_fused.ops.vocab.linear_kl_div import linear_kl_div, linear_kl_div_reference
+from ds_fused.ops.vocab.linear_log_probs import linear_log_probs, linear_log_probs_reference
 
 
 class Option(NamedTuple):

@@ -362,7 +362,7 @@ def test_kernels_are_known_by_their_names(name):
 
 def ours() -> list[str]:
     """Names of the Triton kernels of this package."""
-    sources = (Path(__file__).parents[2] / "ds_fused" / "ops").glob("*.py")
+    sources = (Path(__file__).parents[2] / "ds_fused" / "ops").rglob("*.py")
     lines = [line for source in sources for line in source.read_text().splitlines()]
     return [
         line.removeprefix("def ").partition("(")[0] for line in lines if line.startswith("def _") and "_kernel(" in line

@@ -448,7 +448,7 @@ def test_tune_tries_constants_and_leaves_them_as_they_were(tmp_path):
     import ds_fused.ops  # noqa: F401
     from benchmarks import tune
 
-    glu = sys.modules["ds_fused.ops.glu"]
+    glu = sys.modules["ds_fused.ops.mlp.glu"]
     before = glu.BLOCK
     assert tune.main(["--tiny", "--seconds", "10", "--out", str(tmp_path)]) == 0
     assert before == glu.BLOCK

@@ -25,7 +25,7 @@ from ds_fused.engine import stationary, zero_slabs
 from ds_fused.engine.delivery import Delivery
 from ds_fused.engine.stationary import ZeroShard
 from ds_fused.engine.zero_slabs import ZeroSlabs
-from ds_fused.ops import _tiles
+from ds_fused.ops.common import _tiles
 
 # V, H, slab bytes: rows whole on every rank or split between two, the last shard padded or not, one slab or many
 QUICK = [(67, 8, 10**6), (50, 12, 400), (13, 8, 0), (101, 9, 1000)]

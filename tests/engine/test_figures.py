@@ -21,7 +21,7 @@ from ds_fused.engine.figures import (
     turning_point,
 )
 from ds_fused.engine.shards import Shards
-from ds_fused.ops._tiles import KEPT_SLABS
+from ds_fused.ops.common._tiles import KEPT_SLABS
 
 V, H, W, SLAB = 128256, 4096, 4, 16384
 MB = 2**20

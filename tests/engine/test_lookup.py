@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ds_fused.engine.lookup import Lookup
-from ds_fused.ops.slabs import WholeWeight
+from ds_fused.ops.vocab.slabs import WholeWeight
 from tests.ops.shards import Shard
 
 V, H = 13, 6

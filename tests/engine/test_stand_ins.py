@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from ds_fused.engine.stand_ins import Shard, Slabs, ways_of
-from ds_fused.ops import _launch, linear_cross_entropy, rms_norm
-from ds_fused.ops._warmup import noted, target_of
+from ds_fused.ops import linear_cross_entropy, rms_norm
+from ds_fused.ops.common import _launch
+from ds_fused.ops.common._warmup import noted, target_of
 
 
 def weight(n_vocab: int, hidden: int) -> Tensor:

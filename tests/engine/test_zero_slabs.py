@@ -12,7 +12,7 @@ from launching import launch
 
 from ds_fused.engine.shards import Shards
 from ds_fused.engine.windows import TURNS
-from ds_fused.ops._tiles import KEPT_SLABS
+from ds_fused.ops.common._tiles import KEPT_SLABS
 
 HERE = Path(__file__).parent
 

@@ -25,7 +25,7 @@ from ds_fused.modules.head_weight import HeadWeight
 from ds_fused.modules.on_demand import LogitsOnDemand
 from ds_fused.modules.scope import Scope
 from ds_fused.modules.swap import swap, unswap
-from ds_fused.ops._say import say_once
+from ds_fused.ops.common._say import say_once
 
 VOCAB, WIDTH = 23, 8
 

@@ -13,8 +13,8 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from ds_fused.engine.lookup import Lookup
 from ds_fused.modules.embedding import SlabEmbedding, slab_embedding_of
 from ds_fused.modules.swap import swap, unswap
-from ds_fused.ops.slab_embedding import slab_embedding
-from ds_fused.ops.slabs import WholeWeight
+from ds_fused.ops.vocab.slab_embedding import slab_embedding
+from ds_fused.ops.vocab.slabs import WholeWeight
 
 
 def test_the_hooks_of_one_library_are_left_out():

@@ -14,7 +14,7 @@ from ds_fused.modules.mlp import Gate
 from ds_fused.modules.sliced_mlp import slice_width
 from ds_fused.modules.swap import swap
 from ds_fused.modules.tiled_mlp import TiledGatedMLP, TiledPackedMLP, Tiles
-from ds_fused.ops.glu import glu_reference
+from ds_fused.ops.mlp.glu import glu_reference
 from tests.ops.allocations import Peak
 
 D, INNER, TILES = 6, 22, 3

@@ -32,19 +32,19 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import ds_fused.ops as ops
-import ds_fused.ops._triton as shared
-from ds_fused.ops import _meet
-from ds_fused.ops._along_rows import LEFT, ZERO
-from ds_fused.ops._gates import GLUForm
-from ds_fused.ops._lent_logits_parts import lent_logits_in_parts
-from ds_fused.ops._loss import LossOptions
-from ds_fused.ops._parts import sum_parts
-from ds_fused.ops._warmup import Absent, copies_tiles_on, in_flight_on
-from ds_fused.ops.glu import glu_again
+import ds_fused.ops.common._triton as shared
+from ds_fused.ops.attention.softmax import softmax_bwd, softmax_fwd
+from ds_fused.ops.attention.sparsemax import sparsemax_bwd, sparsemax_fwd
+from ds_fused.ops.common import _meet
+from ds_fused.ops.common._along_rows import LEFT, ZERO
+from ds_fused.ops.common._parts import sum_parts
+from ds_fused.ops.common._warmup import Absent, copies_tiles_on, in_flight_on
+from ds_fused.ops.losses._lent_logits_parts import lent_logits_in_parts
+from ds_fused.ops.losses._loss import LossOptions
+from ds_fused.ops.mlp._gates import GLUForm
+from ds_fused.ops.mlp.glu import glu_again
 from ds_fused.ops.registry import OPS
-from ds_fused.ops.softmax import softmax_bwd, softmax_fwd
-from ds_fused.ops.sparsemax import sparsemax_bwd, sparsemax_fwd
-from ds_fused.ops.vocab_shard import VocabShard
+from ds_fused.ops.vocab.vocab_shard import VocabShard
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -506,10 +506,10 @@ def kernels(target: GPUTarget) -> set[str]:
     """Every kernel of the package by its rule of names: a jitted function that ends in _kernel, in a file that ends in
     _tma or _held for targets that copy tiles."""
     found = set()
-    for info in pkgutil.iter_modules(ops.__path__):
+    for info in pkgutil.walk_packages(ops.__path__, f"{ops.__name__}."):
         if info.name.endswith(("_tma", "_held")) and not copies_tiles_on(target):
             continue
-        module = import_module(f"{ops.__name__}.{info.name}")
+        module = import_module(info.name)
         # a launcher's file has the kernels of other files by their names
         own = (value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__)
         found |= {value.__name__ for value in own if isinstance(value, JITFunction)}
@@ -599,7 +599,7 @@ def compile_all(target: GPUTarget, index: int, choose: Callable[[list[Launch]], 
     # registers are limited as they are on a GPU
     _meet.DEVICES = ("cpu",) if target.backend == "cuda" else ()
     # as on a GPU, where its kernel says that an id is wrong
-    import_module("ds_fused.ops.embedding").looks_itself = lambda ids: True
+    import_module("ds_fused.ops.vocab.embedding").looks_itself = lambda ids: True
     compiled: dict[str, dict[str, object]] = {}
     for launch in choose(launches_of_all()):
         with contextlib.redirect_stdout(io.StringIO()) as said:

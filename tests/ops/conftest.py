@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import ds_fused.ops.registry as registry
-from ds_fused.ops import _along_rows, _divergence_kernels, _tiles, one_pass
+from ds_fused.ops.common import _along_rows, _tiles
+from ds_fused.ops.losses import _divergence_kernels
+from ds_fused.ops.vocab import one_pass
 
 # what a worker may keep of a GPU that it shares, between two tests
 MOST_KEPT = 2**30

@@ -31,9 +31,9 @@ from triton.runtime.jit import JITFunction
 sys.path.insert(0, str(Path(__file__).parent))
 from compile_all import EXAMPLES, kernels  # noqa: E402
 
-from ds_fused.ops import _launch  # noqa: E402
-from ds_fused.ops._launch import Ready, launch, launch_ready, ready  # noqa: E402
-from ds_fused.ops._warmup import Absent  # noqa: E402
+from ds_fused.ops.common import _launch  # noqa: E402
+from ds_fused.ops.common._launch import Ready, launch, launch_ready, ready  # noqa: E402
+from ds_fused.ops.common._warmup import Absent  # noqa: E402
 
 CPU = -1  # index of its device
 # of what C takes: facts about the launch, and hooks
@@ -295,7 +295,7 @@ def test_hooks_are_called():
         ("triton.knobs.runtime", "launch_enter_hook", print),
         ("launch_stubbed._some_kernel", "pre_run_hooks", [lambda *_, **__: None]),
         ("torch.compiler", "is_compiling", lambda: True),
-        ("ds_fused.ops._launch", "_current_device", _launch._nowhere),
+        ("ds_fused.ops.common._launch", "_current_device", _launch._nowhere),
     ],
 )
 def test_who_watches_sees_the_ordinary_way(where, name, value, monkeypatch):
@@ -366,11 +366,11 @@ def test_other_internals_mean_the_ordinary_way(change, monkeypatch, caplog):
 @pytest.mark.parametrize(
     "where, value, known",
     [
-        ("ds_fused.ops._launch.TRITON", (3, 6), True),
-        ("ds_fused.ops._launch.TRITON", (3, 5), False),
-        ("ds_fused.ops._launch.TRITON", (3, 9), True),
-        ("ds_fused.ops._launch.TRITON", (3, 10), False),
-        ("ds_fused.ops._launch.TRITON", (3, 60), False),
+        ("ds_fused.ops.common._launch.TRITON", (3, 6), True),
+        ("ds_fused.ops.common._launch.TRITON", (3, 5), False),
+        ("ds_fused.ops.common._launch.TRITON", (3, 9), True),
+        ("ds_fused.ops.common._launch.TRITON", (3, 10), False),
+        ("ds_fused.ops.common._launch.TRITON", (3, 60), False),
         ("torch.version.hip", "6.4", False),
         ("triton.knobs.runtime.interpret", True, False),
     ],

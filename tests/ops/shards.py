@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ds_fused.ops.vocab_shard import VocabShard
+from ds_fused.ops.vocab.vocab_shard import VocabShard
 
 
 class Landed:

@@ -7,10 +7,10 @@ import torch
 from accuracy import as_accurate, randn, same_bits
 
 import ds_fused.ops.registry as registry
-from ds_fused.ops import _row_tiles
-from ds_fused.ops._norms import CASTS
-from ds_fused.ops.add_rms_norm import add_rms_norm, add_rms_norm_reference
-from ds_fused.ops.rms_norm import rms_norm
+from ds_fused.ops.common import _row_tiles
+from ds_fused.ops.norms._norms import CASTS
+from ds_fused.ops.norms.add_rms_norm import add_rms_norm, add_rms_norm_reference
+from ds_fused.ops.norms.rms_norm import rms_norm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KERNELS = registry.op("rms_norm").module

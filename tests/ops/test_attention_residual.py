@@ -9,9 +9,9 @@ import torch
 from accuracy import as_accurate, randn, same_bits
 
 import ds_fused.ops.registry as registry
-from ds_fused.ops._say import say_once
-from ds_fused.ops._triton import copies_tiles
-from ds_fused.ops.attention_residual import LISTED, attention_residual, attention_residual_reference
+from ds_fused.ops.common._say import say_once
+from ds_fused.ops.common._triton import copies_tiles
+from ds_fused.ops.residual.attention_residual import LISTED, attention_residual, attention_residual_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # where many cases are judged together: fp16 is rounded as bf16 is, in another place

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from accuracy import as_accurate, nan_filled, randn
 
-from ds_fused.ops import _cross_entropy_kernels
-from ds_fused.ops.cross_entropy import cross_entropy, cross_entropy_reference
+from ds_fused.ops.losses import _cross_entropy_kernels
+from ds_fused.ops.losses.cross_entropy import cross_entropy, cross_entropy_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # each alone, then all at once: they meet in one formula

@@ -11,11 +11,11 @@ from allocations import Peak
 from heads import as_accurate_under_autocast
 from torch import Tensor
 
-from ds_fused.ops import _linear_divergence, one_pass
-from ds_fused.ops._tiles import MOST_ROUNDINGS
-from ds_fused.ops.linear_cosine import linear_cosine
-from ds_fused.ops.linear_jsd import linear_jsd, linear_jsd_reference
-from ds_fused.ops.linear_kl_div import linear_kl_div
+from ds_fused.ops.common._tiles import MOST_ROUNDINGS
+from ds_fused.ops.vocab import _linear_divergence, one_pass
+from ds_fused.ops.vocab.linear_cosine import linear_cosine
+from ds_fused.ops.vocab.linear_jsd import linear_jsd, linear_jsd_reference
+from ds_fused.ops.vocab.linear_kl_div import linear_kl_div
 
 TEACHER = (3, 4, 5)  # the places of its tensors
 

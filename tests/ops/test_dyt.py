@@ -7,7 +7,7 @@ import torch
 from accuracy import as_accurate, as_its_last_rows, randn, same_bits, ulp
 
 import ds_fused.ops.registry as registry
-from ds_fused.ops.dyt import dyt, dyt_reference
+from ds_fused.ops.norms.dyt import dyt, dyt_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # where many cases are judged together: fp16 is rounded as bf16 is, in another place

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from accuracy import as_accurate, randn, same_bits
 
 import ds_fused.ops.registry as registry
-from ds_fused.ops.embedding import embedding, embedding_reference
+from ds_fused.ops.vocab.embedding import embedding, embedding_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FILE = registry.op("embedding").module

@@ -10,12 +10,12 @@ from accuracy import randn
 from allocations import Peak
 from torch import Tensor
 
-from ds_fused.ops import _tiles
-from ds_fused.ops.linear_cosine import linear_cosine
-from ds_fused.ops.linear_cross_entropy import linear_cross_entropy
-from ds_fused.ops.linear_jsd import linear_jsd
-from ds_fused.ops.linear_kl_div import linear_kl_div
-from ds_fused.ops.linear_log_probs import linear_log_probs
+from ds_fused.ops.common import _tiles
+from ds_fused.ops.vocab.linear_cosine import linear_cosine
+from ds_fused.ops.vocab.linear_cross_entropy import linear_cross_entropy
+from ds_fused.ops.vocab.linear_jsd import linear_jsd
+from ds_fused.ops.vocab.linear_kl_div import linear_kl_div
+from ds_fused.ops.vocab.linear_log_probs import linear_log_probs
 
 M, H, V = 96, 4, 256
 ITEM = 2  # bytes of a logit in bf16

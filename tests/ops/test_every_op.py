@@ -13,7 +13,7 @@ from accuracy import randn, same_bits
 from torch import Tensor
 
 import ds_fused.ops as ops
-from ds_fused.ops import _launch, _meet, _triton
+from ds_fused.ops.common import _launch, _meet, _triton
 from ds_fused.ops.registry import OPS
 
 # of which PyTorch's own differ under autocast; tested in their own files

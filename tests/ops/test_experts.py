@@ -8,8 +8,8 @@ from accuracy import as_accurate, randn, same_bits
 from heads import as_accurate_under_autocast, gathered_anew
 from torch import Tensor
 
-from ds_fused.ops import _experts_kernels, _grouped_products, _routes
-from ds_fused.ops.experts import experts, experts_reference
+from ds_fused.ops.mlp import _experts_kernels, _grouped_products, _routes
+from ds_fused.ops.mlp.experts import experts, experts_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GPT_OSS = {"interleaved": True, "alpha": 1.702, "limit": 1.0, "offset": 1.0}

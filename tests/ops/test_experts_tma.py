@@ -11,10 +11,10 @@ from accuracy import as_accurate, nan_filled, randn
 from test_experts import inputs_of
 from torch import Tensor
 
-from ds_fused.ops import _grouped_products, _routes
-from ds_fused.ops import _grouped_products_tma as tma
-from ds_fused.ops._triton import copies_tiles
-from ds_fused.ops.experts import experts, experts_reference
+from ds_fused.ops.common._triton import copies_tiles
+from ds_fused.ops.mlp import _grouped_products, _routes
+from ds_fused.ops.mlp import _grouped_products_tma as tma
+from ds_fused.ops.mlp.experts import experts, experts_reference
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,10 @@ import torch
 from accuracy import as_accurate, nan_filled, randn
 from three_slabs import ThreeSlabs
 
-from ds_fused.ops import frozen_head
-from ds_fused.ops.frozen_head import FrozenHeadFunction
-from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from ds_fused.ops.linear_log_probs import linear_log_probs
+from ds_fused.ops.vocab import frozen_head
+from ds_fused.ops.vocab.frozen_head import FrozenHeadFunction
+from ds_fused.ops.vocab.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from ds_fused.ops.vocab.linear_log_probs import linear_log_probs
 
 MB = 2**-20  # chunk_mb in bytes
 # one tile; chunks of few tokens

@@ -8,13 +8,13 @@ import pytest
 import torch
 from accuracy import as_accurate, randn, same_bits
 
-import ds_fused.ops.gated_rms_norm  # noqa: F401
-from ds_fused.ops import _row_tiles
-from ds_fused.ops._norms import CASTS
-from ds_fused.ops.gated_rms_norm import ORDERS, gated_rms_norm, gated_rms_norm_reference
+import ds_fused.ops.norms.gated_rms_norm  # noqa: F401
+from ds_fused.ops.common import _row_tiles
+from ds_fused.ops.norms._norms import CASTS
+from ds_fused.ops.norms.gated_rms_norm import ORDERS, gated_rms_norm, gated_rms_norm_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FILE = sys.modules["ds_fused.ops.gated_rms_norm"]
+FILE = sys.modules["ds_fused.ops.norms.gated_rms_norm"]
 
 
 def inputs_of(*shape, device):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from accuracy import as_accurate, randn, same_bits
 
-from ds_fused.ops._gates import ACTS, GLUForm
-from ds_fused.ops.glu import BLOCK, glu, glu_again, glu_reference
+from ds_fused.ops.mlp._gates import ACTS, GLUForm
+from ds_fused.ops.mlp.glu import BLOCK, glu, glu_again, glu_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

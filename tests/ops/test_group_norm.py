@@ -11,14 +11,14 @@ from accuracy import as_accurate, randn, same_bits
 from triton.runtime.jit import JITFunction
 
 import ds_fused.ops.registry as registry
-from ds_fused.ops import _meet
-from ds_fused.ops.group_norm import group_norm, group_norm_reference
+from ds_fused.ops.common import _meet
+from ds_fused.ops.norms.group_norm import group_norm, group_norm_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # where there are many shapes: fp16 is rounded as bf16 is, in another place
 OF_MANY = [*DTYPES[:2], pytest.param(DTYPES[2], marks=pytest.mark.all)]
 FILE = registry.op("group_norm").module
-PARTS = sys.modules["ds_fused.ops._group_parts"]
+PARTS = sys.modules["ds_fused.ops.norms._group_parts"]
 
 
 def inputs_of(*shape, device):

@@ -10,7 +10,7 @@ import torch
 from accuracy import as_accurate
 from pairs import pair
 
-from ds_fused.ops.jsd import jsd, jsd_reference
+from ds_fused.ops.losses.jsd import jsd, jsd_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # both KLs have their own kernel; 0.2 tells the two sides apart

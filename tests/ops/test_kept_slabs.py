@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_fused.ops import _tiles
-from ds_fused.ops.linear_cross_entropy import linear_cross_entropy
+from ds_fused.ops.common import _tiles
+from ds_fused.ops.vocab.linear_cross_entropy import linear_cross_entropy
 
 N_SLABS, ROWS, H = 9, 16, 8
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from accuracy import as_accurate, nan_filled, randn
 
-from ds_fused.ops.kl_div import kl_div, kl_div_reference
+from ds_fused.ops.losses.kl_div import kl_div, kl_div_reference
 
-op_file = importlib.import_module("ds_fused.ops.kl_div")
+op_file = importlib.import_module("ds_fused.ops.losses.kl_div")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 REDUCTIONS = ["mean", "batchmean", "sum", "none"]
 

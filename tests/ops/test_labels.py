@@ -10,8 +10,8 @@ import torch
 from accuracy import nan_filled, randn, same_bits
 
 import ds_fused.ops as ops
-from ds_fused.ops import _labels
-from ds_fused.ops._labels import counting_tokens, label_facts, reduced_losses
+from ds_fused.ops.losses import _labels
+from ds_fused.ops.losses._labels import counting_tokens, label_facts, reduced_losses
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])

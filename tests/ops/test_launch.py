@@ -16,7 +16,7 @@ from torch import Tensor
 
 import ds_fused
 import ds_fused.ops as ops
-from ds_fused.ops import _launch
+from ds_fused.ops.common import _launch
 
 
 class OnTheSecondGPU(Tensor):
@@ -69,7 +69,7 @@ def test_kernels_are_launched_here_alone():
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
         if ast.unparse(node.func).endswith("[grid]") or ast.unparse(node.func.value).endswith("kernel")
     }
-    assert launching == {"ops/_launch.py"}
+    assert launching == {"ops/common/_launch.py"}
 
 
 def test_both_ways_up_to_the_c_function():

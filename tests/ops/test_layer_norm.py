@@ -7,9 +7,9 @@ import torch
 from accuracy import as_accurate, as_its_last_rows, randn, same_bits
 
 import ds_fused.ops.registry as registry
-from ds_fused.ops import _row_tiles
-from ds_fused.ops.add_layer_norm import add_layer_norm, add_layer_norm_reference
-from ds_fused.ops.layer_norm import layer_norm, layer_norm_reference
+from ds_fused.ops.common import _row_tiles
+from ds_fused.ops.norms.add_layer_norm import add_layer_norm, add_layer_norm_reference
+from ds_fused.ops.norms.layer_norm import layer_norm, layer_norm_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FILE = registry.op("layer_norm").module

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from accuracy import as_accurate, nan_filled, randn
 from torch import Tensor
 
-from ds_fused.ops import _lent_logits, _lent_logits_parts, _scale
-from ds_fused.ops.cross_entropy import cross_entropy, cross_entropy_reference
+from ds_fused.ops.losses import _lent_logits, _lent_logits_parts, _scale
+from ds_fused.ops.losses.cross_entropy import cross_entropy, cross_entropy_reference
 
 EVERYTHING = {"label_smoothing": 0.3, "z_loss": 0.02, "softcap": 5.0, "ignore_index": 3}
 OPTIONS = [{}, {"label_smoothing": 0.1}, {"z_loss": 0.01}, {"softcap": 2.0}, EVERYTHING]

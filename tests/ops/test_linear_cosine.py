@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from accuracy import as_accurate, randn
 from heads import MANY, as_accurate_under_autocast, over_two_to_the_31_logits
 
-from ds_fused.ops import _cosine
-from ds_fused.ops.linear_cosine import linear_cosine, linear_cosine_reference
+from ds_fused.ops.vocab import _cosine
+from ds_fused.ops.vocab.linear_cosine import linear_cosine, linear_cosine_reference
 
 MB = 2**-20  # chunk_mb and keep_mb in bytes
 # all kept; none, in chunks of 4 tokens and slabs of 4 words; some

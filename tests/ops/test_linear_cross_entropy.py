@@ -9,10 +9,11 @@ from allocations import Allocations
 from heads import MANY, as_accurate_under_autocast, gathered_anew, over_two_to_the_31_logits
 from three_slabs import ThreeSlabs
 
-from ds_fused.ops import _tiles, one_pass, two_pass
-from ds_fused.ops._tiles import Tiling, tiling
-from ds_fused.ops._triton import runs_kernels
-from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from ds_fused.ops.common import _tiles
+from ds_fused.ops.common._tiles import Tiling, tiling
+from ds_fused.ops.common._triton import runs_kernels
+from ds_fused.ops.vocab import one_pass, two_pass
+from ds_fused.ops.vocab.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
 MB = 2**-20  # chunk_mb and keep_mb in bytes
 # one tile; slabs of 4 rows made again; slabs of which some are kept; every logit kept

@@ -10,10 +10,11 @@ from heads import as_accurate_under_autocast, gathered_anew
 from three_slabs import ThreeSlabs
 from torch import Tensor
 
-from ds_fused.ops import _divergence_kernels, _tiles
-from ds_fused.ops._linear_divergence import _plan
-from ds_fused.ops._tiles import Tiling
-from ds_fused.ops.linear_jsd import linear_jsd, linear_jsd_reference
+from ds_fused.ops.common import _tiles
+from ds_fused.ops.common._tiles import Tiling
+from ds_fused.ops.losses import _divergence_kernels
+from ds_fused.ops.vocab._linear_divergence import _plan
+from ds_fused.ops.vocab.linear_jsd import linear_jsd, linear_jsd_reference
 
 MB = 2**-20  # chunk_mb and keep_mb in bytes
 # gradients made in the backward; test_divergence_in_forward.py has the others. All at once, kept or made again; chunks
@@ -127,7 +128,7 @@ def test_a_frozen_weight_costs_no_product(where, monkeypatch):
     shapes = []
     stock = _tiles.product
     monkeypatch.setattr(
-        "ds_fused.ops._linear_divergence.product",
+        "ds_fused.ops.vocab._linear_divergence.product",
         lambda out, *args, **options: (shapes.append(tuple(out.shape)), stock(out, *args, **options)),
     )
     linear_jsd(x.requires_grad_(), weight, tx, tweight, labels, **CUTS[0]).backward()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from accuracy import as_accurate, randn
 from heads import MANY, as_accurate_under_autocast, over_two_to_the_31_logits
 
-from ds_fused.ops.linear_kl_div import linear_kl_div, linear_kl_div_reference
+from ds_fused.ops.vocab.linear_kl_div import linear_kl_div, linear_kl_div_reference
 
 pytestmark = pytest.mark.usefixtures("where")
 only_plain = pytest.mark.parametrize("where", ["plain"], indirect=True)

@@ -11,8 +11,9 @@ from heads import MANY, as_accurate_under_autocast, over_two_to_the_31_logits
 from shards import Shard
 from three_slabs import ThreeSlabs
 
-from ds_fused.ops import _cross_entropy_kernels, _tiles
-from ds_fused.ops.linear_log_probs import linear_log_probs, linear_log_probs_reference
+from ds_fused.ops.common import _tiles
+from ds_fused.ops.losses import _cross_entropy_kernels
+from ds_fused.ops.vocab.linear_log_probs import linear_log_probs, linear_log_probs_reference
 
 MB = 2**-20  # chunk_mb and keep_mb in bytes
 # one tile; slabs of 4 rows made again; slabs of which some are kept; every logit kept

@@ -7,8 +7,8 @@ import torch
 from accuracy import as_accurate, randn, same_bits
 from torch import Tensor
 
-from ds_fused.ops._pieces import LEFT, RIGHT, added, narrow_times, pieces, times_narrow
-from ds_fused.ops.lora_linear import lora_linear, lora_linear_reference
+from ds_fused.ops.mlp._pieces import LEFT, RIGHT, added, narrow_times, pieces, times_narrow
+from ds_fused.ops.mlp.lora_linear import lora_linear, lora_linear_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

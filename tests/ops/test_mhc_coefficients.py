@@ -8,7 +8,7 @@ from accuracy import as_accurate, randn, same_bits, ulp
 from mhc import streams
 
 import ds_fused.ops.registry as registry
-from ds_fused.ops.mhc_coefficients import (
+from ds_fused.ops.residual.mhc_coefficients import (
     mhc_coefficients,
     mhc_coefficients_reference,
 )

@@ -8,10 +8,10 @@ from accuracy import as_accurate, randn, same_bits, ulp
 from mhc import streams
 
 import ds_fused.ops.registry as registry
-from ds_fused.ops.mhc_coefficients import mhc_coefficients
-from ds_fused.ops.mhc_in import mhc_in, mhc_in_reference
-from ds_fused.ops.mhc_post_res import mhc_post_res
-from ds_fused.ops.mhc_pre import mhc_pre
+from ds_fused.ops.residual.mhc_coefficients import mhc_coefficients
+from ds_fused.ops.residual.mhc_in import mhc_in, mhc_in_reference
+from ds_fused.ops.residual.mhc_post_res import mhc_post_res
+from ds_fused.ops.residual.mhc_pre import mhc_pre
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

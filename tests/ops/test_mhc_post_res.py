@@ -6,7 +6,7 @@ import pytest
 import torch
 from accuracy import as_accurate, randn, same_bits
 
-from ds_fused.ops.mhc_post_res import mhc_post_res, mhc_post_res_reference
+from ds_fused.ops.residual.mhc_post_res import mhc_post_res, mhc_post_res_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

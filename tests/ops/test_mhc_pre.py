@@ -6,7 +6,7 @@ import pytest
 import torch
 from accuracy import as_accurate, randn, same_bits
 
-from ds_fused.ops.mhc_pre import mhc_pre, mhc_pre_reference
+from ds_fused.ops.residual.mhc_pre import mhc_pre, mhc_pre_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

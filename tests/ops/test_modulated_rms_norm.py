@@ -7,8 +7,8 @@ import torch
 from accuracy import as_accurate, randn
 
 import ds_fused.ops.registry as registry
-from ds_fused.ops import _row_tiles
-from ds_fused.ops.modulated_rms_norm import MOST_IN_TURN, modulated_rms_norm, modulated_rms_norm_reference
+from ds_fused.ops.common import _row_tiles
+from ds_fused.ops.norms.modulated_rms_norm import MOST_IN_TURN, modulated_rms_norm, modulated_rms_norm_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASTS = ["before_weight", "after_weight"]

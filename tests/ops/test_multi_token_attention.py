@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from accuracy import as_accurate, nan_filled, randn, same_bits
 
-from ds_fused.ops import _causal_conv
-from ds_fused.ops._causal_conv import Window, fits
-from ds_fused.ops.multi_token_attention import multi_token_attention, multi_token_attention_reference
+from ds_fused.ops.attention import _causal_conv
+from ds_fused.ops.attention._causal_conv import Window, fits
+from ds_fused.ops.attention.multi_token_attention import multi_token_attention, multi_token_attention_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # interpreted kernels take long, and fp16 takes the way of bf16

@@ -9,7 +9,7 @@ from accuracy import as_accurate, randn, same_bits
 from heads import as_accurate_under_autocast
 
 import ds_fused.ops.registry as registry
-from ds_fused.ops.neighborhood_attention import (
+from ds_fused.ops.attention.neighborhood_attention import (
     FWD_BLOCKS,
     FWD_TILE,
     neighborhood_attention,

@@ -8,9 +8,9 @@ from accuracy import as_accurate, nan_filled, randn
 from heads import MANY, as_accurate_under_autocast, over_two_to_the_31_logits
 from torch import Tensor
 
-from ds_fused.ops import one_pass
-from ds_fused.ops._tiles import MOST_ROUNDINGS
-from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from ds_fused.ops.common._tiles import MOST_ROUNDINGS
+from ds_fused.ops.vocab import one_pass
+from ds_fused.ops.vocab.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
 MB = 2**-20
 # all in one chunk; chunks of 4 tokens

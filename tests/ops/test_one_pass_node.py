@@ -8,9 +8,10 @@ from accuracy import randn
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ds_fused.ops import linear_cross_entropy, one_pass, one_pass_node
-from ds_fused.ops._loss import LossOptions
-from ds_fused.ops.linear_cross_entropy import linear_cross_entropy_reference
+from ds_fused.ops import linear_cross_entropy
+from ds_fused.ops.losses._loss import LossOptions
+from ds_fused.ops.vocab import one_pass, one_pass_node
+from ds_fused.ops.vocab.linear_cross_entropy import linear_cross_entropy_reference
 
 pytestmark = pytest.mark.usefixtures("where")
 only_plain = pytest.mark.parametrize("where", ["plain"], indirect=True)

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from ds_fused.ops._parts import BLOCK, sum_parts
+from ds_fused.ops.common._parts import BLOCK, sum_parts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

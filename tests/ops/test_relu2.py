@@ -6,7 +6,7 @@ import pytest
 import torch
 from accuracy import as_accurate, randn, same_bits
 
-from ds_fused.ops.relu2 import BLOCK, relu2, relu2_reference
+from ds_fused.ops.mlp.relu2 import BLOCK, relu2, relu2_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

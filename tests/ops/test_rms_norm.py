@@ -8,9 +8,9 @@ from accuracy import as_accurate, as_its_last_rows, randn, same_bits
 from torch import Tensor
 
 import ds_fused.ops.registry as registry
-from ds_fused.ops import _row_tiles
-from ds_fused.ops._norms import CASTS
-from ds_fused.ops.rms_norm import rms_norm, rms_norm_reference
+from ds_fused.ops.common import _row_tiles
+from ds_fused.ops.norms._norms import CASTS
+from ds_fused.ops.norms.rms_norm import rms_norm, rms_norm_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FILE = registry.op("rms_norm").module

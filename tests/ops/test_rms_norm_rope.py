@@ -10,10 +10,10 @@ from accuracy import as_accurate, randn, same_bits
 from torch import Tensor
 
 import ds_fused.ops.registry as registry
-from ds_fused.ops._norms import CASTS
-from ds_fused.ops.rms_norm import rms_norm
-from ds_fused.ops.rms_norm_rope import rms_norm_rope, rms_norm_rope_reference
-from ds_fused.ops.rope import rope
+from ds_fused.ops.norms._norms import CASTS
+from ds_fused.ops.norms.rms_norm import rms_norm
+from ds_fused.ops.rotary.rms_norm_rope import rms_norm_rope, rms_norm_rope_reference
+from ds_fused.ops.rotary.rope import rope
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FILE = registry.op("rms_norm_rope").module

@@ -10,8 +10,8 @@ from accuracy import as_accurate, randn, same_bits
 from torch import Tensor
 
 import ds_fused.ops.registry as registry
-from ds_fused.ops._heads import is_swapped
-from ds_fused.ops.rope import rope, rope_reference
+from ds_fused.ops.common._heads import is_swapped
+from ds_fused.ops.rotary.rope import rope, rope_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FILE = registry.op("rope").module

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_fused.ops.slab_embedding import slab_embedding
-from ds_fused.ops.slabs import WholeWeight
+from ds_fused.ops.vocab.slab_embedding import slab_embedding
+from ds_fused.ops.vocab.slabs import WholeWeight
 
 
 class Shuffled(WholeWeight):

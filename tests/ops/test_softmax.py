@@ -6,7 +6,7 @@ import pytest
 import torch
 from accuracy import as_accurate, randn
 
-from ds_fused.ops.softmax import softmax, softmax_reference
+from ds_fused.ops.attention.softmax import softmax, softmax_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INF = float("inf")

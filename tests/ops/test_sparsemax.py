@@ -6,7 +6,7 @@ import pytest
 import torch
 from accuracy import as_accurate, randn, same_bits
 
-from ds_fused.ops.sparsemax import sparsemax, sparsemax_reference
+from ds_fused.ops.attention.sparsemax import sparsemax, sparsemax_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INF = float("inf")

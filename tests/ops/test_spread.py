@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import ds_fused
-from ds_fused.ops import _triton
-from ds_fused.ops._say import say_once
+from ds_fused.ops.common import _triton
+from ds_fused.ops.common._say import say_once
 
 
 @pytest.fixture

@@ -12,13 +12,14 @@ from accuracy import as_accurate, judge, randn
 from shards import Round, Shard, on_ranks
 from torch import Tensor
 
-from ds_fused.ops import _cross_entropy_kernels, _labels, _merge, stationary
-from ds_fused.ops._loss import LossOptions
-from ds_fused.ops._merge import merge, merge_torch
-from ds_fused.ops._tiles import first_half
-from ds_fused.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from ds_fused.ops.linear_log_probs import linear_log_probs, linear_log_probs_reference
-from ds_fused.ops.stationary import block_tokens
+from ds_fused.ops.common._tiles import first_half
+from ds_fused.ops.losses import _cross_entropy_kernels, _labels
+from ds_fused.ops.losses._loss import LossOptions
+from ds_fused.ops.vocab import _merge, stationary
+from ds_fused.ops.vocab._merge import merge, merge_torch
+from ds_fused.ops.vocab.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from ds_fused.ops.vocab.linear_log_probs import linear_log_probs, linear_log_probs_reference
+from ds_fused.ops.vocab.stationary import block_tokens
 
 MB = 2**-20
 # blocks of 4 tokens; all in one
@@ -150,7 +151,7 @@ def test_merge(more, z_loss, where):
 
 
 def _interpreted() -> bool:
-    from ds_fused.ops._triton import runs_kernels
+    from ds_fused.ops.common._triton import runs_kernels
 
     return runs_kernels(torch.empty(0))
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from shards import Round, Shard, on_ranks
 from torch import Tensor
 
-from ds_fused.ops.stationary_embedding import stationary_embedding
+from ds_fused.ops.vocab.stationary_embedding import stationary_embedding
 
 V, H = 29, 6
 ROWS = [(0, 10), (10, 12), (12, V)]

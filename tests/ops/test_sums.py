@@ -13,9 +13,9 @@ from allocations import Allocations
 from torch import Tensor
 
 import ds_fused.ops.registry as registry
-from ds_fused.ops import _sums
-from ds_fused.ops._launch import launch
-from ds_fused.ops._sums import leave, partials, sharers
+from ds_fused.ops.common import _sums
+from ds_fused.ops.common._launch import launch
+from ds_fused.ops.common._sums import leave, partials, sharers
 
 # op -> which of its tensors are [D], of one modulation for all rows; the others are as x
 VECTORS = {

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import ds_fused.ops._triton as shared
+import ds_fused.ops.common._triton as shared
 import ds_fused.ops.registry  # noqa: F401  # all op files
 from ds_fused.ops import rms_norm
-from ds_fused.ops._rows import walk
+from ds_fused.ops.common._rows import walk
 
 
 @triton.jit

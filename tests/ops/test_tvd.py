@@ -8,7 +8,7 @@ import torch
 from accuracy import as_accurate
 from pairs import pair
 
-from ds_fused.ops.tvd import tvd, tvd_reference
+from ds_fused.ops.losses.tvd import tvd, tvd_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -6,7 +6,7 @@ Needs a process of its own, without TRITON_INTERPRET. Tensors lie on the CPU, th
 Prints as JSON what stopped a trace: of every other case of each op, or of all. Each op is called with one shape after
 the other, for that makes dynamo take the sizes that change for symbols; where a launcher then needs such a size as a
 number, it is a symbol with a known value, in which dynamo 2.11 to 2.13 has a bug (see row_stride in
-ds_fused/ops/_triton.py).
+ds_fused/ops/common/_triton.py).
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import ds_fused.ops as ops
-from ds_fused.ops import _meet
-from ds_fused.ops._launch import Kept
-from ds_fused.ops._warmup import Absent
+from ds_fused.ops.common import _meet
+from ds_fused.ops.common._launch import Kept
+from ds_fused.ops.common._warmup import Absent
 
 MULTIPROCESSORS = 132
 

@@ -23,7 +23,7 @@ import ds_fused
 from ds_fused.modules.on_demand import LogitsOnDemand
 from ds_fused.modules.product import ACT_NAMES
 from ds_fused.modules.swap import is_fused
-from ds_fused.ops._say import say_once
+from ds_fused.ops.common._say import say_once
 from tests.policies.tiny import LLAMA, NAMED, VOCAB, assert_same_step, batch, classes, counts, step, twins
 
 

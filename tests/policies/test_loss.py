@@ -23,7 +23,7 @@ from transformers.trainer_pt_utils import EvalLoopContainer, nested_detach
 from ds_fused.modules import head as head_file
 from ds_fused.modules.head import CausalLMLoss
 from ds_fused.modules.on_demand import LogitsOnDemand
-from ds_fused.ops._say import say_once
+from ds_fused.ops.common._say import say_once
 from ds_fused.policies.loss import LINEAR, REAL, claim_loss
 from tests.policies import losses_by_functions as library
 

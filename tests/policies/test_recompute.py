@@ -432,7 +432,7 @@ def test_other_checkpointing_stays_and_that_is_said(options, caplog):
     model = checkpointed(LLAMA.make(), **options)
     stock, stock_ran = step(model)
     ds_fused.apply(model, {}, recompute="matmuls")
-    from ds_fused.ops._say import say_once
+    from ds_fused.ops.common._say import say_once
 
     say_once.cache_clear()
     found, ran = step(model)

@@ -13,7 +13,7 @@ import ds_fused
 from ds_fused.modules import norm
 from ds_fused.modules.residual import Residual
 from ds_fused.modules.swap import swap
-from ds_fused.ops._say import say_once
+from ds_fused.ops.common._say import say_once
 from tests.policies.tiny import (
     LAYERS,
     LLAMA,

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import ds_fused
 from ds_fused.engine.stationary import ZeroShard
 from ds_fused.engine.zero_slabs import ZeroSlabs
-from ds_fused.ops import stationary
+from ds_fused.ops.vocab import stationary
 
 
 def main(mode: str) -> None:

@@ -23,7 +23,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 import ds_fused
 from ds_fused.engine import copy_engines, slab_mode
-from ds_fused.ops import _tiles
+from ds_fused.ops.common import _tiles
 
 
 def frozen(*trained: str, tied: bool = False) -> torch.nn.Module:

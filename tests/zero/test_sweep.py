@@ -10,7 +10,7 @@ import pytest
 from launching import launch
 
 from ds_fused.engine.shards import Shards
-from ds_fused.ops._tiles import KEPT_SLABS
+from ds_fused.ops.common._tiles import KEPT_SLABS
 
 HERE = Path(__file__).parent
 HIDDEN = 32

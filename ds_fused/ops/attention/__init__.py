@@ -1,0 +1,1 @@
+"""Scores along rows: softmax and sparsemax, and the attentions made of them."""

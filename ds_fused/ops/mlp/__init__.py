@@ -1,0 +1,1 @@
+"""What stands between a layer's linear products: gated units, experts, LoRA's pair."""

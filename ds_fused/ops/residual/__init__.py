@@ -1,0 +1,1 @@
+"""The residual as more than one stream: hyper-connections, attention over the layers' outputs."""
