@@ -50,8 +50,8 @@ from benchmarks.scale_model import (
     step_seconds,
 )
 from benchmarks.scale_points import Point, Skipped, points
-from ds_fused.engine.figures import MOST_TOKENS, Figures, HeadCosts, of_stream, sharded, turning_point
-from ds_fused.engine.shards import Shards
+from ds_fused.engine.zero3.figures import MOST_TOKENS, Figures, HeadCosts, of_stream, sharded, turning_point
+from ds_fused.engine.zero3.shards import Shards
 
 ALLOWED = 0.10
 RANKS = (8, 16, 64, 256, 1024)
@@ -319,7 +319,7 @@ def crossover(machine: Machine) -> list[str]:
         "## From where on the weight should travel instead of the tokens",
         "",
         'Up to so many tokens a rank mode "auto" prefers "stationary" to "stream", by the same formulas '
-        "(ds_fused/engine/figures.py) and where memory is no matter; "
+        "(ds_fused/engine/zero3/figures.py) and where memory is no matter; "
         f"chunk_mb={CHUNK_MB}, keep_mb={KEEP_MB}, slab_mb={SLAB_MB}. In brackets: these "
         "tokens of all ranks over V. Columns: bytes a second of each GPU's network card.",
         "",

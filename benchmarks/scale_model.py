@@ -16,8 +16,8 @@ Where the host is behind, the device waits, and does not make up for that later:
 their slower side. ``wait`` is time in which no kernel can begin: the host's way to the first product of a step, and to
 the optimizer, before which it looks at the gradients' norm.
 
-The head in modes "stream" and "stationary" is `ds_fused.engine.figures`, by which mode "auto" chooses. It may choose
-"gather" too, of which nothing is predicted.
+The head in modes "stream" and "stationary" is `ds_fused.engine.zero3.figures`, by which mode "auto" chooses. It may
+choose "gather" too, of which nothing is predicted.
 
 Sizes: T tokens of a rank in a micro batch, W ranks. Bytes are of bf16 where nothing else is said.
 """
@@ -29,9 +29,9 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ds_fused.engine.figures import Figures, HeadCosts, Rates, chosen, of_gather, sharded
-from ds_fused.engine.shards import Shards
-from ds_fused.engine.zero_sizes import BUCKET, LIVE, PREFETCH, REUSE, sizes_of
+from ds_fused.engine.zero3.figures import Figures, HeadCosts, Rates, chosen, of_gather, sharded
+from ds_fused.engine.zero3.shards import Shards
+from ds_fused.engine.zero3.sizes import BUCKET, LIVE, PREFETCH, REUSE, sizes_of
 
 MIB = 2**20
 GPUS_OF_NODE = 8
@@ -438,7 +438,7 @@ def _fitting(room: float, one: float, most: int) -> int:
 
 
 def kept_room(job: Job, machine: Machine, measured: Kept) -> float:
-    """Bytes, as ds_fused.modules.allotment has them: a longer batch is taken to need more in proportion.
+    """Bytes, as ds_fused.modules.memory.allotment has them: a longer batch is taken to need more in proportion.
 
     ``measured``: what is kept, and where, by the first steps.
     """

@@ -40,8 +40,8 @@ from benchmarks.scale_model import (
     whole_head,
     whole_loss,
 )
-from ds_fused.engine.figures import Figures, HeadCosts, chosen, of_stationary, of_stream, sharded
-from ds_fused.engine.shards import Shards
+from ds_fused.engine.zero3.figures import Figures, HeadCosts, chosen, of_stationary, of_stream, sharded
+from ds_fused.engine.zero3.shards import Shards
 from ds_fused.ops.common._tiles import KEPT_SLABS, side
 from ds_fused.ops.vocab.stationary import block_bytes
 

@@ -39,7 +39,7 @@ from benchmarks.step_data import Data, Stream, Text
 from benchmarks.step_shapes import Shape, built, load, shape_of
 from benchmarks.step_timeline import recorded, split
 from benchmarks.step_ways import WAYS, Way, layer_class, ours
-from ds_fused.engine.zero_sizes import elements, sizes_of
+from ds_fused.engine.zero3.sizes import elements, sizes_of
 
 BEGUN, STEP, RESULT, FAILED = "BEGUN ", "STEP ", "RESULT ", "FAILED "
 OUT_OF_MEMORY = "out of memory"

@@ -34,8 +34,8 @@ from triton.runtime.errors import PTXASError
 
 from ds_fused.engine.config import Config, parse_config
 from ds_fused.engine.profiles import ESTIMATED, filled
-from ds_fused.engine.stand_ins import ways_of
-from ds_fused.modules.head_weight import HeadWeight
+from ds_fused.engine.zero3.stand_ins import ways_of
+from ds_fused.modules.loss.head_weight import HeadWeight
 from ds_fused.ops import lora_linear
 from ds_fused.ops.common._warmup import META, Done, Launch, compile_noted, noted, target_here, target_of
 from ds_fused.ops.vocab.slabs import WeightSlabs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from ds_fused.engine.copy_engines import CopyEngines
+from ds_fused.engine.zero3.copy_engines import CopyEngines
 
 
 class GlooEngines(CopyEngines):

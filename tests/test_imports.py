@@ -32,6 +32,21 @@ MAY_IMPORT = {
         }.items()
     },
     "ds_fused/modules": {"torch", "ds_fused.ops", "ds_fused.modules"},
+    "ds_fused/modules/memory": {"torch", "ds_fused.ops", "ds_fused.modules.memory", "ds_fused.modules.swap"},
+    "ds_fused/modules/layers": {
+        "torch",
+        "ds_fused.ops",
+        "ds_fused.modules.layers",
+        "ds_fused.modules.memory",
+        "ds_fused.modules.swap",
+    },
+    "ds_fused/modules/loss": {
+        "torch",
+        "ds_fused.ops",
+        "ds_fused.modules.loss",
+        "ds_fused.modules.layers",
+        "ds_fused.modules.swap",
+    },
     "ds_fused/policies": {"torch", "ds_fused.modules", "ds_fused.policies"},
     "ds_fused/engine": {
         "torch",
@@ -54,9 +69,9 @@ MAY_IMPORT = {
     "ds_fused/nn/mlp.py": {
         "torch",
         "ds_fused.ops",
-        "ds_fused.modules.mlp",
-        "ds_fused.modules.sliced_mlp",
-        "ds_fused.modules.tiled_mlp",
+        "ds_fused.modules.layers.mlp",
+        "ds_fused.modules.layers.sliced_mlp",
+        "ds_fused.modules.layers.tiled_mlp",
     },
     # the package's door: names load on first use
     "ds_fused/__init__.py": set(),

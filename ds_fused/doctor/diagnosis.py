@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_fused.doctor.tiny import batches, build
-from ds_fused.modules import head as head_module
-from ds_fused.modules.head_call import HeadCall
+from ds_fused.modules.loss import head as head_module
+from ds_fused.modules.loss.head_call import HeadCall
 from ds_fused.policies import apply
 from ds_fused.policies.loss import LINEAR
 from ds_fused.policies.report import Claim

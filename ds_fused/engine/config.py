@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ds_fused.modules.tiled_mlp import Tiles
+from ds_fused.modules.layers.tiled_mlp import Tiles
 from ds_fused.ops.registry import OPS, Option, switched
 from ds_fused.policies.arguments import near, shown
 from ds_fused.policies.plan import TILED

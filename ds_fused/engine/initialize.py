@@ -43,7 +43,7 @@ def replace(engine: DeepSpeedEngine, model: torch.nn.Module, block: object) -> R
 
 def finish(engine: DeepSpeedEngine) -> None:
     """When all of DeepSpeed's engine is there."""
-    from ds_fused.engine import frequencies
+    from ds_fused.engine.zero3 import frequencies
 
     config, report = (engine.__dict__.get(name) for name in ("_ds_fused_config", "ds_fused_report"))
     if report is None:
@@ -68,9 +68,10 @@ def _resolved(
     engine: DeepSpeedEngine, model: torch.nn.Module, block: object, agree: Agreement
 ) -> tuple[Config, list[str]]:
     """The block with what its profile adds, and a line about that; the profile is the same on every rank."""
-    from ds_fused.engine import estimate, profiles
-    from ds_fused.engine.choice import free_bytes
+    from ds_fused.engine import profiles
     from ds_fused.engine.config import parse_config
+    from ds_fused.engine.zero3 import estimate
+    from ds_fused.engine.zero3.choice import free_bytes
     from ds_fused.policies.blocks import blocks
 
     profile = parse_config(block).profile
@@ -91,7 +92,8 @@ def _resolved(
 
 def _set_up(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config) -> list[str]:
     """What DeepSpeed will read when it builds its optimizer; a line about each."""
-    from ds_fused.engine import leaf_modules, zero_sizes
+    from ds_fused.engine.zero3 import leaf_modules
+    from ds_fused.engine.zero3 import sizes
     from ds_fused.policies.blocks import blocks
 
     most_whole = 0
@@ -100,7 +102,7 @@ def _set_up(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config) -> 
         most_whole = 0 if reason else leaf_modules.MOST_BYTES // training_dtype(engine).itemsize
     if config.zero_sizes == "stock":
         return []
-    return [zero_sizes.set_sizes(engine, config.zero_sizes, model, blocks(model).values(), most_whole)]
+    return [sizes.set_sizes(engine, config.zero_sizes, model, blocks(model).values(), most_whole)]
 
 
 def _check_triton() -> None:
@@ -112,10 +114,11 @@ def _check_triton() -> None:
 
 
 def _replaced(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config, agree: Agreement) -> Report:
-    from ds_fused.engine import builders, zero3
+    from ds_fused.engine import builders
     from ds_fused.engine.config import OP_OPTIONS
-    from ds_fused.engine.slab_mode import SlabMode
-    from ds_fused.modules.head_weight import HeadWeight
+    from ds_fused.engine.zero3 import whole_weight
+    from ds_fused.engine.zero3.slab_mode import SlabMode
+    from ds_fused.modules.loss.head_weight import HeadWeight
     from ds_fused.policies import plan
     from ds_fused.policies.report import Left
 
@@ -142,7 +145,7 @@ def _replaced(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config, a
         logits=config.logits,
         eval=config.eval,
         weight=HeadWeight(
-            zero3.whole_weight_of(engine), slab_mode.slabs, slab_mode.is_sharded, slab_mode.bias, slab_mode.shard
+            whole_weight.whole_weight_of(engine), slab_mode.slabs, slab_mode.is_sharded, slab_mode.bias, slab_mode.shard
         ),
         tiles=config.tiles,
         recompute=config.recompute,
@@ -158,15 +161,16 @@ def _arrange_gathers(engine: DeepSpeedEngine, config: Config, report: Report) ->
     its layer, which opens them; with ``leaf_modules`` those of a repeated layer."""
     from deepspeed.utils import z3_leaf_module
 
-    from ds_fused.engine import collectives, leaf_modules, zero_linear
-    from ds_fused.modules.lora import LoRALinear
-    from ds_fused.modules.tiled_mlp import TiledMLP
+    from ds_fused.engine.zero3 import collectives, leaf_modules
+    from ds_fused.engine.zero3 import linear
+    from ds_fused.modules.layers.lora import LoRALinear
+    from ds_fused.modules.layers.tiled_mlp import TiledMLP
     from ds_fused.policies.blocks import blocks
     from ds_fused.policies.report import Left
 
     offload = leaf_modules.offload_of(engine)
     if offload is not None:
-        zero_linear.remember_signature()
+        linear.remember_signature()
         if config.collectives == "in_place":
             _claim(report, *collectives.claims_of(engine, offload))
     slabs = engine.__dict__["_ds_fused_slab_mode"].parameters

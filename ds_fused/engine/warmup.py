@@ -23,7 +23,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from ds_fused.engine.copy_engines import boot_id
+from ds_fused.engine.zero3.copy_engines import boot_id
 from ds_fused.ops.common._warmup import target_here
 from ds_fused.policies.kinds import ADAPTER
 

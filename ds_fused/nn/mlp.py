@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_fused.modules.mlp import Gate
-from ds_fused.modules.sliced_mlp import Projections
-from ds_fused.modules.tiled_mlp import check_tiles, tiled
+from ds_fused.modules.layers.mlp import Gate
+from ds_fused.modules.layers.sliced_mlp import Projections
+from ds_fused.modules.layers.tiled_mlp import check_tiles, tiled
 from ds_fused.ops import glu, relu2
 
 # PyTorch's word for a gelu, and the op's

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ds_fused.modules.head import CausalLMLoss, Head
-from ds_fused.modules.head_weight import HeadWeight
-from ds_fused.modules.scope import Scope
+from ds_fused.modules.loss.head import CausalLMLoss, Head
+from ds_fused.modules.loss.head_weight import HeadWeight
+from ds_fused.modules.loss.scope import Scope
 from ds_fused.modules.swap import is_live, qualified_name, swap, unswap_all
 from ds_fused.policies.loss_code import calls, heads_of, is_masked, labels_at, why_not_head, why_not_loss, why_not_wait
 from ds_fused.policies.loss_proof import code_of, linear_differs, real_differs

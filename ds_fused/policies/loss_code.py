@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_fused.modules.code import Code
-from ds_fused.modules.head import CausalLMLoss
-from ds_fused.modules.linear import own_weight
+from ds_fused.modules.layers.linear import own_weight
+from ds_fused.modules.loss.head import CausalLMLoss
 from ds_fused.modules.swap import home_of, is_fused, library_of, qualified_name, why_not_swapped
 from ds_fused.policies.loss_proof import head_differs
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_fused.modules.code import Code
-from ds_fused.modules.deferred import DeferredLogits
-from ds_fused.modules.head import CausalLMLoss, Head
-from ds_fused.modules.head_call import HeadCall
-from ds_fused.modules.scope import Scope
+from ds_fused.modules.loss.deferred import DeferredLogits
+from ds_fused.modules.loss.head import CausalLMLoss, Head
+from ds_fused.modules.loss.head_call import HeadCall
+from ds_fused.modules.loss.scope import Scope
 from ds_fused.modules.swap import swap
 from ds_fused.policies.kinds.kind import compared, unproven
 from ds_fused.policies.proof import compare, randn, replica

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ds_fused.modules import NEEDS, OPS, switched
-from ds_fused.modules.head_weight import HeadWeight
+from ds_fused.modules.layers.tiled_mlp import Tiles
+from ds_fused.modules.loss.head_weight import HeadWeight
 from ds_fused.modules.swap import owner_of, why_not_swapped
-from ds_fused.modules.tiled_mlp import Tiles
 from ds_fused.policies.arguments import check_choice, check_flags, check_model, check_wanted, place
 from ds_fused.policies.kinds import ACTIVATION, ADAPTER, NORM, ROPE, Kind, Way, find, qk_norms, unproven
 from ds_fused.policies.loss import claim_loss

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from ds_fused.modules import Option, say
-from ds_fused.modules.allotment import Allotment, Auto, Fixed
-from ds_fused.modules.kept import Learnt
-from ds_fused.modules.offload import Offload
-from ds_fused.modules.recompute import FUNCTION, Recompute, may_be_checkpointed
+from ds_fused.modules.memory.allotment import Allotment, Auto, Fixed
+from ds_fused.modules.memory.kept import Learnt
+from ds_fused.modules.memory.offload import Offload
+from ds_fused.modules.memory.recompute import FUNCTION, Recompute, may_be_checkpointed
 from ds_fused.modules.swap import qualified_name, swap, unswap_all, why_not_swapped
 from ds_fused.policies.arguments import near, shown
 from ds_fused.policies.report import Left

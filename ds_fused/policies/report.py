@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from ds_fused.modules.head import CausalLMLoss
-from ds_fused.modules.recompute import may_be_checkpointed
-from ds_fused.modules.scope import Scope
+from ds_fused.modules.loss.head import CausalLMLoss
+from ds_fused.modules.loss.scope import Scope
+from ds_fused.modules.memory.recompute import may_be_checkpointed
 from ds_fused.modules.swap import unswap
 from ds_fused.policies.arguments import check_model
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ds_fused.modules.layers.tiled_mlp import TILED_MIXINS, Tiles
 from ds_fused.modules.swap import is_fused, is_live, qualified_name, swap, unswap_all
-from ds_fused.modules.tiled_mlp import TILED_MIXINS, Tiles
 from ds_fused.policies.kinds import Kind, Way, qk_norms, unproven
 from ds_fused.policies.memory import remembered
 

@@ -26,7 +26,7 @@ from benchmarks.step_data import COPIED, Stream, Text
 from benchmarks.step_page import RATE, longest_page, steps_page
 from benchmarks.step_shapes import SHAPES, STD, built, load, shape_of
 from benchmarks.step_timeline import COMMUNICATION, COPY, IDLE, MARK, OPTIMIZER, PARTS, Event, length, split, union
-from ds_fused.engine.zero_sizes import sizes_of
+from ds_fused.engine.zero3.sizes import sizes_of
 
 HERE = Path(__file__).parent
 LENGTH = 40  # no multiple of a stretch of copied tokens

@@ -13,8 +13,8 @@ from benchmarks.head_rows import merged
 from benchmarks.head_ways import Shape
 from benchmarks.scale import ALLOWED
 from benchmarks.scale_points import GATHER_KEPT_BEFORE, OUTDATED, START, START_AGREED, START_SLABS, start_of
-from ds_fused.engine.figures import Figures, HeadCosts, Rates, of_gather, of_stationary, of_stream
-from ds_fused.engine.shards import Shards
+from ds_fused.engine.zero3.figures import Figures, HeadCosts, Rates, of_gather, of_stationary, of_stream
+from ds_fused.engine.zero3.shards import Shards
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 MB = 2**20

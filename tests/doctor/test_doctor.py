@@ -14,7 +14,7 @@ from ds_fused.doctor import __main__ as doctor
 from ds_fused.doctor.diagnosis import diagnose, errors
 from ds_fused.doctor.shrink import LEFT_OUT, SPECIAL, VOCAB, shrink
 from ds_fused.doctor.tiny import batches, build, tiny_config
-from ds_fused.modules import norm
+from ds_fused.modules.layers import norm
 
 
 def test_one_layer_of_each_kind_is_kept() -> None:

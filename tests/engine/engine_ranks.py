@@ -86,7 +86,7 @@ def train(stage, block, said, compiled=False, **more):
 
 
 def read_alone(said):
-    from ds_fused.modules import meeting
+    from ds_fused.modules.loss import meeting
 
     meeting.PATIENCE_SECONDS = 1.0
     engine = train(3, ON, {})

@@ -21,10 +21,11 @@ from gloo_engines import GlooEngines
 from torch import nn
 
 import ds_fused
-from ds_fused.engine import stationary, zero_slabs
-from ds_fused.engine.delivery import Delivery
-from ds_fused.engine.stationary import ZeroShard
-from ds_fused.engine.zero_slabs import ZeroSlabs
+from ds_fused.engine.zero3 import slabs as zero_slabs
+from ds_fused.engine.zero3 import stationary
+from ds_fused.engine.zero3.delivery import Delivery
+from ds_fused.engine.zero3.slabs import ZeroSlabs
+from ds_fused.engine.zero3.stationary import ZeroShard
 from ds_fused.ops.common import _tiles
 
 # V, H, slab bytes: rows whole on every rank or split between two, the last shard padded or not, one slab or many

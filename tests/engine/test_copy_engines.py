@@ -10,7 +10,7 @@ import torch
 from torch import distributed as dist
 from torch.distributed import _symmetric_memory as symmetric_memory
 
-from ds_fused.engine import copy_engines, nccl
+from ds_fused.engine.zero3 import copy_engines, nccl
 
 
 def accelerator(name: str) -> Callable[[], SimpleNamespace]:

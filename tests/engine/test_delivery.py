@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from types import SimpleNamespace
 
-from ds_fused.engine.delivery import KEPT_GRADIENTS, Delivery
+from ds_fused.engine.zero3.delivery import KEPT_GRADIENTS, Delivery
 
 
 class Optimizer:

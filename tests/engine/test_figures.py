@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from ds_fused.engine.figures import (
+from ds_fused.engine.zero3.figures import (
     REUSE,
     Figures,
     HeadCosts,
@@ -20,7 +20,7 @@ from ds_fused.engine.figures import (
     sharded,
     turning_point,
 )
-from ds_fused.engine.shards import Shards
+from ds_fused.engine.zero3.shards import Shards
 from ds_fused.ops.common._tiles import KEPT_SLABS
 
 V, H, W, SLAB = 128256, 4096, 4, 16384

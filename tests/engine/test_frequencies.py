@@ -9,7 +9,7 @@ from transformers import Gemma3TextConfig, LlamaConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from ds_fused.engine.frequencies import _off, claims_of
+from ds_fused.engine.zero3.frequencies import _off, claims_of
 
 SCALED = {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}
 

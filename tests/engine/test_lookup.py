@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ds_fused.engine.lookup import Lookup
+from ds_fused.engine.zero3.lookup import Lookup
 from ds_fused.ops.vocab.slabs import WholeWeight
 from tests.ops.shards import Shard
 

@@ -10,11 +10,11 @@ import torch
 from deepspeed.runtime.zero.config import get_zero_config
 from torch import nn
 
-from ds_fused.engine import leaf_modules
 from ds_fused.engine.config import CHOICES, HEAD, RECOMPUTE, TILED, parse_config
-from ds_fused.engine.estimate import Job, fitting, job_of
 from ds_fused.engine.profiles import ESTIMATED, PROFILES, filled
-from ds_fused.engine.zero_sizes import set_sizes, sizes_of
+from ds_fused.engine.zero3 import leaf_modules
+from ds_fused.engine.zero3.estimate import Job, fitting, job_of
+from ds_fused.engine.zero3.sizes import set_sizes, sizes_of
 
 ON = {"enabled": True}
 SMALL = {"leaf_modules": True, "zero_sizes": "small", "embedding": True}

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ds_fused.engine import self_test
-from ds_fused.engine.delivery import KEPT_GRADIENTS
+from ds_fused.engine.zero3 import self_test
+from ds_fused.engine.zero3.delivery import KEPT_GRADIENTS
 
 SIZE = 5
 

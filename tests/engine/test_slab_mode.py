@@ -11,8 +11,9 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from ds_fused.engine import agreement, slab_mode
-from ds_fused.engine.slab_mode import why_gather, why_not_looked_up
+from ds_fused.engine import agreement
+from ds_fused.engine.zero3 import slab_mode
+from ds_fused.engine.zero3.slab_mode import why_gather, why_not_looked_up
 
 RANKS = 2
 V, H = 64, 8

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_fused.engine.stand_ins import Shard, Slabs, ways_of
+from ds_fused.engine.zero3.stand_ins import Shard, Slabs, ways_of
 from ds_fused.ops import linear_cross_entropy, rms_norm
 from ds_fused.ops.common import _launch
 from ds_fused.ops.common._warmup import noted, target_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_fused.engine.windows import TokenWindows
+from ds_fused.engine.zero3.windows import TokenWindows
 
 
 class Engines:

@@ -7,7 +7,7 @@ import inspect
 import torch
 from deepspeed.runtime.zero.linear import LinearFunctionForZeroStage3, zero3_linear_wrap
 
-from ds_fused.engine.zero_linear import remember_signature
+from ds_fused.engine.zero3.linear import remember_signature
 
 
 def test_the_signature_is_found_once_and_is_the_same():

@@ -10,8 +10,8 @@ import pytest
 import torch
 from launching import launch
 
-from ds_fused.engine.shards import Shards
-from ds_fused.engine.windows import TURNS
+from ds_fused.engine.zero3.shards import Shards
+from ds_fused.engine.zero3.windows import TURNS
 from ds_fused.ops.common._tiles import KEPT_SLABS
 
 HERE = Path(__file__).parent

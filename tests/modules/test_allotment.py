@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_fused.modules import allotment
-from ds_fused.modules.allotment import MEASURED, SHARE, STEP, Auto, Fixed, allot
-from ds_fused.modules.intercept import ATTENTION, MATMUL
-from ds_fused.modules.kept import Learnt, Recording
-from ds_fused.modules.rise import Rise
+from ds_fused.modules.memory import allotment
+from ds_fused.modules.memory.allotment import MEASURED, SHARE, STEP, Auto, Fixed, allot
+from ds_fused.modules.memory.intercept import ATTENTION, MATMUL
+from ds_fused.modules.memory.kept import Learnt, Recording
+from ds_fused.modules.memory.rise import Rise
 
 F, A, M = "full", "attention", "matmuls"
 

@@ -10,9 +10,9 @@ from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.trainer_pt_utils import nested_detach
 
-from ds_fused.modules.head import linear_loss
-from ds_fused.modules.on_demand import LogitsOnDemand
-from ds_fused.modules.out_of_graph import LogitsOutOfGraph
+from ds_fused.modules.loss.head import linear_loss
+from ds_fused.modules.loss.on_demand import LogitsOnDemand
+from ds_fused.modules.loss.out_of_graph import LogitsOutOfGraph
 from tests.modules.test_deferred import (
     MEASURED,
     OWN_LOSSES,

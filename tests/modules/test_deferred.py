@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_fused.modules import head as head_module
-from ds_fused.modules.deferred import DeferredLogits
-from ds_fused.modules.head import CausalLMLoss, Head
-from ds_fused.modules.head_call import HeadCall
-from ds_fused.modules.head_weight import HeadWeight
-from ds_fused.modules.on_demand import LogitsOnDemand
-from ds_fused.modules.scope import Scope
+from ds_fused.modules.loss import head as head_module
+from ds_fused.modules.loss.deferred import DeferredLogits
+from ds_fused.modules.loss.head import CausalLMLoss, Head
+from ds_fused.modules.loss.head_call import HeadCall
+from ds_fused.modules.loss.head_weight import HeadWeight
+from ds_fused.modules.loss.on_demand import LogitsOnDemand
+from ds_fused.modules.loss.scope import Scope
 from ds_fused.modules.swap import swap, unswap
 from ds_fused.ops.common._say import say_once
 

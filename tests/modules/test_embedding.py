@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
-from ds_fused.engine.lookup import Lookup
-from ds_fused.modules.embedding import SlabEmbedding, slab_embedding_of
+from ds_fused.engine.zero3.lookup import Lookup
+from ds_fused.modules.layers.embedding import SlabEmbedding, slab_embedding_of
 from ds_fused.modules.swap import swap, unswap
 from ds_fused.ops.vocab.slab_embedding import slab_embedding
 from ds_fused.ops.vocab.slabs import WholeWeight

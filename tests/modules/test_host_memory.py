@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_fused.modules import host_memory
+from ds_fused.modules.memory import host_memory
 
 MEMINFO = "MemTotal:       1000 kB\nMemAvailable:    300 kB\nHugePages_Total:       0\n"
 V2 = {"memory.max": "200000\n", "memory.current": "90000\n", "memory.stat": "anon 50000\ninactive_file 20000\n"}

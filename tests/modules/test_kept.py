@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ds_fused.modules.intercept import ATTENTION, MATMUL
-from ds_fused.modules.kept import LEVELS, Empty, Learnt, Recording, needed_bytes, postponable, tensors_of
+from ds_fused.modules.memory.intercept import ATTENTION, MATMUL
+from ds_fused.modules.memory.kept import LEVELS, Empty, Learnt, Recording, needed_bytes, postponable, tensors_of
 
 N, D = 5, 6
 

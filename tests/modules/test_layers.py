@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ds_fused.modules.attention import exchanged, rotary_functions
-from ds_fused.modules.mlp import act_of
-from ds_fused.modules.norm import GroupNorm, LayerNorm, PyTorchRMSNorm, eps_name
-from ds_fused.modules.product import Product
-from ds_fused.modules.rotary import roles_of
+from ds_fused.modules.layers.attention import exchanged, rotary_functions
+from ds_fused.modules.layers.mlp import act_of
+from ds_fused.modules.layers.norm import GroupNorm, LayerNorm, PyTorchRMSNorm, eps_name
+from ds_fused.modules.layers.product import Product
+from ds_fused.modules.layers.rotary import roles_of
 from ds_fused.modules.swap import swap
 from ds_fused.ops import glu
 
@@ -177,7 +177,7 @@ class AnyForward(nn.Module):
 )
 def test_postponed_product(forward, products, monkeypatch) -> None:
     calls = []
-    monkeypatch.setattr("ds_fused.modules.product.glu", lambda *args: calls.append(args) or glu(*args))
+    monkeypatch.setattr("ds_fused.modules.layers.product.glu", lambda *args: calls.append(args) or glu(*args))
     layer, x = AnyForward(forward), torch.randn(2, 6, requires_grad=True)
     expected = layer(x)
     swap(layer, Product, ("act_fn",), fused_act="silu")

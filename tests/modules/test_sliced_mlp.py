@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_fused.modules import sliced_mlp
-from ds_fused.modules.mlp import Gate
-from ds_fused.modules.sliced_mlp import slice_width
+from ds_fused.modules.layers import sliced_mlp
+from ds_fused.modules.layers.mlp import Gate
+from ds_fused.modules.layers.sliced_mlp import slice_width
+from ds_fused.modules.layers.tiled_mlp import TiledGatedMLP, TiledPackedMLP, Tiles
 from ds_fused.modules.swap import swap
-from ds_fused.modules.tiled_mlp import TiledGatedMLP, TiledPackedMLP, Tiles
 from ds_fused.ops.mlp.glu import glu_reference
 from tests.ops.allocations import Peak
 

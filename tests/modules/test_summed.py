@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_fused.modules.summed import SummedLinears
-from ds_fused.modules.tiled_mlp import tiled
+from ds_fused.modules.layers.summed import SummedLinears
+from ds_fused.modules.layers.tiled_mlp import tiled
 
 ROWS = 5
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_fused.modules.mlp import Gate, GatedMLP
+from ds_fused.modules.layers.mlp import Gate, GatedMLP
+from ds_fused.modules.layers.tiled_mlp import TiledMLP, Tiles, tiled
 from ds_fused.modules.swap import swap, unswap
-from ds_fused.modules.tiled_mlp import TiledMLP, Tiles, tiled
 
 
 class MLP(nn.Module):

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ds_fused.ops.registry as registry
-from ds_fused.modules.experts import WholeExperts
-from ds_fused.modules.kept import LEVELS, Learnt, Recording
-from ds_fused.modules.mlp import Gate
+from ds_fused.modules.layers.experts import WholeExperts
+from ds_fused.modules.layers.mlp import Gate
+from ds_fused.modules.memory.kept import LEVELS, Learnt, Recording
 from ds_fused.ops import glu, rms_norm
 
 N, D = 5, 16

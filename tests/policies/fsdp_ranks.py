@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ds_fused
-from ds_fused.modules import meeting
+from ds_fused.modules.loss import meeting
 
 dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (2,))

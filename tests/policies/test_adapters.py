@@ -11,7 +11,7 @@ from torch import nn
 
 import ds_fused
 from ds_fused.engine.warmup import _lora_ranks
-from ds_fused.modules import lora
+from ds_fused.modules.layers import lora
 from ds_fused.ops.mlp._pieces import LEFT, RIGHT, added
 from ds_fused.ops.registry import op
 from tests.policies.tiny import LAYERS, LLAMA, assert_same_step, batch

@@ -20,8 +20,8 @@ from torch.autograd import forward_ad
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 import ds_fused
-from ds_fused.modules.on_demand import LogitsOnDemand
-from ds_fused.modules.product import ACT_NAMES
+from ds_fused.modules.layers.product import ACT_NAMES
+from ds_fused.modules.loss.on_demand import LogitsOnDemand
 from ds_fused.modules.swap import is_fused
 from ds_fused.ops.common._say import say_once
 from tests.policies.tiny import LLAMA, NAMED, VOCAB, assert_same_step, batch, classes, counts, step, twins

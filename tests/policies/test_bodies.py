@@ -16,8 +16,8 @@ import torch
 import transformers
 from torch import nn
 
-from ds_fused.modules.attention import WORD
-from ds_fused.modules.rotary import TURNS, roles_of
+from ds_fused.modules.layers.attention import WORD
+from ds_fused.modules.layers.rotary import TURNS, roles_of
 from ds_fused.policies.kinds import Way, choose, find, ropes
 
 # it imports 500 files

@@ -11,8 +11,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import ds_fused
-from ds_fused.modules import experts, mlp, product
-from ds_fused.modules.mlp import Gate
+from ds_fused.modules.layers import experts, mlp, product
+from ds_fused.modules.layers.mlp import Gate
 from ds_fused.policies.kinds import Way, choose, find
 from ds_fused.policies.kinds import experts as experts_kind
 from tests.policies.tiny import NAMED, Tiny, assert_same_step, batch, counts, twins

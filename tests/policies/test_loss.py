@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers.trainer_pt_utils import EvalLoopContainer, nested_detach
 
-from ds_fused.modules import head as head_file
-from ds_fused.modules.head import CausalLMLoss
-from ds_fused.modules.on_demand import LogitsOnDemand
+from ds_fused.modules.loss import head as head_file
+from ds_fused.modules.loss.head import CausalLMLoss
+from ds_fused.modules.loss.on_demand import LogitsOnDemand
 from ds_fused.ops.common._say import say_once
 from ds_fused.policies.loss import LINEAR, REAL, claim_loss
 from tests.policies import losses_by_functions as library
@@ -917,7 +917,7 @@ def test_a_copy_is_fused_on_its_own() -> None:
 
 
 def test_a_wrong_replacement_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ds_fused.modules import head
+    from ds_fused.modules.loss import head
     from ds_fused.policies import loss_proof
 
     claims, _ = claim_loss(build(), {LINEAR: {}, REAL: {}})

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ds_fused
-from ds_fused.modules import allotment, offload
-from ds_fused.modules.allotment import MEASURED, SHARE
-from ds_fused.modules.offload import OnHost
+from ds_fused.modules.memory import allotment, offload
+from ds_fused.modules.memory.allotment import MEASURED, SHARE
+from ds_fused.modules.memory.offload import OnHost
 from tests.policies.test_recompute import (
     MODELS,
     PER_LAYER,

@@ -20,9 +20,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from transformers.models.t5 import modeling_t5
 
 import ds_fused
-from ds_fused.modules import norm
-from ds_fused.modules.attention import exchanged
-from ds_fused.modules.rotary import Turn, fused_rotary
+from ds_fused.modules.layers import norm
+from ds_fused.modules.layers.attention import exchanged
+from ds_fused.modules.layers.rotary import Turn, fused_rotary
 from ds_fused.policies import loss, loss_proof, memory, plan
 from ds_fused.policies.kinds import Way, choose, find, kind, norms, ropes
 from ds_fused.policies.report import Claim

@@ -16,7 +16,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 import ds_fused
-from ds_fused.modules import qk_norm
+from ds_fused.modules.layers import qk_norm
 from ds_fused.ops.common._say import say_once
 from tests.policies.tiny import (
     LAYERS,

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ds_fused
-from ds_fused.modules import intercept
-from ds_fused.modules.allotment import MEASURED
-from ds_fused.modules.kept import Recording
-from ds_fused.modules.recompute import FUNCTION, Recompute
-from ds_fused.modules.tiled_mlp import TiledMLP
+from ds_fused.modules.layers.tiled_mlp import TiledMLP
+from ds_fused.modules.memory import intercept
+from ds_fused.modules.memory.allotment import MEASURED
+from ds_fused.modules.memory.kept import Recording
+from ds_fused.modules.memory.recompute import FUNCTION, Recompute
 from ds_fused.policies.recompute import Recomputing, recomputing
 from tests.policies.tiny import LAYERS, LLAMA, NAMED, batch
 

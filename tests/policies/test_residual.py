@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import ds_fused
-from ds_fused.modules import norm
-from ds_fused.modules.residual import Residual
+from ds_fused.modules.layers import norm
+from ds_fused.modules.layers.residual import Residual
 from ds_fused.modules.swap import swap
 from ds_fused.ops.common._say import say_once
 from tests.policies.tiny import (

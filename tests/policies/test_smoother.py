@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 import ds_fused
-from ds_fused.modules import head as head_module
+from ds_fused.modules.loss import head as head_module
 from tests.policies.test_loss import BART, SIZES, batch, build
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import ds_fused
-from ds_fused.modules.on_demand import LogitsOnDemand
+from ds_fused.modules.loss.on_demand import LogitsOnDemand
 from tests.policies.tiny import FAMILIES, LAYERS, VOCAB, Tiny, assert_same_step, batch
 
 TINY = {family.name: family for family in FAMILIES}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import ds_fused
-from ds_fused.modules import norm, qk_norm
+from ds_fused.modules.layers import norm, qk_norm
 from tests.policies.tiny import (
     LAYERS,
     NAMED,

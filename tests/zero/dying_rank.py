@@ -14,8 +14,8 @@ import special
 import torch.distributed as dist
 
 import ds_fused
-from ds_fused.engine.stationary import ZeroShard
-from ds_fused.engine.zero_slabs import ZeroSlabs
+from ds_fused.engine.zero3.slabs import ZeroSlabs
+from ds_fused.engine.zero3.stationary import ZeroShard
 from ds_fused.ops.vocab import stationary
 
 

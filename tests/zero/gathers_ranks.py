@@ -31,8 +31,8 @@ from torch import nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from ds_fused.engine import gathers, leaf_modules, reductions
 from ds_fused.engine.config import OP_OPTIONS
+from ds_fused.engine.zero3 import gathers, leaf_modules, reductions
 
 GAS = 2
 OFF = dict.fromkeys(OP_OPTIONS, False) | {"enabled": True}

@@ -24,7 +24,7 @@ from transformers import LlamaForCausalLM
 
 import ds_fused
 from ds_fused.engine.config import OP_OPTIONS
-from ds_fused.modules.recompute import Recompute
+from ds_fused.modules.memory.recompute import Recompute
 
 STEPS = 4
 # what each rank keeps

@@ -18,7 +18,7 @@ from cases import Cases
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-from ds_fused.modules import meeting
+from ds_fused.modules.loss import meeting
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # ids and labels, [ROWS, LENGTH]
 

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from special import both, case, engine_of, mine, model_of, read_by_one, reading, train, with_lora
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from ds_fused.modules import lora as lora_module
-from ds_fused.modules import norm
-from ds_fused.modules import qk_norm as norms_of_q_and_k
+from ds_fused.modules.layers import lora as lora_module
+from ds_fused.modules.layers import norm
+from ds_fused.modules.layers import qk_norm as norms_of_q_and_k
 from ds_fused.policies.kinds import norms
 
 

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_pt_utils import LabelSmoother
 
 import ds_fused
-from ds_fused.engine import copy_engines, slab_mode
+from ds_fused.engine.zero3 import copy_engines, slab_mode
 from ds_fused.ops.common import _tiles
 
 

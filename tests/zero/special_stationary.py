@@ -16,10 +16,10 @@ from special import STATIONARY, Batch, both, case, engine_of, mine, model_of, my
 from transformers import LlamaForCausalLM
 
 import ds_fused
-from ds_fused.engine import choice, lookup
-from ds_fused.engine.delivery import Delivery
-from ds_fused.engine.figures import Figures, Rates
-from ds_fused.engine.stationary import ZeroShard
+from ds_fused.engine.zero3 import choice, lookup
+from ds_fused.engine.zero3.delivery import Delivery
+from ds_fused.engine.zero3.figures import Figures, Rates
+from ds_fused.engine.zero3.stationary import ZeroShard
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from ds_fused.engine import zero_slabs
+from ds_fused.engine.zero3 import slabs as zero_slabs
 
 SIZES = {**products.SIZES, "num_hidden_layers": 1, "initializer_range": 0.3, "use_cache": False}
 

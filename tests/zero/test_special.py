@@ -13,7 +13,7 @@ import products
 import pytest
 from launching import PATIENCE, launch
 
-from ds_fused.engine.windows import TURNS
+from ds_fused.engine.zero3.windows import TURNS
 
 HERE = Path(__file__).parent
 RANKS = products.RANKS["cpu"]

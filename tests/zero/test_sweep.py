@@ -9,7 +9,7 @@ import products
 import pytest
 from launching import launch
 
-from ds_fused.engine.shards import Shards
+from ds_fused.engine.zero3.shards import Shards
 from ds_fused.ops.common._tiles import KEPT_SLABS
 
 HERE = Path(__file__).parent

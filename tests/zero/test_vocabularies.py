@@ -9,7 +9,7 @@ import products
 import pytest
 from launching import launch
 
-from ds_fused.engine.shards import Shards
+from ds_fused.engine.zero3.shards import Shards
 
 HERE = Path(__file__).parent
 SAID = {"stream": "its weight in", "stationary": "its rows stay on"}

@@ -17,7 +17,7 @@ import torch
 from launching import PATIENCE, launch
 from torch import Tensor
 
-from ds_fused.engine.shards import Shards
+from ds_fused.engine.zero3.shards import Shards
 
 HERE = Path(__file__).parent
 EPS, THETA = 1e-6, 10000.0  # LlamaConfig's defaults

@@ -27,9 +27,9 @@ from joining import joined
 from transformers import LlamaForCausalLM
 
 from ds_fused.engine.config import OP_OPTIONS
-from ds_fused.modules import summed, tiled_mlp
+from ds_fused.modules.layers import summed, tiled_mlp
+from ds_fused.modules.layers.tiled_mlp import TiledMLP, Tiles
 from ds_fused.modules.swap import swap
-from ds_fused.modules.tiled_mlp import TiledMLP, Tiles
 
 TILES = 5  # of 24 rows, and of 22 on the other rank
 GAS = 2

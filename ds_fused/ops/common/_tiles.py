@@ -71,7 +71,8 @@ def tiling(
     """Tiles of at most about `chunk_bytes`, cut so that little other scratch is needed: see two_pass.py."""
     tokens, rows = max(n_tokens, 1), slab_rows or n_vocab
     if slab_rows is not None:
-        # slabs are cut for the products (engine/shards.py): so little more is worth no second chunk and sum of dweight
+        # slabs are cut for the products (engine/zero3/shards.py): so little more is worth no second chunk and sum of
+        # dweight
         chunk_bytes += chunk_bytes // 32
     if slab_rows is not None or tokens * rows * itemsize > max(chunk_bytes, keep_bytes):
         if slab_rows is None and (dweight or casts) and (tokens < n_vocab or not dx):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ds_fused.modules.mlp import ReLU2, act_of
+from ds_fused.modules.layers.mlp import ReLU2, act_of
 from ds_fused.policies.kinds.kind import Kind, Way, both, compared, one_argument
 from ds_fused.policies.proof import randn
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ds_fused.modules.lora import LoRALinear
+from ds_fused.modules.layers.lora import LoRALinear
 from ds_fused.modules.swap import fused_class
 from ds_fused.policies.kinds.kind import Kind, Way, mixed
 from ds_fused.policies.proof import compare, randn, replica

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ds_fused.modules.experts import Experts, WholeExperts
-from ds_fused.modules.product import Product
+from ds_fused.modules.layers.experts import Experts, WholeExperts
+from ds_fused.modules.layers.product import Product
 from ds_fused.policies.kinds.kind import Kind, Way, both, compared, parameter_names, shape_of
 from ds_fused.policies.kinds.mlps import KEYS, act_name, fused_act, gates, product_of
 from ds_fused.policies.proof import randn

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_fused.modules import norm
-from ds_fused.modules.residual import Residual, names_in
+from ds_fused.modules.layers import norm
+from ds_fused.modules.layers.residual import Residual, names_in
 from ds_fused.modules.swap import fused_class, why_not_swapped
 from ds_fused.policies.kinds.kind import Kind, Way, mixed, shape_of
 from ds_fused.policies.kinds.norms import form_of, norms_over, rms_norms

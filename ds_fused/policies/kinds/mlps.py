@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ds_fused.modules.mlp import Gate, GatedMLP, PackedMLP, act_of
-from ds_fused.modules.postponed import is_number
-from ds_fused.modules.product import ACT_NAMES, Activated, Product
+from ds_fused.modules.layers.mlp import Gate, GatedMLP, PackedMLP, act_of
+from ds_fused.modules.layers.postponed import is_number
+from ds_fused.modules.layers.product import ACT_NAMES, Activated, Product
 from ds_fused.modules.swap import is_gathering
 from ds_fused.policies.kinds.kind import Kind, Way, both, compared, one_argument, shape_of
 from ds_fused.policies.kinds.norms import rms_norms

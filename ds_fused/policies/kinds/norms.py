@@ -8,7 +8,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from ds_fused.modules import norm
+from ds_fused.modules.layers import norm
 from ds_fused.modules.swap import fused_class
 from ds_fused.policies.kinds.kind import Kind, Way, both, choose, mixed, one_argument, parameter_names, shape_of
 from ds_fused.policies.proof import compare, randn, replica

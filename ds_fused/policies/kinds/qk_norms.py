@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_fused.modules import norm
-from ds_fused.modules.attention import NormedRope, exchanged, fused_functions, rotary_functions
-from ds_fused.modules.postponed import computed
-from ds_fused.modules.qk_norm import HeadNorm, Normed, Waiting, with_waiting_norms
-from ds_fused.modules.residual import names_in
-from ds_fused.modules.rotary import Turn, roles_of, turns_with_norms
+from ds_fused.modules.layers import norm
+from ds_fused.modules.layers.attention import NormedRope, exchanged, fused_functions, rotary_functions
+from ds_fused.modules.layers.postponed import computed
+from ds_fused.modules.layers.qk_norm import HeadNorm, Normed, Waiting, with_waiting_norms
+from ds_fused.modules.layers.residual import names_in
+from ds_fused.modules.layers.rotary import Turn, roles_of, turns_with_norms
 from ds_fused.modules.swap import why_not_swapped
 from ds_fused.policies.kinds.kind import Way, mixed, shape_of
 from ds_fused.policies.kinds.norms import form_of, norms_over, rms_norms

@@ -10,9 +10,9 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from ds_fused.modules.attention import Rope, rotary_functions
 from ds_fused.modules.code import Code
-from ds_fused.modules.rotary import TURNS, Turn, fused_rotary, roles_of, takes
+from ds_fused.modules.layers.attention import Rope, rotary_functions
+from ds_fused.modules.layers.rotary import TURNS, Turn, fused_rotary, roles_of, takes
 from ds_fused.modules.swap import owner_of
 from ds_fused.policies.kinds.kind import Kind, Way, mixed
 from ds_fused.policies.proof import accepts, compare, randn
