@@ -2,7 +2,8 @@
 
 ops.png: a group of bars per case, the share of the floor that each provider reaches in forward + backward (1.0 is as
 fast as this card's own copy or matmul allows). ops_sizes.png: speed and memory against size, of each op and variant.
-Refused and failed providers have no bar and no point.
+Of ``run.py --widths``, a folder of that name, widths.png instead: the share against the width, forward and backward
+apart. Refused and failed providers have no bar and no point.
 """
 
 from __future__ import annotations
@@ -76,6 +77,33 @@ def sizes(rows: Sequence[Row], header: Mapping[str, str], path: Path) -> None:
     _save(figure, header, path)
 
 
+def widths(rows: Sequence[Row], header: Mapping[str, str], path: Path) -> None:
+    """A panel for each op and variant; full is forward + backward, forward the dashed line."""
+    from matplotlib import pyplot
+
+    cases = list(dict.fromkeys(row.case[:2] for row in rows))
+    deep = math.ceil(len(cases) / PAIRS_A_ROW)
+    figure, grid = pyplot.subplots(deep, PAIRS_A_ROW, figsize=(18, 2.8 * deep), squeeze=False)
+    for axes in grid.flat[len(cases) :]:
+        axes.axis("off")
+    for axes, case in zip(grid.flat, cases, strict=False):
+        mine = [row for row in rows if row.case[:2] == case]
+        # the sizes behind the number of rows, which goes by them
+        shapes = list(dict.fromkeys(row.shape for row in mine))
+        for provider, color in COLORS.items():
+            of = [row for row in mine if row.provider == provider and row.full_share]
+            at = [shapes.index(row.shape) for row in of]
+            axes.plot(at, [row.full_share for row in of], "o-", color=color, label=provider, ms=3)
+            axes.plot(at, [row.forward_share for row in of], "--", color=color, linewidth=0.8)
+        axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
+        axes.set_ylim(0, 1.1)
+        axes.set_xticks(range(len(shapes)), [shape.partition("x")[2] for shape in shapes], rotation=60, fontsize=6)
+        axes.tick_params(axis="y", labelsize=6)
+        axes.set_title(f"{' '.join(case).strip()}: share of the floor (dashed: forward alone)", fontsize=7)
+    grid[0, 0].legend(fontsize=6)
+    _save(figure, header, path)
+
+
 def _save(figure, header: Mapping[str, str], path: Path) -> None:
     # in inches from the top, whatever the figure's height
     title, panels = (1 - inches / figure.get_figheight() for inches in (0.1, 0.3))
@@ -101,6 +129,9 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError:
         parser.error("needs matplotlib: pip install matplotlib")
     matplotlib.use("Agg")
+    if args.folder.resolve().name == "widths":
+        widths(rows, header, args.folder / "widths.png")
+        return 0
     shares(rows, header, args.folder / "ops.png")
     sizes(rows, header, args.folder / "ops_sizes.png")
     return 0

@@ -272,6 +272,9 @@ class Work(NamedTuple):
 def plan(args: argparse.Namespace) -> Iterator[tuple[Case, tuple[int, ...], bool]]:
     """(case, shape, launch-bound): every op's first shape and its smallest; the others, which --seconds leaves out."""
     chosen = [case for case in CASES if not args.ops or case.op in args.ops]
+    if args.widths:
+        yield from ((case, shape, False) for case in chosen for shape in case.widths)
+        return
     yield from ((case, case.tiny if args.tiny else case.sweep[0], False) for case in chosen)
     yield from ((case, case.tiny if args.tiny else case.launch_bound, True) for case in chosen)
     if not (args.tiny or args.quick):
@@ -345,7 +348,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--providers", nargs="+", choices=sorted(providers), help="only these (the first word of a provider's name)"
     )
     parser.add_argument(
-        "--out", type=out_folder, help="folder of ops.csv and ops.md; default benchmarks/results/DEVICE"
+        "--out", type=out_folder, help="folder of ops.csv and ops.md; default benchmarks/results/DEVICE[/widths]"
+    )
+    parser.add_argument(
+        "--widths", action="store_true", help="in place of the listed shapes many widths, of ops for which they count"
     )
     parser.add_argument("--quick", action="store_true", help="one shape per op and shorter measurements")
     parser.add_argument(
@@ -363,6 +369,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("no GPU here; --device cpu --tiny shows that everything runs")
     if args.device == "cpu" and not args.tiny:
         parser.error("--device cpu wants --tiny: a CPU's times say nothing about a kernel")
+    if args.widths and (args.tiny or args.quick):
+        parser.error("--widths are shapes of a GPU, all of them: not with --tiny or --quick")
+    if args.widths and args.ops and (none := set(args.ops) - {case.op for case in CASES if case.widths}):
+        parser.error(f"--widths: no widths are listed for {', '.join(sorted(none))}")
     for report in args.tests or ():
         if not report.is_file():
             parser.error(f"--tests {report}: no such file")
@@ -393,7 +403,7 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     on = Instruments(args.device, rep_ms=args.rep_ms or (1 if args.tiny else 30 if args.quick else 100))
     folder = re.sub(r"[^a-z0-9]+", "-", on.name().lower()).strip("-")
-    out = args.out or Path(__file__).parent / "results" / folder
+    out = args.out or Path(__file__).parent / "results" / folder / ("widths" if args.widths else "")
     out.mkdir(parents=True, exist_ok=True)
 
     try:

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from benchmarks.cases.case import SIZE, Case, Inputs, randn
+from benchmarks.cases.case import ROWS_OF_WIDTHS, SIZE, Case, Inputs, randn
 from benchmarks.rivals import attention as rivals
 
 
@@ -62,10 +62,12 @@ CASES = (
     Case(
         "softmax", "", row_inputs, rivals.SOFTMAX,
         sweep=ROW_SWEEP, launch_bound=(16, 1024), tiny=(5, 48), bytes=_row_bytes,
+        widths=ROWS_OF_WIDTHS,
     ),
     Case(
         "sparsemax", "", row_inputs, rivals.SPARSEMAX,
         sweep=SPARSE_ROW_SWEEP, launch_bound=(16, 1024), tiny=(5, 48), bytes=_sparse_row_bytes,
+        widths=ROWS_OF_WIDTHS[::4],
     ),
     # nearly the paper's taps, for each head its own (with its 6x11 Liger's planes would not be square); Liger's example
     Case(

@@ -42,6 +42,7 @@ class Case:
     flops: Callable[..., tuple[int, int]] | None = None  # (*shape) -> of forward, of forward + backward
     is_head: bool = True  # with flops: whether they are those of an lm head
     largest_error: float = LARGEST_ERROR  # relative, of any output or gradient
+    widths: tuple[tuple[int, ...], ...] = ()  # of run.py --widths: from a head's to the widest layer's
 
     @property
     def name(self) -> str:
@@ -66,5 +67,11 @@ def pointwise_bytes(n: int, d: int) -> tuple[int, int]:
 # first of each op a shape whose largest tensor has 256 MiB or more: smaller ones say less of the memory's rate.
 # A 70B's width at 16k tokens, Llama-3-8B's at 8k, and a q-norm over 128-wide heads (8192 tokens x 32 heads, or x 128)
 NORM_SWEEP = ((16384, 8192), (8192, 4096), (1048576, 128), (262144, 128))
+# 256 MiB of each: powers of two, and those of layers between them
+WIDTHS = (
+    *(64, 128, 256, 512, 576, 768, 896, 1024, 1152, 1536, 2048, 2304, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192),
+    12288,
+)
+ROWS_OF_WIDTHS = tuple((2**27 // width, width) for width in WIDTHS)
 # 256 MiB of widths that are no power of two: Qwen2-7B's, Mistral-Nemo's, Gemma-3-27B's
 ODD_WIDTHS = ((37448, 3584), (26208, 5120), (24960, 5376))

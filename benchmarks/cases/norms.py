@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from benchmarks.cases.case import DTYPE, NORM_SWEEP, ODD_WIDTHS, SIZE, Case, Inputs, pointwise_bytes, randn
+from benchmarks.cases.case import (
+    DTYPE,
+    NORM_SWEEP,
+    ODD_WIDTHS,
+    ROWS_OF_WIDTHS,
+    SIZE,
+    Case,
+    Inputs,
+    pointwise_bytes,
+    randn,
+)
 from benchmarks.rivals import norms as rivals
 
 
@@ -63,27 +73,37 @@ def _group_norm_bytes(n: int, c: int, h: int, w: int) -> tuple[int, int]:
 
 # groups of 512 KiB, larger than any tile; an inner and the outer level of a UNet, 20 and 80 KiB
 GROUP_NORM_SWEEP = ((16, 512, 128, 128), (16, 1280, 16, 16), (16, 320, 64, 64))
+# 32 groups of 4 to 40 channels, of images of 256 pixels to 65536
+GROUP_NORM_WIDTHS = (
+    (16, 512, 128, 128), (16, 128, 256, 256), (16, 256, 64, 64), (32, 640, 32, 32), (32, 1280, 32, 32),
+    (64, 320, 64, 64), (16, 320, 64, 64), (64, 1280, 16, 16),
+)  # fmt: skip
 
 CASES = (
     Case(
         "layer_norm", "", layer_norm_inputs, rivals.LAYER_NORM,
         sweep=(*NORM_SWEEP, *ODD_WIDTHS), launch_bound=(16, 1024), tiny=(5, 48), bytes=_layer_norm_bytes,
+        widths=ROWS_OF_WIDTHS,
     ),
     Case(
         "add_layer_norm", "", add_norm_inputs, rivals.ADD_LAYER_NORM,
         sweep=((16384, 8192), (8192, 4096), (8192, 768)), launch_bound=(16, 1024), tiny=(5, 48), bytes=_add_norm_bytes,
+        widths=ROWS_OF_WIDTHS,
     ),
     Case(
         "group_norm", f"{rivals.N_GROUPS} groups", group_norm_inputs, rivals.GROUP_NORM,
         sweep=GROUP_NORM_SWEEP, launch_bound=(2, 64, 8, 8), tiny=(2, 64, 3, 5), bytes=_group_norm_bytes,
+        widths=GROUP_NORM_WIDTHS,
     ),
     Case(
         "dyt", "", dyt_inputs, rivals.DYT,
         sweep=NORM_SWEEP, launch_bound=(16, 1024), tiny=(5, 48), bytes=_layer_norm_bytes,
+        widths=ROWS_OF_WIDTHS,
     ),
     # Llama-3-8B's MLPs, and PolyCom's dense model's
     Case(
         "poly_norm", "", poly_norm_inputs, rivals.POLY_NORM,
         sweep=((16384, 14336), (16384, 8192)), launch_bound=(16, 1024), tiny=(5, 48), bytes=pointwise_bytes,
+        widths=ROWS_OF_WIDTHS,
     ),
 )  # fmt: skip

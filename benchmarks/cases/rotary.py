@@ -85,10 +85,17 @@ def _norm_rope_bytes(b: int, t: int, n_q: int, n_k: int, d: int) -> tuple[int, i
     return SIZE * (2 * n + 2 * t * d + 2 * d), SIZE * (5 * n + 4 * t * d + 6 * d)
 
 
+# heads of q and of k in use, from the fewest on: SmolLM2, Qwen2.5-0.5B and -1.5B, Gemma's, Llama-3's, Llama-4's
+WIDTHS = (
+    (1, 32768, 9, 3, 64), (1, 32768, 14, 2, 64), (1, 32768, 32, 8, 64), (1, 32768, 12, 2, 128), (1, 32768, 16, 8, 128),
+    (1, 32768, 28, 4, 128), (1, 32768, 32, 8, 128), (1, 32768, 40, 8, 128), (1, 16384, 64, 8, 128),
+    (1, 32768, 4, 1, 256), (1, 32768, 8, 4, 256),
+)  # fmt: skip
+
 CASES = (
     Case(
         "rope", "", rope_inputs, rivals.ROPE,
-        sweep=((1, 32768, 64, 8, 128), (4, 4096, 32, 8, 128)),
+        sweep=((1, 32768, 64, 8, 128), (4, 4096, 32, 8, 128)), widths=WIDTHS,
         launch_bound=(1, 16, 8, 2, 128), tiny=(2, 6, 4, 2, 16), bytes=_rope_bytes,
     ),
     # Pythia-6.9B, a quarter of whose columns turn; GLM-4-9B, half of them
@@ -117,7 +124,7 @@ CASES = (
     # Qwen3-8B, Qwen3-0.6B
     Case(
         "rms_norm_rope", "", norm_rope_inputs, rivals.NORM_ROPE,
-        sweep=((1, 32768, 32, 8, 128), (1, 8192, 32, 8, 128), (1, 8192, 16, 8, 128)),
+        sweep=((1, 32768, 32, 8, 128), (1, 8192, 32, 8, 128), (1, 8192, 16, 8, 128)), widths=WIDTHS,
         launch_bound=(1, 16, 8, 2, 128), tiny=(2, 6, 4, 2, 16), bytes=_norm_rope_bytes,
     ),
 )  # fmt: skip

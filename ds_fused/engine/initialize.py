@@ -92,8 +92,7 @@ def _resolved(
 
 def _set_up(engine: DeepSpeedEngine, model: torch.nn.Module, config: Config) -> list[str]:
     """What DeepSpeed will read when it builds its optimizer; a line about each."""
-    from ds_fused.engine.zero3 import leaf_modules
-    from ds_fused.engine.zero3 import sizes
+    from ds_fused.engine.zero3 import leaf_modules, sizes
     from ds_fused.policies.blocks import blocks
 
     most_whole = 0
@@ -161,8 +160,7 @@ def _arrange_gathers(engine: DeepSpeedEngine, config: Config, report: Report) ->
     its layer, which opens them; with ``leaf_modules`` those of a repeated layer."""
     from deepspeed.utils import z3_leaf_module
 
-    from ds_fused.engine.zero3 import collectives, leaf_modules
-    from ds_fused.engine.zero3 import linear
+    from ds_fused.engine.zero3 import collectives, leaf_modules, linear
     from ds_fused.modules.layers.lora import LoRALinear
     from ds_fused.modules.layers.tiled_mlp import TiledMLP
     from ds_fused.policies.blocks import blocks

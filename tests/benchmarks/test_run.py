@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -380,6 +381,24 @@ def test_pictures(tmp_path, capsys):
     assert "no finished row to draw" in capsys.readouterr().err
 
 
+def test_widths(tmp_path):
+    """In place of the listed shapes, of the case's own sizes and as large."""
+    listed = [case for case in cases.CASES if case.widths]
+    planned = list(run.plan(Namespace(ops=None, widths=True)))
+    assert [place for place, _, _ in planned] == [case for case in listed for _ in case.widths]
+    assert {case.op for case, _, _ in run.plan(Namespace(ops=["rope"], widths=True))} == {"rope"}
+    for case, shape, launch_bound in planned:
+        assert not launch_bound and len(shape) == len(case.tiny)
+        assert case.bytes(*shape)[0] >= 2**26
+    pytest.importorskip("matplotlib")
+    rows = [Row("dyt", "", f"{2**20 // d}x{d}", False, "ds_fused", 1.0, 2.0, full_share=0.5) for d in (64, 576)]
+    folder = tmp_path / "widths"
+    folder.mkdir()
+    write_csv(folder / "ops.csv", {"device": "none", "versions": "none"}, rows)
+    assert plot.main([str(folder)]) == 0
+    assert {path.name for path in folder.iterdir()} == {"ops.csv", "widths.png"}
+
+
 def test_errors():
     one = torch.ones(4)
     assert relative_error(one * 1.5, one) == pytest.approx(0.5)
@@ -406,6 +425,7 @@ def test_errors():
             "--providers: invalid choice: 'nobody' (choose from 'bare', 'base', 'compile', 'ds_fused'",
         ),
         (["--out", __file__], f"--out: {__file__} is no folder"),
+        (["--widths"], "--widths are shapes of a GPU, all of them: not with --tiny or --quick"),
         (["--out", f"{__file__}/h100"], f"--out: {__file__} is no folder"),
     ],
 )
