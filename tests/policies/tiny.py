@@ -149,6 +149,21 @@ def twins(family: Tiny, dtype: torch.dtype = torch.float32, **config: object) ->
     return model, copy.deepcopy(model)
 
 
+def pair(**config: object) -> tuple[nn.Module, nn.Module]:
+    """A Llama that is fused with its loss, and its stock copy."""
+    model, stock = twins(LLAMA, **config)
+    assert counts(ds_fused.apply(model))["fused_linear_cross_entropy"] == 1
+    return model, stock
+
+
+def prompt() -> dict[str, torch.Tensor]:
+    return {name: x for name, x in batch().items() if name != "labels"}
+
+
+def n_hooks(model: nn.Module) -> int:
+    return len(model._forward_hooks) + len(model._forward_pre_hooks)
+
+
 def twins_fused_by(
     keys: dict[str, bool], key: str, family: Tiny, calls: list, **config: object
 ) -> tuple[nn.Module, nn.Module]:
