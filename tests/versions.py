@@ -27,7 +27,7 @@ VERSIONS = ("5.0.0", "5.9.0", "5.17.0", "5.24.0")
 # of what hangs on transformers' own code: its checkpoints, layers, Trainer and outputs
 TESTS = (
     *(f"tests/policies/test_{name}.py" for name in ("offload", "recompute", "residual", "smoother", "within_layers")),
-    *(f"tests/modules/test_{name}.py" for name in ("compiled_loss", "deferred", "kept", "swap")),
+    *(f"tests/modules/test_{name}.py" for name in ("compiled_loss", "deferred", "kept", "on_demand", "swap")),
 )
 DEEPSPEED_TABLE = TABLE.with_name("versions_deepspeed.md")
 DEEPSPEED_VERSIONS = ("0.19.0", "0.19.3", "0.19.6", "0.19.8")

@@ -13,17 +13,8 @@ from transformers.trainer_pt_utils import nested_detach
 from ds_fused.modules.loss.head import linear_loss
 from ds_fused.modules.loss.on_demand import LogitsOnDemand
 from ds_fused.modules.loss.out_of_graph import LogitsOutOfGraph
-from tests.modules.test_deferred import (
-    MEASURED,
-    OWN_LOSSES,
-    RECORDED,
-    VOCAB,
-    WITHOUT_GRADIENTS,
-    OwnLoss,
-    batch,
-    gradients,
-    pair,
-)
+from tests.modules.head_model import RECORDED, VOCAB, OwnLoss, batch, gradients, pair
+from tests.modules.test_deferred import MEASURED, OWN_LOSSES, WITHOUT_GRADIENTS
 
 
 def compiled(model: nn.Module, **options: object) -> tuple[nn.Module, CompileCounterWithBackend]:

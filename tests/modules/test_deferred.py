@@ -1,109 +1,36 @@
-"""Deferred logits without a model: what is recorded, what computes, what the tensor after the forward is good for."""
+"""Deferred logits without a model: what is recorded, what computes."""
 
 from __future__ import annotations
 
 import copy
-import gc
-import io
-import logging
-import pickle
-import weakref
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ds_fused.modules.loss import head as head_module
 from ds_fused.modules.loss.deferred import DeferredLogits
-from ds_fused.modules.loss.head import CausalLMLoss, Head
 from ds_fused.modules.loss.head_call import HeadCall
-from ds_fused.modules.loss.head_weight import HeadWeight
 from ds_fused.modules.loss.on_demand import LogitsOnDemand
-from ds_fused.modules.loss.scope import Scope
-from ds_fused.modules.swap import swap, unswap
+from ds_fused.modules.swap import unswap
 from ds_fused.ops.common._say import say_once
+from tests.modules.head_model import (
+    RECORDED,
+    VOCAB,
+    WIDTH,
+    Model,
+    OwnLoss,
+    batch,
+    computed,
+    gradients,
+    own,
+    pair,
+    same_gradients,
+    shifted,
+)
 
-VOCAB, WIDTH = 23, 8
-
-
-def cross_entropy_of_logits(logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None):
-    """Stands for transformers' ForCausalLMLoss."""
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    reduction = "mean" if num_items_in_batch is None else "sum"
-    logits = logits.float().view(-1, vocab_size)
-    loss = F.cross_entropy(logits, shift_labels.reshape(-1), ignore_index=ignore_index, reduction=reduction)
-    return loss if num_items_in_batch is None else loss / num_items_in_batch
-
-
-class Model(nn.Module):
-    """A causal LM reduced to its head; ``between`` is what it does to its logits."""
-
-    def __init__(self, between=lambda logits: logits, bias: bool = False, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = nn.Linear(WIDTH, WIDTH)
-        self.head = nn.Linear(WIDTH, VOCAB, bias=bias)
-        self.between = between
-        self.loss_function = cross_entropy_of_logits
-        self.to(dtype)
-
-    def forward(self, x: Tensor, labels: Tensor | None = None, **kwargs):
-        logits = self.between(self.head(self.body(x)))
-        loss = None if labels is None else self.loss_function(logits, labels, VOCAB, **kwargs)
-        return {"loss": loss, "logits": logits}
-
-    def fuse(self, **options) -> Model:
-        scope = Scope(1, **options)
-        swap(self.head, Head, _ds_fused_scope=scope)
-        scope.attach(self)
-        self.loss_function = CausalLMLoss(cross_entropy_of_logits, scope)
-        scope.linear = {}
-        return self
-
-
-def batch() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    labels = torch.randint(VOCAB, (2, 5), generator=generator)
-    labels[0, 2] = -100
-    return torch.randn(2, 5, WIDTH, generator=generator), labels
-
-
-def pair(between=lambda logits: logits, bias: bool = False, **options) -> tuple[Model, Model]:
-    return Model(between, bias), Model(between, bias).fuse(**options)
-
-
-def gradients(model: nn.Module, value: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    value.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def same_gradients(stock: Model, fused: Model, of) -> None:
-    x, labels = batch()
-    wanted, got = gradients(stock, of(stock(x, labels))), gradients(fused, of(fused(x, labels)))
-    assert wanted.keys() == got.keys()
-    for name in wanted:
-        torch.testing.assert_close(got[name], wanted[name], rtol=1e-5, atol=1e-6)
-
-
-RECORDED = {
-    "nothing": lambda z: z,
-    "float": lambda z: z.float(),
-    "granite": lambda z: z / 3.0,
-    "cohere": lambda z: 0.5 * z,
-    "gemma2": lambda z: torch.tanh(z / 2.0) * 2.0,
-    "method tanh, nothing after": lambda z: (z * 1.5).tanh(),
-    "scale, cap, scale": lambda z: torch.mul((z / 4).contiguous().tanh(), 3).to(torch.float32),
-    "a number of numpy's": lambda z: np.float64(0.5) * z,
-    "a second bias": lambda z: (z + torch.arange(VOCAB) / VOCAB) / 2.0,
-    "a second bias, in two dimensions": lambda z: torch.add(z, torch.ones(1, VOCAB)),
-    "log_softmax": lambda z: F.log_softmax(z / 2.0, dim=-1),
-}
 NOT_RECORDED = {
     "two biases": lambda z: z + torch.ones(VOCAB) + torch.ones(VOCAB),
     "a bias behind a scale": lambda z: z * 2.0 + torch.ones(VOCAB),
@@ -152,22 +79,6 @@ def test_any_other_operation_computes_real_logits(name: str) -> None:
     same_gradients(stock, fused, lambda out: out["loss"])
 
 
-class OwnLoss(Model):
-    """Computes its loss itself, by torch's cross entropy of some of the logits."""
-
-    def __init__(self, loss) -> None:
-        super().__init__(lambda z: z, bias=True)
-        self.own_loss = loss
-
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict:
-        logits = self.head(self.body(x))
-        return {"loss": self.own_loss(logits, labels), "logits": logits}
-
-
-def _shifted(z: Tensor, labels: Tensor, **arguments) -> Tensor:
-    return F.cross_entropy(z[..., :-1, :].contiguous().view(-1, VOCAB), labels[..., 1:].reshape(-1), **arguments)
-
-
 def _where_labelled(z: Tensor, labels: Tensor) -> Tensor:
     mask = labels != -100
     return nn.CrossEntropyLoss()(z[mask], labels[mask])
@@ -175,14 +86,14 @@ def _where_labelled(z: Tensor, labels: Tensor) -> Tensor:
 
 OWN_LOSSES = {
     "flat": lambda z, y: F.cross_entropy(z.view(-1, VOCAB), y.view(-1)),
-    "shifted": _shifted,
-    "shifted, softcapped": lambda z, y: _shifted(torch.tanh(z / 2.0) * 2.0, y),
+    "shifted": shifted,
+    "shifted, softcapped": lambda z, y: shifted(torch.tanh(z / 2.0) * 2.0, y),
     "a mask": _where_labelled,
-    "a sum of smoothed ones": lambda z, y: _shifted(z, y, label_smoothing=0.2, reduction="sum"),
-    "each its own": lambda z, y: _shifted(z, y, reduction="none").square().mean(),
-    "weighted classes": lambda z, y: _shifted(z, y, weight=torch.arange(VOCAB) / VOCAB),
+    "a sum of smoothed ones": lambda z, y: shifted(z, y, label_smoothing=0.2, reduction="sum"),
+    "each its own": lambda z, y: shifted(z, y, reduction="none").square().mean(),
+    "weighted classes": lambda z, y: shifted(z, y, weight=torch.arange(VOCAB) / VOCAB),
     "one row": lambda z, y: F.cross_entropy(z.reshape((10, z.size(-1)))[2:3], y.view(-1)[3:4]),
-    "twice": lambda z, y: _shifted(z, y) + 0.5 * F.cross_entropy(z.view(-1, VOCAB), y.view(-1)),
+    "twice": lambda z, y: shifted(z, y) + 0.5 * F.cross_entropy(z.view(-1, VOCAB), y.view(-1)),
     "log_softmax": lambda z, y: F.nll_loss(z.view(-1, VOCAB).log_softmax(-1), y.view(-1)),
     "log_softmax in fp32": lambda z, y: F.nll_loss(F.log_softmax(z[0], -1, dtype=torch.float32), y[0], reduction="sum"),
     "transposed": lambda z, y: F.cross_entropy(
@@ -203,13 +114,9 @@ OTHER_LOSSES = {
 }
 
 
-def _own(loss) -> tuple[Model, Model]:
-    return OwnLoss(loss), OwnLoss(loss).fuse()
-
-
 @pytest.mark.parametrize("name", [*OWN_LOSSES, *OTHER_LOSSES])
 def test_a_loss_of_the_models_own(name: str) -> None:
-    stock, fused = _own((OWN_LOSSES | OTHER_LOSSES)[name])
+    stock, fused = own((OWN_LOSSES | OTHER_LOSSES)[name])
     x, labels = batch()
     wanted, got = stock(x, labels), fused(x, labels)
     assert type(got["logits"]) is (LogitsOnDemand if name in OWN_LOSSES else Tensor)
@@ -222,7 +129,7 @@ def test_a_loss_of_the_models_own(name: str) -> None:
 def test_a_loss_that_is_not_fused_is_said(caplog: pytest.LogCaptureFixture) -> None:
     say_once.cache_clear()
     for name in ("flat", "nll_loss of no logarithms"):
-        _, fused = _own((OWN_LOSSES | OTHER_LOSSES)[name])
+        _, fused = own((OWN_LOSSES | OTHER_LOSSES)[name])
         fused(*batch())
         fused(*batch())
         said = ["OwnLoss was given labels" in message for message in caplog.messages].count(True)
@@ -232,7 +139,7 @@ def test_a_loss_that_is_not_fused_is_said(caplog: pytest.LogCaptureFixture) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_loss_of_the_models_own_has_its_dtype(dtype: torch.dtype) -> None:
-    stock, fused = (model.to(dtype) for model in _own(_shifted))
+    stock, fused = (model.to(dtype) for model in own(shifted))
     x, labels = batch()
     for autocast in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
@@ -249,7 +156,7 @@ def test_writing_is_seen_through_views() -> None:
 
     def written_behind(z: Tensor, labels: Tensor) -> Tensor:
         z[:, 1:][..., 3] = -7.0
-        return _shifted(z, labels)
+        return shifted(z, labels)
 
     def copied(z: Tensor, labels: Tensor) -> Tensor:
         mask = labels != -100
@@ -273,7 +180,7 @@ def test_writing_is_seen_through_views() -> None:
         )
 
     for loss in (written, written_behind, copied, transposed, arranged):
-        stock, fused = _own(loss)
+        stock, fused = own(loss)
         x, labels = batch()
         wanted, got = stock(x, labels), fused(x, labels)
         torch.testing.assert_close(got["loss"], wanted["loss"], rtol=1e-6, atol=1e-6)
@@ -287,24 +194,24 @@ def _measured(measure: Callable, without_gradients: Callable = torch.no_grad) ->
     def loss(z: Tensor, labels: Tensor) -> Tensor:
         with without_gradients():
             measure(z, labels)
-        return _shifted(z, labels)
+        return shifted(z, labels)
 
     return loss
 
 
 def _between(z: Tensor, labels: Tensor) -> Tensor:
-    before = _shifted(z, labels)
+    before = shifted(z, labels)
     with torch.no_grad():
         z.argmax(-1)
-        _shifted(z, labels)
+        shifted(z, labels)
     return before
 
 
 MEASURED = {
     "accuracy": _measured(lambda z, y: (z[:, :-1].argmax(-1) == y[:, 1:]).float().mean()),
     "entropy": _measured(lambda z, y: -(z.softmax(-1) * F.log_softmax(z.float() / 2.0, -1)).sum()),
-    "another cross entropy": _measured(_shifted),
-    "both": _measured(lambda z, y: (z.argmax(-1), _shifted(z, y), z.view(-1, VOCAB).topk(3))),
+    "another cross entropy": _measured(shifted),
+    "both": _measured(lambda z, y: (z.argmax(-1), shifted(z, y), z.view(-1, VOCAB).topk(3))),
     "detached": _measured(lambda z, y: z.detach().argmax(-1), torch.enable_grad),
     "in inference mode": _measured(lambda z, y: (z.argmax(-1), (z * 2.0).argmax(-1)), torch.inference_mode),
     "after the loss": _between,
@@ -313,7 +220,7 @@ MEASURED = {
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_a_loss_beside_what_was_measured_without_gradients_is_fused(name: str) -> None:
-    assert_fused(*_own(MEASURED[name]))
+    assert_fused(*own(MEASURED[name]))
 
 
 def _pulled_to(target: Callable, without_gradients: Callable = torch.no_grad) -> Callable:
@@ -322,31 +229,31 @@ def _pulled_to(target: Callable, without_gradients: Callable = torch.no_grad) ->
     def loss(z: Tensor, labels: Tensor) -> Tensor:
         with without_gradients():
             pulled_to = target(z)
-        return _shifted(z, labels) + F.kl_div(z.log_softmax(-1), pulled_to.softmax(-1), reduction="batchmean")
+        return shifted(z, labels) + F.kl_div(z.log_softmax(-1), pulled_to.softmax(-1), reduction="batchmean")
 
     return loss
 
 
 def _written_without_gradients(z: Tensor, labels: Tensor) -> Tensor:
-    shifted, scaled = z[:, :-1], z * 2.0
+    others, scaled = z[:, :-1], z * 2.0
     with torch.no_grad():
         z[..., 3] = -7.0
-        shifted[:, 0] = 1.0
-    return _shifted(z, labels) + F.cross_entropy(shifted.reshape(-1, VOCAB), labels[:, 1:].reshape(-1)) + scaled.mean()
+        others[:, 0] = 1.0
+    return shifted(z, labels) + F.cross_entropy(others.reshape(-1, VOCAB), labels[:, 1:].reshape(-1)) + scaled.mean()
 
 
 def _written_after_a_look(z: Tensor, labels: Tensor) -> Tensor:
     with torch.no_grad():
         z.argmax(-1)
         z.view(-1, VOCAB).clamp_(max=0.1)
-    return _shifted(z, labels)
+    return shifted(z, labels)
 
 
 def _looked_at_first(z: Tensor, labels: Tensor) -> Tensor:
     scaled = z * 2.0
     with torch.no_grad():
         z.argmax(-1), z[:, 1:].argmax(-1), scaled.argmax(-1)
-    return _shifted(z, labels) + 1e-2 * z.logsumexp(-1).square().mean() + scaled[:, 1:].square().mean()
+    return shifted(z, labels) + 1e-2 * z.logsumexp(-1).square().mean() + scaled[:, 1:].square().mean()
 
 
 WITHOUT_GRADIENTS = {
@@ -356,7 +263,7 @@ WITHOUT_GRADIENTS = {
     "some of them, stacked": _pulled_to(lambda z: torch.stack(list(z[:, :]))),
     "detached": _pulled_to(lambda z: z.detach(), torch.enable_grad),
     "detached behind a step": _pulled_to(lambda z: torch.detach(z * 3.0).float(), torch.enable_grad),
-    "a cross entropy of detached ones": lambda z, y: z.square().mean() + _shifted(z.detach(), y),
+    "a cross entropy of detached ones": lambda z, y: z.square().mean() + shifted(z.detach(), y),
     "written to": _written_without_gradients,
     "written to after a look": _written_after_a_look,
     "looked at first": _looked_at_first,
@@ -365,7 +272,7 @@ WITHOUT_GRADIENTS = {
 
 @pytest.mark.parametrize("name", WITHOUT_GRADIENTS)
 def test_what_is_made_of_logits_without_gradients_passes_none(name: str) -> None:
-    stock, fused = _own(WITHOUT_GRADIENTS[name])
+    stock, fused = own(WITHOUT_GRADIENTS[name])
     x, labels = batch()
     torch.testing.assert_close(fused(x, labels)["loss"], stock(x, labels)["loss"], rtol=1e-6, atol=1e-6)
     same_gradients(stock, fused, lambda out: out["loss"])
@@ -386,7 +293,7 @@ def test_only_labelled_tokens_reach_a_masked_head(labelled: str, monkeypatch: py
     seen = []
     op = head_module.linear_cross_entropy
     monkeypatch.setattr(head_module, "linear_cross_entropy", lambda x, *a, **n: seen.append(len(x)) or op(x, *a, **n))
-    stock, fused = _own(OWN_LOSSES["flat"])
+    stock, fused = own(OWN_LOSSES["flat"])
     fused.head._ds_fused_scope.masked = True
     x, labels = batch()
     labels[1] = -100
@@ -555,7 +462,7 @@ class Kept(OwnLoss):
 
 
 def test_logits_that_the_forward_keeps(caplog: pytest.LogCaptureFixture) -> None:
-    stock, fused = Kept(_shifted), Kept(_shifted).fuse()
+    stock, fused = Kept(shifted), Kept(shifted).fuse()
     x, labels = batch()
     stock(x, labels), fused(x, labels)
     for name in ("logits", "scaled"):
@@ -601,248 +508,6 @@ def test_where_in_the_output_logits_stand() -> None:
         assert all(isinstance(leaf, Tensor) for leaf in leaves)
 
 
-# the tensor after the forward
-
-
-def logits_of(model: Model) -> Tensor:
-    return model(*batch())["logits"]
-
-
-def computed(logits: LogitsOnDemand) -> bool:
-    return logits._source._values is not None
-
-
-def saved_and_loaded(logits: Tensor) -> Tensor:
-    file = io.BytesIO()
-    torch.save(logits.detach(), file)
-    file.seek(0)
-    return torch.load(file)
-
-
-USES = {
-    "argmax": lambda z: z.argmax(-1),
-    "slice": lambda z: z[..., :-1, :].contiguous(),
-    "arithmetic": lambda z: 1 - 2 * z / 3,
-    "softmax": lambda z: F.softmax(z, dim=-1),
-    "cat": lambda z: torch.cat([z, z]),
-    "iteration": lambda z: list(z)[1],
-    "cast": lambda z: z.bfloat16().float() + 0,
-    "numpy": lambda z: torch.from_numpy(z.detach().cpu().numpy()),
-    "tolist": lambda z: torch.tensor(z.tolist()),
-    "deepcopy": lambda z: copy.deepcopy(z.detach()),
-    "pickle": lambda z: pickle.loads(pickle.dumps(z.detach())),
-    "save": saved_and_loaded,
-    "out of a list": lambda z: torch.stack([z.detach() for _ in range(2)]),
-    "data": lambda z: z.data + 0,
-}
-
-
-@pytest.mark.parametrize("name", USES)
-def test_logits_after_the_forward_act_as_the_tensor_they_would_have_been(name: str) -> None:
-    stock, fused = pair()
-    wanted, got = USES[name](logits_of(stock)), USES[name](logits_of(fused))
-    assert type(got) is Tensor
-    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
-
-
-def test_questions_about_logits_after_the_forward_compute_nothing() -> None:
-    stock, fused = pair()
-    real, late = logits_of(stock), logits_of(fused)
-    assert isinstance(late, Tensor)
-    for ask in (
-        lambda z: (z.shape, z.size(), z.size(1), z.stride(), z.ndim, z.dim(), z.numel(), len(z)),
-        lambda z: (z.dtype, z.device, z.layout, z.is_cuda, z.requires_grad, z.is_leaf, z.is_contiguous()),
-        lambda z: (z.is_floating_point(), torch.is_floating_point(z), z.element_size(), z.nbytes),
-        lambda z: (z.detach().requires_grad, z.bfloat16().dtype, z.to(torch.float16).dtype, z.to("cpu").shape),
-        lambda z: (z.new_zeros(2, 3).tolist(), z.new_full((1,), 4.0).dtype),
-    ):
-        assert ask(late) == ask(real)
-    assert late.grad_fn is not None and late.float() is late and late.contiguous() is late
-    assert "LogitsOnDemand" in repr(late) and {late: 1}[late] == 1
-    late.register_hook(lambda grad: grad)
-    assert not computed(late)
-
-
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z: Tensor) -> Tensor:
-        ctx.save_for_backward(z)
-        return z * z
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> Tensor:
-        (z,) = ctx.saved_tensors
-        return 2 * z * dy
-
-
-class DoubledApart(Doubled):
-    """With its context set up apart, as torch.func wants it."""
-
-    @staticmethod
-    def forward(*inputs: Tensor) -> Tensor:
-        (z,) = inputs
-        return z * z
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-
-class DoubledInAutocast(Doubled):
-    forward = staticmethod(torch.amp.custom_fwd(Doubled.forward, device_type="cpu"))
-
-
-def _taken_by_a_checkpoint(use_reentrant: bool) -> Callable:
-    return lambda z, y: checkpoint(_shifted, z, y, use_reentrant=use_reentrant) + z.detach().square().mean()
-
-
-@pytest.mark.filterwarnings("ignore:None of the inputs")
-@pytest.mark.parametrize(
-    "loss",
-    [
-        lambda z, y: _shifted(z, y) + Doubled.apply(z).mean(),
-        lambda z, y: Doubled.apply(z[:, :-1].float() / 2.0).mean() + _shifted(z, y),
-        lambda z, y: _shifted(z, y) + DoubledApart.apply(z).mean(),
-        lambda z, y: _shifted(z, y) + DoubledInAutocast.apply(z).mean(),
-        _taken_by_a_checkpoint(True),
-    ],
-    ids=["after the loss", "before it, some", "set up apart", "in autocast", "checkpoint"],
-)
-def test_logits_that_a_function_is_given_are_an_error(loss: Callable) -> None:
-    _, fused = _own(loss)
-    with pytest.raises(RuntimeError, match="Function, was given logits that are not computed yet, .*use_reentrant"):
-        fused(*batch())
-
-
-@pytest.mark.parametrize(
-    "loss",
-    [
-        lambda z, y: Doubled.apply(z + 1.0 * z).mean() + _shifted(z, y),
-        lambda z, y: Doubled.apply(z.detach()).mean() + _shifted(z, y),
-        _taken_by_a_checkpoint(False),
-    ],
-    ids=["real ones", "detached ones", "checkpoint"],
-)
-def test_what_a_function_may_be_given(loss: Callable) -> None:
-    stock, fused = _own(loss)
-    x, labels = batch()
-    torch.testing.assert_close(fused(x, labels)["loss"], stock(x, labels)["loss"], rtol=1e-6, atol=1e-6)
-    same_gradients(stock, fused, lambda out: out["loss"])
-    with torch.no_grad():
-        torch.testing.assert_close(fused(x, labels)["loss"], stock(x, labels)["loss"], rtol=1e-6, atol=1e-6)
-
-
-class Passed(torch.autograd.Function):
-    """What DeepSpeed does to every tensor that a module returns."""
-
-    @staticmethod
-    def forward(ctx, z: Tensor) -> Tensor:
-        return z.detach()
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> Tensor:
-        return dy
-
-
-@pytest.mark.parametrize(
-    "of",
-    [
-        lambda z: z.log_softmax(-1)[..., 0].sum(),
-        lambda z: Doubled.apply(z).sum(),
-        lambda z: Doubled.apply(z.to(torch.float64)).sum().float(),
-        lambda z: Passed.apply(z).square().sum(),
-        lambda z: Passed.apply(Passed.apply(z).float()).square().sum(),
-    ],
-    ids=["op", "function", "cast then function", "passed on", "passed on twice"],
-)
-@pytest.mark.parametrize("step", ["nothing", "gemma2"])
-def test_a_gradient_to_logits_after_the_forward(of, step: str) -> None:
-    stock, fused = pair(RECORDED[step], bias=True)
-    same_gradients(stock, fused, lambda out: of(out["logits"]))
-
-
-def told(z: Tensor) -> Tensor:
-    z.requires_grad = True
-    return z
-
-
-def told_as_a_statement(z: Tensor) -> Tensor:
-    z.requires_grad_(True)
-    return z
-
-
-@pytest.mark.parametrize("made", [Tensor.requires_grad_, told, told_as_a_statement])
-@pytest.mark.parametrize("trains", [True, False])
-def test_a_leaf_made_of_logits_after_the_forward(made: Callable, trains: bool) -> None:
-    found = []
-    for model in pair():
-        with torch.set_grad_enabled(trains):
-            z = made(logits_of(model).detach())
-        z.log_softmax(-1)[..., 0].sum().backward()
-        assert z.is_leaf and z.requires_grad
-        found.append(z.grad)
-    torch.testing.assert_close(*found)
-
-
-def test_a_reentrant_checkpoint_of_logits_after_the_forward() -> None:
-    def of(z: Tensor) -> Tensor:
-        return z.log_softmax(-1)[..., 0].sum()
-
-    same_gradients(*pair(), lambda out: out["loss"] + checkpoint(of, out["logits"], use_reentrant=True))
-
-
-def test_writing_to_logits_after_the_forward() -> None:
-    stock, fused = pair()
-
-    def written(out):
-        z = out["logits"]
-        z[..., 2] = 0.0
-        return z.square().sum()
-
-    same_gradients(stock, fused, written)
-    late = logits_of(fused).detach()
-    late[0, 0, 0] = 7.0
-    assert late[0, 0, 0] == 7.0
-
-
-def test_passing_logits_on_computes_nothing() -> None:
-    _, fused = pair()
-    late = Passed.apply(logits_of(fused))
-    assert isinstance(late, LogitsOnDemand) and late.requires_grad and not computed(late)
-
-
-def test_a_collective_reads_the_values(tmp_path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        stock, fused = pair()
-        wanted, late = logits_of(stock).detach(), logits_of(fused).detach()
-        gathered = [torch.empty_like(late)]
-        torch.distributed.all_gather(gathered, late)
-        torch.testing.assert_close(gathered[0], wanted, rtol=0, atol=0)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_cpp_that_asks_nobody_gets_an_error() -> None:
-    stock, fused = pair()
-    wanted, late = logits_of(stock).detach(), logits_of(fused).detach()
-    with pytest.raises(RuntimeError, match="Cannot access data pointer"):
-        torch.utils.dlpack.to_dlpack(late)
-    assert not computed(late)
-    for taken in (late, torch.utils.dlpack.to_dlpack(late.clone())):
-        torch.testing.assert_close(torch.from_dlpack(taken), wanted, rtol=0, atol=0)
-
-
-def test_autocast_of_the_forward_holds_for_a_later_read() -> None:
-    stock, fused = pair(bias=True)
-    x, labels = batch()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        wanted, got = stock(x, labels), fused(x, labels)
-    assert got["logits"].dtype == wanted["logits"].dtype == torch.bfloat16
-    assert got["loss"].dtype == wanted["loss"].dtype == torch.float32
-    assert torch.equal(got["logits"].clone(), wanted["logits"])
-
-
 @pytest.mark.parametrize("around_the_head", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_head_under_another_autocast_than_its_loss(around_the_head: bool, dtype: torch.dtype) -> None:
@@ -857,9 +522,9 @@ def test_a_head_under_another_autocast_than_its_loss(around_the_head: bool, dtyp
     def without_gradients(z: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():
             largest = z.amax()
-        return _shifted(z, labels) + largest
+        return shifted(z, labels) + largest
 
-    for loss in (_shifted, without_gradients, None, lambda z, y: z.float().square().mean()):
+    for loss in (shifted, without_gradients, None, lambda z, y: z.float().square().mean()):
         stock, fused = (model.to(dtype) for model in (Apart(loss), Apart(loss).fuse()))
         x, labels = batch()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not around_the_head):
@@ -882,7 +547,7 @@ def test_hidden_states_that_are_written_to(caplog: pytest.LogCaptureFixture) -> 
             hidden.mul_(self.factor)
             return {"loss": self.own_loss(logits, labels), "logits": logits, "hidden": hidden}
 
-    for loss in (_shifted, lambda z, y: z.square().mean()):
+    for loss in (shifted, lambda z, y: z.square().mean()):
         model = Written(loss).fuse()
         model.factor = 0.5
         with torch.no_grad(), pytest.raises(RuntimeError, match="hidden states .* written to.*fused_linear_cross_ent"):
@@ -898,7 +563,7 @@ def test_hidden_states_that_are_written_to(caplog: pytest.LogCaptureFixture) -> 
             return {"loss": self.own_loss(logits, labels), "logits": logits, "hidden": hidden}
 
     with torch.no_grad():
-        first, second = (Given(_shifted).fuse()(*batch()) for _ in range(2))
+        first, second = (Given(shifted).fuse()(*batch()) for _ in range(2))
         wanted = first["logits"].clone()
         for out in (first, second):
             out["hidden"].zero_()
@@ -924,61 +589,6 @@ def test_half_precision_loss_is_fp32() -> None:
     got = fused(x.bfloat16(), labels)
     assert got["loss"].dtype == torch.float32
     torch.testing.assert_close(got["loss"], stock(x.bfloat16(), labels)["loss"], rtol=2e-2, atol=2e-2)
-
-
-def test_reading_says_who_reads_once(caplog: pytest.LogCaptureFixture) -> None:
-    _, fused = pair()
-    with caplog.at_level(logging.WARNING, "ds_fused"):
-        for _ in range(2):
-            logits_of(fused).sum()
-    assert [record.getMessage().count(__file__) for record in caplog.records] == [1]
-
-
-def test_reading_after_a_step_warns(caplog: pytest.LogCaptureFixture) -> None:
-    _, fused = pair()
-    x, labels = batch()
-    out = fused(x, labels)
-    out["loss"].backward()
-    torch.optim.SGD(fused.parameters(), lr=0.1).step()
-    with caplog.at_level(logging.WARNING, "ds_fused"):
-        out["logits"].sum()
-    assert any("after the head's weight changed" in record.getMessage() for record in caplog.records)
-
-
-def test_a_read_goes_through_whole_weight() -> None:
-    entered = []
-
-    class Whole:
-        def __init__(self, head: nn.Module) -> None:
-            self.head = head
-
-        def __enter__(self) -> None:
-            entered.append(self.head)
-
-        def __exit__(self, *error: object) -> None:
-            entered.append("left")
-
-    _, fused = pair(weight=HeadWeight(Whole))
-    late = logits_of(fused)
-    assert entered == []
-    late.sum(), late.argmax()
-    assert entered == [fused.head, "left"]
-
-
-def test_the_output_frees_what_it_holds() -> None:
-    _, fused = pair(RECORDED["gemma2"])
-    x, labels = batch()
-    gc.collect()
-    gc.disable()
-    try:
-        out = fused(x, labels)
-        held = [weakref.ref(out["logits"]), weakref.ref(out["logits"]._source)]
-        out["loss"].backward()
-        out["logits"].argmax(-1)
-        del out
-        assert [ref() for ref in held] == [None, None]
-    finally:
-        gc.enable()
 
 
 def test_a_deep_copy_is_fused_on_its_own() -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 import ds_fused
 from ds_fused.modules.loss import head as head_module
-from tests.policies.test_loss import BART, SIZES, batch, build
+from tests.policies.tiny_losses import BART, SIZES, batch, build
 
 
 def bart() -> nn.Module:
