@@ -391,7 +391,10 @@ def test_widths(tmp_path):
         assert not launch_bound and len(shape) == len(case.tiny)
         assert case.bytes(*shape)[0] >= 2**26
     pytest.importorskip("matplotlib")
-    rows = [Row("dyt", "", f"{2**20 // d}x{d}", False, "ds_fused", 1.0, 2.0, full_share=0.5) for d in (64, 576)]
+    rows = [
+        Row("dyt", "", f"{2**20 // d}x{d}", False, "ds_fused", full_ms=2.0, full_share=0.5, forward_share=0.6)
+        for d in (64, 576)
+    ]
     folder = tmp_path / "widths"
     folder.mkdir()
     write_csv(folder / "ops.csv", {"device": "none", "versions": "none"}, rows)
