@@ -57,6 +57,9 @@ def rms_norm() -> None:
         (64, 128, half, half, "before_weight"),  # Qwen3's q_norm: many rows in a tile
         (2, 4096, half, half, "before_weight"),
         (2, 4096, half, full, "after_weight"),
+        (64, 576, half, half, "before_weight"),  # rows in five blocks
+        (2, 5120, full, full, "before_weight"),
+        (2, 10240, full, full, "before_weight"),
         (2, 16384, full, full, "before_weight"),  # the widest whole row of the backward
         (2, 32768, half, half, "after_weight"),  # the widest of the forward; walked backward
         (2, 65536, half, half, "before_weight"),
@@ -64,7 +67,7 @@ def rms_norm() -> None:
         x, weight = leaf(n, d, dtype=x_dtype), leaf(d, dtype=weight_dtype)
         ops.rms_norm(x, weight, cast=cast, offset=float(cast == "after_weight")).sum().backward()
     ops.rms_norm(leaf(2, 4096), None).sum().backward()
-    for d in (4096, 8192, 65536):  # 8192: the widest whole row of a backward with dbias
+    for d in (4096, 5120, 8192, 65536):  # 8192: the widest whole row of a backward with dbias
         ops.rms_norm(leaf(2, d), leaf(d), bias=leaf(d)).sum().backward()
 
 
@@ -73,6 +76,7 @@ def add_rms_norm() -> None:
     for n, d, dtype, cast in (
         (64, 128, half, "before_weight"),
         (2, 4096, half, "before_weight"),
+        (2, 5120, full, "before_weight"),
         (2, 16384, half, "after_weight"),
         (2, 16384, full, "before_weight"),
         (2, 32768, half, "before_weight"),
@@ -87,6 +91,9 @@ def gated_rms_norm() -> None:
     half, full = torch.bfloat16, torch.float32
     for n, d, dtype, options in (
         (64, 128, half, {}),  # Qwen3-Next: a norm per head
+        (64, 576, half, {}),  # in five blocks
+        (2, 5120, full, {"order": "gate_first"}),
+        (2, 6144, full, {}),
         (2, 8192, half, {"order": "gate_first"}),  # the widest whole group of the backward
         (2, 8192, full, {"cast": "after_weight", "act": "sigmoid"}),
         (2, 7680, half, {"order": "gate_first", "group_size": 960}),
@@ -105,6 +112,7 @@ def modulated_rms_norm() -> None:
     for n, d, dtype, options in (
         (64, 128, half, {}),
         (2, 3072, half, {}),  # FLUX
+        (2, 5120, full, {}),  # in five blocks
         (2, 8192, full, {"offset": 1.0, "cast": "after_weight"}),  # the widest whole row of the backward
         (2, 32768, half, {}),  # the widest of the forward
         (2, 65536, half, {"cast": "after_weight"}),
@@ -440,6 +448,8 @@ def layer_norm() -> None:
     for n, d, x_dtype, weight_dtype in (
         (64, 128, half, half),  # many rows in a tile
         (2, 768, half, full),
+        (64, 576, half, half),  # in five blocks
+        (2, 5120, full, full),
         (2, 8192, full, full),  # the widest whole row of the backward
         (2, 32768, half, half),  # the widest of the forward; walked backward
         (2, 32768, full, full),
@@ -451,7 +461,13 @@ def layer_norm() -> None:
 
 
 def add_layer_norm() -> None:
-    for d, dtype in ((768, torch.bfloat16), (8192, torch.float32), (32768, torch.bfloat16), (65536, torch.bfloat16)):
+    for d, dtype in (
+        (768, torch.bfloat16),
+        (5120, torch.float32),
+        (8192, torch.float32),
+        (32768, torch.bfloat16),
+        (65536, torch.bfloat16),
+    ):
         x, residual = leaf(2, d, dtype=dtype), leaf(2, d, dtype=dtype)
         outputs = ops.add_layer_norm(x, residual, leaf(d, dtype=dtype), leaf(d, dtype=dtype))
         torch.autograd.backward([y.sum() for y in outputs])
@@ -482,6 +498,8 @@ def poly_norm() -> None:
     half, full = torch.bfloat16, torch.float32
     for n, d, dtype in (
         (64, 128, half),
+        (64, 576, half),  # in five blocks
+        (2, 10240, full),
         (2, 14336, half),
         (2, 16384, full),  # the widest whole row of the backward
         (2, 32768, half),  # the widest of the forward

@@ -48,10 +48,12 @@ def test_rows_too_wide_for_a_tile_are_walked(dtype, cast, device, monkeypatch):
     as_accurate(add_rms_norm, add_rms_norm_reference, inputs, dtype, cast=cast, offset=1.0)
 
 
+@pytest.mark.parametrize("d", [11, 18])
 @pytest.mark.parametrize("cast", CASTS)
-def test_rows_in_three_blocks(cast, device, monkeypatch):
-    monkeypatch.setattr(_row_tiles, "LEAST_THIRD", 4)
-    inputs = inputs_of(5, 11, device=device)
+def test_rows_in_blocks(cast, d, device, monkeypatch):
+    monkeypatch.setattr(_row_tiles, "LEAST_BLOCK", 4)
+    # three and five of 4 columns, the last one short
+    inputs = inputs_of(5, d, device=device)
     as_accurate(add_rms_norm, add_rms_norm_reference, inputs, torch.bfloat16, cast=cast)
 
 

@@ -7,6 +7,7 @@ import torch
 from accuracy import as_accurate, as_its_last_rows, randn, same_bits, ulp
 
 import ds_fused.ops.registry as registry
+from ds_fused.ops.common import _row_tiles
 from ds_fused.ops.norms.dyt import dyt, dyt_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -26,6 +27,13 @@ def inputs_of(*shape, device):
 def test_dyt(shape, dtype, device, monkeypatch):
     monkeypatch.setattr(FILE, "MOST_COLS", 32)
     as_accurate(dyt, dyt_reference, inputs_of(*shape, device=device), dtype, frozen=[1])
+
+
+def test_columns_in_blocks_of_fewer_to_spare(device, monkeypatch):
+    monkeypatch.setattr(_row_tiles, "LEAST_BLOCK", 4)
+    # five of 4, the last one short, not one of 32
+    assert _row_tiles.tile_of_columns(18, 8, 1, FILE.MOST_COLS).cols == 4
+    as_accurate(dyt, dyt_reference, inputs_of(5, 18, device=device), torch.bfloat16, frozen=[1])
 
 
 def dalphas(op, dtype, shape, device, seed):

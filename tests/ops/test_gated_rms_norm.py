@@ -69,6 +69,18 @@ def test_groups_too_wide_for_a_tile_are_walked(group_size, dtype, order, device,
     )
 
 
+@pytest.mark.parametrize("d", [11, 18])
+@pytest.mark.parametrize("group_size", [None, "a half"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_groups_in_blocks(order, group_size, d, device, monkeypatch):
+    monkeypatch.setattr(_row_tiles, "LEAST_BLOCK", 4)
+    # three and five of 4 columns, the last one short
+    if group_size:
+        judge(inputs_of(5, 2 * d, device=device), torch.bfloat16, order=order, group_size=d)
+    else:
+        judge(inputs_of(5, d, device=device), torch.bfloat16, order=order)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_sigmoid(order, device):
     judge(inputs_of(5, 33, device=device), torch.bfloat16, order=order, act="sigmoid")

@@ -62,11 +62,12 @@ def test_norm_of_real_sizes(shape, dtype, op, device):
     as_accurate(function, reference, inputs, dtype)
 
 
+@pytest.mark.parametrize("d", [11, 18])
 @pytest.mark.parametrize("op, dtype", [("layer_norm", torch.float32), ("add_layer_norm", torch.bfloat16)])
-def test_rows_in_three_blocks(dtype, op, device, monkeypatch):
-    monkeypatch.setattr(_row_tiles, "LEAST_THIRD", 4)
-    # of 4 columns, the last one short
-    function, reference, inputs = norm_and_inputs(op, (5, 11), device)
+def test_rows_in_blocks(dtype, op, d, device, monkeypatch):
+    monkeypatch.setattr(_row_tiles, "LEAST_BLOCK", 4)
+    # three and five of 4 columns, the last one short
+    function, reference, inputs = norm_and_inputs(op, (5, d), device)
     as_accurate(function, reference, inputs, dtype, eps=0.5)
 
 

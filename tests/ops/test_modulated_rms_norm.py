@@ -88,12 +88,12 @@ def test_rows_too_wide_for_a_tile_are_walked(of, cast, device, monkeypatch):
 
 
 @pytest.mark.parametrize("cast", CASTS)
-@pytest.mark.parametrize("of", [(11,), (2, 1, 11), (2, 5, 11)])
-def test_rows_in_three_blocks(of, cast, device, monkeypatch):
-    monkeypatch.setattr(_row_tiles, "LEAST_THIRD", 4)
+@pytest.mark.parametrize("of", [(11,), (2, 1, 11), (2, 5, 11), (2, 1, 18)])
+def test_rows_in_blocks(of, cast, device, monkeypatch):
+    monkeypatch.setattr(_row_tiles, "LEAST_BLOCK", 4)
     monkeypatch.setattr(registry.op("modulated_rms_norm").module, "WARPS_PER_MULTIPROCESSOR", 2)
-    # of 4 columns, the last one short; two programs take more than one row
-    inputs = some((2, 5, 11), device, of=of)
+    # three or five of 4 columns, the last one short; two programs take more than one row
+    inputs = some((2, 5, of[-1]), device, of=of)
     as_accurate(modulated_rms_norm, modulated_rms_norm_reference, inputs, torch.bfloat16, cast=cast)
 
 

@@ -7,6 +7,7 @@ import torch
 from accuracy import as_accurate, as_its_last_rows, randn, same_bits, ulp
 
 import ds_fused.ops.registry as registry
+from ds_fused.ops.common import _row_tiles
 from ds_fused.ops.norms.poly_norm import poly_norm, poly_norm_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -39,6 +40,16 @@ def test_poly_norm(shape, dtype, device):
 def test_rows_too_wide_for_a_tile_are_walked(shape, dtype, device, monkeypatch):
     walk(monkeypatch)
     as_accurate(poly_norm, poly_norm_reference, inputs_of(*shape, device=device), dtype, frozen=[1, 2])
+
+
+@pytest.mark.parametrize("d", [11, 18])
+def test_rows_in_blocks(d, device, monkeypatch):
+    monkeypatch.setattr(_row_tiles, "LEAST_BLOCK", 4)
+    # three and five of 4 columns, the last one short
+    inputs = inputs_of(5, d, device=device)
+    as_accurate(poly_norm, poly_norm_reference, inputs, torch.bfloat16, frozen=[1, 2])
+    ours = gradients(poly_norm, torch.float32, (5, d), device, 0)
+    torch.testing.assert_close(ours, gradients(poly_norm_reference, torch.float32, (5, d), device, 0))
 
 
 def gradients(op, dtype, shape, device, seed):

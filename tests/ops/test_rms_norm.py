@@ -56,11 +56,12 @@ def test_rows_too_wide_for_a_tile_are_walked(dtype, cast, device, monkeypatch):
     as_accurate(rms_norm, rms_norm_reference, inputs, dtype, cast=cast, offset=1.0)
 
 
+@pytest.mark.parametrize("d", [11, 18])
 @pytest.mark.parametrize("cast", CASTS)
-def test_rows_in_three_blocks(cast, device, monkeypatch):
-    monkeypatch.setattr(_row_tiles, "LEAST_THIRD", 4)
-    # of 4 columns, the last one short
-    x, weight, bias = [randn(*shape, device=device) for shape in ((5, 11), (11,), (11,))]
+def test_rows_in_blocks(cast, d, device, monkeypatch):
+    monkeypatch.setattr(_row_tiles, "LEAST_BLOCK", 4)
+    # three and five of 4 columns, the last one short
+    x, weight, bias = [randn(*shape, device=device) for shape in ((5, d), (d,), (d,))]
 
     def norm(function):
         return lambda x, weight, **options: function(x, weight, bias=bias.to(weight.dtype), **options)

@@ -1,4 +1,4 @@
-"""Tiles of [N, D] for kernels that need rows as a whole: several, one, one in three blocks, or one that is walked."""
+"""Tiles of [N, D] for kernels that need rows as a whole: several, each of one block or more, or one that is walked."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from ds_fused.ops.common._triton import cdiv, power_of_2, resident, stages_for, 
 WALK_BLOCK = 4096
 # of one of NVIDIA's multiprocessors
 REGISTERS = 65536
-# the least block of a row in three
-LEAST_THIRD = 1024
+# of how many blocks side by side a row may be made up, and the least such block. Of seven a thread of the norms'
+# backwards would want 191 registers (sm90), where a resident grid has 128
+COUNTS = (3, 5)
+LEAST_BLOCK = 128
 
 
 class Tile(NamedTuple):
@@ -37,14 +39,32 @@ def tile(d: int, elements: int, per_thread: int, widest: int) -> Tile:
     return Tile(rows, cols, warps_for(rows * cols, per_thread))
 
 
-def tile_of_blocks(d: int, elements: int, per_thread: int, widest: int, in_block: int) -> Tile:
-    """As `tile`, but a row that is at most three quarters of a power of two is three blocks of a quarter, of each of
-    which a thread has in_block elements: of 5120 columns 6144 are then worked on, not 8192, and by fewer threads.
+def tile_of_blocks(d: int, elements: int, per_thread: int, widest: int, of_blocks: int) -> Tile:
+    """As `tile`, but rows are made up of several blocks where fewer columns are then worked on: of 5120 columns
+    5 x 1024, not 8192. A thread has of_blocks elements of them all at most.
     """
-    cols = power_of_2(d) // 4
-    if d > min(3 * cols, widest) or cols < LEAST_THIRD:
+    blocks, cols = 1, power_of_2(d)
+    for count in COUNTS:
+        each = power_of_2(cdiv(d, count))
+        if each >= LEAST_BLOCK and count * each < blocks * cols:
+            blocks, cols = count, each
+    if blocks == 1 or d > widest:
         return tile(d, elements, per_thread, widest)
-    return Tile(1, cols, warps_for(cols, in_block), 3)
+    rows = 1
+    while 2 * rows * cols * blocks <= elements:
+        rows *= 2
+    in_block = power_of_2(of_blocks // blocks + 1) // 2
+    return Tile(rows, cols, warps_for(rows * cols, in_block), blocks)
+
+
+def tile_of_columns(d: int, elements: int, per_thread: int, widest: int) -> Tile:
+    """For kernels that need no row as a whole: blocks of its columns, of which the last has the fewest to spare."""
+    cols = each = power_of_2(min(d, widest))
+    while each > LEAST_BLOCK:
+        each //= 2
+        if cdiv(d, each) * each < cdiv(d, cols) * cols:
+            cols = each
+    return tile(cols, elements, per_thread, cols)
 
 
 @triton.jit

@@ -22,6 +22,27 @@ def factors(weight_ptr):
 
 
 @triton.jit
+def _add3(a3, a2, a1, b3, b2, b1):
+    return a3 + b3, a2 + b2, a1 + b1
+
+
+@triton.jit
+def _add4(a3, a2, a1, a0, b3, b2, b1, b0):
+    return a3 + b3, a2 + b2, a1 + b1, a0 + b0
+
+
+@triton.jit
+def sums_of_three(sums):
+    """Along rows, together: warps meet once, not once for each."""
+    return tl.reduce(sums, 1, _add3, keep_dims=True)
+
+
+@triton.jit
+def sums_of_four(sums):
+    return tl.reduce(sums, 1, _add4, keep_dims=True)
+
+
+@triton.jit
 def polynomial(x, cubic, quadratic, linear, bias_ptr, HAS_BIAS: tl.constexpr):
     """((cubic x + quadratic) x + linear) x + bias, in fp32."""
     y = ((cubic * x + quadratic) * x + linear) * x

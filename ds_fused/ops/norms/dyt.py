@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ds_fused.ops.common._launch import launch
 from ds_fused.ops.common._once import once_differentiable
-from ds_fused.ops.common._row_tiles import in_turn, over_rows, tile
+from ds_fused.ops.common._row_tiles import in_turn, over_rows, tile_of_columns
 from ds_fused.ops.common._sums import partials, sum_partials
 from ds_fused.ops.common._tanh import tanh_and_slope
 from ds_fused.ops.common._triton import cdiv, check_dtypes, like, row_stride, rows_of, runs_kernels
@@ -155,7 +155,7 @@ def dyt_fwd(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor | None, dtype
     n, d = x.shape
     if n == 0 or d == 0:
         return y
-    block = tile(min(d, MOST_COLS), TILE_FWD, PER_THREAD_FWD, MOST_COLS)
+    block = tile_of_columns(d, TILE_FWD, PER_THREAD_FWD, MOST_COLS)
     launch(
         _dyt_fwd_kernel, (cdiv(n, block.rows), cdiv(d, block.cols)),
         x, alpha, weight, bias, y, row_stride(x), n, d,
@@ -177,7 +177,7 @@ def dyt_bwd(
     dbias = make(bias) if wanted.dbias else None
     if n == 0 or d == 0:
         return dx, dalpha, dweight, dbias
-    block = tile(min(d, MOST_COLS), TILE_BWD, PER_THREAD_BWD, MOST_COLS)
+    block = tile_of_columns(d, TILE_BWD, PER_THREAD_BWD, MOST_COLS)
     column_blocks = cdiv(d, block.cols)
     itemsizes = dy.itemsize + x.itemsize
     programs, tiles = in_turn(x, block, n, WARPS_PER_MULTIPROCESSOR, itemsizes, STAGES_BWD, column_blocks)

@@ -27,7 +27,7 @@ from torch import Tensor
 from ds_fused.ops.common._launch import launch
 from ds_fused.ops.common._once import once_differentiable
 from ds_fused.ops.common._options import check_numbers, check_whole
-from ds_fused.ops.common._row_tiles import in_turn, over_rows, tile
+from ds_fused.ops.common._row_tiles import in_turn, over_rows, tile_of_blocks
 from ds_fused.ops.common._sums import sum_partials
 from ds_fused.ops.common._triton import cdiv, check_dtypes, like, row_stride, rows_of, runs_kernels
 from ds_fused.ops.norms._norms import check_cast, check_per_column, contiguous
@@ -49,11 +49,12 @@ ACTS = ("silu", "sigmoid")
 # on sm90; not measured yet.
 WHOLE_GROUP_FWD = 16384
 WHOLE_GROUP_BWD = 8192
-# elements of a tile when a group is narrower (as many rows as fit), and of a thread
-TILE_FWD, PER_THREAD_FWD = 2048, 16
-TILE_BWD, PER_THREAD_BWD = 2048, 8
+# elements of a tile when a group is narrower (as many rows as fit), and of a thread; of a thread at most where groups
+# are several blocks: backward 20 of them spill up to 320 bytes (sm90)
+TILE_FWD, PER_THREAD_FWD, OF_BLOCKS_FWD = 2048, 16, 24
+TILE_BWD, PER_THREAD_BWD, OF_BLOCKS_BWD = 2048, 8, 12
 # the backward's persistent grid, and its tiles in flight. On an H200, ms of the backward of 256 MiB in rows of 64 to
-# 4096 columns, of either order: 0.342 to 0.379, 0.42 where 768 and 1536 are a tile's 1024 and 2048; with tiles of 4096
+# 4096 columns, of either order: 0.342 to 0.379, 0.42 where 768 and 1536 were a tile's 1024 and 2048; with tiles of 4096
 # by 16 elements, 32 warps and one tile in flight 0.40 to 0.96 (results/h200/tune.csv)
 WARPS_PER_MULTIPROCESSOR = 16
 STAGES_BWD = 3
@@ -110,28 +111,40 @@ def _gated_rms_norm_fwd_kernel(
     eps,
     GATE_FIRST: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    BLOCKS: tl.constexpr,  # side by side, of which a group is made up
 ):  # fmt: skip
     # Inductor passes fp64
     eps = tl.cast(eps, tl.float32)
     pid = tl.program_id(0).to(tl.int64)
     group = pid % n_groups
     rows = pid // n_groups * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-    cols = group * n_cols + tl.arange(0, BLOCK_COLS)[None, :]
-    col_mask = tl.arange(0, BLOCK_COLS)[None, :] < n_cols
-    mask = (rows < n_rows) & col_mask
-
-    x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + rows * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    act, _ = act_and_slope(gate, ACT)
-    if GATE_FIRST:
-        x *= act
-    rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / n_cols + eps)
+    blocks, acts = (), ()
+    for block in tl.static_range(BLOCKS):
+        own = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+        cols = group * n_cols + own
+        mask = (rows < n_rows) & (own < n_cols)
+        x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + rows * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        act, _ = act_and_slope(gate, ACT)
+        if GATE_FIRST:
+            x *= act
+        # not from zeros, which would be added to every value
+        if block == 0:
+            squares = x * x
+        else:
+            squares += x * x
+        blocks = blocks + (x,)
+        acts = acts + (act,)
+    rstd = tl.rsqrt(tl.sum(squares, axis=1, keep_dims=True) / n_cols + eps)
     tl.store(rstd_ptr + rows * n_groups + group, rstd, mask=rows < n_rows)
-    y = y_of(
-        x * rstd, act, weight_ptr, over_rows(cols, BLOCK_ROWS), over_rows(col_mask, BLOCK_ROWS),
-        x_ptr.dtype.element_ty, GATE_FIRST, CAST_BEFORE, HAS_WEIGHT,
-    )  # fmt: skip
-    tl.store(y_ptr + rows * (n_groups * n_cols) + cols, y, mask=mask)
+    for block in tl.static_range(BLOCKS):
+        own = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+        each = over_rows(own, BLOCK_ROWS)
+        y = y_of(
+            blocks[block] * rstd, acts[block], weight_ptr, group * n_cols + each, each < n_cols,
+            x_ptr.dtype.element_ty, GATE_FIRST, CAST_BEFORE, HAS_WEIGHT,
+        )  # fmt: skip
+        tl.store(y_ptr + rows * (n_groups * n_cols) + group * n_cols + own, y, mask=(rows < n_rows) & (own < n_cols))
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -153,38 +166,54 @@ def _gated_rms_norm_bwd_kernel(
     GATE_FIRST: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACT: tl.constexpr,
     WANTS_DX: tl.constexpr, WANTS_DGATE: tl.constexpr, WANTS_DWEIGHT: tl.constexpr,
     AGAIN: tl.constexpr,  # from what was loaded to what is stored is computed anew, after the mean: half the registers
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     program, group = pid // n_groups, pid % n_groups
     width = n_groups * n_cols
-    cols = group * n_cols + tl.arange(0, BLOCK_COLS)[None, :]
-    col_mask = tl.arange(0, BLOCK_COLS)[None, :] < n_cols
-    weight = weight_or_one(weight_ptr, over_rows(cols, BLOCK_ROWS), over_rows(col_mask, BLOCK_ROWS), HAS_WEIGHT)
-    if WANTS_DWEIGHT:
-        dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+    weights, dweights = (), ()
+    for block in tl.static_range(BLOCKS):
+        each = over_rows(block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :], BLOCK_ROWS)
+        weights = weights + (weight_or_one(weight_ptr, group * n_cols + each, each < n_cols, HAS_WEIGHT),)
+        dweights = dweights + (tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32),)
 
     step = tl.num_programs(0).to(tl.int64) // n_groups * BLOCK_ROWS
     for start in tl.range(program * BLOCK_ROWS, n_rows, step, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_ROWS)[:, None]
-        mask = (rows < n_rows) & col_mask
         rstd = tl.load(rstd_ptr + rows * n_groups + group, mask=rows < n_rows, other=0.0)
-        dy, x, gate = load_bwd(
-            dy_ptr, x_ptr, gate_ptr,
-            rows * dy_stride + cols, rows * x_stride + cols, rows * gate_stride + cols, mask,
-        )  # fmt: skip
-        part = dweight_bwd(dy, x, gate, rstd, GATE_FIRST, ACT, AGAIN)
+        dys, xs, gates, more_dweights = (), (), (), ()
+        for block in tl.static_range(BLOCKS):
+            own = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+            cols = group * n_cols + own
+            dy, x, gate = load_bwd(
+                dy_ptr, x_ptr, gate_ptr, rows * dy_stride + cols, rows * x_stride + cols, rows * gate_stride + cols,
+                (rows < n_rows) & (own < n_cols),
+            )  # fmt: skip
+            part = dweight_bwd(dy, x, gate, rstd, GATE_FIRST, ACT, AGAIN)
+            if WANTS_DWEIGHT:
+                more_dweights = more_dweights + (dweights[block] + part,)
+            if block == 0:
+                along = part * weights[block]
+            else:
+                along += part * weights[block]
+            dys = dys + (dy,)
+            xs = xs + (x,)
+            gates = gates + (gate,)
         if WANTS_DWEIGHT:
-            dweight += part
-        mean = tl.sum(part * weight, axis=1, keep_dims=True) / n_cols
-        store_bwd(
-            dx_ptr, dgate_ptr, rows * width + cols, mask, dy, x, gate, weight, rstd, mean,
-            GATE_FIRST, ACT, WANTS_DX, WANTS_DGATE,
-        )  # fmt: skip
+            dweights = more_dweights
+        mean = tl.sum(along, axis=1, keep_dims=True) / n_cols
+        for block in tl.static_range(BLOCKS):
+            own = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+            store_bwd(
+                dx_ptr, dgate_ptr, rows * width + group * n_cols + own, (rows < n_rows) & (own < n_cols),
+                dys[block], xs[block], gates[block], weights[block], rstd, mean, GATE_FIRST, ACT, WANTS_DX, WANTS_DGATE,
+            )  # fmt: skip
 
     if WANTS_DWEIGHT:
-        total = tl.sum(dweight, axis=0, keep_dims=True)
-        tl.store(dweights_ptr + program * width + cols, total, mask=col_mask)
+        for block in tl.static_range(BLOCKS):
+            own = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+            total = tl.sum(dweights[block], axis=0, keep_dims=True)
+            tl.store(dweights_ptr + program * width + group * n_cols + own, total, mask=own < n_cols)
 
 
 class Form(NamedTuple):
@@ -207,7 +236,7 @@ def gated_rms_norm_fwd(x: Tensor, gate: Tensor, weight: Tensor | None, eps: floa
     if n == 0 or d == 0:
         return y, rstd
     n_cols = d // form.n_groups
-    block = tile(n_cols, TILE_FWD, PER_THREAD_FWD, WHOLE_GROUP_FWD)
+    block = tile_of_blocks(n_cols, TILE_FWD, PER_THREAD_FWD, WHOLE_GROUP_FWD, OF_BLOCKS_FWD)
     tensors = (x, gate, weight, y, rstd, row_stride(x), row_stride(gate))
     constants = {
         "GATE_FIRST": form.gate_first,
@@ -222,7 +251,7 @@ def gated_rms_norm_fwd(x: Tensor, gate: Tensor, weight: Tensor | None, eps: floa
         launch(
             _gated_rms_norm_fwd_kernel, (programs,),
             *tensors, n, form.n_groups, n_cols, eps,
-            BLOCK_ROWS=block.rows, **constants,
+            BLOCK_ROWS=block.rows, BLOCKS=block.blocks, **constants,
         )  # fmt: skip
     else:
         launch(_gated_rms_norm_fwd_walk_kernel, (n * form.n_groups,), *tensors, form.n_groups, n_cols, eps, **constants)
@@ -247,12 +276,13 @@ def gated_rms_norm_bwd(
         return dx, dgate, torch.zeros_like(weight) if wants_dweight else None
     n_cols = d // form.n_groups
     is_wide = n_cols > WIDEST_ONCE
-    block = tile(n_cols, TILE_BWD, WIDE_PER_THREAD_BWD if is_wide else PER_THREAD_BWD, WHOLE_GROUP_BWD)
+    per_thread = WIDE_PER_THREAD_BWD if is_wide else PER_THREAD_BWD
+    block = tile_of_blocks(n_cols, TILE_BWD, per_thread, WHOLE_GROUP_BWD, OF_BLOCKS_BWD)
     # a program stays with its group, whose part of dweight it adds up
     itemsizes = dy.itemsize + x.itemsize + gate.itemsize
     programs, tiles = in_turn(x, block, n, WARPS_PER_MULTIPROCESSOR, itemsizes, STAGES_BWD, form.n_groups)
     if block.rows:
-        tiles["AGAIN"] = is_wide
+        tiles |= {"AGAIN": is_wide, "BLOCKS": block.blocks}
     dweights = torch.empty((programs, d), dtype=torch.float32, device=x.device) if wants_dweight else None
     launch(
         _gated_rms_norm_bwd_kernel if block.rows else _gated_rms_norm_bwd_walk_kernel, (programs * form.n_groups,),

@@ -22,7 +22,7 @@ from torch import Tensor
 from ds_fused.ops.common._launch import launch
 from ds_fused.ops.common._once import once_differentiable
 from ds_fused.ops.common._options import check_numbers
-from ds_fused.ops.common._row_tiles import in_turn, over_rows, tile, tile_of_blocks
+from ds_fused.ops.common._row_tiles import in_turn, over_rows, tile_of_blocks
 from ds_fused.ops.common._sums import leave, partials, sharers, sum_partials
 from ds_fused.ops.common._triton import (
     cdiv,
@@ -46,10 +46,10 @@ from ds_fused.ops.norms._wide_layer_norm import (
 # At 8192 columns the backward doesn't spill on sm90, at 16384 it spills 248 bytes a thread (in fp32 292).
 WHOLE_ROW_FWD = 32768
 WHOLE_ROW_BWD = 8192
-# elements of a tile when a row is narrower (as many rows as fit), and of a thread; of a thread in each block of a row
-# in three. On an H100, ms of 26208x5120: 0.183; where such a row is one block of 8192, 0.222
-TILE_FWD, PER_THREAD_FWD, IN_BLOCK_FWD = 1024, 16, 8
-TILE_BWD, PER_THREAD_BWD = 2048, 16
+# elements of a tile when a row is narrower (as many rows as fit), and of a thread; of a thread at most where rows are
+# several blocks. On an H100, ms of 26208x5120: 0.183 in three, 0.222 in one of 8192
+TILE_FWD, PER_THREAD_FWD, OF_BLOCKS_FWD = 1024, 16, 24
+TILE_BWD, PER_THREAD_BWD, OF_BLOCKS_BWD = 2048, 16, 20
 # the backward's persistent grid, and the tiles of a program that are in flight. On an H100, ms of the backward of
 # 8192x4096 and 16384x8192: 0.083, 0.288; with 2 tiles 0.094, unknown; with 8 elements, 32 warps, 2 tiles 0.096, 0.375
 # (results/h100/tune.csv). On an H200 of 256 MiB in rows of 64, 256 and 1024 columns: 0.209, 0.215, 0.204; with 8
@@ -157,48 +157,69 @@ def _layer_norm_bwd_kernel(
     n_sharers,  # programs whose sums go to one row
     HAS_DSUM: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     WANTS_DX: tl.constexpr, WANTS_DWEIGHT: tl.constexpr, WANTS_DBIAS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK_COLS)[None, :]
-    if HAS_WEIGHT:
-        each = over_rows(cols, BLOCK_ROWS)
-        weight = tl.load(weight_ptr + each, mask=each < n_cols, other=0.0).to(tl.float32)
-    if WANTS_DWEIGHT:
-        dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-    if WANTS_DBIAS:
-        dbias = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+    weights, dweights, dbiases = (), (), ()
+    for block in tl.static_range(BLOCKS):
+        if HAS_WEIGHT:
+            each = over_rows(block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :], BLOCK_ROWS)
+            weights = weights + (tl.load(weight_ptr + each, mask=each < n_cols, other=0.0).to(tl.float32),)
+        dweights = dweights + (tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32),)
+        dbiases = dbiases + (tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32),)
 
     for start in tl.range(pid * BLOCK_ROWS, n_rows, programs * BLOCK_ROWS, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_ROWS)[:, None]
-        mask = (rows < n_rows) & (cols < n_cols)
-        dy = tl.load(dy_ptr + rows * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + rows, mask=rows < n_rows, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
-
-        # where the mask is off this is no zero, but its dy is
-        x_hat = (x - mean) * rstd
-        if WANTS_DWEIGHT:
-            dweight += dy * x_hat
-        if WANTS_DBIAS:
-            dbias += dy
-        if WANTS_DX:
+        hats, dhats, more_dweights, more_dbiases = (), (), (), ()
+        for block in tl.static_range(BLOCKS):
+            cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+            mask = (rows < n_rows) & (cols < n_cols)
+            dy = tl.load(dy_ptr + rows * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+            # where the mask is off this is no zero, but its dy is
+            x_hat = (x - mean) * rstd
+            if WANTS_DWEIGHT:
+                more_dweights = more_dweights + (dweights[block] + dy * x_hat,)
+            if WANTS_DBIAS:
+                more_dbiases = more_dbiases + (dbiases[block] + dy,)
             if HAS_WEIGHT:
-                dy *= weight
-            along = tl.sum(dy * x_hat, axis=1, keep_dims=True) / n_cols
-            dx = rstd * (dy - tl.sum(dy, axis=1, keep_dims=True) / n_cols - x_hat * along)
-            if HAS_DSUM:
-                dx += tl.load(dsum_ptr + rows * dsum_stride + cols, mask=mask, other=0.0).to(tl.float32)
-            tl.store(dx_ptr + rows * n_cols + cols, dx, mask=mask)
+                dy *= weights[block]
+            # not from zeros, which would be added to every value
+            if block == 0:
+                along, sums = dy * x_hat, dy
+            else:
+                along += dy * x_hat
+                sums += dy
+            hats = hats + (x_hat,)
+            dhats = dhats + (dy,)
+        if WANTS_DWEIGHT:
+            dweights = more_dweights
+        if WANTS_DBIAS:
+            dbiases = more_dbiases
+        if WANTS_DX:
+            along = tl.sum(along, axis=1, keep_dims=True) / n_cols
+            sums = tl.sum(sums, axis=1, keep_dims=True) / n_cols
+            for block in tl.static_range(BLOCKS):
+                cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+                mask = (rows < n_rows) & (cols < n_cols)
+                dx = rstd * (dhats[block] - sums - hats[block] * along)
+                if HAS_DSUM:
+                    dx += tl.load(dsum_ptr + rows * dsum_stride + cols, mask=mask, other=0.0).to(tl.float32)
+                tl.store(dx_ptr + rows * n_cols + cols, dx, mask=mask)
 
-    here = pid // n_sharers * n_cols + cols
-    if WANTS_DWEIGHT:
-        leave(partial_ptr + here, tl.sum(dweight, axis=0, keep_dims=True), cols < n_cols, n_sharers)
+    dbiases_ptr = partial_ptr
     if WANTS_DBIAS:
-        partial_ptr += tl.cdiv(programs, n_sharers) * n_cols
-        leave(partial_ptr + here, tl.sum(dbias, axis=0, keep_dims=True), cols < n_cols, n_sharers)
+        dbiases_ptr += tl.cdiv(programs, n_sharers) * n_cols
+    for block in tl.static_range(BLOCKS):
+        cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+        here = pid // n_sharers * n_cols + cols
+        if WANTS_DWEIGHT:
+            leave(partial_ptr + here, tl.sum(dweights[block], axis=0, keep_dims=True), cols < n_cols, n_sharers)
+        if WANTS_DBIAS:
+            leave(dbiases_ptr + here, tl.sum(dbiases[block], axis=0, keep_dims=True), cols < n_cols, n_sharers)
 
 
 def layer_norm_fwd(
@@ -217,7 +238,7 @@ def layer_norm_fwd(
     if n == 0 or d == 0:
         return y, total, mean, rstd
     arguments = (x, residual, weight, bias, y, total, mean, rstd, row_stride(x), residual_stride)
-    block = tile_of_blocks(d, TILE_FWD, PER_THREAD_FWD, WHOLE_ROW_FWD, IN_BLOCK_FWD)
+    block = tile_of_blocks(d, TILE_FWD, PER_THREAD_FWD, WHOLE_ROW_FWD, OF_BLOCKS_FWD)
     constants = {
         "HAS_RESIDUAL": residual is not None,
         "HAS_WEIGHT": weight is not None,
@@ -258,7 +279,7 @@ def layer_norm_bwd(
     sums = wanted.dweight or wanted.dbias
     dsum_stride = 0 if dsum is None else row_stride(dsum)
     wants = {"WANTS_DWEIGHT": wanted.dweight, "WANTS_DBIAS": wanted.dbias}
-    block = tile(d, TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD)
+    block = tile_of_blocks(d, TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD, OF_BLOCKS_BWD)
     itemsizes = dy.itemsize + x.itemsize + (0 if dsum is None else dsum.itemsize)
     programs, constants = in_turn(x, block, n, WARPS_PER_MULTIPROCESSOR, itemsizes, STAGES_BWD)
     constants |= {"HAS_DSUM": dsum is not None, "HAS_WEIGHT": weight is not None}
@@ -276,7 +297,7 @@ def layer_norm_bwd(
         launch(
             _layer_norm_bwd_kernel, (programs,),
             dy, dsum, x, weight, mean, rstd, dx, partial, row_stride(dy), dsum_stride, row_stride(x), n, d,
-            n_sharers, WANTS_DX=wanted.dx, **wants, **constants,
+            n_sharers, WANTS_DX=wanted.dx, BLOCKS=block.blocks, **wants, **constants,
         )  # fmt: skip
     else:
         if wanted.dx:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ds_fused.ops.common._launch import launch
 from ds_fused.ops.common._once import once_differentiable
 from ds_fused.ops.common._options import check_numbers
-from ds_fused.ops.common._row_tiles import in_turn, tile
+from ds_fused.ops.common._row_tiles import in_turn, tile_of_blocks
 from ds_fused.ops.common._sums import partials, sum_partials
 from ds_fused.ops.common._triton import cdiv, check_dtypes, row_stride, rows_of, runs_kernels
 from ds_fused.ops.norms._norms import Wanted
@@ -33,8 +33,11 @@ from ds_fused.ops.norms._wide_poly_norm import (
     polynomial,
     slope,
     store_parts,
+    sums_of_four,
+    sums_of_three,
 )
 from ds_fused.ops.norms.rms_norm import (
+    OF_BLOCKS_BWD,
     PER_THREAD_BWD,
     STAGES_BWD,
     TILE_BWD,
@@ -46,7 +49,7 @@ from ds_fused.ops.norms.rms_norm import (
 
 # elements of a thread: three sums a row weigh less the fewer warps they are of. On an H200, ms of 256 MiB in rows of
 # 576, 5120 and 8192 columns: 0.170, 0.150, 0.136, with 16 elements 0.226, 0.204, 0.153 (results/h200/tune.csv)
-PER_THREAD_FWD = 32
+PER_THREAD_FWD, OF_BLOCKS_FWD = 32, 40
 
 
 def poly_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
@@ -72,24 +75,35 @@ def _poly_norm_fwd_kernel(
     n_cols,
     eps,
     HAS_BIAS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    BLOCKS: tl.constexpr,  # side by side, of which a row is made up
 ):  # fmt: skip
     # Inductor passes fp64
     eps = tl.cast(eps, tl.float32)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-    cols = tl.arange(0, BLOCK_COLS)[None, :]
-    mask = (rows < n_rows) & (cols < n_cols)
-
-    x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    square = x * x
-    rstd3 = tl.rsqrt(tl.sum(square * square * square, axis=1, keep_dims=True) / n_cols + eps)
-    rstd2 = tl.rsqrt(tl.sum(square * square, axis=1, keep_dims=True) / n_cols + eps)
-    rstd1 = tl.rsqrt(tl.sum(square, axis=1, keep_dims=True) / n_cols + eps)
+    blocks = ()
+    for block in tl.static_range(BLOCKS):
+        cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+        mask = (rows < n_rows) & (cols < n_cols)
+        x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        square = x * x
+        # not from zeros, which would be added to every value
+        if block == 0:
+            sums = square * square * square, square * square, square
+        else:
+            sums = sums[0] + square * square * square, sums[1] + square * square, sums[2] + square
+        blocks = blocks + (x,)
+    sixth, fourth, second = sums_of_three(sums)
+    rstd3 = tl.rsqrt(sixth / n_cols + eps)
+    rstd2 = tl.rsqrt(fourth / n_cols + eps)
+    rstd1 = tl.rsqrt(second / n_cols + eps)
     tl.store(rstds_ptr + rows * 3, rstd3, mask=rows < n_rows)
     tl.store(rstds_ptr + rows * 3 + 1, rstd2, mask=rows < n_rows)
     tl.store(rstds_ptr + rows * 3 + 2, rstd1, mask=rows < n_rows)
     weight3, weight2, weight1 = factors(weight_ptr)
-    y = polynomial(x, weight3 * rstd3, weight2 * rstd2, weight1 * rstd1, bias_ptr, HAS_BIAS)
-    tl.store(y_ptr + rows * n_cols + cols, y, mask=mask)
+    for block in tl.static_range(BLOCKS):
+        cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+        y = polynomial(blocks[block], weight3 * rstd3, weight2 * rstd2, weight1 * rstd1, bias_ptr, HAS_BIAS)
+        tl.store(y_ptr + rows * n_cols + cols, y, mask=(rows < n_rows) & (cols < n_cols))
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -105,10 +119,9 @@ def _poly_norm_bwd_kernel(
     n_rows,
     n_cols,
     WANTS_DX: tl.constexpr, WANTS_SUMS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK_COLS)[None, :]
     weight3, weight2, weight1 = factors(weight_ptr)
     dweight3 = tl.zeros((BLOCK_ROWS, 1), tl.float32)
     dweight2 = tl.zeros((BLOCK_ROWS, 1), tl.float32)
@@ -118,28 +131,40 @@ def _poly_norm_bwd_kernel(
     step = tl.num_programs(0).to(tl.int64) * BLOCK_ROWS
     for start in tl.range(pid * BLOCK_ROWS, n_rows, step, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_ROWS)[:, None]
-        mask = (rows < n_rows) & (cols < n_cols)
-        dy = tl.load(dy_ptr + rows * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
         rstd3 = tl.load(rstds_ptr + rows * 3, mask=rows < n_rows, other=0.0)
         rstd2 = tl.load(rstds_ptr + rows * 3 + 1, mask=rows < n_rows, other=0.0)
         rstd1 = tl.load(rstds_ptr + rows * 3 + 2, mask=rows < n_rows, other=0.0)
 
+        xs, dys = (), ()
+        for block in tl.static_range(BLOCKS):
+            cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+            mask = (rows < n_rows) & (cols < n_cols)
+            dy = tl.load(dy_ptr + rows * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+            if block == 0:
+                sums = dy * x * x * x, dy * x * x, dy * x, dy
+            else:
+                sums = sums[0] + dy * x * x * x, sums[1] + dy * x * x, sums[2] + dy * x, sums[3] + dy
+            xs = xs + (x,)
+            dys = dys + (dy,)
         # sum(dy n(x^p))
-        sum3 = rstd3 * tl.sum(dy * x * x * x, axis=1, keep_dims=True)
-        sum2 = rstd2 * tl.sum(dy * x * x, axis=1, keep_dims=True)
-        sum1 = rstd1 * tl.sum(dy * x, axis=1, keep_dims=True)
+        sum3, sum2, sum1, sum0 = sums_of_four(sums)
+        sum3 *= rstd3
+        sum2 *= rstd2
+        sum1 *= rstd1
         if WANTS_SUMS:
             dweight3 += sum3
             dweight2 += sum2
             dweight1 += sum1
-            dbias += tl.sum(dy, axis=1, keep_dims=True)
+            dbias += sum0
         if WANTS_DX:
-            dx = slope(
-                x, dy, weight3 * rstd3, weight2 * rstd2, weight1 * rstd1,
-                rstd3 * sum3 / n_cols, rstd2 * sum2 / n_cols, rstd1 * sum1 / n_cols,
-            )  # fmt: skip
-            tl.store(dx_ptr + rows * n_cols + cols, dx, mask=mask)
+            for block in tl.static_range(BLOCKS):
+                cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+                dx = slope(
+                    xs[block], dys[block], weight3 * rstd3, weight2 * rstd2, weight1 * rstd1,
+                    rstd3 * sum3 / n_cols, rstd2 * sum2 / n_cols, rstd1 * sum1 / n_cols,
+                )  # fmt: skip
+                tl.store(dx_ptr + rows * n_cols + cols, dx, mask=(rows < n_rows) & (cols < n_cols))
 
     if WANTS_SUMS:
         store_parts(partial_ptr, tl.sum(dweight3), tl.sum(dweight2), tl.sum(dweight1), tl.sum(dbias))
@@ -153,14 +178,14 @@ def poly_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) ->
     rstds = torch.empty((n, 3), dtype=torch.float32, device=x.device)
     if n == 0 or d == 0:
         return y, rstds
-    block = tile(d, TILE_FWD, PER_THREAD_FWD, WHOLE_ROW_FWD)
+    block = tile_of_blocks(d, TILE_FWD, PER_THREAD_FWD, WHOLE_ROW_FWD, OF_BLOCKS_FWD)
     tensors = (x, weight, bias, y, rstds)
     constants = {"HAS_BIAS": bias is not None, "BLOCK_COLS": block.cols, "num_warps": block.warps}
     if block.rows:
         launch(
             _poly_norm_fwd_kernel, (cdiv(n, block.rows),),
             *tensors, row_stride(x), n, d, eps,
-            BLOCK_ROWS=block.rows, **constants,
+            BLOCK_ROWS=block.rows, BLOCKS=block.blocks, **constants,
         )  # fmt: skip
     else:
         launch(_poly_norm_fwd_walk_kernel, (n,), *tensors, row_stride(x), d, eps, **constants)
@@ -184,8 +209,10 @@ def poly_norm_bwd(
     if nothing:
         return dx, dweight, dbias
     sums = wanted.dweight or wanted.dbias
-    block = tile(d, TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD)
+    block = tile_of_blocks(d, TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD, OF_BLOCKS_BWD)
     programs, tiles = in_turn(x, block, n, WARPS_PER_MULTIPROCESSOR, dy.itemsize + x.itemsize, STAGES_BWD)
+    if block.rows:
+        tiles["BLOCKS"] = block.blocks
     partial = partials(x, programs, 3, programs) if sums else None
     launch(
         _poly_norm_bwd_kernel if block.rows else _poly_norm_bwd_walk_kernel, (programs,),

@@ -27,7 +27,7 @@ from ds_fused.ops.common import _row_tiles, _sums, _triton
 from ds_fused.ops.common._launch import Kept, Ready, launch_ready, lie_alike, ready
 from ds_fused.ops.common._once import once_differentiable
 from ds_fused.ops.common._options import check_numbers
-from ds_fused.ops.common._row_tiles import in_turn, over_rows, tile, tile_of_blocks
+from ds_fused.ops.common._row_tiles import in_turn, over_rows, tile_of_blocks
 from ds_fused.ops.common._sums import leave, partials, sharers, sum_partials
 from ds_fused.ops.common._triton import (
     can_take,
@@ -52,15 +52,15 @@ from ds_fused.ops.norms._wide_rms_norm import (
 # Above them the registers of 1024 threads spill on sm90 (at 16384 the backward spills 52 bytes a thread, in fp32 116).
 WHOLE_ROW_FWD = 32768
 WHOLE_ROW_BWD = 16384
-# elements of a tile when a row is narrower (as many rows as fit), and of a thread; forward, of a thread in each block
-# of a row in three, by layer_norm's measurement
-TILE_FWD, PER_THREAD_FWD, IN_BLOCK_FWD = 2048, 16, 8
-TILE_BWD, PER_THREAD_BWD = 2048, 16
+# elements of a tile when a row is narrower (as many rows as fit), and of a thread; of a thread at most where rows are
+# several blocks. Backward it then has a hat, a gradient and a sum of each: with 24 of them 16 to 48 bytes spill (sm90)
+TILE_FWD, PER_THREAD_FWD, OF_BLOCKS_FWD = 2048, 16, 24
+TILE_BWD, PER_THREAD_BWD, OF_BLOCKS_BWD = 2048, 16, 20
 # the backward's persistent grid: at 16 elements a thread ptxas gives it at most 128 registers on sm90, so 16 warps are
 # resident, and none waits for a place; STAGES_BWD tiles of a program are in flight (1: no pipeline). On an H100, ms of
 # the backward of 8192x4096 and 16384x8192: 0.081, 0.285; with 8 elements and 32 warps 0.081, 0.287, with 2 stages of
-# these 0.088, 0.333. On an H200 0.203 to 0.210 of 256 MiB in rows of 64 to 8192 columns, 0.24 where 576 or 2304 are a
-# tile's 1024 or 4096; with 8 elements up to 8 % more (results/h200/tune.csv)
+# these 0.088, 0.333. On an H200 0.203 to 0.210 of 256 MiB in rows of 64 to 8192 columns, 0.24 where 576 or 2304 were
+# a tile's 1024 or 4096; with 8 elements up to 8 % more (results/h200/tune.csv)
 WARPS_PER_MULTIPROCESSOR = 16
 STAGES_BWD = 3
 
@@ -157,44 +157,61 @@ def _rms_norm_bwd_kernel(
     n_sharers,  # programs whose sums go to one row
     OFFSET: tl.constexpr, CAST_BEFORE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DSUM: tl.constexpr,
     WANTS_DX: tl.constexpr, WANTS_DWEIGHT: tl.constexpr, WANTS_DBIAS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK_COLS)[None, :]
-    if HAS_WEIGHT:
-        each = over_rows(cols, BLOCK_ROWS)
-        weight = weight_at(weight_ptr, each, each < n_cols, OFFSET, CAST_BEFORE)
-    if WANTS_DWEIGHT:
-        dweight = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-    if WANTS_DBIAS:
-        dbias = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+    weights, dweights, dbiases = (), (), ()
+    for block in tl.static_range(BLOCKS):
+        if HAS_WEIGHT:
+            each = over_rows(block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :], BLOCK_ROWS)
+            weights = weights + (weight_at(weight_ptr, each, each < n_cols, OFFSET, CAST_BEFORE),)
+        dweights = dweights + (tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32),)
+        dbiases = dbiases + (tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32),)
 
     step = tl.num_programs(0).to(tl.int64) * BLOCK_ROWS
     for start in tl.range(pid * BLOCK_ROWS, n_rows, step, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_ROWS)[:, None]
-        mask = (rows < n_rows) & (cols < n_cols)
-        dy = tl.load(dy_ptr + rows * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
-
-        x_hat = x * rstd
-        if WANTS_DWEIGHT:
-            dweight += dy * x_hat
-        if WANTS_DBIAS:
-            dbias += dy
-        if WANTS_DX:
+        hats, dhats, more_dweights, more_dbiases = (), (), (), ()
+        for block in tl.static_range(BLOCKS):
+            cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+            mask = (rows < n_rows) & (cols < n_cols)
+            dy = tl.load(dy_ptr + rows * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
+            x_hat = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32) * rstd
+            if WANTS_DWEIGHT:
+                more_dweights = more_dweights + (dweights[block] + dy * x_hat,)
+            if WANTS_DBIAS:
+                more_dbiases = more_dbiases + (dbiases[block] + dy,)
             if HAS_WEIGHT:
-                dy *= weight
-            dx = rstd * (dy - x_hat * (tl.sum(dy * x_hat, axis=1, keep_dims=True) / n_cols))
-            if HAS_DSUM:
-                dx += tl.load(dsum_ptr + rows * dsum_stride + cols, mask=mask, other=0.0).to(tl.float32)
-            tl.store(dx_ptr + rows * n_cols + cols, dx, mask=mask)
+                dy *= weights[block]
+            # not from zeros, which would be added to every value
+            if block == 0:
+                along = dy * x_hat
+            else:
+                along += dy * x_hat
+            hats = hats + (x_hat,)
+            dhats = dhats + (dy,)
+        if WANTS_DWEIGHT:
+            dweights = more_dweights
+        if WANTS_DBIAS:
+            dbiases = more_dbiases
+        if WANTS_DX:
+            mean = tl.sum(along, axis=1, keep_dims=True) / n_cols
+            for block in tl.static_range(BLOCKS):
+                cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+                mask = (rows < n_rows) & (cols < n_cols)
+                dx = rstd * (dhats[block] - hats[block] * mean)
+                if HAS_DSUM:
+                    dx += tl.load(dsum_ptr + rows * dsum_stride + cols, mask=mask, other=0.0).to(tl.float32)
+                tl.store(dx_ptr + rows * n_cols + cols, dx, mask=mask)
 
-    here = pid // n_sharers * n_cols + cols
-    if WANTS_DWEIGHT:
-        leave(dweights_ptr + here, tl.sum(dweight, axis=0, keep_dims=True), cols < n_cols, n_sharers)
-    if WANTS_DBIAS:
-        leave(dbiases_ptr + here, tl.sum(dbias, axis=0, keep_dims=True), cols < n_cols, n_sharers)
+    for block in tl.static_range(BLOCKS):
+        cols = block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+        here = pid // n_sharers * n_cols + cols
+        if WANTS_DWEIGHT:
+            leave(dweights_ptr + here, tl.sum(dweights[block], axis=0, keep_dims=True), cols < n_cols, n_sharers)
+        if WANTS_DBIAS:
+            leave(dbiases_ptr + here, tl.sum(dbiases[block], axis=0, keep_dims=True), cols < n_cols, n_sharers)
 
 
 def rms_norm_fwd(
@@ -215,8 +232,8 @@ def rms_norm_fwd(
     y = like(x, dtype)
     key = None
     if not torch.compiler.is_compiling():
-        of_rows = _row_tiles.WALK_BLOCK, _row_tiles.LEAST_THIRD, _triton.LANES
-        constants = TILE_FWD, PER_THREAD_FWD, IN_BLOCK_FWD, WHOLE_ROW_FWD, *of_rows
+        of_rows = _row_tiles.WALK_BLOCK, _row_tiles.LEAST_BLOCK, _triton.LANES
+        constants = TILE_FWD, PER_THREAD_FWD, OF_BLOCKS_FWD, WHOLE_ROW_FWD, *of_rows
         residual_strides = None if residual is None else residual.stride()
         key = x.shape, x.stride(), residual_strides, weight is None, bias is None, form, constants
     found = _forwards.get(key)
@@ -240,7 +257,7 @@ def _forward(
     n, d = x.shape
     if n == 0 or d == 0:
         return None
-    block = tile_of_blocks(d, TILE_FWD, PER_THREAD_FWD, WHOLE_ROW_FWD, IN_BLOCK_FWD)
+    block = tile_of_blocks(d, TILE_FWD, PER_THREAD_FWD, WHOLE_ROW_FWD, OF_BLOCKS_FWD)
     strides = row_stride(x), 0 if residual is None else row_stride(residual)
     constants = {
         "OFFSET": form.offset,
@@ -289,7 +306,8 @@ def rms_norm_bwd(
     key = None
     if not torch.compiler.is_compiling():
         grid = WARPS_PER_MULTIPROCESSOR, STAGES_BWD, _triton.LANES
-        constants = TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD, _row_tiles.WALK_BLOCK, _sums.SHARED_FROM, *grid
+        of_rows = _row_tiles.WALK_BLOCK, _row_tiles.LEAST_BLOCK, _sums.SHARED_FROM
+        constants = TILE_BWD, PER_THREAD_BWD, OF_BLOCKS_BWD, WHOLE_ROW_BWD, *of_rows, *grid
         of_dsum = None if dsum is None else (dsum.stride(), dsum.dtype)
         places = x.shape, x.stride(), x.dtype, x.device, dy.stride(), dy.dtype, of_dsum
         key = places, weight is None, wanted, form, constants
@@ -318,12 +336,15 @@ def _backward(
     """The launch for these rows, of which there are some; how many rows of sums it leaves, and of how many programs."""
     n, d = x.shape
     # a second row of sums takes as many registers again
-    block = tile(d, TILE_BWD, PER_THREAD_BWD, WHOLE_ROW_BWD // 2 if wanted.dbias else WHOLE_ROW_BWD)
+    widest = WHOLE_ROW_BWD // 2 if wanted.dbias else WHOLE_ROW_BWD
+    block = tile_of_blocks(d, TILE_BWD, PER_THREAD_BWD, widest, OF_BLOCKS_BWD)
     itemsizes = dy.itemsize + x.itemsize + (0 if dsum is None else dsum.itemsize)
     programs, tiles = in_turn(x, block, n, WARPS_PER_MULTIPROCESSOR, itemsizes, STAGES_BWD)
     # a program that walks adds to its row many times, and shares it with none
     n_sharers = sharers(x, programs) if block.rows else 1
     of_sums = (n_sharers,) if block.rows else ()
+    if block.rows:
+        tiles["BLOCKS"] = block.blocks
     it = ready(
         _rms_norm_bwd_kernel if block.rows else _rms_norm_bwd_walk_kernel, (programs,),
         row_stride(dy), row_stride(x), 0 if dsum is None else row_stride(dsum), n, d, *of_sums,
