@@ -22,7 +22,8 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_pt_utils import LabelSmoother
 
 import ds_fused
-from ds_fused.engine.zero3 import copy_engines, slab_mode
+from ds_fused.engine.zero3 import choice, copy_engines, slab_mode
+from ds_fused.engine.zero3.figures import Rates
 from ds_fused.ops.common import _tiles
 
 
@@ -56,9 +57,8 @@ def stream_without_copy_engines() -> dict:
     return both(model_of, stage=3, block={"fused_linear_cross_entropy": head})
 
 
-@case
-def copied_auto() -> dict:
-    """Mode "auto": memory for copy engines before the first loss and after the last one."""
+def copied_auto(rates: Rates) -> dict:
+    """Mode "auto" at these rates: memory for copy engines before the first loss and after the last one."""
     head = STREAM["fused_linear_cross_entropy"] | {"mode": "auto", "copy_engines": True}
 
     def run(engine: deepspeed.DeepSpeedEngine) -> dict:
@@ -68,7 +68,24 @@ def copied_auto() -> dict:
         windows = [before, slabs and slabs.window_bytes]
         return {"losses": losses, "windows": windows, "report": str(getattr(engine, "ds_fused_report", ""))}
 
-    return copied(partial(both, model_of, stage=3, run=run, block={"fused_linear_cross_entropy": head}))()
+    measured = choice.measured
+    choice.measured = lambda slabs, shard: rates
+    try:
+        return copied(partial(both, model_of, stage=3, run=run, block={"fused_linear_cross_entropy": head}))()
+    finally:
+        choice.measured = measured
+
+
+@case
+def copied_auto_stream() -> dict:
+    """Products are all that takes time, the same in each mode: the one that holds the least."""
+    return copied_auto(Rates(flops=1.0, memory=1e15, wire=1e15, call=0.0))
+
+
+@case
+def copied_auto_stationary() -> dict:
+    """What is read and written beside the products is all that takes time."""
+    return copied_auto(Rates(flops=1e15, memory=1.0, wire=1e15, call=0.0))
 
 
 @case
@@ -92,8 +109,8 @@ def destroyed() -> dict:
 
     def run() -> dict:
         first = made()
-        (choice,) = vars(first)["_ds_fused_slab_mode"]._heads.values()
-        kept = choice._slabs._windows
+        (of_head,) = vars(first)["_ds_fused_slab_mode"]._heads.values()
+        kept = of_head._slabs._windows
         windows = [weakref.ref(window) for window in (*kept._weights, *kept._gradients, *kept._received)]
         look()
         optimizer = first.optimizer

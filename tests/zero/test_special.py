@@ -129,7 +129,8 @@ CASES = (
     "stream_muon",
     "stream_is_no_use",
     "stream_without_copy_engines",
-    "copied_auto",
+    "copied_auto_stream",
+    "copied_auto_stationary",
     "destroyed",
     "second_engine",
     "second_engine_over_a_copy",
@@ -408,15 +409,16 @@ def test_carried(ended, name):
         assert result["fused"][0] != result["fused"][3]
 
 
-def test_copied_auto(ranks):
+@pytest.mark.parametrize("mode", ["stream", "stationary"])
+def test_copied_auto(ended, mode):
     found = set()
-    for result in ranks:
+    for result in ended(f"copied_auto_{mode}"):
         assert result["fused"]["losses"] == pytest.approx(result["stock"]["losses"], rel=1e-5)
         before, after = result["fused"]["windows"]
         assert "stream (34 slabs by copy engines, " in result["fused"]["report"]
-        is_stream = " tokens a rank: stream (" in result["fused"]["report"]
-        # what was measured and not chosen keeps no memory, what is chosen has it counted
-        assert before == 0 and (after > 0) == is_stream
+        assert f" tokens a rank: {mode} (" in result["fused"]["report"]
+        # what was measured keeps no memory, what is chosen has it counted
+        assert before == 0 and after > 0
         found.add(after)
     assert len(found) == 1
 
