@@ -94,7 +94,7 @@ def test_the_table_tells_what_was_built_and_what_was_not() -> None:
 
 
 def test_versions_of_transformers_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a stand-in for pip and the sweep: the counts of the table that the sweep wrote under that version."""
+    """Of a stand-in for pip, sweep and tests: the counts of the table that the sweep wrote, and those of the tests."""
     said = []
 
     def run(command: list[str], **environment: str) -> None:
@@ -104,7 +104,9 @@ def test_versions_of_transformers_side_by_side(tmp_path: Path, monkeypatch: pyte
             Path(command[-1]).write_text(re.sub(r"transformers \S+,", "transformers 5.3.0,", text))
 
     monkeypatch.setattr(versions, "_run", run)
-    assert versions.swept("5.3.0")["built and run"] == "1 + 0"
+    monkeypatch.setattr(versions, "_ended", lambda site, tests: {"passed": str(len(tests))})
+    counts = versions.swept("5.3.0")
+    assert counts["built and run"] == "1 + 0" and counts["passed"] == str(len(versions.TESTS))
     assert said[0][0] == "transformers==5.3.0" and "PYTHONPATH" in said[1][1]
     with pytest.raises(AssertionError, match="another version was imported"):
         versions.swept("5.4.0")
