@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "ds_fused/modules/layers": {
         "torch",
         "ds_fused.ops",
+        "ds_fused.modules.counted",
         "ds_fused.modules.layers",
         "ds_fused.modules.memory",
         "ds_fused.modules.swap",
@@ -43,6 +44,7 @@ MAY_IMPORT = {
     "ds_fused/modules/loss": {
         "torch",
         "ds_fused.ops",
+        "ds_fused.modules.counted",
         "ds_fused.modules.loss",
         "ds_fused.modules.layers",
         "ds_fused.modules.swap",

@@ -12,6 +12,7 @@ import jobs
 import products
 import torch
 import torch.distributed as dist
+from deepspeed.profiling.flops_profiler import FlopsProfiler
 from deepspeed.utils import safe_get_full_fp32_param, z3_leaf_module
 from special import STATIONARY, STREAM, both, case, engine_of, left, mine, model_of, replaced, train, with_lora
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -43,6 +44,25 @@ def marks(model: torch.nn.Module) -> list[str]:
     """What of an engine is left on a model."""
     leafs = [name for name, module in model.named_modules() if z3_leaf_module(module)]
     return leafs + [name for name, p in model.named_parameters() if hasattr(p, "ds_z3_leaf_module")]
+
+
+@case
+def profiled() -> dict:
+    """Mode -> what DeepSpeed's flops profiler counts of a forward beside the trunk."""
+
+    def counted(mode: str) -> int:
+        engine = engine_of(model_of(), 3, {"fused_linear_cross_entropy": {"mode": mode, "slab_mb": 0}})
+        profiler = FlopsProfiler(engine.module, ds_engine=engine)
+        profiler.start_profile()
+        train(engine, mine()[:1])
+        profiler.stop_profile()
+        trunk = sum(module.__macs__ for module in engine.module.model.modules())
+        found = profiler.get_total_macs() - trunk
+        profiler.end_profile()
+        engine.destroy()
+        return found
+
+    return {mode: counted(mode) for mode in ("stream", "stationary", "gather")}
 
 
 @case

@@ -132,6 +132,7 @@ CASES = (
     "copied_auto_stream",
     "copied_auto_stationary",
     "destroyed",
+    "profiled",
     "second_engine",
     "second_engine_over_a_copy",
     "copied_models",
@@ -430,6 +431,11 @@ def test_destroyed(ranks):
         assert len(result["windows"]) == 2 * TURNS + 1 and all(result["windows"])
         assert result["there"] == [[0], [], [1, 2], [3], []]
         assert result["wrapped"] == [[True, True], [False, False]]
+
+
+def test_profiled(ranks):
+    head = products.ROWS * products.LENGTH * products.SIZES["vocab_size"] * products.SIZES["hidden_size"]
+    assert ranks == [dict.fromkeys(("stream", "stationary", "gather"), head)] * RANKS
 
 
 def test_second_engine(ranks):

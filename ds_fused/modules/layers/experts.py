@@ -12,6 +12,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from ds_fused.modules.counted import counted_as
 from ds_fused.modules.layers.mlp import Gate, gated, is_patched
 from ds_fused.modules.layers.product import Product
 from ds_fused.modules.memory.kept import postponable
@@ -63,7 +64,9 @@ class WholeExperts:
             return super().forward(hidden_states, top_k_index, top_k_weights)
         if self.fused_transposed:
             weights = [weight.transpose(1, 2) for weight in weights]
-        return experts_by(_KEPT, hidden_states, *weights, top_k_index, top_k_weights, **self.fused_gate._asdict())
+        gate = self.fused_gate._asdict()
+        with counted_as(top_k_index.numel() * sum(weight[0].numel() for weight in weights)):
+            return experts_by(_KEPT, hidden_states, *weights, top_k_index, top_k_weights, **gate)
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         if is_patched(self):

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds_fused.modules.counted import counted_as
 from ds_fused.modules.loss.deferred import DeferredLogits, materialised
 from ds_fused.modules.loss.handed_over import check_reader
 from ds_fused.modules.loss.head_call import HeadCall, unwritten
@@ -121,19 +122,21 @@ class Head:
             bias = loss.bias if bias is None else bias + loss.bias
         # what is kept for backward would be the compiler's choice
         options = {**loss.options, "grad_in_forward": True} if torch.compiler.is_compiling() else loss.options
-        value = linear_cross_entropy(
-            hidden,
-            weight if slabs is None else slabs,
-            labels,
-            bias=bias,
-            class_weight=loss.class_weight,
-            ignore_index=loss.ignore_index,
-            reduction=loss.reduction,
-            label_smoothing=loss.label_smoothing,
-            softcap=loss.softcap,
-            logit_scale=loss.logit_scale,
-            **options,
-        )
+        rows = weight if slabs is None else slabs
+        with counted_as(hidden.numel() * rows.shape[0]):
+            value = linear_cross_entropy(
+                hidden,
+                rows,
+                labels,
+                bias=bias,
+                class_weight=loss.class_weight,
+                ignore_index=loss.ignore_index,
+                reduction=loss.reduction,
+                label_smoothing=loss.label_smoothing,
+                softcap=loss.softcap,
+                logit_scale=loss.logit_scale,
+                **options,
+            )
         return value, logits
 
     def cross_entropy(
