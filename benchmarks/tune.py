@@ -67,6 +67,15 @@ class Search:
 
 # widths where a tile is one row, and one where it is many
 ROW_SHAPES, NARROW_SHAPES = ((8192, 4096), (16384, 8192)), ((1048576, 128),)
+# and between powers of two, where a row may be three or five blocks (ops/common/_row_tiles.py)
+BETWEEN_SHAPES = ((262144, 576), (49152, 2560), (24576, 5120), (10240, 12288))
+IN_BLOCKS = {
+    ("rms_norm", "before_weight"): BETWEEN_SHAPES,
+    ("layer_norm", ""): BETWEEN_SHAPES,
+    ("gated_rms_norm", "norm_first"): BETWEEN_SHAPES,
+    ("modulated_rms_norm", ""): ((12, 4096, 3072), (5, 4096, 5120)),
+    ("poly_norm", ""): BETWEEN_SHAPES,
+}
 LOSS_SHAPES = ((8192, 128256), (8192, 32000))
 # Qwen3-8B, Qwen3-0.6B
 NORM_ROPE_SHAPES = ((1, 8192, 32, 8, 128), (1, 8192, 16, 8, 128))
@@ -101,6 +110,16 @@ SEARCHES = (
     Search(
         "modulated_rms_norm", "", "backward", ((12, 4096, 3072),),
         {"PER_THREAD_BWD": (8, 16), "STAGES_BWD": (1, 2, 3), "WARPS_PER_MULTIPROCESSOR": (16, 32, 64)},
+    ),
+    # the second: no row is blocks
+    *(
+        Search(*kind, direction, shapes, {"LEAST_BLOCK": (128, 2**20)}, file=".common._row_tiles")
+        for kind, shapes in IN_BLOCKS.items() for direction in ("forward", "backward")
+    ),
+    *(
+        Search(*kind, direction, shapes, {name: (10, 12, 20, 24, 40)})
+        for kind, shapes in IN_BLOCKS.items()
+        for direction, name in (("forward", "OF_BLOCKS_FWD"), ("backward", "OF_BLOCKS_BWD"))
     ),
     Search(
         "attention_residual", "", "forward", ((8, 16384, 4096),),
@@ -384,7 +403,7 @@ def _name(value: object) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="+", choices=sorted({search.op for search in SEARCHES}))
-    parser.add_argument("--only", nargs="+", metavar="TEXT", help="searches whose line has one of these in it")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="searches in whose line or constants one of these is")
     parser.add_argument("--seconds", type=duration, default=170.0, help="for all searches together")
     parser.add_argument("--out", type=out_folder, help="folder of tune.csv, every combination with its time")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on the CPU: shows that everything runs")
@@ -401,7 +420,7 @@ def main(argv: list[str] | None = None) -> int:
         if not args.ops or search.op in args.ops
         for shape in ((tiny[search.op, search.variant],) if args.tiny else search.shapes)
         for title in [f"{search.op} {search.variant} {search.direction} {'x'.join(map(str, shape))}".replace("  ", " ")]
-        if not args.only or any(text in title for text in args.only)
+        if not args.only or any(text in f"{title} {' '.join(search.constants)}" for text in args.only)
     ]
     if not work:
         parser.error("no such search")
