@@ -17,7 +17,7 @@ import special_stationary
 from special import CASES, add_twins
 
 # each of them adds its cases
-for module in ("special_models", "special_steps", "special_gathered", "special_engines"):
+for module in ("special_models", "special_steps", "special_gathered", "special_engines", "special_options"):
     import_module(module)
 add_twins("stationary", special_stationary.stationary)
 add_twins("gathered", special_stationary.gathered)

@@ -12,6 +12,7 @@ from pathlib import Path
 import products
 import pytest
 from launching import PATIENCE, launch
+from options import OPTIONS
 
 from ds_fused.engine.zero3.windows import TURNS
 
@@ -147,6 +148,7 @@ CASES = (
     "stationary_class_weights",
     "stationary_entropies",
     *(f"gathered_{name}" for name in (*GATHERED, *GATHERED_STEPS)),
+    *(f"option_{name}" for name in OPTIONS),
     "forced",
     "auto",
     "stream_expert_parallel",
@@ -431,6 +433,23 @@ def test_destroyed(ranks):
         assert len(result["windows"]) == 2 * TURNS + 1 and all(result["windows"])
         assert result["there"] == [[0], [], [1, 2], [3], []]
         assert result["wrapped"] == [[True, True], [False, False]]
+
+
+QUICK_OPTIONS = ("overlap_comm_3", "flops_profiler")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK_OPTIONS else pytest.mark.all) for n in OPTIONS]
+)
+def test_option(ended, name):
+    is_bf16 = "bf16" in OPTIONS[name]
+    for result in ended(f"option_{name}"):
+        stock = result.pop("stock")
+        assert result.keys() == {"default", "small", "stream"}
+        for block, losses in result.items():
+            # half an ulp of bf16, in which the products are rounded
+            assert losses == pytest.approx(stock, rel=4e-3 if is_bf16 else 1e-5), block
+        assert stock[0] != stock[3]
 
 
 def test_profiled(ranks):
