@@ -14,44 +14,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType, ModuleType
 from typing import NamedTuple
 
-from ds_fused.ops.attention.multi_token_attention import multi_token_attention, multi_token_attention_reference
-from ds_fused.ops.attention.neighborhood_attention import neighborhood_attention, neighborhood_attention_reference
-from ds_fused.ops.attention.softmax import softmax, softmax_reference
-from ds_fused.ops.attention.sparsemax import sparsemax, sparsemax_reference
+import ds_fused.ops as ops
 from ds_fused.ops.common._tiles import ACCUMULATE
-from ds_fused.ops.losses.cross_entropy import cross_entropy, cross_entropy_reference
-from ds_fused.ops.losses.jsd import jsd, jsd_reference
-from ds_fused.ops.losses.kl_div import kl_div, kl_div_reference
-from ds_fused.ops.losses.tvd import tvd, tvd_reference
-from ds_fused.ops.mlp.experts import experts, experts_reference
-from ds_fused.ops.mlp.glu import glu, glu_reference
-from ds_fused.ops.mlp.lora_linear import lora_linear, lora_linear_reference
-from ds_fused.ops.mlp.relu2 import relu2, relu2_reference
-from ds_fused.ops.norms.add_layer_norm import add_layer_norm, add_layer_norm_reference
-from ds_fused.ops.norms.add_rms_norm import add_rms_norm, add_rms_norm_reference
-from ds_fused.ops.norms.dyt import dyt, dyt_reference
-from ds_fused.ops.norms.gated_rms_norm import gated_rms_norm, gated_rms_norm_reference
-from ds_fused.ops.norms.group_norm import group_norm, group_norm_reference
-from ds_fused.ops.norms.layer_norm import layer_norm, layer_norm_reference
-from ds_fused.ops.norms.modulated_rms_norm import modulated_rms_norm, modulated_rms_norm_reference
-from ds_fused.ops.norms.poly_norm import poly_norm, poly_norm_reference
-from ds_fused.ops.norms.rms_norm import rms_norm, rms_norm_reference
-from ds_fused.ops.residual.attention_residual import attention_residual, attention_residual_reference
-from ds_fused.ops.residual.mhc_coefficients import (
-    mhc_coefficients,
-    mhc_coefficients_reference,
-)
-from ds_fused.ops.residual.mhc_in import mhc_in, mhc_in_reference
-from ds_fused.ops.residual.mhc_post_res import mhc_post_res, mhc_post_res_reference
-from ds_fused.ops.residual.mhc_pre import mhc_pre, mhc_pre_reference
-from ds_fused.ops.rotary.rms_norm_rope import rms_norm_rope, rms_norm_rope_reference
-from ds_fused.ops.rotary.rope import rope, rope_reference
-from ds_fused.ops.vocab.embedding import embedding, embedding_reference
-from ds_fused.ops.vocab.linear_cosine import linear_cosine, linear_cosine_reference
-from ds_fused.ops.vocab.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from ds_fused.ops.vocab.linear_jsd import linear_jsd, linear_jsd_reference
-from ds_fused.ops.vocab.linear_kl_div import linear_kl_div, linear_kl_div_reference
-from ds_fused.ops.vocab.linear_log_probs import linear_log_probs, linear_log_probs_reference
 
 
 class Option(NamedTuple):
@@ -66,11 +30,9 @@ class Option(NamedTuple):
 
 @dataclass(frozen=True)
 class Op:
-    """One row: a public function, its specification in PyTorch and the JSON keys that switch it on (none: call it)."""
+    """One row: a public function of ds_fused.ops and the JSON keys that switch it on (none: call it)."""
 
     name: str
-    function: Callable[..., object]
-    reference: Callable[..., object]
     keys: tuple[str, ...]
     summary: str
     options: Mapping[str, Option] = field(default_factory=lambda: MappingProxyType({}), hash=False)
@@ -78,8 +40,17 @@ class Op:
     needs: tuple[str, ...] = ()  # keys of other ops, without which it does nothing
 
     @property
+    def function(self) -> Callable[..., object]:
+        return getattr(ops, self.name)
+
+    @property
+    def reference(self) -> Callable[..., object]:
+        """Its specification in PyTorch, which stands in its file."""
+        return getattr(self.module, f"{self.name}_reference")
+
+    @property
     def module(self) -> ModuleType:
-        """The op's file (``ds_fused.ops.<name>`` as an attribute is the function)."""
+        """The op's file."""
         return sys.modules[self.function.__module__]
 
 
@@ -101,63 +72,47 @@ DIVERGENCE = MappingProxyType(
 OPS: tuple[Op, ...] = (
     Op(
         "rms_norm",
-        rms_norm,
-        rms_norm_reference,
         ("rms_norm",),
         "root-mean-square norm; weight offset, bias, both cast orders",
     ),
     Op(
         "layer_norm",
-        layer_norm,
-        layer_norm_reference,
         ("layer_norm",),
         "layer norm; weight and bias may each be missing",
     ),
-    Op("add_layer_norm", add_layer_norm, add_layer_norm_reference, (), "residual add and layer norm in one pass"),
+    Op("add_layer_norm", (), "residual add and layer norm in one pass"),
     Op(
         "group_norm",
-        group_norm,
-        group_norm_reference,
         ("group_norm",),
         "group norm of [N, C, ...]; large groups in parts",
     ),
-    Op("dyt", dyt, dyt_reference, (), "dynamic tanh: weight * tanh(alpha * x) + bias"),
-    Op("poly_norm", poly_norm, poly_norm_reference, (), "PolyCom's activation: normed cube, square and x, weighted"),
-    Op("rope", rope, rope_reference, ("rope",), "rotary embedding of q and k in one launch; sections, complex angles"),
+    Op("dyt", (), "dynamic tanh: weight * tanh(alpha * x) + bias"),
+    Op("poly_norm", (), "PolyCom's activation: normed cube, square and x, weighted"),
+    Op("rope", ("rope",), "rotary embedding of q and k in one launch; sections, complex angles"),
     Op(
         "rms_norm_rope",
-        rms_norm_rope,
-        rms_norm_rope_reference,
         ("qk_norm_rope",),
         "root-mean-square norm and rotary embedding of the heads of q and k in one pass",
         needs=("rms_norm", "rope"),
     ),
     Op(
         "glu",
-        glu,
-        glu_reference,
         ("swiglu", "geglu", "reglu"),
         "gated linear unit: silu, gelu, relu, relu squared; packed, clamped",
     ),
     Op(
         "experts",
-        experts,
-        experts_reference,
         ("experts",),
         "experts of a mixture: products of rows grouped by expert, gate, sum of a token's choices",
     ),
-    Op("relu2", relu2, relu2_reference, ("relu2",), "squared ReLU without a gate"),
+    Op("relu2", ("relu2",), "squared ReLU without a gate"),
     Op(
         "lora_linear",
-        lora_linear,
-        lora_linear_reference,
         ("lora",),
         "linear layer with a low-rank adapter of PEFT's, one node",
     ),
     Op(
         "add_rms_norm",
-        add_rms_norm,
-        add_rms_norm_reference,
         ("add_rms_norm",),
         "residual connection and root-mean-square norm in one pass",
         on=False,  # 0.4 to 1.1 % of a step, and nothing beside a recompute that keeps a part
@@ -165,93 +120,67 @@ OPS: tuple[Op, ...] = (
     ),
     Op(
         "gated_rms_norm",
-        gated_rms_norm,
-        gated_rms_norm_reference,
         ("gated_rms_norm",),
         "root-mean-square norm with a gate before or behind it, in groups",
     ),
     Op(
         "modulated_rms_norm",
-        modulated_rms_norm,
-        modulated_rms_norm_reference,
         (),
         "root-mean-square norm, scaled and shifted by the sample or the row: diffusion transformers",
     ),
     Op(
         "attention_residual",
-        attention_residual,
-        attention_residual_reference,
         (),
         "residual connection by attention over the outputs of earlier blocks, in a stack or each by itself",
     ),
     Op(
         "mhc_coefficients",
-        mhc_coefficients,
-        mhc_coefficients_reference,
         (),
         "hyper-connections (mHC): projection of a token's streams, gates, and Sinkhorn-Knopp's iterations",
     ),
     Op(
         "mhc_pre",
-        mhc_pre,
-        mhc_pre_reference,
         (),
         "hyper-connections: what a layer reads of the streams",
     ),
     Op(
         "mhc_in",
-        mhc_in,
-        mhc_in_reference,
         (),
         "hyper-connections: coefficients and what a layer reads, with one gradient of the streams",
     ),
     Op(
         "mhc_post_res",
-        mhc_post_res,
-        mhc_post_res_reference,
         (),
         "hyper-connections: streams mixed, and the layer's output to each",
     ),
     Op(
         "embedding",
-        embedding,
-        embedding_reference,
         (),
         "lookup of rows; deterministic gradient without atomics",
     ),
-    Op("softmax", softmax, softmax_reference, (), "softmax along a dimension"),
+    Op("softmax", (), "softmax along a dimension"),
     Op(
         "sparsemax",
-        sparsemax,
-        sparsemax_reference,
         (),
         "projection on the probability simplex along a dimension, without a sort",
     ),
     Op(
         "multi_token_attention",
-        multi_token_attention,
-        multi_token_attention_reference,
         (),
         "masked softmax or sparsemax of scores, and a convolution over queries, keys and heads",
     ),
     Op(
         "neighborhood_attention",
-        neighborhood_attention,
-        neighborhood_attention_reference,
         (),
         "attention of each token to those around it, side by side or in steps; nothing of T x T",
     ),
     Op(
         "cross_entropy",
-        cross_entropy,
-        cross_entropy_reference,
         ("cross_entropy",),
         "cross entropy of logits; the gradient may overwrite them, in the backward or the forward",
     ),
     Op(
         "linear_cross_entropy",
-        linear_cross_entropy,
-        linear_cross_entropy_reference,
         ("fused_linear_cross_entropy",),
         "lm head and cross entropy without the whole logits",
         MappingProxyType(
@@ -272,40 +201,32 @@ OPS: tuple[Op, ...] = (
     ),
     Op(
         "linear_log_probs",
-        linear_log_probs,
-        linear_log_probs_reference,
         (),
         "log-probabilities of labels, and entropies, from hidden states: RLHF, GRPO, DPO",
         MEMORY,
     ),
     Op(
         "linear_jsd",
-        linear_jsd,
-        linear_jsd_reference,
         (),
         "generalised Jensen-Shannon divergence of a student's head and a teacher's, from hidden states",
         DIVERGENCE,
     ),
     Op(
         "linear_kl_div",
-        linear_kl_div,
-        linear_kl_div_reference,
         (),
         "forward or reverse KL divergence of a student's head and a teacher's, from hidden states",
         DIVERGENCE,
     ),
     Op(
         "linear_cosine",
-        linear_cosine,
-        linear_cosine_reference,
         (),
         "angle between the logits of a student's head and a teacher's, from hidden states",
         DIVERGENCE,
     ),
     # losses that replace no layer
-    Op("kl_div", kl_div, kl_div_reference, (), "KL divergence of log-probabilities from a target, as in PyTorch"),
-    Op("jsd", jsd, jsd_reference, (), "distillation: generalized Jensen-Shannon divergence, both KLs; from logits"),
-    Op("tvd", tvd, tvd_reference, (), "distillation: total variation distance; from logits"),
+    Op("kl_div", (), "KL divergence of log-probabilities from a target, as in PyTorch"),
+    Op("jsd", (), "distillation: generalized Jensen-Shannon divergence, both KLs; from logits"),
+    Op("tvd", (), "distillation: total variation distance; from logits"),
 )
 
 

@@ -16,7 +16,8 @@ ROOMS = {path.parent.name for path in Path(ops.__file__).parent.glob("*/__init__
 
 
 def test_one_word_everywhere():
-    assert sorted(ops.__all__) == sorted(row.name for row in OPS)
+    public = [name for name, found in vars(ops).items() if inspect.isfunction(found)]
+    assert sorted(public) == sorted(row.name for row in OPS)
     for row in OPS:
         assert row.function.__name__ == row.name
         assert row.reference.__name__ == f"{row.name}_reference"
