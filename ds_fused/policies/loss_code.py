@@ -90,8 +90,11 @@ def _own_layers(model: nn.Module) -> list[nn.Module]:
 def _functions(*modules: nn.Module) -> list[FunctionType]:
     """Their forwards, and the methods that these name. The forward of any base: a subclass may call super().forward."""
     found = []
-    for cls in map(type, modules):
+    for module in modules:
+        cls = type(module)
         forwards = [inspect.unwrap(vars(each)["forward"]) for each in cls.__mro__ if "forward" in vars(each)]
+        # one that the instance was given, and what decorates it, may be all that runs
+        forwards += [getattr(each, "__func__", each) for each in _that_runs(module)]
         methods = [getattr(cls, name, None) for name in {name for each in forwards for name in _named_in(each)}]
         found += forwards + [inspect.unwrap(method) for method in methods if inspect.isfunction(method)]
     return [function for function in found if isinstance(function, FunctionType)]
@@ -149,14 +152,15 @@ def is_masked(model: nn.Module) -> bool:
 
 def _loss_of_another(model: nn.Module) -> str | None:
     """The library whose forward, on the class or on the instance, computes the loss past head and loss function."""
-    forward = vars(model).get("forward", type(model).forward)
+    return next((_LIBRARIES[name] for name in map(library_of, _that_runs(model)) if name in _LIBRARIES), None)
+
+
+def _that_runs(module: nn.Module) -> Iterator[object]:
+    """The forward, the instance's or the class's, and what functools.wraps says is under it: last patched in first."""
+    forward = vars(module).get("forward", type(module).forward)
     while forward is not None:
-        library = _LIBRARIES.get(library_of(forward))
-        if library is not None:
-            return library
-        # functools.wraps: what was patched in, last first
+        yield forward
         forward = getattr(forward, "__wrapped__", None)
-    return None
 
 
 _LIBRARIES = {"liger_kernel": "Liger", "trl": "TRL"}
