@@ -132,15 +132,24 @@ def _modules_named_in(function: FunctionType) -> list[ModuleType]:
 
 
 def why_not_wait(models: Sequence[nn.Module]) -> str | None:
-    """Their forwards may hand the logits to a Function of autograd: no gradient comes back to what is no tensor yet."""
+    """Their forwards may hand the logits to a Function of autograd, through which no gradient comes back to what is no
+    tensor yet, or to TorchScript, which refuses it."""
     # a layer that is a loss; what has parameters works on hidden states
-    losses = (layer for model in models for layer in _own_layers(model) if next(layer.parameters(), None) is None)
-    for found in Code(*_functions(*models, *losses)):
-        if isinstance(found, type) and issubclass(found, torch.autograd.Function):
-            return (
-                f"the forward around it leads to {qualified_name(found)}, an autograd.Function, which may be given the "
-                "logits and takes tensors only"
-            )
+    losses = [layer for model in models for layer in _own_layers(model) if next(layer.parameters(), None) is None]
+    for found in (*losses, *Code(*_functions(*models, *losses))):
+        what = _of_tensors_only(found)
+        if what is not None:
+            return f"the forward around it leads to {what}, which may be given the logits and takes tensors only"
+    return None
+
+
+def _of_tensors_only(thing: object) -> str | None:
+    if isinstance(thing, type) and issubclass(thing, torch.autograd.Function):
+        return f"{qualified_name(thing)}, an autograd.Function"
+    if isinstance(thing, torch.jit.ScriptFunction):
+        return f"{thing.name}, a function of TorchScript"
+    if isinstance(thing, torch.jit.ScriptModule):
+        return f"{thing.original_name}, a layer of TorchScript"
     return None
 
 
@@ -157,7 +166,7 @@ def _loss_of_another(model: nn.Module) -> str | None:
 
 def _that_runs(module: nn.Module) -> Iterator[object]:
     """The forward, the instance's or the class's, and what functools.wraps says is under it: last patched in first."""
-    forward = vars(module).get("forward", type(module).forward)
+    forward = module.forward  # asked of the instance: the class of a ScriptModule has none
     while forward is not None:
         yield forward
         forward = getattr(forward, "__wrapped__", None)

@@ -225,6 +225,36 @@ def test_a_loss_by_a_function_in_a_forward_that_was_patched_in(where: str, monke
     compare(stock, fused, logits=Tensor, input_ids=ids, labels=ids)
 
 
+@torch.jit.script
+def scripted(logits: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits, labels)
+
+
+class ByScript(library.OwnForward):
+    def loss_of(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return scripted(logits, labels)
+
+
+class ByScriptedLayer(library.OwnForward):
+    def loss_of(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.criterion(logits, labels)
+
+
+@pytest.mark.parametrize(
+    ("cls", "what"),
+    [(ByScript, "scripted, a function of TorchScript"), (ByScriptedLayer, "CrossEntropyLoss, a layer of TorchScript")],
+    ids=["function", "layer"],
+)
+def test_a_loss_by_torch_script(cls: type[nn.Module], what: str) -> None:
+    stock, fused = made(cls)
+    if cls is ByScriptedLayer:
+        for model in (stock, fused):
+            model.criterion = torch.jit.script(nn.CrossEntropyLoss())
+    left_alone(fused, f"{what}, which may be given the logits")
+    ids = batch()["input_ids"]
+    compare(stock, fused, logits=Tensor, input_ids=ids, labels=ids)
+
+
 @pytest.mark.parametrize("cls", [library.ByClassOnItsOwn, library.ByNameOnItsOwn], ids=lambda cls: cls.__name__)
 def test_a_loss_that_has_but_the_name_of_torchs(cls: type[nn.Module]) -> None:
     left_alone(made(cls)[1], "its forward computes the loss itself, and not by torch's cross_entropy")
