@@ -90,8 +90,11 @@ def _own_layers(model: nn.Module) -> list[nn.Module]:
 def _functions(*modules: nn.Module) -> list[FunctionType]:
     """Their forwards, and the methods that these name. The forward of any base: a subclass may call super().forward."""
     found = []
-    for cls in map(type, modules):
+    for module in modules:
+        cls = type(module)
         forwards = [inspect.unwrap(vars(each)["forward"]) for each in cls.__mro__ if "forward" in vars(each)]
+        # one that the instance was given, and what decorates it, may be all that runs
+        forwards += [getattr(each, "__func__", each) for each in _that_runs(module)]
         methods = [getattr(cls, name, None) for name in {name for each in forwards for name in _named_in(each)}]
         found += forwards + [inspect.unwrap(method) for method in methods if inspect.isfunction(method)]
     return [function for function in found if isinstance(function, FunctionType)]
@@ -129,15 +132,24 @@ def _modules_named_in(function: FunctionType) -> list[ModuleType]:
 
 
 def why_not_wait(models: Sequence[nn.Module]) -> str | None:
-    """Their forwards may hand the logits to a Function of autograd: no gradient comes back to what is no tensor yet."""
+    """Their forwards may hand the logits to a Function of autograd, through which no gradient comes back to what is no
+    tensor yet, or to TorchScript, which refuses it."""
     # a layer that is a loss; what has parameters works on hidden states
-    losses = (layer for model in models for layer in _own_layers(model) if next(layer.parameters(), None) is None)
-    for found in Code(*_functions(*models, *losses)):
-        if isinstance(found, type) and issubclass(found, torch.autograd.Function):
-            return (
-                f"the forward around it leads to {qualified_name(found)}, an autograd.Function, which may be given the "
-                "logits and takes tensors only"
-            )
+    losses = [layer for model in models for layer in _own_layers(model) if next(layer.parameters(), None) is None]
+    for found in (*losses, *Code(*_functions(*models, *losses))):
+        what = _of_tensors_only(found)
+        if what is not None:
+            return f"the forward around it leads to {what}, which may be given the logits and takes tensors only"
+    return None
+
+
+def _of_tensors_only(thing: object) -> str | None:
+    if isinstance(thing, type) and issubclass(thing, torch.autograd.Function):
+        return f"{qualified_name(thing)}, an autograd.Function"
+    if isinstance(thing, torch.jit.ScriptFunction):
+        return f"{thing.name}, a function of TorchScript"
+    if isinstance(thing, torch.jit.ScriptModule):
+        return f"{thing.original_name}, a layer of TorchScript"
     return None
 
 
@@ -149,14 +161,15 @@ def is_masked(model: nn.Module) -> bool:
 
 def _loss_of_another(model: nn.Module) -> str | None:
     """The library whose forward, on the class or on the instance, computes the loss past head and loss function."""
-    forward = vars(model).get("forward", type(model).forward)
+    return next((_LIBRARIES[name] for name in map(library_of, _that_runs(model)) if name in _LIBRARIES), None)
+
+
+def _that_runs(module: nn.Module) -> Iterator[object]:
+    """The forward, the instance's or the class's, and what functools.wraps says is under it: last patched in first."""
+    forward = module.forward  # asked of the instance: the class of a ScriptModule has none
     while forward is not None:
-        library = _LIBRARIES.get(library_of(forward))
-        if library is not None:
-            return library
-        # functools.wraps: what was patched in, last first
+        yield forward
         forward = getattr(forward, "__wrapped__", None)
-    return None
 
 
 _LIBRARIES = {"liger_kernel": "Liger", "trl": "TRL"}

@@ -162,7 +162,7 @@ class Report:
         return [claim for claim in self.claims if not claim.in_place()]
 
     def verify_live(self) -> list[Claim]:
-        """The claims whose replacement never ran in the model's first forward; warns once. [] while there was none yet.
+        """The claims whose replacement the model's first forward was not seen to call. [] while there was none yet.
 
         Every model checks itself when its first forward ends; this is for who wants the answer.
         """
@@ -258,11 +258,24 @@ class Watch:
             return
         self.stop()
         self.silent = [claim for claim in self._claims if not self._called.intersection(claim.watched())]
-        if self.silent:
-            kinds = ", ".join(f"{claim.original.rpartition('.')[2]} ({claim.key})" for claim in self.silent)
+        # a forward that an instance was given may call ours, as it found it before the counters came
+        behind = {type(module) for module in model.modules() if "forward" in vars(module)}
+        hidden = [claim for claim in self.silent if behind.intersection(claim.watched())]
+        if hidden:
             log.warning(
-                "ds_fused: replaced, but not called in the first forward: %s; they ran unfused or not at all", kinds
+                "ds_fused: replaced, but behind a forward that instances were given since: %s; it may call ours or not",
+                _kinds(hidden),
             )
+        unseen = [claim for claim in self.silent if claim not in hidden]
+        if unseen:
+            log.warning(
+                "ds_fused: replaced, but not called in the first forward: %s; they ran unfused or not at all",
+                _kinds(unseen),
+            )
+
+
+def _kinds(claims: Sequence[Claim]) -> str:
+    return ", ".join(f"{claim.original.rpartition('.')[2]} ({claim.key})" for claim in claims)
 
 
 def _no_watch() -> Watch:

@@ -194,6 +194,67 @@ def test_a_loss_by_a_function_of_autograd(cls: type[nn.Module]) -> None:
     compare(stock, fused, logits=Tensor, input_ids=ids, labels=ids)
 
 
+def of_itself(self: nn.Module, input_ids: Tensor, labels: Tensor) -> transformers.modeling_outputs.CausalLMOutput:
+    hidden = self.model(input_ids).last_hidden_state
+    logits = self.lm_head(hidden)
+    loss = library.Scored.apply(logits.flatten(0, 1), labels.flatten()) + 1e-2 * hidden.square().mean()
+    return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
+
+
+def around(stock: Callable) -> Callable:
+    @functools.wraps(stock)
+    def forward(*args: Tensor, labels: Tensor, **named: Tensor) -> transformers.utils.ModelOutput:
+        output = stock(*args, labels=labels, **named)
+        output.loss = output.loss + library.Scored.apply(output.logits.flatten(0, 1), labels.flatten())
+        return output
+
+    return forward
+
+
+@pytest.mark.parametrize("where", ["instance", "around the instance's", "around the class's"])
+def test_a_loss_by_a_function_in_a_forward_that_was_patched_in(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if where == "around the class's":
+        cls = transformers.LlamaForCausalLM
+        monkeypatch.setattr(cls, "forward", around(cls.forward))
+    stock, fused = build(), build()
+    if where != "around the class's":
+        for model in (stock, fused):
+            model.forward = types.MethodType(of_itself, model) if where == "instance" else around(model.forward)
+    left_alone(fused, "losses_by_functions.Scored, an autograd.Function, which may be given the logits")
+    ids = batch()["input_ids"]
+    compare(stock, fused, logits=Tensor, input_ids=ids, labels=ids)
+
+
+@torch.jit.script
+def scripted(logits: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits, labels)
+
+
+class ByScript(library.OwnForward):
+    def loss_of(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return scripted(logits, labels)
+
+
+class ByScriptedLayer(library.OwnForward):
+    def loss_of(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.criterion(logits, labels)
+
+
+@pytest.mark.parametrize(
+    ("cls", "what"),
+    [(ByScript, "scripted, a function of TorchScript"), (ByScriptedLayer, "CrossEntropyLoss, a layer of TorchScript")],
+    ids=["function", "layer"],
+)
+def test_a_loss_by_torch_script(cls: type[nn.Module], what: str) -> None:
+    stock, fused = made(cls)
+    if cls is ByScriptedLayer:
+        for model in (stock, fused):
+            model.criterion = torch.jit.script(nn.CrossEntropyLoss())
+    left_alone(fused, f"{what}, which may be given the logits")
+    ids = batch()["input_ids"]
+    compare(stock, fused, logits=Tensor, input_ids=ids, labels=ids)
+
+
 @pytest.mark.parametrize("cls", [library.ByClassOnItsOwn, library.ByNameOnItsOwn], ids=lambda cls: cls.__name__)
 def test_a_loss_that_has_but_the_name_of_torchs(cls: type[nn.Module]) -> None:
     left_alone(made(cls)[1], "its forward computes the loss itself, and not by torch's cross_entropy")

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
@@ -390,6 +391,16 @@ def test_first_step_warns_of_what_nobody_called(caplog: pytest.LogCaptureFixture
     step(model)
     assert [claim.key for claim in report.verify_live()] == ["swiglu"]
     assert len(caplog.messages) == 1 and "LlamaMLP (swiglu)" in caplog.messages[0]
+
+
+def test_first_step_claims_nothing_of_what_hooks_stand_before(caplog: pytest.LogCaptureFixture) -> None:
+    model = LLAMA.make()
+    ds_fused.apply(model, LAYER_KEYS)
+    for layer in model.model.layers:
+        add_hook_to_module(layer.mlp, ModelHook())
+    step(model)
+    (line,) = caplog.messages
+    assert "LlamaMLP (swiglu); it may call ours or not" in line and "unfused" not in line
 
 
 def test_a_first_step_that_fails_does_not_count(caplog: pytest.LogCaptureFixture) -> None:
