@@ -450,7 +450,9 @@ def layer_norm() -> None:
         (2, 768, half, full),
         (64, 576, half, half),  # in five blocks
         (2, 5120, full, full),
-        (2, 8192, full, full),  # the widest whole row of the backward
+        (2, 8192, full, full),
+        (2, 10240, half, half),  # the widest whole row of the backward
+        (2, 10240, full, full),
         (2, 32768, half, half),  # the widest of the forward; walked backward
         (2, 32768, full, full),
         (2, 65536, half, half),
@@ -465,6 +467,8 @@ def add_layer_norm() -> None:
         (768, torch.bfloat16),
         (5120, torch.float32),
         (8192, torch.float32),
+        (10240, torch.bfloat16),
+        (10240, torch.float32),
         (32768, torch.bfloat16),
         (65536, torch.bfloat16),
     ):

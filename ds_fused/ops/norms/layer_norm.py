@@ -43,9 +43,10 @@ from ds_fused.ops.norms._wide_layer_norm import (
 )
 
 # A tile is whole rows up to these widths; wider rows are walked in blocks (_wide_layer_norm.py).
-# At 8192 columns the backward doesn't spill on sm90, at 16384 it spills 248 bytes a thread (in fp32 292).
+# At 8192 columns the backward doesn't spill on sm90, at 10240, five blocks, 24 bytes a thread at most (with a residual;
+# in fp32 4), at 16384 248 (in fp32 292). 10240 is not yet measured: walked, it would read dy and x once more.
 WHOLE_ROW_FWD = 32768
-WHOLE_ROW_BWD = 8192
+WHOLE_ROW_BWD = 10240
 # elements of a tile when a row is narrower (as many rows as fit), and of a thread; of a thread at most where rows are
 # several blocks. On an H100, ms of 26208x5120: 0.183 in three, 0.222 in one of 8192
 TILE_FWD, PER_THREAD_FWD, OF_BLOCKS_FWD = 1024, 16, 24
