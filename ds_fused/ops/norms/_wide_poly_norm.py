@@ -38,8 +38,13 @@ def sums_of_three(sums):
 
 
 @triton.jit
-def sums_of_four(sums):
-    return tl.reduce(sums, 1, _add4, keep_dims=True)
+def sums_of_four(sums, TOGETHER: tl.constexpr):
+    if TOGETHER:
+        return tl.reduce(sums, 1, _add4, keep_dims=True)
+    return (
+        tl.sum(sums[0], 1, keep_dims=True), tl.sum(sums[1], 1, keep_dims=True),
+        tl.sum(sums[2], 1, keep_dims=True), tl.sum(sums[3], 1, keep_dims=True),
+    )  # fmt: skip
 
 
 @triton.jit
