@@ -418,6 +418,15 @@ def test_hooks_that_gather_weights_fire_once_and_around_the_loss() -> None:
         assert seen == ["before", Tensor]
 
 
+def test_logits_that_are_kept_are_computed_by_the_heads_own_call() -> None:
+    """Where hooks gather its weight, no other way has a gradient for it."""
+    _, fused = pair(logits="keep")
+    seen: list = []
+    fused.head.register_forward_hook(hook_of("deepspeed", lambda module, args, out: seen.append(type(out))))
+    fused(*batch())
+    assert seen == [tuple, Tensor]
+
+
 def test_other_hooks_of_the_head_get_its_logits(caplog: pytest.LogCaptureFixture) -> None:
     say_once.cache_clear()
     stock, fused = pair()

@@ -337,7 +337,7 @@ def test_one_rank_misspells(ranks):
         "unfrozen",
         "uneven_ranks",
         "embedding",
-        pytest.param("logits_kept", marks=pytest.mark.all),
+        "logits_kept",
         pytest.param("communication_dtype", marks=pytest.mark.all),
         pytest.param("accumulation_dtype", marks=pytest.mark.all),
         "autocast",

@@ -122,7 +122,7 @@ class Read:
         return self.kept is not None and self.kept[0].numel() > 0 and self.kept[0].untyped_storage().size() == 0
 
     def __call__(self) -> Tensor:
-        # where they are kept, nobody but the forward's end does
+        # where they are kept already, that is no remedy
         if self.is_late:
             _say_who_reads(_caller())
         # not the head's own call: outside the model's forward its hooks have no place in ZeRO-3's order of gathering

@@ -251,14 +251,18 @@ class Scope:
         self._places.append(place)
 
     def leave(self, owner: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        forward = self._innermost(ends=True)
-        if forward is None or forward.mode != "defer":
-            return None
-        # output None: the forward raised
-        if not torch.compiler.is_compiling() and output is not None:
-            self._say_unfused(owner)
-            self._settle_kept(owner)
-        return self._settle(output)
+        try:
+            forward = self._innermost()
+            if forward is None or forward.mode != "defer":
+                return None
+            # output None: the forward raised
+            if not torch.compiler.is_compiling() and output is not None:
+                self._say_unfused(owner)
+                self._settle_kept(owner)
+            return self._settle(output)
+        finally:
+            # not before: logits that are kept are computed in the forward, by the head's own call
+            self._innermost(ends=True)
 
     def _settle_kept(self, owner: nn.Module) -> None:
         """The same for those that the forward has made attributes of its model."""
