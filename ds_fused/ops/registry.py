@@ -1,9 +1,8 @@
 """The table of ops. JSON keys, op builders and the README's table are derived from it.
 
 A new op is its file in the room where it belongs, a row here, its test (tests/ops/test_<op>.py) and a case in
-benchmarks/cases/; and its name in ops/__init__.py, ds_fused/__init__.py, the README's table and, with an example to
-compile and to trace each, in tests/ops/compile_all.py and trace_all.py. Of all but its own test, what is missing fails
-a test that says so.
+benchmarks/cases/; and its name in ops/__init__.py, ds_fused/__init__.py and the README's table, and what to compile and
+to trace of it, in tests/ops/examples/<op>.py. Of all but its own test, what is missing fails a test that says so.
 """
 
 from __future__ import annotations
