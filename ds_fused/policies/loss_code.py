@@ -92,9 +92,11 @@ def _functions(*modules: nn.Module) -> list[FunctionType]:
     found = []
     for module in modules:
         cls = type(module)
-        forwards = [inspect.unwrap(vars(each)["forward"]) for each in cls.__mro__ if "forward" in vars(each)]
+        of_classes = (inspect.unwrap(vars(each)["forward"]) for each in cls.__mro__ if "forward" in vars(each))
         # one that the instance was given, and what decorates it, may be all that runs
-        forwards += [getattr(each, "__func__", each) for each in _that_runs(module)]
+        that_run = (getattr(each, "__func__", each) for each in _that_runs(module))
+        # mostly they are the same
+        forwards = list(dict.fromkeys((*of_classes, *that_run)))
         methods = [getattr(cls, name, None) for name in {name for each in forwards for name in _named_in(each)}]
         found += forwards + [inspect.unwrap(method) for method in methods if inspect.isfunction(method)]
     return [function for function in found if isinstance(function, FunctionType)]
